@@ -1,4 +1,4 @@
-"""Meta-World's task names and the streams built from them. Static, so that a login node needs no simulator."""
+"""Meta-World's task names and the streams built from them. Static: a login node needs no simulator."""
 
 from __future__ import annotations
 

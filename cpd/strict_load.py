@@ -1,0 +1,136 @@
+"""Strict loading of TOML into dataclasses: all mistakes at once, each with its dotted path and a suggestion.
+
+Command-line overrides (`--distill.lr 1e-3`) are merged into a recipe's tables before anything is checked, so
+that the mistakes of both are reported together.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import tomllib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any, TypeVar, get_type_hints
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+class ConfigError(ValueError):
+    """One or more mistakes in a recipe, profile or override; `str()` lists them all, one a line."""
+
+    def __init__(self, problems: Sequence[str], source: str) -> None:
+        self.problems = list(problems)
+        lines = "\n".join(f"  {problem}" for problem in problems)
+        count = f"{len(problems)} mistakes" if len(problems) > 1 else "a mistake"
+        super().__init__(f"{source} has {count}:\n{lines}")
+
+
+def suggestion(word: str, known: Iterable[str]) -> str:
+    """`; did you mean 'x'?` for the nearest known words, else a list of all of them if it is short."""
+    known = list(known)
+    close = difflib.get_close_matches(word, known, n=2, cutoff=0.6)
+    if close:
+        return "; did you mean " + " or ".join(repr(match) for match in close) + "?"
+    return f" (known: {', '.join(known)})" if len(known) <= 24 else ""
+
+
+T = TypeVar("T")
+
+
+def load(kind: type[T], data: Mapping[str, Any], source: str) -> T:
+    """Check `data` against the dataclass `kind`.
+
+    Raises:
+        ConfigError: with every mistake, each as dotted path, what is wrong, and a suggestion.
+    """
+    try:
+        # By way of JSON, since its strict mode still takes a list for a tuple.
+        return TypeAdapter(kind).validate_json(json.dumps(data), strict=True)
+    except ValidationError as error:
+        problems = [_problem(kind, item) for item in error.errors(include_url=False)]
+        raise ConfigError(problems, source) from None
+
+
+def _problem(kind: Any, item: Any) -> str:
+    location = [part for part in item["loc"] if part != "__root__"]
+    path = ".".join(str(part) for part in location) or "(whole)"
+    if item["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        owner = kind
+        for part in location[:-1]:
+            owner = get_type_hints(owner).get(str(part), Any)
+        known = [f.name for f in fields(owner)] if is_dataclass(owner) else []
+        return f"{path}: unknown key{suggestion(str(location[-1]), known)}"
+    if item["type"] in ("missing", "missing_argument", "missing_keyword_only_argument"):
+        return f"{path}: required, but not given"
+    message = item["msg"].removeprefix("Value error, ")
+    given = "" if item["type"] == "value_error" else f" (given: {item['input']!r})"
+    return f"{path}: {message}{given}"
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The tables of a TOML file.
+
+    Raises:
+        ConfigError: if it cannot be read or parsed, naming the file and line.
+    """
+    try:
+        return tomllib.loads(path.read_text())
+    except OSError as error:
+        raise ConfigError([f"cannot be read: {error.strerror}"], str(path)) from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError([f"not valid TOML: {error}"], str(path)) from None
+
+
+def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
+    """Turn `["--distill.lr", "1e-3", "--seeds=[1, 2]"]` into nested tables.
+
+    A value is read as TOML, and as a plain string where that fails.
+
+    Raises:
+        ConfigError: for an argument that is not of that form.
+    """
+    tables: dict[str, Any] = {}
+    problems = []
+    queue = list(arguments)
+    while queue:
+        argument = queue.pop(0)
+        key, equals, text = argument.removeprefix("--").partition("=")
+        if not argument.startswith("--") or not key:
+            problems.append(f"{argument!r}: expected --section.key VALUE")
+            continue
+        if not equals:
+            if not queue or queue[0].startswith("--"):
+                problems.append(f"--{key}: a value is missing")
+                continue
+            text = queue.pop(0)
+        try:
+            value = tomllib.loads(f"value = {text}")["value"]
+        except tomllib.TOMLDecodeError:
+            value = text
+        *sections, last = key.replace("-", "_").split(".")
+        table = tables
+        for section in sections:
+            table = table.setdefault(section, {})
+        table[last] = value
+    if problems:
+        raise ConfigError(problems, "the command line")
+    return tables
+
+
+def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`base` with the entries of `over` laid on top, table by table."""
+    merged = dict(base)
+    for key, value in over.items():
+        old = merged.get(key)
+        merged[key] = merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+    return merged
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A config as plain tables, ready for JSON."""
+    result: dict[str, Any] = TypeAdapter(type(config)).dump_python(config, mode="json")
+    return result
