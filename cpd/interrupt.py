@@ -1,0 +1,64 @@
+"""Asking a job to stop: a signal, or the death of its launcher, sets a flag and nothing else.
+
+The work loop looks at the flag between steps, saves, and leaves; no MPI call or file is touched in a handler.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from types import FrameType
+
+from cpd.lease import is_alive, start_ticks
+
+#: Names the launcher (`pid:start_ticks`) whose death ends its local children.
+LAUNCHER_VARIABLE = "CPD_LAUNCHER"
+#: What a job exits with after saving because it was asked to stop (EX_TEMPFAIL: try again).
+EXIT_INTERRUPTED = 75
+
+
+class InterruptedBySignal(RuntimeError):  # noqa: N818 - an outcome, not an error
+    """The job saved its state and stops because it was asked to; launching again resumes it."""
+
+
+class Interrupt:
+    """The stop flag of this process."""
+
+    def __init__(self) -> None:
+        self._event = threading.Event()
+        self.signal_number = 0
+
+    @property
+    def requested(self) -> bool:
+        """Whether the job should save and stop."""
+        return self._event.is_set()
+
+    def request(self) -> None:
+        """Ask to stop, as a signal would."""
+        self._event.set()
+
+    def install(self) -> Interrupt:
+        """Handle SIGTERM, SIGINT, SIGUSR1 and SIGUSR2, and watch the launcher; call in the main thread."""
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+            signal.signal(number, self._handle)
+        launcher = os.environ.get(LAUNCHER_VARIABLE, "")
+        if launcher:
+            threading.Thread(target=self._watch, args=(launcher,), daemon=True, name="launcher-watch").start()
+        return self
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self.signal_number = number
+        self._event.set()
+
+    def _watch(self, launcher: str) -> None:
+        process, ticks = (int(part) for part in launcher.split(":"))
+        while is_alive(process, ticks):
+            if self._event.wait(0.5):
+                return
+        self._event.set()
+
+
+def launcher_identity() -> str:
+    """This process as the value of `CPD_LAUNCHER`."""
+    return f"{os.getpid()}:{start_ticks(os.getpid())}"

@@ -1,0 +1,192 @@
+"""The run directory: the only place that knows its paths.
+
+A run is a set of elements, each one job's worth of work with a folder of its own:
+
+    runs/<name>/
+      config.json  provenance.json  profile.json  jobs.jsonl
+      teachers/<task>/seed-1/      status.json metrics.jsonl policy.safetensors policy.json shards/ COMPLETE
+      students/<method>/seed-1/    status.json metrics.jsonl checkpoints/ curves.csv COMPLETE
+      students/<method>/seed-1/evaluation/    status.json stage-00.csv ... COMPLETE
+      results/                     evaluations.csv curves.csv episodes.csv metrics.json status.json COMPLETE
+      figures/
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+from cpd.config import Config
+from cpd.files import read_json
+from cpd.strict_load import load
+
+Role = Literal["teacher", "student", "evaluation", "report"]
+
+
+class RunError(ValueError):
+    """A run directory that is not there, or not what it should be."""
+
+
+@dataclass(frozen=True)
+class Element:
+    """One job's worth of work: its role, its place in the role's array, and its folder."""
+
+    role: Role
+    index: int
+    path: Path
+    name: str
+    """Path relative to the run directory, e.g. `teachers/push-v3/seed-1`; unique in the run."""
+
+    @property
+    def status(self) -> Path:
+        """Progress, for display."""
+        return self.path / "status.json"
+
+    @property
+    def metrics(self) -> Path:
+        """Learning curves."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of resume checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def complete(self) -> Path:
+        """Marker written last by an element that ended well."""
+        return self.path / "COMPLETE"
+
+    @property
+    def rejected(self) -> Path:
+        """Marker of a teacher that missed its gate."""
+        return self.path / "REJECTED"
+
+    @property
+    def finished(self) -> bool:
+        """Whether nothing is left to do."""
+        return self.complete.exists() or self.rejected.exists()
+
+
+@dataclass(frozen=True)
+class TeacherElement(Element):
+    """A teacher of one task."""
+
+    task: str
+    seed: int
+
+    @property
+    def policy(self) -> Path:
+        """The final policy's weights; `policy.json` beside it describes them."""
+        return self.path / "policy.safetensors"
+
+    @property
+    def shards(self) -> Path:
+        """Folder of the rollout shards and their index.json."""
+        return self.path / "shards"
+
+    @property
+    def evaluation(self) -> Path:
+        """The teacher's own evaluation, long form, with one line per episode in episodes.csv beside it."""
+        return self.path / "evaluation.csv"
+
+
+@dataclass(frozen=True)
+class StudentElement(Element):
+    """A student (role `student`), or the evaluation of one (role `evaluation`)."""
+
+    method: str
+    seed: int
+
+    @property
+    def curves(self) -> Path:
+        """Success of the current task within each stage, long form."""
+        return self.path / "curves.csv"
+
+
+class Run:
+    """A run directory with its frozen configuration."""
+
+    def __init__(self, root: Path) -> None:
+        """Open an existing run.
+
+        Raises:
+            RunError: if `root` is no run directory.
+        """
+        self.root = root
+        if not self.config_path.exists():
+            raise RunError(f"{root} is not a run directory: it has no config.json; `jobs.launch` makes one")
+
+    @property
+    def config_path(self) -> Path:
+        """The frozen configuration."""
+        return self.root / "config.json"
+
+    @cached_property
+    def config(self) -> Config:
+        """The frozen configuration, checked on load."""
+        return load(Config, read_json(self.config_path), str(self.config_path))
+
+    @property
+    def ledger(self) -> Path:
+        """One line per submitted job."""
+        return self.root / "jobs.jsonl"
+
+    @property
+    def logs(self) -> Path:
+        """Output of the jobs."""
+        return self.root / "logs"
+
+    @property
+    def results(self) -> Path:
+        """Long-form tables."""
+        return self.root / "results"
+
+    @property
+    def figures(self) -> Path:
+        """Figures and tables made from `results`."""
+        return self.root / "figures"
+
+    def teachers(self) -> list[TeacherElement]:
+        """Task by task, seed by seed."""
+        pairs = [(t, s) for t in self.config.stream.distinct_tasks for s in self.config.teacher.seeds]
+        names = [f"teachers/{task}/seed-{seed}" for task, seed in pairs]
+        return [
+            TeacherElement("teacher", i, self.root / name, name, task, seed)
+            for i, ((task, seed), name) in enumerate(zip(pairs, names, strict=True))
+        ]
+
+    def teacher_of(self, task: str, student_seed: int) -> TeacherElement:
+        """The teacher of `task` that the student with `student_seed` learns from."""
+        seeds = self.config.teacher.seeds
+        position = self.config.seeds.index(student_seed)
+        wanted = seeds[position % len(seeds)]
+        return next(t for t in self.teachers() if t.task == task and t.seed == wanted)
+
+    def students(self) -> list[StudentElement]:
+        """One per student seed."""
+        method = self.config.method
+        names = [f"students/{method}/seed-{seed}" for seed in self.config.seeds]
+        return [
+            StudentElement("student", i, self.root / name, name, method, seed)
+            for i, (seed, name) in enumerate(zip(self.config.seeds, names, strict=True))
+        ]
+
+    def evaluations(self) -> list[StudentElement]:
+        """One per student."""
+        return [
+            StudentElement(
+                "evaluation", s.index, s.path / "evaluation", f"{s.name}/evaluation", s.method, s.seed
+            )
+            for s in self.students()
+        ]
+
+    def report(self) -> Element:
+        """The gathering of results and the drawing of figures."""
+        return Element("report", 0, self.results, "results")
+
+    def elements(self) -> list[Element]:
+        """Everything the run consists of, in order."""
+        return [*self.teachers(), *self.students(), *self.evaluations(), self.report()]

@@ -1,0 +1,25 @@
+"""Random streams as pure functions of a seed and a name, so that no draw depends on what was drawn before it."""
+
+from __future__ import annotations
+
+import zlib
+
+import numpy as np
+
+
+def _words(seed: int, path: tuple[int | str, ...]) -> list[int]:
+    return [seed, *(zlib.crc32(part.encode()) if isinstance(part, str) else part for part in path)]
+
+
+def generator(seed: int, *path: int | str) -> np.random.Generator:
+    """A NumPy generator for the stream named by `path`, e.g. `generator(seed, "batch", stage, step)`.
+
+    Integers in `path` must be non-negative.
+    """
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence(_words(seed, path))))
+
+
+def derive(seed: int, *path: int | str) -> int:
+    """A 63-bit seed for another library's generator, from the stream named by `path`."""
+    words = np.random.SeedSequence(_words(seed, path)).generate_state(1, np.uint64)
+    return int(words[0] >> np.uint64(1))
