@@ -61,9 +61,7 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text())
     except json.JSONDecodeError as error:
-        raise ValueError(
-            f"{path} is not valid JSON ({error}); it was damaged from outside: remove it"
-        ) from None
+        raise ValueError(f"{path} is not valid JSON ({error}); it was damaged from outside: remove it") from None
 
 
 def sha256(path: Path) -> str:

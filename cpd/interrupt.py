@@ -18,7 +18,7 @@ LAUNCHER_VARIABLE = "CPD_LAUNCHER"
 EXIT_INTERRUPTED = 75
 
 
-class InterruptedBySignal(RuntimeError):  # noqa: N818 - an outcome, not an error
+class InterruptedBySignal(RuntimeError):
     """The job saved its state and stops because it was asked to; launching again resumes it."""
 
 

@@ -5,7 +5,7 @@ A run is a set of elements, each one job's worth of work with a folder of its ow
     runs/<name>/
       config.json  provenance.json  profile.json  jobs.jsonl
       teachers/<task>/seed-1/      status.json metrics.jsonl policy.safetensors policy.json shards/ COMPLETE
-      students/<method>/seed-1/    status.json metrics.jsonl checkpoints/ curves.csv COMPLETE
+      students/<method>/seed-1/    status.json metrics.jsonl checkpoints/ stages/ curves.csv COMPLETE
       students/<method>/seed-1/evaluation/    status.json stage-00.csv ... COMPLETE
       results/                     evaluations.csv curves.csv episodes.csv metrics.json status.json COMPLETE
       figures/
@@ -105,6 +105,10 @@ class StudentElement(Element):
         """Success of the current task within each stage, long form."""
         return self.path / "curves.csv"
 
+    def stage_policy(self, stage: int) -> Path:
+        """The student's weights after `stage`, kept for good, with a description beside them; -1: before training."""
+        return self.path / "stages" / f"{'initial' if stage < 0 else f'stage-{stage:02d}'}.safetensors"
+
 
 class Run:
     """A run directory with its frozen configuration."""
@@ -177,9 +181,7 @@ class Run:
     def evaluations(self) -> list[StudentElement]:
         """One per student."""
         return [
-            StudentElement(
-                "evaluation", s.index, s.path / "evaluation", f"{s.name}/evaluation", s.method, s.seed
-            )
+            StudentElement("evaluation", s.index, s.path / "evaluation", f"{s.name}/evaluation", s.method, s.seed)
             for s in self.students()
         ]
 

@@ -1,0 +1,162 @@
+"""The communicator: one protocol, a serial and an MPI implementation.
+
+`mpi4py.MPI` is imported in `connect` only, since importing it initialises MPI; after that no process may fork.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+T = TypeVar("T")
+
+#: Names the number of ranks that the launcher asked for.
+RANKS_VARIABLE = "CPD_RANKS"
+#: What process managers tell their ranks about the size of the job.
+SIZE_VARIABLES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MPI_LOCALNRANKS", "SLURM_STEP_NUM_TASKS")
+#: Large buffers are reduced in pieces that stay in cache: 1.7-2.7x instead of 1.0-1.7x gloo at 50 MB.
+PIECE_BYTES = 1 << 20
+
+
+class CommSizeError(RuntimeError):
+    """The communicator is not of the size that the job was given."""
+
+
+class Comm(Protocol):
+    """What distillation and evaluation need of a communicator."""
+
+    rank: int
+    size: int
+
+    def all_reduce_sum(self, array: npt.NDArray[Any]) -> None:
+        """Replace a contiguous array by its sum over ranks, in place; a no-op on one rank."""
+
+    def any(self, flag: bool) -> bool:
+        """Whether `flag` is set on any rank; the same answer on all."""
+
+    def broadcast(self, value: T) -> T:
+        """Rank 0's `value` on every rank."""
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank's `value`, in rank order, on rank 0; an empty list elsewhere."""
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+
+    def abort(self, code: int) -> None:
+        """End all ranks at once; for an error that the others cannot know of."""
+
+
+class SerialComm:
+    """A communicator of one."""
+
+    rank = 0
+    size = 1
+
+    def all_reduce_sum(self, array: npt.NDArray[Any]) -> None:
+        """Nothing to add."""
+
+    def any(self, flag: bool) -> bool:
+        """The flag itself."""
+        return flag
+
+    def broadcast(self, value: T) -> T:
+        """The value itself."""
+        return value
+
+    def gather(self, value: T) -> list[T]:
+        """A list of one."""
+        return [value]
+
+    def barrier(self) -> None:
+        """Nobody to wait for."""
+
+    def abort(self, code: int) -> None:
+        """End this process."""
+        raise SystemExit(code)
+
+
+class MPIComm:
+    """MPI's COMM_WORLD."""
+
+    def __init__(self, mpi: Any) -> None:
+        self._mpi = mpi
+        self._world = mpi.COMM_WORLD
+        self.rank: int = self._world.Get_rank()
+        self.size: int = self._world.Get_size()
+
+    def all_reduce_sum(self, array: npt.NDArray[Any]) -> None:
+        """Sum in place; the order of additions depends on rank numbers only."""
+        assert array.flags.c_contiguous
+        flat = array.reshape(-1)
+        piece = PIECE_BYTES // flat.itemsize
+        for start in range(0, flat.size, piece):
+            self._world.Allreduce(self._mpi.IN_PLACE, flat[start : start + piece])
+
+    def any(self, flag: bool) -> bool:
+        """Logical or over ranks."""
+        return bool(self._world.allreduce(int(flag), op=self._mpi.MAX))
+
+    def broadcast(self, value: T) -> T:
+        """From rank 0."""
+        result: T = self._world.bcast(value, root=0)
+        return result
+
+    def gather(self, value: T) -> list[T]:
+        """To rank 0."""
+        return self._world.gather(value, root=0) or []
+
+    def barrier(self) -> None:
+        """MPI_Barrier."""
+        self._world.Barrier()
+
+    def abort(self, code: int) -> None:
+        """MPI_Abort."""
+        self._world.Abort(code)
+
+
+def asked_size() -> int:
+    """The number of ranks this process was started as one of, as far as its environment tells."""
+    names = (RANKS_VARIABLE, *SIZE_VARIABLES)
+    return max(int(os.environ.get(name) or 1) for name in names)
+
+
+def connect() -> Comm:
+    """The communicator of this process.
+
+    Raises:
+        CommSizeError: if MPI connects fewer or more ranks than the job was given: a wrong process-management
+            interface starts N processes that do not know of each other, which would train N copies.
+    """
+    asked = asked_size()
+    if asked == 1:
+        return SerialComm()
+    from mpi4py import MPI
+
+    comm = MPIComm(MPI)
+    if comm.size != asked:
+        raise CommSizeError(
+            f"this job was given {asked} ranks, but MPI ({MPI.get_vendor()[0]}) connects {comm.size}. Use the mpiexec "
+            "that belongs to this MPI, or set the profile's srun_mpi to what it speaks (pmi2 for MPICH, pmix for Open MPI)"
+        )
+    return comm
+
+
+def gathered_rows(comm: Comm, rows: list[T]) -> list[T]:
+    """The rows of all ranks, in rank order, on every rank."""
+    return comm.broadcast([row for part in comm.gather(rows) for row in part])
+
+
+def share_of(comm: Comm, items: list[T]) -> list[T]:
+    """This rank's part `rank::size` of `items`."""
+    return items[comm.rank :: comm.size]
+
+
+def float_sum(comm: Comm, value: float) -> float:
+    """The sum of a number over ranks."""
+    array = np.array([value], dtype=np.float64)
+    comm.all_reduce_sum(array)
+    return float(array[0])
