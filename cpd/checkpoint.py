@@ -69,7 +69,8 @@ def published(folder: Path) -> list[Checkpoint]:
 
 def latest(folder: Path) -> Checkpoint | None:
     """The newest whole checkpoint, if any."""
-    return (published(folder) or [None])[-1]
+    whole = published(folder)
+    return whole[-1] if whole else None
 
 
 def prune(folder: Path, keep: int) -> None:

@@ -139,8 +139,9 @@ def connect() -> Comm:
     comm = MPIComm(MPI)
     if comm.size != asked:
         raise CommSizeError(
-            f"this job was given {asked} ranks, but MPI ({MPI.get_vendor()[0]}) connects {comm.size}. Use the mpiexec "
-            "that belongs to this MPI, or set the profile's srun_mpi to what it speaks (pmi2 for MPICH, pmix for Open MPI)"
+            f"this job was given {asked} ranks, but MPI ({MPI.get_vendor()[0]}) connects {comm.size}. Use the "
+            "mpiexec that belongs to this MPI, or set the profile's srun_mpi to what it speaks (pmi2 for MPICH, "
+            "pmix for Open MPI)"
         )
     return comm
 

@@ -106,7 +106,7 @@ class StudentElement(Element):
         return self.path / "curves.csv"
 
     def stage_policy(self, stage: int) -> Path:
-        """The student's weights after `stage`, kept for good, with a description beside them; -1: before training."""
+        """The weights after `stage` (-1: before training), kept for good, with a description beside them."""
         return self.path / "stages" / f"{'initial' if stage < 0 else f'stage-{stage:02d}'}.safetensors"
 
 

@@ -16,7 +16,7 @@ class Actor(Protocol):
     """A policy that acts in many episodes at once, and may remember each one's past."""
 
     def reset(self, task: str, num_envs: int) -> None:
-        """Forget everything: `num_envs` fresh episodes of `task` begin. Only a student that is told may use `task`."""
+        """Forget all: `num_envs` fresh episodes of `task` begin. Only a student that is told may use `task`."""
 
     def act(self, obs_BO: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         """Deterministic actions `[B, A]`, clipped to [-1, 1], for the episodes' current observations `[B, O]`."""
