@@ -1,0 +1,136 @@
+"""Slots: the environments of a vector environment and the arrays through which they are driven.
+
+The arrays lie in one flat buffer, so that worker processes can map the same memory: per step nothing is
+pickled and nothing but a byte goes through a pipe.
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Sequence
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from cpd.envs.goals import Goal
+from cpd.envs.task_env import ACTION_SIZE, OBSERVATION_SIZE, TaskEnv
+
+#: Room for one goal's vector; Meta-World's longest has six numbers.
+MAX_RAND_VEC_SIZE: Final = 16
+
+_ALIGNMENT: Final = 64
+_FIELDS: Final[tuple[tuple[str, Any, tuple[int, ...]], ...]] = (
+    ("observations", np.float32, (OBSERVATION_SIZE,)),
+    ("rewards", np.float64, ()),
+    ("successes", np.bool_, ()),
+    ("actions", np.float32, (ACTION_SIZE,)),
+    ("selected", np.bool_, ()),
+    ("rand_vec_sizes", np.int64, ()),
+    ("rand_vecs", np.float64, (MAX_RAND_VEC_SIZE,)),
+)
+
+
+class SlotError(RuntimeError):
+    """An environment, or the process that runs it, failed; the message names the task and holds the cause."""
+
+
+class SlotArrays:
+    """Views of one buffer, with a row per slot.
+
+    Attributes:
+        observations: [N, 39] float32, the current observation of each slot.
+        rewards: [N] float64 of the last step; 0 after a reset.
+        successes: [N] bool of the last step, not latched; False after a reset.
+        actions: [N, 4] float32, input of a step.
+        selected: [N] bool, the slots that the next step or reset is for.
+        rand_vec_sizes: [N] int64 and
+        rand_vecs: [N, 16] float64, input of a reset.
+    """
+
+    observations: npt.NDArray[np.float32]
+    rewards: npt.NDArray[np.float64]
+    successes: npt.NDArray[np.bool_]
+    actions: npt.NDArray[np.float32]
+    selected: npt.NDArray[np.bool_]
+    rand_vec_sizes: npt.NDArray[np.int64]
+    rand_vecs: npt.NDArray[np.float64]
+
+    def __init__(self, num_slots: int, buffer: Any) -> None:
+        offset = 0
+        for name, dtype, shape in _FIELDS:
+            view = np.ndarray((num_slots, *shape), dtype=dtype, buffer=buffer, offset=offset)
+            setattr(self, name, view)
+            offset += _padded(view.nbytes)
+
+    @staticmethod
+    def size(num_slots: int) -> int:
+        """Bytes that `num_slots` slots need."""
+        return sum(
+            _padded(num_slots * int(np.prod(shape, dtype=int)) * np.dtype(dtype).itemsize)
+            for _, dtype, shape in _FIELDS
+        )
+
+
+def _padded(num_bytes: int) -> int:
+    return -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
+
+
+class SlotGroup:
+    """The environments of some of the slots, stepped one after another in this process.
+
+    Args:
+        tasks: one task name per slot, of all slots.
+        slots: which of them are this group's.
+        arrays: the rows of all slots.
+        reward_version: Meta-World's reward functions, "v1" or "v2".
+    """
+
+    def __init__(
+        self, tasks: Sequence[str], slots: Sequence[int], arrays: SlotArrays, reward_version: str
+    ) -> None:
+        self._arrays = arrays
+        self._envs: list[tuple[int, TaskEnv]] = []
+        for slot in slots:
+            try:
+                self._envs.append((slot, TaskEnv(tasks[slot], reward_version=reward_version)))
+            except Exception as error:
+                raise _slot_error("constructing", slot, tasks[slot]) from error
+
+    def reset(self) -> None:
+        """Reset the selected slots to the goals in their rows, and write their observations."""
+        arrays = self._arrays
+        for slot, env in self._envs:
+            if not arrays.selected[slot]:
+                continue
+            rand_vec = arrays.rand_vecs[slot, : arrays.rand_vec_sizes[slot]].copy()
+            try:
+                arrays.observations[slot] = env.reset(Goal(env.task, "", 0, rand_vec))
+            except Exception as error:
+                raise _slot_error("resetting", slot, env.task) from error
+            arrays.rewards[slot] = 0.0
+            arrays.successes[slot] = False
+
+    def step(self) -> None:
+        """Step the selected slots, and write their observations, rewards and success flags."""
+        arrays = self._arrays
+        for slot, env in self._envs:
+            if not arrays.selected[slot]:
+                continue
+            try:
+                obs, reward, success = env.step(arrays.actions[slot])
+            except Exception as error:
+                raise _slot_error("stepping", slot, env.task) from error
+            arrays.observations[slot] = obs
+            arrays.rewards[slot] = reward
+            arrays.successes[slot] = success
+
+    def close(self) -> None:
+        """Close the environments."""
+        for _, env in self._envs:
+            env.close()
+        self._envs = []
+
+
+def _slot_error(doing: str, slot: int, task: str) -> SlotError:
+    return SlotError(f"{doing} slot {slot} ({task}) failed:\n{traceback.format_exc()}")

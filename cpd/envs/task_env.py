@@ -1,0 +1,101 @@
+"""One Meta-World task, reset to given goals: the environment that everything else in this package steps."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from cpd.envs.goals import Goal
+from cpd.envs.registry import build_env, task_class
+
+OBSERVATION_SIZE: Final = 39
+ACTION_SIZE: Final = 4
+
+#: Meta-World refuses a 501st step.
+MAX_EPISODE_STEPS: Final = 500
+
+REWARD_VERSIONS: Final = ("v1", "v2")
+
+
+class TaskEnv:
+    """A Meta-World task with the goal visible, as in its multi-task benchmarks.
+
+    Neither horizon nor auto-reset: the caller resets in time. Given a goal and actions, an episode is always
+    the same, whatever was done with the environment before.
+
+    Args:
+        task: Meta-World task name, such as "push-v3".
+        reward_version: Meta-World's reward functions, "v1" or "v2".
+        accelerated: use the bit-exact faster classes where they were verified for the installed versions.
+
+    Raises:
+        ValueError: unknown task or reward version.
+    """
+
+    def __init__(self, task: str, *, reward_version: str = "v2", accelerated: bool = True) -> None:
+        if reward_version not in REWARD_VERSIONS:
+            raise ValueError(f"unknown reward version {reward_version!r}: choose 'v1' or 'v2'")
+        self.task = task
+        self.reward_version = reward_version
+        self._env: Any = build_env(task_class(task), reward_function_version=reward_version)
+        self._pristine = {name: getattr(self._env.model, name).copy() for name in ("body_pos", "site_pos")}
+        self._rand_vec_size = int(self._env._random_reset_space.low.size)
+        self._has_goal = False
+
+    def reset(self, goal: Goal) -> npt.NDArray[np.float64]:
+        """Start an episode from `goal`.
+
+        Returns:
+            The first observation, [39] float64: 18 current, 18 previous (equal to current), goal position.
+
+        Raises:
+            ValueError: a goal of another task, or one of the wrong size.
+        """
+        if goal.task != self.task:
+            raise ValueError(f"a goal of {goal.task} was given to an environment of {self.task}")
+        if goal.rand_vec.shape != (self._rand_vec_size,):
+            raise ValueError(
+                f"{self.task}: a goal has {self._rand_vec_size} numbers, got shape {goal.rand_vec.shape}"
+            )
+        env = self._env
+        for name, value in self._pristine.items():
+            getattr(env.model, name)[:] = value
+        env._set_task_called = True
+        env._freeze_rand_vec = True
+        env._last_rand_vec = np.array(goal.rand_vec, dtype=np.float64)
+        if env._partially_observable:
+            env._partially_observable = False
+            env.__dict__.pop("sawyer_observation_space", None)
+        obs, _ = env.reset()
+        self._has_goal = True
+        first: npt.NDArray[np.float64] = obs
+        return first
+
+    def step(self, action: npt.NDArray[np.floating[Any]]) -> tuple[npt.NDArray[np.float64], float, bool]:
+        """Apply one action.
+
+        Args:
+            action: [4], taken as float32: hand displacement (x, y, z; 1 is 1 cm) and gripper effort. The
+                displacement is clipped to [-1, 1] and the effort by the actuator's limits, as Meta-World does.
+
+        Returns:
+            Observation [39] float64, reward, and whether this step (not an earlier one) counts as a success.
+
+        Raises:
+            ValueError: before the first reset, or beyond Meta-World's limit of 500 steps.
+        """
+        env = self._env
+        if not self._has_goal:
+            raise ValueError(f"{self.task}: reset to a goal before the first step")
+        if env.curr_path_length >= MAX_EPISODE_STEPS:
+            raise ValueError(
+                f"{self.task}: an episode has at most {MAX_EPISODE_STEPS} steps; reset before going on"
+            )
+        obs, reward, _, _, info = env.step(np.asarray(action, dtype=np.float32))
+        return obs, float(reward), bool(info["success"])
+
+    def close(self) -> None:
+        """Release the renderer, if any."""
+        self._env.close()

@@ -1,0 +1,68 @@
+"""The process behind some slots of a vector environment: `sampler` starts it and writes one byte per order.
+
+Orders arrive on standard input, answers leave on standard output, arrays are shared memory. The process ends
+when its standard input does, so it outlives neither `close()` nor a parent that was killed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import mmap
+import os
+import signal
+import struct
+import sys
+import traceback
+from typing import Final
+
+STEP: Final = b"s"
+RESET: Final = b"r"
+DONE: Final = b"k"
+FAILED: Final = b"e"
+
+#: Precedes the traceback of a failure: its length in bytes.
+LENGTH: Final = struct.Struct("<Q")
+
+
+def main(settings: str) -> None:
+    """Serve orders until the parent goes away.
+
+    Args:
+        settings: JSON with the keys `tasks`, `slots`, `reward_version`, and `memory`, the inherited file
+            descriptor of the shared arrays.
+    """
+    # A batch system signals every process of a job, a terminal the whole group: what is to be done about it
+    # is the parent's decision, and this process follows the pipe.
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(signum, signal.SIG_IGN)
+    answers = os.dup(sys.stdout.fileno())
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what a library prints must not look like an answer
+    with contextlib.suppress(BrokenPipeError):
+        _serve(json.loads(settings), sys.stdin.fileno(), answers)
+    # Nothing here needs finalizers, and interpreter teardown would only delay the parent's close().
+    os._exit(0)
+
+
+def _serve(settings: dict[str, object], orders: int, answers: int) -> None:
+    try:
+        from cpd.envs.slots import SlotArrays, SlotGroup
+
+        tasks, slots = settings["tasks"], settings["slots"]
+        assert isinstance(tasks, list) and isinstance(slots, list)
+        with contextlib.suppress(OSError, AttributeError):
+            os.set_blocking(orders, True)
+        memory = mmap.mmap(int(str(settings["memory"])), SlotArrays.size(len(tasks)))
+        group = SlotGroup(tasks, slots, SlotArrays(len(tasks), memory), str(settings["reward_version"]))
+        handlers = {STEP: group.step, RESET: group.reset}
+        os.write(answers, DONE)
+        while order := os.read(orders, 1):
+            handlers[order]()
+            os.write(answers, DONE)
+    except BrokenPipeError:
+        raise
+    except BaseException as error:
+        text = (str(error) if type(error).__name__ == "SlotError" else traceback.format_exc()).encode()
+        message = FAILED + LENGTH.pack(len(text)) + text
+        while message:
+            message = message[os.write(answers, message) :]
