@@ -62,6 +62,8 @@ class StatusRecord:
     updated: float = 0.0
     seconds: dict[str, float] = field(default_factory=dict)
     """Wall seconds by phase, added up over attempts."""
+    spans: list[tuple[str, float, float]] = field(default_factory=list)
+    """Phase, start and end (Unix time) of every stretch of work."""
 
     @property
     def eta_seconds(self) -> float | None:
@@ -95,13 +97,9 @@ class Status:
         record = self.record
         self._phase_base = record.seconds.get(phase, 0.0)
         self._phase_start, self._phase_first = time.monotonic(), done
-        record.state, record.phase, record.total, record.unit, record.rate = (
-            "running",
-            phase,
-            total,
-            unit,
-            0.0,
-        )
+        record.state, record.phase = "running", phase
+        record.total, record.unit, record.rate = total, unit, 0.0
+        record.spans.append((phase, time.time(), time.time()))
         self.advance(done, force=True)
 
     def advance(
@@ -113,7 +111,9 @@ class Status:
         record.success = record.success if success is None else success
         record.loss = record.loss if loss is None else loss
         elapsed = now - self._phase_start
-        record.seconds[record.phase] = self._phase_base + elapsed
+        if record.spans:
+            record.seconds[record.phase] = self._phase_base + elapsed
+            record.spans[-1] = (*record.spans[-1][:2], time.time())
         record.rate = (done - self._phase_first) / elapsed if elapsed > 0 else 0.0
         if force or now - self._last_write >= WRITE_SECONDS:
             self._last_write = now

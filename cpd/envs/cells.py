@@ -1,0 +1,97 @@
+"""Evaluation in cells: episodes of one task on one goal set, shared over ranks in chunks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from cpd.comm import Comm, gathered_rows, share_of
+from cpd.envs.episodes import Actor, Outcome, run_episodes
+from cpd.envs.goals import Goal, Split, goal_set
+from cpd.envs.sampler import VectorEnv, make_vector_env
+
+#: Episodes per forward pass. A chunk's composition is fixed, so results do not depend on the number of ranks.
+CHUNK = 25
+
+
+class Cell(NamedTuple):
+    """Episodes of one task on one goal set."""
+
+    task: str
+    goal_set: Split
+    num_episodes: int
+    to_the_end: bool = False
+    """Whether episodes run on after success, so that success at the last step is known."""
+
+
+class EnvPool:
+    """This process's environments, made once per task and used again for every evaluation."""
+
+    def __init__(self, reward_version: str, num_workers: int = 1) -> None:
+        """Nothing is made yet; each task's environments will live in `num_workers` processes."""
+        self._reward_version = reward_version
+        self._num_workers = num_workers
+        self._envs: dict[str, VectorEnv] = {}
+
+    def get(self, task: str) -> VectorEnv:
+        """`CHUNK` environments of `task`."""
+        if task not in self._envs:
+            self._envs[task] = make_vector_env([task] * CHUNK, self._num_workers, self._reward_version)
+        return self._envs[task]
+
+    def close(self) -> None:
+        """Free them."""
+        for envs in self._envs.values():
+            envs.close()
+        self._envs.clear()
+
+
+def evaluate_cells(
+    actor: Actor,
+    cells: Sequence[Cell],
+    horizon: int,
+    pool: EnvPool,
+    comm: Comm,
+    *,
+    should_stop: Callable[[], bool] = lambda: False,
+    advance: Callable[[int], None] = lambda episodes: None,
+) -> list[list[Outcome]] | None:
+    """Act in all episodes of `cells`; a collective.
+
+    Args:
+        actor: the policy, on every rank the same.
+        cells: what to measure; goals are each set's first `num_episodes`.
+        horizon: steps per episode.
+        pool: this rank's environments.
+        comm: the ranks that share the work.
+        should_stop: looked at after every step.
+        advance: told the number of episodes this rank has just finished.
+
+    Returns:
+        For each cell its outcomes in goal order, on every rank; None if any rank was asked to stop.
+    """
+    chunks: list[tuple[int, Sequence[Goal]]] = []
+    for index, cell in enumerate(cells):
+        goals = goal_set(cell.task, cell.goal_set, cell.num_episodes)
+        chunks += [(index, goals[start : start + CHUNK]) for start in range(0, len(goals), CHUNK)]
+    found: list[tuple[int, Outcome]] = []
+    for index, goals in share_of(comm, chunks):
+        cell = cells[index]
+        outcomes = run_episodes(
+            actor,
+            pool.get(cell.task),
+            goals,
+            horizon,
+            stop_at_success=not cell.to_the_end,
+            should_stop=should_stop,
+        )
+        if not outcomes:
+            break
+        found += [(index, outcome) for outcome in outcomes]
+        advance(len(outcomes))
+    if comm.any(should_stop()):
+        return None
+    by_cell: list[list[Outcome]] = [[] for _ in cells]
+    for index, outcome in gathered_rows(comm, found):
+        by_cell[index].append(outcome)
+    return [sorted(outcomes, key=lambda outcome: outcome.goal) for outcomes in by_cell]

@@ -1,0 +1,146 @@
+"""The success matrix: students of every stage on every task, row by row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from cpd.comm import Comm
+from cpd.envs.cells import Cell, EnvPool, evaluate_cells
+from cpd.envs.episodes import Outcome
+from cpd.interrupt import Interrupt, InterruptedBySignal
+from cpd.provenance import Labels, labels
+from cpd.runs import Run, StudentElement
+from cpd.session import Session, session
+from cpd.student.student import StudentActor, load_student
+from cpd.tables import EpisodeRow, EvaluationRow, write_rows
+
+
+def row_cells(run: Run, stage: int, last_stage: int) -> list[Cell]:
+    """The cells of the success matrix's row `stage` (-1: before training); few episodes where little hangs on them.
+
+    The diagonal and the final row get `evaluation.num_episodes` held-out episodes, other cells
+    `num_episodes_brief`; the final row is also measured to the episodes' end, and on training goals.
+    """
+    stream, counts = run.config.stream, run.config.evaluation
+    if stage == last_stage:
+        full, tasks = counts.num_episodes, stream.distinct_tasks
+        return [Cell(task, "held_out", full, to_the_end=True) for task in tasks] + [
+            Cell(task, "training", full) for task in tasks
+        ]
+    current = stream.tasks[stage] if stage >= 0 else None
+    return [
+        Cell(task, "held_out", counts.num_episodes if task == current else counts.num_episodes_brief)
+        for task in stream.distinct_tasks
+    ]
+
+
+def evaluation_rows(
+    cells: Sequence[Cell],
+    outcomes: Sequence[Sequence[Outcome]],
+    *,
+    method: str,
+    seed: int,
+    stage: int | None,
+    label: Labels,
+) -> tuple[list[EvaluationRow], list[EpisodeRow]]:
+    """Long-form rows of measured cells: one per cell, and one per episode."""
+    rows, episodes = [], []
+    for cell, results in zip(cells, outcomes, strict=True):
+        common = {"method": method, "seed": seed, "stage": stage, "task": cell.task, "goal_set": cell.goal_set}
+        last = [outcome.success_last for outcome in results]
+        rows.append(
+            EvaluationRow(
+                **common,
+                episodes=len(results),
+                successes=sum(outcome.success for outcome in results),
+                successes_last=sum(map(bool, last)) if cell.to_the_end else None,
+                mean_return=sum(outcome.episode_return for outcome in results) / len(results),
+                **asdict(label),
+            )
+        )
+        episodes += [
+            EpisodeRow(
+                **common,
+                goal=outcome.goal,
+                success=outcome.success,
+                success_last=outcome.success_last,
+                length=outcome.length,
+                episode_return=outcome.episode_return,
+            )
+            for outcome in results
+        ]
+    return rows, episodes
+
+
+def row_file(element: StudentElement, stage: int) -> Path:
+    """Where an evaluation keeps its row `stage`; the episodes lie beside it."""
+    return element.path / f"{'initial' if stage < 0 else f'stage-{stage:02d}'}.csv"
+
+
+def run_evaluation(
+    run: Run, element: StudentElement, comm: Comm, *, interrupt: Interrupt, tell: Callable[[str], None]
+) -> None:
+    """Fill the rows that are missing for one student; a collective.
+
+    Raises:
+        LeaseHeldError: if another process is evaluating this student.
+        InterruptedBySignal: if asked to stop; the rows finished so far are kept.
+    """
+    torch.set_num_threads(run.config.torch_threads)
+    with session(element, comm, tell) as current:
+        _fill_rows(run, element, comm, interrupt, current)
+        if current.is_writer:
+            current.check()
+            element.complete.touch()
+        current.finish("done")
+
+
+def _fill_rows(run: Run, element: StudentElement, comm: Comm, interrupt: Interrupt, current: Session) -> None:
+    config = run.config
+    student = run.students()[element.index]
+    stages = [s for s in range(-1, len(config.stream.tasks)) if student.stage_policy(s).exists()]
+    if not stages:
+        raise ValueError(f"{student.path} holds no trained stage yet; run jobs.distill first")
+    todo = comm.broadcast([s for s in stages if not row_file(element, s).exists()])
+    episodes = {s: sum(cell.num_episodes for cell in row_cells(run, s, stages[-1])) for s in stages}
+    total = sum(episodes.values())
+    done = total - sum(episodes[s] for s in todo)
+    current.begin("evaluate", total, done, unit="episodes")
+
+    def advance(num_episodes: int) -> None:
+        nonlocal done
+        # Ranks work side by side: this one's progress times their number is about the whole's.
+        done += num_episodes * comm.size
+        current.advance(min(done, total))
+
+    pool = EnvPool(config.stream.reward_version)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    for stage in todo:
+        model = load_student(student.stage_policy(stage)).to(device)
+        cells = row_cells(run, stage, stages[-1])
+        before = done
+        outcomes = evaluate_cells(
+            StudentActor(model, config.stream.distinct_tasks),
+            cells,
+            config.stream.horizon,
+            pool,
+            comm,
+            should_stop=lambda: interrupt.requested,
+            advance=advance,
+        )
+        if outcomes is None:
+            raise InterruptedBySignal(f"asked to stop while evaluating stage {stage}; launch again to go on")
+        done = before + episodes[stage]
+        if current.is_writer:
+            rows, episode_rows = evaluation_rows(
+                cells, outcomes, method=element.method, seed=element.seed, stage=stage, label=labels(config)
+            )
+            current.check()
+            file = row_file(element, stage)
+            write_rows(file.with_name(f"{file.stem}-episodes.csv"), episode_rows)
+            write_rows(file, rows)  # last: it marks the row as measured
+    pool.close()

@@ -1,0 +1,86 @@
+"""One attempt at an element: its lease, its status, and its ending, whatever that is."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from cpd.comm import Comm
+from cpd.interrupt import InterruptedBySignal
+from cpd.lease import Lease, LeaseHeldError, LeaseLostError
+from cpd.record import Status
+from cpd.runs import Element
+
+#: How long a successor waits for a dying predecessor to save and let go.
+HANDOVER_SECONDS = 30.0
+
+
+@dataclass
+class Session:
+    """The right to work on an element, held by rank 0; on other ranks every method does nothing."""
+
+    _lease: Lease | None
+    _status: Status | None
+
+    @property
+    def is_writer(self) -> bool:
+        """Whether this rank is the one that writes."""
+        return self._lease is not None
+
+    def check(self) -> None:
+        """Raise LeaseLostError if another process took over; call before publishing anything."""
+        if self._lease:
+            self._lease.check()
+
+    def begin(self, phase: str, total: int, done: int = 0, unit: str = "steps") -> None:
+        """Enter a phase; see `Status.begin`."""
+        if self._status:
+            self._status.begin(phase, total, done, unit)
+
+    def advance(self, done: int, **values: Any) -> None:
+        """Tell progress; see `Status.advance`."""
+        if self._status:
+            self._status.advance(done, **values)
+
+    def finish(self, state: Any, message: str = "", **values: float | None) -> None:
+        """Leave the element in `state`; see `Status.finish`."""
+        if self._status:
+            self._status.finish(state, message, **values)
+
+
+@contextlib.contextmanager
+def session(
+    element: Element, comm: Comm, tell: Callable[[str], None], wait_seconds: float = HANDOVER_SECONDS
+) -> Iterator[Session]:
+    """Work on `element` as its single writer; a collective. The caller writes its marker and calls `finish`.
+
+    An exception in the block is told in status.json (`stopped` if the job was asked to stop, else `failed`) and
+    raised again.
+
+    Raises:
+        LeaseHeldError: on every rank, if another process is the writer and does not let go in time.
+    """
+    lease, refusal = None, ""
+    if comm.rank == 0:
+        element.path.mkdir(parents=True, exist_ok=True)
+        try:
+            lease = Lease(element.path).acquire(wait_seconds)
+        except LeaseHeldError as error:
+            refusal = str(error)
+    refusal = comm.broadcast(refusal)
+    if refusal:
+        raise LeaseHeldError(refusal)
+    current = Session(lease, Status(element.status, tell) if lease else None)
+    with lease or contextlib.nullcontext():
+        try:
+            yield current
+        except InterruptedBySignal as stop:
+            current.finish("stopped", str(stop))
+            raise
+        except LeaseLostError:
+            raise  # the successor owns status.json now
+        except Exception as error:
+            current.finish("failed", f"{type(error).__name__}: {error}")
+            raise
