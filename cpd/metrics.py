@@ -1,0 +1,392 @@
+"""The measures of a continual stream and their uncertainty, in plain NumPy.
+
+Shapes: K stages, J distinct tasks, N seeds. `rates` is the success matrix with K + 1 rows, of which row 0 is
+stage -1, before any training; a cell that was not measured is NaN, and so is whatever depends on it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+Bools = NDArray[np.bool_]
+Statistic = Callable[[Floats], Floats]
+
+Z_95 = 1.959963984540054
+"""The 97.5 % quantile of the standard normal distribution."""
+
+FEW_SEEDS = 5
+"""With fewer seeds than this every seed is reported, and no interval over seeds."""
+
+
+class Counted(Protocol):
+    """What a row of a long-form table tells a success matrix."""
+
+    @property
+    def stage(self) -> int | None: ...
+    @property
+    def task(self) -> str: ...
+    @property
+    def goal_set(self) -> str: ...
+    @property
+    def episodes(self) -> int: ...
+    @property
+    def successes(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class SuccessMatrix:
+    """Success counts of one student: rows are stages -1 … K-1, columns the distinct tasks of the stream."""
+
+    stream: tuple[str, ...]
+    tasks: tuple[str, ...]
+    successes: NDArray[np.int64]
+    """(K+1, J)"""
+    episodes: NDArray[np.int64]
+    """(K+1, J); 0 where nothing was measured."""
+
+    @property
+    def rates(self) -> Floats:
+        """(K+1, J) success rates, NaN where nothing was measured."""
+        with np.errstate(invalid="ignore"):
+            return np.where(self.episodes > 0, self.successes / self.episodes, np.nan)
+
+
+def success_matrix(rows: Iterable[Counted], stream: Sequence[str], goal_set: str = "held_out") -> SuccessMatrix:
+    """Assemble the success matrix of one student from its long-form rows.
+
+    Args:
+        rows: rows of one method and seed; those of other goal sets are passed over.
+        stream: the task of every stage.
+        goal_set: the goals to count.
+
+    Raises:
+        ValueError: for a stage or task outside the stream, or a cell that stands twice.
+    """
+    tasks = tuple(dict.fromkeys(stream))
+    successes = np.zeros((len(stream) + 1, len(tasks)), np.int64)
+    episodes = np.zeros_like(successes)
+    for row in rows:
+        if row.goal_set != goal_set:
+            continue
+        if row.task not in tasks or row.stage is None or not -1 <= row.stage < len(stream):
+            raise ValueError(
+                f"stage {row.stage}, task {row.task!r} is no cell of a stream of {len(stream)} stages"
+            )
+        cell = row.stage + 1, tasks.index(row.task)
+        if episodes[cell]:
+            raise ValueError(f"stage {row.stage}, task {row.task!r} ({goal_set} goals) stands twice")
+        successes[cell], episodes[cell] = row.successes, row.episodes
+    return SuccessMatrix(tuple(stream), tasks, successes, episodes)
+
+
+def own_stages(stream: Sequence[str]) -> NDArray[np.int64]:
+    """(J,) the last stage of every distinct task; a repeated task counts from its last repetition."""
+    tasks = dict.fromkeys(stream)
+    return np.array([max(k for k, name in enumerate(stream) if name == task) for task in tasks], np.int64)
+
+
+def final_stage(rates: Floats, stream: Sequence[str], admitted: Bools) -> int | None:
+    """The stage whose row is the final one, or None if the stream has not been evaluated to its end.
+
+    It is K-1; where the stages at the end were skipped for want of a teacher, the policy has not changed since
+    the last distilled stage, whose row may stand for K-1.
+    """
+    last = max(own_stages(stream)[admitted], default=-1)
+    measured = [k for k in range(last, len(stream)) if k >= 0 and not np.isnan(rates[k + 1]).all()]
+    return max(measured, default=None)
+
+
+def average_performance(final: Floats, admitted: Bools) -> float:
+    """`AP = mean_j S[K-1, j]`, with 0 for every task without an admitted teacher.
+
+    Args:
+        final: (J,) the final row of the success matrix.
+        admitted: (J,) whether the task has an admitted teacher.
+    """
+    return float(np.where(admitted, final, 0.0).mean())
+
+
+@dataclass(frozen=True)
+class Forgetting:
+    """How much of what was learned is lost; positive means forgotten, and backward transfer is its negative."""
+
+    per_task: Floats
+    """(J,) `S[own last stage, j] - S[K-1, j]`; NaN for tasks without an admitted teacher."""
+    mean: float
+    """Mean over the tasks before the last."""
+    over_all: float
+    """The same sum divided by all distilled tasks, the last included (Wolczyk et al. 2021)."""
+    worst: int | None
+    """Column of the task that is forgotten most."""
+    max_based: float
+    """Mean over the tasks before the last of `max_k S[k, j] - S[K-1, j]`, `k` from the task's first stage to the
+    one before the last (Chaudhry et al. 2018). The maximum of noisy rates is biased upwards, the more so the
+    fewer episodes a cell has."""
+
+
+def forgetting(rates: Floats, stream: Sequence[str], admitted: Bools, final: int) -> Forgetting:
+    """Forgetting at stage `final`.
+
+    Args:
+        rates: (K+1, J) success matrix.
+        stream: the task of every stage.
+        admitted: (J,) whether the task has an admitted teacher; the others are left out.
+        final: the stage of the final row, from `final_stage`.
+    """
+    own = own_stages(stream)
+    columns = np.arange(len(own))
+    drop = np.where(admitted, rates[own + 1, columns] - rates[final + 1], np.nan)
+    last = max(own[admitted], default=-1)
+    before = admitted & (own < last)
+    if not before.any():
+        return Forgetting(drop, np.nan, np.nan, None, np.nan)
+    first = [stream.index(task) for task in dict.fromkeys(stream)]
+    highest = np.array([_highest(rates[first[j] + 1 : last + 1, j]) for j in columns])
+    return Forgetting(
+        per_task=drop,
+        mean=float(drop[before].mean()),
+        over_all=float(drop[before].sum() / admitted.sum()),
+        worst=_arg_extreme(np.where(before, drop, np.nan), np.nanargmax),
+        max_based=float((highest - rates[final + 1])[before].mean()),
+    )
+
+
+def _highest(values: Floats) -> float:
+    """The largest measured value, NaN if none was."""
+    measured = values[~np.isnan(values)]
+    return float(measured.max()) if measured.size else np.nan
+
+
+def _arg_extreme(values: Floats, choose: Callable[[Floats], Any]) -> int | None:
+    return None if np.isnan(values).all() else int(choose(values))
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """The student's final success as a share of its teachers'."""
+
+    per_task: Floats
+    """(J,) unclipped `S[K-1, j] / S_teacher[j]`; NaN where there is no admitted teacher or it never succeeds."""
+    mean: float
+    """Headline: `mean_j min(1, S[K-1, j] / S_teacher[j])`."""
+    unclipped: float
+    """`mean_j S[K-1, j] / S_teacher[j]`."""
+    ratio_of_means: float
+    """`sum_j S[K-1, j] / sum_j S_teacher[j]`."""
+    worst: int | None
+    """Column of the task with the least share."""
+
+
+def recovery(final: Floats, teacher: Floats, admitted: Bools) -> Recovery:
+    """Recovery over the tasks whose teacher is admitted and succeeds at least once.
+
+    Args:
+        final: (J,) the final row of the success matrix.
+        teacher: (J,) the teachers' success rates on the same goals.
+        admitted: (J,) whether the task has an admitted teacher.
+    """
+    counted = admitted & ~(teacher == 0)
+    share = np.full(len(final), np.nan)
+    share[counted] = final[counted] / teacher[counted]
+    if not counted.any():
+        return Recovery(share, np.nan, np.nan, np.nan, None)
+    return Recovery(
+        per_task=share,
+        mean=float(np.minimum(1.0, share[counted]).mean()),
+        unclipped=float(share[counted].mean()),
+        ratio_of_means=float(final[counted].sum() / teacher[counted].sum()),
+        worst=_arg_extreme(share, np.nanargmin),
+    )
+
+
+def area_under_curve(steps: Sequence[float], success: Sequence[float], length: float) -> float:
+    """Mean success over the first `length` steps of a stage, by the trapezoid rule.
+
+    The first value is held back to step 0 and the last one forward to `length`.
+
+    Args:
+        steps: increasing steps at which success was measured.
+        success: the rates there.
+        length: steps of the stage.
+    """
+    inside = np.asarray(steps, float)
+    if not len(inside) or (np.diff(inside) <= 0).any() or inside[0] < 0 or inside[-1] > length:
+        raise ValueError(f"a curve's steps must increase from 0 to {length:g}, not {list(steps)}")
+    x = np.concatenate([[0.0], inside, [length]])
+    y = np.asarray(success, float)
+    return float(np.trapezoid(np.concatenate([y[:1], y, y[-1:]]), x) / length)
+
+
+def forward_transfer(area: Floats, baseline: Floats, ceiling: float = 0.95) -> tuple[float, Bools]:
+    """`mean_k (AUC_k - AUC_k^b) / (1 - AUC_k^b)` (Wolczyk et al. 2021).
+
+    Args:
+        area: (K,) area under the curve of each stage's task, from `area_under_curve`.
+        baseline: (K,) the same for a student distilled on that task alone with the same steps and data.
+        ceiling: stages with a baseline above this are left out: next to nothing is left to transfer there.
+
+    Returns:
+        The mean over the stages that count (NaN if none does), and (K,) which were left out.
+    """
+    left_out = baseline > ceiling
+    counted = ~left_out
+    if not counted.any():
+        return np.nan, left_out
+    gain = (area[counted] - baseline[counted]) / (1.0 - baseline[counted])
+    return float(gain.mean()), left_out
+
+
+# ---- Uncertainty of one run, from its episode counts
+
+
+def wilson(successes: Floats | int, episodes: Floats | int, z: float = Z_95) -> tuple[Floats, Floats]:
+    """Wilson score interval of a success rate (Wilson 1927).
+
+    `(p + z^2/2n ± z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n)`, with `p` successes out of `n`; (NaN, NaN) for
+    `n = 0`. Takes numbers or arrays of any one shape.
+    """
+    n = np.asarray(episodes, float)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        p = np.asarray(successes, float) / n
+        centre = (p + z**2 / (2 * n)) / (1 + z**2 / n)
+        half = z * np.sqrt(p * (1 - p) / n + z**2 / (4 * n**2)) / (1 + z**2 / n)
+        # Rounding must not push the limits past the rate itself at 0 and 1.
+        return np.minimum(np.clip(centre - half, 0, 1), p), np.maximum(np.clip(centre + half, 0, 1), p)
+
+
+def mean_interval(estimates: Floats, low: Floats, high: Floats) -> tuple[float, float]:
+    """Interval of the mean of independent quantities from each one's own interval (MOVER, Zou and Donner 2008).
+
+    `mean ± sqrt(sum of squared distances to the limits) / J`; all arguments are (J,).
+    """
+    centre, count = float(estimates.mean()), len(estimates)
+    below = float(np.sqrt(((estimates - low) ** 2).sum())) / count
+    above = float(np.sqrt(((high - estimates) ** 2).sum())) / count
+    return centre - below, centre + above
+
+
+def difference_interval(
+    first: tuple[Floats, Floats, Floats], second: tuple[Floats, Floats, Floats]
+) -> tuple[Floats, Floats]:
+    """Interval of `p1 - p2` from `(rate, low, high)` of each (Newcombe 1998, method 10).
+
+    Both are taken as independent, which is cautious where they share their goals.
+    """
+    (p1, l1, u1), (p2, l2, u2) = first, second
+    return p1 - p2 - np.hypot(p1 - l1, u2 - p2), p1 - p2 + np.hypot(u1 - p1, p2 - l2)
+
+
+def ratio_interval(
+    first: tuple[Floats, Floats, Floats], second: tuple[Floats, Floats, Floats]
+) -> tuple[Floats, Floats]:
+    """Interval of `p1 / p2` from `(rate, low, high)` of each, `p2 > 0` (Donner and Zou 2012).
+
+    The lower limit is written in the conjugate form of theirs, which has no pole at `u2 = 2 p2`.
+    """
+    (p1, l1, u1), (p2, l2, u2) = first, second
+    product = p1 * p2
+    root = np.sqrt(np.maximum(product**2 - l1 * u2 * (2 * p1 - l1) * (2 * p2 - u2), 0))
+    below, weight = l1 * (2 * p1 - l1), product + root
+    low = np.divide(below, weight, out=np.zeros_like(below), where=weight > 0)
+    root = np.sqrt(np.maximum(product**2 - u1 * l2 * (2 * p1 - u1) * (2 * p2 - l2), 0))
+    return low, (product + root) / (l2 * (2 * p2 - l2))
+
+
+# ---- Uncertainty over seeds (Agarwal et al. 2021); scores are (..., N, J)
+
+
+def mean_score(scores: Floats) -> Floats:
+    """Mean over seeds and tasks."""
+    mean: Floats = scores.mean(axis=(-2, -1))
+    return mean
+
+
+def interquartile_mean(scores: Floats) -> Floats:
+    """Mean of the middle half of all N x J scores; it drops exactly the worst tasks, so never show it alone."""
+    flat = np.sort(scores.reshape(*scores.shape[:-2], -1), axis=-1)
+    cut = flat.shape[-1] // 4
+    middle: Floats = flat[..., cut : flat.shape[-1] - cut].mean(axis=-1)
+    return middle
+
+
+def lowest_task(scores: Floats) -> Floats:
+    """The least of the tasks' means over seeds."""
+    lowest: Floats = scores.mean(axis=-2).min(axis=-1)
+    return lowest
+
+
+def highest_task(scores: Floats) -> Floats:
+    """The largest of the tasks' means over seeds: the worst task where less is better, as with forgetting."""
+    highest: Floats = scores.mean(axis=-2).max(axis=-1)
+    return highest
+
+
+@dataclass(frozen=True)
+class Aggregate:
+    """A statistic over seeds."""
+
+    estimate: float
+    low: float | None
+    """95 % interval, None with fewer than five seeds."""
+    high: float | None
+    per_seed: tuple[float, ...]
+    note: str
+
+
+def over_seeds(scores: Floats, statistic: Statistic, num_resamples: int = 10_000, seed: int = 0) -> Aggregate:
+    """A statistic with its stratified bootstrap 95 % interval over seeds (Agarwal et al. 2021).
+
+    Seeds are drawn with replacement for every task on its own (a task is a stratum) and the interval is that of
+    the percentiles. With fewer than five seeds every seed's value is given instead, and the note says so.
+
+    Args:
+        scores: (N, J) scores by seed and task.
+        statistic: maps (..., N, J) to (...).
+        num_resamples: bootstrap resamples.
+        seed: of the resampling.
+    """
+    num_seeds, num_tasks = scores.shape
+    estimate = float(statistic(scores))
+    per_seed = tuple(float(statistic(scores[n : n + 1])) for n in range(num_seeds))
+    if num_seeds < FEW_SEEDS:
+        plural = "" if num_seeds == 1 else "s"
+        note = f"{num_seeds} seed{plural}: every seed is given, no interval over seeds"
+        return Aggregate(estimate, None, None, per_seed, note)
+    rng = np.random.default_rng(seed)
+    values = np.empty(num_resamples)
+    chunk = max(1, 1_000_000 // scores.size)  # resamples at a time: bounds the memory
+    for start in range(0, num_resamples, chunk):
+        stop = min(start + chunk, num_resamples)
+        drawn = rng.integers(num_seeds, size=(stop - start, num_seeds, num_tasks))
+        values[start:stop] = statistic(scores[drawn, np.arange(num_tasks)])
+    low, high = np.quantile(values, [0.025, 0.975])
+    note = f"{num_seeds} seeds: stratified bootstrap, {num_resamples} resamples, 95 %"
+    return Aggregate(estimate, float(low), float(high), per_seed, note)
+
+
+def performance_profile(scores: Floats, thresholds: Floats) -> Floats:
+    """(T,) share of the N x J runs with a score above each threshold (Agarwal et al. 2021).
+
+    Args:
+        scores: (N, J) scores by seed and task.
+        thresholds: (T,)
+    """
+    profile: Floats = (scores.reshape(-1)[None] > thresholds[:, None]).mean(axis=1)
+    return profile
+
+
+def probability_of_improvement(scores: Floats, other: Floats) -> float:
+    """Mean over tasks of `P(X_j > Y_j) + P(X_j = Y_j) / 2` over pairs of seeds (Agarwal et al. 2021).
+
+    Args:
+        scores: (N, J) scores of X by seed and task.
+        other: (M, J) scores of Y.
+    """
+    left, right = scores[:, None], other[None]
+    return float(((left > right) + 0.5 * (left == right)).mean())
