@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -20,7 +21,7 @@ from cpd.tables import EpisodeRow, EvaluationRow, write_rows
 
 
 def row_cells(run: Run, stage: int, last_stage: int) -> list[Cell]:
-    """The cells of the success matrix's row `stage` (-1: before training); few episodes where little hangs on them.
+    """The cells of row `stage` (-1: before training) of the success matrix.
 
     The diagonal and the final row get `evaluation.num_episodes` held-out episodes, other cells
     `num_episodes_brief`; the final row is also measured to the episodes' end, and on training goals.
@@ -50,7 +51,13 @@ def evaluation_rows(
     """Long-form rows of measured cells: one per cell, and one per episode."""
     rows, episodes = [], []
     for cell, results in zip(cells, outcomes, strict=True):
-        common = {"method": method, "seed": seed, "stage": stage, "task": cell.task, "goal_set": cell.goal_set}
+        common: dict[str, Any] = {
+            "method": method,
+            "seed": seed,
+            "stage": stage,
+            "task": cell.task,
+            "goal_set": cell.goal_set,
+        }
         last = [outcome.success_last for outcome in results]
         rows.append(
             EvaluationRow(

@@ -189,6 +189,14 @@ class Run:
         """The gathering of results and the drawing of figures."""
         return Element("report", 0, self.results, "results")
 
+    def dependencies(self, element: Element) -> list[Element]:
+        """The elements that must be finished before `element` can start."""
+        if isinstance(element, StudentElement) and element.role == "student":
+            return [self.teacher_of(task, element.seed) for task in self.config.stream.distinct_tasks]
+        if element.role == "evaluation":
+            return [self.students()[element.index]]
+        return [*self.evaluations()] if element.role == "report" else []
+
     def elements(self) -> list[Element]:
         """Everything the run consists of, in order."""
         return [*self.teachers(), *self.students(), *self.evaluations(), self.report()]

@@ -1,0 +1,100 @@
+"""Executing a run on this machine: a bounded queue over submitit's local executor, which has neither bounds nor
+dependencies of its own."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from cpd.interrupt import LAUNCHER_VARIABLE, Interrupt, launcher_identity
+from cpd.profile import Profile
+from cpd.record import read_status
+from cpd.runs import Element, Run
+from cpd.submission import ask_to_stop, submit_local
+
+POLL_SECONDS = 0.2
+#: How often the job of an element is started again after it was killed, within one launch.
+MAX_RESTARTS = 3
+#: How long running jobs may take to save when the launcher is asked to stop.
+STOP_SECONDS = 120.0
+
+
+@dataclass
+class LocalQueue:
+    """The elements of a run on their way through this machine's cores."""
+
+    run: Run
+    profile: Profile
+    interrupt: Interrupt
+    refresh: Callable[[], None] = lambda: None
+    """Called at every poll, to redraw a display."""
+    failed: list[Element] = field(default_factory=list)
+    _running: dict[str, tuple[Element, Any, int]] = field(default_factory=dict)
+    _restarts: dict[str, int] = field(default_factory=dict)
+
+    def execute(self) -> bool:
+        """Run everything that is not finished; returns whether the whole run is.
+
+        An element that fails does not stop those that do not depend on it.
+        """
+        # The jobs watch this process and stop when it is gone.
+        os.environ[LAUNCHER_VARIABLE] = launcher_identity()
+        pending = [element for element in self.run.elements() if not element.finished]
+        while (pending or self._running) and not self.interrupt.requested:
+            pending = self._start_ready(pending)
+            if not self._running:
+                break
+            time.sleep(POLL_SECONDS)
+            pending += self._reap()
+            self.refresh()
+        self._stop_all()
+        return not pending and not self.failed
+
+    def _start_ready(self, pending: list[Element]) -> list[Element]:
+        """Start what can start; returns what still waits."""
+        waiting = []
+        free = self.profile.usable_cores - sum(cpus for _, _, cpus in self._running.values())
+        for element in pending:
+            resources = self.profile.resources(element.role)
+            # An element wider than the machine runs alone rather than never.
+            cpus = min(resources.total_cpus, self.profile.usable_cores)
+            ready = all(needed.finished for needed in self.run.dependencies(element))
+            if ready and cpus <= free:
+                job = submit_local(self.run, element, resources)
+                self._running[element.name] = (element, job, cpus)
+                free -= cpus
+            else:
+                waiting.append(element)
+        return waiting
+
+    def _reap(self) -> list[Element]:
+        """Take note of jobs that ended; returns elements whose job was killed and should start again."""
+        again = []
+        for name, (element, job, _) in list(self._running.items()):
+            if not job.done():
+                continue
+            del self._running[name]
+            if element.finished:
+                continue
+            self._restarts[name] = self._restarts.get(name, 0) + 1
+            if read_status(element.status).state != "failed" and self._restarts[name] <= MAX_RESTARTS:
+                again.append(element)
+            else:
+                self.failed.append(element)
+        return again
+
+    def _stop_all(self) -> None:
+        deadline = time.monotonic() + STOP_SECONDS
+        asked: set[str] = set()
+        while self._running and time.monotonic() < deadline:
+            for name, (element, job, _) in list(self._running.items()):
+                if job.done():
+                    del self._running[name]
+                elif name not in asked:
+                    # Until the job holds its lease there is nobody to ask.
+                    asked |= {name} if ask_to_stop(element) else set()
+            self.refresh()
+            time.sleep(POLL_SECONDS)

@@ -1,0 +1,138 @@
+"""Handing elements to submitit."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import submitit
+
+from cpd.comm import RANKS_VARIABLE
+from cpd.files import write_json
+from cpd.interrupt import EXIT_INTERRUPTED
+from cpd.lease import current_holder
+from cpd.ledger import enter
+from cpd.profile import Resources
+from cpd.record import read_status
+from cpd.runs import Element, Role, Run
+
+#: The verb that does a role's work.
+VERBS: Mapping[Role, str] = {
+    "teacher": "jobs.teacher",
+    "student": "jobs.distill",
+    "evaluation": "jobs.evaluate",
+    "report": "jobs.report",
+}
+#: Tells a job how many cores it may fill.
+CPUS_VARIABLE = "CPD_CPUS"
+#: mpiexec starts its ranks itself rather than through srun or ssh, and Open MPI agrees to do so as root and with
+#: more ranks than cores.
+MPIEXEC_ENVIRONMENT = {
+    "HYDRA_LAUNCHER": "fork",
+    "HYDRA_RMK": "user",
+    "OMPI_ALLOW_RUN_AS_ROOT": "1",
+    "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+    "OMPI_MCA_rmaps_base_oversubscribe": "1",
+    "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
+}
+
+
+class JobFailedError(RuntimeError):
+    """An element's job ended with an error; its status and log tell which."""
+
+
+def mpiexec() -> str:
+    """The mpiexec beside this Python if there is one (it belongs to the MPI wheel), else the one on the PATH.
+
+    Raises:
+        JobFailedError: if there is none.
+    """
+    beside = Path(sys.executable).with_name("mpiexec")
+    found = str(beside) if beside.exists() else shutil.which("mpiexec")
+    if not found:
+        raise JobFailedError("no mpiexec found: load your cluster's MPI module, or `pip install mpich`")
+    return found
+
+
+def mpi_command(ranks: int, command: list[str]) -> list[str]:
+    """`command` on `ranks` local ranks."""
+    return [mpiexec(), "-n", str(ranks), *command]
+
+
+@dataclass
+class ElementJob(submitit.helpers.Checkpointable):
+    """What submitit pickles: a job knows its run, role and place, and reads everything else from the run."""
+
+    root: str
+    role: Role
+    index: int
+    resources: Resources
+
+    @property
+    def arguments(self) -> list[str]:
+        """The command line of the verb."""
+        return [self.root, "--index", str(self.index)]
+
+    def __call__(self) -> None:
+        """Do the work; under srun every rank is started by Slurm, on one machine by mpiexec."""
+        os.environ[CPUS_VARIABLE] = str(self.resources.cpus)
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+        module = VERBS[self.role]
+        if self.resources.ranks > 1 and os.environ.get("SUBMITIT_EXECUTOR") == "local":
+            environment = {**os.environ, **MPIEXEC_ENVIRONMENT, RANKS_VARIABLE: str(self.resources.ranks)}
+            command = mpi_command(self.resources.ranks, [sys.executable, "-u", "-m", module, *self.arguments])
+            # A session of its own, so that Ctrl-C at the terminal reaches the ranks by way of the stop flag only.
+            code = subprocess.run(
+                command, env=environment, stdin=subprocess.DEVNULL, start_new_session=True, check=False
+            ).returncode
+        else:
+            os.environ[RANKS_VARIABLE] = str(self.resources.ranks)
+            code = importlib.import_module(module).main(self.arguments)
+        if code not in (0, EXIT_INTERRUPTED):
+            raise JobFailedError(f"{module} {' '.join(self.arguments)} ended with code {code}")
+
+
+def local_executor(run: Run) -> Any:
+    """A submitit executor that starts jobs on this machine at once."""
+    executor = submitit.LocalExecutor(run.logs)
+    executor.update_parameters(timeout_min=60 * 24 * 30, tasks_per_node=1, stderr_to_stdout=True)
+    return executor
+
+
+def submit_local(run: Run, element: Element, resources: Resources) -> Any:
+    """Start the job of one element here and enter it in the ledger; returns submitit's job."""
+    mark_queued(element)
+    job = local_executor(run).submit(ElementJob(str(run.root.resolve()), element.role, element.index, resources))
+    enter(run, element, job.job_id, log_file(run, job.job_id))
+    return job
+
+
+def mark_queued(element: Element) -> None:
+    """Let status.json tell of a new attempt, so that an earlier one's failure is not taken for its own."""
+    if current_holder(element.path / "attempts")[0] is None:
+        record = read_status(element.status)
+        record.state, record.message = "queued", ""
+        element.path.mkdir(parents=True, exist_ok=True)
+        write_json(element.status, asdict(record))
+
+
+def log_file(run: Run, job_id: str) -> Path:
+    """Where a job's output goes."""
+    return run.logs / f"{job_id}_0_log.out"
+
+
+def ask_to_stop(element: Element) -> bool:
+    """Ask the process on this machine that writes `element` to save and stop; False if none does yet."""
+    holder, _ = current_holder(element.path / "attempts")
+    if holder is None:
+        return False
+    os.kill(holder.process, signal.SIGTERM)
+    return True

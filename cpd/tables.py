@@ -1,0 +1,127 @@
+"""The long-form tables of results: one dataclass per table, one CSV line per row.
+
+Floats are written so that they read back exactly, flags as 1 and 0, and what was not measured as an empty cell.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import astuple, dataclass, fields
+from pathlib import Path
+from types import NoneType
+from typing import Any, TypeVar, get_args, get_type_hints
+
+from cpd.files import write_text
+
+Row = TypeVar("Row")
+
+
+@dataclass(frozen=True)
+class EvaluationRow:
+    """Success of one policy on one task and goal set, with the labels of its conditions."""
+
+    method: str
+    """`teacher`, or the student's method."""
+    seed: int
+    stage: int | None
+    """Stage after which a student was measured; -1 before any training, None for a teacher."""
+    task: str
+    goal_set: str
+    """`training`, `validation` or `held_out`."""
+    episodes: int
+    successes: int
+    """Episodes in which the flag was set at any step."""
+    successes_last: int | None
+    """Episodes in which it was set at the last step; None where episodes ended at success."""
+    mean_return: float
+    """Undiscounted; comparable only among rows whose episodes ended alike."""
+    teacher_recipe: str
+    horizon: int
+    task_identity: str
+    reward_version: str
+    metaworld: str
+    mujoco: str
+
+
+@dataclass(frozen=True)
+class EpisodeRow:
+    """One episode of an evaluation."""
+
+    method: str
+    seed: int
+    stage: int | None
+    task: str
+    goal_set: str
+    goal: int
+    """Index of the goal within its set."""
+    success: bool
+    success_last: bool | None
+    length: int
+    episode_return: float
+
+
+def write_rows(path: Path, rows: Sequence[Any]) -> None:
+    """Publish `rows`, at least one and all of one dataclass, as a CSV file with a header."""
+    assert rows and all(type(row) is type(rows[0]) for row in rows)
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(field.name for field in fields(rows[0]))
+    writer.writerows(map(_cell, astuple(row)) for row in rows)
+    write_text(path, text.getvalue())
+
+
+def read_rows(path: Path, kind: type[Row]) -> list[Row]:
+    """The rows of a table of dataclass `kind`.
+
+    Raises:
+        ValueError: if a column or a value is not as `kind` has it, naming the file and the line.
+    """
+    parsers = {name: _parser(hint) for name, hint in get_type_hints(kind).items()}
+    with path.open(newline="") as file:
+        reader = csv.reader(file)
+        header = next(reader, [])
+        if header != list(parsers):
+            raise ValueError(
+                f"{path}: the columns are {','.join(header)}, but a table of {kind.__name__} has "
+                f"{','.join(parsers)}; it was written by another version or damaged: make it anew"
+            )
+        return list(_parsed(path, kind, parsers, reader))
+
+
+def _parsed(
+    path: Path, kind: type[Row], parsers: dict[str, Callable[[str], Any]], lines: Iterable[list[str]]
+) -> Iterable[Row]:
+    for number, cells in enumerate(lines, start=2):
+        try:
+            values = {name: parsers[name](cell) for name, cell in zip(parsers, cells, strict=True)}
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: {error}; the file was damaged: make it anew") from None
+        yield kind(**values)
+
+
+def _cell(value: str | int | float | bool | None) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return str(int(value))
+    return repr(float(value)) if isinstance(value, float) else str(value)
+
+
+def _parser(hint: Any) -> Callable[[str], Any]:
+    """The inverse of `_cell` for a field of type `hint`."""
+    kinds = [kind for kind in get_args(hint) or (hint,) if kind is not NoneType]
+    optional = NoneType in get_args(hint)
+    parse = _flag if kinds == [bool] else kinds[0]
+
+    def parsed(cell: str) -> Any:
+        return None if optional and cell == "" else parse(cell)
+
+    return parsed
+
+
+def _flag(cell: str) -> bool:
+    if cell not in ("0", "1"):
+        raise ValueError(f"{cell!r} is neither 0 nor 1")
+    return cell == "1"

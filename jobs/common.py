@@ -1,0 +1,117 @@
+"""What the verbs share: their command line, their exit codes, and how they tell progress."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from cpd.comm import Comm
+from cpd.interrupt import EXIT_INTERRUPTED, Interrupt, InterruptedBySignal
+from cpd.lease import LeaseHeldError
+from cpd.runs import Element, Role, Run
+
+EXIT_FAILED = 1
+EXIT_USAGE = 2
+
+
+def tell(line: str) -> None:
+    """Print one line with the time of day, at once."""
+    print(f"[{time.strftime('%H:%M:%S')}] {line}", flush=True)
+
+
+def available_cpus() -> int:
+    """Cores given to this job: by its launcher, by Slurm, or all that this process may use."""
+    given = os.environ.get("CPD_CPUS") or os.environ.get("SLURM_CPUS_PER_TASK")
+    return int(given) if given else len(os.sched_getaffinity(0))
+
+
+def parser_with_examples(prog: str, description: str, examples: Sequence[str]) -> argparse.ArgumentParser:
+    """An argument parser whose help ends with examples."""
+    return argparse.ArgumentParser(
+        prog=f"python -m {prog}",
+        description=description,
+        epilog="examples:\n" + "\n".join(f"  {example}" for example in examples),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def chosen_element(run: Run, role: Role, index: int | None) -> Element:
+    """The element of `role` that the command line, or the Slurm array task, names.
+
+    Raises:
+        ValueError: if there is no such element, naming those that there are.
+    """
+    elements = [element for element in run.elements() if element.role == role]
+    if index is None:
+        index = int(os.environ.get("SLURM_ARRAY_TASK_ID", 0))
+    if not 0 <= index < len(elements):
+        listing = "\n".join(f"  {element.index}: {element.name}" for element in elements)
+        raise ValueError(f"--index {index}: {run.root} has no such {role}; it has\n{listing}")
+    return elements[index]
+
+
+def element_main(
+    role: Role,
+    parser: argparse.ArgumentParser,
+    argv: Sequence[str] | None,
+    work: Callable[[Run, Element, Interrupt], None],
+) -> int:
+    """Parse `RUN_DIR [--index I]`, do `work` on that element unless it is finished, turn errors into exit codes.
+
+    Returns:
+        0: done (or rejected); 75: saved and stopped as asked, try again; 2: a user's mistake; 1: failed.
+    """
+    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="the run's directory")
+    parser.add_argument(
+        "--index", type=int, help="which element of the role's array (default: the Slurm array task, else 0)"
+    )
+    arguments = parser.parse_args(argv)
+    try:
+        run = Run(arguments.run_dir)
+        element = chosen_element(run, role, arguments.index)
+    except ValueError as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return EXIT_USAGE
+    if element.finished:
+        tell(f"{element.name} is finished already")
+        return 0
+    interrupt = Interrupt().install()
+    try:
+        work(run, element, interrupt)
+    except InterruptedBySignal as stop:
+        tell(str(stop))
+        return EXIT_INTERRUPTED
+    except LeaseHeldError as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return EXIT_FAILED
+    except Exception:
+        traceback.print_exc()
+        return EXIT_FAILED
+    return 0
+
+
+def element_tell(element: Element) -> Callable[[str], None]:
+    """`tell` with the element's name in front."""
+    return lambda line: tell(f"{element.name}: {line}")
+
+
+@contextlib.contextmanager
+def mpi_guard(comm: Comm) -> Iterator[None]:
+    """End all ranks if this one fails: the others would wait for it in a collective for ever."""
+    try:
+        yield
+    except (InterruptedBySignal, LeaseHeldError):
+        raise  # agreed by all ranks
+    except BaseException:
+        if comm.size > 1:
+            print(f"rank {comm.rank} of {comm.size} failed:", file=sys.stderr)
+            traceback.print_exc()
+            sys.stderr.flush()
+            comm.abort(EXIT_FAILED)
+        raise

@@ -1,0 +1,39 @@
+"""Distil the teachers, one task after another, into one student; data-parallel under MPI."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from cpd.comm import connect
+from cpd.interrupt import Interrupt
+from cpd.runs import Element, Run, StudentElement
+from jobs.common import element_main, element_tell, mpi_guard, parser_with_examples
+
+
+def work(run: Run, element: Element, interrupt: Interrupt) -> None:
+    """Do this rank's part of the element's work."""
+    from cpd.distill.element import run_student
+
+    assert isinstance(element, StudentElement)
+    comm = connect()
+    with mpi_guard(comm):
+        run_student(run, element, comm, interrupt=interrupt, tell=element_tell(element))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line of `python -m jobs.distill`; returns the exit code."""
+    parser = parser_with_examples(
+        "jobs.distill",
+        "Distil a run's teachers into one student. Under mpiexec or srun the work is shared by all ranks; the "
+        "number of ranks may change from one attempt to the next.",
+        [
+            "mpiexec -n 2 python -m jobs.distill runs/demo",
+            "srun --mpi=pmi2 -n 8 python -m jobs.distill runs/cw10 --index 1   # the second student seed",
+        ],
+    )
+    return element_main("student", parser, argv, work)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

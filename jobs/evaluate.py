@@ -1,0 +1,36 @@
+"""Fill the success matrix of one student; shared over ranks under MPI."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from cpd.comm import connect
+from cpd.interrupt import Interrupt
+from cpd.runs import Element, Run, StudentElement
+from jobs.common import element_main, element_tell, mpi_guard, parser_with_examples
+
+
+def work(run: Run, element: Element, interrupt: Interrupt) -> None:
+    """Do this rank's part of the element's work."""
+    from cpd.evaluate import run_evaluation
+
+    assert isinstance(element, StudentElement)
+    comm = connect()
+    with mpi_guard(comm):
+        run_evaluation(run, element, comm, interrupt=interrupt, tell=element_tell(element))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line of `python -m jobs.evaluate`; returns the exit code."""
+    parser = parser_with_examples(
+        "jobs.evaluate",
+        "Measure a student after every stage on every task of its stream, on held-out goals. Rows that were "
+        "measured already are kept.",
+        ["mpiexec -n 2 python -m jobs.evaluate runs/demo", "python -m jobs.evaluate runs/demo --index 1"],
+    )
+    return element_main("evaluation", parser, argv, work)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,236 @@
+"""Launch an experiment: resolve its configuration, make its run directory, execute or submit what is missing."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.live import Live
+
+from cpd.config import Config, differences, setting_lines
+from cpd.files import read_json, write_json
+from cpd.interrupt import EXIT_INTERRUPTED, Interrupt
+from cpd.lease import Lease, LeaseHeldError
+from cpd.ledger import ledger
+from cpd.local_queue import LocalQueue
+from cpd.profile import Profile, load_profile
+from cpd.provenance import code_version, provenance
+from cpd.record import progress_line, read_status
+from cpd.runs import Run, RunError
+from cpd.strict_load import ConfigError, load, merge, parse_overrides, read_toml, suggestion, to_dict
+from jobs.common import EXIT_FAILED, EXIT_USAGE, parser_with_examples, tell
+from jobs.status import run_status, status_table
+
+RECIPES = Path(__file__).resolve().parent / "recipes"
+#: Seconds between plain lines of progress where the output is no terminal.
+LINE_SECONDS = 15.0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line; settings (`--section.key VALUE`) are taken from what it leaves over."""
+    parser = parser_with_examples(
+        "jobs.launch",
+        "Launch an experiment, or go on with it: finished elements are skipped, and the same command resumes.",
+        [
+            "python -m jobs.launch demo",
+            "python -m jobs.launch demo --profile local --dry-run",
+            "python -m jobs.launch my-recipe.toml --run-dir runs/trial --distill.lr 5e-4 --seeds '[1, 2, 3]'",
+            "python -m jobs.launch --settings          # every setting with its default",
+        ],
+    )
+    parser.add_argument("recipe", nargs="?", help="a recipe of jobs/recipes by name, or a .toml file")
+    parser.add_argument(
+        "--profile", default="local", help="a profile of slurm/profiles, or a .toml file (default: local)"
+    )
+    parser.add_argument("--run-dir", type=Path, help="the run's directory (default: runs/<name of the recipe>)")
+    parser.add_argument("--dry-run", action="store_true", help="tell what would run; create and start nothing")
+    parser.add_argument("--settings", action="store_true", help="list every setting, its default and meaning")
+    return parser
+
+
+def load_recipe(name: str, overrides: Sequence[str]) -> Config:
+    """The configuration of a recipe with overrides on top.
+
+    Raises:
+        ConfigError: with all mistakes of both.
+    """
+    path = Path(name) if name.endswith(".toml") else RECIPES / f"{name}.toml"
+    if not path.exists():
+        known = sorted(file.stem for file in RECIPES.glob("*.toml"))
+        raise ConfigError([f"unknown recipe {name!r}{suggestion(name, known)}"], "the command line")
+    return load(Config, merge(read_toml(path), parse_overrides(overrides)), str(path))
+
+
+def prepare(root: Path, config: Config, profile: Profile) -> Run:
+    """Make the run directory, or check that the one there is of the same experiment.
+
+    Raises:
+        ConfigError: if settings that affect results differ from what `root` holds.
+    """
+    config_path = root / "config.json"
+    if config_path.exists():
+        changed = differences(Run(root).config, config)
+        if changed:
+            raise ConfigError(
+                [*changed, "use another --run-dir, or remove this one to start over"],
+                f"{root} holds a run with other settings, and",
+            )
+        started_with = read_json(root / "provenance.json")["code"]
+        if started_with != code_version():
+            tell(f"note: {root} was begun with code {started_with}, this is {code_version()}")
+    else:
+        if root.exists() and any(root.iterdir()):
+            raise RunError(f"{root} exists and is no run directory; choose another --run-dir")
+        write_json(root / "provenance.json", provenance())
+    write_json(root / "profile.json", to_dict(profile))
+    write_json(config_path, to_dict(config))
+    run = Run(root)
+    run.logs.mkdir(exist_ok=True)
+    return run
+
+
+def describe(config: Config, profile: Profile, root: Path) -> list[str]:
+    """What would run, in words."""
+    num_teachers = len(config.stream.distinct_tasks) * len(config.teacher.seeds)
+    num_students = len(config.seeds)
+    counts = {"teacher": num_teachers, "student": num_students, "evaluation": num_students, "report": 1}
+    lines = [
+        f"run directory   {root}{' (exists: finished elements are skipped)' if root.exists() else ''}",
+        f"stream          {', '.join(config.stream.tasks)}",
+        f"memory          {config.memory_steps} stored steps ({config.memory.selection})",
+    ]
+    for role, count in counts.items():
+        given = profile.resources(role)  # type: ignore[arg-type]
+        lines.append(f"{role:<15} {count} x {given.ranks} rank(s) x {given.cpus} core(s)")
+    where = f"{profile.usable_cores} cores of this machine" if profile.cluster == "local" else "Slurm"
+    return [*lines, f"executed on     {where}"]
+
+
+def execute(run: Run, profile: Profile, interrupt: Interrupt) -> bool:
+    """Execute the run on this machine with a live display, or plain lines where there is no terminal."""
+    console = Console()
+    if console.is_terminal:
+        with Live(status_table(run, run_status(run)), console=console, auto_refresh=False) as live:
+            last = 0.0
+
+            def redraw() -> None:
+                nonlocal last
+                if time.monotonic() - last >= 1.0:
+                    last = time.monotonic()
+                    live.update(status_table(run, run_status(run)), refresh=True)
+
+            queue = LocalQueue(run, profile, interrupt, redraw)
+            finished = queue.execute()
+            live.update(status_table(run, run_status(run)), refresh=True)
+    else:
+        queue = LocalQueue(run, profile, interrupt, PlainProgress(run))
+        finished = queue.execute()
+    for element in queue.failed:
+        tell_failure(run, element.name, read_status(element.status).message)
+    return finished
+
+
+class PlainProgress:
+    """Tells changes of state at once and progress now and then, a line each."""
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self._states: dict[str, str] = {}
+        self._last = time.monotonic()
+
+    def __call__(self) -> None:
+        """Look, and tell what is new."""
+        due = time.monotonic() - self._last >= LINE_SECONDS
+        if due:
+            self._last = time.monotonic()
+        for row in run_status(self._run):
+            known = self._states.get(row.element, "waiting")
+            if row.state != known:
+                self._states[row.element] = row.state
+                tell(f"{row.element}: {row.state}{f' ({row.message})' if row.message else ''}")
+            elif due and row.state == "running":
+                tell(f"{row.element}: {progress_line(read_status(self._run.root / row.element / 'status.json'))}")
+
+
+def tell_failure(run: Run, name: str, message: str, num_lines: int = 12) -> None:
+    """Name a failed element, the end of its log, and what to do."""
+    entries = ledger(run).get(name, [])
+    tell(f"FAILED {name}: {message or 'its job ended without a word'}")
+    if entries:
+        log = run.root / entries[-1].log
+        text = log.read_text(errors="replace").splitlines() if log.exists() else []
+        for line in text[-num_lines:]:
+            print(f"    {line}")
+        tell(f"its whole log: {log}; once the cause is mended, the same command goes on")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line of `python -m jobs.launch`; returns the exit code."""
+    parser = build_parser()
+    arguments, overrides = parser.parse_known_args(argv)
+    if arguments.settings:
+        print("\n".join(setting_lines(Config)))
+        return 0
+    if arguments.recipe is None:
+        parser.error("which recipe? e.g. `python -m jobs.launch demo`")
+    try:
+        config, profile = load_both(arguments.recipe, overrides, arguments.profile)
+        root = arguments.run_dir or Path("runs") / config.name
+        for warning in config.warnings():
+            tell(f"warning: {warning}")
+        if arguments.dry_run:
+            print("\n".join(describe(config, profile, root)))
+            return 0
+        run = prepare(root, config, profile)
+        with Lease(root / "launcher").acquire():
+            return conclude(run, profile)
+    except (ConfigError, RunError, LeaseHeldError) as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return EXIT_USAGE
+
+
+def load_both(recipe: str, overrides: Sequence[str], profile: str) -> tuple[Config, Profile]:
+    """Recipe and profile.
+
+    Raises:
+        ConfigError: the mistakes of both together.
+    """
+    problems: list[str] = []
+    config = found = None
+    try:
+        config = load_recipe(recipe, overrides)
+    except ConfigError as error:
+        problems += error.problems
+    try:
+        found = load_profile(profile)
+    except ConfigError as error:
+        problems += error.problems
+    if config is None or found is None:
+        raise ConfigError(problems, f"launching {recipe!r} with profile {profile!r}")
+    return config, found
+
+
+def conclude(run: Run, profile: Profile) -> int:
+    """Execute what is missing, then print the summary."""
+    interrupt = Interrupt().install()
+    unfinished = [element for element in run.elements() if not element.finished]
+    if unfinished:
+        tell(f"{run.root}: {len(unfinished)} of {len(run.elements())} elements to do")
+        finished = execute(run, profile, interrupt)
+        if interrupt.requested:
+            tell("stopped; nothing is lost: the same command goes on")
+            return EXIT_INTERRUPTED
+        if not finished:
+            return EXIT_FAILED
+    from analysis.summary import print_summary
+
+    print_summary(run.results)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

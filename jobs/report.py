@@ -1,0 +1,40 @@
+"""Gather a run's results and draw its figures."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from cpd.comm import SerialComm
+from cpd.interrupt import Interrupt
+from cpd.runs import Element, Run
+from cpd.session import session
+from jobs.common import element_main, element_tell, parser_with_examples
+
+
+def work(run: Run, element: Element, interrupt: Interrupt) -> None:
+    """Build everything in results/ and figures/."""
+    from analysis.build import build
+
+    with session(element, SerialComm(), element_tell(element)) as current:
+        current.begin("figures", 1, unit="builds")
+        build([run.root])
+        current.check()
+        element.complete.touch()
+        current.advance(1)
+        current.finish("done")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line of `python -m jobs.report`; returns the exit code."""
+    parser = parser_with_examples(
+        "jobs.report",
+        "Gather a finished run's results and draw its figures, once; `python -m analysis.build` does the same as "
+        "often as you like, also for a run that is still going.",
+        ["python -m jobs.report runs/demo"],
+    )
+    return element_main("report", parser, argv, work)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
