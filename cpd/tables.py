@@ -62,6 +62,27 @@ class EpisodeRow:
     episode_return: float
 
 
+@dataclass(frozen=True)
+class CurveRow:
+    """Success of a student on the current task within a stage."""
+
+    method: str
+    seed: int
+    stage: int
+    step: int
+    """Optimisation steps done in this stage."""
+    task: str
+    goal_set: str
+    episodes: int
+    successes: int
+    teacher_recipe: str
+    horizon: int
+    task_identity: str
+    reward_version: str
+    metaworld: str
+    mujoco: str
+
+
 def write_rows(path: Path, rows: Sequence[Any]) -> None:
     """Publish `rows`, at least one and all of one dataclass, as a CSV file with a header."""
     assert rows and all(type(row) is type(rows[0]) for row in rows)
