@@ -1,0 +1,128 @@
+"""Recipes are read strictly: every mistake is named at once, with its path and a suggestion."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cpd.config import Config, differences, setting_lines
+from cpd.strict_load import ConfigError, load, merge, parse_overrides, read_toml, to_dict
+from cpd.tasks import STREAMS
+from jobs.launch import RECIPES
+
+MINIMAL = {"name": "x", "stream": {"tasks": "demo"}}
+
+
+def problems(tables: dict) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        load(Config, tables, "recipe.toml")
+    return caught.value.problems
+
+
+def test_all_mistakes_are_reported_at_once_with_their_paths() -> None:
+    found = problems(
+        {
+            "name": "x",
+            "strem": 1,
+            "stream": {"tasks": ["hamer-v3", "push-v3"], "horizon": 501},
+            "teacher": {"ppo": {"learning_rat": 1, "gamma": "high"}},
+        }
+    )
+    text = "\n".join(found)
+    assert len(found) == 5
+    assert "strem: unknown key; did you mean 'stream'?" in text
+    assert "stream.tasks.0: unknown task 'hamer-v3'; did you mean 'hammer-v3'" in text
+    assert "stream.horizon: " in text and "500" in text
+    assert "teacher.ppo.learning_rat: unknown key; did you mean 'learning_rate'?" in text
+    assert "teacher.ppo.gamma: " in text and "'high'" in text
+
+
+@pytest.mark.parametrize(
+    ("tables", "told"),
+    [
+        ({"stream": {"tasks": "cw11"}}, "unknown stream 'cw11'; did you mean 'cw10'"),
+        ({"student": {"top_k": 9}}, "top_k (9) exceeds num_experts"),
+        ({"student": {"width": 63}}, "width (63) is not a multiple"),
+        ({"teacher": {"gate": 0.9, "stop_success": 0.5}}, "below the gate"),
+        ({"memory": {"share": 0.0001}}, "less than one window"),
+        ({"seeds": [1, 1]}, "the same seed"),
+        ({"seeds": [0]}, "greater than or equal to 1"),
+        ({"seeds": []}, "at least 1"),
+        ({"distill": {"lr": True}}, "distill.lr"),
+        ({"distill": {"steps_per_stage": 1.5}}, "distill.steps_per_stage"),
+    ],
+)
+def test_impossible_values_and_combinations_are_refused(tables: dict, told: str) -> None:
+    assert told in "\n".join(problems(merge(MINIMAL, tables)))
+
+
+def test_a_required_value_has_no_default() -> None:
+    assert "stream: required, but not given" in problems({"name": "x"})
+
+
+@pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.toml")), ids=lambda path: path.stem)
+def test_every_recipe_loads_without_warnings_and_survives_a_round_trip(recipe) -> None:
+    config = load(Config, read_toml(recipe), str(recipe))
+    assert config.warnings() == []
+    assert load(Config, to_dict(config), "again") == config
+
+
+@pytest.mark.parametrize("name", STREAMS)
+def test_a_stream_may_be_named(name: str) -> None:
+    config = load(Config, {"name": "x", "stream": {"tasks": name}}, "recipe")
+    assert config.stream.tasks == STREAMS[name]
+    assert len(config.stream.distinct_tasks) == len(set(STREAMS[name]))
+
+
+def test_memory_budget_is_a_share_of_the_whole_streams_data() -> None:
+    tables = merge(
+        MINIMAL, {"stream": {"tasks": "cw20"}, "memory": {"share": 0.01}, "rollouts": {"num_steps": 8000}}
+    )
+    assert load(Config, tables, "recipe").memory_steps == 800  # ten distinct tasks
+
+
+def test_overrides_are_read_as_toml_values() -> None:
+    tables = parse_overrides(
+        ["--distill.lr", "1e-3", "--seeds=[1, 2]", "--stream.tasks", "cw10", "--distill.steps-per-stage=5"]
+    )
+    assert tables == {
+        "distill": {"lr": 1e-3, "steps_per_stage": 5},
+        "seeds": [1, 2],
+        "stream": {"tasks": "cw10"},
+    }
+
+
+def test_malformed_overrides_are_all_named() -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_overrides(["lr", "--distill.lr", "--seeds"])
+    assert len(caught.value.problems) == 3
+
+
+def test_differences_name_what_affects_results_only() -> None:
+    old = load(Config, MINIMAL, "recipe")
+    new = load(Config, merge(MINIMAL, {"distill": {"lr": 0.5}, "logging": {"metrics_every": 7}}), "recipe")
+    assert differences(old, new) == ["distill.lr: 0.001 -> 0.5"]
+    assert differences(old, dataclasses.replace(old)) == []
+
+
+def test_settings_without_effect_are_warned_about() -> None:
+    tables = merge(MINIMAL, {"memory": {"selection": "none"}, "distill": {"replay_share": 0.2}})
+    assert load(Config, tables, "recipe").warnings() == [
+        "distill.replay_share has no effect: memory.selection is 'none'"
+    ]
+
+
+def test_every_setting_is_listed() -> None:
+    lines = "\n".join(setting_lines(Config))
+    assert "--teacher.ppo.gae_lambda" in lines and "0.95" in lines and "(required)" in lines
+
+
+@given(st.recursive(st.integers(), lambda inner: st.dictionaries(st.sampled_from("abc"), inner), max_leaves=8))
+def test_merging_nothing_changes_nothing(tables) -> None:
+    if isinstance(tables, dict):
+        assert merge(tables, {}) == tables
+        assert merge({}, tables) == tables
+        assert merge(tables, tables) == tables
