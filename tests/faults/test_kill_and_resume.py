@@ -1,0 +1,173 @@
+"""Whatever is killed, the same command goes on and ends with the same student, bit for bit."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from cpd.files import sha256
+from cpd.lease import current_holder
+from cpd.ledger import ledger
+from cpd.record import read_status
+from cpd.runs import Element, Run
+from tests.conftest import MINIATURE, ROOT
+
+TIMEOUT = 240.0
+
+
+def start(root: Path) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "jobs.launch", str(MINIATURE), "--run-dir", str(root)]
+    return subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+
+
+def finish(root: Path) -> str:
+    process = start(root)
+    output, _ = process.communicate(timeout=TIMEOUT)
+    assert process.returncode == 0, output
+    return output
+
+
+def wait_for(condition: Callable[[], bool], launcher: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + TIMEOUT
+    while not condition():
+        assert launcher.poll() is None, launcher.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def products(run: Run) -> dict[str, str]:
+    """Hashes of everything that counts."""
+    files = [
+        *(file for teacher in run.teachers() for file in [teacher.policy, teacher.evaluation]),
+        *(file for teacher in run.teachers() for file in teacher.shards.glob("*")),
+        *(file for student in run.students() for file in (student.path / "stages").glob("*.safetensors")),
+        *(student.curves for student in run.students()),
+        *run.results.glob("evaluations.csv"),
+        *run.results.glob("episodes.csv"),
+    ]
+    return {str(file.relative_to(run.root)): sha256(file) for file in files}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    root = tmp_path_factory.mktemp("undisturbed") / "run"
+    finish(root)
+    run = Run(root)
+    assert len(products(run)) >= 15
+    return run
+
+
+def holder_of(element: Element) -> int | None:
+    holder, _ = current_holder(element.path / "attempts")
+    return holder.process if holder else None
+
+
+def kill_during(element: Element, phase: str, share: float, launcher: subprocess.Popen[str]) -> None:
+    """SIGKILL the process at work on `element` once it is well inside `phase`."""
+
+    def is_inside() -> bool:
+        record = read_status(element.status)
+        inside = record.phase == phase and record.total > 0 and record.done >= share * record.total
+        return inside and holder_of(element) is not None
+
+    wait_for(is_inside, launcher)
+    process = holder_of(element)
+    assert process is not None
+    os.kill(process, signal.SIGKILL)
+
+
+@pytest.fixture
+def launcher_guard() -> Iterator[list[subprocess.Popen[str]]]:
+    launchers: list[subprocess.Popen[str]] = []
+    yield launchers
+    for launcher in launchers:
+        if launcher.poll() is None:
+            launcher.kill()
+
+
+def test_killed_jobs_are_started_again_and_end_the_same(
+    undisturbed: Run, tmp_path: Path, launcher_guard: list[subprocess.Popen[str]]
+) -> None:
+    root = tmp_path / "run"
+    launcher = start(root)
+    launcher_guard.append(launcher)
+    wait_for((root / "config.json").exists, launcher)
+    run = Run(root)
+    kill_during(run.teachers()[0], "train", 0.4, launcher)
+    kill_during(run.teachers()[1], "evaluate", 0.0, launcher)
+    kill_during(run.students()[0], "distill", 0.3, launcher)
+    kill_during(run.evaluations()[0], "evaluate", 0.2, launcher)
+    output, _ = launcher.communicate(timeout=TIMEOUT)
+    assert launcher.returncode == 0, output
+    assert len(ledger(run)[run.students()[0].name]) == 2
+    assert products(run) == products(undisturbed)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_killed_launcher_takes_its_jobs_along_and_the_same_command_goes_on(
+    number: int, undisturbed: Run, tmp_path: Path, launcher_guard: list[subprocess.Popen[str]]
+) -> None:
+    root = tmp_path / "run"
+    launcher = start(root)
+    launcher_guard.append(launcher)
+    wait_for((root / "config.json").exists, launcher)
+    run = Run(root)
+    student = run.students()[0]
+    wait_for(lambda: read_status(student.status).done > 20, launcher)
+    launcher.send_signal(number)
+    launcher.communicate(timeout=TIMEOUT)
+    assert launcher.returncode == (-number if number == signal.SIGKILL else 75)
+    deadline = time.monotonic() + 30
+    while holder_of(student) is not None:  # no orphan goes on writing
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert not student.finished
+    second = start(root)  # two launches at once do not write twice
+    launcher_guard.append(second)
+    third = start(root)
+    launcher_guard.append(third)
+    codes = sorted([second.wait(TIMEOUT), third.wait(TIMEOUT)])
+    assert codes == [0, 2]
+    assert products(run) == products(undisturbed)
+
+
+def test_a_finished_run_is_left_alone(undisturbed: Run) -> None:
+    before = {path: path.stat().st_mtime_ns for path in undisturbed.root.rglob("*.safetensors")}
+    begun = time.monotonic()
+    output = finish(undisturbed.root)
+    assert time.monotonic() - begun < 60  # a hang, not slowness, is what this catches
+    assert "elements to do" not in output
+    assert {path: path.stat().st_mtime_ns for path in undisturbed.root.rglob("*.safetensors")} == before
+
+
+def test_a_failing_element_is_named_with_its_log_and_blocks_only_what_needs_it(
+    undisturbed: Run, tmp_path: Path
+) -> None:
+    import shutil
+
+    root = tmp_path / "run"
+    shutil.copytree(undisturbed.root, root)
+    run = Run(root)
+    student, evaluation = run.students()[0], run.evaluations()[0]
+    for element in (student, evaluation, run.report()):
+        element.complete.unlink()
+    shutil.rmtree(student.path / "checkpoints", ignore_errors=True)
+    shard = next(run.teachers()[1].shards.glob("*.h5"))
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    process = start(root)
+    output, _ = process.communicate(timeout=TIMEOUT)
+    assert process.returncode == 1
+    assert f"FAILED {student.name}" in output
+    assert shard.name in output and "whole log: " in output
+    assert not student.finished and not evaluation.finished

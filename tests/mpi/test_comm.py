@@ -1,0 +1,63 @@
+"""The communicator on real MPI ranks."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from cpd.comm import CommSizeError, SerialComm, connect, float_sum, gathered_rows, share_of
+
+COLLECTIVES = """
+import numpy as np
+from cpd.comm import connect, float_sum, gathered_rows, share_of
+comm = connect()
+assert comm.size == 3
+big = np.full(700_001, comm.rank + 1.0, dtype=np.float32)  # several pieces
+comm.all_reduce_sum(big)
+assert (big == 6).all()
+assert comm.any(comm.rank == 2) and not comm.any(False)
+assert comm.broadcast({"rank": comm.rank}) == {"rank": 0}
+assert comm.gather(comm.rank) == ([0, 1, 2] if comm.rank == 0 else [])
+assert gathered_rows(comm, [comm.rank] * comm.rank) == [1, 2, 2]
+assert sorted(gathered_rows(comm, share_of(comm, list(range(10))))) == list(range(10))
+assert float_sum(comm, 0.5) == 1.5
+comm.barrier()
+print("fine")
+"""
+
+
+def test_collectives_on_three_ranks(mpi) -> None:
+    done = mpi(3, "-c", COLLECTIVES)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("fine") == 3
+
+
+def test_a_communicator_of_another_size_than_asked_is_refused(mpi) -> None:
+    done = mpi(2, "-c", "from cpd.comm import connect; connect()", CPD_RANKS="3")
+    assert done.returncode != 0
+    assert "given 3 ranks, but MPI" in done.stderr and "connects 2" in done.stderr
+
+
+def test_ranks_that_do_not_know_of_each_other_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    # What a wrong process-management interface does: this process is told of two ranks and finds itself alone.
+    import subprocess
+    import sys
+
+    code = "from cpd.comm import connect; connect()"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={"CPD_RANKS": "2", "PATH": ""}, capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert CommSizeError.__name__ in done.stderr and "srun_mpi" in done.stderr
+
+
+def test_a_single_process_needs_no_mpi(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("CPD_RANKS", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MPI_LOCALNRANKS", "SLURM_STEP_NUM_TASKS"):
+        monkeypatch.delenv(name, raising=False)
+    comm = connect()
+    assert isinstance(comm, SerialComm)
+    array = np.arange(3.0)
+    comm.all_reduce_sum(array)
+    assert array.tolist() == [0, 1, 2]
+    assert comm.gather(1) == [1] and gathered_rows(comm, [1, 2]) == [1, 2] and share_of(comm, [1, 2]) == [1, 2]
+    assert float_sum(comm, 2.0) == 2.0

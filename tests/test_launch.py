@@ -1,0 +1,109 @@
+"""The launcher's command line: what it refuses, and that refusing leaves nothing behind."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from cpd.config import Config
+from cpd.lease import Lease
+from cpd.profile import load_profile
+from cpd.runs import Run
+from cpd.strict_load import ConfigError
+from jobs.launch import load_recipe, main, prepare
+from tests.conftest import MINIATURE
+
+
+def test_mistakes_of_recipe_overrides_and_profile_are_told_together(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = tmp_path / "run"
+    arguments = [
+        str(MINIATURE),
+        "--run-dir",
+        str(root),
+        "--profile",
+        "lokal",
+        "--distil.lr",
+        "1",
+        "--teacher.gate=x",
+    ]
+    assert main(arguments) == 2
+    told = capsys.readouterr().err
+    assert "distil: unknown key; did you mean 'distill'?" in told
+    assert "teacher.gate: " in told
+    assert "unknown profile 'lokal'" in told
+    assert not root.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["demoo"], "did you mean 'demo'"),
+        (["nowhere.toml"], "nowhere.toml"),
+        (["demo", "--stream.tasks", "['hamer-v3']"], "did you mean 'hammer-v3'"),
+        (["demo", "stray"], "'stray'"),
+    ],
+)
+def test_a_mistake_is_named_and_nothing_is_created(
+    arguments: list[str],
+    told: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    assert told in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_dry_run_tells_what_would_run_and_creates_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["demo", "--dry-run"]) == 0
+    told = capsys.readouterr().out
+    assert "drawer-close-v3, handle-press-side-v3, window-close-v3" in told
+    assert "2400 stored steps (reservoir)" in told
+    assert not list(tmp_path.iterdir())
+
+
+def prepared(root: Path, *overrides: str) -> Run:
+    return prepare(root, load_recipe(str(MINIATURE), overrides), load_profile("local"))
+
+
+def test_other_settings_are_refused_by_name(tmp_path: Path) -> None:
+    prepared(tmp_path)
+    with pytest.raises(ConfigError) as caught:
+        prepared(tmp_path, "--distill.lr", "0.5", "--seeds", "[2]")
+    assert "distill.lr: 0.001 -> 0.5" in str(caught.value)
+    assert "seeds: [1] -> [2]" in str(caught.value)
+    config: Config = Run(tmp_path).config
+    assert config.distill.lr == 0.001
+
+
+def test_logging_settings_may_change(tmp_path: Path) -> None:
+    prepared(tmp_path)
+    assert prepared(tmp_path, "--logging.metrics_every", "99").config.logging.metrics_every == 99
+
+
+def test_a_foreign_directory_is_not_taken_for_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "thesis.tex").touch()
+    assert main([str(MINIATURE), "--run-dir", str(tmp_path)]) == 2
+    assert "is no run directory" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_a_second_launcher_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    prepared(tmp_path)
+    with Lease(tmp_path / "launcher").acquire():
+        assert main([str(MINIATURE), "--run-dir", str(tmp_path)]) == 2
+    assert "is being written by process" in capsys.readouterr().err
+
+
+def test_a_run_directory_holds_no_absolute_path(tmp_path: Path) -> None:
+    prepared(tmp_path)
+    for name in ("config.json", "profile.json"):
+        assert str(tmp_path) not in (tmp_path / name).read_text()

@@ -1,0 +1,71 @@
+"""The status table says what markers, leases and records say."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from cpd.files import write_json
+from cpd.lease import Lease
+from cpd.ledger import enter
+from cpd.record import Status
+from cpd.runs import Run
+from jobs.status import main, run_status, status_table
+
+
+def test_states(make_run) -> None:
+    run: Run = make_run(stream={"tasks": ["push-v3", "reach-v3", "hammer-v3", "door-open-v3", "soccer-v3"]})
+    push, reach, hammer, door, soccer = run.teachers()
+    for element in (push, reach, hammer, door):
+        Status(element.status).begin("train", 100, 40)
+    push.complete.touch()
+    reach.rejected.touch()
+    Status(hammer.status).finish("failed", "ValueError: bad luck")
+    with Lease(soccer.path):
+        Status(soccer.status).begin("train", 200, 50)
+        enter(run, soccer, "123", run.logs / "123_0_log.out")
+        rows = {row.element: row for row in run_status(run)}
+    assert rows[push.name].state == "done"
+    assert rows[reach.name].state == "rejected"
+    assert (rows[hammer.name].state, rows[hammer.name].message) == ("failed", "ValueError: bad luck")
+    assert rows[door.name].state == "killed"
+    assert (rows[soccer.name].state, rows[soccer.name].done, rows[soccer.name].attempts) == ("running", 50, 1)
+    assert rows[soccer.name].log == "logs/123_0_log.out"
+    assert rows["results"].state == "waiting"
+    assert {row.element: row.state for row in run_status(run)}[soccer.name] == "killed"
+
+
+def test_json_is_for_programs(make_run, capsys: pytest.CaptureFixture[str]) -> None:
+    run: Run = make_run()
+    assert main([str(run.root), "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["element"] for row in rows] == [element.name for element in run.elements()]
+    assert rows == [asdict(row) for row in run_status(run)]
+
+
+def test_the_table_fits_a_terminal_of_120_columns(make_run) -> None:
+    run: Run = make_run(stream={"tasks": "mt50"})
+    for element in run.teachers():
+        Status(element.status).begin("rollouts", 8000, 4000)
+    console = Console(width=120, record=True, file=Path("/dev/null").open("w"))  # noqa: SIM115
+    console.print(status_table(run, run_status(run)))
+    lines = console.export_text().splitlines()
+    assert len(lines) >= 55 and max(map(len, lines)) <= 120
+    assert any("teachers/peg-unplug-side-v3/seed-1" in line and "killed" in line for line in lines)
+
+
+def test_no_run_is_told_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(tmp_path)]) == 2
+    assert "is not a run directory" in capsys.readouterr().err
+
+
+def test_a_damaged_status_is_named(make_run) -> None:
+    run: Run = make_run()
+    write_json(run.teachers()[0].status, {})
+    run.teachers()[0].status.write_text("{")
+    with pytest.raises(ValueError, match=r"status\.json is not valid JSON"):
+        run_status(run)
