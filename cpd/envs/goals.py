@@ -15,7 +15,7 @@ import mujoco
 import numpy as np
 import numpy.typing as npt
 
-from cpd.envs.registry import build_env, task_class
+from cpd.envs.registry import build_stock, task_class
 
 Split = Literal["training", "validation", "held_out"]
 
@@ -100,7 +100,7 @@ def _mt1_rand_vecs(task: str, seed: int) -> tuple[npt.NDArray[np.float64], ...]:
     The draws do not depend on the physics: a reset draws until its own rejection test, which looks at the
     drawn positions only, is content. So the task's reset code is run as it is, without placing the hand.
     """
-    env: Any = build_env(_goal_drawing_class(task))
+    env: Any = build_stock(_goal_drawing_class(task))
     env.draw_from(np.random.RandomState(seed))  # the legacy generator, as MT1
     vectors = []
     for _ in range(GOALS_PER_SEED):

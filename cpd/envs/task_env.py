@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
+from cpd.envs.accelerated import UnverifiedVersionError, accelerated_class
+from cpd.envs.fast_sawyer import FastSawyer
 from cpd.envs.goals import Goal
-from cpd.envs.registry import build_env, task_class
+from cpd.envs.registry import build_stock, task_class
 
 OBSERVATION_SIZE: Final = 39
 ACTION_SIZE: Final = 4
@@ -39,8 +42,7 @@ class TaskEnv:
             raise ValueError(f"unknown reward version {reward_version!r}: choose 'v1' or 'v2'")
         self.task = task
         self.reward_version = reward_version
-        self._env: Any = build_env(task_class(task), reward_function_version=reward_version)
-        self._pristine = {name: getattr(self._env.model, name).copy() for name in ("body_pos", "site_pos")}
+        self._env: Any = _build(task, reward_version, accelerated)
         self._rand_vec_size = int(self._env._random_reset_space.low.size)
         self._has_goal = False
 
@@ -60,11 +62,9 @@ class TaskEnv:
                 f"{self.task}: a goal has {self._rand_vec_size} numbers, got shape {goal.rand_vec.shape}"
             )
         env = self._env
-        for name, value in self._pristine.items():
-            getattr(env.model, name)[:] = value
         env._set_task_called = True
         env._freeze_rand_vec = True
-        env._last_rand_vec = np.array(goal.rand_vec, dtype=np.float64)
+        env._last_rand_vec = np.array(goal.rand_vec, dtype=np.float64)  # resets keep views of it
         if env._partially_observable:
             env._partially_observable = False
             env.__dict__.pop("sawyer_observation_space", None)
@@ -96,6 +96,22 @@ class TaskEnv:
         obs, reward, _, _, info = env.step(np.asarray(action, dtype=np.float32))
         return obs, float(reward), bool(info["success"])
 
+    @property
+    def sawyer(self) -> Any:
+        """Meta-World's environment underneath, for rendering and scripted experts, with its goal in its model."""
+        if isinstance(self._env, FastSawyer):
+            self._env.take_model()
+        return self._env
+
     def close(self) -> None:
         """Release the renderer, if any."""
         self._env.close()
+
+
+def _build(task: str, reward_version: str, accelerated: bool) -> Any:
+    if accelerated:
+        try:
+            return accelerated_class(task)(reward_function_version=reward_version)
+        except UnverifiedVersionError as error:
+            warnings.warn(f"{error}; using Meta-World's own, slower classes", stacklevel=3)
+    return build_stock(task_class(task), reward_function_version=reward_version)

@@ -1,0 +1,184 @@
+"""Bit-exact scalar versions of the helpers that Meta-World's task code calls most.
+
+Each falls back to the original for any argument it was not written for, so that a namespace in which these
+stand for the originals behaves like the original one.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+import types
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+
+import numpy as np
+from metaworld.utils import reward_utils
+from scipy.spatial.transform import Rotation
+
+_stock_norm: Final = np.linalg.norm
+_stock_hstack: Final = np.hstack
+_stock_tolerance: Final = reward_utils.tolerance
+_float64: Final = np.dtype(np.float64)
+_FLOATS: Final = frozenset((float, np.float64))
+_NUMBERS: Final = frozenset((float, np.float64, int))
+
+#: The raw ufunc: `np.clip` is a wrapper that costs several times as much.
+clip_ufunc: Final[Any] = importlib.import_module("numpy._core.umath").clip
+
+# What metaworld's `_sigmoids` computes anew at each call for its default value at the margin, 0.1.
+_LONG_TAIL_SCALE: Final = float(np.sqrt(1 / 0.1 - 1))
+_GAUSSIAN_SCALE: Final = float(np.sqrt(-2 * np.log(0.1)))
+
+
+def tolerance(
+    x: Any,
+    bounds: Any = (0.0, 0.0),
+    margin: Any = 0.0,
+    sigmoid: Any = "gaussian",
+    value_at_margin: Any = 0.1,
+) -> Any:
+    """`metaworld.utils.reward_utils.tolerance` for a scalar `x`, without arrays."""
+    lower, upper = bounds
+    if (
+        type(x) not in _FLOATS
+        or type(margin) not in _NUMBERS
+        or type(lower) not in _NUMBERS
+        or type(upper) not in _NUMBERS
+        or value_at_margin != 0.1
+        or lower > upper
+        or margin < 0
+    ):
+        return _stock_tolerance(x, bounds, margin, sigmoid, value_at_margin)
+    if lower <= x <= upper:
+        return 1.0
+    if margin == 0:
+        return 0.0
+    distance = float((lower - x if x < lower else x - upper) / margin)
+    try:
+        if sigmoid == "long_tail":
+            return 1 / ((distance * _LONG_TAIL_SCALE) ** 2 + 1)
+        if sigmoid == "gaussian":
+            # NumPy's exp and the C library's differ in the last bit.
+            return float(np.exp(-0.5 * (distance * _GAUSSIAN_SCALE) ** 2))
+    except OverflowError:  # Python's power refuses where NumPy's returns infinity
+        pass
+    return _stock_tolerance(x, bounds, margin, sigmoid, value_at_margin)
+
+
+def norm(x: Any, ord: Any = None, axis: Any = None, keepdims: bool = False) -> Any:
+    """`numpy.linalg.norm`; a float64 vector takes the same two operations without the dispatch."""
+    if (
+        type(x) is np.ndarray
+        and x.ndim == 1
+        and x.dtype is _float64
+        and (ord is None or ord == 2)
+        and axis is None
+        and not keepdims
+    ):
+        return np.float64(math.sqrt(x.dot(x)))
+    return _stock_norm(x, ord, axis, keepdims)
+
+
+def clip(a: Any, a_min: Any, a_max: Any) -> Any:
+    """`numpy.clip(a, a_min, a_max)` through the ufunc."""
+    if a_min is None or a_max is None:
+        return np.clip(a, a_min, a_max)
+    return clip_ufunc(a, a_min, a_max)
+
+
+def hstack(arrays: Any) -> Any:
+    """`numpy.hstack` of vectors through `concatenate`."""
+    for array in arrays:
+        if type(array) is not np.ndarray or array.ndim != 1:
+            return _stock_hstack(arrays)
+    return np.concatenate(arrays)
+
+
+class _Quaternion:
+    """What `FastRotation.from_matrix` returns: an orientation that can only be asked for its quaternion."""
+
+    __slots__ = ("_quaternion",)
+
+    def __init__(self, quaternion: np.ndarray[Any, Any]) -> None:
+        self._quaternion = quaternion
+
+    def as_quat(self) -> np.ndarray[Any, Any]:
+        """[4] float64: x, y, z, w."""
+        return self._quaternion
+
+
+class FastRotation:
+    """`scipy.spatial.transform.Rotation` as far as the tasks use it: matrix to quaternion."""
+
+    @staticmethod
+    def from_matrix(matrix: Any) -> Any:
+        """The rotation of a [3, 3] matrix; SciPy itself for anything but a plain rotation matrix."""
+        if type(matrix) is not np.ndarray or matrix.shape != (3, 3):
+            return Rotation.from_matrix(matrix)
+        (m00, m01, m02), (m10, m11, m12), (m20, m21, m22) = matrix.tolist()
+        # Shuster's method, in SciPy's order of operations: divide by the largest component.
+        trace = m00 + m11 + m22
+        if m00 >= m11 and m00 >= m22 and m00 >= trace:
+            x, y, z, w = 1 - trace + 2 * m00, m10 + m01, m20 + m02, m21 - m12
+        elif m11 > m00 and m11 >= m22 and m11 >= trace:
+            x, y, z, w = m01 + m10, 1 - trace + 2 * m11, m21 + m12, m02 - m20
+        elif m22 > m00 and m22 > m11 and m22 >= trace:
+            x, y, z, w = m02 + m20, m12 + m21, 1 - trace + 2 * m22, m10 - m01
+        else:
+            x, y, z, w = m21 - m12, m02 - m20, m10 - m01, 1 + trace
+        length = math.sqrt(x * x + y * y + z * z + w * w)
+        # For a rotation the length is four times the largest component, hence 2 to 4. SciPy looks at anything
+        # else more closely (it refuses singular matrices and orthogonalises skewed ones).
+        if not 1.999 < length < 4.001:
+            return Rotation.from_matrix(matrix)
+        return _Quaternion(np.array((x / length, y / length, z / length, w / length)))
+
+
+def _numpy_namespace() -> types.ModuleType:
+    namespace = types.ModuleType("numpy")
+    namespace.__dict__.update(np.__dict__)
+    linalg = types.ModuleType("numpy.linalg")
+    linalg.__dict__.update(np.linalg.__dict__)
+    linalg.__dict__["norm"] = norm
+    namespace.__dict__.update(linalg=linalg, clip=clip, hstack=hstack)
+    return namespace
+
+
+def _reward_namespace() -> types.ModuleType:
+    namespace = types.ModuleType("reward_utils")
+    namespace.__dict__.update(reward_utils.__dict__)
+    namespace.__dict__["tolerance"] = tolerance
+    return namespace
+
+
+#: What stands for what in the globals of rebound functions; originals are compared by identity.
+REPLACEMENTS: Final[tuple[tuple[Any, Any], ...]] = (
+    (np, _numpy_namespace()),
+    (reward_utils, _reward_namespace()),
+    (_stock_tolerance, tolerance),
+    (Rotation, FastRotation),
+)
+
+
+def fast_globals(original: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of a module's globals in which the helpers of this module stand for the originals."""
+    copied = dict(original)
+    for name, value in original.items():
+        for stock, fast in REPLACEMENTS:
+            if value is stock:
+                copied[name] = fast
+    return copied
+
+
+def rebind(function: Callable[..., Any], namespace: dict[str, Any]) -> Callable[..., Any]:
+    """The same function (code, defaults and closure) with other globals."""
+    assert isinstance(function, types.FunctionType)
+    bound = types.FunctionType(
+        function.__code__, namespace, function.__name__, function.__defaults__, function.__closure__
+    )
+    bound.__kwdefaults__ = function.__kwdefaults__
+    bound.__dict__.update(function.__dict__)
+    bound.__doc__ = function.__doc__
+    bound.__qualname__ = function.__qualname__
+    return bound

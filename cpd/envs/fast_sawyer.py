@@ -1,0 +1,244 @@
+"""Faster versions of what Meta-World's fifty tasks share, bit-exact; the tasks' own code stays theirs.
+
+`FastSawyer` slips in between a task's class and Meta-World's base class. What was slow there (metaworld 3.1.1):
+named look-ups, scans of the contact list in Python, array temporaries and clips through wrappers, and a call
+of `mj_rnePostConstraint` whose results nobody reads.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mujoco
+import numpy as np
+import numpy.typing as npt
+from metaworld.sawyer_xyz_env import SawyerXYZEnv
+
+from cpd.envs.fast_math import clip_ufunc, norm
+from cpd.envs.registry import SharedModel, grow_framebuffer, shared_model
+from cpd.envs.reset_cache import RESET_CACHE, Attributes, ResetState
+
+_OBS_SIZE = 39
+_FRAME_SIZE = 18
+_WRIST_QUATERNION = np.array([1.0, 0.0, 1.0, 0.0])
+
+
+class FastData(mujoco.MjData):  # type: ignore[misc]
+    """MjData that looks each name up once. The views are live, so keeping them is as good as asking again."""
+
+    def __init__(self, model: mujoco.MjModel) -> None:
+        super().__init__(model)
+        self._views: dict[tuple[str, str], Any] = {}
+
+    def body(self, name: Any) -> Any:
+        """View of a body by name or id."""
+        return self._view("body", name)
+
+    def geom(self, name: Any) -> Any:
+        """View of a geom by name or id."""
+        return self._view("geom", name)
+
+    def site(self, name: Any) -> Any:
+        """View of a site by name or id."""
+        return self._view("site", name)
+
+    def joint(self, name: Any) -> Any:
+        """View of a joint by name or id."""
+        return self._view("joint", name)
+
+    def _view(self, kind: str, name: Any) -> Any:
+        try:
+            return self._views[kind, name]
+        except KeyError:
+            view = self._views[kind, name] = getattr(super(), kind)(name)
+            return view
+
+
+class FastSawyer(SawyerXYZEnv):
+    """Base class of the accelerated tasks; see `cpd.envs.accelerated.accelerated_class`.
+
+    Differences from the base class that can be seen: environments of a task share one compiled model; a reset
+    does not depend on what was done before (in Meta-World, only stale site positions do); a reset to a goal
+    that was seen before is restored from a cache; accelerations that only `mj_rnePostConstraint` computes
+    (`data.cacc`, `data.cfrc_int`, `data.cfrc_ext`) stay zero.
+    """
+
+    #: Views of the simulation's data and look-up tables, which stay valid and are not part of a state.
+    LIVE_ATTRIBUTES = frozenset(
+        {
+            "_ctrl",
+            "_hand_xpos",
+            "_left_claw_xpos",
+            "_left_tip_xpos",
+            "_mocap_xpos",
+            "_mocap_xquat",
+            "_right_claw_xpos",
+            "_right_tip_xpos",
+        }
+    )
+
+    reward_function_version: str
+    _shared: SharedModel
+    _hand_xpos: npt.NDArray[np.float64]
+    _left_tip_xpos: npt.NDArray[np.float64]
+    _right_tip_xpos: npt.NDArray[np.float64]
+    _pristine_attributes: Attributes | None = None
+
+    def _initialize_simulation(self) -> tuple[mujoco.MjModel, FastData]:
+        shared = self._shared = shared_model(self.fullpath)
+        self._goal_fields = shared.pristine
+        shared.take(self, self._goal_fields)
+        grow_framebuffer(shared.model, self.width, self.height)
+        data = FastData(shared.model)
+        self._hand_xpos = data.body("hand").xpos
+        self._right_claw_xpos = data.body("rightclaw").xpos
+        self._left_claw_xpos = data.body("leftclaw").xpos
+        self._right_tip_xpos = data.site("rightEndEffector").xpos
+        self._left_tip_xpos = data.site("leftEndEffector").xpos
+        self._left_pad_id: int = data.geom("leftpad_geom").id
+        self._right_pad_id: int = data.geom("rightpad_geom").id
+        self._mocap_xpos = data.mocap_pos[0]
+        self._mocap_xquat = data.mocap_quat
+        self._ctrl = data.ctrl
+        self._body_xpos: dict[str, npt.NDArray[np.float64]] = {}
+        return shared.model, data
+
+    def take_model(self) -> None:
+        """Put this environment's goal into the shared model; needed before looking at `model` from outside."""
+        if self._shared.owner is not self:
+            self._shared.take(self, self._goal_fields)
+
+    # Named look-ups -----------------------------------------------------------------------------------------
+
+    def get_endeff_pos(self) -> npt.NDArray[np.float64]:
+        """[3] live position of the hand, metres."""
+        return self._hand_xpos
+
+    @property
+    def tcp_center(self) -> npt.NDArray[np.float64]:
+        """[3] midpoint of the fingertips, metres."""
+        center: npt.NDArray[np.float64] = (self._right_tip_xpos + self._left_tip_xpos) / 2.0
+        return center
+
+    def get_body_com(self, body_name: str) -> npt.NDArray[np.float64]:
+        """[3] live position of a body, metres."""
+        try:
+            return self._body_xpos[body_name]
+        except KeyError:
+            view: npt.NDArray[np.float64] = self.data.body(body_name).xpos
+            self._body_xpos[body_name] = view
+            return view
+
+    # Contacts -----------------------------------------------------------------------------------------------
+
+    def touching_object(self, object_geom_id: int) -> bool:
+        """Whether both finger pads press on a geom: the summed normal forces of their contacts are positive."""
+        data = self.data
+        if not data.ncon:
+            return False
+        left_pad, right_pad = self._left_pad_id, self._right_pad_id
+        left = right = 0.0
+        contact = data.contact
+        for i, pair in enumerate(contact.geom.tolist()):
+            if object_geom_id in pair:
+                if left_pad in pair:
+                    left += data.efc_force[contact.efc_address[i]]
+                if right_pad in pair:
+                    right += data.efc_force[contact.efc_address[i]]
+        return bool(left > 0 and right > 0)
+
+    # Stepping -----------------------------------------------------------------------------------------------
+
+    def _step_mujoco_simulation(self, ctrl: Any, n_frames: int) -> None:
+        self._ctrl[:] = ctrl
+        mujoco.mj_step(self.model, self.data, n_frames)
+
+    def _get_curr_obs_combined_no_goal(self) -> npt.NDArray[np.float64]:
+        frame = np.zeros(_FRAME_SIZE)
+        frame[:3] = self._hand_xpos
+        # The fingers are at most 0.1 m apart, but for a little noise, which the limits hide.
+        frame[3] = min(max(norm(self._right_claw_xpos - self._left_claw_xpos) / 0.1, 0.0), 1.0)
+        positions = self._get_pos_objects()
+        quaternions = self._get_quat_objects()
+        if len(positions) == 3 and len(quaternions) == 4:
+            frame[4:7] = positions
+            frame[7:11] = quaternions
+            return frame
+        assert len(positions) % 3 == 0 and len(quaternions) % 4 == 0
+        for i in range(min(len(positions) // 3, len(quaternions) // 4)):
+            frame[4 + 7 * i : 7 + 7 * i] = positions[3 * i : 3 * i + 3]
+            frame[7 + 7 * i : 11 + 7 * i] = quaternions[4 * i : 4 * i + 4]
+        return frame
+
+    def _get_obs(self) -> npt.NDArray[np.float64]:
+        frame = self._get_curr_obs_combined_no_goal()
+        obs = np.empty(_OBS_SIZE)
+        obs[:18] = frame
+        obs[18:36] = self._prev_obs
+        obs[36:] = 0.0 if self._partially_observable else self._get_pos_goal()
+        self._prev_obs = frame
+        return obs
+
+    def step(
+        self, action: npt.NDArray[np.floating[Any]]
+    ) -> tuple[npt.NDArray[np.float64], Any, bool, bool, dict[str, Any]]:
+        """As Meta-World's: [4] action to (observation [39], reward, False, truncated, info)."""
+        if not self._set_task_called:
+            raise RuntimeError("You must call env.set_task before using env.step")
+        assert len(action) == 4, f"Actions should be size 4, got {len(action)}"
+        if self.curr_path_length >= self.max_path_length:
+            raise ValueError("You must reset the env manually once truncate==True")
+        if self._shared.owner is not self:
+            self._shared.take(self, self._goal_fields)
+        model, data, mocap = self.model, self.data, self._mocap_xpos
+        delta = clip_ufunc(action[:3], -1, 1) * self.action_scale
+        clip_ufunc(mocap + delta, self.mocap_low, self.mocap_high, mocap)
+        self._mocap_xquat[:] = _WRIST_QUATERNION
+        self._ctrl[0], self._ctrl[1] = action[-1], -action[-1]
+        mujoco.mj_step(model, data, self.frame_skip)
+        self.curr_path_length += 1
+        # Meta-World puts the target sites in place here; the next line computes all site positions anew.
+        mujoco.mj_forward(model, data)
+        space = self.sawyer_observation_space
+        obs = self._get_obs()
+        self._last_stable_obs = clip_ufunc(obs, space.low, space.high, obs)
+        reward, info = self.evaluate_state(obs, action)
+        return obs.copy(), reward, False, self.curr_path_length == self.max_path_length, info
+
+    # Resetting ----------------------------------------------------------------------------------------------
+
+    def reset(
+        self, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[npt.NDArray[np.float64], dict[str, Any]]:
+        """As Meta-World's, from the state of a fresh environment; known goals come from the cache."""
+        if self._pristine_attributes is None:
+            self._pristine_attributes = Attributes(self)
+        goal = self._last_rand_vec
+        if not self._freeze_rand_vec or goal is None:
+            self._start_afresh()
+            obs, info = super().reset(seed=seed, options=options)
+            self._goal_fields = self._shared.fields()
+            return obs, info
+        key = (type(self), self.reward_function_version, self._partially_observable, goal.tobytes())
+        state = RESET_CACHE.get(key)
+        if state is None:
+            self._start_afresh()
+            obs, _ = super().reset(seed=seed, options=options)
+            state = ResetState(self, self._shared.fields(), obs)
+            RESET_CACHE.put(key, state)
+        self._goal_fields = state.goal_fields
+        self._shared.take(self, state.goal_fields)
+        return state.restore(self), {}
+
+    def _start_afresh(self) -> None:
+        """Put everything that a reset may read back to what the constructor left."""
+        assert self._pristine_attributes is not None
+        self._pristine_attributes.restore(self)
+        self._shared.take(self, self._shared.pristine)
+        mujoco.mj_resetData(self.model, self.data)
+        mujoco.mj_forward(self.model, self.data)
+
+    def render(self) -> Any:
+        """As Gymnasium's, with this environment's goal in the shared model."""
+        self.take_model()
+        return super().render()  # type: ignore[no-untyped-call]

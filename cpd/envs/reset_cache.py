@@ -1,0 +1,195 @@
+"""Resets of Meta-World tasks as values: taken once per goal, restored bit for bit in a hundredth of the time.
+
+A real reset simulates 500 physics steps, and a given goal always ends in the same state.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Hashable
+from typing import Any, Final
+
+import mujoco
+import numpy as np
+import numpy.typing as npt
+
+_STATE: Final = mujoco.mjtState.mjSTATE_INTEGRATION
+
+#: What the caller sets, or construction, rather than resets and steps.
+_SETTINGS: Final = frozenset(
+    {
+        "_freeze_rand_vec",
+        "_last_rand_vec",
+        "_partially_observable",
+        "_set_task_called",
+        "max_path_length",
+        "reward_function_version",
+        "seeded_rand_vec",
+    }
+)
+
+#: Kinds of attributes that resets and steps set. Lists, tuples and dictionaries hold only configuration.
+_PLAIN: Final = (np.ndarray, np.generic, int, float, str, type(None))
+
+#: Arrays that are meaningful only up to sizes of the moment, or hold uninitialised memory, and one (134 kB) that
+#: only visualisation reads.
+_SKIPPED_PREFIXES: Final = ("efc_", "contact", "island", "dof_island", "tendon_efcadr", "bvh_active")
+
+
+class _DataView:
+    """An attribute that is a live view of an array of the simulation's data, such as `data.xpos[3]`."""
+
+    def __init__(self, name: str, offset: int, like: npt.NDArray[Any]) -> None:
+        self._name, self._offset = name, offset
+        self._shape, self._strides = like.shape, like.strides
+
+    def in_data(self, data: Any) -> npt.NDArray[Any]:
+        """The same view of another simulation of the same model."""
+        array = getattr(data, self._name)
+        return np.ndarray(self._shape, array.dtype, array, self._offset, self._strides)
+
+
+def _data_arrays(data: Any) -> dict[str, npt.NDArray[Any]]:
+    """MuJoCo's arrays that describe the simulation's state and what derives from it."""
+    arrays = {}
+    for name in dir(type(data)):
+        if name.startswith(("_", *_SKIPPED_PREFIXES)):
+            continue
+        value = getattr(data, name)
+        if isinstance(value, np.ndarray) and value.size:
+            arrays[name] = value
+    return arrays
+
+
+class Attributes:
+    """The plain attributes (numbers, arrays, strings, None) of an environment at a moment."""
+
+    def __init__(self, env: Any) -> None:
+        owners = _data_arrays(env.data)
+        self._values: dict[str, Any] = {}
+        for name, value in vars(env).items():
+            if name in _SETTINGS or name in env.LIVE_ATTRIBUTES or not isinstance(value, _PLAIN):
+                continue
+            self._values[name] = _frozen(value, owners)
+
+    def restore(self, env: Any) -> None:
+        """Give `env` these attributes, and no plain ones beside them."""
+        attributes = vars(env)
+        for name in [name for name in attributes if name not in self._values]:
+            if name not in _SETTINGS and name not in env.LIVE_ATTRIBUTES and isinstance(attributes[name], _PLAIN):
+                del attributes[name]
+        for name, value in self._values.items():
+            kind = type(value)
+            if kind is np.ndarray:
+                attributes[name] = value.copy()
+            elif kind is _DataView:
+                attributes[name] = value.in_data(env.data)
+            else:
+                attributes[name] = value
+
+    @property
+    def num_bytes(self) -> int:
+        """Approximate memory."""
+        return sum(value.nbytes if isinstance(value, np.ndarray) else 100 for value in self._values.values())
+
+
+def _frozen(value: Any, owners: dict[str, npt.NDArray[Any]]) -> Any:
+    if not isinstance(value, np.ndarray):
+        return value
+    if not value.flags.owndata:
+        start = value.__array_interface__["data"][0]
+        for name, owner in owners.items():
+            offset = start - owner.__array_interface__["data"][0]
+            if 0 <= offset < owner.nbytes:
+                return _DataView(name, offset, value)
+    return value.copy()
+
+
+class ResetState:
+    """Everything that a reset to a goal leaves behind.
+
+    Args:
+        env: an environment that was just reset; it is stepped and restored in here.
+        goal_fields: the model's fields with this goal (`registry.GOAL_FIELDS`).
+        obs: [39] float64, what the reset returned.
+    """
+
+    def __init__(
+        self, env: Any, goal_fields: tuple[npt.NDArray[np.float64], ...], obs: npt.NDArray[np.float64]
+    ) -> None:
+        self.goal_fields = goal_fields
+        self._obs = obs.copy()
+        self._attributes = Attributes(env)
+        self._state = np.empty(mujoco.mj_stateSize(env.model, _STATE))
+        mujoco.mj_getState(env.model, env.data, self._state, _STATE)
+        # Setting the state and deriving the rest gives nearly all arrays. What it does not give (the solver's
+        # warm start, arrays that the reset left stale) shows after steps away from here, and is kept.
+        self._patches: dict[str, npt.NDArray[Any]] = {}
+        wanted = {name: array.copy() for name, array in _data_arrays(env.data).items()}
+        env.data.ctrl[:] = 1.0
+        env.data.mocap_pos[:] += 0.01
+        mujoco.mj_step(env.model, env.data, 5)
+        self._restore_data(env)
+        for name, array in _data_arrays(env.data).items():
+            if array.tobytes() != wanted[name].tobytes():
+                self._patches[name] = wanted[name]
+        self._restore_data(env)
+
+    def restore(self, env: Any) -> npt.NDArray[np.float64]:
+        """Put `env`, whose model holds `goal_fields`, into this state; returns the first observation, [39]."""
+        self._attributes.restore(env)
+        self._restore_data(env)
+        return self._obs.copy()
+
+    def _restore_data(self, env: Any) -> None:
+        mujoco.mj_setState(env.model, env.data, self._state, _STATE)
+        mujoco.mj_forward(env.model, env.data)
+        for name, value in self._patches.items():
+            getattr(env.data, name)[...] = value
+
+    @property
+    def num_bytes(self) -> int:
+        """Approximate memory."""
+        arrays = [self._obs, self._state, *self.goal_fields, *self._patches.values()]
+        return sum(array.nbytes for array in arrays) + self._attributes.num_bytes
+
+
+class ResetCache:
+    """Least recently used reset states within a bound on memory.
+
+    Args:
+        max_bytes: what is kept at most, approximately.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        self._states: OrderedDict[Hashable, ResetState] = OrderedDict()
+        self.num_bytes = 0
+
+    def __len__(self) -> int:
+        return len(self._states)
+
+    def get(self, key: Hashable) -> ResetState | None:
+        """The state put under `key`, if it is still there."""
+        state = self._states.get(key)
+        if state is not None:
+            self._states.move_to_end(key)
+        return state
+
+    def put(self, key: Hashable, state: ResetState) -> None:
+        """Keep a state, and forget the least recently used ones that no longer fit."""
+        assert key not in self._states
+        self._states[key] = state
+        self.num_bytes += state.num_bytes
+        while self.num_bytes > self._max_bytes and len(self._states) > 1:
+            _, oldest = self._states.popitem(last=False)
+            self.num_bytes -= oldest.num_bytes
+
+    def clear(self) -> None:
+        """Forget all."""
+        self._states.clear()
+        self.num_bytes = 0
+
+
+#: The process's cache: some 15 kB a goal, shared by all environments.
+RESET_CACHE: Final = ResetCache(64 * 2**20)
