@@ -1,0 +1,211 @@
+"""Steps per second of the accelerated environments, side by side with Meta-World's own and the physics alone.
+
+    python -m tests.bench.bench_env [--tasks push-v3 reach-v3] [--quick] [--json PATH]
+
+Everything is measured in one run, interleaved, on one core (the sampler: on as many as it has workers), with
+uniformly random actions; of several repeats the fastest counts. Ratios travel, absolute figures do not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import metaworld  # noqa: F401 - registers the Gymnasium ids
+import mujoco
+import numpy as np
+
+from cpd.envs.goals import goal_set
+from cpd.envs.sampler import make_vector_env
+from cpd.envs.task_env import TaskEnv
+from cpd.tasks import ALL_TASKS
+
+EPISODE = 200
+
+
+def random_actions(num_steps: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).uniform(-1, 1, (num_steps, 4)).astype(np.float32)
+
+
+class GymTask:
+    """`gym.make`, as Meta-World's documentation has it: with its wrappers, random goals, 500-step episodes."""
+
+    def __init__(self, task: str) -> None:
+        self.env = gymnasium.make("Meta-World/MT1", env_name=task, seed=1)
+
+    def reset(self) -> None:
+        self.env.reset()
+
+    def step(self, action: np.ndarray) -> None:
+        self.env.step(action)
+
+
+class AcceleratedTask:
+    """`TaskEnv`, with the goals in turn."""
+
+    def __init__(self, task: str) -> None:
+        self.env = TaskEnv(task)
+        self.goals = goal_set(task, "training")
+        self.index = 0
+        for goal in self.goals:  # the first reset to a goal is a real one
+            self.env.reset(goal)
+
+    def reset(self) -> None:
+        self.env.reset(self.goals[self.index % len(self.goals)])
+        self.index += 1
+
+    def step(self, action: np.ndarray) -> None:
+        self.env.step(action)
+
+
+class PhysicsOnly:
+    """The simulation that a step cannot do without: mj_step x 5 and mj_forward, with the mocap set."""
+
+    def __init__(self, task: str) -> None:
+        self.task_env = TaskEnv(task)
+        self.goal = goal_set(task, "training")[0]
+        self.task_env.reset(self.goal)
+        env = self.task_env.sawyer
+        self.model, self.data, self.low, self.high = env.model, env.data, env.mocap_low, env.mocap_high
+        self.mocap, self.ctrl = self.data.mocap_pos[0], self.data.ctrl
+
+    def reset(self) -> None:
+        self.task_env.reset(self.goal)
+
+    def step(self, action: np.ndarray) -> None:
+        self.mocap[:] = np.clip(self.mocap + action[:3] * 0.01, self.low, self.high)
+        self.ctrl[:] = (action[3], -action[3])
+        mujoco.mj_step(self.model, self.data, 5)
+        mujoco.mj_forward(self.model, self.data)
+
+
+def seconds(subject: Any, actions: np.ndarray, episode: int) -> float:
+    """Time of `actions`, with a reset before each `episode` steps; an episode of 0 resets once, untimed."""
+    if not episode:
+        subject.reset()
+    start = time.perf_counter()
+    for t, action in enumerate(actions):
+        if episode and t % episode == 0:
+            subject.reset()
+        subject.step(action)
+    return time.perf_counter() - start
+
+
+def bench_task(task: str, num_steps: int, num_repeats: int) -> dict[str, float]:
+    """Steps per second of the three, without resets and with one every 200 steps."""
+    subjects: dict[str, Any] = {
+        "gym": GymTask(task),
+        "accelerated": AcceleratedTask(task),
+        "physics": PhysicsOnly(task),
+    }
+    result: dict[str, float] = {}
+    for label, episode, steps in (("", 0, min(num_steps, 490)), ("_resets", EPISODE, max(num_steps, EPISODE))):
+        best = dict.fromkeys(subjects, float("inf"))
+        for repeat in range(num_repeats):
+            actions = random_actions(steps, repeat)
+            for name, subject in subjects.items():
+                best[name] = min(best[name], seconds(subject, actions, episode))
+        result |= {name + label: steps / best[name] for name in subjects}
+    return result
+
+
+def best_rate(run: Callable[[], int], num_repeats: int) -> float:
+    """The best of several runs, each of which returns how many steps it made."""
+    rates = []
+    for _ in range(num_repeats):
+        start = time.perf_counter()
+        num_steps = run()
+        rates.append(num_steps / (time.perf_counter() - start))
+    return max(rates)
+
+
+def bench_sampler(task: str, num_workers: int, slots_per_worker: int, num_repeats: int) -> dict[str, float]:
+    """Steps per second of all slots together, an episode of 200 steps with its reset, at equal processes.
+
+    Gymnasium's asynchronous vector environment has one environment per process, ours several; so that both
+    keep the same number of processes busy, Gymnasium's gets `num_workers` environments.
+    """
+    actions = random_actions(EPISODE * num_workers * slots_per_worker).reshape(EPISODE, -1, 4)
+    stock = gymnasium.make_vec(
+        "Meta-World/MT1", env_name=task, num_envs=num_workers, vectorization_mode="async", seed=1
+    )
+
+    def run_stock() -> int:
+        stock.reset()
+        for action in actions:
+            stock.step(action[:num_workers])
+        return EPISODE * num_workers
+
+    result = {}
+    goals = goal_set(task, "training")
+    for slots in (1, slots_per_worker):
+        num_envs = num_workers * slots
+        with make_vector_env([task] * num_envs, num_workers) as ours:
+
+            def run_ours(ours: Any = ours, num_envs: int = num_envs) -> int:
+                ours.reset(range(num_envs), [goals[i % 50] for i in range(num_envs)])
+                for action in actions:
+                    ours.step(action[:num_envs])
+                return EPISODE * num_envs
+
+            run_ours()
+            if slots == 1:
+                run_stock()
+                result["gym_async"] = best_rate(run_stock, num_repeats)
+            result[f"ours_{slots}_per_worker"] = best_rate(run_ours, num_repeats)
+    stock.close()
+    return result
+
+
+def table_row(task: str, rates: dict[str, float]) -> str:
+    return (
+        f"{task:30s}{rates['gym']:8.0f}{rates['accelerated']:8.0f}{rates['physics']:9.0f}"
+        f"{rates['accelerated'] / rates['gym']:8.2f}{rates['accelerated'] / rates['physics']:9.0%}"
+        f"{rates['gym_resets']:10.0f}{rates['accelerated_resets']:8.0f}"
+        f"{rates['accelerated_resets'] / rates['gym_resets']:8.2f}"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tasks", nargs="+", default=list(ALL_TASKS), metavar="TASK")
+    parser.add_argument("--quick", action="store_true", help="fewer steps and repeats, noisier")
+    parser.add_argument("--workers", type=int, default=2, help="processes of the sampler comparison")
+    parser.add_argument("--json", type=Path, help="write the raw rates here")
+    arguments = parser.parse_args()
+    warnings.simplefilter("ignore")
+    num_steps, num_repeats = (EPISODE, 2) if arguments.quick else (2 * EPISODE, 5)
+
+    print("steps per second; resets: one every 200 steps")
+    print(f"{'task':30s}{'gym':>8s}{'accel':>8s}{'physics':>9s}{'x gym':>8s}{'of phys':>9s}", end="")
+    print(f"{'gym+res':>10s}{'accel':>8s}{'x gym':>8s}")
+    rates = {}
+    for task in arguments.tasks:
+        rates[task] = bench_task(task, num_steps, num_repeats)
+        print(table_row(task, rates[task]), flush=True)
+    medians = {
+        "accelerated / gym": statistics.median(r["accelerated"] / r["gym"] for r in rates.values()),
+        "accelerated / physics": statistics.median(r["accelerated"] / r["physics"] for r in rates.values()),
+        "with resets": statistics.median(r["accelerated_resets"] / r["gym_resets"] for r in rates.values()),
+    }
+    print("medians: " + ", ".join(f"{name} {value:.2f}" for name, value in medians.items()))
+
+    sampler_task = arguments.tasks[0] if len(arguments.tasks) == 1 else "push-v3"
+    sampler = bench_sampler(sampler_task, arguments.workers, 8, num_repeats)
+    print(f"\nsampler, {sampler_task}, {arguments.workers} processes, steps per second of all slots together")
+    for name, rate in sampler.items():
+        print(f"{name:24s}{rate:8.0f}{rate / sampler['gym_async']:8.2f} x")
+    if arguments.json:
+        results = {"tasks": rates, "medians": medians, "sampler": {"task": sampler_task, **sampler}}
+        arguments.json.write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
