@@ -13,14 +13,18 @@ import mujoco
 import numpy as np
 import numpy.typing as npt
 from metaworld.sawyer_xyz_env import SawyerXYZEnv
+from metaworld.utils.reward_utils import hamacher_product
 
-from cpd.envs.fast_math import clip_ufunc, norm
+from cpd.envs.fast_math import clip_ufunc, norm, tolerance
 from cpd.envs.registry import SharedModel, grow_framebuffer, shared_model
 from cpd.envs.reset_cache import RESET_CACHE, Attributes, ResetState
 
 _OBS_SIZE = 39
 _FRAME_SIZE = 18
 _WRIST_QUATERNION = np.array([1.0, 0.0, 1.0, 0.0])
+# Of the smaller type, so that actions of float32 and of float64 both keep theirs, as in Meta-World.
+_ACTION_LOW = np.full(3, -1.0, dtype=np.float32)
+_ACTION_HIGH = np.full(3, 1.0, dtype=np.float32)
 
 
 class FastData(mujoco.MjData):  # type: ignore[misc]
@@ -147,6 +151,62 @@ class FastSawyer(SawyerXYZEnv):
                     right += data.efc_force[contact.efc_address[i]]
         return bool(left > 0 and right > 0)
 
+    # Rewards ------------------------------------------------------------------------------------------------
+
+    def _gripper_caging_reward(
+        self,
+        action: npt.NDArray[np.floating[Any]],
+        obj_pos: npt.NDArray[np.float64],
+        obj_radius: float,
+        pad_success_thresh: float,
+        object_reach_radius: float,
+        xz_thresh: float,
+        desired_gripper_effort: float = 1.0,
+        high_density: bool = False,
+        medium_density: bool = False,
+    ) -> Any:
+        """Meta-World's reward for having the object between the fingers, in scalars where it uses arrays.
+
+        See `SawyerXYZEnv._gripper_caging_reward` for the arguments (metres) and the meaning. The result has
+        Meta-World's type too: with float32 actions it is float32 once the gripper closes on the object.
+        """
+        if high_density and medium_density:
+            raise ValueError("Can only be either high_density or medium_density")
+        obj_init_pos = self.obj_init_pos
+        assert obj_init_pos is not None
+        obj_y, obj_init_y = float(obj_pos[1]), float(obj_init_pos[1])
+        bounds = (obj_radius, pad_success_thresh)
+        left, right = (
+            tolerance(
+                abs(pad_y - obj_y),
+                bounds=bounds,
+                margin=abs(abs(pad_y - obj_init_y) - pad_success_thresh),
+                sigmoid="long_tail",
+            )
+            for pad_y in (float(self.get_body_com("leftpad")[1]), float(self.get_body_com("rightpad")[1]))
+        )
+        tcp = self.tcp_center
+        caging_xz = tolerance(
+            norm(tcp[::2] - obj_pos[::2]),
+            bounds=(0, xz_thresh),
+            margin=norm(obj_init_pos[::2] - self.init_tcp[::2]) - xz_thresh,
+            sigmoid="long_tail",
+        )
+        caging = hamacher_product(hamacher_product(left, right), float(caging_xz))
+        closed = min(max(0, action[-1]), desired_gripper_effort) / desired_gripper_effort
+        reward = hamacher_product(caging, closed if caging > 0.97 else 0.0)
+        if high_density:
+            reward = (reward + caging) / 2
+        if medium_density:
+            reach = tolerance(
+                norm(obj_pos - tcp),
+                bounds=(0, object_reach_radius),
+                margin=abs(norm(obj_init_pos - self.init_tcp) - object_reach_radius),
+                sigmoid="long_tail",
+            )
+            reward = (reward + float(reach)) / 2
+        return reward
+
     # Stepping -----------------------------------------------------------------------------------------------
 
     def _step_mujoco_simulation(self, ctrl: Any, n_frames: int) -> None:
@@ -191,7 +251,7 @@ class FastSawyer(SawyerXYZEnv):
         if self._shared.owner is not self:
             self._shared.take(self, self._goal_fields)
         model, data, mocap = self.model, self.data, self._mocap_xpos
-        delta = clip_ufunc(action[:3], -1, 1) * self.action_scale
+        delta = clip_ufunc(action[:3], _ACTION_LOW, _ACTION_HIGH) * self.action_scale
         clip_ufunc(mocap + delta, self.mocap_low, self.mocap_high, mocap)
         self._mocap_xquat[:] = _WRIST_QUATERNION
         self._ctrl[0], self._ctrl[1] = action[-1], -action[-1]

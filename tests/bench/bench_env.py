@@ -66,10 +66,10 @@ class AcceleratedTask:
 
 
 class PhysicsOnly:
-    """The simulation that a step cannot do without: mj_step x 5 and mj_forward, with the mocap set."""
+    """The simulation that a step cannot do without: mj_step x 5 and mj_forward, on Meta-World's own model."""
 
     def __init__(self, task: str) -> None:
-        self.task_env = TaskEnv(task)
+        self.task_env = TaskEnv(task, accelerated=False)
         self.goal = goal_set(task, "training")[0]
         self.task_env.reset(self.goal)
         env = self.task_env.sawyer
