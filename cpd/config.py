@@ -121,8 +121,12 @@ class TeacherConfig:
     num_validation_goals: Positive = 50
     validate_every: Positive = 3
     """Iterations between evaluations on validation goals."""
+    validate_from: Share = 0.5
+    """Share of successful training episodes from which on validations are worth their time."""
     stop_success: Share = 1.0
-    """Training ends once the success rate on validation goals reaches this."""
+    """Training ends once the success rate on validation goals has reached this ..."""
+    stop_passes: Positive = 2
+    """... in this many successive validations: one alone may be luck."""
     gate: Share = 0.9
     """Least validation success with which a teacher is admitted to distillation."""
     on_rejected: Literal["skip", "stop"] = "skip"

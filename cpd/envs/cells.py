@@ -27,16 +27,17 @@ class Cell(NamedTuple):
 class EnvPool:
     """This process's environments, made once per task and used again for every evaluation."""
 
-    def __init__(self, reward_version: str, num_workers: int = 1) -> None:
-        """Nothing is made yet; each task's environments will live in `num_workers` processes."""
+    def __init__(self, reward_version: str, num_workers: int = 1, num_envs: int = CHUNK) -> None:
+        """Nothing is made yet; a task's `num_envs` environments will live in `num_workers` processes."""
         self._reward_version = reward_version
         self._num_workers = num_workers
+        self._num_envs = max(num_envs, CHUNK)
         self._envs: dict[str, VectorEnv] = {}
 
     def get(self, task: str) -> VectorEnv:
-        """`CHUNK` environments of `task`."""
+        """The environments of `task`, at least `CHUNK`."""
         if task not in self._envs:
-            self._envs[task] = make_vector_env([task] * CHUNK, self._num_workers, self._reward_version)
+            self._envs[task] = make_vector_env([task] * self._num_envs, self._num_workers, self._reward_version)
         return self._envs[task]
 
     def close(self) -> None:
@@ -70,7 +71,7 @@ def evaluate_cells(
     Returns:
         For each cell its outcomes in goal order, on every rank; None if any rank was asked to stop.
     """
-    chunks: list[tuple[int, Sequence[Goal]]] = []
+    chunks: list[tuple[int, tuple[Goal, ...]]] = []
     for index, cell in enumerate(cells):
         goals = goal_set(cell.task, cell.goal_set, cell.num_episodes)
         chunks += [(index, goals[start : start + CHUNK]) for start in range(0, len(goals), CHUNK)]

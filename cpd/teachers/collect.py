@@ -1,0 +1,171 @@
+"""Collecting a finished teacher's rollouts: what students will learn from.
+
+Half of the episodes (by default) add noise to the executed action, so that the data covers states that a student
+reaches when it errs; the label is always the teacher's clean distribution at the state. Episodes end a few steps
+after their first success: teachers trained with termination on success have never seen what comes later.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from cpd.config import RolloutConfig
+from cpd.envs.goals import Goal
+from cpd.envs.sampler import VectorEnv
+from cpd.interrupt import Interrupt, InterruptedBySignal
+from cpd.seeding import derive, generator
+from cpd.shards.schema import ACTION_SIZE, OBSERVATION_SIZE, Episode
+from cpd.teachers.policy import FloatArray, Teacher
+
+
+@dataclass(frozen=True)
+class EpisodePlan:
+    """What is settled about episode number `number` before it starts.
+
+    Attributes:
+        goal: its initial condition, among the training goals.
+        seed: of its noise.
+        noise_scale: standard deviation of the noise; 0 for a clean episode.
+        noise_hold: steps for which each sample of the noise is held.
+    """
+
+    goal: Goal
+    seed: int
+    noise_scale: float
+    noise_hold: int
+
+    def noise(self, horizon: int) -> FloatArray:
+        """The noise `[horizon, A]` to add to the executed action."""
+        if self.noise_scale == 0.0:
+            return np.zeros((horizon, ACTION_SIZE), np.float32)
+        num_samples = -(-horizon // self.noise_hold)
+        samples = generator(self.seed).standard_normal((num_samples, ACTION_SIZE), dtype=np.float32)
+        held: FloatArray = np.repeat(samples, self.noise_hold, axis=0)[:horizon]
+        return np.float32(self.noise_scale) * held
+
+
+def plan_episode(number: int, goals: Sequence[Goal], config: RolloutConfig, seed: int) -> EpisodePlan:
+    """The plan of episode `number`, a pure function of its arguments.
+
+    Goals are dealt in passes, each in a new order. Noisy episodes are spread evenly; they take the scales in
+    turn, and in every second turn through the scales the noise is held.
+    """
+    turn, position = divmod(number, len(goals))
+    order = generator(seed, "rollout-goals", turn).permutation(len(goals))
+    # The number of noisy episodes among the first n is floor(n * share).
+    num_noisy = int(number * config.noisy_share)
+    is_noisy = int((number + 1) * config.noisy_share) > num_noisy and bool(config.noise_scales)
+    scale_turn, scale_position = divmod(num_noisy, max(1, len(config.noise_scales)))
+    return EpisodePlan(
+        goals[int(order[position])],
+        derive(seed, "rollout-noise", number),
+        config.noise_scales[scale_position] if is_noisy else 0.0,
+        config.noise_hold if scale_turn % 2 else 1,
+    )
+
+
+class _Recorder:
+    """Collects the rows of a round of episodes, one column per slot, while they run in lock-step."""
+
+    def __init__(self, num_slots: int, horizon: int) -> None:
+        self.observations = np.empty((horizon + 1, num_slots, OBSERVATION_SIZE), np.float32)
+        self.actions, self.teacher_mean, self.teacher_raw_mean, self.teacher_log_std = (
+            np.empty((horizon, num_slots, ACTION_SIZE), np.float32) for _ in range(4)
+        )
+        self.rewards = np.empty((horizon, num_slots), np.float64)
+        self.successes = np.empty((horizon, num_slots), np.bool_)
+        self.length = np.zeros(num_slots, np.int64)
+
+    def episode(self, slot: int, plan: EpisodePlan, num_steps: int) -> Episode:
+        """The first `num_steps` steps of the episode in `slot`."""
+        assert 0 < num_steps <= self.length[slot]
+
+        def rows(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+            return array[:num_steps, slot].copy()
+
+        return Episode(
+            observations=self.observations[: num_steps + 1, slot].copy(),
+            actions=rows(self.actions),
+            teacher_mean=rows(self.teacher_mean),
+            teacher_raw_mean=rows(self.teacher_raw_mean),
+            teacher_log_std=rows(self.teacher_log_std),
+            rewards=rows(self.rewards),
+            successes=rows(self.successes),
+            noise_scale=np.full(num_steps, plan.noise_scale, np.float32),
+            goal_index=plan.goal.index,
+            seed=plan.seed,
+        )
+
+
+def collect(
+    teacher: Teacher,
+    envs: VectorEnv,
+    goals: Sequence[Goal],
+    config: RolloutConfig,
+    horizon: int,
+    seed: int,
+    interrupt: Interrupt,
+) -> Iterator[Episode]:
+    """Episodes in their fixed order, exactly `config.num_steps` steps in all; the last one is cut to fit.
+
+    Results do not depend on where the slots of `envs` run, but do on their number, which sets how many
+    observations the teacher sees at once (its arithmetic may round differently).
+
+    Raises:
+        InterruptedBySignal: if asked to stop.
+    """
+    remaining, first = config.num_steps, 0
+    while remaining > 0:
+        plans = [plan_episode(first + slot, goals, config, seed) for slot in range(envs.num_envs)]
+        recorder = _run_round(teacher, envs, plans, config, horizon, remaining, interrupt)
+        for slot, plan in enumerate(plans):
+            if remaining > 0:
+                num_steps = min(int(recorder.length[slot]), remaining)
+                remaining -= num_steps
+                yield recorder.episode(slot, plan, num_steps)
+        first += len(plans)
+
+
+def _run_round(
+    teacher: Teacher,
+    envs: VectorEnv,
+    plans: Sequence[EpisodePlan],
+    config: RolloutConfig,
+    horizon: int,
+    remaining: int,
+    interrupt: Interrupt,
+) -> _Recorder:
+    """One episode per slot, as far as `remaining` steps in slot order need them."""
+    num_slots = envs.num_envs
+    recorder = _Recorder(num_slots, horizon)
+    noise_TBA = np.stack([plan.noise(horizon) for plan in plans], axis=1)
+    steps_left = np.full(num_slots, horizon)
+    running = np.ones(num_slots, np.bool_)
+    envs.reset(range(num_slots), [plan.goal for plan in plans])
+    for t in range(horizon):
+        if interrupt.requested:
+            raise InterruptedBySignal("asked to stop while collecting rollouts; launch again to collect them anew")
+        recorder.observations[t] = envs.observations
+        raw_mean_BA, log_std_BA = teacher.distribution(envs.observations)
+        mean_BA = np.clip(raw_mean_BA, -1.0, 1.0)
+        recorder.teacher_raw_mean[t], recorder.teacher_log_std[t] = raw_mean_BA, log_std_BA
+        recorder.teacher_mean[t] = mean_BA
+        recorder.actions[t] = np.clip(mean_BA + noise_TBA[t], -1.0, 1.0)
+        envs.step(recorder.actions[t], running)
+        recorder.observations[t + 1] = envs.observations
+        recorder.rewards[t], recorder.successes[t] = envs.rewards, envs.successes
+        recorder.length += running
+        steps_left -= 1
+        succeeded = running & envs.successes
+        steps_left[succeeded] = np.minimum(steps_left[succeeded], config.steps_after_success)
+        # Episodes never get shorter, so whatever lies behind enough steps will not be needed.
+        needed = np.concatenate([[True], np.cumsum(recorder.length)[:-1] < remaining])
+        running &= (steps_left > 0) & needed
+        if not running.any():
+            break
+    return recorder

@@ -1,0 +1,206 @@
+"""One element of the teachers' job array: train, evaluate, collect; each phase is skipped once it is published."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from cpd import checkpoint
+from cpd.comm import SerialComm
+from cpd.config import Config
+from cpd.envs.cells import Cell, EnvPool, evaluate_cells
+from cpd.envs.goals import goal_set
+from cpd.evaluate import evaluation_rows
+from cpd.files import read_json, sha256, sweep_temporaries, write_text
+from cpd.interrupt import Interrupt, InterruptedBySignal
+from cpd.provenance import labels
+from cpd.runs import Run, TeacherElement
+from cpd.session import Session, session
+from cpd.shards.reader import read_index
+from cpd.shards.schema import INDEX_NAME, ShardAttributes, ShardError
+from cpd.shards.writer import ShardWriter, clear_shards
+from cpd.tables import write_rows
+from cpd.teachers.collect import collect
+from cpd.teachers.policy import Teacher, TeacherActor, load_policy, save_policy
+from cpd.teachers.scripted import ScriptedPolicy, load_scripted, save_scripted
+from cpd.teachers.training import Trainer, validate
+
+
+def run_teacher(
+    run: Run,
+    element: TeacherElement,
+    *,
+    num_workers: int,
+    interrupt: Interrupt,
+    tell: Callable[[str], None],
+) -> None:
+    """Bring one teacher to its end: COMPLETE with shards, or REJECTED if it missed the gate.
+
+    A finished element is left as it is, an interrupted one goes on where it stopped.
+
+    Args:
+        run: the run directory.
+        element: one of `run.teachers()`.
+        num_workers: processes to step environments in; results do not depend on it.
+        interrupt: the stop flag, looked at after every environment step.
+        tell: receives plain lines of progress.
+
+    Raises:
+        LeaseHeldError: if another process is working on this teacher.
+        LeaseLostError: if another process took over meanwhile.
+        InterruptedBySignal: if asked to stop; everything needed to go on has been saved.
+    """
+    if element.finished:
+        tell(f"{element.name} is finished")
+        return
+    config = run.config
+    torch.set_num_threads(config.torch_threads)
+    pool = EnvPool(config.stream.reward_version, num_workers, config.teacher.ppo.num_envs)
+    try:
+        with session(element, SerialComm(), tell) as current:
+            sweep_temporaries(element.path)
+            _Work(config, element, pool, interrupt, current).finish()
+    finally:
+        pool.close()
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What all phases need."""
+
+    config: Config
+    element: TeacherElement
+    pool: EnvPool
+    interrupt: Interrupt
+    current: Session
+
+    def finish(self) -> None:
+        """Run the phases that are missing, and set the marker."""
+        element, gate = self.element, self.config.teacher.gate
+        if not element.policy.with_suffix(".json").exists():
+            self.train()
+        description = read_json(element.policy.with_suffix(".json"))
+        success: float = description["training"]["validation_success"]
+        teacher = self.load()
+        if not element.evaluation.exists():
+            self.evaluate(teacher)
+        if success < gate:
+            reason = f"validation success {success:.2f} is below the gate of {gate:.2f}"
+            self.current.check()
+            write_text(element.rejected, reason + "\n")
+            self.current.finish("rejected", reason, success=success)
+            return
+        if not self.has_shards():
+            self.collect(teacher)
+        self.current.check()
+        element.complete.touch()
+        self.current.finish("done", success=success)
+
+    def load(self) -> Teacher:
+        """The published teacher."""
+        is_scripted = self.config.teacher.recipe == "scripted"
+        return load_scripted(self.element.policy) if is_scripted else load_policy(self.element.policy)
+
+    def train(self) -> None:
+        """Make the teacher's policy and publish it."""
+        config, element = self.config, self.element
+        description: dict[str, Any] = {
+            "task": element.task,
+            "seed": element.seed,
+            "labels": asdict(labels(config)),
+        }
+        if config.teacher.recipe == "scripted":
+            self.current.begin("train", 1, unit="experts")
+            expert = ScriptedPolicy(element.task, config.rollouts.assumed_std)
+            success = validate(expert, config, element.task, self.pool, self.interrupt)
+            self.withdraw()
+            save_scripted(expert, element.policy, {**description, "training": {"validation_success": success}})
+            self.current.advance(1, success=success)
+            return
+        policy, summary = Trainer(config, element, self.pool, self.interrupt, self.current).run()
+        self.withdraw()
+        save_policy(policy, element.policy, {**description, "training": asdict(summary)})
+        checkpoint.prune(element.checkpoints, keep=0)
+
+    def withdraw(self) -> None:
+        """Remove what an earlier policy may have left, before another one is published."""
+        self.current.check()
+        self.element.evaluation.unlink(missing_ok=True)
+        clear_shards(self.element.shards)
+
+    def evaluate(self, teacher: Teacher) -> None:
+        """Measure success on held-out and training goals, to the episodes' end."""
+        config, element = self.config, self.element
+        num_training = min(config.evaluation.num_episodes, config.teacher.num_training_goals)
+        cells = [
+            Cell(element.task, "held_out", config.evaluation.num_episodes, to_the_end=True),
+            Cell(element.task, "training", num_training, to_the_end=True),
+        ]
+        done = 0
+        self.current.begin("evaluate", sum(cell.num_episodes for cell in cells), unit="episodes")
+
+        def advance(num_episodes: int) -> None:
+            nonlocal done
+            done += num_episodes
+            self.current.advance(done)
+
+        outcomes = evaluate_cells(
+            TeacherActor(teacher),
+            cells,
+            config.stream.horizon,
+            self.pool,
+            SerialComm(),
+            should_stop=lambda: self.interrupt.requested,
+            advance=advance,
+        )
+        if outcomes is None:
+            raise InterruptedBySignal("asked to stop while evaluating; launch again to go on")
+        rows, episodes = evaluation_rows(
+            cells, outcomes, method="teacher", seed=element.seed, stage=None, label=labels(config)
+        )
+        self.current.check()
+        write_rows(element.evaluation.with_name("episodes.csv"), episodes)
+        write_rows(element.evaluation, rows)  # last: it marks the phase as done
+
+    def has_shards(self) -> bool:
+        """Whether this very policy's rollouts have been published."""
+        if not (self.element.shards / INDEX_NAME).exists():
+            return False
+        try:
+            return read_index(self.element.shards).attributes.policy_sha256 == sha256(self.element.policy)
+        except ShardError:
+            return False
+
+    def collect(self, teacher: Teacher) -> None:
+        """Write the rollouts; an attempt that was cut short starts again, since it takes seconds."""
+        config, element, label = self.config, self.element, labels(self.config)
+        attributes = ShardAttributes(
+            task=element.task,
+            teacher_recipe=label.teacher_recipe,
+            policy_sha256=sha256(element.policy),
+            std_source=teacher.std_source,
+            metaworld=label.metaworld,
+            mujoco=label.mujoco,
+            reward_version=label.reward_version,
+            horizon=label.horizon,
+            steps_after_success=config.rollouts.steps_after_success,
+        )
+        episodes = collect(
+            teacher,
+            self.pool.get(element.task),
+            goal_set(element.task, "training", config.teacher.num_training_goals),
+            config.rollouts,
+            label.horizon,
+            element.seed,
+            self.interrupt,
+        )
+        done = 0
+        self.current.begin("rollouts", config.rollouts.num_steps)
+        with ShardWriter(element.shards, attributes, config.rollouts.shard_steps, self.current.check) as writer:
+            for episode in episodes:
+                writer.append(episode)
+                done += len(episode)
+                self.current.advance(done)

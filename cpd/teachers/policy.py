@@ -1,0 +1,185 @@
+"""Teachers' policies: the Gaussian policy that RL trains, its file form, and how a policy acts.
+
+Shape letters: B batch, O = 39 observation, A = 4 action.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Final, Literal, NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from cpd.files import publish, read_json, sha256, write_json
+from cpd.shards.schema import ACTION_SIZE, OBSERVATION_SIZE
+from cpd.teachers.statistics import RunningMoments
+
+FloatArray = npt.NDArray[np.float32]
+
+#: Normalised observations are clipped to this many standard deviations.
+OBSERVATION_CLIP: Final = 8.0
+#: Meta-World's observations are metres and unit quaternions; what moves less than this is noise.
+MIN_OBSERVATION_STD: Final = 1e-3
+
+
+class Distribution(NamedTuple):
+    """A teacher's diagonal Gaussian at a batch of states.
+
+    Attributes:
+        raw_mean: [B, 4], unbounded.
+        log_std: [B, 4].
+    """
+
+    raw_mean: FloatArray
+    log_std: FloatArray
+
+
+class Teacher(Protocol):
+    """What acts, and says how: a policy without memory of the past."""
+
+    std_source: Literal["policy", "assumed"]
+
+    def distribution(self, obs_BO: FloatArray) -> Distribution:
+        """The action distribution at each observation."""
+
+
+class GaussianPolicy(nn.Module):
+    """A diagonal Gaussian over actions: an MLP for the mean, a log standard deviation for all states alike.
+
+    Observation normalisation is part of the policy. The mean is unbounded; the environment clips actions.
+
+    Args:
+        hidden_sizes: widths of the hidden layers.
+        init_log_std: initial value of every component's log standard deviation.
+        generator: source of the initial weights.
+    """
+
+    std_source: Literal["policy", "assumed"] = "policy"
+
+    def __init__(
+        self, hidden_sizes: Sequence[int], init_log_std: float, generator: torch.Generator | None = None
+    ) -> None:
+        super().__init__()
+        self.hidden_sizes = tuple(hidden_sizes)
+        self.normalizer = RunningMoments(OBSERVATION_SIZE, MIN_OBSERVATION_STD)
+        self.net = mlp((OBSERVATION_SIZE, *hidden_sizes, ACTION_SIZE), last_gain=0.01, generator=generator)
+        self.log_std_A = nn.Parameter(torch.full((ACTION_SIZE,), init_log_std))
+
+    def normalize(self, obs_BO: Tensor) -> Tensor:
+        """Observations `[B, O]` as the network sees them."""
+        mean_O, std_O = self.normalizer.mean.float(), self.normalizer.std.float()
+        return ((obs_BO - mean_O) / std_O).clamp(-OBSERVATION_CLIP, OBSERVATION_CLIP)
+
+    def forward(self, obs_BO: Tensor) -> Tensor:
+        """Means `[B, A]`, unbounded, at observations `[B, O]`."""
+        mean_BA: Tensor = self.net(self.normalize(obs_BO))
+        return mean_BA
+
+    @torch.inference_mode()
+    def distribution(self, obs_BO: FloatArray) -> Distribution:
+        """The action distribution at each observation."""
+        raw_mean_BA = self(torch.from_numpy(obs_BO)).numpy()
+        return Distribution(raw_mean_BA, np.tile(self.log_std_A.numpy(), (len(obs_BO), 1)))
+
+
+class TeacherActor:
+    """Acts with a teacher's clipped mean; satisfies `cpd.envs.episodes.Actor`."""
+
+    def __init__(self, teacher: Teacher) -> None:
+        self._teacher = teacher
+
+    def reset(self, task: str, num_envs: int) -> None:
+        """Nothing to forget."""
+
+    def act(self, obs_BO: FloatArray) -> FloatArray:
+        """The mean as executed, `[B, A]` in [-1, 1]."""
+        return np.clip(self._teacher.distribution(obs_BO).raw_mean, -1.0, 1.0)
+
+
+class Tanh(nn.Module):
+    """Hyperbolic tangent by way of the logistic function, whose CPU kernel is several times faster."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`tanh(x) = 2 sigmoid(2 x) - 1`."""
+        return 2 * torch.sigmoid(2 * x) - 1
+
+
+def mlp(sizes: Sequence[int], last_gain: float, generator: torch.Generator | None) -> nn.Sequential:
+    """Tanh layers with orthogonal weights of gain sqrt(2), the last one linear with `last_gain`; zero biases."""
+    layers: list[nn.Module] = []
+    for i, (size_in, size_out) in enumerate(pairwise(sizes)):
+        is_last = i == len(sizes) - 2
+        linear = nn.Linear(size_in, size_out)
+        nn.init.orthogonal_(linear.weight, last_gain if is_last else math.sqrt(2), generator=generator)
+        nn.init.zeros_(linear.bias)
+        layers += [linear] if is_last else [linear, Tanh()]
+    return nn.Sequential(*layers)
+
+
+def gaussian_log_prob(x_BA: Tensor, mean_BA: Tensor, log_std_A: Tensor) -> Tensor:
+    """Log density `[B]` of a diagonal Gaussian, in nats."""
+    z_BA = (x_BA - mean_BA) * torch.exp(-log_std_A)
+    return (-0.5 * z_BA**2 - log_std_A - 0.5 * math.log(2 * math.pi)).sum(dim=-1)
+
+
+def save_policy(policy: GaussianPolicy, path: Path, description: dict[str, Any]) -> None:
+    """Publish the weights at `path` (safetensors), then `description` and the architecture beside them (JSON)."""
+    architecture = {
+        "kind": "gaussian_mlp",
+        "observation_size": OBSERVATION_SIZE,
+        "action_size": ACTION_SIZE,
+        "hidden_sizes": list(policy.hidden_sizes),
+        "activation": "tanh",
+        "observation_clip": OBSERVATION_CLIP,
+    }
+    tensors = {name: tensor.contiguous() for name, tensor in policy.state_dict().items()}
+    publish_tensors(tensors, path, {"architecture": architecture, **description})
+
+
+def publish_tensors(tensors: dict[str, Tensor], path: Path, description: dict[str, Any]) -> None:
+    """Publish `tensors` at `path` and then `description`, with their hash, beside it as JSON."""
+    path.with_suffix(".json").unlink(missing_ok=True)  # the marker never stands beside others' weights
+    with publish(path) as temporary:
+        temporary.write_bytes(safetensors.torch.save(tensors))  # save_file would bar the group: mode 0600
+    write_json(path.with_suffix(".json"), {**description, "sha256": sha256(path)})
+
+
+def read_tensors(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors at `path` and their description, checked to be of architecture `kind`.
+
+    Raises:
+        ValueError: if a file is missing, damaged, or describes another kind, naming the file.
+    """
+    description_path = path.with_suffix(".json")
+    for file in (path, description_path):
+        if not file.exists():
+            raise ValueError(f"{file} is missing; launch the run again to make the teacher")
+    description = read_json(description_path)
+    found = description.get("architecture", {}).get("kind")
+    if found != kind:
+        raise ValueError(f"{description_path} describes a policy of kind {found!r}, not {kind!r}")
+    if sha256(path) != description.get("sha256"):
+        raise ValueError(
+            f"{path} is damaged or not the file that {description_path.name} describes: their hashes differ; "
+            "remove both and launch the run again"
+        )
+    return safetensors.torch.load_file(path), description
+
+
+def load_policy(path: Path) -> GaussianPolicy:
+    """The policy saved at `path`, ready to act.
+
+    Raises:
+        ValueError: if it is missing, damaged, or of another kind.
+    """
+    tensors, description = read_tensors(path, "gaussian_mlp")
+    policy = GaussianPolicy(description["architecture"]["hidden_sizes"], init_log_std=0.0)
+    policy.load_state_dict(tensors)
+    return policy.eval().requires_grad_(False)

@@ -1,0 +1,136 @@
+"""An iteration's experience: a pure function of policy, seed and iteration, whatever the number of workers.
+
+Shape letters: S steps of an iteration, N environments, O = 39, A = 4.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from cpd.config import PPOConfig
+from cpd.envs.goals import Goal
+from cpd.envs.sampler import VectorEnv
+from cpd.seeding import generator
+from cpd.teachers.policy import FloatArray, GaussianPolicy
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What happened in an iteration.
+
+    Attributes:
+        obs: [S, N, O] before each step.
+        next_obs: [S, N, O] after it, and before any reset.
+        actions: [S, N, A] as sampled; executed clipped to [-1, 1].
+        rewards: [S, N], Meta-World's.
+        terminated: [S, N] bool, the step reached success, which ends the episode.
+        ends: [S, N] bool, the step is the last of its segment: success, time limit, or the iteration's end.
+        train_success: share of environments whose first episode reached success.
+        train_return: mean undiscounted return of these first episodes.
+    """
+
+    obs: FloatArray
+    next_obs: FloatArray
+    actions: FloatArray
+    rewards: FloatArray
+    terminated: npt.NDArray[np.bool_]
+    ends: npt.NDArray[np.bool_]
+    train_success: float
+    train_return: float
+
+
+def correlated_noise(
+    num_steps: int, num_envs: int, size: int, correlation: float, rng: np.random.Generator
+) -> FloatArray:
+    """Stationary AR(1) noise `[S, N, A]` of unit variance: `e_t = c e_{t-1} + sqrt(1 - c^2) w_t`, w white."""
+    noise_SNA = rng.standard_normal((num_steps, num_envs, size), dtype=np.float32)
+    innovation = np.float32(np.sqrt(1.0 - correlation**2))
+    for t in range(1, num_steps):
+        noise_SNA[t] = np.float32(correlation) * noise_SNA[t - 1] + innovation * noise_SNA[t]
+    return noise_SNA
+
+
+class GoalDealer:
+    """Deals training goals to resets: each environment walks through the goals in an order of its own.
+
+    The walks start evenly apart in one shuffled order, so that an iteration's first episodes differ.
+    """
+
+    def __init__(self, goals: Sequence[Goal], num_envs: int, rng: np.random.Generator) -> None:
+        self._goals = goals
+        self._order = rng.permutation(len(goals))
+        self._next = np.arange(num_envs) * max(1, len(goals) // num_envs)
+
+    def deal(self, slot: int) -> Goal:
+        """The next goal of environment `slot`."""
+        goal = self._goals[int(self._order[self._next[slot] % len(self._goals)])]
+        self._next[slot] += 1
+        return goal
+
+
+def sample(
+    policy: GaussianPolicy,
+    envs: VectorEnv,
+    goals: Sequence[Goal],
+    config: PPOConfig,
+    horizon: int,
+    seed: int,
+    iteration: int,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> Batch | None:
+    """Act with exploration noise for an iteration, from fresh resets on, in the first `num_envs` slots of `envs`.
+
+    An episode ends at success or after `horizon` steps, and the next one starts; the iteration's end cuts all.
+
+    Returns:
+        The batch; None if `should_stop()` turned true.
+    """
+    num_steps, num_envs = config.steps_per_env, config.num_envs
+    noise_SNA = correlated_noise(
+        num_steps, num_envs, 4, config.noise_correlation, generator(seed, "exploration", iteration)
+    )
+    dealer = GoalDealer(goals, num_envs, generator(seed, "goals", iteration))
+    obs = np.empty((num_steps, num_envs, envs.observations.shape[1]), np.float32)
+    next_obs = np.empty_like(obs)
+    actions = np.empty_like(noise_SNA)
+    rewards = np.empty((num_steps, num_envs), np.float32)
+    terminated = np.zeros((num_steps, num_envs), np.bool_)
+    ends = np.zeros_like(terminated)
+    executed = np.zeros((envs.num_envs, 4), np.float32)
+    active = np.arange(envs.num_envs) < num_envs
+    length = np.zeros(num_envs, np.int64)
+
+    envs.reset(range(num_envs), [dealer.deal(slot) for slot in range(num_envs)])
+    for t in range(num_steps):
+        if should_stop():
+            return None
+        obs[t] = envs.observations[:num_envs]
+        mean_NA, log_std_NA = policy.distribution(obs[t])
+        actions[t] = mean_NA + np.exp(log_std_NA) * noise_SNA[t]
+        executed[:num_envs] = np.clip(actions[t], -1.0, 1.0)
+        envs.step(executed, active)
+        next_obs[t] = envs.observations[:num_envs]
+        rewards[t] = envs.rewards[:num_envs]
+        terminated[t] = envs.successes[:num_envs]
+        length += 1
+        ends[t] = terminated[t] | (length == horizon) | (t == num_steps - 1)
+        if t < num_steps - 1 and ends[t].any():
+            slots = np.flatnonzero(ends[t])
+            envs.reset(slots, [dealer.deal(int(slot)) for slot in slots])
+            length[slots] = 0
+    first_end = ends.argmax(axis=0)
+    in_first = np.arange(num_steps)[:, None] <= first_end
+    return Batch(
+        obs,
+        next_obs,
+        actions,
+        rewards,
+        terminated,
+        ends,
+        train_success=float((terminated & in_first).any(axis=0).mean()),
+        train_return=float((rewards * in_first).sum(axis=0).mean()),
+    )

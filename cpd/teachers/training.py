@@ -1,0 +1,221 @@
+"""Training one teacher: PPO iterations, validation, early stopping, and checkpoints to resume from exactly."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from cpd import checkpoint
+from cpd.comm import SerialComm
+from cpd.config import Config
+from cpd.envs.cells import Cell, EnvPool, evaluate_cells
+from cpd.envs.goals import goal_set
+from cpd.interrupt import Interrupt, InterruptedBySignal
+from cpd.record import MetricsLog
+from cpd.runs import TeacherElement
+from cpd.session import Session
+from cpd.teachers.policy import GaussianPolicy, Teacher, TeacherActor
+from cpd.teachers.ppo import Learner
+from cpd.teachers.sampling import sample
+
+
+@dataclass(frozen=True)
+class TrainingSummary:
+    """How a teacher came to be, for its description."""
+
+    iterations: int
+    env_steps: int
+    stopped_by: str
+    """`validation`: the stopping rule; `budget`: max_env_steps."""
+    selected_iteration: int
+    """Iteration after which the final policy was taken: the last of the best on validation goals."""
+    validation_success: float
+    """Success rate of the final policy on validation goals."""
+
+
+@dataclass
+class _Progress:
+    """Where training stands, beside the learner."""
+
+    iteration: int = 0
+    passes: int = 0
+    """Successive validations, up to now, that reached `stop_success`."""
+    best_success: float = -1.0
+    best_iteration: int = 0
+    unrecorded: dict[str, float] = field(default_factory=dict)
+    """Metrics of the present iteration, until it has been validated (if due) and recorded."""
+
+
+def validate(teacher: Teacher, config: Config, task: str, pool: EnvPool, interrupt: Interrupt) -> float:
+    """Success rate on validation goals with deterministic actions, at the stream's horizon.
+
+    Raises:
+        InterruptedBySignal: if asked to stop.
+    """
+    outcomes = evaluate_cells(
+        TeacherActor(teacher),
+        [Cell(task, "validation", config.teacher.num_validation_goals)],
+        config.stream.horizon,
+        pool,
+        SerialComm(),
+        should_stop=lambda: interrupt.requested,
+    )
+    if outcomes is None:
+        raise InterruptedBySignal("asked to stop while validating; launch again to go on")
+    return sum(outcome.success for outcome in outcomes[0]) / len(outcomes[0])
+
+
+class Trainer:
+    """One teacher's training, from its newest checkpoint on if there is one.
+
+    Args:
+        config: the run's.
+        element: the teacher, of which this process is the single writer.
+        pool: environments, at least `teacher.ppo.num_envs` per task.
+        interrupt: looked at after every environment step.
+        current: told of progress.
+    """
+
+    def __init__(
+        self, config: Config, element: TeacherElement, pool: EnvPool, interrupt: Interrupt, current: Session
+    ) -> None:
+        self._config = config
+        self._element = element
+        self._pool = pool
+        self._interrupt = interrupt
+        self._session = current
+        ppo = config.teacher.ppo
+        self._steps_per_iteration = ppo.num_envs * ppo.steps_per_env
+        self._num_iterations = max(1, config.teacher.max_env_steps // self._steps_per_iteration)
+        self._goals = goal_set(element.task, "training", config.teacher.num_training_goals)
+        self._learner = Learner(ppo, element.seed)
+        self._progress = _Progress()
+        self._best_policy: dict[str, Tensor] = {}
+        self._metrics = self._resume()
+
+    def _resume(self) -> MetricsLog:
+        newest = checkpoint.latest(self._element.checkpoints)
+        if newest is None:
+            return MetricsLog(self._element.metrics)
+        state = newest.load()
+        self._learner.load_state(state["learner"])
+        self._best_policy = state["best_policy"]
+        self._progress = _Progress(**state["progress"])
+        return MetricsLog(self._element.metrics, state["metrics_size"])
+
+    def _save(self) -> None:
+        self._session.check()
+        state: dict[str, Any] = {
+            "learner": self._learner.state(),
+            "best_policy": self._best_policy,
+            "progress": asdict(self._progress),
+            "metrics_size": self._metrics.size,
+        }
+        name = f"iteration-{self._progress.iteration:06d}"
+        if self._progress.unrecorded:
+            name += "-trained"  # sorts before the same iteration once it is recorded
+        checkpoint.save(self._element.checkpoints, name, state, iteration=self._progress.iteration)
+
+    @property
+    def _env_steps(self) -> int:
+        return self._progress.iteration * self._steps_per_iteration
+
+    def run(self) -> tuple[GaussianPolicy, TrainingSummary]:
+        """Train until the stopping rule or the budget ends it.
+
+        Returns:
+            The policy that was best on validation goals (the last one of equals), and how it came to be.
+
+        Raises:
+            InterruptedBySignal: if asked to stop; everything up to the last whole iteration has been saved.
+        """
+        progress = self._progress
+        self._session.begin("train", self._num_iterations * self._steps_per_iteration, self._env_steps)
+        try:
+            while True:
+                if progress.unrecorded:
+                    self._validate_and_record()
+                if self._is_over:
+                    break
+                self._iterate()
+        except InterruptedBySignal:
+            self._save()
+            raise
+        finally:
+            self._metrics.close()
+        policy = self._learner.policy
+        policy.load_state_dict(self._best_policy)
+        return policy.eval().requires_grad_(False), TrainingSummary(
+            iterations=progress.iteration,
+            env_steps=self._env_steps,
+            stopped_by="validation" if self._has_passed else "budget",
+            selected_iteration=progress.best_iteration,
+            validation_success=progress.best_success,
+        )
+
+    @property
+    def _has_passed(self) -> bool:
+        return self._progress.passes >= self._config.teacher.stop_passes
+
+    @property
+    def _is_over(self) -> bool:
+        return self._has_passed or self._progress.iteration >= self._num_iterations
+
+    def _iterate(self) -> None:
+        """Sample and learn; nothing changes if the job is asked to stop meanwhile."""
+        teacher, progress = self._config.teacher, self._progress
+        start = time.monotonic()
+        batch = sample(
+            self._learner.policy,
+            self._pool.get(self._element.task),
+            self._goals,
+            teacher.ppo,
+            teacher.horizon,
+            self._element.seed,
+            progress.iteration,
+            should_stop=lambda: self._interrupt.requested,
+        )
+        if batch is None:
+            raise InterruptedBySignal("asked to stop while training; launch again to go on")
+        sampled = time.monotonic()
+        learned = self._learner.update(batch, progress.iteration)
+        progress.iteration += 1
+        progress.unrecorded = {
+            "train_success": batch.train_success,
+            "train_return": batch.train_return,
+            **learned,
+            "sample_seconds": sampled - start,
+            "update_seconds": time.monotonic() - sampled,
+        }
+        self._session.advance(self._env_steps)
+
+    def _validate_and_record(self) -> None:
+        """Finish an iteration: validate if it is due, record, and save now and then."""
+        teacher, progress = self._config.teacher, self._progress
+        start = time.monotonic()
+        success: float | None = None
+        # While most training episodes fail, validation would fail too, and cost more than the training:
+        # failing episodes last longest.
+        is_promising = progress.unrecorded["train_success"] >= teacher.validate_from
+        is_due = progress.iteration % teacher.validate_every == 0 and is_promising
+        if is_due or progress.iteration >= self._num_iterations:
+            success = validate(self._learner.policy, self._config, self._element.task, self._pool, self._interrupt)
+            progress.passes = progress.passes + 1 if success >= teacher.stop_success else 0
+            if success >= progress.best_success:
+                progress.best_success, progress.best_iteration = success, progress.iteration
+                state = self._learner.policy.state_dict()
+                self._best_policy = {name: tensor.clone() for name, tensor in state.items()}
+        self._metrics.append(
+            iteration=progress.iteration,
+            env_steps=self._env_steps,
+            **progress.unrecorded,
+            validation_success=success,
+            validation_seconds=time.monotonic() - start,
+        )
+        progress.unrecorded = {}
+        self._session.advance(self._env_steps, success=success, loss=None)
+        if progress.iteration % self._config.logging.teacher_checkpoint_every == 0 or self._is_over:
+            self._save()
