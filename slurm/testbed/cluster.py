@@ -1,0 +1,325 @@
+"""Starting and ending the test cluster's daemons."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from cpd.lease import is_alive, start_ticks
+from slurm.testbed.conf import CLUSTER, Settings, slurm_conf, slurmdbd_conf, user_name
+
+#: Names the state folder in the environment of everything that the cluster starts.
+STATE_VARIABLE = "CPD_TESTBED"
+#: Tells MariaDB's client library, and so slurmdbd, where the private database listens.
+SOCKET_VARIABLE = "MYSQL_UNIX_PORT"
+#: The Debian package of each program.
+PACKAGES = {
+    "slurmctld": "slurmctld",
+    "slurmd": "slurmd",
+    "sbatch": "slurm-client",
+    "munged": "munge",
+    "slurmdbd": "slurmdbd",
+    "mariadbd": "mariadb-server",
+    "mariadb-install-db": "mariadb-server",
+}
+START_SECONDS = 60.0
+SYSTEM_FOLDERS = ("/usr/sbin", "/usr/bin", "/sbin", "/bin")
+
+
+class TestbedError(RuntimeError):
+    """The test cluster cannot be started or ended; says what to do."""
+
+
+def default_state() -> Path:
+    """Where the cluster keeps its files unless told otherwise: a short path of this user's own."""
+    runtime = os.environ.get("XDG_RUNTIME_DIR")
+    return Path(runtime) / "cpd-slurm" if runtime else Path(f"/tmp/cpd-slurm-{os.getuid()}")
+
+
+def program(name: str) -> str | None:
+    """Path of a daemon, also where /usr/sbin is not on an ordinary user's PATH."""
+    return shutil.which(name, path=os.pathsep.join([os.environ.get("PATH", ""), *SYSTEM_FOLDERS]))
+
+
+def needed_programs(munge: bool, accounting: bool) -> list[str]:
+    """The programs that a cluster of this kind runs."""
+    names = ["slurmctld", "slurmd", "sbatch"]
+    # Debian's slurm packages are linked against munge's library, but only the daemon is asked for here.
+    return names + ["munged"] * munge + ["slurmdbd", "mariadbd", "mariadb-install-db"] * accounting
+
+
+def missing_packages(munge: bool = False, accounting: bool = False) -> str:
+    """What to say about missing programs: empty if there are none, else with the command that installs them."""
+    absent = [name for name in needed_programs(munge, accounting) if program(name) is None]
+    if not absent:
+        return ""
+    packages = " ".join(dict.fromkeys(PACKAGES[name] for name in absent))
+    return (
+        f"{', '.join(absent)} not found; on Debian or Ubuntu:\n"
+        f"  sudo apt-get update && sudo apt-get install -y --no-install-recommends {packages}"
+    )
+
+
+def free_ports(count: int) -> int:
+    """The first of `count` consecutive free TCP ports of the loopback device.
+
+    Raises:
+        TestbedError: if there are none.
+    """
+    for _ in range(100):
+        first = 20_000 + secrets.randbelow(10_000)
+        with contextlib.suppress(OSError), contextlib.ExitStack() as held:
+            for port in range(first, first + count):
+                held.enter_context(socket.socket()).bind(("127.0.0.1", port))
+            return first
+    raise TestbedError(f"no {count} consecutive free ports between 20000 and 30000")
+
+
+def wait_for(ready: Callable[[], bool], what: str, logs: Path) -> None:
+    """Poll until `ready`.
+
+    Raises:
+        TestbedError: if that takes too long, with the ends of the logs.
+    """
+    deadline = time.monotonic() + START_SECONDS
+    while not ready():
+        if time.monotonic() > deadline:
+            tails = [
+                f"--- {log}\n" + "\n".join(log.read_text().splitlines()[-8:]) for log in sorted(logs.glob("*"))
+            ]
+            raise TestbedError(f"{what} not within {START_SECONDS:.0f} s\n" + "\n".join(tails))
+        time.sleep(0.1)
+
+
+class Testbed:
+    """The cluster in one state folder, running or not."""
+
+    __test__ = False  # not a test, whatever its name
+
+    def __init__(self, state: Path) -> None:
+        self.state = state.absolute()
+        self.conf = self.state / "slurm.conf"
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Environment in which Slurm's commands talk to this cluster."""
+        inherited = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "SBATCH_", "PMI"))}
+        path = os.pathsep.join([inherited.get("PATH", ""), *SYSTEM_FOLDERS])
+        return inherited | {"SLURM_CONF": str(self.conf), "PATH": path}
+
+    def command(self, *words: str, check: bool = True, timeout: float = 60) -> str:
+        """Output of one of Slurm's commands.
+
+        Raises:
+            TestbedError: if it fails and `check` is set.
+        """
+        done = subprocess.run(
+            words, env=self.environment, capture_output=True, text=True, check=False, timeout=timeout
+        )
+        if check and done.returncode:
+            raise TestbedError(f"{' '.join(words)} failed: {done.stderr.strip()}")
+        return done.stdout
+
+    # ------------------------------------------------------------------ daemons
+
+    @property
+    def _pid_file(self) -> Path:
+        return self.state / "daemons.json"
+
+    def _recorded(self) -> dict[str, tuple[int, int]]:
+        if not self._pid_file.exists():
+            return {}
+        return {name: (pid, ticks) for name, (pid, ticks) in json.loads(self._pid_file.read_text()).items()}
+
+    def daemons(self) -> dict[str, int]:
+        """Process id of every living daemon, by name."""
+        return {name: pid for name, (pid, ticks) in self._recorded().items() if is_alive(pid, ticks)}
+
+    def start_daemon(self, name: str, *words: str) -> None:
+        """Start a daemon in the foreground of a session of its own, and remember it."""
+        binary = program(words[0])
+        assert binary is not None
+        own = {STATE_VARIABLE: str(self.state), SOCKET_VARIABLE: str(self.state / "mysql.socket")}
+        with (self.state / "log" / f"{name}.out").open("ab") as output:
+            process = subprocess.Popen(
+                [binary, *words[1:]],
+                env=self.environment | own,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+                cwd=self.state,
+            )
+        known = self._recorded() | {name: (process.pid, start_ticks(process.pid))}
+        self._pid_file.write_text(json.dumps(known))
+
+    def start_node(self, node: str) -> None:
+        """Start the daemon of one virtual node."""
+        self.start_daemon(f"slurmd-{node}", "slurmd", "-D", "-N", node)
+
+    # ------------------------------------------------------------------ up
+
+    def up(self, settings: Settings) -> bool:
+        """Start the cluster and wait until its nodes are idle; False if it was up already.
+
+        Raises:
+            TestbedError: if a program is missing, the folder is unusable, or a daemon does not come up.
+        """
+        if self.daemons():
+            if all(state in ("idle", "mix", "alloc") for state in self.node_states().values()):
+                return False
+            self.down()
+        complaint = missing_packages(settings.munge, settings.accounting)
+        if complaint:
+            raise TestbedError(complaint)
+        if len(str(settings.database_socket)) > 100:
+            raise TestbedError(f"{self.state} is too long a path for unix sockets; choose a shorter --state")
+        self._make_state(settings)
+        try:
+            self._start_all(self._with_ports(settings))
+        except TestbedError:
+            self.down()
+            raise
+        return True
+
+    def _start_all(self, settings: Settings) -> None:
+        if settings.munge:
+            self._start_munge(settings)
+        if settings.accounting:
+            self._start_accounting(settings)
+        self.conf.write_text(slurm_conf(settings))
+        self.start_daemon("slurmctld", "slurmctld", "-D")
+        for node in settings.nodes:
+            self.start_node(node)
+        wait_for(lambda: self.is_idle(settings.num_nodes), "all nodes idle", self.state / "log")
+
+    def _make_state(self, settings: Settings) -> None:
+        if self.state.exists() and any(self.state.iterdir()) and not (self.state / "log").is_dir():
+            raise TestbedError(f"{self.state} exists and is no test cluster; choose another --state")
+        shutil.rmtree(self.state, ignore_errors=True)
+        try:
+            # Nobody else may read the credentials of the database or of munge.
+            self.state.mkdir(mode=0o700, parents=True)
+        except OSError as error:
+            raise TestbedError(f"{self.state} cannot be made: {error.strerror}; choose another --state") from None
+        per_node = [f"{kind}-{node}" for node in settings.nodes for kind in ("spool", "tmp")]
+        for folder in ("log", "controller", *per_node):
+            (self.state / folder).mkdir()
+
+    @staticmethod
+    def _with_ports(settings: Settings) -> Settings:
+        names = ["slurmctld", "slurmdbd", *settings.nodes]
+        first = free_ports(len(names))
+        return Settings(**(vars(settings) | {"ports": {name: first + i for i, name in enumerate(names)}}))
+
+    def _start_munge(self, settings: Settings) -> None:
+        key = self.state / "munge.key"
+        key.touch(mode=0o600)
+        key.write_bytes(secrets.token_bytes(128))
+        paths = {"key-file": key, "socket": settings.munge_socket, "pid-file": self.state / "munged.pid"}
+        paths |= {"log-file": self.state / "log" / "munged.log", "seed-file": self.state / "munged.seed"}
+        options = [f"--{name}={path}" for name, path in paths.items()]
+        # munged insists that others can reach its socket's folder; nobody else needs to here.
+        self.start_daemon("munged", "munged", "--foreground", "--force", *options)
+        wait_for(settings.munge_socket.exists, "munged's socket", self.state / "log")
+
+    def _start_accounting(self, settings: Settings) -> None:
+        data = self.state / "mysql"
+        options = ["--no-defaults", "--skip-test-db", f"--datadir={data}", f"--user={user_name()}"]
+        options += ["--auth-root-authentication-method=socket", f"--auth-root-socket-user={user_name()}"]
+        install = program("mariadb-install-db") or ""
+        done = subprocess.run([install, *options], capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise TestbedError(f"mariadb-install-db failed: {done.stderr.strip()[-2000:]}")
+        self.start_daemon(
+            "mariadbd",
+            *("mariadbd", "--no-defaults", f"--user={user_name()}", f"--datadir={data}", "--skip-networking"),
+            *(f"--socket={settings.database_socket}", f"--pid-file={self.state}/mariadbd.pid"),
+        )
+        wait_for(settings.database_socket.exists, "MariaDB's socket", self.state / "log")
+        self.conf.write_text(slurm_conf(settings))
+        config = self.state / "slurmdbd.conf"
+        config.touch(mode=0o600)
+        config.write_text(slurmdbd_conf(settings))
+        self.start_daemon("slurmdbd", "slurmdbd", "-D")
+        add = ("sacctmgr", "-i", "add", "cluster", CLUSTER)
+        wait_for(lambda: self._knows_cluster(add), "slurmdbd", self.state / "log")
+
+    def _knows_cluster(self, add: tuple[str, ...]) -> bool:
+        self.command(*add, check=False)
+        return CLUSTER in self.command("sacctmgr", "-n", "-P", "list", "cluster", "format=cluster", check=False)
+
+    # ------------------------------------------------------------------ looking
+
+    def node_states(self) -> dict[str, str]:
+        """State of every node, such as `idle`; empty if the controller does not answer."""
+        lines = self.command("sinfo", "-N", "-h", "-p", "main", "-o", "%n %t %N", check=False).splitlines()
+        return {line.split()[2]: line.split()[1] for line in lines}
+
+    def is_idle(self, num_nodes: int) -> bool:
+        """Whether all nodes have reported and wait for work."""
+        states = self.node_states()
+        return len(states) == num_nodes and set(states.values()) == {"idle"}
+
+    # ------------------------------------------------------------------ down
+
+    def down(self) -> list[str]:
+        """End all jobs and daemons and whatever they left; returns what had to be killed. Harmless if not up."""
+        if "slurmctld" in self.daemons():
+            self._cancel_all()
+        daemons = self.daemons()
+        # The accounting and munge last: the others talk to them until the end.
+        order = sorted(daemons, key=lambda name: ("slurm", "mariadb", "munge").index(_family(name)))
+        for family in ("slurm", "mariadb", "munge"):
+            self._end([daemons[name] for name in order if _family(name) == family])
+        stubborn = list(self._belonging())
+        for process in stubborn:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
+        self._pid_file.unlink(missing_ok=True)
+        return [str(process) for process in stubborn]
+
+    def _cancel_all(self, seconds: float = 3.0) -> None:
+        # Jobs that ask for time to save are not given it: the cluster and its queue are about to be gone.
+        self.command("scancel", "--signal=KILL", f"--user={user_name()}", "--full", check=False)
+        self.command("scancel", f"--user={user_name()}", check=False)
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline and self.command("squeue", "-h", check=False).strip():
+            time.sleep(0.2)
+
+    @staticmethod
+    def _end(processes: list[int], seconds: float = 10.0) -> None:
+        ticks = {process: start_ticks(process) for process in processes}
+        for process in processes:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, signal.SIGTERM)
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline and any(is_alive(*item) for item in ticks.items()):
+            time.sleep(0.05)
+        for process, started in ticks.items():
+            if is_alive(process, started):
+                os.kill(process, signal.SIGKILL)
+
+    def _belonging(self) -> Iterator[int]:
+        """Processes that this cluster's daemons or jobs started and that still run, told by their environment."""
+        own = f"{STATE_VARIABLE}={self.state}".encode()
+        job = (f"SLURM_CONF={self.conf}".encode(), b"SLURM_JOB_ID=")
+        for entry in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                variables = (entry / "environ").read_bytes().split(b"\0")
+                inside_job = job[0] in variables and any(v.startswith(job[1]) for v in variables)
+                if (own in variables or inside_job) and int(entry.name) != os.getpid():
+                    yield int(entry.name)
+
+
+def _family(name: str) -> str:
+    return next(family for family in ("slurm", "mariadb", "munge") if name.startswith(family))

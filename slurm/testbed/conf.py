@@ -1,0 +1,165 @@
+"""The configuration files of the test cluster.
+
+Every setting is there for a reason that is given; https://slurm.schedmd.com/slurm.conf.html describes them.
+"""
+
+from __future__ import annotations
+
+import os
+import pwd
+import socket
+from dataclasses import dataclass, field
+from pathlib import Path
+
+CLUSTER = "testbed"
+#: The partition that jobs go to by default, and one whose jobs preempt them.
+PARTITION, URGENT_PARTITION = "main", "urgent"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a test cluster is made of."""
+
+    state: Path
+    """Folder of everything the cluster writes; a short path, since unix sockets lie in it."""
+    num_nodes: int = 2
+    cpus: int = 4
+    """CPUs that every virtual node claims to have; more than the machine's cores is for scheduling only."""
+    munge: bool = False
+    accounting: bool = False
+    min_job_age: int = 86_400
+    """Seconds for which squeue remembers an ended job; many sites keep to the default of 300."""
+    kill_wait: int = 30
+    """Seconds between SIGTERM and SIGKILL at the end of a job."""
+    grace_seconds: int = 30
+    """Seconds that a preempted job has to save."""
+    preempt_user_signal: bool = False
+    """Preempt with the signal that a job asked for by --signal, rather than SIGTERM."""
+    options: tuple[str, ...] = ()
+    """Further lines of slurm.conf, `Key=Value`; they come last and win."""
+    ports: dict[str, int] = field(default_factory=dict)
+    """Port of each daemon, by name."""
+
+    @property
+    def nodes(self) -> list[str]:
+        """Names of the virtual nodes."""
+        return [f"n{number}" for number in range(1, self.num_nodes + 1)]
+
+    @property
+    def slurm_conf(self) -> Path:
+        """What SLURM_CONF must point to."""
+        return self.state / "slurm.conf"
+
+    @property
+    def munge_socket(self) -> Path:
+        """Where the private munged listens."""
+        return self.state / "munge.socket"
+
+    @property
+    def database_socket(self) -> Path:
+        """Where the private MariaDB listens."""
+        return self.state / "mysql.socket"
+
+
+def user_name() -> str:
+    """The user that runs everything."""
+    return pwd.getpwuid(os.geteuid()).pw_name
+
+
+def memory_mib() -> int:
+    """This machine's memory."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2**20
+
+
+def authentication(settings: Settings) -> list[str]:
+    """Lines on who believes whom."""
+    # A credential that lives on delays the restart of a requeued job: 120 s by default.
+    expire = "cred_expire=5"
+    if settings.munge:
+        return ["AuthType=auth/munge", "CredType=cred/munge", f"AuthInfo=socket={settings.munge_socket},{expire}"]
+    return ["AuthType=auth/none", "CredType=cred/none", f"AuthInfo={expire}"]
+
+
+def slurm_conf(settings: Settings) -> str:
+    """The text of slurm.conf."""
+    host, state, ports = socket.gethostname(), settings.state, settings.ports
+    first, last = ports["n1"], ports[settings.nodes[-1]]
+    names = f"n[1-{settings.num_nodes}]" if settings.num_nodes > 1 else "n1"
+    numbers = f"[{first}-{last}]" if settings.num_nodes > 1 else str(first)
+    lines = [
+        "# Written by `python -m slurm.testbed up`.",
+        f"ClusterName={CLUSTER}",
+        f"SlurmctldHost={host}(127.0.0.1)",
+        f"SlurmctldPort={ports['slurmctld']}",
+        f"SlurmUser={user_name()}",
+        f"SlurmdUser={user_name()}",
+        *authentication(settings),
+        "# Otherwise the daemons listen on every address; without munge, whoever reaches them runs code as you.",
+        "CommunicationParameters=NoInAddrAny,NoCtldInAddrAny",
+        f"StateSaveLocation={state}/controller",
+        f"SlurmctldPidFile={state}/slurmctld.pid",
+        f"SlurmctldLogFile={state}/log/slurmctld.log",
+        "# %n keeps the daemons of several nodes on one host apart.",
+        f"SlurmdSpoolDir={state}/spool-%n",
+        f"SlurmdPidFile={state}/slurmd-%n.pid",
+        f"SlurmdLogFile={state}/log/slurmd-%n.log",
+        f"TmpFS={state}/tmp-%n",
+        "# No cgroups and no binding: needs neither root nor systemd.",
+        "ProctrackType=proctrack/linuxproc",
+        "TaskPlugin=task/none",
+        "JobAcctGatherType=jobacct_gather/linux",
+        "SelectType=select/cons_tres",
+        "SelectTypeParameters=CR_CPU",
+        "# Nodes may claim more CPUs than the machine has.",
+        "SlurmdParameters=config_overrides",
+        "SchedulerParameters=batch_sched_delay=0,sched_interval=2,sched_min_interval=0,bf_interval=2,bf_continue",
+        "MpiDefault=pmi2",
+        "ReturnToService=2",
+        "SlurmdTimeout=60",
+        "SlurmctldTimeout=30",
+        "JobRequeue=1",
+        f"KillWait={settings.kill_wait}",
+        f"MinJobAge={settings.min_job_age}",
+        "PreemptType=preempt/partition_prio",
+        "PreemptMode=REQUEUE",
+        *(["PreemptParameters=send_user_signal"] if settings.preempt_user_signal else []),
+        *accounting(settings),
+        *settings.options,
+        f"NodeName={names} NodeHostname={host} NodeAddr=127.0.0.1 Port={numbers} "
+        f"CPUs={settings.cpus} RealMemory={memory_mib()} State=UNKNOWN",
+        f"PartitionName={PARTITION} Nodes=ALL Default=YES PriorityTier=1 GraceTime={settings.grace_seconds}",
+        f"PartitionName={URGENT_PARTITION} Nodes=ALL PriorityTier=10 PreemptMode=OFF",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def accounting(settings: Settings) -> list[str]:
+    """Lines on where ended jobs are remembered."""
+    if not settings.accounting:
+        return ["AccountingStorageType=accounting_storage/none"]
+    return [
+        "AccountingStorageType=accounting_storage/slurmdbd",
+        "AccountingStorageHost=127.0.0.1",
+        f"AccountingStoragePort={settings.ports['slurmdbd']}",
+        # Talking to slurmdbd heeds this and not AuthInfo.
+        *([f"AccountingStoragePass={settings.munge_socket}"] if settings.munge else []),
+    ]
+
+
+def slurmdbd_conf(settings: Settings) -> str:
+    """The text of slurmdbd.conf."""
+    lines = [
+        *authentication(settings),
+        f"DbdHost={socket.gethostname()}",
+        "DbdAddr=127.0.0.1",
+        f"DbdPort={settings.ports['slurmdbd']}",
+        "CommunicationParameters=NoInAddrAny",
+        f"SlurmUser={user_name()}",
+        f"LogFile={settings.state}/log/slurmdbd.log",
+        f"PidFile={settings.state}/slurmdbd.pid",
+        "StorageType=accounting_storage/mysql",
+        "StorageHost=localhost",
+        f"StorageUser={user_name()}",
+        "StorageLoc=slurm_acct_db",
+    ]
+    return "\n".join(line for line in lines if not line.startswith("CredType")) + "\n"
