@@ -54,6 +54,7 @@ def evaluate_cells(
     pool: EnvPool,
     comm: Comm,
     *,
+    chunk: int = CHUNK,
     should_stop: Callable[[], bool] = lambda: False,
     advance: Callable[[int], None] = lambda episodes: None,
 ) -> list[list[Outcome]] | None:
@@ -65,6 +66,7 @@ def evaluate_cells(
         horizon: steps per episode.
         pool: this rank's environments.
         comm: the ranks that share the work.
+        chunk: episodes per forward pass, at most `CHUNK`.
         should_stop: looked at after every step.
         advance: told the number of episodes this rank has just finished.
 
@@ -74,7 +76,7 @@ def evaluate_cells(
     chunks: list[tuple[int, tuple[Goal, ...]]] = []
     for index, cell in enumerate(cells):
         goals = goal_set(cell.task, cell.goal_set, cell.num_episodes)
-        chunks += [(index, goals[start : start + CHUNK]) for start in range(0, len(goals), CHUNK)]
+        chunks += [(index, goals[start : start + chunk]) for start in range(0, len(goals), chunk)]
     found: list[tuple[int, Outcome]] = []
     for index, goals in share_of(comm, chunks):
         cell = cells[index]

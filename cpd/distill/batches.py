@@ -1,0 +1,179 @@
+"""Batches: the global batch of a step is a pure function of seed, stage and step; a rank takes its rows of it.
+
+Dimensions: B rows (windows) of the global batch, R rows of this rank, L time steps, S stored steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from cpd.comm import Comm
+from cpd.config import DistillConfig
+from cpd.distill.losses import floored_log_std
+from cpd.memory.segments import Segments, cut_segments
+from cpd.seeding import generator
+from cpd.shards.reader import Rollouts
+from cpd.shards.schema import ACTION_SIZE, OBSERVATION_SIZE
+
+
+@dataclass(frozen=True)
+class StageData:
+    """What a stage distils: one teacher's rollouts, N steps in E episodes.
+
+    Attributes:
+        task: position of the task among the stream's distinct ones.
+        offsets: [E + 1] int64; episode e has steps offsets[e]:offsets[e + 1].
+        observations: [N, 39] float32, raw.
+        teacher_mean: [N, 4] float32, as executed: clipped to [-1, 1], since more could not be imitated.
+        teacher_log_std: [N, 4] float32.
+    """
+
+    task: int
+    offsets: npt.NDArray[np.int64]
+    observations: npt.NDArray[np.float32]
+    teacher_mean: npt.NDArray[np.float32]
+    teacher_log_std: npt.NDArray[np.float32]
+
+    @classmethod
+    def from_rollouts(cls, rollouts: Rollouts, tasks: Sequence[str]) -> StageData:
+        """The part of `rollouts` that distillation uses; `tasks` are the stream's distinct ones."""
+        return cls(
+            tasks.index(rollouts.task),
+            rollouts.offsets,
+            rollouts.observations,
+            rollouts.teacher_mean,
+            rollouts.teacher_log_std,
+        )
+
+    @property
+    def num_steps(self) -> int:
+        """N."""
+        return len(self.observations)
+
+    def segments(self, length: int) -> Segments:
+        """All steps, cut on a grid of `length` steps, for the memory to choose from."""
+        return cut_segments(
+            self.task, self.offsets, self.observations, self.teacher_mean, self.teacher_log_std, length
+        )
+
+    def window_starts(self, context: int) -> npt.NDArray[np.int64]:
+        """[N] the first step of the window that ends with each step: of `context` steps, fewer near the start."""
+        steps = np.arange(self.num_steps)
+        episode_start = np.repeat(self.offsets[:-1], np.diff(self.offsets))
+        return np.maximum(steps - context + 1, episode_start)
+
+
+class Windows(NamedTuple):
+    """Rows of the global batch, as places in the stage's table of steps."""
+
+    start: npt.NDArray[np.int64]
+    """[B] first step."""
+    length: npt.NDArray[np.int64]
+    """[B] number of steps."""
+
+
+class Batch(NamedTuple):
+    """This rank's rows of a global batch."""
+
+    obs_RLO: Tensor
+    """Raw observations; what lies beyond a window's end repeats its last step and counts nowhere."""
+    teacher_mean_RLA: Tensor
+    teacher_log_std_RLA: Tensor
+    """Floored."""
+    valid_RL: Tensor
+    """1 for steps, 0 beyond a window's end."""
+    task_R: Tensor
+    """Positions of the tasks among the stream's distinct ones, int64."""
+    replayed_R: Tensor
+    """1 for rows from memory."""
+    num_tokens: int
+    """Valid steps of the global batch, over all ranks."""
+
+
+class BatchSource:
+    """The batches of one stage.
+
+    A row from the current task is the window that ends with a step drawn uniformly from all of them, so that
+    every step is seen with its full past and windows at an episode's start are short ones, as when acting. A
+    row from memory is a whole segment, drawn uniformly.
+    """
+
+    def __init__(
+        self,
+        data: StageData,
+        memory: Segments,
+        config: DistillConfig,
+        context: int,
+        seed: int,
+        stage: int,
+        comm: Comm,
+        device: torch.device,
+    ) -> None:
+        self._config, self._context, self._seed, self._stage, self._comm = config, context, seed, stage, comm
+        self._memory_start, self._memory_length = memory.start, memory.length
+        self._window_start = data.window_starts(context) + memory.num_steps
+        self._window_length = (
+            np.arange(memory.num_steps, memory.num_steps + data.num_steps) - self._window_start + 1
+        )
+        # One table for memory and current data, so that a batch is one gather.
+        columns = [
+            np.concatenate([memory.observations, data.observations]),
+            np.concatenate([memory.teacher_mean, data.teacher_mean]),
+            np.concatenate([memory.teacher_log_std, data.teacher_log_std]),
+        ]
+        dtype = getattr(torch, config.precision)
+        table = torch.from_numpy(np.concatenate(columns, axis=1)).to(dtype)
+        table[:, -ACTION_SIZE:] = floored_log_std(table[:, -ACTION_SIZE:], config.std_floor)
+        self._table = table.to(device)
+        task = np.concatenate([np.repeat(memory.task, memory.length), np.full(data.num_steps, data.task)])
+        self._task = torch.from_numpy(task).to(device)
+        self._num_replayed = 0
+        if len(memory):
+            self._num_replayed = min(round(config.replay_share * config.batch_size), config.batch_size - 1)
+        self._position = np.arange(context)
+
+    def windows(self, step: int) -> Windows:
+        """The global batch of `step`, rows from memory first."""
+        rng = generator(self._seed, "batch", self._stage, step)
+        replayed = rng.integers(max(len(self._memory_start), 1), size=self._num_replayed)
+        current = rng.integers(len(self._window_start), size=self._config.batch_size - self._num_replayed)
+        return Windows(
+            np.concatenate([self._memory_start[replayed], self._window_start[current]]),
+            np.concatenate([self._memory_length[replayed], self._window_length[current]]),
+        )
+
+    def batch(self, step: int) -> Batch:
+        """This rank's rows, `rank::size`, of the global batch of `step`."""
+        return self._gather(self.windows(step), self._num_replayed)
+
+    def probe(self) -> Batch:
+        """This rank's rows of a global batch of the current task alone, drawn apart from those trained on."""
+        rng = generator(self._seed, "probe", self._stage)
+        rows = rng.integers(len(self._window_start), size=self._config.batch_size)
+        return self._gather(Windows(self._window_start[rows], self._window_length[rows]), 0)
+
+    def _gather(self, windows: Windows, num_replayed: int) -> Batch:
+        mine = slice(self._comm.rank, None, self._comm.size)
+        start_R1, length_R1 = windows.start[mine, None], windows.length[mine, None]
+        device = self._table.device
+        rows_RL = torch.from_numpy(start_R1 + np.minimum(self._position, length_R1 - 1)).to(device)
+        valid_RL = torch.from_numpy(self._position < length_R1).to(device, self._table.dtype)
+        replayed = np.arange(len(windows.start))[mine] < num_replayed
+        gathered = self._table.index_select(0, rows_RL.view(-1)).view(*rows_RL.shape, -1)
+        obs, mean, log_std = torch.split(gathered, [OBSERVATION_SIZE, ACTION_SIZE, ACTION_SIZE], dim=-1)
+        return Batch(
+            obs,
+            mean,
+            log_std,
+            valid_RL,
+            self._task[rows_RL[:, 0]],
+            torch.from_numpy(replayed).to(device, self._table.dtype),
+            int(windows.length.sum()),
+        )

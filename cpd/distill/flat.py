@@ -1,0 +1,153 @@
+"""All parameters as views of one flat vector, and AdamW on it.
+
+With one vector, a step needs one all-reduce, and clipping, masks and penalties are vector operations.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+
+from cpd.comm import Comm
+
+BETAS: Final = (0.9, 0.999)
+EPS: Final = 1e-8
+
+
+class FlatParameters:
+    """The parameters of a module, moved into `values` [P], with their gradients in `grads` [P].
+
+    The module's parameters become views: writing to either side writes to both. Gradients are views too, into
+    which autograd adds; zero `grads` before every backward pass.
+
+    Attributes:
+        names: parameters in the order of the vector; those that growth adds come last.
+        slots: name to its slice of the vector.
+        matrices: [P] 1 for elements of weight matrices, else 0: what weight decay applies to.
+    """
+
+    def __init__(self, module: nn.Module, known: Sequence[str] = ()) -> None:
+        """Move the parameters of `module`; those named in `known` come first, in that order."""
+        parameters = dict(module.named_parameters())
+        new = [name for name in parameters if name not in set(known)]
+        self.names = [*known, *new]
+        assert set(self.names) == set(parameters)
+        sizes = [parameters[name].numel() for name in self.names]
+        first = parameters[self.names[0]]
+        self.values = torch.empty(sum(sizes), dtype=first.dtype, device=first.device)
+        self.grads = torch.zeros_like(self.values)
+        self.matrices = torch.zeros_like(self.values)
+        self.slots: dict[str, slice] = {}
+        start = 0
+        for name, size in zip(self.names, sizes, strict=True):
+            parameter, slot = parameters[name], slice(start, start + size)
+            self.values[slot] = parameter.detach().reshape(-1)
+            self.matrices[slot] = float(name.endswith(".weight") and parameter.ndim > 1)
+            parameter.data = self.values[slot].view(parameter.shape)
+            parameter.grad = self.grads[slot].view(parameter.shape)
+            self.slots[name] = slot
+            start += size
+        self._staging: Tensor | None = None
+
+    @property
+    def size(self) -> int:
+        """P."""
+        return len(self.values)
+
+    def carried(self, vector: Tensor, old: FlatParameters) -> Tensor:
+        """A vector laid out as `old`, laid out as this; 0 for parameters that `old` did not have."""
+        result = torch.zeros_like(self.values)
+        for name, slot in old.slots.items():
+            result[self.slots[name]] = vector[slot]
+        return result
+
+    def reduce_grads(self, comm: Comm) -> None:
+        """Replace `grads` by its sum over ranks."""
+        if comm.size == 1:
+            return
+        if self.grads.device.type == "cpu":
+            comm.all_reduce_sum(self.grads.numpy())
+            return
+        if self._staging is None:
+            self._staging = torch.empty(self.size, dtype=self.grads.dtype, pin_memory=True)
+        self._staging.copy_(self.grads)
+        comm.all_reduce_sum(self._staging.numpy())
+        self.grads.copy_(self._staging)
+
+    def clip_grads(self, max_norm: float) -> float:
+        """Scale `grads` down to `max_norm` if its Euclidean norm is greater; returns the norm before."""
+        norm = float(torch.linalg.vector_norm(self.grads))
+        if norm > max_norm:
+            self.grads.mul_(max_norm / norm)
+        return norm
+
+
+class AdamW:
+    """Adam with decoupled weight decay (Loshchilov and Hutter 2019) on flat parameters that may grow.
+
+    Bias correction (Kingma and Ba 2015, algorithm 1) goes by each parameter's own age, so that those that
+    growth adds start like those of a fresh optimiser.
+    """
+
+    def __init__(self, flat: FlatParameters, weight_decay: float = 0.0) -> None:
+        self.flat = flat
+        self.weight_decay = weight_decay
+        self.first_moment = torch.zeros_like(flat.values)
+        self.second_moment = torch.zeros_like(flat.values)
+        #: Parameters of equal age, as [start, stop, age in updates]; they are contiguous, since growth appends.
+        self.cohorts: list[list[int]] = [[0, flat.size, 0]]
+        self._work = torch.empty_like(flat.values)
+
+    def grow(self, flat: FlatParameters) -> None:
+        """Take over the vector after growth; moments are carried over by name."""
+        assert flat.names[: len(self.flat.names)] == self.flat.names
+        self.first_moment = flat.carried(self.first_moment, self.flat)
+        self.second_moment = flat.carried(self.second_moment, self.flat)
+        if flat.size > self.flat.size:
+            self.cohorts.append([self.flat.size, flat.size, 0])
+        self._work = torch.empty_like(flat.values)
+        self.flat = flat
+
+    @torch.no_grad()
+    def step(self, lr: float, mask: Tensor | None = None) -> None:
+        """One update from `flat.grads`.
+
+        Args:
+            lr: learning rate.
+            mask: [P] factor on every element's update, weight decay included; moments go on as without. A
+                factor on the gradient instead would be cancelled by Adam's normalisation.
+        """
+        flat, update = self.flat, self._work
+        self.first_moment.lerp_(flat.grads, 1.0 - BETAS[0])
+        self.second_moment.mul_(BETAS[1]).addcmul_(flat.grads, flat.grads, value=1.0 - BETAS[1])
+        torch.sqrt(self.second_moment, out=update)
+        for cohort in self.cohorts:
+            start, stop, age = cohort[0], cohort[1], cohort[2] + 1
+            cohort[2] = age
+            part = slice(start, stop)
+            update[part].mul_(1.0 / math.sqrt(1.0 - BETAS[1] ** age)).add_(EPS)
+            update[part].reciprocal_().mul_(self.first_moment[part]).mul_(lr / (1.0 - BETAS[0] ** age))
+        if self.weight_decay:
+            update.addcmul_(flat.values, flat.matrices, value=lr * self.weight_decay)
+        if mask is not None:
+            update.mul_(mask)
+        flat.values.sub_(update)
+
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint."""
+        return {
+            "first_moment": self.first_moment,
+            "second_moment": self.second_moment,
+            "cohorts": [list(cohort) for cohort in self.cohorts],
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Take over what `state()` returned; the flat vector has been restored before."""
+        self.first_moment.copy_(state["first_moment"])
+        self.second_moment.copy_(state["second_moment"])
+        self.cohorts = [list(cohort) for cohort in state["cohorts"]]
+        assert self.cohorts[-1][1] == self.flat.size

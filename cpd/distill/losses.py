@@ -1,0 +1,98 @@
+"""Distances between the teacher's and the student's diagonal Gaussians, in closed form and per token.
+
+Every loss takes means and log standard deviations `[..., A]` and returns `[...]`: a sum over the action's
+dimensions, which are independent given the observation.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Final, Literal
+
+from torch import Tensor
+
+Loss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+def forward_kl(mean: Tensor, log_std: Tensor, teacher_mean: Tensor, teacher_log_std: Tensor) -> Tensor:
+    """KL(teacher || student), which makes the student cover the teacher.
+
+    With student N(m, s^2) and teacher N(n, t^2), per dimension: log(s/t) + (t^2 + (m - n)^2) / (2 s^2) - 1/2
+    (Kullback and Leibler 1951; the diagonal case of e.g. Rasmussen and Williams 2006, eq. A.23). Its weight on
+    a mean's error is 1/s^2: that is why the teacher's deviation has a floor.
+    """
+    return _kl(teacher_mean, teacher_log_std, mean, log_std)
+
+
+def reverse_kl(mean: Tensor, log_std: Tensor, teacher_mean: Tensor, teacher_log_std: Tensor) -> Tensor:
+    """KL(student || teacher), which makes the student seek the teacher's mode; `forward_kl` with roles changed."""
+    return _kl(mean, log_std, teacher_mean, teacher_log_std)
+
+
+def squared_error(mean: Tensor, log_std: Tensor, teacher_mean: Tensor, teacher_log_std: Tensor) -> Tensor:
+    """Squared distance of the means, |m - n|^2; the deviations play no part and the student's gets no gradient."""
+    return (mean - teacher_mean).square().sum(-1)
+
+
+def _kl(mean_p: Tensor, log_std_p: Tensor, mean_q: Tensor, log_std_q: Tensor) -> Tensor:
+    """KL(p || q) of diagonal Gaussians."""
+    log_ratio = log_std_q - log_std_p
+    scaled_error = (mean_p - mean_q) * (-log_std_q).exp()
+    per_dimension = log_ratio + 0.5 * ((-2.0 * log_ratio).exp() + scaled_error.square() - 1.0)
+    return per_dimension.sum(-1)
+
+
+LOSSES: Final[dict[Literal["forward_kl", "reverse_kl", "mse"], Loss]] = {
+    "forward_kl": forward_kl,
+    "reverse_kl": reverse_kl,
+    "mse": squared_error,
+}
+
+
+def floored_log_std(log_std: Tensor, std_floor: float) -> Tensor:
+    """The teacher's log standard deviation as the loss sees it: at least log(std_floor)."""
+    return log_std.clamp(min=math.log(std_floor))
+
+
+def load_balance_loss(prob_sums_LE: Tensor, shares_LE: Tensor, num_tokens: int) -> Tensor:
+    """E * sum_e f_e P_e, mean over layers: 1 if tokens are spread evenly over E experts, up to E if not.
+
+    The form of Switch Transformers (Fedus et al. 2022, eq. 4), for top-k as in GShard (Lepikhin et al. 2021).
+    It is not a mean over tokens, but with shares of the global batch, a rank's part of the gradient is exact:
+    shares carry no gradient, and P_e is a mean.
+
+    Args:
+        prob_sums_LE: router probabilities per layer and expert, summed over this rank's tokens.
+        shares_LE: f, each expert's share of the assignments of the global batch's tokens; no gradient.
+        num_tokens: tokens of the global batch.
+
+    Returns:
+        This rank's summand of the global value.
+    """
+    return shares_LE.shape[1] / num_tokens * (shares_LE * prob_sums_LE).sum(1).mean()
+
+
+def router_z_loss(z_square_sums_L: Tensor, num_tokens: int) -> Tensor:
+    """Mean square of the log partition of the router's logits, mean over layers (ST-MoE, Zoph et al. 2022, eq. 5).
+
+    Args:
+        z_square_sums_L: logsumexp(logits)^2 per layer, summed over this rank's tokens.
+        num_tokens: tokens of the global batch.
+
+    Returns:
+        This rank's summand of the global value.
+    """
+    return z_square_sums_L.mean() / num_tokens
+
+
+__all__ = [
+    "LOSSES",
+    "Loss",
+    "floored_log_std",
+    "forward_kl",
+    "load_balance_loss",
+    "reverse_kl",
+    "router_z_loss",
+    "squared_error",
+]

@@ -1,0 +1,62 @@
+"""Where a student's lessons come from: which teachers were admitted, and their rollouts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from cpd.comm import Comm
+from cpd.distill.batches import StageData
+from cpd.files import sha256
+from cpd.provenance import labels
+from cpd.runs import Run, StudentElement, TeacherElement
+from cpd.shards.reader import read_rollouts
+from cpd.shards.schema import INDEX_NAME
+
+
+def admitted_teachers(run: Run, element: StudentElement, comm: Comm) -> dict[str, TeacherElement]:
+    """The student's teachers that passed their gates, by task; a collective.
+
+    Raises:
+        ValueError: on every rank: a teacher is not finished; or one was rejected and the recipe says to stop;
+            or all were rejected.
+    """
+    teachers = [run.teacher_of(task, element.seed) for task in run.config.stream.distinct_tasks]
+    found = comm.broadcast([(teacher.complete.exists(), teacher.rejected.exists()) for teacher in teachers])
+    admitted = {t.task: t for t, (complete, _) in zip(teachers, found, strict=True) if complete}
+    unfinished = [t.name for t, marks in zip(teachers, found, strict=True) if not any(marks)]
+    rejected = [t.name for t in teachers if t.task not in admitted]
+    if unfinished:
+        raise ValueError(
+            f"{run.root}: {_names(unfinished)} neither COMPLETE nor REJECTED; launch the run again to finish "
+            "training before distillation"
+        )
+    if rejected and run.config.teacher.on_rejected == "stop":
+        raise ValueError(
+            f"{run.root}: {_names(rejected)} rejected (missed teacher.gate = {run.config.teacher.gate}) and "
+            "teacher.on_rejected is 'stop'; raise teacher.max_env_steps, lower the gate, or choose 'skip'"
+        )
+    if not admitted:
+        raise ValueError(f"{run.root}: all teachers were rejected ({', '.join(rejected)}): nothing to distil")
+    return admitted
+
+
+def _names(names: Sequence[str]) -> str:
+    return f"{', '.join(names)} {'is' if len(names) == 1 else 'are'}"
+
+
+def read_stage(run: Run, teacher: TeacherElement, comm: Comm) -> StageData:
+    """A teacher's rollouts, read and checked by every rank; a collective.
+
+    Raises:
+        ShardError: if they are not sound or not this teacher's.
+        ValueError: if the ranks did not find the same rollouts.
+    """
+    policy = sha256(teacher.policy) if teacher.policy.exists() else None
+    rollouts = read_rollouts(teacher.shards, task=teacher.task, labels=labels(run.config), policy_sha256=policy)
+    found = comm.gather(sha256(teacher.shards / INDEX_NAME))
+    if comm.any(len(set(found)) > 1):
+        raise ValueError(
+            f"the ranks see different contents of {teacher.shards}: the run directory must lie on a file system "
+            "that all nodes share"
+        )
+    return StageData.from_rollouts(rollouts, run.config.stream.distinct_tasks)

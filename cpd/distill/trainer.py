@@ -1,0 +1,268 @@
+"""The optimisation of one student over the stream: stages, growth, steps, memory. No files, no environments."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cpd.comm import Comm
+from cpd.config import Config
+from cpd.distill.batches import Batch, BatchSource, StageData
+from cpd.distill.flat import AdamW, FlatParameters
+from cpd.distill.growth import GrowthDecision, grow
+from cpd.distill.losses import LOSSES, load_balance_loss, router_z_loss
+from cpd.distill.schedule import learning_rate, opening_offset
+from cpd.memory.replay import ReplayMemory, make_selection
+from cpd.seeding import derive
+from cpd.student.student import Student, StudentOutput
+
+
+class DivergedError(ArithmeticError):
+    """The loss or its gradient is no longer finite."""
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """One step's numbers, over the global batch."""
+
+    loss: float
+    imitation: float
+    """The distance to the teachers, mean over all tokens."""
+    load_balance: float
+    router_z: float
+    current: float
+    """Distance on the current task's rows."""
+    replay: float | None
+    """Distance on rows from memory, if any."""
+    by_task: dict[int, float]
+    """Distance by position of the task among the distinct ones."""
+    grad_norm: float
+    """Before clipping."""
+    lr: float
+    expert_shares: list[list[float]]
+    """Each expert's share of the assignments, by layer."""
+    num_tokens: int
+
+
+@dataclass
+class Progress:
+    """Where in the stream the student is; kept in checkpoints."""
+
+    stage: int = 0
+    step: int = 0
+    """Steps done in this stage."""
+    begun: bool = False
+    """Whether this stage's growth has happened."""
+    num_opening: int = 0
+    """Experts per layer that were added when this stage began."""
+    growth: list[GrowthDecision] = field(default_factory=list)
+    seen: list[int] = field(default_factory=list)
+    """Tasks distilled so far, by position among the distinct ones, in order of their first stage."""
+    skipped: list[int] = field(default_factory=list)
+    """Stages without an admitted teacher."""
+
+
+class Trainer:
+    """One rank's copy of the student and all that training changes. Every method is a collective."""
+
+    def __init__(self, config: Config, seed: int, comm: Comm, device: torch.device) -> None:
+        """Draw the first weights, the same on every rank.
+
+        Raises:
+            ValueError: if a batch has fewer rows than there are ranks.
+        """
+        if config.distill.batch_size < comm.size:
+            raise ValueError(
+                f"distill.batch_size = {config.distill.batch_size} is less than the {comm.size} ranks; give fewer "
+                "ranks or larger batches"
+            )
+        self.config, self.seed, self.comm, self.device = config, seed, comm, device
+        self.student = self._build(config.student.num_experts)
+        self.student.initialise(torch.Generator().manual_seed(derive(seed, "student")))
+        self.student.to(device)
+        self.flat = FlatParameters(self.student)
+        self.optimizer = AdamW(self.flat, config.distill.weight_decay)
+        self.memory = ReplayMemory(make_selection(config.memory.selection, seed), config.memory_steps)
+        self.progress = Progress()
+        self._source: BatchSource | None = None
+
+    def _build(self, num_experts: int) -> Student:
+        config = self.config
+        dtype = getattr(torch, config.distill.precision)
+        num_tasks = len(config.stream.distinct_tasks)
+        return Student(config.student, num_tasks, num_experts=num_experts, dtype=dtype)
+
+    def begin_stage(self, data: StageData) -> list[GrowthDecision]:
+        """Make the stage's batches, and grow if its task is new and not the first; returns what grew.
+
+        After a resume in the middle of a stage only the former is done.
+        """
+        config, progress = self.config, self.progress
+        self._source = BatchSource(
+            data,
+            self.memory.segments,
+            config.distill,
+            config.student.context,
+            self.seed,
+            progress.stage,
+            self.comm,
+            self.device,
+        )
+        if progress.begun:
+            return []
+        new = data.task not in progress.seen
+        decisions: list[GrowthDecision] = []
+        if new and progress.seen and config.student.expansion == "per_task":
+            num_new = config.student.experts_per_task
+            decisions = grow(
+                self.student,
+                self._source.probe(),
+                self.comm,
+                seed=self.seed,
+                stage=progress.stage,
+                num_new=num_new,
+            )
+            self.flat = FlatParameters(self.student, self.flat.names)
+            self.optimizer.grow(self.flat)
+            progress.num_opening = num_new
+            progress.growth += decisions
+        if new:
+            progress.seen.append(data.task)
+        progress.begun = True
+        return decisions
+
+    def skip_stage(self) -> None:
+        """Pass over a stage that has no admitted teacher."""
+        self.progress.skipped.append(self.progress.stage)
+        self._next_stage()
+
+    def end_stage(self, data: StageData) -> None:
+        """Let the memory choose from the stage's data, and go on to the next stage."""
+        self.memory.offer(data.segments(self.config.student.context))
+        self._source = None
+        self._next_stage()
+
+    def _next_stage(self) -> None:
+        progress = self.progress
+        progress.stage, progress.step, progress.begun, progress.num_opening = progress.stage + 1, 0, False, 0
+
+    def train_step(self, report: bool = False) -> StepReport | None:
+        """One update on the global batch of the present step; with its numbers if `report`.
+
+        Raises:
+            DivergedError: on every rank, if the gradient is not finite.
+        """
+        assert self._source is not None
+        config, progress = self.config.distill, self.progress
+        if progress.num_opening:
+            opening_steps = min(self.config.student.opening_steps, config.steps_per_stage)
+            offset = opening_offset(progress.step, opening_steps)
+            self.student.set_logit_offset(progress.num_opening, offset)
+        batch = self._source.batch(progress.step)
+        out = self.student(batch.obs_RLO, task_B=batch.task_R, valid_BL=batch.valid_RL)
+        loss = LOSSES[config.loss]
+        distance_RL = batch.valid_RL * loss(
+            out.mean_BLA, out.log_std_BLA, batch.teacher_mean_RLA, batch.teacher_log_std_RLA
+        )
+        shares_LE = self._expert_shares(out, batch)
+        # Sums over this rank's tokens, divided by the global count: the sum over ranks is the global mean.
+        imitation = distance_RL.sum() / batch.num_tokens
+        balance = load_balance_loss(
+            torch.stack([stats.prob_sums_E for stats in out.stats]), shares_LE, batch.num_tokens
+        )
+        router_z = router_z_loss(torch.stack([stats.z_square_sum for stats in out.stats]), batch.num_tokens)
+        total = imitation + config.load_balance_coef * balance + config.router_z_coef * router_z
+        self.flat.grads.zero_()
+        total.backward()  # type: ignore[no-untyped-call]
+        self.flat.reduce_grads(self.comm)
+        grad_norm = self.flat.clip_grads(config.max_grad_norm)
+        if not math.isfinite(grad_norm):
+            raise DivergedError(
+                f"the gradient is not finite at stage {progress.stage}, step {progress.step}: lower distill.lr, "
+                "or look for values in the teacher's rollouts that are far out of range"
+            )
+        lr = learning_rate(config, progress.step)
+        self.optimizer.step(lr)
+        progress.step += 1
+        if not report:
+            return None
+        return self._report(batch, distance_RL.detach(), balance, router_z, shares_LE, grad_norm, lr)
+
+    def _expert_shares(self, out: StudentOutput, batch: Batch) -> Tensor:
+        """[layers, E] each open expert's share of the global batch's assignments."""
+        counts_LE = torch.stack([stats.counts_E for stats in out.stats]).cpu()
+        self.comm.all_reduce_sum(counts_LE.numpy())
+        return counts_LE.to(self.device, self.student.dtype) / (batch.num_tokens * self.config.student.top_k)
+
+    def _report(
+        self,
+        batch: Batch,
+        distance_RL: Tensor,
+        balance: Tensor,
+        router_z: Tensor,
+        shares_LE: Tensor,
+        grad_norm: float,
+        lr: float,
+    ) -> StepReport:
+        """Sum what this rank saw over all ranks."""
+        num_tasks = self.student.num_tasks
+        # Distances and tokens by (replayed or not, task), then the two router terms.
+        cell_R = batch.task_R + num_tasks * batch.replayed_R.long()
+        sums = [
+            torch.bincount(cell_R, weights=values, minlength=2 * num_tasks)
+            for values in (distance_RL.sum(1), batch.valid_RL.sum(1))
+        ]
+        terms = torch.stack([balance.detach(), router_z.detach()])
+        totals = torch.cat([*sums, terms]).double().cpu().numpy()
+        self.comm.all_reduce_sum(totals)
+        distance, tokens = totals[: 4 * num_tasks].reshape(2, 2, num_tasks)
+        load_balance, z = (float(term) for term in totals[-2:])
+        config = self.config.distill
+        imitation = float(distance.sum() / tokens.sum())
+        task_distance, task_tokens = distance.sum(0), tokens.sum(0)
+        return StepReport(
+            loss=imitation + config.load_balance_coef * load_balance + config.router_z_coef * z,
+            imitation=imitation,
+            load_balance=load_balance,
+            router_z=z,
+            current=float(distance[0].sum() / tokens[0].sum()),
+            replay=float(distance[1].sum() / tokens[1].sum()) if tokens[1].any() else None,
+            by_task={int(t): float(task_distance[t] / task_tokens[t]) for t in np.flatnonzero(task_tokens)},
+            grad_norm=grad_norm,
+            lr=lr,
+            expert_shares=shares_LE.tolist(),
+            num_tokens=batch.num_tokens,
+        )
+
+    def state(self) -> dict[str, Any]:
+        """All that the next step depends on, for a checkpoint; random streams are functions of seed and step."""
+        return {
+            "progress": asdict(self.progress),
+            "num_experts": self.student.num_experts,
+            "logit_offset": [moe.logit_offset for moe in self.student.moes],
+            "names": self.flat.names,
+            "values": self.flat.values,
+            "optimizer": self.optimizer.state(),
+            "memory": self.memory.state(),
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Take over what `state()` returned, on any number of ranks."""
+        progress = dict(state["progress"])
+        progress["growth"] = [GrowthDecision(**decision) for decision in progress["growth"]]
+        self.progress = Progress(**progress)
+        self.student = self._build(state["num_experts"]).to(self.device)
+        for moe, offset in zip(self.student.moes, state["logit_offset"], strict=True):
+            moe.logit_offset.copy_(offset)
+        self.flat = FlatParameters(self.student, state["names"])
+        self.flat.values.copy_(state["values"])
+        self.optimizer = AdamW(self.flat, self.config.distill.weight_decay)
+        self.optimizer.restore(state["optimizer"])
+        self.memory.restore(state["memory"])
+        self._source = None

@@ -1,0 +1,115 @@
+"""A mixture-of-experts feed-forward block that can grow.
+
+Dimensions: N tokens, D width, E open experts, k experts chosen per token.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class RouterStats(NamedTuple):
+    """Sums over a rank's valid tokens, from which the router's losses and the experts' usage follow."""
+
+    counts_E: Tensor
+    """Assignments to each expert, k per token; no gradient."""
+    prob_sums_E: Tensor
+    """Probabilities of the softmax over all experts."""
+    z_square_sum: Tensor
+    """logsumexp(logits)^2."""
+
+
+class Expert(nn.Module):
+    """Two linear maps with a GELU between."""
+
+    def __init__(self, width: int, expert_width: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.up = nn.Linear(width, expert_width, dtype=dtype)
+        self.down = nn.Linear(expert_width, width, dtype=dtype)
+
+    def forward(self, x_ND: Tensor) -> Tensor:
+        """`[N, D]` to `[N, D]`."""
+        hidden_NF = F.gelu(F.linear(x_ND, self.up.weight, self.up.bias))
+        return F.linear(hidden_NF, self.down.weight, self.down.bias)
+
+
+class MoE(nn.Module):
+    """Dropless top-k routing: a softmax over the k greatest logits weighs the experts' outputs.
+
+    Everything is kept per expert, router rows included, so that growth appends parameters and touches none.
+    `logit_offset` is added to the logits. An expert whose offset is minus infinity is closed: it is left out of
+    the computation altogether, so that outputs do not change by a single bit when it is appended. Closed
+    experts are always the last ones.
+    """
+
+    logit_offset: Tensor
+
+    def __init__(self, width: int, expert_width: int, num_experts: int, top_k: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        assert num_experts >= top_k
+        self.width, self.expert_width, self.top_k, self.dtype = width, expert_width, top_k, dtype
+        self.experts = nn.ModuleList(Expert(width, expert_width, dtype) for _ in range(num_experts))
+        self.router = nn.ParameterList(nn.Parameter(torch.zeros(width, dtype=dtype)) for _ in range(num_experts))
+        self.register_buffer("logit_offset", torch.zeros(num_experts, dtype=dtype))
+
+    @property
+    def num_experts(self) -> int:
+        """Experts, closed ones included."""
+        return len(self.experts)
+
+    @torch.no_grad()
+    def grow(self, source: int, row_noise_D: Tensor) -> None:
+        """Append a closed expert: a copy of expert `source` whose router row is moved by `row_noise_D`."""
+        original = self.experts[source]
+        copy = Expert(self.width, self.expert_width, self.dtype).to(self.logit_offset.device)
+        copy.load_state_dict(original.state_dict())
+        self.experts.append(copy)
+        self.router.append(nn.Parameter(self.router[source] + row_noise_D.to(self.router[source])))
+        self.logit_offset = torch.cat([self.logit_offset, self.logit_offset.new_tensor([-math.inf])])
+
+    def forward(self, x_ND: Tensor, valid_N: Tensor | None = None) -> tuple[Tensor, RouterStats | None]:
+        """Route and transform.
+
+        Args:
+            x_ND: tokens.
+            valid_N: 1 for tokens that count, 0 for padding; statistics are only made if it is given.
+
+        Returns:
+            `[N, D]` and the statistics.
+        """
+        offsets = self.logit_offset.tolist()
+        num_open = sum(offset > -math.inf for offset in offsets)
+        logits_NE = F.linear(x_ND, torch.stack(list(self.router)[:num_open]))
+        if any(offsets[:num_open]):
+            logits_NE = logits_NE + self.logit_offset[:num_open]
+        top_logits_Nk, chosen_Nk = logits_NE.topk(self.top_k, dim=-1)
+        y_ND = self._mix(x_ND, top_logits_Nk.softmax(-1), chosen_Nk, num_open)
+        return y_ND, None if valid_N is None else _stats(logits_NE, chosen_Nk, valid_N)
+
+    def _mix(self, x_ND: Tensor, gates_Nk: Tensor, chosen_Nk: Tensor, num_open: int) -> Tensor:
+        """Sum the chosen experts' outputs, weighted by their gates; each expert sees its tokens in one piece."""
+        # A stable sort keeps tokens in order within an expert, so that rounding does not depend on the sort.
+        order = chosen_Nk.reshape(-1).argsort(stable=True)
+        sizes = torch.bincount(chosen_Nk.reshape(-1), minlength=num_open).tolist()
+        token = order // self.top_k
+        pieces = torch.split(x_ND.index_select(0, token), sizes)
+        outputs = [expert(piece) for expert, piece in zip(self.experts, pieces, strict=False) if len(piece)]
+        y_MD = torch.cat(outputs) * gates_Nk.reshape(-1)[order].unsqueeze(1)
+        return torch.zeros_like(x_ND).index_add(0, token, y_MD)
+
+
+def _stats(logits_NE: Tensor, chosen_Nk: Tensor, valid_N: Tensor) -> RouterStats:
+    num_open = logits_NE.shape[1]
+    weights = valid_N.repeat_interleave(chosen_Nk.shape[1])
+    z_N = logits_NE.logsumexp(-1)
+    probs_NE = (logits_NE - z_N.unsqueeze(1)).exp()
+    return RouterStats(
+        torch.bincount(chosen_Nk.reshape(-1), weights=weights, minlength=num_open).detach(),
+        valid_N @ probs_NE,
+        valid_N @ z_N.square(),
+    )

@@ -1,0 +1,75 @@
+"""Synthetic teachers: smooth functions of the observation on smooth random walks, as fast stand-ins for tests."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from cpd.distill.batches import StageData
+from cpd.provenance import labels
+from cpd.runs import Run, StudentElement
+from cpd.seeding import generator
+from cpd.shards.schema import Episode, ShardAttributes
+from cpd.shards.writer import ShardWriter
+from cpd.student.observations import observation_scaling
+
+
+def episode(task: int, number: int, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Observations [T + 1, 39] and teacher means [T, 4] of one episode."""
+    centre, scale = observation_scaling()
+    rng = generator(7, "synthetic", task, number)
+    place = generator(7, "place", task).standard_normal(39)
+    walk = 0.1 * rng.standard_normal((length + 1, 39)).cumsum(0)
+    scaled = place + 0.3 * rng.standard_normal(39) + walk
+    weights = generator(7, "teacher", task).standard_normal((39, 4)) / 6
+    mean = np.tanh(scaled[:-1] @ weights)
+    return (centre + scale * scaled).astype(np.float32), mean.astype(np.float32)
+
+
+def stage_data(task: int, num_episodes: int = 12, length: int = 25) -> StageData:
+    """Rollouts of the synthetic teacher of `task`; episodes differ in length."""
+    lengths = [length - (number % 4) for number in range(num_episodes)]
+    parts = [episode(task, number, steps) for number, steps in enumerate(lengths)]
+    return StageData(
+        task,
+        np.cumsum([0, *lengths]).astype(np.int64),
+        np.concatenate([obs[:-1] for obs, _ in parts]),
+        np.concatenate([mean for _, mean in parts]),
+        np.full((sum(lengths), 4), -2.0, np.float32),
+    )
+
+
+def write_teachers(run: Run, element: StudentElement, num_episodes: int = 12, length: int = 25) -> None:
+    """Finished teachers with real shards for every task of the run."""
+    label = labels(run.config)
+    for index, task in enumerate(run.config.stream.distinct_tasks):
+        teacher = run.teacher_of(task, element.seed)
+        attributes = ShardAttributes(
+            task=task,
+            teacher_recipe=label.teacher_recipe,
+            policy_sha256="",
+            std_source="assumed",
+            metaworld=label.metaworld,
+            mujoco=label.mujoco,
+            reward_version=label.reward_version,
+            horizon=label.horizon,
+            steps_after_success=0,
+        )
+        with ShardWriter(teacher.shards, attributes, shard_steps=200) as writer:
+            for number in range(num_episodes):
+                steps = length - (number % 4)
+                obs, mean = episode(index, number, steps)
+                writer.append(
+                    Episode(
+                        observations=obs,
+                        actions=mean,
+                        teacher_mean=mean,
+                        teacher_raw_mean=mean,
+                        teacher_log_std=np.full((steps, 4), -2.0, np.float32),
+                        rewards=np.zeros(steps),
+                        successes=np.zeros(steps, bool),
+                        noise_scale=np.zeros(steps, np.float32),
+                        goal_index=number,
+                        seed=number,
+                    )
+                )
+        teacher.complete.touch()
