@@ -139,7 +139,7 @@ def progress_line(record: StatusRecord) -> str:
     parts = [f"{record.phase} {100 * record.done / max(record.total, 1):3.0f} %"]
     parts.append(f"{record.done}/{record.total} {record.unit}")
     if record.rate:
-        parts.append(f"{record.rate:.3g} {record.unit}/s")
+        parts.append(f"{number(record.rate)} {record.unit}/s")
     if record.eta_seconds is not None:
         parts.append(f"eta {clock(record.eta_seconds)}")
     if record.success is not None:
@@ -147,6 +147,11 @@ def progress_line(record: StatusRecord) -> str:
     if record.loss is not None:
         parts.append(f"loss {record.loss:.4g}")
     return " | ".join(parts)
+
+
+def number(value: float) -> str:
+    """Three significant digits, without an exponent for the sizes that rates have."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def clock(seconds: float) -> str:

@@ -114,18 +114,21 @@ def execute(run: Run, profile: Profile, interrupt: Interrupt) -> bool:
     """Execute the run on this machine with a live display, or plain lines where there is no terminal."""
     console = Console()
     if console.is_terminal:
-        with Live(status_table(run, run_status(run)), console=console, auto_refresh=False) as live:
+        with Live(console=console, auto_refresh=False) as live:
             last = 0.0
+
+            def draw() -> None:
+                live.update(status_table(run, run_status(run), console.width), refresh=True)
 
             def redraw() -> None:
                 nonlocal last
                 if time.monotonic() - last >= 1.0:
                     last = time.monotonic()
-                    live.update(status_table(run, run_status(run)), refresh=True)
+                    draw()
 
             queue = LocalQueue(run, profile, interrupt, redraw)
             finished = queue.execute()
-            live.update(status_table(run, run_status(run)), refresh=True)
+            draw()
     else:
         queue = LocalQueue(run, profile, interrupt, PlainProgress(run))
         finished = queue.execute()

@@ -16,10 +16,12 @@ from rich.text import Text
 
 from cpd.lease import current_holder
 from cpd.ledger import ledger
-from cpd.record import StatusRecord, clock, read_status
+from cpd.record import StatusRecord, clock, number, read_status
 from cpd.runs import Element, Run
 from jobs.common import EXIT_USAGE, parser_with_examples
 
+#: Columns from which a terminal shows everything.
+WIDE = 112
 STYLES = {
     "waiting": "dim",
     "queued": "cyan",
@@ -97,9 +99,10 @@ def run_status(run: Run) -> list[ElementStatus]:
     ]
 
 
-def status_table(run: Run, rows: Sequence[ElementStatus]) -> Table:
-    """The rows for a terminal."""
+def status_table(run: Run, rows: Sequence[ElementStatus], width: int = 120) -> Table:
+    """The rows for a terminal of `width` columns; a narrow one is spared the rate, the bar and the log."""
     finished = sum(row.state in ("done", "rejected") for row in rows)
+    is_wide = width >= WIDE
     table = Table(
         title=f"{run.root}: {finished} of {len(rows)} elements finished",
         title_justify="left",
@@ -110,31 +113,34 @@ def status_table(run: Run, rows: Sequence[ElementStatus]) -> Table:
     )
     table.add_column("element", no_wrap=True)
     table.add_column("state", no_wrap=True)
-    table.add_column("phase", no_wrap=True)
     table.add_column("progress", no_wrap=True)
-    for name in ("rate", "time left", "success", "time"):
+    for name in (*(["rate"] if is_wide else []), "left", "success", "time"):
         table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("log", overflow="fold", style="dim")
+    if is_wide:
+        table.add_column("log, or what happened", overflow="fold", style="dim")
     for row in rows:
-        active = row.state in ("running", "stopped", "killed", "failed")
-        table.add_row(
+        is_active = row.state in ("running", "stopped", "killed", "failed")
+        state = row.phase if row.state == "running" and row.phase else row.state
+        cells = [
             row.element,
-            Text(row.state, style=STYLES[row.state]),
-            row.phase if active else "",
-            _bar(row) if active else "",
-            f"{row.rate:.3g}/s" if row.rate else "",
+            Text(state, style=STYLES[row.state]),
+            _progress(row, bar_width=12 if is_wide else 0) if is_active else "",
+            *([f"{number(row.rate)}/s" if row.rate else ""] if is_wide else []),
             clock(row.eta_seconds) if row.eta_seconds is not None else "",
             f"{row.success:.2f}" if row.success is not None else "",
             clock(row.seconds) if row.seconds else "",
-            row.message or row.log,
-        )
+            *([f"{row.log}  {row.message}".strip()] if is_wide else []),
+        ]
+        table.add_row(*cells)
     return table
 
 
-def _bar(row: ElementStatus, width: int = 12) -> Text:
-    share = row.done / row.total if row.total else 0.0
-    full = round(width * min(share, 1.0))
-    return Text.assemble(("━" * full, "green"), ("━" * (width - full), "dim"), f" {100 * share:3.0f} %")
+def _progress(row: ElementStatus, bar_width: int) -> Text:
+    share = min(row.done / row.total, 1.0) if row.total else 0.0
+    full = round(bar_width * share)
+    return Text.assemble(
+        ("━" * full, "green"), ("━" * (bar_width - full), "dim"), f"{' ' if bar_width else ''}{100 * share:3.0f} %"
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -163,17 +169,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     elif arguments.watch:
         watch(run)
     else:
-        Console().print(status_table(run, rows))
+        console = Console()
+        console.print(status_table(run, rows, console.width))
     return 0
 
 
 def watch(run: Run) -> None:
     """Redraw the table until every element is finished or the user has seen enough."""
-    with Live(status_table(run, run_status(run)), auto_refresh=False) as live:
+    console = Console()
+    with Live(console=console, auto_refresh=False) as live:
         try:
-            while not all(element.finished for element in run.elements()):
+            while True:
+                live.update(status_table(run, run_status(run), console.width), refresh=True)
+                if all(element.finished for element in run.elements()):
+                    return
                 time.sleep(1.0)
-                live.update(status_table(run, run_status(run)), refresh=True)
         except KeyboardInterrupt:
             return
 
