@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
@@ -245,7 +245,7 @@ def forward_transfer(area: Floats, baseline: Floats, ceiling: float = 0.95) -> t
 # ---- Uncertainty of one run, from its episode counts
 
 
-def wilson(successes: Floats | int, episodes: Floats | int, z: float = Z_95) -> tuple[Floats, Floats]:
+def wilson(successes: ArrayLike, episodes: ArrayLike, z: float = Z_95) -> tuple[Floats, Floats]:
     """Wilson score interval of a success rate (Wilson 1927).
 
     `(p + z^2/2n ± z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n)`, with `p` successes out of `n`; (NaN, NaN) for

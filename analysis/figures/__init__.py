@@ -1,0 +1,1 @@
+"""One figure per module: `draw(data, ...)` makes it, `caption(data, ...)` says what it shows."""

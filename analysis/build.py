@@ -1,0 +1,110 @@
+"""Builds the figures and tables of one or more runs from their results alone; needs no torch, MPI or simulator."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from analysis.figures import fig_stream, fig_success_matrix, fig_teacher_curves, fig_teacher_student
+from analysis.load import Dataset, conditions, find_results, load
+from analysis.style import paper_style, save
+from analysis.summary import show
+from analysis.tables import write_tables
+from cpd.strict_load import ConfigError
+
+EXAMPLES = """examples:
+  python -m analysis.build runs/demo                       gather, then draw into runs/demo/figures
+  python -m analysis.build analysis/results/demo           draw again from published results
+  python -m analysis.build runs/moe runs/dense --out compare   methods side by side
+"""
+
+Draw = Callable[[], Figure | None]
+
+
+def build(paths: Sequence[Path], out: Path | None = None) -> list[Path]:
+    """Make the figures, their captions and the tables.
+
+    Args:
+        paths: run directories (gathered first) or directories with gathered results; several are taken as
+            methods on one stream.
+        out: folder to write to; for a single path `figures` beside its results unless told otherwise.
+
+    Returns:
+        The files written.
+
+    Raises:
+        ValueError: if a path holds no results, or the paths do not belong in one figure.
+    """
+    return _build(load_all(paths), figures_folder(paths, out))
+
+
+def load_all(paths: Sequence[Path]) -> Dataset:
+    """The results of all paths as one data set; runs are gathered first."""
+    return load([find_results(path) for path in paths])
+
+
+def figures_folder(paths: Sequence[Path], out: Path | None) -> Path:
+    """Where the figures go."""
+    if out is not None:
+        return out
+    if len(paths) != 1:
+        raise ValueError("several directories need --out DIR, the folder for their common figures")
+    path = paths[0].resolve()
+    return (path.parent if path.name == "results" else path) / "figures"
+
+
+def _build(data: Dataset, folder: Path) -> list[Path]:
+    notes = conditions(data)
+    written: list[Path] = []
+    with paper_style():
+        for name, draw, caption in _figures(data):
+            figure = draw()
+            if figure is not None:
+                written += save(figure, folder / name, f"{caption} {notes}")
+    return written + write_tables(folder, data, notes)
+
+
+def _figures(data: Dataset) -> Iterable[tuple[str, Draw, str]]:
+    """Name, drawing and caption of every figure that the data allow."""
+    methods = list(dict.fromkeys(student.method for student in data.students))
+    for method in methods:
+        name = "success_matrix" if len(methods) == 1 else f"success_matrix_{method}"
+        yield name, partial(fig_success_matrix.draw, data, method), fig_success_matrix.caption(data, method)
+    if methods:
+        yield "stream", partial(fig_stream.draw, data), fig_stream.caption(data)
+    if methods or data.teacher_rates:
+        yield "teacher_student", partial(fig_teacher_student.draw, data), fig_teacher_student.caption(data)
+    if data.teacher_curves:
+        yield "teacher_curves", partial(fig_teacher_curves.draw, data), fig_teacher_curves.caption(data)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line of `python -m analysis.build`; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m analysis.build",
+        description="Gather a run's results and make its figures and tables. Rebuilding gives the same bytes.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("paths", nargs="+", type=Path, metavar="DIR", help="run directory, or published results")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder for the figures (default: DIR/figures)")
+    arguments = parser.parse_args(argv)
+    try:
+        folder = figures_folder(arguments.paths, arguments.out)
+        data = load_all(arguments.paths)
+        written = _build(data, folder)
+    except (ValueError, ConfigError) as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return 2
+    show(data)
+    print(f"{len(written)} files in {folder}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,263 @@
+"""Reads one or more results folders into the data that figures and tables are made from."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cpd import metrics
+from cpd.files import read_json
+from cpd.measures import Rate, Student
+from cpd.metrics import FEW_SEEDS, Floats
+from cpd.result_tables import HELD_OUT, TEACHER, Tables, read_tables
+from cpd.results import gather
+from cpd.runs import Run
+from cpd.summary import MethodMeasures, Summary, summarize
+from cpd.tables import CurveRow
+
+RECIPES = {"rl": "reinforcement learning from scratch", "scripted": "scripted experts as stand-ins"}
+
+
+def short(task: str) -> str:
+    """A task's name without the version of Meta-World's task set."""
+    return task.removesuffix("-v3")
+
+
+@dataclass(frozen=True)
+class TeacherCurve:
+    """Training of one teacher; all tuples run along its records."""
+
+    task: str
+    seed: int
+    state: str
+    env_steps: tuple[float, ...]
+    validation_steps: tuple[float, ...]
+    """Steps at which it was validated, for `validation`."""
+    validation: tuple[float, ...]
+    training: tuple[float, ...]
+    """Success rate of the episodes it trained on, NaN where none ended."""
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Results of one stream under one set of conditions: students by method and seed, and their teachers."""
+
+    name: str
+    labels: dict[str, str]
+    stream: tuple[str, ...]
+    students: tuple[Student, ...]
+    methods: tuple[MethodMeasures, ...]
+    curves: tuple[CurveRow, ...]
+    steps_per_stage: int
+    gate: float
+    teacher_rates: dict[tuple[str, int], Rate]
+    """Teachers' success on held-out goals by task and teacher seed."""
+    teacher_curves: tuple[TeacherCurve, ...]
+    timings: tuple[dict[str, Any], ...]
+    missing: tuple[str, ...]
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """The distinct tasks of the stream."""
+        return tuple(dict.fromkeys(self.stream))
+
+    def of_method(self, method: str) -> list[Student]:
+        """The students of one method, seed by seed."""
+        return [student for student in self.students if student.method == method]
+
+    def teachers_of(self, task: str) -> list[Rate]:
+        """Success of every teacher of a task, seed by seed."""
+        return [rate for (name, _), rate in sorted(self.teacher_rates.items()) if name == task]
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A success rate over seeds, ready to draw: interval from episodes (1 seed) or seeds (5 and more)."""
+
+    mean: float
+    low: float | None
+    high: float | None
+    points: tuple[float, ...]
+    """Every seed's value, where there is no interval over seeds."""
+
+
+def spread(rates: Sequence[Rate | None]) -> Spread | None:
+    """One task's rates over seeds; None if nothing was measured."""
+    found = [rate for rate in rates if rate is not None]
+    if not found:
+        return None
+    if len(found) == 1:
+        return Spread(found[0].rate, found[0].low, found[0].high, ())
+    values = np.array([rate.rate for rate in found])
+    if len(found) < FEW_SEEDS:
+        return Spread(float(values.mean()), None, None, tuple(values.tolist()))
+    over = metrics.over_seeds(values[:, None], metrics.mean_score)
+    return Spread(over.estimate, over.low, over.high, ())
+
+
+def find_results(path: Path) -> Path:
+    """The results folder that `path` is or holds; a run's is gathered first.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    if not path.is_dir():
+        raise ValueError(f"{path} is not a directory; give a run directory, or one with gathered results")
+    if any((path / part).is_dir() for part in ("teachers", "students")):
+        run = Run(path)
+        gather(run)
+        return run.results
+    for folder in (path / "results", path):
+        if (folder / "teachers.csv").exists() and (folder / "config.json").exists():
+            return folder
+    raise ValueError(f"{path} holds neither a run (config.json, teachers/, students/) nor gathered results")
+
+
+def load(folders: Sequence[Path]) -> Dataset:
+    """Read results folders as one data set.
+
+    Raises:
+        ValueError: if they differ in their stream or conditions, or if a method and seed stands in two of them.
+    """
+    tables = [read_tables(folder) for folder in folders]
+    summaries = [summarize(table) for table in tables]
+    _check_alike(tables, summaries)
+    first = tables[0]
+    return Dataset(
+        name=" + ".join(dict.fromkeys(s.name for s in summaries)),
+        labels=_joined([s.labels for s in summaries]),
+        stream=first.stream,
+        students=tuple(student for s in summaries for student in s.students),
+        methods=tuple(method for s in summaries for method in s.methods),
+        curves=tuple(row for t in tables for row in t.curves),
+        steps_per_stage=first.config["distill"]["steps_per_stage"],
+        gate=first.config["teacher"]["gate"],
+        teacher_rates={key: rate for t in tables for key, rate in _teacher_rates(t)},
+        teacher_curves=tuple({(c.task, c.seed): c for t in tables for c in _teacher_curves(t)}.values()),
+        timings=tuple(entry for t in tables for entry in _timings(t)),
+        missing=tuple(dict.fromkeys(line for s in summaries for line in s.missing)),
+    )
+
+
+def _check_alike(tables: Sequence[Tables], summaries: Sequence[Summary]) -> None:
+    seen: dict[str, Path] = {}
+    for table, summary in zip(tables, summaries, strict=True):
+        if table.stream != tables[0].stream:
+            raise ValueError(
+                f"{table.folder} and {tables[0].folder} have different streams: build them one by one"
+            )
+        differing = _differences(summary.labels, summaries[0].labels)
+        if differing:
+            raise ValueError(
+                f"{table.folder} and {tables[0].folder} were made under different conditions, which must not "
+                f"stand in one figure: {differing}; build them one by one"
+            )
+        for method in summary.methods:
+            if method.method in seen:
+                raise ValueError(
+                    f"method {method.method!r} stands in both {seen[method.method]} and {table.folder}; "
+                    "give one run of each method, with all its seeds"
+                )
+            seen[method.method] = table.folder
+
+
+def _joined(labels: Sequence[dict[str, str]]) -> dict[str, str]:
+    return {key: "/".join(dict.fromkeys(label[key] for label in labels)) for key in labels[0]}
+
+
+def _differences(left: dict[str, str], right: dict[str, str]) -> str:
+    """What differs; the student's task identity may, since that is a property of the method."""
+    keys = [key for key in left if key != "task_identity" and left[key] != right[key]]
+    return ", ".join(f"{key} {left[key]!r} and {right[key]!r}" for key in keys)
+
+
+def _teacher_rates(tables: Tables) -> Iterable[tuple[tuple[str, int], Rate]]:
+    for row in tables.evaluations:
+        if row.method == TEACHER and row.goal_set == HELD_OUT:
+            low, high = metrics.wilson(row.successes, row.episodes)
+            rate = Rate(row.successes, row.episodes, row.successes / row.episodes, float(low), float(high))
+            yield (row.task, row.seed), rate
+
+
+def _teacher_curves(tables: Tables) -> Iterable[TeacherCurve]:
+    path = tables.folder / "teacher_curves.csv"
+    if not path.exists():
+        return
+    with path.open(newline="") as file:
+        records = list(csv.DictReader(file))
+
+    def numbers(rows: Sequence[dict[str, str]], key: str) -> tuple[float, ...]:
+        return tuple(float(row.get(key) or "nan") for row in rows)
+
+    for teacher in tables.teachers:
+        rows = [r for r in records if (r["task"], int(r["seed"])) == (teacher.task, teacher.seed)]
+        rows = [r for r in rows if r.get("env_steps")]
+        validated = [r for r in rows if r.get("validation_success")]
+        if rows:
+            yield TeacherCurve(
+                teacher.task,
+                teacher.seed,
+                teacher.state,
+                numbers(rows, "env_steps"),
+                numbers(validated, "env_steps"),
+                numbers(validated, "validation_success"),
+                numbers(rows, "train_success"),
+            )
+
+
+def _timings(tables: Tables) -> list[dict[str, Any]]:
+    path = tables.folder / "timings.json"
+    found: list[dict[str, Any]] = read_json(path) if path.exists() else []
+    return found
+
+
+def mean_matrix(students: Sequence[Student]) -> Floats:
+    """(K+1, J) success matrix averaged over the seeds that measured a cell, NaN where none did."""
+    rates = np.stack([student.matrix.rates for student in students])
+    measured = ~np.isnan(rates)
+    with np.errstate(invalid="ignore"):
+        mean: Floats = np.where(measured, rates, 0.0).sum(axis=0) / measured.sum(axis=0)
+    return mean
+
+
+def conditions(data: Dataset) -> str:
+    """The labels of the results as one sentence, for captions and the notes of tables."""
+    labels = data.labels
+    recipe = "/".join(RECIPES.get(part, part) for part in labels["teacher_recipe"].split("/"))
+    seeds = ", ".join(map(str, dict.fromkeys(s.seed for s in data.students))) or "none"
+    teacher_seeds = ", ".join(map(str, sorted({seed for _, seed in data.teacher_rates}))) or "none"
+    return (
+        f"Teachers: {recipe} (recipe {labels['teacher_recipe']}), seeds {teacher_seeds}. Student seeds {seeds}; "
+        f"task identity: {labels['task_identity']}. Horizon {labels['horizon']} steps; "
+        f"Meta-World {labels['metaworld']}, MuJoCo {labels['mujoco']}, reward {labels['reward_version']}. "
+        f"Deterministic policies on held-out goals; success is the flag at any step. {episodes_per_cell(data)}"
+    )
+
+
+def episodes_per_cell(data: Dataset) -> str:
+    """How many episodes stand behind a cell of the success matrix."""
+    own: set[int] = set()
+    rest: set[int] = set()
+    for student in data.students:
+        episodes = student.matrix.episodes
+        full = np.zeros_like(episodes, bool)
+        for stage, task in enumerate(student.matrix.stream):
+            full[stage + 1, student.matrix.tasks.index(task)] = True
+        if student.measures.final_stage is not None:
+            full[student.measures.final_stage + 1] = True
+        own |= set(episodes[full & (episodes > 0)].tolist())
+        rest |= set(episodes[~full & (episodes > 0)].tolist())
+    teachers = {rate.episodes for rate in data.teacher_rates.values()}
+
+    def span(counts: set[int]) -> str:
+        return "–".join(str(count) for count in sorted({min(counts), max(counts)})) if counts else "no"
+
+    return (
+        f"Episodes per cell: {span(own)} on the diagonal and in the final row, {span(rest)} elsewhere, "
+        f"{span(teachers)} for teachers."
+    )

@@ -1,0 +1,57 @@
+"""The look shared by all figures, and how they are written: PDF and PNG, the same bytes at every build."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Iterator
+from pathlib import Path
+
+import matplotlib.style
+from matplotlib.figure import Figure
+
+from cpd.files import publish, write_text
+
+STYLE = Path(__file__).resolve().parent / "paper.mplstyle"
+
+COLUMN_INCHES = 3.3
+PAGE_INCHES = 6.9
+"""Width of the text over both columns."""
+DPI = 300
+
+# Okabe and Ito 2008
+TEACHER_COLOUR = "#8c8c8c"
+METHOD_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+ACCENT = "#D55E00"
+SECOND_ACCENT = "#009E73"
+GUIDE = "#9a9a9a"
+
+
+def method_colour(index: int) -> str:
+    """The colour of the method at `index`; they repeat after seven."""
+    return METHOD_COLOURS[index % len(METHOD_COLOURS)]
+
+
+@contextlib.contextmanager
+def paper_style() -> Iterator[None]:
+    """Draw inside this: matplotlib's defaults, not the user's own, with the style sheet of this package on top."""
+    with matplotlib.style.context(["default", STYLE]):
+        yield
+
+
+def save(figure: Figure, stem: Path, caption: str) -> list[Path]:
+    """Write `stem`.pdf, .png and the caption as .txt, without dates, so that equal data give equal bytes."""
+    written = []
+    for suffix, metadata in (
+        (".pdf", {"CreationDate": None, "Title": stem.name, "Subject": caption}),
+        (".png", {"Software": None, "Title": stem.name, "Description": caption}),
+    ):
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format=suffix[1:], dpi=DPI, metadata=metadata)
+        path = stem.with_name(stem.name + suffix)
+        with publish(path) as temporary:
+            temporary.write_bytes(buffer.getvalue())
+        written.append(path)
+    path = stem.with_name(stem.name + ".txt")
+    write_text(path, caption + "\n")
+    return [*written, path]

@@ -1,0 +1,110 @@
+"""The summary of a run for the terminal: tables where there is one, plain text where there is not."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from analysis.load import Dataset, conditions, load, short
+from analysis.tables import headline, task_cells, worst_text
+from cpd.measures import StudentMeasures
+from cpd.record import clock
+from cpd.summary import MethodMeasures
+
+PLAIN_WIDTH = 140
+"""Columns of plain text, wide enough that no line of a table is broken."""
+
+
+def print_summary(folder: Path, file: TextIO | None = None) -> None:
+    """Print what the results in `folder` say; to standard output unless told otherwise.
+
+    Raises:
+        ValueError: if `folder` holds no gathered results.
+    """
+    show(load([folder]), file)
+
+
+def show(data: Dataset, file: TextIO | None = None) -> None:
+    """Print the summary of a data set."""
+    console = Console(file=file, highlight=False, markup=False)
+    if not console.is_terminal:
+        console = Console(file=file, highlight=False, markup=False, width=PLAIN_WIDTH, no_color=True, emoji=False)
+    for method in data.methods:
+        students = data.of_method(method.method)
+        console.print(_title(data, method.method), style="bold", soft_wrap=True)
+        console.print(_task_table(data, method.method, console.is_terminal))
+        for line in _headlines(method, [s.measures for s in students]):
+            console.print(line, soft_wrap=True)
+        console.print()
+    if data.timings:
+        console.print("where the time went", style="bold")
+        console.print(_time_table(data.timings, console.is_terminal))
+        console.print()
+    if data.students or data.teacher_rates:
+        console.print(conditions(data), style="dim", soft_wrap=not console.is_terminal)
+    for line in data.missing:
+        console.print(f"note: {line}", style="yellow", soft_wrap=True)
+
+
+def _table(terminal: bool) -> Table:
+    return Table(box=box.SIMPLE_HEAD if terminal else None, pad_edge=False, header_style="bold")
+
+
+def _task_table(data: Dataset, method: str, terminal: bool) -> Table:
+    students = data.of_method(method)
+    table = _table(terminal)
+    table.add_column("task", no_wrap=True)
+    for name in ("teacher", "own stage", "final", "forgotten", "recovered"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row, task in enumerate(data.tasks):
+        cells = task_cells(data, task, [student.measures.tasks[row] for student in students])
+        table.add_row(short(task), *cells)
+    return table
+
+
+def _title(data: Dataset, method: str) -> str:
+    seeds = [str(student.seed) for student in data.of_method(method)]
+    brackets = "Wilson 95 % interval" if len(seeds) == 1 else "range of seeds"
+    return f"{data.name} · {method} · seed{'s' * (len(seeds) > 1)} {', '.join(seeds)} · success in % [{brackets}]"
+
+
+def _headlines(method: MethodMeasures, students: Sequence[StudentMeasures]) -> list[str]:
+    finished = [student for student in students if student.seed in method.seeds]
+    if not finished:
+        return ["the stream has not been evaluated to its end yet: no average performance, recovery or forgetting"]
+    lines = []
+    for name in ("average_performance", "recovery", "forgetting"):
+        measure = getattr(method, name)
+        worst = worst_text(measure, method.worst_tasks.get(name))
+        lines.append(f"{name.replace('_', ' '):21}{headline(measure, finished, name):22}worst task {worst}")
+    if len(finished) == 1:
+        lines.append("in brackets: 95 % intervals from episode counts; one seed says nothing of other seeds")
+    else:
+        mean = method.average_performance["mean"]
+        lines.append(f"in brackets: {mean.note if mean.low is not None else 'the range of the seeds'}")
+    if method.unfinished_seeds:
+        left_out = ", ".join(map(str, method.unfinished_seeds))
+        lines.append(f"not counted, since their stream has not been evaluated to its end: seeds {left_out}")
+    return lines
+
+
+def _time_table(timings: Sequence[dict[str, Any]], terminal: bool) -> Table:
+    """Wall seconds by role and phase: summed over elements, and of the slowest element."""
+    phases: dict[tuple[str, str], list[float]] = {}
+    for entry in timings:
+        for phase, seconds in entry["seconds"].items():
+            phases.setdefault((entry["role"], phase), []).append(seconds)
+    total = sum(sum(values) for values in phases.values()) or 1.0
+    table = _table(terminal)
+    table.add_column("phase", no_wrap=True)
+    for name in ("jobs", "total", "slowest job", "share"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for (role, phase), values in phases.items():
+        share = f"{100 * sum(values) / total:.0f} %"
+        table.add_row(f"{role}: {phase}", str(len(values)), clock(sum(values)), clock(max(values)), share)
+    return table

@@ -1,0 +1,272 @@
+"""Tables for papers and for further work: CSV with exact numbers, LaTeX (booktabs) with rounded ones."""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from analysis.load import Dataset, mean_matrix, short
+from cpd.files import write_text
+from cpd.measures import Estimate, Rate, StudentMeasures, TaskMeasures
+from cpd.metrics import Aggregate
+
+Cell = str | int | float | None
+
+
+@dataclass(frozen=True)
+class Table:
+    """One table in both forms."""
+
+    stem: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[Cell, ...], ...]
+    """Exact values, for the CSV file."""
+    tex_columns: tuple[str, ...]
+    tex_rows: tuple[tuple[str, ...], ...]
+    caption: str
+
+
+def write_tables(folder: Path, data: Dataset, notes: str) -> list[Path]:
+    """Write all tables; the conditions stand in every row of a CSV file and under every LaTeX table."""
+    written = []
+    for table in (task_table(data), seed_table(data), method_table(data), *matrix_tables(data)):
+        written += [_write_csv(folder, table, data.labels)]
+        if table.tex_rows:
+            written += [_write_tex(folder, table, notes)]
+    return written
+
+
+def task_table(data: Dataset) -> Table:
+    """One line per method, seed and task."""
+    rates = ("teacher", "before", "own_stage", "final", "final_training_goals")
+    counts = [f"{name}_{part}" for name in rates for part in ("successes", "episodes", "success", "low", "high")]
+    rows: list[tuple[Cell, ...]] = []
+    for student in data.students:
+        for task in student.measures.tasks:
+            values = (task.teacher, task.before, task.own, task.final, task.final_training)
+            cells = [cell for rate in values for cell in _rate_cells(rate)]
+            last = task.final_last.successes if task.final_last else None
+            key = (student.method, student.seed, task.task, task.teacher_state)
+            rows.append((*key, *cells, last, task.forgetting, task.recovery))
+    head = ("method", "seed", "task", "teacher_state")
+    return Table(
+        "table_tasks",
+        (*head, *counts, "final_successes_last_step", "forgetting", "recovery"),
+        tuple(rows),
+        ("Task", "Teacher", "Own stage", "Final", "Forgetting", "Recovery"),
+        tuple(_task_tex(data)),
+        f"Success in per cent by task on {data.name}: teachers, the student after the task's own stage and at the "
+        "end of the stream. Brackets: Wilson 95 % intervals of single runs; with several seeds, their range.",
+    )
+
+
+def _task_tex(data: Dataset) -> list[tuple[str, ...]]:
+    lines: list[tuple[str, ...]] = []
+    methods = list(dict.fromkeys(student.method for student in data.students))
+    for method in methods:
+        students = data.of_method(method)
+        if len(methods) > 1:
+            lines.append((r"\emph{" + _escape(method) + "}", "", "", "", "", ""))
+        for row, task in enumerate(data.tasks):
+            measured = [student.measures.tasks[row] for student in students]
+            lines.append((_escape(short(task)), *task_cells(data, task, measured)))
+    return lines
+
+
+def task_cells(data: Dataset, task: str, measured: Sequence[TaskMeasures]) -> tuple[str, str, str, str, str]:
+    """Teacher, own stage, final, forgetting and recovery of one task, in per cent, over the seeds of a method."""
+    rejected = any(m.teacher_state == "rejected" for m in measured)
+    teacher = rate_text(data.teachers_of(task)) + (" rejected" if rejected else "")
+    own, final = rate_text([m.own for m in measured]), rate_text([m.final for m in measured])
+    return (
+        teacher,
+        own,
+        final,
+        _mean_text([m.forgetting for m in measured]),
+        _mean_text([m.recovery for m in measured]),
+    )
+
+
+def rate_text(rates: Sequence[Rate | None]) -> str:
+    """`96 [87, 99]`: per cent with the Wilson interval of one run or the range of several; `–` if unmeasured."""
+    found = [rate for rate in rates if rate is not None]
+    if not found:
+        return "–"
+    values = [rate.rate for rate in found]
+    low, high = (found[0].low, found[0].high) if len(found) == 1 else (min(values), max(values))
+    return f"{percent(sum(values) / len(values))} [{percent(low)}, {percent(high)}]"
+
+
+def percent(value: float, digits: int = 0) -> str:
+    """A share in per cent, without a minus before zero."""
+    return f"{round(100 * value, digits) + 0.0:.{digits}f}"
+
+
+def _mean_text(values: Sequence[float | None]) -> str:
+    found = [value for value in values if value is not None]
+    return percent(sum(found) / len(found)) if found else "–"
+
+
+def seed_table(data: Dataset) -> Table:
+    """One line per method and seed: the headline measures with their variants."""
+    rows: list[tuple[Cell, ...]] = []
+    for student in data.students:
+        m = student.measures
+        rows.append(
+            (
+                m.method,
+                m.seed,
+                m.teacher_seed,
+                m.final_stage,
+                *_estimate_cells(m.average_performance),
+                *_estimate_cells(m.recovery),
+                m.recovery_unclipped,
+                m.recovery_ratio_of_means,
+                m.least_recovered,
+                *_estimate_cells(m.forgetting),
+                m.forgetting_over_all,
+                m.forgetting_max_based,
+                m.most_forgotten,
+                " ".join(m.without_teacher),
+            )
+        )
+    columns = (
+        "method seed teacher_seed final_stage "
+        "average_performance average_performance_low average_performance_high "
+        "recovery recovery_low recovery_high recovery_unclipped recovery_ratio_of_means least_recovered "
+        "forgetting forgetting_low forgetting_high forgetting_over_all_tasks forgetting_max_based "
+        "most_forgotten tasks_without_teacher"
+    )
+    return Table("table_seeds", tuple(columns.split()), tuple(rows), (), (), "")
+
+
+def method_table(data: Dataset) -> Table:
+    """One line per method: measures over its seeds, the mean always with its worst task beside it."""
+    names = ("average_performance", "recovery", "forgetting")
+    statistics = ("mean", "interquartile_mean", "worst_task")
+    rows: list[tuple[Cell, ...]] = []
+    lines: list[tuple[str, ...]] = []
+    for method in data.methods:
+        measures = {"average_performance": method.average_performance, "recovery": method.recovery}
+        measures["forgetting"] = method.forgetting
+        cells: list[Cell] = []
+        for name in names:
+            for statistic in statistics:
+                found = measures[name].get(statistic)
+                cells += [found.estimate, found.low, found.high] if found else [None, None, None]
+        rows.append((method.method, len(method.seeds), *cells))
+        students = [s.measures for s in data.of_method(method.method) if s.seed in method.seeds]
+        texts = [headline(measures[name], students, name) for name in names]
+        worst = [worst_text(measures[name], method.worst_tasks.get(name)) for name in names]
+        pairs = [text for pair in zip(texts, worst, strict=True) for text in pair]
+        lines.append((_escape(method.method), str(len(method.seeds)), *pairs))
+    columns = [f"{n}_{s}{part}" for n in names for s in statistics for part in ("", "_low", "_high")]
+    return Table(
+        "table_methods",
+        ("method", "seeds", *columns),
+        tuple(rows),
+        ("Method", "Seeds", "AP", "worst task", "Recovery", "worst task", "Forgetting", "worst task"),
+        tuple(lines),
+        f"Average performance (AP), recovery of the teachers' success and forgetting on {data.name}, in per cent, "
+        "each with its worst task. Brackets: 95 % intervals, from episode counts for a single seed, by stratified "
+        "bootstrap from five seeds on; the range of seeds between.",
+    )
+
+
+def headline(measure: dict[str, Aggregate], students: Sequence[StudentMeasures], name: str) -> str:
+    """`93 [90, 95]`: a measure in per cent with its interval or, for two to four seeds, the range of its seeds."""
+    if "mean" not in measure:
+        return "–"
+    mean = measure["mean"]
+    low, high = mean.low, mean.high
+    if len(students) == 1:
+        estimate: Estimate = getattr(students[0], name)
+        low, high = estimate.low, estimate.high
+    elif low is None:
+        low, high = min(mean.per_seed), max(mean.per_seed)
+    if low is None or high is None:
+        return percent(mean.estimate, 1)
+    return f"{percent(mean.estimate, 1)} [{percent(low, 1)}, {percent(high, 1)}]"
+
+
+def worst_text(measure: dict[str, Aggregate], task: str | None) -> str:
+    """`52 (hammer)`: the worst task's mean over seeds, in per cent."""
+    return f"{percent(measure['worst_task'].estimate)} ({short(task)})" if measure and task else "–"
+
+
+def matrix_tables(data: Dataset) -> list[Table]:
+    """The success matrix of every method, mean over seeds, wide."""
+    found = []
+    methods = list(dict.fromkeys(student.method for student in data.students))
+    for method in methods:
+        rates = mean_matrix(data.of_method(method))
+        stages = [("", -1), *((task, stage) for stage, task in enumerate(data.stream))]
+        rows = [
+            (method, stage, task, *(None if np.isnan(value) else float(value) for value in rates[stage + 1]))
+            for task, stage in stages
+        ]
+        stem = "success_matrix" if len(methods) == 1 else f"success_matrix_{method}"
+        found.append(Table(stem, ("method", "stage", "stage_task", *data.tasks), tuple(rows), (), (), ""))
+    return found
+
+
+def _rate_cells(rate: Rate | None) -> tuple[Cell, ...]:
+    return (rate.successes, rate.episodes, rate.rate, rate.low, rate.high) if rate else (None,) * 5
+
+
+def _estimate_cells(estimate: Estimate) -> tuple[Cell, ...]:
+    return estimate.value, estimate.low, estimate.high
+
+
+def _write_csv(folder: Path, table: Table, labels: dict[str, str]) -> Path:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow([*table.columns, *labels])
+    writer.writerows([*("" if cell is None else cell for cell in row), *labels.values()] for row in table.rows)
+    path = folder / f"{table.stem}.csv"
+    write_text(path, text.getvalue())
+    return path
+
+
+def _write_tex(folder: Path, table: Table, notes: str) -> Path:
+    body = "\n".join("    " + " & ".join(map(_tex, row)) + r" \\" for row in table.tex_rows)
+    header = " & ".join(map(_tex, table.tex_columns))
+    text = "\n".join(
+        [
+            r"% needs \usepackage{booktabs}",
+            r"\begin{table}",
+            r"  \centering\small",
+            rf"  \caption{{{_escape(table.caption)}}}",
+            rf"  \begin{{tabular}}{{l{'r' * (len(table.tex_columns) - 1)}}}",
+            r"    \toprule",
+            rf"    {header} \\",
+            r"    \midrule",
+            body,
+            r"    \bottomrule",
+            r"  \end{tabular}",
+            "",
+            rf"  \footnotesize {_escape(notes)}",
+            r"\end{table}",
+            "",
+        ]
+    )
+    path = folder / f"{table.stem}.tex"
+    write_text(path, text)
+    return path
+
+
+def _tex(text: str) -> str:
+    """En dashes and minus signs as LaTeX sets them; hyphens within names stay."""
+    return re.sub(r"(?<!\w)-(?=\d)", "$-$", text).replace("–", "--")
+
+
+def _escape(text: str) -> str:
+    for character in "&%#_$":
+        text = text.replace(character, "\\" + character)
+    return text.replace("–", "--")

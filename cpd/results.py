@@ -1,0 +1,139 @@
+"""Gathers a run's pieces into its results folder, which from then on can be read without the rest of the run.
+
+results/
+  config.json           the frozen configuration
+  evaluations.csv       success of teachers and students, one line per cell
+  episodes.csv          one line per episode of those
+  curves.csv            success on the current task within each stage
+  teachers.csv          outcome of every teacher
+  teacher_curves.csv    training records of the teachers
+  distillation.csv      training records of the students
+  timings.json          wall seconds of every element by phase
+  metrics.json          the measures; every number in it derives from the tables above
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from cpd.files import read_json, write_json, write_text
+from cpd.record import read_metrics, read_status
+from cpd.result_tables import TeacherRow, read_tables
+from cpd.runs import Element, Run, RunError, TeacherElement
+from cpd.strict_load import to_dict
+from cpd.summary import summarize
+from cpd.tables import CurveRow, EpisodeRow, EvaluationRow, read_rows, write_rows
+
+EPISODES_SUFFIX = "-episodes.csv"
+
+
+def gather(run: Run) -> dict[str, Any]:
+    """Write `run.results` from what the run's elements have published so far.
+
+    Returns:
+        The contents of metrics.json; its `missing` says what is not there yet.
+
+    Raises:
+        RunError: if the run holds no element at all, so that there is nothing to gather.
+    """
+    if not any((run.root / part).is_dir() for part in ("teachers", "students")):
+        raise RunError(f"{run.root} has neither teachers nor students yet; `jobs.launch` makes them")
+    evaluations, episodes = _evaluations(run)
+    curves = [row for s in run.students() if s.curves.exists() for row in read_rows(s.curves, CurveRow)]
+    _write_table(run.results / "evaluations.csv", evaluations)
+    _write_table(run.results / "episodes.csv", episodes)
+    _write_table(run.results / "curves.csv", curves)
+    _write_table(run.results / "teachers.csv", [_teacher_row(t) for t in run.teachers()])
+    _write_records(
+        run.results / "teacher_curves.csv",
+        [({"task": t.task, "seed": t.seed}, read_metrics(t.metrics)) for t in run.teachers()],
+    )
+    _write_records(
+        run.results / "distillation.csv",
+        [({"method": s.method, "seed": s.seed}, read_metrics(s.metrics)) for s in run.students()],
+    )
+    write_json(run.results / "timings.json", [_timing(e) for e in run.elements() if e.role != "report"])
+    write_json(run.results / "config.json", to_dict(run.config))
+    report = {**summarize(read_tables(run.results)).to_json(), "provenance": _provenance(run)}
+    write_json(run.results / "metrics.json", report)
+    return report
+
+
+def _evaluations(run: Run) -> tuple[list[EvaluationRow], list[EpisodeRow]]:
+    """Rows of all finished teachers, and of every student's stages that have been evaluated."""
+    files = [(t.evaluation, t.evaluation.with_name("episodes.csv")) for t in run.teachers() if t.finished]
+    for element in run.evaluations():
+        stages = [path for path in element.path.glob("*.csv") if not path.name.endswith(EPISODES_SUFFIX)]
+        # `initial.csv` sorts before `stage-00.csv`.
+        files += [(path, path.with_name(path.stem + EPISODES_SUFFIX)) for path in sorted(stages)]
+    rows: list[EvaluationRow] = []
+    episodes: list[EpisodeRow] = []
+    for table, details in files:
+        rows += read_rows(table, EvaluationRow) if table.exists() else []
+        episodes += read_rows(details, EpisodeRow) if details.exists() else []
+    return rows, episodes
+
+
+def _teacher_row(teacher: TeacherElement) -> TeacherRow:
+    state: str = read_status(teacher.status).state
+    if teacher.finished:
+        state = "rejected" if teacher.rejected.exists() else "admitted"
+    elif state in ("done", "rejected"):
+        state = "running"  # between its last status and its marker
+    records = read_metrics(teacher.metrics)
+    validated = [r["validation_success"] for r in records if r.get("validation_success") is not None]
+    last = records[-1] if records else {}
+    return TeacherRow(
+        teacher.task,
+        teacher.seed,
+        state,
+        _count(last.get("env_steps")),
+        _count(last.get("iteration")),
+        validated[-1] if validated else None,
+    )
+
+
+def _count(value: float | None) -> int | None:
+    return None if value is None else int(value)
+
+
+def _timing(element: Element) -> dict[str, Any]:
+    record = read_status(element.status)
+    return {
+        "element": element.name,
+        "role": element.role,
+        "state": record.state,
+        "seconds": {phase: round(seconds, 1) for phase, seconds in record.seconds.items()},
+    }
+
+
+def _provenance(run: Run) -> dict[str, Any]:
+    """Versions and machine, without the command line, which may hold paths of that machine."""
+    path = run.root / "provenance.json"
+    found = read_json(path) if path.exists() else {}
+    return {key: value for key, value in found.items() if key != "command"}
+
+
+def _write_table(path: Path, rows: Sequence[Any]) -> None:
+    if rows:
+        write_rows(path, rows)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _write_records(path: Path, groups: Iterable[tuple[Mapping[str, Any], Sequence[Mapping[str, Any]]]]) -> None:
+    """Write metrics records as one table: the columns of the group first, then every key that occurs."""
+    lines = [{**group, **record} for group, records in groups for record in records]
+    if not lines:
+        path.unlink(missing_ok=True)
+        return
+    text = io.StringIO()
+    columns = dict.fromkeys(key for line in lines for key in line)
+    writer = csv.DictWriter(text, list(columns), restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
+    write_text(path, text.getvalue())

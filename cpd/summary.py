@@ -1,0 +1,148 @@
+"""The measures of every student and method in a results folder, and what is missing there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from cpd import metrics
+from cpd.measures import Student, measure_student
+from cpd.metrics import Aggregate, Floats
+from cpd.result_tables import TEACHER, Tables, labels
+
+
+@dataclass(frozen=True)
+class MethodMeasures:
+    """A method over its seeds."""
+
+    method: str
+    seeds: tuple[int, ...]
+    """Seeds that are evaluated to the end of the stream."""
+    unfinished_seeds: tuple[int, ...]
+    average_performance: dict[str, Aggregate]
+    """By statistic: mean, interquartile_mean, worst_task."""
+    forgetting: dict[str, Aggregate]
+    recovery: dict[str, Aggregate]
+    worst_tasks: dict[str, str]
+    """Which task `worst_task` is, by measure."""
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Everything that is derived from a results folder."""
+
+    name: str
+    labels: dict[str, str]
+    """Conditions of the results; differing values are joined by a slash."""
+    stream: tuple[str, ...]
+    students: tuple[Student, ...]
+    methods: tuple[MethodMeasures, ...]
+    missing: tuple[str, ...]
+    """What has not been done or measured, one sentence each."""
+
+    def to_json(self) -> dict[str, Any]:
+        """The measures as plain values, for metrics.json."""
+        return {
+            "name": self.name,
+            "labels": self.labels,
+            "stream": list(self.stream),
+            "missing": list(self.missing),
+            "methods": [asdict(method) for method in self.methods],
+            "students": [asdict(student.measures) for student in self.students],
+        }
+
+
+def summarize(tables: Tables) -> Summary:
+    """Derive all measures from the tables."""
+    keys = dict.fromkeys((r.method, r.seed) for r in tables.evaluations if r.method != TEACHER)
+    students = tuple(measure_student(tables, method, seed) for method, seed in keys)
+    methods = dict.fromkeys(student.method for student in students)
+    return Summary(
+        name=tables.config["name"],
+        labels=labels(tables.evaluations),
+        stream=tables.stream,
+        students=students,
+        methods=tuple(_method([s for s in students if s.method == m]) for m in methods),
+        missing=tuple(_missing(tables, students)),
+    )
+
+
+def _method(students: Sequence[Student]) -> MethodMeasures:
+    finished = [s for s in students if s.measures.final_stage is not None]
+    scores = {
+        "average_performance": [_finals(s) for s in finished],
+        "forgetting": [_drops(s) for s in finished],
+        "recovery": [_shares(s) for s in finished],
+    }
+    aggregates: dict[str, dict[str, Aggregate]] = {name: {} for name in scores}
+    worst_tasks = {}
+    for name, rows in scores.items():
+        table = np.array(rows).reshape(len(rows), -1)
+        # Teachers of other seeds may admit other tasks: count those that every seed has.
+        columns = np.flatnonzero(~np.isnan(table).any(axis=0))
+        if len(finished) and len(columns):
+            sign, worst = (-1, metrics.highest_task) if name == "forgetting" else (1, metrics.lowest_task)
+            table = table[:, columns]
+            aggregates[name] = {
+                "mean": metrics.over_seeds(table, metrics.mean_score),
+                "interquartile_mean": metrics.over_seeds(table, metrics.interquartile_mean),
+                "worst_task": metrics.over_seeds(table, worst),
+            }
+            lowest = int((sign * table.mean(axis=0)).argmin())
+            worst_tasks[name] = finished[0].matrix.tasks[columns[lowest]]
+    return MethodMeasures(
+        students[0].method,
+        seeds=tuple(s.seed for s in finished),
+        unfinished_seeds=tuple(s.seed for s in students if s not in finished),
+        **aggregates,
+        worst_tasks=worst_tasks,
+    )
+
+
+def _finals(student: Student) -> Floats:
+    """(J,) success at the end of the stream, 0 for tasks without an admitted teacher."""
+    assert student.measures.final_stage is not None
+    return np.where(student.admitted, student.matrix.rates[student.measures.final_stage + 1], 0.0)
+
+
+def _drops(student: Student) -> Floats:
+    """(J,) forgetting, NaN for the last task and for tasks without a teacher."""
+    own = metrics.own_stages(student.matrix.stream)
+    last = max(own[student.admitted], default=-1)
+    drops = [np.nan if task.forgetting is None else task.forgetting for task in student.measures.tasks]
+    return np.where(own < last, drops, np.nan)
+
+
+def _shares(student: Student) -> Floats:
+    """(J,) recovery, at most 1, NaN where it is undefined."""
+    shares = [np.nan if task.recovery is None else task.recovery for task in student.measures.tasks]
+    return np.minimum(shares, 1.0)
+
+
+def _missing(tables: Tables, students: Sequence[Student]) -> Iterable[str]:
+    for teacher in tables.teachers:
+        who = f"teacher {teacher.task} (seed {teacher.seed})"
+        if teacher.state == "rejected":
+            yield f"{who} missed its gate: 0 in the average performance, left out of forgetting and recovery"
+        elif teacher.state != "admitted":
+            yield f"{who} is not finished ({teacher.state})"
+    method = tables.config["method"]
+    found = {student.seed for student in students if student.method == method}
+    yield from (
+        f"student {method} (seed {s}) has not been evaluated" for s in tables.config["seeds"] if s not in found
+    )
+    for student in students:
+        who = f"student {student.method} (seed {student.seed})"
+        admitted = dict(zip(student.matrix.tasks, student.admitted, strict=True))
+        distilled = [-1, *(k for k, task in enumerate(student.matrix.stream) if admitted[task])]
+        lacking = [str(k) for k in distilled if not student.matrix.episodes[k + 1].any()]
+        if lacking:
+            yield f"{who} has not been evaluated after stages {', '.join(lacking)}"
+        for task in student.measures.tasks:
+            if task.teacher_state == "admitted" and task.teacher is None:
+                yield f"{who}: the teacher of {task.task} has not been evaluated"
+            elif task.teacher_state == "admitted" and task.teacher and not task.teacher.successes:
+                yield f"{who}: the teacher of {task.task} never succeeds; the task is left out of recovery"

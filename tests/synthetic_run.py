@@ -1,0 +1,139 @@
+"""Writes a run directory as its jobs would leave it, from success rates that a test chooses."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+
+from cpd.config import Config
+from cpd.files import write_json
+from cpd.provenance import Labels
+from cpd.record import MetricsLog, StatusRecord
+from cpd.runs import Run
+from cpd.strict_load import load, to_dict
+from cpd.tables import CurveRow, EpisodeRow, EvaluationRow, write_rows
+
+LABELS = Labels("rl", 500, "none", "v2", "3.1.1", "3.3.0")
+
+
+def write_run(
+    root: Path,
+    *,
+    stream: Sequence[str],
+    students: Mapping[int, np.ndarray],
+    teachers: Mapping[str, float],
+    method: str = "moe",
+    teacher_seeds: Sequence[int] = (1,),
+    labels: Labels = LABELS,
+    last_stage: int | None = None,
+) -> Run:
+    """Write a run of 50 (diagonal, final row, teachers) and 10 episodes per cell.
+
+    Args:
+        root: the run directory to make.
+        stream: the task of every stage.
+        students: (K+1, J) success rates by student seed; rows of NaN are not written.
+        teachers: success rate by task; a task that is left out has a rejected teacher.
+        method: label of the students.
+        teacher_seeds: seeds of the teachers, which all have the same rates.
+        labels: conditions of the results.
+        last_stage: the stage that was evaluated as the final one, if not K-1.
+    """
+    config = {
+        "name": root.name,
+        "method": method,
+        "seeds": list(students),
+        "stream": {"tasks": list(stream), "horizon": labels.horizon, "reward_version": labels.reward_version},
+        "teacher": {"recipe": labels.teacher_recipe, "seeds": list(teacher_seeds)},
+        "student": {"task_identity": labels.task_identity},
+    }
+    write_json(root / "config.json", to_dict(load(Config, config, "test")))
+    write_json(root / "provenance.json", {"code": "abc", "packages": {"numpy": "2"}, "command": ["/somewhere/x"]})
+    run = Run(root)
+    for index, element in enumerate(run.teachers()):
+        _write_teacher(run, index, teachers.get(element.task), labels)
+    final = len(stream) - 1 if last_stage is None else last_stage
+    for position, rates in enumerate(students.values()):
+        _write_student(run, position, rates, final, labels)
+    return run
+
+
+def _write_teacher(run: Run, index: int, rate: float | None, labels: Labels) -> None:
+    element = run.teachers()[index]
+    rng = np.random.default_rng(index)
+    log = MetricsLog(element.metrics)
+    length = int(rng.integers(30, 80)) if rate is not None else 80
+    top = 0.55 if rate is None else 1.0
+    for iteration in range(length):
+        success = top / (1 + np.exp(-(iteration - 0.6 * length) / (0.07 * length))) + rng.normal(0, 0.02)
+        success = float(np.clip(success, 0, 1))
+        record = {"iteration": iteration + 1, "env_steps": 5_000 * (iteration + 1), "train_success": success}
+        if iteration % 3 == 2 or iteration == length - 1:
+            record["validation_success"] = round(50 * min(1.0, 1.03 * success)) / 50
+        log.append(**record)
+    log.close()
+    state = "rejected" if rate is None else "done"
+    seconds = {"train": 2.0 * length, "evaluate": 7.5, "rollouts": 12.25}
+    write_json(element.status, asdict(StatusRecord(state=state, seconds=seconds)))
+    if rate is None:
+        element.rejected.touch()
+        return
+    _write_cell_files(
+        element.evaluation, [("teacher", element.seed, None, element.task, "held_out", 50, rate)], labels
+    )
+    element.complete.touch()
+
+
+def _write_student(run: Run, position: int, rates: np.ndarray, final: int, labels: Labels) -> None:
+    student, evaluation = run.students()[position], run.evaluations()[position]
+    stream, tasks = run.config.stream.tasks, run.config.stream.distinct_tasks
+    curves = []
+    for stage, task in enumerate(stream):
+        start, end = rates[stage, tasks.index(task)], rates[stage + 1, tasks.index(task)]
+        if np.isnan(end):
+            continue
+        for point in range(1, 11):
+            successes = round(10 * (start + (end - start) * min(1.0, point / 6)))
+            counts = {"episodes": 10, "successes": successes}
+            head = {"method": student.method, "seed": student.seed, "stage": stage, "step": 100 * point}
+            curves.append(CurveRow(**head, task=task, goal_set="held_out", **counts, **asdict(labels)))
+    write_rows(student.curves, curves)
+    log = MetricsLog(student.metrics)
+    for step in range(20, 1001, 20):
+        log.append(stage=0, step=step, loss=float(3 * np.exp(-step / 300)), lr=1e-3)
+    log.close()
+    seconds = {"distill": 200.0 * len(stream)}
+    write_json(student.status, asdict(StatusRecord(state="done", seconds=seconds)))
+    write_json(evaluation.status, asdict(StatusRecord(state="done", seconds={"evaluate": 95.5 * len(stream)})))
+    for stage in range(-1, len(stream)):
+        if np.isnan(rates[stage + 1]).all():
+            continue
+        cells = []
+        for task, rate in zip(tasks, rates[stage + 1], strict=True):
+            own = stage >= 0 and stream[stage] == task
+            head = (student.method, student.seed, stage, task)
+            cells.append((*head, "held_out", 50 if own or stage == final else 10, rate))
+            if stage == final:
+                cells.append((*head, "training", 50, rate))
+        name = "initial.csv" if stage < 0 else f"stage-{stage:02d}.csv"
+        _write_cell_files(evaluation.path / name, cells, labels)
+    student.complete.touch()
+    evaluation.complete.touch()
+
+
+def _write_cell_files(path: Path, cells: Sequence[tuple], labels: Labels) -> None:
+    rows, episodes = [], []
+    for method, seed, stage, task, goal_set, count, rate in cells:
+        if np.isnan(rate):
+            continue
+        successes = round(rate * count)
+        last = successes if stage is None or goal_set == "training" else None
+        head = (method, seed, stage, task, goal_set)
+        rows.append(EvaluationRow(*head, count, successes, last, 10.0 * rate, **asdict(labels)))
+        episodes += [EpisodeRow(*head, goal, goal < successes, None, 120, 10.0) for goal in range(count)]
+    stem = "episodes" if path.name == "evaluation.csv" else f"{path.stem}-episodes"
+    write_rows(path, rows)
+    write_rows(path.with_name(f"{stem}.csv"), episodes)
