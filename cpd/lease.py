@@ -34,19 +34,25 @@ class LeaseLostError(RuntimeError):
 
 @dataclass(frozen=True)
 class Holder:
-    """Who made an attempt: host, process and its start time (clock ticks since boot), scheduler job if any."""
+    """Who made an attempt: host, process and its start time (clock ticks since boot), Slurm job if any."""
 
     host: str
     process: int
     start_ticks: int
     job: str
     released: bool = False
+    restart: int = 0
+    """How often Slurm had restarted the job."""
 
     @classmethod
     def current(cls) -> Holder:
         """This process."""
-        job = os.environ.get("SLURM_JOB_ID", "")
-        return cls(socket.gethostname(), os.getpid(), start_ticks(os.getpid()), job)
+        job, restart = os.environ.get("SLURM_JOB_ID", ""), int(os.environ.get("SLURM_RESTART_COUNT") or 0)
+        return cls(socket.gethostname(), os.getpid(), start_ticks(os.getpid()), job, restart=restart)
+
+    def is_succeeded_by(self, other: Holder) -> bool:
+        """Whether `other` is a later start of the same Slurm job, which ends every earlier one."""
+        return bool(self.job) and self.job == other.job and self.restart < other.restart
 
 
 def start_ticks(process: int) -> int:
@@ -87,7 +93,7 @@ class Lease:
         deadline = time.monotonic() + wait_seconds
         while True:
             holder, number = current_holder(self._attempts)
-            if holder is None:
+            if holder is None or holder.is_succeeded_by(Holder.current()):
                 self.number = number + 1
                 with contextlib.suppress(FileExistsError):  # another contender was first: look again
                     self._create()

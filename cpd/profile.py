@@ -7,12 +7,30 @@ from dataclasses import field
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator
 from pydantic.dataclasses import dataclass
 
-from cpd.config import Count, Positive
+from cpd.config import Count, NonNegativeFloat, Positive
 from cpd.runs import Role
 from cpd.strict_load import STRICT, ConfigError, load, read_toml, suggestion
+
+#: Options of sbatch on which the suite itself relies.
+RESERVED = ("array", "dependency", "error", "job-name", "open-mode", "output", "signal")
+
+
+def _not_reserved(options: dict[str, str | int | bool]) -> dict[str, str | int | bool]:
+    for key in options:
+        if key.startswith("-") or "_" in key:
+            raise ValueError(f"{key!r}: write an option of sbatch in full and without dashes, e.g. 'mail-type'")
+        if key in RESERVED:
+            raise ValueError(f"{key!r} is set by the launcher and cannot be chosen")
+    return options
+
+
+SbatchOptions = Annotated[dict[str, str | int | bool], AfterValidator(_not_reserved)]
+#: Slurm may send a job's signal up to this many seconds before the time asked for.
+SIGNAL_SLACK_SECONDS = 60
+ROLES: tuple[Role, ...] = ("teacher", "student", "evaluation", "report")
 
 PROFILES = Path(__file__).resolve().parent.parent / "slurm" / "profiles"
 
@@ -23,19 +41,32 @@ class Resources:
 
     ranks: Positive = 1
     """MPI ranks (students and evaluations)."""
+    nodes: Positive = 1
+    """Nodes over which the ranks are spread evenly."""
     cpus: Positive = 1
     """Cores per rank; a teacher samples on all of them."""
     gpus: Count = 0
     """GPUs per rank."""
-    memory_gb: Annotated[float, Field(gt=0)] = 4.0
-    """Memory per rank."""
+    memory_gb: NonNegativeFloat = 4.0
+    """Memory per rank; 0: whatever the site gives."""
     minutes: Positive = 60
     """Time limit; work that takes longer saves, is requeued, and goes on."""
+    sbatch: SbatchOptions = field(default_factory=dict)
+    """Further options passed to sbatch as they are; they win over the profile's own."""
+
+    def __post_init__(self) -> None:
+        if self.ranks % self.nodes:
+            raise ValueError(f"ranks ({self.ranks}) is not a multiple of nodes ({self.nodes})")
 
     @property
     def total_cpus(self) -> int:
         """Cores of the whole element."""
         return self.ranks * self.cpus
+
+    @property
+    def ranks_per_node(self) -> int:
+        """Ranks on every node."""
+        return self.ranks // self.nodes
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -50,19 +81,41 @@ class Profile:
     qos: str = ""
     constraint: str = ""
     array_parallelism: Positive = 64
-    """Elements of an array that run at a time."""
+    """Elements of the array of teachers that run at a time."""
+    max_array_size: Positive = 1000
+    """Elements of one job array at most; see `scontrol show config | grep MaxArraySize`."""
+    max_submitted: Count = 0
+    """Jobs of one run in the queue at most, every element of an array counted; 0: no limit."""
     srun_mpi: str = "pmi2"
     """What `srun --mpi=` must say for this cluster's MPI; see `srun --mpi=list`."""
     setup: tuple[str, ...] = ()
     """Shell lines before the job, e.g. `module load openmpi`."""
-    max_timeouts: Positive = 1000
-    """Time limits a job may run into before it is given up."""
-    sbatch: dict[str, str | int | bool] = field(default_factory=dict)
+    signal_seconds: Positive = 120
+    """How long before its time limit a job is told to save."""
+    requeue: bool = True
+    """Whether jobs that were preempted or ran out of time go back into the queue by themselves."""
+    max_timeouts: Positive = 20
+    """Requeues in a row that brought a job no further, after which it is given up."""
+    single_machine: bool = False
+    """Whether all nodes are this machine (the test cluster), so that any folder is shared."""
+    sbatch: SbatchOptions = field(default_factory=dict)
     """Further options passed to sbatch as they are."""
     teacher: Resources = field(default_factory=Resources)
     student: Resources = field(default_factory=Resources)
     evaluation: Resources = field(default_factory=Resources)
     report: Resources = field(default_factory=Resources)
+
+    def __post_init__(self) -> None:
+        if self.cluster == "local":
+            return
+        for role in ROLES:
+            usable = 60 * self.resources(role).minutes - self.signal_seconds - SIGNAL_SLACK_SECONDS
+            if usable <= 0:
+                raise ValueError(
+                    f"{role}.minutes ({self.resources(role).minutes}) leaves no time to work: Slurm may ask a job "
+                    f"to save signal_seconds + {SIGNAL_SLACK_SECONDS} s = "
+                    f"{self.signal_seconds + SIGNAL_SLACK_SECONDS} s before its limit"
+                )
 
     def resources(self, role: Role) -> Resources:
         """What an element of `role` gets."""

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from cpd.comm import Comm
+from cpd.files import write_json
 from cpd.interrupt import InterruptedBySignal
-from cpd.lease import Lease, LeaseHeldError, LeaseLostError
-from cpd.record import Status
+from cpd.lease import STALE_SECONDS, Lease, LeaseHeldError, LeaseLostError, current_holder
+from cpd.record import State, Status, read_status
 from cpd.runs import Element
 
 #: How long a successor waits for a dying predecessor to save and let go.
 HANDOVER_SECONDS = 30.0
+
+
+def handover_seconds() -> float:
+    """The same, or in a Slurm job, where a predecessor may have died on another node, until its lease is stale."""
+    return STALE_SECONDS + HANDOVER_SECONDS if "SLURM_JOB_ID" in os.environ else HANDOVER_SECONDS
 
 
 @dataclass
@@ -52,7 +59,7 @@ class Session:
 
 @contextlib.contextmanager
 def session(
-    element: Element, comm: Comm, tell: Callable[[str], None], wait_seconds: float = HANDOVER_SECONDS
+    element: Element, comm: Comm, tell: Callable[[str], None], wait_seconds: float | None = None
 ) -> Iterator[Session]:
     """Work on `element` as its single writer; a collective. The caller writes its marker and calls `finish`.
 
@@ -66,7 +73,7 @@ def session(
     if comm.rank == 0:
         element.path.mkdir(parents=True, exist_ok=True)
         try:
-            lease = Lease(element.path).acquire(wait_seconds)
+            lease = Lease(element.path).acquire(handover_seconds() if wait_seconds is None else wait_seconds)
         except LeaseHeldError as error:
             refusal = str(error)
     refusal = comm.broadcast(refusal)
@@ -84,3 +91,12 @@ def session(
         except Exception as error:
             current.finish("failed", f"{type(error).__name__}: {error}")
             raise
+
+
+def mark(element: Element, state: State, message: str = "") -> None:
+    """Let status.json tell what became of an element on which nobody is at work."""
+    if current_holder(element.path / "attempts")[0] is None:
+        record = read_status(element.status)
+        record.state, record.message = state, message
+        element.path.mkdir(parents=True, exist_ok=True)
+        write_json(element.status, asdict(record))

@@ -9,20 +9,19 @@ import signal
 import subprocess
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import submitit
 
 from cpd.comm import RANKS_VARIABLE
-from cpd.files import write_json
 from cpd.interrupt import EXIT_INTERRUPTED
 from cpd.lease import current_holder
 from cpd.ledger import enter
 from cpd.profile import Resources
-from cpd.record import read_status
 from cpd.runs import Element, Role, Run
+from cpd.session import mark
 
 #: The verb that does a role's work.
 VERBS: Mapping[Role, str] = {
@@ -96,6 +95,9 @@ class ElementJob(submitit.helpers.Checkpointable):
         else:
             os.environ[RANKS_VARIABLE] = str(self.resources.ranks)
             code = importlib.import_module(module).main(self.arguments)
+        if code and os.environ.get("SUBMITIT_EXECUTOR") == "slurm":
+            # Not an exception: the log has said what there is to say. Nor a return: that would read as success.
+            raise SystemExit(code)
         if code not in (0, EXIT_INTERRUPTED):
             raise JobFailedError(f"{module} {' '.join(self.arguments)} ended with code {code}")
 
@@ -117,11 +119,7 @@ def submit_local(run: Run, element: Element, resources: Resources) -> Any:
 
 def mark_queued(element: Element) -> None:
     """Let status.json tell of a new attempt, so that an earlier one's failure is not taken for its own."""
-    if current_holder(element.path / "attempts")[0] is None:
-        record = read_status(element.status)
-        record.state, record.message = "queued", ""
-        element.path.mkdir(parents=True, exist_ok=True)
-        write_json(element.status, asdict(record))
+    mark(element, "queued")
 
 
 def log_file(run: Run, job_id: str) -> Path:

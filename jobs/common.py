@@ -5,19 +5,22 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import signal
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from cpd.comm import Comm
+from cpd.comm import Comm, connect
 from cpd.interrupt import EXIT_INTERRUPTED, Interrupt, InterruptedBySignal
 from cpd.lease import LeaseHeldError
 from cpd.runs import Element, Role, Run
+from cpd.slurm_job import decline, describe_unfinished, hand_back, unfinished_dependencies
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2
+EXIT_DEPENDENCY = 3
 
 
 def tell(line: str) -> None:
@@ -65,7 +68,8 @@ def element_main(
     """Parse `RUN_DIR [--index I]`, do `work` on that element unless it is finished, turn errors into exit codes.
 
     Returns:
-        0: done (or rejected); 75: saved and stopped as asked, try again; 2: a user's mistake; 1: failed.
+        0: done (or rejected); 75: saved and stopped as asked, try again; 3: something that it needs is not
+        finished; 2: a user's mistake; 1: failed.
     """
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="the run's directory")
     parser.add_argument(
@@ -81,11 +85,19 @@ def element_main(
     if element.finished:
         tell(f"{element.name} is finished already")
         return 0
+    missing = unfinished_dependencies(run, element)
+    if missing:
+        reason = describe_unfinished(missing)
+        decline(element, reason)
+        print(f"{parser.prog}: {element.name}: {reason}", file=sys.stderr)
+        return EXIT_DEPENDENCY
     interrupt = Interrupt().install()
     try:
         work(run, element, interrupt)
     except InterruptedBySignal as stop:
         tell(str(stop))
+        if interrupt.signal_number != signal.SIGINT:
+            hand_back(run, element, connect(), tell)
         return EXIT_INTERRUPTED
     except LeaseHeldError as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)

@@ -1,0 +1,110 @@
+"""What Slurm knows of jobs: squeue, and sacct where a site has it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+#: The states that a job does not leave by itself, and what to do about an element whose job is in one.
+REMEDIES = {
+    "OUT_OF_MEMORY": "out of memory: raise memory_gb in the profile, then launch again",
+    "TIMEOUT": "ran out of time without saving: raise minutes or signal_seconds in the profile, then launch again",
+    "NODE_FAIL": "its node failed: launch again",
+    "BOOT_FAIL": "its node did not start: launch again",
+    "PREEMPTED": "preempted and not requeued: launch again",
+    "CANCELLED": "cancelled: launch again to go on",
+    "DEADLINE": "its deadline passed: launch again",
+    "FAILED": "ended with an error",
+    "COMPLETED": "ended before the element was finished: launch again",
+    "REVOKED": "moved to another cluster",
+}
+#: Seconds after which a command that does not answer is given up.
+COMMAND_SECONDS = 30.0
+
+
+class SchedulerError(RuntimeError):
+    """Slurm cannot be asked."""
+
+
+@dataclass(frozen=True)
+class JobState:
+    """One job, or one element of an array, as Slurm tells."""
+
+    job: str
+    """`12`, or `12_3` for an element of an array."""
+    name: str
+    state: str
+    """In full and upper case, e.g. `RUNNING`."""
+    node: str = ""
+    reason: str = ""
+    """Why a pending job waits, e.g. `Dependency`."""
+
+    @property
+    def is_active(self) -> bool:
+        """Whether it will still work, or is about to."""
+        return self.state not in REMEDIES
+
+    @property
+    def remedy(self) -> str:
+        """What became of an ended job, and what to do."""
+        return REMEDIES.get(self.state, "")
+
+
+def run_command(words: Sequence[str], seconds: float = COMMAND_SECONDS) -> str:
+    """Output of one of Slurm's commands.
+
+    Raises:
+        SchedulerError: if it is not installed, fails, or does not answer in time.
+    """
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=seconds)
+    except FileNotFoundError:
+        raise SchedulerError(
+            f"{words[0]} not found: this machine is no login node of a Slurm cluster. `--profile local` needs "
+            "none; `python -m slurm.testbed up` starts one on this machine"
+        ) from None
+    except subprocess.TimeoutExpired:
+        raise SchedulerError(f"{words[0]} did not answer within {seconds:.0f} s; try again later") from None
+    if done.returncode:
+        raise SchedulerError(f"`{' '.join(words)}` failed: {done.stderr.strip() or f'exit {done.returncode}'}")
+    return done.stdout
+
+
+def queue() -> dict[str, JobState]:
+    """All of this user's jobs that the controller remembers, by number.
+
+    Raises:
+        SchedulerError: if the controller cannot be asked.
+    """
+    text = run_command(["squeue", "--me", "-h", "-r", "-t", "all", "-o", "%i|%j|%T|%N|%r"])
+    return {state.job: state for state in map(_parse_queue, text.splitlines())}
+
+
+def _parse_queue(line: str) -> JobState:
+    job, name, state, node, reason = line.split("|", 4)
+    return JobState(job, name, state, node, "" if reason == "None" else reason)
+
+
+def accounting(jobs: Iterable[str] = (), names: Iterable[str] = ()) -> dict[str, JobState]:
+    """What the accounting remembers of the given jobs, by number or by name; nothing where a site has none."""
+    jobs, names = list(jobs), list(names)
+    command = ["sacct", "-X", "-n", "-P", "-o", "JobID,JobName,State,NodeList"]
+    # By default sacct tells of today only.
+    command += ["-S", "now-90days", "-u", str(os.getuid())]
+    if not (jobs or names) or shutil.which("sacct") is None:
+        return {}
+    command += [*(["-j", ",".join(jobs)] if jobs else ["--name", ",".join(names)])]
+    try:
+        text = run_command(command, seconds=10.0)
+    except SchedulerError:
+        return {}
+    return {state.job: state for state in map(_parse_accounting, text.splitlines())}
+
+
+def _parse_accounting(line: str) -> JobState:
+    job, name, state, node = line.split("|", 3)
+    # "CANCELLED by 1000"
+    return JobState(job, name, state.split()[0], "" if node == "None assigned" else node)
