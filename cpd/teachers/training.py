@@ -114,9 +114,8 @@ class Trainer:
             "progress": asdict(self._progress),
             "metrics_size": self._metrics.size,
         }
-        name = f"iteration-{self._progress.iteration:06d}"
-        if self._progress.unrecorded:
-            name += "-trained"  # sorts before the same iteration once it is recorded
+        # Names sort by progress: an iteration is trained first, then recorded.
+        name = f"iteration-{self._progress.iteration:06d}-{'1' if self._progress.unrecorded else '2'}"
         checkpoint.save(self._element.checkpoints, name, state, iteration=self._progress.iteration)
 
     @property

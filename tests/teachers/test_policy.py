@@ -1,0 +1,151 @@
+"""The Gaussian policy, the scripted stand-in, and their files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from metaworld.policies import ENV_POLICY_MAP
+
+from cpd.envs.episodes import run_episodes
+from cpd.envs.goals import goal_set
+from cpd.envs.sampler import make_vector_env
+from cpd.tasks import ALL_TASKS
+from cpd.teachers.policy import (
+    GaussianPolicy,
+    Tanh,
+    TeacherActor,
+    gaussian_log_prob,
+    load_policy,
+    mlp,
+    save_policy,
+)
+from cpd.teachers.scripted import ScriptedPolicy, load_scripted, save_scripted
+
+
+def make_policy(seed: int = 1) -> GaussianPolicy:
+    generator = torch.Generator().manual_seed(seed)
+    policy = GaussianPolicy((16, 8), -0.3, generator)
+    policy.normalizer.update(torch.randn(200, 39, generator=generator) * 0.1 + 0.5)
+    with torch.no_grad():
+        policy.log_std_A += torch.randn(4, generator=generator)
+        policy.net[-1].weight *= 100
+    return policy
+
+
+def observations(num: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).normal(0.5, 0.2, size=(num, 39)).astype(np.float32)
+
+
+@given(seed=st.integers(0, 1000), log_std=st.lists(st.floats(-3, 0.5), min_size=4, max_size=4))
+@settings(max_examples=50, deadline=None)
+def test_log_prob_is_that_of_torch(seed: int, log_std: list[float]) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x, mean = torch.randn(2, 7, 4, generator=generator, dtype=torch.float64)
+    log_std_A = torch.tensor(log_std, dtype=torch.float64)
+    reference = torch.distributions.Normal(mean, log_std_A.exp()).log_prob(x).sum(dim=-1)
+    torch.testing.assert_close(gaussian_log_prob(x, mean, log_std_A), reference)
+
+
+def test_tanh_and_its_gradient() -> None:
+    x = torch.linspace(-12, 12, 4001, requires_grad=True)
+    y = Tanh()(x)
+    torch.testing.assert_close(y, torch.tanh(x), rtol=0, atol=3e-7)
+    (gradient,) = torch.autograd.grad(y.sum(), x)
+    torch.testing.assert_close(gradient, 1 - torch.tanh(x) ** 2, rtol=0, atol=1e-6)
+
+
+def test_layers_are_orthogonal_and_the_head_is_small() -> None:
+    net = mlp((39, 32, 32, 4), 0.01, torch.Generator().manual_seed(1))
+    hidden, head = net[2].weight, net[4].weight
+    torch.testing.assert_close(hidden @ hidden.T, 2 * torch.eye(32), atol=1e-5, rtol=0)
+    torch.testing.assert_close(head @ head.T, 1e-4 * torch.eye(4), atol=1e-9, rtol=1e-4)
+    assert all((layer.bias == 0).all() for layer in (net[0], net[2], net[4]))
+    again = mlp((39, 32, 32, 4), 0.01, torch.Generator().manual_seed(1))
+    assert torch.equal(again[0].weight, net[0].weight)
+
+
+def test_observations_are_normalised_and_clipped() -> None:
+    policy = make_policy()
+    mean, std = policy.normalizer.mean.float(), policy.normalizer.std.float()
+    torch.testing.assert_close(policy.normalize(mean[None] + 3 * std), torch.full((1, 39), 3.0), rtol=1e-4, atol=0)
+    assert (policy.normalize(mean[None] + 100 * std) == 8.0).all()
+    assert (policy.normalize(mean[None] - 100 * std) == -8.0).all()
+
+
+def test_the_actor_clips_and_the_distribution_does_not() -> None:
+    policy = make_policy()
+    obs = observations(50)
+    distribution = policy.distribution(obs)
+    assert np.abs(distribution.raw_mean).max() > 1.0
+    assert distribution.log_std.shape == distribution.raw_mean.shape == (50, 4)
+    assert (distribution.log_std == policy.log_std_A.detach().numpy()).all()
+    actor = TeacherActor(policy)
+    actor.reset("push-v3", 50)
+    actions = actor.act(obs)
+    assert actions.dtype == np.float32
+    assert np.array_equal(actions, distribution.raw_mean.clip(-1, 1))
+
+
+def test_a_saved_policy_acts_the_same(tmp_path: Path) -> None:
+    policy, path = make_policy(), tmp_path / "policy.safetensors"
+    save_policy(policy, path, {"task": "push-v3", "labels": {"teacher_recipe": "rl"}})
+    loaded = load_policy(path)
+    obs = observations(20)
+    for before, after in zip(policy.distribution(obs), loaded.distribution(obs), strict=True):
+        assert np.array_equal(before, after)
+    description = json.loads((tmp_path / "policy.json").read_text())
+    assert description["architecture"]["hidden_sizes"] == [16, 8]
+    assert description["labels"] == {"teacher_recipe": "rl"}
+    assert not any(parameter.requires_grad for parameter in loaded.parameters())
+    first = path.read_bytes()
+    save_policy(make_policy(), path, {"task": "push-v3"})
+    assert path.read_bytes() == first
+    # A group on a shared file system can read it like any other file.
+    assert path.stat().st_mode == (tmp_path / "policy.json").stat().st_mode
+
+
+def test_damaged_or_wrong_policy_files_are_refused_by_name(tmp_path: Path) -> None:
+    path = tmp_path / "policy.safetensors"
+    with pytest.raises(ValueError, match=r"policy\.safetensors is missing"):
+        load_policy(path)
+    save_policy(make_policy(), path, {})
+    with pytest.raises(
+        ValueError, match=r"policy\.json describes a policy of kind 'gaussian_mlp', not 'scripted'"
+    ):
+        load_scripted(path)
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"policy\.safetensors is damaged.*remove both"):
+        load_policy(path)
+    path.with_suffix(".json").unlink()
+    with pytest.raises(ValueError, match=r"policy\.json is missing"):
+        load_policy(path)
+
+
+def test_the_scripted_stand_in(tmp_path: Path) -> None:
+    expert, path = ScriptedPolicy("drawer-close-v3", assumed_std=0.2), tmp_path / "policy.safetensors"
+    save_scripted(expert, path, {"labels": {"teacher_recipe": "scripted"}})
+    loaded = load_scripted(path)
+    assert loaded.std_source == "assumed"
+    goals = goal_set("drawer-close-v3", "validation", 3)
+    with make_vector_env(["drawer-close-v3"] * 3, 1) as envs:
+        outcomes = run_episodes(TeacherActor(loaded), envs, goals, 200)
+        obs = envs.observations.copy()
+    assert all(outcome.success for outcome in outcomes)
+    distribution = loaded.distribution(obs)
+    np.testing.assert_allclose(np.exp(distribution.log_std), 0.2, rtol=1e-6)
+    reference = ENV_POLICY_MAP["drawer-close-v3"]().get_action(obs[1].astype(np.float64))
+    assert np.array_equal(distribution.raw_mean[1], reference.astype(np.float32))
+
+
+def test_every_task_has_a_stand_in() -> None:
+    obs = observations(2)
+    for task in ALL_TASKS:
+        assert ScriptedPolicy(task, 0.1).distribution(obs).raw_mean.shape == (2, 4)

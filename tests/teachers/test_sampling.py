@@ -1,0 +1,129 @@
+"""An iteration's experience: what it holds, and that nothing but policy, seed and iteration decides it."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from cpd.config import PPOConfig
+from cpd.envs.goals import goal_set
+from cpd.envs.sampler import make_vector_env
+from cpd.envs.task_env import TaskEnv
+from cpd.seeding import generator
+from cpd.teachers.policy import GaussianPolicy
+from cpd.teachers.sampling import Batch, GoalDealer, correlated_noise, sample
+
+TASK = "drawer-close-v3"
+CONFIG = PPOConfig(hidden_sizes=(8,), num_envs=5, steps_per_env=70, minibatch_size=50)
+HORIZON = 40
+FIELDS = ("obs", "next_obs", "actions", "rewards", "terminated", "ends")
+
+
+class Shover(GaussianPolicy):
+    """Pushes forward, which closes some drawers by luck and others not."""
+
+    def __init__(self) -> None:
+        super().__init__((8,), -0.5, torch.Generator().manual_seed(3))
+        with torch.no_grad():
+            self.net[-1].bias.copy_(torch.tensor([0.0, 1.0, -0.3, 0.0]))
+
+
+def draw(num_workers: int = 1, iteration: int = 0, num_slots: int = 5, should_stop=lambda: False) -> Batch | None:
+    goals = goal_set(TASK, "training", 10)
+    with make_vector_env([TASK] * num_slots, num_workers) as envs:
+        return sample(Shover(), envs, goals, CONFIG, HORIZON, 1, iteration, should_stop)
+
+
+@pytest.fixture(scope="module")
+def batch() -> Batch:
+    found = draw()
+    assert found is not None
+    return found
+
+
+def assert_equal(left: Batch, right: Batch) -> None:
+    for name in FIELDS:
+        assert np.array_equal(getattr(left, name), getattr(right, name)), name
+    assert (left.train_success, left.train_return) == (right.train_success, right.train_return)
+
+
+@pytest.mark.parametrize("num_workers", [2, 3])
+def test_the_number_of_workers_does_not_matter(batch: Batch, num_workers: int) -> None:
+    assert_equal(batch, draw(num_workers))
+
+
+def test_spare_slots_do_not_matter(batch: Batch) -> None:
+    assert_equal(batch, draw(num_slots=8))
+
+
+def test_iterations_differ(batch: Batch) -> None:
+    other = draw(iteration=1)
+    assert not np.array_equal(batch.actions, other.actions)
+    assert not np.array_equal(batch.obs[0], other.obs[0])
+
+
+def test_it_stops_when_asked_to() -> None:
+    looks = iter([False] * 10 + [True])
+    assert draw(should_stop=lambda: next(looks)) is None
+
+
+def test_segments_end_at_success_time_limit_and_iteration_end(batch: Batch) -> None:
+    assert batch.terminated.any(), "this policy should close some drawers"
+    assert batch.ends[-1].all()
+    for slot in range(CONFIG.num_envs):
+        length = 0
+        for t in range(CONFIG.steps_per_env):
+            length += 1
+            is_end = batch.terminated[t, slot] or length == HORIZON or t == CONFIG.steps_per_env - 1
+            assert batch.ends[t, slot] == is_end
+            if is_end:
+                length = 0
+            else:  # within a segment, what follows a step is what precedes the next
+                assert np.array_equal(batch.next_obs[t, slot], batch.obs[t + 1, slot])
+
+
+def test_it_is_what_a_single_environment_does(batch: Batch) -> None:
+    goals = goal_set(TASK, "training", 10)
+    dealer = GoalDealer(goals, CONFIG.num_envs, generator(1, "goals", 0))
+    env = TaskEnv(TASK)
+    slot = int(batch.terminated.any(axis=0).argmax())
+    obs = env.reset(dealer.deal(slot))
+    for t in range(CONFIG.steps_per_env):
+        assert np.array_equal(batch.obs[t, slot], obs.astype(np.float32))
+        obs, reward, success = env.step(batch.actions[t, slot].clip(-1, 1))
+        assert np.array_equal(batch.next_obs[t, slot], obs.astype(np.float32))
+        assert batch.rewards[t, slot] == np.float32(reward)
+        assert batch.terminated[t, slot] == success
+        if batch.ends[t, slot]:
+            obs = env.reset(dealer.deal(slot))
+
+
+def test_train_success_counts_first_episodes_only(batch: Batch) -> None:
+    first_end = batch.ends.argmax(axis=0)
+    successes = [batch.terminated[first_end[slot], slot] for slot in range(CONFIG.num_envs)]
+    returns = [batch.rewards[: first_end[slot] + 1, slot].sum() for slot in range(CONFIG.num_envs)]
+    assert batch.train_success == pytest.approx(np.mean(successes))
+    assert batch.train_return == pytest.approx(np.mean(returns), rel=1e-5)
+
+
+@pytest.mark.parametrize("correlation", [0.0, 0.5, 0.9])
+def test_noise_has_unit_variance_and_the_given_correlation(correlation: float) -> None:
+    noise = correlated_noise(400, 100, 4, correlation, np.random.default_rng(1))
+    assert noise.dtype == np.float32
+    assert abs(noise.mean()) < 0.05
+    for part in (noise[:10], noise[-10:]):  # stationary from the first step on
+        assert part.var() == pytest.approx(1.0, abs=0.1)
+    for lag in (1, 2):
+        product = (noise[lag:] * noise[:-lag]).mean()
+        assert product == pytest.approx(correlation**lag, abs=0.03)
+
+
+@pytest.mark.parametrize(("num_goals", "num_envs"), [(50, 25), (10, 5), (3, 8), (7, 3)])
+def test_goals_are_dealt_evenly(num_goals: int, num_envs: int) -> None:
+    goals = goal_set(TASK, "training", num_goals)
+    dealer = GoalDealer(goals, num_envs, np.random.default_rng(0))
+    first = [dealer.deal(slot).index for slot in range(num_envs)]
+    assert len(set(first)) == min(num_goals, num_envs)
+    walk = [first[0], *(dealer.deal(0).index for _ in range(num_goals - 1))]
+    assert sorted(walk) == list(range(num_goals))
