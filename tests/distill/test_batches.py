@@ -1,0 +1,107 @@
+"""Batches: pure functions of seed, stage and step; windows and shares of ranks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from synthetic import stage_data
+
+from cpd.comm import SerialComm
+from cpd.config import DistillConfig
+from cpd.distill.batches import Batch, BatchSource
+from cpd.memory.segments import Segments
+
+
+@dataclass
+class OneOf(SerialComm):
+    """Looks like rank `rank` of `size`; nothing here communicates."""
+
+    rank: int = 0
+    size: int = 1
+
+
+def source(memory: Segments | None = None, comm: SerialComm | None = None, context: int = 4, **over) -> BatchSource:
+    config = DistillConfig(**{"batch_size": 32, "precision": "float64", **over})
+    memory = Segments.empty() if memory is None else memory
+    return BatchSource(stage_data(0), memory, config, context, 1, 2, comm or SerialComm(), torch.device("cpu"))
+
+
+def test_depends_on_nothing_but_seed_stage_and_step():
+    one, other = source(), source()
+    for step in (5, 0, 5):
+        one.batch(step + 1)
+        for left, right in zip(one.batch(step)[:-1], other.batch(step)[:-1], strict=True):
+            assert torch.equal(left, right)
+    assert not torch.equal(one.batch(0).obs_RLO, one.batch(1).obs_RLO)
+
+
+@settings(max_examples=20, deadline=None)
+@given(size=st.integers(1, 7), step=st.integers(0, 50))
+def test_ranks_share_the_rows_of_the_global_batch(size, step):
+    memory = stage_data(1).segments(4)
+    whole = source(memory).batch(step)
+    parts = [source(memory, OneOf(rank, size)).batch(step) for rank in range(size)]
+    assert all(part.num_tokens == whole.num_tokens for part in parts)
+    assert sum(int(part.valid_RL.sum()) for part in parts) == whole.num_tokens
+    for rank, part in enumerate(parts):
+        for mine, every in zip(part[:-1], whole[:-1], strict=True):
+            assert torch.equal(mine, every[rank::size])
+
+
+@settings(max_examples=20, deadline=None)
+@given(context=st.integers(1, 9))
+def test_every_step_ends_one_window_that_stays_in_its_episode(context):
+    data = stage_data(0)
+    starts = data.window_starts(context)
+    episode = np.repeat(np.arange(len(data.offsets) - 1), np.diff(data.offsets))
+    last = np.arange(data.num_steps)
+    np.testing.assert_array_equal(episode[starts], episode)
+    length = last - starts + 1
+    np.testing.assert_array_equal(length, np.minimum(last - data.offsets[episode] + 1, context))
+
+
+def rows_of(batch: Batch) -> list[bytes]:
+    return [obs.numpy().tobytes() for obs, valid in zip(batch.obs_RLO, batch.valid_RL, strict=True) for obs in obs[valid > 0]]
+
+
+def test_windows_hold_consecutive_steps_with_their_labels():
+    data = stage_data(0)
+    places = {row.astype(np.float64).tobytes(): step for step, row in enumerate(data.observations)}
+    batch = source().batch(3)
+    assert batch.num_tokens == batch.valid_RL.sum()
+    for row in range(32):
+        length = int(batch.valid_RL[row].sum())
+        assert batch.valid_RL[row, :length].all()
+        steps = [places[obs.numpy().tobytes()] for obs in batch.obs_RLO[row, :length]]
+        assert steps == list(range(steps[0], steps[0] + length))
+        assert length == 4 or steps[0] in data.offsets
+        np.testing.assert_array_equal(batch.teacher_mean_RLA[row, :length], data.teacher_mean[steps])
+    floor = source(std_floor=0.5).batch(3).teacher_log_std_RLA
+    torch.testing.assert_close(floor, torch.full_like(floor, float(np.log(0.5))))
+
+
+@pytest.mark.parametrize("share, wanted", [(0.0, 0), (0.25, 8), (0.5, 16), (0.999, 31)])
+def test_the_first_rows_are_replayed_segments_of_their_own_task(share, wanted):
+    memory = stage_data(1).segments(4).take(np.arange(5))
+    batch = source(memory, replay_share=share).batch(0)
+    assert batch.replayed_R.tolist() == [1.0] * wanted + [0.0] * (32 - wanted)
+    assert batch.task_R.tolist() == [1] * wanted + [0] * (32 - wanted)
+    held = {row.astype(np.float64).tobytes() for row in memory.observations}
+    current = {row.astype(np.float64).tobytes() for row in stage_data(0).observations}
+    assert all(obs.numpy().tobytes() in held for obs in batch.obs_RLO[:wanted].reshape(-1, 39))
+    assert all(obs.numpy().tobytes() in current for obs in batch.obs_RLO[wanted:].reshape(-1, 39))
+
+
+def test_an_empty_memory_leaves_the_whole_batch_to_the_current_task():
+    assert not source().batch(0).replayed_R.any()
+
+
+def test_the_probe_holds_the_current_task_alone():
+    probe = source(stage_data(1).segments(4)).probe()
+    assert len(probe.obs_RLO) == 32
+    assert not probe.task_R.any() and not probe.replayed_R.any()

@@ -1,0 +1,112 @@
+"""The mixture-of-experts block: routing against a plain computation, and growth."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cpd.student.moe import MoE
+
+
+def make_moe(num_experts: int = 4, top_k: int = 2, seed: int = 0, dtype: torch.dtype = torch.float64) -> MoE:
+    moe = MoE(width=8, expert_width=12, num_experts=num_experts, top_k=top_k, dtype=dtype)
+    rng = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in moe.parameters():
+            parameter.normal_(0, 0.7, generator=rng)
+    return moe
+
+
+def tokens(num: int, seed: int = 1, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    return torch.randn(num, 8, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def token_by_token(moe: MoE, x_ND: torch.Tensor) -> torch.Tensor:
+    """What the block should compute, spelled out."""
+    rows = []
+    for x_D in x_ND:
+        logits = [(row @ x_D + offset).item() for row, offset in zip(moe.router, moe.logit_offset, strict=True)]
+        total = sum(math.exp(logit) for logit in logits)
+        probs = {e: math.exp(logit) / total for e, logit in enumerate(logits)}
+        chosen = sorted(probs, key=probs.__getitem__, reverse=True)[: moe.top_k]
+        selected = sum(probs[e] for e in chosen)
+        rows.append(sum(probs[e] / selected * moe.experts[e](x_D.unsqueeze(0))[0] for e in chosen))
+    return torch.stack(rows)
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    num_experts=st.integers(1, 6), data=st.data(), num_tokens=st.integers(1, 20), seed=st.integers(0, 100)
+)
+def test_is_a_softmax_over_all_experts_renormalised_over_the_chosen(num_experts, data, num_tokens, seed):
+    moe = make_moe(num_experts, data.draw(st.integers(1, num_experts)), seed)
+    x = tokens(num_tokens, seed + 1)
+    y, stats = moe(x)
+    assert stats is None
+    torch.testing.assert_close(y, token_by_token(moe, x), rtol=1e-10, atol=1e-10)
+
+
+def test_offsets_enter_the_softmax():
+    moe, x = make_moe(), tokens(30)
+    before = moe(x)[0]
+    moe.logit_offset[3] = -1.5
+    torch.testing.assert_close(moe(x)[0], token_by_token(moe, x), rtol=1e-10, atol=1e-10)
+    assert not torch.equal(before, moe(x)[0])
+
+
+def test_all_tokens_to_one_expert_lose_none():
+    moe, x = make_moe(top_k=1), tokens(50)
+    moe.logit_offset[1] = 100.0
+    y, stats = moe(x, torch.ones(50, dtype=torch.float64))
+    torch.testing.assert_close(y, moe.experts[1](x))
+    assert stats.counts_E.tolist() == [0, 50, 0, 0]
+
+
+def test_statistics_leave_padding_out():
+    moe, x = make_moe(), tokens(10)
+    valid = torch.tensor([1.0] * 6 + [0.0] * 4, dtype=torch.float64)
+    counted, wanted = moe(x, valid)[1], moe(x[:6], valid[:6])[1]
+    for left, right in zip(counted, wanted, strict=True):
+        torch.testing.assert_close(left, right)
+
+
+class TestGrowth:
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    def test_changes_no_output_by_a_single_bit(self, dtype):
+        for num_tokens in (1, 7, 64, 500):
+            moe, x = make_moe(dtype=dtype), tokens(num_tokens, dtype=dtype)
+            before = moe(x)[0]
+            moe.grow(2, 0.1 * torch.ones(8))
+            assert torch.equal(before, moe(x)[0])
+
+    def test_appends_and_touches_nothing_else(self):
+        moe = make_moe()
+        before = {name: value.clone() for name, value in moe.named_parameters()}
+        moe.grow(2, torch.full((8,), 0.25))
+        after = dict(moe.named_parameters())
+        assert set(after) - set(before) == {
+            "experts.4.up.weight",
+            "experts.4.up.bias",
+            "experts.4.down.weight",
+            "experts.4.down.bias",
+            "router.4",
+        }
+        for name, value in before.items():
+            assert torch.equal(value, after[name])
+        assert torch.equal(after["experts.4.up.weight"], before["experts.2.up.weight"])
+        torch.testing.assert_close(after["router.4"], before["router.2"] + 0.25)
+        assert moe.logit_offset.tolist() == [0, 0, 0, 0, -math.inf]
+
+    def test_an_opened_copy_gets_tokens_and_gradient(self):
+        moe, x = make_moe(), tokens(200)
+        moe.grow(2, torch.zeros(8))
+        moe.logit_offset[4] = -0.01
+        y, stats = moe(x, torch.ones(200, dtype=torch.float64))
+        assert stats.counts_E[4] > 0.1 * stats.counts_E.sum() / 2
+        y.square().sum().backward()
+        assert all(parameter.grad.abs().max() > 0 for parameter in moe.experts[4].parameters())
+        assert moe.router[4].grad.abs().max() > 0
