@@ -16,7 +16,7 @@ from typing import Any, Final
 
 from metaworld.sawyer_xyz_env import SawyerXYZEnv
 
-from cpd.envs.fast_math import fast_globals, rebind
+from cpd.envs.fast_math import fast_globals, first_inexact_helper, rebind
 from cpd.envs.fast_sawyer import FastSawyer
 from cpd.envs.registry import task_class
 
@@ -24,19 +24,30 @@ from cpd.envs.registry import task_class
 VERIFIED_VERSIONS: Final = {"metaworld": ("3.1.1",), "mujoco": ("3.3.0",)}
 
 
-class UnverifiedVersionError(RuntimeError):
-    """An installed package is of a version for which bit-exactness was not verified."""
+class UnverifiedError(RuntimeError):
+    """Bit-exactness was not verified for what is installed, or does not hold on this machine."""
 
 
-def check_versions() -> None:
-    """Raise UnverifiedVersionError, naming package and version, unless acceleration was verified for both."""
+def check_installation() -> None:
+    """Raise UnverifiedError unless acceleration is exact with the installed packages.
+
+    The message names the package and its version, or the helper that differs from its original here.
+    """
     for package, verified in VERIFIED_VERSIONS.items():
         installed = version(package)
         if installed not in verified:
-            raise UnverifiedVersionError(
+            raise UnverifiedError(
                 f"the accelerated environments were verified against {package} {' and '.join(verified)}, "
                 f"but {installed} is installed"
             )
+    if helper := _first_inexact_helper():
+        raise UnverifiedError(
+            f"the accelerated {helper} differs in the last bits from its original on this machine "
+            f"(numpy {version('numpy')}, scipy {version('scipy')})"
+        )
+
+
+_first_inexact_helper = cache(first_inexact_helper)
 
 
 def accelerated_class(task: str) -> type[Any]:
@@ -46,10 +57,10 @@ def accelerated_class(task: str) -> type[Any]:
 
     Raises:
         ValueError: no such task.
-        UnverifiedVersionError: a metaworld or mujoco that it was not verified against.
+        UnverifiedError: a metaworld or mujoco that it was not verified against, or inexact arithmetic here.
     """
     stock: Any = task_class(task)
-    check_versions()
+    check_installation()
     made: type[Any] = _accelerated(stock)
     return made
 

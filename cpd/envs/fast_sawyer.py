@@ -22,6 +22,7 @@ from cpd.envs.reset_cache import RESET_CACHE, Attributes, ResetState
 _OBS_SIZE = 39
 _FRAME_SIZE = 18
 _WRIST_QUATERNION = np.array([1.0, 0.0, 1.0, 0.0])
+_POSITION_STAGE = int(mujoco.mjtStage.mjSTAGE_POS)
 # Of the smaller type, so that actions of float32 and of float64 both keep theirs, as in Meta-World.
 _ACTION_LOW = np.full(3, -1.0, dtype=np.float32)
 _ACTION_HIGH = np.full(3, 1.0, dtype=np.float32)
@@ -76,6 +77,7 @@ class FastSawyer(SawyerXYZEnv):
             "_left_tip_xpos",
             "_mocap_xpos",
             "_mocap_xquat",
+            "_qpos",
             "_right_claw_xpos",
             "_right_tip_xpos",
         }
@@ -87,6 +89,8 @@ class FastSawyer(SawyerXYZEnv):
     _left_tip_xpos: npt.NDArray[np.float64]
     _right_tip_xpos: npt.NDArray[np.float64]
     _pristine_attributes: Attributes | None = None
+    #: `qpos`, as bytes, for which the derived data is complete and current; empty if unknown.
+    _forwarded_qpos: bytes = b""
 
     def _initialize_simulation(self) -> tuple[mujoco.MjModel, FastData]:
         shared = self._shared = shared_model(self.fullpath)
@@ -104,6 +108,7 @@ class FastSawyer(SawyerXYZEnv):
         self._mocap_xpos = data.mocap_pos[0]
         self._mocap_xquat = data.mocap_quat
         self._ctrl = data.ctrl
+        self._qpos = data.qpos
         self._body_xpos: dict[str, npt.NDArray[np.float64]] = {}
         return shared.model, data
 
@@ -250,20 +255,36 @@ class FastSawyer(SawyerXYZEnv):
             raise ValueError("You must reset the env manually once truncate==True")
         if self._shared.owner is not self:
             self._shared.take(self, self._goal_fields)
-        model, data, mocap = self.model, self.data, self._mocap_xpos
+        mocap = self._mocap_xpos
         delta = clip_ufunc(action[:3], _ACTION_LOW, _ACTION_HIGH) * self.action_scale
         clip_ufunc(mocap + delta, self.mocap_low, self.mocap_high, mocap)
         self._mocap_xquat[:] = _WRIST_QUATERNION
         self._ctrl[0], self._ctrl[1] = action[-1], -action[-1]
-        mujoco.mj_step(model, data, self.frame_skip)
+        self._simulate()
         self.curr_path_length += 1
-        # Meta-World puts the target sites in place here; the next line computes all site positions anew.
-        mujoco.mj_forward(model, data)
         space = self.sawyer_observation_space
         obs = self._get_obs()
         self._last_stable_obs = clip_ufunc(obs, space.low, space.high, obs)
         reward, info = self.evaluate_state(obs, action)
         return obs.copy(), reward, False, self.curr_path_length == self.max_path_length, info
+
+    def _simulate(self) -> None:
+        """As `mj_step` x frame_skip, `mj_forward`; Meta-World's placing of target sites between is overwritten."""
+        model, data, qpos = self.model, self.data, self._qpos
+        if qpos.tobytes() == self._forwarded_qpos:
+            # The last step ended with mj_forward at this very position, and what moved since, the mocap body,
+            # enters the weld constraint only: mj_step without its inertias, collisions and transmissions.
+            mujoco.mj_kinematics(model, data)
+            mujoco.mj_makeConstraint(model, data)
+            mujoco.mj_forwardSkip(model, data, _POSITION_STAGE, 1)
+            mujoco.mj_checkAcc(model, data)
+            mujoco.mj_Euler(model, data)
+            mujoco.mj_step(model, data, self.frame_skip - 1)
+        else:
+            mujoco.mj_step(model, data, self.frame_skip)
+        mujoco.mj_forward(model, data)
+        if self._shared.mocap_is_weld_only:
+            self._forwarded_qpos = qpos.tobytes()
 
     # Resetting ----------------------------------------------------------------------------------------------
 
@@ -273,6 +294,7 @@ class FastSawyer(SawyerXYZEnv):
         """As Meta-World's, from the state of a fresh environment; known goals come from the cache."""
         if self._pristine_attributes is None:
             self._pristine_attributes = Attributes(self)
+        self._forwarded_qpos = b""
         goal = self._last_rand_vec
         if not self._freeze_rand_vec or goal is None:
             self._start_afresh()

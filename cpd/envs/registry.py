@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import difflib
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, Final
 
 import mujoco
@@ -42,6 +42,8 @@ class SharedModel:
         model: the model that environments step; its `GOAL_FIELDS` belong to `owner`.
         owner: any object that identifies an environment; None when nobody's values are in place.
         pristine: copies of the `GOAL_FIELDS` as compiled.
+        mocap_is_weld_only: nothing but equality constraints depends on where the mocap body is, so that moving
+            it leaves inertias, contacts and transmissions as they are.
     """
 
     def __init__(self, path: str) -> None:
@@ -50,6 +52,7 @@ class SharedModel:
         self.model.vis.global_.bvactive = 0
         self.owner: object = None
         self.pristine: tuple[npt.NDArray[np.float64], ...] = self.fields()
+        self.mocap_is_weld_only = _mocap_is_weld_only(self.model)
 
     def fields(self) -> tuple[npt.NDArray[np.float64], ...]:
         """Copies of the current `GOAL_FIELDS`: positions of bodies [nbody, 3] and sites [nsite, 3], metres."""
@@ -62,9 +65,25 @@ class SharedModel:
         self.owner = owner
 
 
-@cache
+def _mocap_is_weld_only(model: mujoco.MjModel) -> bool:
+    moved = model.body_mocapid[model.body_rootid] >= 0
+    collides = (model.geom_contype | model.geom_conaffinity).astype(bool)
+    return (
+        not (collides & moved[model.geom_bodyid]).any()
+        and model.ntendon == 0
+        and model.nsensor == 0
+        and model.nplugin == 0
+        and model.opt.enableflags == 0
+        and model.opt.integrator == mujoco.mjtIntegrator.mjINT_EULER
+        and model.opt.solver == mujoco.mjtSolver.mjSOL_NEWTON
+        and model.opt.noslip_iterations == 0
+        and bool((model.actuator_trntype == mujoco.mjtTrn.mjTRN_JOINT).all())
+    )
+
+
+@lru_cache(maxsize=16)
 def shared_model(path: str) -> SharedModel:
-    """The process's one model of an XML file."""
+    """The process's one model of an XML file. Of models without environments, the last 16 used are kept."""
     return SharedModel(path)
 
 

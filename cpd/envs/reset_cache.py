@@ -22,9 +22,14 @@ _SETTINGS: Final = frozenset(
         "_last_rand_vec",
         "_partially_observable",
         "_set_task_called",
+        "camera_id",
+        "camera_name",
+        "height",
         "max_path_length",
+        "render_mode",
         "reward_function_version",
         "seeded_rand_vec",
+        "width",
     }
 )
 
@@ -73,11 +78,8 @@ class Attributes:
             self._values[name] = _frozen(value, owners)
 
     def restore(self, env: Any) -> None:
-        """Give `env` these attributes, and no plain ones beside them."""
+        """Give `env` these attributes; arrays are copied, views become views of its own data."""
         attributes = vars(env)
-        for name in [name for name in attributes if name not in self._values]:
-            if name not in _SETTINGS and name not in env.LIVE_ATTRIBUTES and isinstance(attributes[name], _PLAIN):
-                del attributes[name]
         for name, value in self._values.items():
             kind = type(value)
             if kind is np.ndarray:

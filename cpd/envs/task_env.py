@@ -8,7 +8,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from cpd.envs.accelerated import UnverifiedVersionError, accelerated_class
+from cpd.envs.accelerated import UnverifiedError, accelerated_class
 from cpd.envs.fast_sawyer import FastSawyer
 from cpd.envs.goals import Goal
 from cpd.envs.registry import build_stock, task_class
@@ -112,6 +112,6 @@ def _build(task: str, reward_version: str, accelerated: bool) -> Any:
     if accelerated:
         try:
             return accelerated_class(task)(reward_function_version=reward_version)
-        except UnverifiedVersionError as error:
+        except UnverifiedError as error:
             warnings.warn(f"{error}; using Meta-World's own, slower classes", stacklevel=3)
     return build_stock(task_class(task), reward_function_version=reward_version)

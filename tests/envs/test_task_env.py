@@ -1,0 +1,141 @@
+"""TaskEnv: what it returns, what it refuses, and that the past does not matter."""
+
+import pickle
+
+import metaworld
+import numpy as np
+import pytest
+
+from cpd.envs.goals import Goal, goal_set
+from cpd.envs.reset_cache import RESET_CACHE, ResetCache
+from cpd.envs.task_env import TaskEnv
+
+TASKS = ("push-v3", "basketball-v3", "sweep-into-v3", "stick-pull-v3", "window-close-v3")
+
+
+def episode(env, goal, num_steps=40, seed=0):
+    rows = [np.array([*env.reset(goal), 0.0, 0.0])]
+    for action in np.random.default_rng(seed).uniform(-1.2, 1.2, (num_steps, 4)).astype(np.float32):
+        obs, reward, success = env.step(action)
+        rows.append(np.array([*obs, reward, success]))
+    return np.array(rows)
+
+
+@pytest.mark.parametrize("accelerated", [True, False])
+@pytest.mark.parametrize("reward_version", ["v1", "v2"])
+@pytest.mark.parametrize("task", TASKS)
+def test_the_past_does_not_matter(task, reward_version, accelerated):
+    goals = goal_set(task, "training")
+    settings = {"reward_version": reward_version, "accelerated": accelerated}
+    fresh = episode(TaskEnv(task, **settings), goals[3])
+    used = TaskEnv(task, **settings)
+    episode(used, goals[7], seed=1)
+    episode(used, goals[8], num_steps=7, seed=2)
+    RESET_CACHE.clear()
+    np.testing.assert_array_equal(episode(used, goals[3]), fresh)
+    episode(used, goals[7], seed=1)
+    np.testing.assert_array_equal(episode(used, goals[3]), fresh)
+
+
+@pytest.mark.parametrize("reward_version", ["v1", "v2"])
+def test_it_is_the_multi_task_benchmark(reward_version):
+    """Against Meta-World used as its documentation says."""
+    benchmark = metaworld.MT1("hammer-v3", seed=2001)
+    stock = benchmark.train_classes["hammer-v3"](reward_function_version=reward_version)
+    env = TaskEnv("hammer-v3", reward_version=reward_version)
+    for index in (0, 5):
+        task, goal = benchmark.train_tasks[index], goal_set("hammer-v3", "held_out")[index]
+        np.testing.assert_array_equal(pickle.loads(task.data)["rand_vec"], goal.rand_vec)
+        stock.set_task(task)
+        np.testing.assert_array_equal(stock.reset()[0], env.reset(goal))
+        for action in np.random.default_rng(4).uniform(-1, 1, (30, 4)).astype(np.float32):
+            obs, reward, _, _, info = stock.step(action)
+            got = env.step(action)
+            np.testing.assert_array_equal(obs, got[0])
+            assert (reward, bool(info["success"])) == got[1:]
+
+
+def test_types_and_visible_goal():
+    env = TaskEnv("reach-v3")
+    goal = goal_set("reach-v3", "training")[0]
+    obs = env.reset(goal)
+    assert obs.shape == (39,) and obs.dtype == np.float64
+    np.testing.assert_array_equal(obs[36:], goal.rand_vec[3:])
+    np.testing.assert_array_equal(obs[:18], obs[18:36])
+    first = obs.copy()
+    obs, reward, success = env.step(np.zeros(4))
+    assert obs.shape == (39,) and obs.dtype == np.float64
+    assert type(reward) is float and type(success) is bool
+    np.testing.assert_array_equal(obs[18:36], first[:18])
+
+
+def test_actions_are_clipped_and_taken_as_float32():
+    env = TaskEnv("reach-v3")
+    goal = goal_set("reach-v3", "training")[0]
+    steps = []
+    for action in ([3.0, -7.0, 0.1, 0.0], [1.0, -1.0, np.float32(0.1), 0.0]):
+        env.reset(goal)
+        steps.append(env.step(np.array(action))[0])
+    np.testing.assert_array_equal(*steps)
+
+
+def test_returned_observations_are_the_callers():
+    env = TaskEnv("reach-v3")
+    goal = goal_set("reach-v3", "training")[0]
+    env.reset(goal)[:] = np.nan
+    obs, _, _ = env.step(np.zeros(4))
+    assert np.isfinite(obs).all()
+    obs[:] = np.nan
+    assert np.isfinite(env.step(np.zeros(4))[0]).all()
+    assert np.isfinite(env.reset(goal)).all()
+
+
+@pytest.mark.parametrize("accelerated", [True, False])
+def test_mistakes_are_explained(accelerated):
+    env = TaskEnv("reach-v3", accelerated=accelerated)
+    goal = goal_set("reach-v3", "training")[0]
+    with pytest.raises(ValueError, match="reach-v3: reset to a goal before the first step"):
+        env.step(np.zeros(4))
+    with pytest.raises(ValueError, match="a goal of push-v3 was given to an environment of reach-v3"):
+        env.reset(goal_set("push-v3", "training")[0])
+    with pytest.raises(ValueError, match="a goal has 6 numbers"):
+        env.reset(Goal("reach-v3", "training", 0, np.zeros(3)))
+    env.reset(goal)
+    for _ in range(500):
+        env.step(np.zeros(4))
+    with pytest.raises(ValueError, match="reach-v3: an episode has at most 500 steps"):
+        env.step(np.zeros(4))
+    env.reset(goal)
+    env.step(np.zeros(4))
+
+
+def test_unknown_names_are_refused():
+    with pytest.raises(ValueError, match="did you mean 'reach-v3'"):
+        TaskEnv("reach-v2")
+    with pytest.raises(ValueError, match="unknown reward version 'v3'"):
+        TaskEnv("reach-v3", reward_version="v3")
+
+
+def test_the_reset_cache_is_bounded_and_forgets_the_least_recently_used():
+    class Sized:
+        num_bytes = 10
+
+    cache = ResetCache(max_bytes=35)
+    states = {key: Sized() for key in "abcd"}
+    for key in "abc":
+        cache.put(key, states[key])
+    assert cache.get("a") is states["a"]
+    cache.put("d", states["d"])
+    assert cache.get("b") is None
+    assert [cache.get(key) for key in "acd"] == [states[key] for key in "acd"]
+    assert (len(cache), cache.num_bytes) == (3, 30)
+    cache.clear()
+    assert (len(cache), cache.num_bytes) == (0, 0)
+
+
+def test_a_cached_reset_is_small():
+    RESET_CACHE.clear()
+    for task in ("window-close-v3", "hammer-v3"):
+        TaskEnv(task).reset(goal_set(task, "training")[0])
+    assert len(RESET_CACHE) == 2
+    assert RESET_CACHE.num_bytes < 100_000
