@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import submitit
 from submitit.core.utils import DelayedSubmission, JobPaths
 from submitit.slurm.slurm import _make_sbatch_string
 
-from cpd.profile import Profile
-from cpd.runs import Role, Run
+from cpd.interrupt import EXIT_INTERRUPTED
+from cpd.profile import Profile, Resources
+from cpd.runs import Element, Role, Run
+from cpd.submission import ElementJob
 
 #: Enough for every restart of a job: giving up is our own decision (`Profile.max_timeouts`).
 MANY_TIMEOUTS = 10**6
@@ -38,6 +41,33 @@ class Executor(submitit.SlurmExecutor):
             delayed = DelayedSubmission(function)
             delayed.set_timeout(self.parameters["time"], self.max_num_timeout)
             delayed.dump(paths.submitted_pickle)
+
+
+@dataclass
+class BundleJob(submitit.helpers.Checkpointable):
+    """Several elements, one after another, in one job: for sites that limit how many jobs may be submitted."""
+
+    jobs: tuple[ElementJob, ...]
+
+    def __call__(self) -> None:
+        """Do them all; an element that fails does not keep the others from being tried."""
+        code: Any = 0
+        for job in self.jobs:
+            try:
+                job()
+            except SystemExit as ended:
+                if ended.code == EXIT_INTERRUPTED:
+                    raise  # the whole job goes back into the queue, and finished elements end at once
+                code = ended.code
+        if code:
+            raise SystemExit(code)
+
+
+def element_work(run: Run, task: Sequence[Element], resources: Resources) -> Any:
+    """What submitit pickles for one job: an element's work, or that of several."""
+    root = str(run.root.resolve())
+    jobs = tuple(ElementJob(root, element.role, element.index, resources) for element in task)
+    return jobs[0] if len(jobs) == 1 else BundleJob(jobs)
 
 
 def executor(run: Run, profile: Profile, role: Role, name: str, dependency: str = "", parallelism: int = 0) -> Any:

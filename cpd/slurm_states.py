@@ -41,6 +41,8 @@ class JobState:
     node: str = ""
     reason: str = ""
     """Why a pending job waits, e.g. `Dependency`."""
+    number: str = ""
+    """What the job itself finds in SLURM_JOB_ID: its own number even for an element of an array."""
 
     @property
     def is_active(self) -> bool:
@@ -79,13 +81,13 @@ def queue() -> dict[str, JobState]:
     Raises:
         SchedulerError: if the controller cannot be asked.
     """
-    text = run_command(["squeue", "--me", "-h", "-r", "-t", "all", "-o", "%i|%j|%T|%N|%r"])
+    text = run_command(["squeue", "--me", "-h", "-r", "-t", "all", "-o", "%i|%A|%j|%T|%N|%r"])
     return {state.job: state for state in map(_parse_queue, text.splitlines())}
 
 
 def _parse_queue(line: str) -> JobState:
-    job, name, state, node, reason = line.split("|", 4)
-    return JobState(job, name, state, node, "" if reason == "None" else reason)
+    job, number, name, state, node, reason = line.split("|", 5)
+    return JobState(job, name, state, node, "" if reason == "None" else reason, number)
 
 
 def accounting(jobs: Iterable[str] = (), names: Iterable[str] = ()) -> dict[str, JobState]:

@@ -127,6 +127,11 @@ def log_file(run: Run, job_id: str) -> Path:
     return run.logs / f"{job_id}_0_log.out"
 
 
+def log_name(run: Run, job_id: str) -> str:
+    """The same, relative to the run directory."""
+    return str(log_file(run, job_id).relative_to(run.root))
+
+
 def ask_to_stop(element: Element) -> bool:
     """Ask the process on this machine that writes `element` to save and stop; False if none does yet."""
     holder, _ = current_holder(element.path / "attempts")

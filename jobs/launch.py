@@ -21,7 +21,11 @@ from cpd.profile import Profile, load_profile
 from cpd.provenance import code_version, provenance
 from cpd.record import progress_line, read_status
 from cpd.runs import Run, RunError
+from cpd.slurm_estimate import complaints
+from cpd.slurm_plan import PlanError
+from cpd.slurm_states import SchedulerError
 from cpd.strict_load import ConfigError, load, merge, parse_overrides, read_toml, suggestion, to_dict
+from jobs.chain import Choice, cancel_chain, dry_run, submit_chain
 from jobs.common import EXIT_FAILED, EXIT_USAGE, parser_with_examples, tell
 from jobs.status import run_status, status_table
 
@@ -38,6 +42,8 @@ def build_parser() -> argparse.ArgumentParser:
         [
             "python -m jobs.launch demo",
             "python -m jobs.launch demo --profile local --dry-run",
+            "python -m jobs.launch cw10 --profile generic --dry-run    # every sbatch text, and what it will cost",
+            "python -m jobs.launch cw10 --profile generic --only teachers/push-v3",
             "python -m jobs.launch my-recipe.toml --run-dir runs/trial --distill.lr 5e-4 --seeds '[1, 2, 3]'",
             "python -m jobs.launch --settings          # every setting with its default",
         ],
@@ -48,6 +54,13 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--run-dir", type=Path, help="the run's directory (default: runs/<name of the recipe>)")
     parser.add_argument("--dry-run", action="store_true", help="tell what would run; create and start nothing")
+    parser.add_argument("--prepare", action="store_true", help="make the run directory and start nothing")
+    slurm = parser.add_argument_group("with a Slurm profile")
+    slurm.add_argument(
+        "--only", action="append", default=[], metavar="NAME", help="an element, or a folder of them; repeatable"
+    )
+    slurm.add_argument("--retry-failed", action="store_true", help="only what failed, and what depends on it")
+    slurm.add_argument("--cancel", action="store_true", help="cancel the run's jobs (running ones save first)")
     parser.add_argument("--settings", action="store_true", help="list every setting, its default and meaning")
     return parser
 
@@ -163,7 +176,7 @@ def tell_failure(run: Run, name: str, message: str, num_lines: int = 12) -> None
     """Name a failed element, the end of its log, and what to do."""
     entries = ledger(run).get(name, [])
     tell(f"FAILED {name}: {message or 'its job ended without a word'}")
-    if entries:
+    if entries and entries[-1].log:
         log = run.root / entries[-1].log
         text = log.read_text(errors="replace").splitlines() if log.exists() else []
         for line in text[-num_lines:]:
@@ -185,13 +198,30 @@ def main(argv: Sequence[str] | None = None) -> int:
         root = arguments.run_dir or Path("runs") / config.name
         for warning in config.warnings():
             tell(f"warning: {warning}")
+        choice = Choice(arguments.only, arguments.retry_failed)
+        if profile.cluster == "local" and (choice != Choice([], False) or arguments.cancel):
+            raise ConfigError(["--only, --retry-failed and --cancel are for Slurm profiles"], "the command line")
         if arguments.dry_run:
-            print("\n".join(describe(config, profile, root)))
+            on_slurm = profile.cluster == "slurm"
+            lines = dry_run(root, config, profile, choice) if on_slurm else describe(config, profile, root)
+            print("\n".join([*lines, *(f"warning: {problem}" for problem in complaints(root, config, profile))]))
             return 0
+        problems = complaints(root, config, profile)
+        if problems:
+            raise RunError("; ".join(problems))
         run = prepare(root, config, profile)
+        if arguments.prepare:
+            tell(f"{root} is ready")
+            return 0
         with Lease(root / "launcher").acquire():
-            return conclude(run, profile)
-    except (ConfigError, RunError, LeaseHeldError) as error:
+            if arguments.cancel:
+                cancel_chain(run, profile, choice)
+            elif profile.cluster == "slurm":
+                submit_chain(run, profile, choice)
+            else:
+                return conclude(run, profile)
+            return 0
+    except (ConfigError, RunError, LeaseHeldError, PlanError, SchedulerError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return EXIT_USAGE
 

@@ -1,0 +1,149 @@
+"""What a run will cost: hours, disk and files, from rates measured on this suite, and checks before launching.
+
+Rates are per core of a 2-core virtual machine of 2026 and are meant for planning only; where the run directory
+holds finished elements of a role, their own times are taken instead.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from cpd.config import Config
+from cpd.profile import Profile
+from cpd.record import read_status
+from cpd.runs import Element, Role, Run
+
+#: Environment steps a second and core, PPO's updates included (demo's three tasks).
+TRAINING_RATE = 1_200.0
+#: Seconds and core for an episode of 500 steps with a policy.
+EPISODE_SECONDS = 0.35
+#: Core seconds for a distillation step on one window at the default sizes, curves included.
+WINDOW_SECONDS = 4.5e-4
+#: Bytes of a time step in a shard, and of a step in the replay memory.
+STEP_BYTES = 235
+#: Folders that are usually local to a node.
+NODE_LOCAL = ("/tmp", "/var/tmp", "/dev/shm", "/run", "/scratch/local", "/local")
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What all elements of a role will cost."""
+
+    role: Role
+    count: int
+    cores: int
+    """Of one element."""
+    seconds: float
+    """Expected for one element; for a teacher at most, since it ends once it succeeds."""
+    is_measured: bool
+    """Whether `seconds` comes from this run's own elements."""
+    minutes_limit: int
+    """Time limit of one job."""
+
+    @property
+    def core_hours(self) -> float:
+        """Expected for all elements."""
+        return self.count * self.cores * self.seconds / 3600
+
+
+def costs(run: Run, profile: Profile, elements: Sequence[Element]) -> list[Cost]:
+    """What the given elements will cost, role by role."""
+    expected = expected_core_seconds(run.config)
+    found = []
+    for role, core_seconds in expected.items():
+        count = sum(element.role == role for element in elements)
+        if count:
+            given = profile.resources(role)
+            measured = _measured_seconds(run, role)
+            seconds = statistics.mean(measured) if measured else core_seconds / given.total_cpus
+            found.append(Cost(role, count, given.total_cpus, seconds, bool(measured), given.minutes))
+    return found
+
+
+def expected_core_seconds(config: Config) -> dict[Role, float]:
+    """Core seconds of one element of each role."""
+    tasks, distinct = config.stream.tasks, len(config.stream.distinct_tasks)
+    full, brief = config.evaluation.num_episodes, config.evaluation.num_episodes_brief
+    cells = len(tasks) * (distinct * brief + full) + 2 * distinct * full
+    per_episode = EPISODE_SECONDS * config.stream.horizon / 500
+    teacher = config.teacher.max_env_steps / TRAINING_RATE if config.teacher.recipe == "rl" else 0.0
+    size = config.student.width * config.student.num_layers / 128
+    steps = len(tasks) * config.distill.steps_per_stage * config.distill.batch_size * config.student.context / 4
+    curves = len(tasks) * config.evaluation.curve_points * brief
+    return {
+        "teacher": teacher + 2 * full * per_episode + config.rollouts.num_steps / TRAINING_RATE,
+        "student": steps * WINDOW_SECONDS * size + curves * per_episode,
+        "evaluation": cells * per_episode,
+        "report": 15.0,
+    }
+
+
+def _measured_seconds(run: Run, role: Role) -> list[float]:
+    finished = [e for e in run.elements() if e.role == role and e.finished and e.status.exists()]
+    return [seconds for e in finished if (seconds := sum(read_status(e.status).seconds.values())) > 0]
+
+
+def wall_hours(found: Sequence[Cost], profile: Profile) -> float:
+    """Expected from the first start to the end, if the queue is empty: the roles follow one another."""
+    parallel = profile.array_parallelism
+    return sum(c.seconds * (-(-c.count // parallel) if c.role == "teacher" else 1) for c in found) / 3600
+
+
+def disk(config: Config) -> tuple[float, int]:
+    """Bytes and files of the whole run."""
+    distinct, num_stages = len(config.stream.distinct_tasks), len(config.stream.tasks)
+    teachers, students = distinct * len(config.teacher.seeds), len(config.seeds)
+    growth = config.student.experts_per_task if config.student.expansion == "per_task" else 0
+    experts = [config.student.num_experts + growth * min(stage, distinct) for stage in range(num_stages + 1)]
+    policies = [4.0 * _parameters(config, count) for count in experts]
+    memory = config.memory_steps * STEP_BYTES
+    shards = -(-config.rollouts.num_steps // config.rollouts.shard_steps)
+    size = teachers * (config.rollouts.num_steps * STEP_BYTES + 600_000.0)
+    # Two checkpoints, and a third while it is being written: weights and both of Adam's moments.
+    size += students * (3 * (3 * policies[-1] + memory) + sum(policies) + 300_000.0)
+    files = teachers * (14 + shards) + students * (24 + 4 * num_stages) + 60
+    return size, files
+
+
+def _parameters(config: Config, experts: int) -> int:
+    student = config.student
+    expert = 2 * student.width * student.expert_width + student.expert_width + student.width
+    attention = 4 * student.width**2
+    return student.num_layers * (attention + experts * (expert + student.width)) + 64 * student.width
+
+
+def complaints(root: Path, config: Config, profile: Profile) -> list[str]:
+    """Why a run in `root` could not be written or seen by its jobs; empty if all is well."""
+    folder = existing_parent(root)
+    found = []
+    if not os.access(folder, os.W_OK | os.X_OK):
+        found.append(f"{folder} is not writable; choose another --run-dir")
+    size, _ = disk(config)
+    free = shutil.disk_usage(folder).free
+    if free < size:
+        found.append(
+            f"the run will take about {gigabytes(size)}, but {folder} has {gigabytes(free)} left; choose another "
+            "--run-dir"
+        )
+    local = [local for local in NODE_LOCAL if root.absolute().is_relative_to(local)]
+    if profile.cluster == "slurm" and not profile.single_machine and local:
+        found.append(
+            f"{root.absolute()} lies in {local[0]}, which is usually local to a node, so that jobs would not see "
+            "it; choose a --run-dir on a shared file system (single_machine = true in a profile allows any)"
+        )
+    return found
+
+
+def existing_parent(path: Path) -> Path:
+    """The nearest folder above `path`, or itself, that exists."""
+    return next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.is_dir())
+
+
+def gigabytes(size: float) -> str:
+    """A size in words."""
+    return f"{size / 1e9:.2g} GB" if size >= 1e8 else f"{size / 1e6:.0f} MB"

@@ -1,0 +1,105 @@
+"""Submitting and cancelling the jobs of a run on Slurm."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+
+from cpd.ledger import LedgerEntry, append
+from cpd.profile import Profile
+from cpd.runs import Run
+from cpd.session import mark
+from cpd.slurm_executor import element_work, executor, outside_of_jobs
+from cpd.slurm_plan import Submission, dependency, matches, note
+from cpd.slurm_states import SchedulerError, run_command
+from cpd.slurm_survey import Survey, survey
+from cpd.submission import log_name
+
+
+def submit(run: Run, profile: Profile, submissions: Sequence[Submission], found: Survey) -> list[tuple[str, str]]:
+    """Submit in order, then let pending jobs wait for what they need too; returns name and number of each.
+
+    Raises:
+        SchedulerError: if sbatch refuses; what was submitted before stays, and launching again goes on.
+    """
+    jobs = {name: job.job for name, job in found.active.items()}
+    arrays: dict[str, list[str]] = {}
+    done = []
+    for submission in submissions:
+        wait_for = dependency(submission, jobs, arrays)
+        number = _submit_one(run, profile, submission, wait_for)
+        note(submission, number, jobs, arrays)
+        done.append((submission.name, number))
+    _retarget(run, found, jobs, {element.name for s in submissions for element in s.elements})
+    return done
+
+
+def _submit_one(run: Run, profile: Profile, submission: Submission, wait_for: str) -> str:
+    resources = profile.resources(submission.role)
+    made = executor(run, profile, submission.role, submission.name, wait_for, submission.parallelism)
+    announced = _entries(submission, ["" for _ in submission.tasks], ["" for _ in submission.tasks])
+    append(run, announced)
+    for element in submission.elements:
+        mark(element, "queued")
+    try:
+        with outside_of_jobs():
+            handles = made.submit_array([element_work(run, task, resources) for task in submission.tasks])
+    except Exception as error:
+        for element in submission.elements:
+            mark(element, "waiting", "sbatch refused it")
+        lines = [line for line in str(error).splitlines() if "error" in line.lower()] or [str(error)]
+        raise SchedulerError(f"sbatch refused {submission.name}: {' '.join(lines)}") from error
+    numbers = [handle.job_id for handle in handles]
+    append(run, _entries(submission, numbers, [log_name(run, number) for number in numbers]))
+    return str(numbers[0]).partition("_")[0]
+
+
+def _entries(submission: Submission, numbers: list[str], logs: list[str]) -> list[LedgerEntry]:
+    several, now = len(submission.tasks) > 1, time.time()
+    return [
+        LedgerEntry(
+            element=element.name,
+            role=element.role,
+            index=element.index,
+            job=numbers[place],
+            log=logs[place],
+            time=now,
+            cluster="slurm",
+            name=submission.name,
+            place=place if several else None,
+        )
+        for place, task in enumerate(submission.tasks)
+        for element in task
+    ]
+
+
+def _retarget(run: Run, found: Survey, jobs: dict[str, str], submitted: set[str]) -> None:
+    """Let jobs that were pending already wait for elements that were submitted anew, too."""
+    for element in run.elements():
+        job = found.active.get(element.name)
+        if job is None or job.state != "PENDING":
+            continue
+        needed = [needed.name for needed in run.dependencies(element) if not needed.finished]
+        if any(name in submitted for name in needed):
+            numbers = ":".join(dict.fromkeys(jobs[name] for name in needed if name in jobs))
+            run_command(["scontrol", "update", f"JobId={job.job}", f"Dependency=afterany:{numbers}"])
+
+
+def cancel(run: Run, profile: Profile, only: Iterable[str] = ()) -> list[str]:
+    """Cancel the run's jobs, or those of some elements; returns the names of the elements concerned.
+
+    Raises:
+        SchedulerError: if Slurm cannot be asked.
+    """
+    only = list(only)
+    found = survey(run, profile)
+    elements = [e for e in run.elements() if e.name in found.active]
+    elements = [e for e in elements if not only or any(matches(e, name) for name in only)]
+    # The last first, so that none starts because what it waits for was cancelled before it.
+    numbers = list(dict.fromkeys(found.active[element.name].job for element in reversed(elements)))
+    if numbers:
+        run_command(["scancel", *numbers])
+    for element in elements:
+        if found.active[element.name].state == "PENDING":
+            mark(element, "waiting", "cancelled before it started")
+    return [element.name for element in elements]

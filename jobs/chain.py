@@ -1,0 +1,124 @@
+"""What `jobs.launch` does for a Slurm profile: show, submit or cancel a run's chain of jobs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from cpd.config import Config
+from cpd.ledger import ledger
+from cpd.profile import Profile
+from cpd.record import clock
+from cpd.runs import Run
+from cpd.slurm_estimate import costs, disk, gigabytes, wall_hours
+from cpd.slurm_plan import Submission, plan, texts
+from cpd.slurm_queue import cancel, submit
+from cpd.slurm_states import SchedulerError
+from cpd.slurm_survey import Survey, look, survey
+from jobs.common import tell
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which elements the command line is about."""
+
+    only: Sequence[str] = ()
+    retry_failed: bool = False
+
+
+class ImaginedRun(Run):
+    """A run directory that may not be there yet."""
+
+    def __init__(self, root: Path, config: Config) -> None:
+        """Nothing is read or written."""
+        self.root = root
+        self.__dict__["config"] = config
+
+
+def dry_run(root: Path, config: Config, profile: Profile, choice: Choice) -> list[str]:
+    """The text of every submission as sbatch would get it, and what it would cost; changes nothing.
+
+    Raises:
+        PlanError: if it could not be submitted.
+    """
+    run = ImaginedRun(root, config)
+    try:
+        found, note = look(run), ""
+    except SchedulerError as error:
+        found, note = Survey({}, {}, frozenset()), f"without a look at the queue ({error})"
+    submissions = plan(run, profile, found, choice.only, choice.retry_failed)
+    lines = []
+    for name, text in texts(run, profile, submissions, found):
+        lines += [f"{'─' * 30} {name}", text]
+    return [*lines, "─" * 30, *summary(run, profile, submissions, found), *([note] if note else [])]
+
+
+def summary(run: Run, profile: Profile, submissions: Sequence[Submission], found: Survey) -> list[str]:
+    """Counts, hours, disk, in words."""
+    elements = [element for submission in submissions for element in submission.elements]
+    total = len(run.elements())
+    finished = sum(element.finished for element in run.elements())
+    jobs = sum(len(submission.tasks) for submission in submissions)
+    lines = [
+        f"{len(submissions)} calls of sbatch, {jobs} jobs, {len(elements)} of {total} elements "
+        f"({finished} finished, {len(found.active)} in the queue)"
+    ]
+    expected = costs(run, profile, elements)
+    for cost in expected:
+        basis = "measured in this run" if cost.is_measured else "estimated"
+        most = "at most " if cost.role == "teacher" and not cost.is_measured else ""
+        lines.append(
+            f"  {cost.role:<11} {cost.count} x {cost.cores} core(s), {most}{clock(cost.seconds)} each ({basis}; "
+            f"limit {clock(60 * cost.minutes_limit)}, then requeued)"
+        )
+    size, files = disk(run.config)
+    lines.append(
+        f"  about {sum(cost.core_hours for cost in expected):.3g} core-hours, "
+        f"{clock(3600 * wall_hours(expected, profile))} from end to end if nothing has to wait, "
+        f"{gigabytes(size)} in {files} files for the whole run"
+    )
+    return lines
+
+
+def submit_chain(run: Run, profile: Profile, choice: Choice) -> None:
+    """Submit what is missing and tell how to follow it.
+
+    Raises:
+        PlanError: if it cannot be submitted.
+        SchedulerError: if Slurm cannot be asked, or refuses.
+    """
+    found = survey(run, profile)
+    for name, who in found.held.items():
+        tell(f"{name} is left alone: {who} is at work on it")
+    submissions = plan(run, profile, found, choice.only, choice.retry_failed)
+    if not submissions:
+        tell(f"{run.root}: nothing to submit ({len(found.active)} elements in the queue)")
+    else:
+        numbers = dict(submit(run, profile, submissions, found))
+        for submission in submissions:
+            tell(_submitted_line(submission, numbers[submission.name]))
+        print("\n".join(summary(run, profile, submissions, found)))
+    if found.active or submissions:
+        print(f"follow it:  python -m jobs.status {run.root} --watch")
+        print("end it:     the same command with --cancel; without, it goes on where it stopped")
+
+
+def _submitted_line(submission: Submission, number: str) -> str:
+    count = len(submission.elements)
+    what = submission.elements[0].name if count == 1 else f"{count} elements of role {submission.role}"
+    waits = f", after {len(submission.needs)} others" if submission.needs else ""
+    return f"submitted job {number} ({submission.name}): {what}{waits}"
+
+
+def cancel_chain(run: Run, profile: Profile, choice: Choice) -> None:
+    """Cancel the run's jobs and tell which.
+
+    Raises:
+        SchedulerError: if Slurm cannot be asked.
+    """
+    entries = ledger(run)
+    names = cancel(run, profile, choice.only)
+    for name in names:
+        tell(f"cancelled {name} (job {entries[name][-1].job})" if name in entries else f"cancelled {name}")
+    tell("running jobs save before they end; nothing is lost" if names else f"{run.root} has no jobs in the queue")
