@@ -7,6 +7,7 @@ of `mj_rnePostConstraint` whose results nobody reads.
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import mujoco
@@ -28,12 +29,22 @@ _ACTION_LOW = np.full(3, -1.0, dtype=np.float32)
 _ACTION_HIGH = np.full(3, 1.0, dtype=np.float32)
 
 
-class FastData(mujoco.MjData):  # type: ignore[misc]
-    """MjData that looks each name up once. The views are live, so keeping them is as good as asking again."""
+class _Views(dict[tuple[str, str], Any]):
+    """Named views of a simulation's data; a dictionary that can be referred to weakly."""
 
-    def __init__(self, model: mujoco.MjModel) -> None:
+    __slots__ = ("__weakref__",)
+
+
+class FastData(mujoco.MjData):  # type: ignore[misc]
+    """MjData that looks each name up once. The views are live, so keeping them is as good as asking again.
+
+    A view keeps its data alive through C++, where the garbage collector does not see it: were the views kept
+    in here, no simulation would ever be freed. So the environment keeps them.
+    """
+
+    def __init__(self, model: mujoco.MjModel, views: _Views) -> None:
         super().__init__(model)
-        self._views: dict[tuple[str, str], Any] = {}
+        self._views = weakref.ref(views)
 
     def body(self, name: Any) -> Any:
         """View of a body by name or id."""
@@ -52,10 +63,13 @@ class FastData(mujoco.MjData):  # type: ignore[misc]
         return self._view("joint", name)
 
     def _view(self, kind: str, name: Any) -> Any:
+        views = self._views()
+        if views is None:
+            return getattr(super(), kind)(name)
         try:
-            return self._views[kind, name]
+            return views[kind, name]
         except KeyError:
-            view = self._views[kind, name] = getattr(super(), kind)(name)
+            view = views[kind, name] = getattr(super(), kind)(name)
             return view
 
 
@@ -95,9 +109,11 @@ class FastSawyer(SawyerXYZEnv):
     def _initialize_simulation(self) -> tuple[mujoco.MjModel, FastData]:
         shared = self._shared = shared_model(self.fullpath)
         self._goal_fields = shared.pristine
-        shared.take(self, self._goal_fields)
+        self._token = object()
+        shared.take(self._token, self._goal_fields)
         grow_framebuffer(shared.model, self.width, self.height)
-        data = FastData(shared.model)
+        self._views = _Views()
+        data = FastData(shared.model, self._views)
         self._hand_xpos = data.body("hand").xpos
         self._right_claw_xpos = data.body("rightclaw").xpos
         self._left_claw_xpos = data.body("leftclaw").xpos
@@ -114,8 +130,8 @@ class FastSawyer(SawyerXYZEnv):
 
     def take_model(self) -> None:
         """Put this environment's goal into the shared model; needed before looking at `model` from outside."""
-        if self._shared.owner is not self:
-            self._shared.take(self, self._goal_fields)
+        if self._shared.owner is not self._token:
+            self._shared.take(self._token, self._goal_fields)
 
     # Named look-ups -----------------------------------------------------------------------------------------
 
@@ -253,8 +269,8 @@ class FastSawyer(SawyerXYZEnv):
         assert len(action) == 4, f"Actions should be size 4, got {len(action)}"
         if self.curr_path_length >= self.max_path_length:
             raise ValueError("You must reset the env manually once truncate==True")
-        if self._shared.owner is not self:
-            self._shared.take(self, self._goal_fields)
+        if self._shared.owner is not self._token:
+            self._shared.take(self._token, self._goal_fields)
         mocap = self._mocap_xpos
         delta = clip_ufunc(action[:3], _ACTION_LOW, _ACTION_HIGH) * self.action_scale
         clip_ufunc(mocap + delta, self.mocap_low, self.mocap_high, mocap)
@@ -309,14 +325,14 @@ class FastSawyer(SawyerXYZEnv):
             state = ResetState(self, self._shared.fields(), obs)
             RESET_CACHE.put(key, state)
         self._goal_fields = state.goal_fields
-        self._shared.take(self, state.goal_fields)
+        self._shared.take(self._token, state.goal_fields)
         return state.restore(self), {}
 
     def _start_afresh(self) -> None:
         """Put everything that a reset may read back to what the constructor left."""
         assert self._pristine_attributes is not None
         self._pristine_attributes.restore(self)
-        self._shared.take(self, self._shared.pristine)
+        self._shared.take(self._token, self._shared.pristine)
         mujoco.mj_resetData(self.model, self.data)
         mujoco.mj_forward(self.model, self.data)
 

@@ -1,5 +1,6 @@
 """The accelerated classes against the installed Meta-World, bit for bit, for all fifty tasks."""
 
+import gc
 import sys
 import types
 import warnings
@@ -11,6 +12,7 @@ from metaworld.utils import reward_utils
 
 from cpd.envs import accelerated, fast_math
 from cpd.envs.accelerated import UnverifiedError, accelerated_class, check_installation
+from cpd.envs.fast_sawyer import FastData
 from cpd.envs.goals import goal_set
 from cpd.envs.registry import GOAL_FIELDS, build_stock, task_class
 from cpd.envs.reset_cache import RESET_CACHE
@@ -138,6 +140,20 @@ def test_live_views_stay_live_when_restored():
         env.reset()
         assert np.shares_memory(env.init_left_pad, env.data.xpos)
         assert np.shares_memory(env._target_pos, env.data.site_xpos)
+
+
+def test_forgotten_environments_are_freed():
+    def count():
+        gc.collect()
+        return sum(isinstance(thing, FastData) for thing in gc.get_objects())
+
+    goal, before = goal_set("reach-v3", "training")[0], count()
+    env = TaskEnv("reach-v3")
+    env.reset(goal)
+    env.step(np.zeros(4))
+    assert count() == before + 1
+    del env
+    assert count() == before
 
 
 def test_environments_of_a_task_do_not_see_each_other():
