@@ -1,0 +1,93 @@
+"""What the ranks of tests/mpi/test_distill_mpi.py run: `python distill_ranks.py train|run ...` under mpiexec."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "distill"))
+from synthetic import stage_data
+
+from cpd.comm import Comm, connect
+from cpd.config import Config
+from cpd.distill.element import run_student
+from cpd.distill.trainer import Trainer
+from cpd.interrupt import Interrupt, InterruptedBySignal
+from cpd.runs import Run
+from cpd.strict_load import load
+
+TABLES = {
+    "name": "ranks",
+    "stream": {"tasks": ["drawer-close-v3", "handle-press-side-v3", "window-close-v3"]},
+    "student": {"width": 16, "expert_width": 32, "opening_steps": 30},
+    "rollouts": {"num_steps": 280},
+    "memory": {"share": 0.2},
+    # A batch that two and three ranks do not share evenly, and a norm that clips most steps.
+    "distill": {
+        "steps_per_stage": 80,
+        "batch_size": 33,
+        "lr_warmup_steps": 10,
+        "max_grad_norm": 10.0,
+        "load_balance_coef": 0.1,
+        "router_z_coef": 0.01,
+        "precision": "float64",
+    },
+    "evaluation": {"curve_points": 0},
+}
+
+
+def train(comm: Comm) -> dict[str, np.ndarray]:
+    """240 steps over three stages with growth, replay, load balance, z-loss and clipping."""
+    torch.set_num_threads(1)
+    trainer = Trainer(load(Config, TABLES, "ranks"), 1, comm, torch.device("cpu"))
+    losses, norms = [], []
+    for stage in range(3):
+        data = stage_data(stage)
+        trainer.begin_stage(data)
+        for _ in range(80):
+            report = trainer.train_step(report=True)
+            losses.append(report.loss)
+            norms.append(report.grad_norm)
+        trainer.end_stage(data)
+    return {
+        "values": trainer.flat.values.numpy(),
+        "losses": np.array(losses),
+        "norms": np.array(norms),
+        "memory": trainer.memory.segments.first_step,
+    }
+
+
+class AskedAfter(Interrupt):
+    """Asked to stop when looked at for the `count`-th time."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self._count = count
+
+    @property
+    def requested(self) -> bool:
+        self._count -= 1
+        return self._count < 0
+
+
+def main() -> int:
+    comm = connect()
+    if sys.argv[1] == "train":
+        found = train(comm)
+        np.savez(f"{sys.argv[2]}-{comm.rank}.npz", **found)
+        return 0
+    run = Run(Path(sys.argv[2]))
+    # Only the last rank is asked, as when a signal reaches one process.
+    interrupt = AskedAfter(int(sys.argv[3])) if comm.rank == comm.size - 1 else Interrupt()
+    try:
+        run_student(run, run.students()[0], comm, interrupt=interrupt, tell=lambda line: None)
+    except InterruptedBySignal:
+        return 75
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,98 @@
+"""Distillation on real MPI ranks: the number of ranks changes nothing but rounding."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.numpy
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parent / "distill")]
+import distill_ranks
+from synthetic import write_teachers
+
+from cpd.comm import SerialComm
+from cpd.distill.element import run_student
+from cpd.interrupt import Interrupt
+
+SCRIPT = str(HERE / "distill_ranks.py")
+#: Tables of a run without environments: stages of 40 steps in float64, looked at after every step.
+QUICK = {
+    "stream": {"horizon": 60},
+    "distill": {"precision": "float64", "batch_size": 16},
+    "evaluation": {"curve_points": 0},
+    "logging": {"checkpoint_every": 7},
+}
+
+
+@pytest.fixture
+def make_student_run(make_run):
+    def make(name: str):
+        run = make_run(name, **QUICK)
+        write_teachers(run, run.students()[0])
+        return run
+
+    return make
+
+
+def final_weights(run) -> dict[str, np.ndarray]:
+    return safetensors.numpy.load_file(run.students()[0].stage_policy(1))
+
+
+def succeed(result) -> None:
+    assert result.returncode == 0, result.stderr
+
+
+def test_two_ranks_train_the_student_that_one_trains(mpi, tmp_path):
+    alone = distill_ranks.train(SerialComm())
+    assert 0.2 < (alone["norms"] > 10.0).mean() < 1.0, "clipping should be on in part of the steps"
+    succeed(mpi(2, SCRIPT, "train", str(tmp_path / "out"), CPD_RANKS="2"))
+    first, second = (np.load(tmp_path / f"out-{rank}.npz") for rank in range(2))
+    np.testing.assert_array_equal(first["values"], second["values"])
+    assert len(alone["losses"]) == 240
+    np.testing.assert_allclose(first["losses"], alone["losses"], rtol=1e-8)
+    scale = np.abs(alone["values"]).mean()
+    np.testing.assert_allclose(first["values"], alone["values"], rtol=1e-8, atol=1e-8 * scale)
+    np.testing.assert_array_equal(first["memory"], alone["memory"])
+
+
+def test_stops_together_and_goes_on_with_another_number_of_ranks(mpi, make_student_run):
+    straight = make_student_run("straight")
+    run_student(
+        straight, straight.students()[0], SerialComm(), interrupt=Interrupt(), tell=lambda line: None
+    )
+    run = make_student_run("changing")
+    for ranks, count, code in ((2, 11, 75), (1, 20, 75), (2, 10**6, 0)):
+        result = mpi(ranks, SCRIPT, "run", str(run.root), str(count), CPD_RANKS=str(ranks))
+        assert result.returncode == code, result.stderr
+        element = run.students()[0]
+        assert element.complete.exists() == (code == 0)
+        assert json.loads(element.status.read_text())["state"] == ("done" if code == 0 else "stopped")
+    wanted, found = final_weights(straight), final_weights(run)
+    assert wanted.keys() == found.keys()
+    for name, value in wanted.items():
+        np.testing.assert_allclose(found[name], value, rtol=1e-8, atol=1e-9, err_msg=name)
+    steps = [line["step"] for line in map(json.loads, run.students()[0].metrics.open()) if "step" in line]
+    assert steps == [1, 5, 10, 15, 20, 25, 30, 35, 40] * 2
+
+
+def test_a_failure_on_one_rank_ends_all_of_them(mpi, make_student_run):
+    run = make_student_run("broken")
+    shards = run.teacher_of("window-close-v3", 1).shards
+    (shards / "shard-00000.h5").write_bytes(b"damaged")
+    result = mpi(2, "-m", "jobs.distill", str(run.root), CPD_RANKS="2", timeout=60)
+    assert result.returncode != 0
+    assert "shard-00000.h5" in result.stderr
+    assert not run.students()[0].complete.exists()
+
+
+def test_ranks_that_were_not_started_are_missed(mpi, make_student_run):
+    run = make_student_run("short")
+    result = mpi(2, "-m", "jobs.distill", str(run.root), CPD_RANKS="3", timeout=60)
+    assert result.returncode != 0
+    assert "given 3 ranks" in result.stderr and "connects 2" in result.stderr
+    assert not (run.students()[0].path / "checkpoints").exists()
