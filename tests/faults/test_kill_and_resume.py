@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -152,8 +153,6 @@ def test_a_finished_run_is_left_alone(undisturbed: Run) -> None:
 def test_a_failing_element_is_named_with_its_log_and_blocks_only_what_needs_it(
     undisturbed: Run, tmp_path: Path
 ) -> None:
-    import shutil
-
     root = tmp_path / "run"
     shutil.copytree(undisturbed.root, root)
     run = Run(root)
@@ -169,5 +168,5 @@ def test_a_failing_element_is_named_with_its_log_and_blocks_only_what_needs_it(
     output, _ = process.communicate(timeout=TIMEOUT)
     assert process.returncode == 1
     assert f"FAILED {student.name}" in output
-    assert shard.name in output and "whole log: " in output
+    assert shard.name in output and "whole log: " in output, output
     assert not student.finished and not evaluation.finished
