@@ -41,6 +41,10 @@ def paper_style() -> Iterator[None]:
 
 def save(figure: Figure, stem: Path, caption: str) -> list[Path]:
     """Write `stem`.pdf, .png and the caption as .txt, without dates, so that equal data give equal bytes."""
+    engine = figure.get_layout_engine()
+    if engine is not None:  # once for both formats, which then agree
+        engine.execute(figure)
+        figure.set_layout_engine("none")
     written = []
     for suffix, metadata in (
         (".pdf", {"CreationDate": None, "Title": stem.name, "Subject": caption}),

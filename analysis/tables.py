@@ -236,11 +236,13 @@ def _write_csv(folder: Path, table: Table, labels: dict[str, str]) -> Path:
 
 def _write_tex(folder: Path, table: Table, notes: str) -> Path:
     body = "\n".join("    " + " & ".join(map(_tex, row)) + r" \\" for row in table.tex_rows)
+    # More columns than a column of text has room for: span the page.
+    environment = "table*" if len(table.tex_columns) > 6 else "table"
     header = " & ".join(map(_tex, table.tex_columns))
     text = "\n".join(
         [
             r"% needs \usepackage{booktabs}",
-            r"\begin{table}",
+            rf"\begin{{{environment}}}",
             r"  \centering\small",
             rf"  \caption{{{_escape(table.caption)}}}",
             rf"  \begin{{tabular}}{{l{'r' * (len(table.tex_columns) - 1)}}}",
@@ -252,7 +254,7 @@ def _write_tex(folder: Path, table: Table, notes: str) -> Path:
             r"  \end{tabular}",
             "",
             rf"  \footnotesize {_escape(notes)}",
-            r"\end{table}",
+            rf"\end{{{environment}}}",
             "",
         ]
     )

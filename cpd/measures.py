@@ -134,7 +134,8 @@ def measure_student(tables: Tables, method: str, seed: int) -> Student:
     successes, episodes = np.array([teachers.get(task, (0, 0)) for task in matrix.tasks], float).T
     with np.errstate(invalid="ignore"):
         teacher_rates = successes / episodes
-    final = metrics.final_stage(matrix.rates, matrix.stream, admitted)
+    expected = np.array([states.get(task) != "rejected" for task in matrix.tasks])
+    final = metrics.final_stage(matrix.rates, matrix.stream, expected)
     row = matrix.rates[final + 1] if final is not None else np.full(len(matrix.tasks), np.nan)
     lost = metrics.forgetting(
         matrix.rates, matrix.stream, admitted, len(matrix.stream) - 1 if final is None else final
@@ -177,6 +178,15 @@ def measure_student(tables: Tables, method: str, seed: int) -> Student:
         ),
     )
     return Student(method, seed, matrix, successes, episodes, admitted, measures)
+
+
+def rate_before(matrix: SuccessMatrix, stage: int) -> float | None:
+    """Success on a stage's own task just before that stage, None if not measured.
+
+    Skipped stages have no row of their own; the row before them still holds.
+    """
+    measured = [k for k in range(stage + 1) if matrix.episodes[k].any()]
+    return _number(matrix.rates[measured[-1], matrix.tasks.index(matrix.stream[stage])]) if measured else None
 
 
 def _cell(matrix: SuccessMatrix, stage: int | None, column: int) -> Rate | None:
@@ -247,7 +257,7 @@ def _areas(tables: Tables, matrix: SuccessMatrix, method: str, seed: int) -> Ite
         if not points or points[-1][0] < length:
             yield None
             continue
-        start = matrix.rates[stage, matrix.tasks.index(task)]
-        if points[0][0] > 0 and not np.isnan(start):
-            points.insert(0, (0, float(start)))
+        start = rate_before(matrix, stage)
+        if points[0][0] > 0 and start is not None:
+            points.insert(0, (0, start))
         yield metrics.area_under_curve([p[0] for p in points], [p[1] for p in points], length)

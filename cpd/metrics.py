@@ -91,13 +91,18 @@ def own_stages(stream: Sequence[str]) -> NDArray[np.int64]:
     return np.array([max(k for k, name in enumerate(stream) if name == task) for task in tasks], np.int64)
 
 
-def final_stage(rates: Floats, stream: Sequence[str], admitted: Bools) -> int | None:
+def final_stage(rates: Floats, stream: Sequence[str], expected: Bools) -> int | None:
     """The stage whose row is the final one, or None if the stream has not been evaluated to its end.
 
     It is K-1; where the stages at the end were skipped for want of a teacher, the policy has not changed since
     the last distilled stage, whose row may stand for K-1.
+
+    Args:
+        rates: (K+1, J) success matrix.
+        stream: the task of every stage.
+        expected: (J,) whether a task's stages are to be distilled, that is, its teacher was not rejected.
     """
-    last = max(own_stages(stream)[admitted], default=-1)
+    last = max(own_stages(stream)[expected], default=-1)
     measured = [k for k in range(last, len(stream)) if k >= 0 and not np.isnan(rates[k + 1]).all()]
     return max(measured, default=None)
 

@@ -80,7 +80,7 @@ def _method(students: Sequence[Student]) -> MethodMeasures:
     aggregates: dict[str, dict[str, Aggregate]] = {name: {} for name in scores}
     worst_tasks = {}
     for name, rows in scores.items():
-        table = np.array(rows).reshape(len(rows), -1)
+        table = np.array(rows).reshape(len(rows), len(students[0].matrix.tasks))
         # Teachers of other seeds may admit other tasks: count those that every seed has.
         columns = np.flatnonzero(~np.isnan(table).any(axis=0))
         if len(finished) and len(columns):

@@ -95,6 +95,7 @@ def _write_student(run: Run, position: int, rates: np.ndarray, final: int, label
         start, end = rates[stage, tasks.index(task)], rates[stage + 1, tasks.index(task)]
         if np.isnan(end):
             continue
+        start = 0.0 if np.isnan(start) else start
         for point in range(1, 11):
             successes = round(10 * (start + (end - start) * min(1.0, point / 6)))
             counts = {"episodes": 10, "successes": successes}

@@ -15,7 +15,10 @@ LAYERS = [
     ["cpd.tasks", "cpd.strict_load", "cpd.config", "cpd.files", "cpd.seeding", "cpd.runs", "cpd.lease"],
     ["cpd.interrupt", "cpd.provenance", "cpd.tables", "cpd.record", "cpd.comm", "cpd.ledger", "cpd.profile"],
     ["cpd.session", "cpd.submission", "cpd.checkpoint", "cpd.metrics"],
-    ["cpd.envs", "cpd.shards", "cpd.student", "cpd.memory", "cpd.local_queue", "cpd.slurm", "cpd.results"],
+    [
+        *("cpd.envs", "cpd.shards", "cpd.student", "cpd.memory", "cpd.local_queue", "cpd.slurm"),
+        *("cpd.results", "cpd.result_tables", "cpd.measures", "cpd.summary"),
+    ],
     ["cpd.teachers", "cpd.distill", "cpd.evaluate"],
     ["jobs", "analysis"],
 ]

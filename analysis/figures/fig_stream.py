@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from analysis.load import Dataset, short
 from analysis.style import ACCENT, COLUMN_INCHES, PAGE_INCHES, SECOND_ACCENT, method_colour
-from cpd.measures import Student
+from cpd.measures import Student, rate_before
 
 Line = dict[float, list[float]]
 """Position in the stream, in stages, to the values of all seeds there."""
@@ -75,9 +75,9 @@ def _current_task(axes: Axes, data: Dataset, students: list[Student]) -> None:
         for student in (s for s in students if s.admitted[column]):
             key = (student.method, student.seed, stage, task)
             points = [r for r in data.curves if (r.method, r.seed, r.stage, r.task) == key]
-            start = student.matrix.rates[stage, column]
-            if points and points[0].step > 0 and not np.isnan(start):
-                line[stage].append(float(start))
+            start = rate_before(student.matrix, stage)
+            if points and points[0].step > 0 and start is not None:
+                line[stage].append(start)
             for row in points:
                 line[stage + row.step / data.steps_per_stage].append(row.successes / row.episodes)
         if line:

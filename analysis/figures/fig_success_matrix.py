@@ -84,7 +84,8 @@ def _heat(axes: Axes, rates: Floats, text_size: float) -> None:
     for (row, column), value in np.ndenumerate(rates):
         if not np.isnan(value):
             colour = "white" if value > 0.6 else "black"
-            axes.text(column, row, f"{100 * value:.0f}", ha="center", va="center", size=text_size, color=colour)
+            number = axes.text(column, row, f"{100 * value:.0f}", size=text_size, color=colour)
+            number.set(ha="center", va="center", in_layout=False)  # thousands of numbers would slow the layout
     axes.set_xticks(np.arange(rates.shape[1] + 1) - 0.5, minor=True)
     axes.set_yticks(np.arange(rates.shape[0] + 1) - 0.5, minor=True)
     axes.grid(which="minor", color="white", linewidth=0.5)

@@ -31,6 +31,7 @@ def draw(data: Dataset) -> Figure | None:
         _panel(axes, curves, data.gate, scale)
         rejected = any(curve.state == "rejected" for curve in curves)
         axes.set_title(short(task) + (" (rejected)" if rejected else ""), fontsize=title_size)
+    grid.flat[0].set_xlim(0, 1.03 * largest / scale)
     for axes in grid.flat[len(tasks) :]:
         axes.set_visible(False)
     # Panels above an empty place carry the axis of their column.

@@ -1,0 +1,229 @@
+"""Gathering of results, against measures computed by hand."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cpd.files import write_json
+from cpd.result_tables import read_tables
+from cpd.results import gather
+from cpd.runs import Run, RunError
+from cpd.summary import summarize
+from cpd.tables import EpisodeRow, EvaluationRow, read_rows
+from tests.synthetic_run import write_run
+
+STREAM = ("drawer-close-v3", "handle-press-side-v3", "window-close-v3")
+RATES = np.array(
+    [
+        [0.1, 0.0, 0.0],
+        [0.9, 0.1, 0.0],
+        [0.7, 0.8, 0.2],
+        [0.5, 0.9, 0.96],
+    ]
+)
+TEACHERS = dict(zip(STREAM, (1.0, 0.9, 0.8), strict=True))
+
+
+def strip(report: dict) -> dict:
+    return {key: value for key, value in json.loads(json.dumps(report)).items() if key != "provenance"}
+
+
+def test_measures_by_hand(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", stream=STREAM, students={1: RATES}, teachers=TEACHERS)
+    report = gather(run)
+    (student,) = report["students"]
+    assert student["final_stage"] == 2
+    assert student["average_performance"]["value"] == pytest.approx((0.5 + 0.9 + 0.96) / 3)
+    assert student["forgetting"]["value"] == pytest.approx((0.4 - 0.1) / 2)
+    assert student["forgetting_over_all"] == pytest.approx(0.1)
+    assert student["forgetting_max_based"] == pytest.approx((0.4 - 0.1) / 2)
+    assert student["most_forgotten"] == "drawer-close-v3"
+    assert student["recovery"]["value"] == pytest.approx((0.5 + 1 + 1) / 3)
+    assert student["recovery_unclipped"] == pytest.approx((0.5 + 1 + 1.2) / 3)
+    assert student["recovery_ratio_of_means"] == pytest.approx(2.36 / 2.7)
+    assert student["least_recovered"] == "drawer-close-v3"
+    assert student["average_by_stage"] == pytest.approx([0.1 / 3, 1 / 3, 1.7 / 3, 2.36 / 3])
+    assert student["average_seen_by_stage"][1:] == pytest.approx([0.9, 0.75, 2.36 / 3])
+    task = student["tasks"][1]
+    assert task["own"]["successes"] == 40
+    assert task["own"]["episodes"] == 50
+    assert task["final_training"]["rate"] == pytest.approx(0.9)
+    assert task["before"] == {
+        "successes": 0,
+        "episodes": 10,
+        "rate": 0.0,
+        "low": 0.0,
+        "high": task["before"]["high"],
+    }
+    # From .1 before the first stage to .9, reached at six tenths of it, counted in tenths of episodes.
+    rises = [round(10 * (0.1 + 0.8 * min(1.0, point / 6))) / 10 for point in range(1, 11)]
+    expected = (0.1 / 2 + sum(rises[:-1]) + rises[-1] / 2) / 10
+    assert student["areas"][0] == pytest.approx(expected)
+    for measure in ("average_performance", "forgetting", "recovery"):
+        assert student[measure]["low"] <= student[measure]["value"] <= student[measure]["high"]
+        assert report["methods"][0][measure]["mean"]["estimate"] == pytest.approx(student[measure]["value"])
+        assert report["methods"][0][measure]["mean"]["low"] is None
+    assert report["missing"] == []
+
+
+def test_gathered_tables_hold_every_row_and_suffice_alone(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", stream=STREAM, students={1: RATES}, teachers=TEACHERS)
+    report = gather(run)
+    rows = read_rows(run.results / "evaluations.csv", EvaluationRow)
+    assert len(rows) == 3 + 4 * 3 + 3
+    episodes = read_rows(run.results / "episodes.csv", EpisodeRow)
+    assert len(episodes) == sum(row.episodes for row in rows)
+    assert sum(episode.success for episode in episodes) == sum(row.successes for row in rows)
+    assert report["labels"]["metaworld"] == "3.1.1"
+    assert "command" not in report["provenance"]
+
+    copy = tmp_path / "elsewhere"
+    shutil.copytree(run.results, copy)
+    shutil.rmtree(run.root)
+    kept = json.loads((copy / "metrics.json").read_text())
+    assert strip(kept) == strip(summarize(read_tables(copy)).to_json())
+
+
+def test_gathering_again_changes_nothing(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", stream=STREAM, students={1: RATES}, teachers=TEACHERS)
+    gather(run)
+    before = {path.name: path.read_bytes() for path in run.results.iterdir()}
+    gather(Run(run.root))
+    assert before == {path.name: path.read_bytes() for path in run.results.iterdir()}
+    names = "config.json evaluations.csv episodes.csv curves.csv teachers.csv teacher_curves.csv"
+    assert set(before) == {*names.split(), "distillation.csv", "timings.json", "metrics.json"}
+
+
+def test_a_rejected_teacher_is_named_and_counts_as_zero(tmp_path: Path) -> None:
+    rates = RATES.copy()
+    rates[2] = np.nan  # its stage is skipped, and leaves no policy to evaluate
+    rates[3] = [0.5, 0.2, 0.8]
+    teachers = {task: rate for task, rate in TEACHERS.items() if task != STREAM[1]}
+    report = gather(write_run(tmp_path / "run", stream=STREAM, students={1: rates}, teachers=teachers))
+    (student,) = report["students"]
+    assert student["without_teacher"] == (STREAM[1],)
+    assert student["average_performance"]["value"] == pytest.approx((0.5 + 0.0 + 0.8) / 3)
+    assert student["recovery"]["value"] == pytest.approx((0.5 + 1.0) / 2)
+    assert student["forgetting"]["value"] == pytest.approx(0.4)
+    assert student["tasks"][1]["own"] is None
+    assert student["tasks"][1]["final"]["rate"] == pytest.approx(0.2)
+    assert [line for line in report["missing"] if STREAM[1] in line and "gate" in line]
+    assert len(report["missing"]) == 1
+
+
+def test_a_last_stage_without_teacher_ends_the_stream_early(tmp_path: Path) -> None:
+    rates = RATES.copy()
+    rates[3] = np.nan
+    teachers = {task: rate for task, rate in TEACHERS.items() if task != STREAM[2]}
+    run = write_run(tmp_path / "run", stream=STREAM, students={1: rates}, teachers=teachers, last_stage=1)
+    (student,) = gather(run)["students"]
+    assert student["final_stage"] == 1
+    assert student["average_performance"]["value"] == pytest.approx((0.7 + 0.8) / 3)
+    assert student["forgetting"]["value"] == pytest.approx(0.2)
+
+
+def test_an_unfinished_run_says_what_is_missing(tmp_path: Path) -> None:
+    rates = RATES.copy()
+    rates[3] = np.nan
+    run = write_run(tmp_path / "run", stream=STREAM, students={1: rates, 2: RATES}, teachers=TEACHERS)
+    (run.teachers()[2].path / "COMPLETE").unlink()
+    write_json(run.teachers()[2].status, {"state": "running"})
+    report = gather(run)
+    unfinished, finished = report["students"]
+    assert unfinished["average_performance"]["value"] is None
+    assert unfinished["forgetting"]["value"] is None
+    assert unfinished["tasks"][0]["own"]["rate"] == pytest.approx(0.9)
+    assert unfinished["tasks"][0]["final"] is None
+    assert finished["average_performance"]["value"] is not None
+    assert report["methods"][0]["seeds"] == (2,)
+    assert report["methods"][0]["unfinished_seeds"] == (1,)
+    assert f"teacher {STREAM[2]} (seed 1) is not finished (running)" in report["missing"]
+
+
+def test_a_student_without_evaluation_is_missing(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", stream=STREAM, students={1: RATES, 2: RATES}, teachers=TEACHERS)
+    shutil.rmtree(run.evaluations()[1].path)
+    (run.evaluations()[0].path / "stage-01.csv").unlink()
+    missing = gather(run)["missing"]
+    assert "student moe (seed 2) has not been evaluated" in missing
+    assert "student moe (seed 1) has not been evaluated after stages 1" in missing
+
+
+def test_students_are_measured_against_their_own_teachers(tmp_path: Path) -> None:
+    run = write_run(
+        tmp_path / "run",
+        stream=STREAM,
+        students={3: RATES, 5: RATES, 7: RATES},
+        teachers=TEACHERS,
+        teacher_seeds=(11, 12),
+    )
+    for teacher in run.teachers():
+        if teacher.seed == 12:
+            teacher.complete.unlink()
+            teacher.rejected.touch()
+    students = gather(run)["students"]
+    assert [s["teacher_seed"] for s in students] == [11, 12, 11]
+    assert [len(s["without_teacher"]) for s in students] == [0, 3, 0]
+
+
+def test_five_seeds_get_an_interval_and_the_worst_task_a_name(tmp_path: Path) -> None:
+    students = {seed: np.clip(RATES - 0.02 * (seed % 3), 0, 1) for seed in range(1, 6)}
+    report = gather(write_run(tmp_path / "run", stream=STREAM, students=students, teachers=TEACHERS))
+    (method,) = report["methods"]
+    mean = method["average_performance"]["mean"]
+    assert mean["low"] < mean["estimate"] < mean["high"]
+    assert mean["estimate"] == pytest.approx(
+        np.mean([s["average_performance"]["value"] for s in report["students"]])
+    )
+    assert len(mean["per_seed"]) == 5
+    assert method["worst_tasks"] == {
+        "average_performance": STREAM[0],
+        "forgetting": STREAM[0],
+        "recovery": STREAM[0],
+    }
+
+
+def test_a_repeated_task_is_measured_after_its_last_stage(tmp_path: Path) -> None:
+    rates = np.array([[0.0, 0.0], [1.0, 0.0], [0.4, 0.9], [0.8, 0.5], [0.6, 0.7]])
+    stream = (*STREAM[:2], *STREAM[:2])
+    teachers = dict.fromkeys(STREAM[:2], 1.0)
+    (student,) = gather(write_run(tmp_path / "run", stream=stream, students={1: rates}, teachers=teachers))[
+        "students"
+    ]
+    first = student["tasks"][0]
+    assert tuple(first["stages"]) == (0, 2)
+    assert first["own"]["rate"] == pytest.approx(0.8)
+    assert student["forgetting"]["value"] == pytest.approx(0.2)
+
+
+def test_a_teacher_that_never_succeeds_is_left_out_of_recovery_by_name(tmp_path: Path) -> None:
+    teachers = {**TEACHERS, STREAM[0]: 0.0}
+    report = gather(write_run(tmp_path / "run", stream=STREAM, students={1: RATES}, teachers=teachers))
+    assert report["students"][0]["recovery"]["value"] == pytest.approx(1.0)
+    assert [line for line in report["missing"] if "never succeeds" in line and STREAM[0] in line]
+
+
+def test_a_run_without_elements_is_refused(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", stream=STREAM, students={1: RATES}, teachers=TEACHERS)
+    for part in ("teachers", "students"):
+        shutil.rmtree(run.root / part)
+    with pytest.raises(RunError, match="neither teachers nor students"):
+        gather(run)
+
+
+def test_gathering_needs_no_torch(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", stream=STREAM, students={1: RATES}, teachers=TEACHERS)
+    code = (
+        "import sys; from pathlib import Path; from cpd.results import gather; from cpd.runs import Run; "
+        f"gather(Run(Path({str(run.root)!r}))); "
+        "print([m for m in ('torch', 'mpi4py', 'mujoco', 'metaworld', 'matplotlib') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
