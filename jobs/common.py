@@ -122,7 +122,7 @@ def mpi_guard(comm: Comm) -> Iterator[None]:
         raise  # agreed by all ranks
     except BaseException:
         if comm.size > 1:
-            # Where all ranks meet the same error, rank 0, which keeps the record, is to tell it before all are ended.
+            # Where all ranks meet the same error, rank 0, which keeps the record, is to tell it first.
             time.sleep(5.0 if comm.rank else 0.0)
             print(f"rank {comm.rank} of {comm.size} failed:", file=sys.stderr)
             traceback.print_exc()
