@@ -136,9 +136,10 @@ class _Names:
     """Unique job names, `<run>-<role>-<digest of its folder>-<number>`."""
 
     def __init__(self, run: Run, taken: frozenset[str]) -> None:
-        self._start = f"{run.config.name}-{{}}-{hashlib.sha256(str(run.root.resolve()).encode()).hexdigest()[:6]}"
-        self._taken = taken | {entry.name for entries in ledger(run).values() for entry in entries}
-        numbers = [name.rpartition("-")[2] for name in self._taken]
+        digest = hashlib.sha256(str(run.root.resolve()).encode()).hexdigest()[:6]
+        self._start = f"{run.config.name}-{{}}-{digest}"
+        used = taken | {entry.name for entries in ledger(run).values() for entry in entries}
+        numbers = [name.rpartition("-")[2] for name in used if f"-{digest}-" in name]
         self._number = max((int(number) for number in numbers if number.isdigit()), default=0)
 
     def new(self, role: Role) -> str:

@@ -20,6 +20,7 @@ REMEDIES = {
     "FAILED": "ended with an error",
     "COMPLETED": "ended before the element was finished: launch again",
     "REVOKED": "moved to another cluster",
+    "GONE": "Slurm has forgotten its job: launch again",
 }
 #: Seconds after which a command that does not answer is given up.
 COMMAND_SECONDS = 30.0
@@ -93,7 +94,7 @@ def _parse_queue(line: str) -> JobState:
 def accounting(jobs: Iterable[str] = (), names: Iterable[str] = ()) -> dict[str, JobState]:
     """What the accounting remembers of the given jobs, by number or by name; nothing where a site has none."""
     jobs, names = list(jobs), list(names)
-    command = ["sacct", "-X", "-n", "-P", "-o", "JobID,JobName,State,NodeList"]
+    command = ["sacct", "-X", "-n", "-P", "-o", "JobID,JobIDRaw,JobName,State,NodeList"]
     # By default sacct tells of today only.
     command += ["-S", "now-90days", "-u", str(os.getuid())]
     if not (jobs or names) or shutil.which("sacct") is None:
@@ -107,6 +108,6 @@ def accounting(jobs: Iterable[str] = (), names: Iterable[str] = ()) -> dict[str,
 
 
 def _parse_accounting(line: str) -> JobState:
-    job, name, state, node = line.split("|", 3)
+    job, number, name, state, node = line.split("|", 4)
     # "CANCELLED by 1000"
-    return JobState(job, name, state.split()[0], "" if node == "None assigned" else node)
+    return JobState(job, name, state.split()[0], "" if node == "None assigned" else node, number=number)

@@ -15,8 +15,10 @@ from pathlib import Path
 from cpd.comm import Comm, connect
 from cpd.interrupt import EXIT_INTERRUPTED, Interrupt, InterruptedBySignal
 from cpd.lease import LeaseHeldError
+from cpd.record import read_status
 from cpd.runs import Element, Role, Run
-from cpd.slurm_job import decline, describe_unfinished, hand_back, unfinished_dependencies
+from cpd.session import mark
+from cpd.slurm_job import decline, describe_unfinished, hand_back, is_first_rank, unfinished_dependencies
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2
@@ -102,8 +104,10 @@ def element_main(
     except LeaseHeldError as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return EXIT_FAILED
-    except Exception:
+    except Exception as error:
         traceback.print_exc()
+        if is_first_rank() and read_status(element.status).state == "queued":
+            mark(element, "failed", f"{type(error).__name__}: {error}")  # it failed before its session began
         return EXIT_FAILED
     return 0
 

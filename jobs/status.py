@@ -14,17 +14,22 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from cpd.lease import current_holder
+from cpd.lease import Holder, current_holder
 from cpd.ledger import ledger
 from cpd.record import StatusRecord, clock, number, read_status
 from cpd.runs import Element, Run
+from cpd.slurm_states import JobState
+from cpd.slurm_view import QueueView
 from jobs.common import EXIT_USAGE, parser_with_examples
 
 #: Columns from which a terminal shows everything.
 WIDE = 112
+#: Looks at a run of which nothing is in the queue any more, after which watching it ends.
+IDLE_LOOKS = 5
 STYLES = {
     "waiting": "dim",
     "queued": "cyan",
+    "starting": "yellow",
     "running": "yellow",
     "done": "green",
     "rejected": "magenta",
@@ -53,13 +58,22 @@ class ElementStatus:
     seconds: float
     message: str
     log: str
+    job: str = ""
+    """Slurm only: the last job's number, `12` or `12_3`."""
+    queue: str = ""
+    """Slurm only: what the queue says of it, e.g. `PENDING (Dependency)`."""
+    node: str = ""
+    """Slurm only: where it runs."""
 
 
-def element_status(element: Element, log: str) -> ElementStatus:
-    """What the element's markers, lease and status.json say, in this order of trust."""
+def element_status(element: Element, log: str, job: JobState | None = None) -> ElementStatus:
+    """What the element's markers, its Slurm job if any, its lease and status.json say, in this order of trust."""
     record = read_status(element.status)
     holder, attempts = current_holder(element.path / "attempts")
-    state = _state(element, record, holder is not None)
+    state = _state(element, record, holder, job)
+    message = record.message
+    if job and state == "killed":
+        message = f"{job.remedy}{f' (was on {job.node})' if job.node else ''}"
     return ElementStatus(
         element=element.name,
         role=element.role,
@@ -74,28 +88,40 @@ def element_status(element: Element, log: str) -> ElementStatus:
         loss=record.loss,
         attempts=attempts,
         seconds=sum(record.seconds.values()),
-        message=record.message,
+        message=message,
         log=log,
+        job=job.job if job else "",
+        queue=f"{job.state}{f' ({job.reason})' if job.reason else ''}" if job else "",
+        node=job.node if job else "",
     )
 
 
-def _state(element: Element, record: StatusRecord, is_held: bool) -> str:
+def _state(element: Element, record: StatusRecord, holder: Holder | None, job: JobState | None) -> str:
     if element.rejected.exists():
         return "rejected"
     if element.complete.exists():
         return "done"
-    if is_held:
+    if job and job.is_active and job.state not in ("RUNNING", "COMPLETING"):
+        return "queued"
+    if job and not job.is_active and holder and holder.job == job.number != "":
+        holder = None  # its heartbeat is still fresh, but Slurm has ended it
+    if holder:
         return "running"
-    # Somebody was at work and neither finished nor said good-bye.
-    return "killed" if record.state == "running" else record.state
+    if job and job.is_active:
+        return "starting" if job.state == "RUNNING" else record.state
+    # Somebody was at work, or was to be, and neither finished nor said good-bye.
+    return "killed" if record.state == "running" or (job and record.state == "queued") else record.state
 
 
-def run_status(run: Run) -> list[ElementStatus]:
-    """All rows, in the run's order."""
-    entries = ledger(run)
+def run_status(run: Run, view: QueueView | None = None) -> list[ElementStatus]:
+    """All rows, in the run's order; a `view` that is kept spares Slurm some questions."""
+    last = {name: entries[-1] for name, entries in ledger(run).items()}
+    elements = run.elements()
+    unfinished = {e.name: last[e.name] for e in elements if e.name in last and not e.finished}
+    jobs = (view or QueueView()).states(unfinished)
     return [
-        element_status(element, entries[element.name][-1].log if element.name in entries else "")
-        for element in run.elements()
+        element_status(element, last[element.name].log if element.name in last else "", jobs.get(element.name))
+        for element in elements
     ]
 
 
@@ -119,7 +145,7 @@ def status_table(run: Run, rows: Sequence[ElementStatus], width: int = 120) -> T
     if is_wide:
         table.add_column("log, or what happened", overflow="fold", style="dim")
     for row in rows:
-        is_active = row.state in ("running", "stopped", "killed", "failed")
+        is_active = row.state in ("running", "stopped", "killed", "failed") or (row.state == "queued" and row.done)
         state = row.phase if row.state == "running" and row.phase else row.state
         cells = [
             row.element,
@@ -129,10 +155,29 @@ def status_table(run: Run, rows: Sequence[ElementStatus], width: int = 120) -> T
             clock(row.eta_seconds) if row.eta_seconds is not None else "",
             f"{row.success:.2f}" if row.success is not None else "",
             clock(row.seconds) if row.seconds else "",
-            *([f"{row.log}  {row.message}".strip()] if is_wide else []),
+            *([_remark(row)] if is_wide else []),
         ]
         table.add_row(*cells)
     return table
+
+
+def _remark(row: ElementStatus) -> str:
+    """Where an element runs or waits, where its log is, and what happened to it."""
+    place = f"job {row.job} {row.node or row.queue}" if row.job else ""
+    return "  ".join(part for part in (place, row.log, row.message) if part)
+
+
+def failure_lines(run: Run, rows: Sequence[ElementStatus], num_lines: int = 6) -> list[str]:
+    """For every element that failed: its name, what happened, and the end of its log."""
+    lines = []
+    for row in rows:
+        if row.state in ("failed", "killed"):
+            lines.append(f"{row.state.upper()} {row.element}: {row.message or 'its job ended without a word'}")
+            log = run.root / row.log
+            if row.log and log.exists():
+                text = log.read_text(errors="replace").splitlines()
+                lines += [*(f"    {line}" for line in text[-num_lines:]), f"  its whole log: {log}"]
+    return lines
 
 
 def _progress(row: ElementStatus, bar_width: int) -> Text:
@@ -171,21 +216,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         console = Console()
         console.print(status_table(run, rows, console.width))
+        for line in failure_lines(run, rows):
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
     return 0
 
 
 def watch(run: Run) -> None:
-    """Redraw the table until every element is finished or the user has seen enough."""
-    console = Console()
+    """Redraw the table until every element is finished, no job is left in Slurm's queue, or the user stops it."""
+    console, view, idle = Console(), QueueView(), 0
     with Live(console=console, auto_refresh=False) as live:
         try:
             while True:
-                live.update(status_table(run, run_status(run), console.width), refresh=True)
-                if all(element.finished for element in run.elements()):
-                    return
+                rows = run_status(run, view)
+                live.update(status_table(run, rows, console.width), refresh=True)
+                # A while, since a job that was just submitted may not show at once.
+                waiting = any(row.state in ("queued", "starting", "running") for row in rows)
+                idle = idle + 1 if not waiting and any(row.job for row in rows) else 0
+                if all(element.finished for element in run.elements()) or idle > IDLE_LOOKS:
+                    break
                 time.sleep(1.0)
         except KeyboardInterrupt:
             return
+    for line in failure_lines(run, rows):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":
