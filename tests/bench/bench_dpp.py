@@ -1,0 +1,214 @@
+"""Seconds of DPP selection, beside naive and plain greedy selection, with and without pre-selection.
+
+    OMP_NUM_THREADS=1 python -m tests.bench.bench_dpp [--quick] [--observations PATH.npy] [--json PATH]
+
+Candidates are smooth synthetic trajectories of ten tasks, or the rows of PATH ([N, D], standardised by column).
+Methods are timed in turn, and of several repeats the fastest counts. Ratios travel, absolute figures do not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cpd.memory.dpp import greedy_map, preselect, sample_k_dpp, select
+from cpd.memory.dpp_kernel import Similarity, linear_similarity, median_bandwidth, rbf_similarity
+
+NUM_TASKS = 10
+EPISODE = 100
+PRESELECTED = 5_000
+
+
+def trajectories(num_steps: int, num_features: int, seed: int = 0) -> np.ndarray:
+    """Episodes that move smoothly between random points near their task's centre, with a little noise."""
+    rng = np.random.default_rng(seed)
+    num_episodes = -(-num_steps // EPISODE)
+    centres = rng.normal(size=(NUM_TASKS, num_features))
+    corners = rng.normal(size=(num_episodes, 4, num_features))
+    corners += 2 * centres[np.arange(num_episodes) * NUM_TASKS // num_episodes, None]
+    at = np.linspace(0, 2.999, EPISODE)
+    left, share = at.astype(int), (at % 1)[:, None]
+    paths = (1 - share) * corners[:, left] + share * corners[:, left + 1]
+    return (paths + 0.02 * rng.normal(size=paths.shape)).reshape(-1, num_features)[:num_steps]
+
+
+def naive_greedy(similarity: Similarity, quality: np.ndarray, num_items: int) -> list[int]:
+    """The whole kernel, and a determinant per candidate and step."""
+    kernel = similarity.matrix() * np.outer(quality, quality)
+    chosen: list[int] = []
+    for _ in range(num_items):
+        open_ = [i for i in range(len(kernel)) if i not in chosen]
+        sets = np.array([[*chosen, i] for i in open_])
+        chosen.append(open_[int(np.argmax(np.linalg.slogdet(kernel[sets[:, :, None], sets[:, None]])[1]))])
+    return chosen
+
+
+def plain_greedy(similarity: Similarity, quality: np.ndarray, num_items: int) -> list[int]:
+    """Chen, Zhang & Zhou (2018) as published: every candidate is brought up to date at every step."""
+    factor = np.empty((num_items, len(similarity)))
+    residual = similarity.diagonal.copy()
+    chosen: list[int] = []
+    for j in range(num_items):
+        item = int(np.argmax(quality**2 * residual))
+        chosen.append(item)
+        row = similarity.rows([item])[0] - factor[:j, item] @ factor[:j]
+        factor[j] = row / np.sqrt(residual[item])
+        residual -= factor[j] ** 2
+        residual[item] = 0
+    return chosen
+
+
+def best_seconds(
+    methods: dict[str, Callable[[], Any]], num_repeats: int
+) -> tuple[dict[str, float], dict[str, Any]]:
+    """The fastest of several runs of each method, interleaved, and what they returned."""
+    best, returned = dict.fromkeys(methods, float("inf")), {}
+    for _ in range(num_repeats):
+        for name, method in methods.items():
+            start = time.perf_counter()
+            returned[name] = method()
+            best[name] = min(best[name], time.perf_counter() - start)
+    return best, returned
+
+
+def qualities(num_candidates: int) -> np.ndarray:
+    return 2.0 ** np.random.default_rng(1).uniform(-1, 1, num_candidates)
+
+
+def bench_small(num_repeats: int) -> list[dict[str, float]]:
+    """Against naive greedy selection, where that is affordable."""
+    title = "greedy, small sets"
+    print(f"\n{title:24s}{'naive s':>10s}{'plain s':>10s}{'ours s':>10s}{'naive/ours':>12s}{'same':>6s}")
+    rows = []
+    for num_candidates, num_items in ((100, 10), (300, 20), (600, 30)):
+        features = trajectories(num_candidates, 39)
+        similarity = rbf_similarity(features, median_bandwidth(features, np.random.default_rng(0)))
+        arguments = similarity, qualities(num_candidates), num_items
+        seconds, chosen = best_seconds(
+            {
+                "naive": lambda a=arguments: naive_greedy(*a),
+                "plain": lambda a=arguments: plain_greedy(*a),
+                "ours": lambda a=arguments: greedy_map(*a).tolist(),
+            },
+            num_repeats,
+        )
+        same = chosen["naive"] == chosen["ours"]
+        print(
+            f"{f'{num_items} of {num_candidates}':24s}{seconds['naive']:10.4f}{seconds['plain']:10.4f}"
+            f"{seconds['ours']:10.4f}{seconds['naive'] / seconds['ours']:12.0f}{'yes' if same else 'NO':>6s}"
+        )
+        rows.append({"num_candidates": num_candidates, "num_items": num_items, "same": same, **seconds})
+    return rows
+
+
+def spread(features: np.ndarray, bandwidth: float, quality: np.ndarray, chosen: np.ndarray) -> dict[str, float]:
+    """log det(L_Y) per item, and how far the candidates are from the nearest chosen one, in bandwidths."""
+    similarity = rbf_similarity(features[chosen], bandwidth)
+    log_det = np.linalg.slogdet(similarity.matrix())[1] + 2 * np.log(quality[chosen]).sum()
+    some = features[:: max(1, len(features) // 2_000)]
+    squares = (some**2).sum(1)[:, None] + (features[chosen] ** 2).sum(1) - 2 * some @ features[chosen].T
+    nearest = np.sqrt(np.maximum(squares.min(axis=1), 0)) / bandwidth
+    return {
+        "log_det": float(log_det) / len(chosen),
+        "mean_distance": float(nearest.mean()),
+        "max_distance": float(nearest.max()),
+    }
+
+
+def bench_large(features: np.ndarray, num_items: int, num_repeats: int) -> dict[str, Any]:
+    """All candidates and a pre-selection of them, with bandwidth and kernel in the time."""
+    num_candidates, num_features = features.shape
+    quality = qualities(num_candidates)
+    bandwidth = median_bandwidth(features, np.random.default_rng(0))
+
+    def plain() -> np.ndarray:
+        similarity = rbf_similarity(features, median_bandwidth(features, np.random.default_rng(0)))
+        return np.array(plain_greedy(similarity, quality, num_items))
+
+    def ours(limit: int | None = None) -> np.ndarray:
+        return select(features, quality, num_items, np.random.default_rng(0), limit=limit)
+
+    few = f"ours, {PRESELECTED} pre-selected"
+    methods: dict[str, Callable[[], Any]] = {
+        "plain, all": plain,
+        "ours, all": ours,
+        few: lambda: ours(PRESELECTED),
+    }
+    seconds, chosen = best_seconds(methods, num_repeats)
+    chosen["uniform"] = preselect(num_candidates, num_items, np.random.default_rng(0))
+    title = f"{num_items} of {num_candidates}, D = {num_features}"
+    print(f"\n{title:28s}{'log det/k':>10s}{'mean dist':>10s}{'max dist':>10s}{'seconds':>9s}{'plain/it':>9s}")
+    rows: dict[str, Any] = {"num_candidates": num_candidates, "num_features": num_features, "num_items": num_items}
+    for name, items in chosen.items():
+        rows[name] = spread(features, bandwidth, quality, items)
+        print(f"{name:28s}{''.join(f'{value:10.3f}' for value in rows[name].values())}", end="")
+        if name in seconds:
+            rows[name]["seconds"] = seconds[name]
+            print(f"{seconds[name]:9.3f}{seconds['plain, all'] / seconds[name]:9.1f}", end="")
+        print()
+    same = bool((chosen["plain, all"] == chosen["ours, all"]).all())
+    print(f"plain and ours choose the same items in the same order: {'yes' if same else 'NO'}")
+    return {**rows, "same": same}
+
+
+def bench_sampling(sizes: list[tuple[str, int, int]], num_repeats: int) -> list[dict[str, Any]]:
+    """Exact k-DPP sampling, beside greedy selection from the same candidates."""
+    print(f"\n{'k-DPP, D = 39':24s}{'sample s':>10s}{'greedy s':>10s}{'ratio':>8s}")
+    rows = []
+    for kernel, num_candidates, num_items in sizes:
+        features = trajectories(num_candidates, 39)
+        rng = np.random.default_rng(0)
+        similarity = (
+            linear_similarity(features)
+            if kernel == "linear"
+            else rbf_similarity(features, median_bandwidth(features, rng))
+        )
+        arguments = similarity, qualities(num_candidates), num_items
+        seconds, _ = best_seconds(
+            {
+                "sample": lambda a=arguments: sample_k_dpp(*a, np.random.default_rng(0)),
+                "greedy": lambda a=arguments: greedy_map(*a),
+            },
+            num_repeats,
+        )
+        print(
+            f"{f'{kernel}, {num_items} of {num_candidates}':24s}{seconds['sample']:10.3f}{seconds['greedy']:10.3f}"
+            f"{seconds['sample'] / seconds['greedy']:8.1f}"
+        )
+        rows.append({"kernel": kernel, "num_candidates": num_candidates, "num_items": num_items, **seconds})
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="smaller sets and one repeat")
+    parser.add_argument("--observations", type=Path, help="[N, D] .npy to choose from, beside the synthetic ones")
+    parser.add_argument("--json", type=Path, help="write the raw figures here")
+    arguments = parser.parse_args()
+    num_steps, num_items, num_repeats = (10_000, 200, 1) if arguments.quick else (50_000, 500, 3)
+    sizes = [("rbf", 500, 50), ("rbf", 1_000, 100), ("linear", num_steps, 30)]
+    if not arguments.quick:
+        sizes[2:2] = [("rbf", 2_000, 200), ("rbf", 4_000, 400)]
+
+    results: dict[str, Any] = {"small": bench_small(num_repeats), "large": {}}
+    sources = {f"synthetic, D = {d}": trajectories(num_steps, d) for d in (39, 64)}
+    if arguments.observations:
+        observations = np.load(arguments.observations).astype(np.float64)
+        scale = np.maximum(observations.std(axis=0), 0.1)
+        sources[arguments.observations.name] = (observations - observations.mean(axis=0)) / scale
+    for name, features in sources.items():
+        print(f"\n{name}", end="")
+        results["large"][name] = bench_large(features, min(num_items, len(features) // 10), num_repeats)
+    results["sampling"] = bench_sampling(sizes, 1)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
