@@ -149,7 +149,7 @@ class RolloutConfig:
     noise_scales: tuple[NonNegativeFloat, ...] = (0.1, 0.3, 0.6)
     """Standard deviations of that noise, in turn."""
     noise_hold: Positive = 8
-    """In every second noisy episode a noise sample is held for this many steps."""
+    """Steps for which each noise sample is held, in every second turn through the scales."""
     steps_after_success: Count = 20
     """Steps kept after an episode's first success, at which it ends."""
     shard_steps: Positive = 50_000

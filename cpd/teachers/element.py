@@ -132,12 +132,12 @@ class _Work:
         clear_shards(self.element.shards)
 
     def evaluate(self, teacher: Teacher) -> None:
-        """Measure success on held-out and training goals, to the episodes' end."""
+        """Measure success on held-out goals, to the episodes' end, and on training goals, as with students."""
         config, element = self.config, self.element
         num_training = min(config.evaluation.num_episodes, config.teacher.num_training_goals)
         cells = [
             Cell(element.task, "held_out", config.evaluation.num_episodes, to_the_end=True),
-            Cell(element.task, "training", num_training, to_the_end=True),
+            Cell(element.task, "training", num_training),
         ]
         done = 0
         self.current.begin("evaluate", sum(cell.num_episodes for cell in cells), unit="episodes")

@@ -7,8 +7,8 @@ Departures from the textbook, each for a reason:
   cutting off what was still to come: the value of a success is that of the largest reward for ever after.
 - Means are unbounded and actions clipped by the environment; a penalty keeps means from drifting far beyond.
 
-Everything runs on the CPU: at these network sizes an update is bound by the overhead of small operations, which
-a GPU multiplies, and the simulator takes most of the time anyway.
+Everything runs on the CPU: the simulator takes most of an iteration, and at these network sizes an update is bound
+by the overhead of its many small operations, which a GPU does not lower.
 """
 
 from __future__ import annotations
