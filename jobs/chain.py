@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from analysis.summary import print_summary
 from cpd.config import Config
 from cpd.ledger import ledger
 from cpd.profile import Profile
@@ -101,6 +100,8 @@ def submit_chain(run: Run, profile: Profile, choice: Choice) -> None:
             tell(_submitted_line(submission, numbers[submission.name]))
         print("\n".join(summary(run, profile, submissions, found)))
     if all(element.finished for element in run.elements()):
+        from analysis.summary import print_summary
+
         print_summary(run.results)
     if found.active or submissions:
         print(f"follow it:  python -m jobs.status {run.root} --watch")
