@@ -105,6 +105,8 @@ class VectorEnv(abc.ABC):
         Raises:
             ValueError: a wrong shape, or an active slot's action that is not finite.
             SlotError: a step failed (for instance beyond 500 in an episode), or its worker died.
+
+        With workers, an exception other than ValueError (an interrupt, say) closes the environment.
         """
         arrays = self._arrays
         if actions.shape != (self.num_envs, ACTION_SIZE):
@@ -183,14 +185,19 @@ class _ProcessVectorEnv(VectorEnv):
             raise ValueError("this vector environment is closed")
         selected = self._arrays.selected
         busy = [i for i, slots in enumerate(self._slots) if selected[slots.start : slots.stop].any()]
-        for i in busy:
-            stream = self._workers[i].stdin
-            assert stream is not None
-            try:
-                os.write(stream.fileno(), order)
-            except BrokenPipeError:
-                self._fail(i, b"")
-        self._await(busy)
+        try:
+            for i in busy:
+                stream = self._workers[i].stdin
+                assert stream is not None
+                try:
+                    os.write(stream.fileno(), order)
+                except BrokenPipeError:
+                    self._fail(i, b"")
+            self._await(busy)
+        except BaseException:
+            # After an interrupt, answers that nobody read would be taken for those to later orders.
+            self.close()
+            raise
 
     def _await(self, workers: Sequence[int]) -> None:
         """Wait for one answer of each worker."""

@@ -50,8 +50,6 @@ def _serve(settings: dict[str, object], orders: int, answers: int) -> None:
 
         tasks, slots = settings["tasks"], settings["slots"]
         assert isinstance(tasks, list) and isinstance(slots, list)
-        with contextlib.suppress(OSError, AttributeError):
-            os.set_blocking(orders, True)
         memory = mmap.mmap(int(str(settings["memory"])), SlotArrays.size(len(tasks)))
         group = SlotGroup(tasks, slots, SlotArrays(len(tasks), memory), str(settings["reward_version"]))
         handlers = {STEP: group.step, RESET: group.reset}

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -160,6 +161,32 @@ def test_workers_leave_signals_to_their_parent():
                 os.kill(pid, signum)
         env.reset(range(2), goals_for(tasks, 0))
         env.step(np.zeros((2, 4), np.float32))
+
+
+def test_an_interrupted_step_closes_the_environment():
+    class Interrupted(Exception):
+        pass
+
+    def interrupt(*_):
+        raise Interrupted
+
+    tasks = ["reach-v3", "push-v3"]
+    with make_vector_env(tasks, 2) as env:
+        pids = worker_pids(env)
+        env.reset(range(2), goals_for(tasks, 0))
+        previous = signal.signal(signal.SIGALRM, interrupt)
+        os.kill(pids[0], signal.SIGSTOP)  # so that the interrupt finds the parent waiting
+        signal.setitimer(signal.ITIMER_REAL, 0.1)
+        threading.Timer(0.3, os.kill, (pids[0], signal.SIGCONT)).start()
+        try:
+            with pytest.raises(Interrupted):
+                env.step(np.zeros((2, 4), np.float32))
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, previous)
+        with pytest.raises(ValueError, match="closed"):
+            env.step(np.zeros((2, 4), np.float32))
+        assert wait_until_gone(pids)
 
 
 def test_a_forgotten_environment_ends_its_workers():
