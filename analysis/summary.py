@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -16,8 +15,8 @@ from cpd.measures import StudentMeasures
 from cpd.record import clock
 from cpd.summary import MethodMeasures
 
-PLAIN_WIDTH = 140
-"""Columns of plain text, wide enough that no line of a table is broken."""
+WIDTH = 140
+"""Columns that a table may take: where a terminal is narrower its lines wrap, and no number is cut short."""
 
 
 def print_summary(folder: Path, file: TextIO | None = None) -> None:
@@ -31,36 +30,37 @@ def print_summary(folder: Path, file: TextIO | None = None) -> None:
 
 def show(data: Dataset, file: TextIO | None = None) -> None:
     """Print the summary of a data set."""
-    console = Console(file=file, highlight=False, markup=False)
-    if not console.is_terminal:
-        console = Console(file=file, highlight=False, markup=False, width=PLAIN_WIDTH, no_color=True, emoji=False)
+    console = Console(file=file, width=WIDTH, highlight=False, markup=False, emoji=False)
     for method in data.methods:
         students = data.of_method(method.method)
         console.print(_title(data, method.method), style="bold", soft_wrap=True)
-        console.print(_task_table(data, method.method, console.is_terminal))
+        console.print(_task_table(data, method.method))
+        console.print()
         for line in _headlines(method, [s.measures for s in students]):
             console.print(line, soft_wrap=True)
         console.print()
     if data.timings:
         console.print("where the time went", style="bold")
-        console.print(_time_table(data.timings, console.is_terminal))
+        console.print(_time_table(data.timings))
         console.print()
     if data.students or data.teacher_rates:
-        console.print(conditions(data), style="dim", soft_wrap=not console.is_terminal)
+        console.print(conditions(data), style="dim", soft_wrap=True)
     for line in data.missing:
         console.print(f"note: {line}", style="yellow", soft_wrap=True)
 
 
-def _table(terminal: bool) -> Table:
-    return Table(box=box.SIMPLE_HEAD if terminal else None, pad_edge=False, header_style="bold")
-
-
-def _task_table(data: Dataset, method: str, terminal: bool) -> Table:
-    students = data.of_method(method)
-    table = _table(terminal)
-    table.add_column("task", no_wrap=True)
-    for name in ("teacher", "own stage", "final", "forgotten", "recovered"):
+def _table(first: str, *others: str) -> Table:
+    """A table without lines, as narrow as can be: that of a stream with short names fits 80 columns."""
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
+    table.add_column(first, no_wrap=True)
+    for name in others:
         table.add_column(name, justify="right", no_wrap=True)
+    return table
+
+
+def _task_table(data: Dataset, method: str) -> Table:
+    students = data.of_method(method)
+    table = _table("task", "teacher", "own stage", "final", "forgotten", "recovered")
     for row, task in enumerate(data.tasks):
         cells = task_cells(data, task, [student.measures.tasks[row] for student in students])
         table.add_row(short(task), *cells)
@@ -93,17 +93,14 @@ def _headlines(method: MethodMeasures, students: Sequence[StudentMeasures]) -> l
     return lines
 
 
-def _time_table(timings: Sequence[dict[str, Any]], terminal: bool) -> Table:
+def _time_table(timings: Sequence[dict[str, Any]]) -> Table:
     """Wall seconds by role and phase: summed over elements, and of the slowest element."""
     phases: dict[tuple[str, str], list[float]] = {}
     for entry in timings:
         for phase, seconds in entry["seconds"].items():
             phases.setdefault((entry["role"], phase), []).append(seconds)
     total = sum(sum(values) for values in phases.values()) or 1.0
-    table = _table(terminal)
-    table.add_column("phase", no_wrap=True)
-    for name in ("jobs", "total", "slowest job", "share"):
-        table.add_column(name, justify="right", no_wrap=True)
+    table = _table("phase", "jobs", "total", "slowest job", "share")
     for (role, phase), values in phases.items():
         share = f"{100 * sum(values) / total:.0f} %"
         table.add_row(f"{role}: {phase}", str(len(values)), clock(sum(values)), clock(max(values)), share)
