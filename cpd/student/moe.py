@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cpd.student.expert_mix import mix_experts
+
 
 class RouterStats(NamedTuple):
     """Sums over a rank's valid tokens, from which the router's losses and the experts' usage follow."""
@@ -25,17 +27,17 @@ class RouterStats(NamedTuple):
 
 
 class Expert(nn.Module):
-    """Two linear maps with a GELU between."""
+    """`down gelu(up x)`: the two matrices of one expert, without biases."""
 
     def __init__(self, width: int, expert_width: int, dtype: torch.dtype) -> None:
         super().__init__()
-        self.up = nn.Linear(width, expert_width, dtype=dtype)
-        self.down = nn.Linear(expert_width, width, dtype=dtype)
+        self.up = nn.Linear(width, expert_width, bias=False, dtype=dtype)
+        self.down = nn.Linear(expert_width, width, bias=False, dtype=dtype)
 
     def forward(self, x_ND: Tensor) -> Tensor:
-        """`[N, D]` to `[N, D]`."""
-        hidden_NF = F.gelu(F.linear(x_ND, self.up.weight, self.up.bias))
-        return F.linear(hidden_NF, self.down.weight, self.down.bias)
+        """`[N, D]` to `[N, D]`, this expert alone."""
+        y_ND: Tensor = self.down(F.gelu(self.up(x_ND)))
+        return y_ND
 
 
 class MoE(nn.Module):
@@ -88,28 +90,22 @@ class MoE(nn.Module):
         if any(offsets[:num_open]):
             logits_NE = logits_NE + self.logit_offset[:num_open]
         top_logits_Nk, chosen_Nk = logits_NE.topk(self.top_k, dim=-1)
-        y_ND = self._mix(x_ND, top_logits_Nk.softmax(-1), chosen_Nk, num_open)
+        y_ND = mix_experts(x_ND, top_logits_Nk.softmax(-1), chosen_Nk, *self._matrices(num_open))
         return y_ND, None if valid_N is None else _stats(logits_NE, chosen_Nk, valid_N)
 
-    def _mix(self, x_ND: Tensor, gates_Nk: Tensor, chosen_Nk: Tensor, num_open: int) -> Tensor:
-        """Sum the chosen experts' outputs, weighted by their gates; each expert sees its tokens in one piece."""
-        # A stable sort keeps tokens in order within an expert, so that rounding does not depend on the sort.
-        order = chosen_Nk.reshape(-1).argsort(stable=True)
-        sizes = torch.bincount(chosen_Nk.reshape(-1), minlength=num_open).tolist()
-        token = order // self.top_k
-        pieces = torch.split(x_ND.index_select(0, token), sizes)
-        outputs = [expert(piece) for expert, piece in zip(self.experts, pieces, strict=False) if len(piece)]
-        y_MD = torch.cat(outputs) * gates_Nk.reshape(-1)[order].unsqueeze(1)
-        return torch.zeros_like(x_ND).index_add(0, token, y_MD)
+    def _matrices(self, num_open: int) -> tuple[list[Tensor], list[Tensor]]:
+        """The first and the second matrices of the open experts."""
+        experts = [expert for expert in self.experts if isinstance(expert, Expert)][:num_open]
+        return [expert.up.weight for expert in experts], [expert.down.weight for expert in experts]
 
 
 def _stats(logits_NE: Tensor, chosen_Nk: Tensor, valid_N: Tensor) -> RouterStats:
     num_open = logits_NE.shape[1]
     weights = valid_N.repeat_interleave(chosen_Nk.shape[1])
-    z_N = logits_NE.logsumexp(-1)
-    probs_NE = (logits_NE - z_N.unsqueeze(1)).exp()
+    log_probs_NE = logits_NE.log_softmax(-1)
+    z_N = (logits_NE - log_probs_NE)[:, 0]  # logsumexp, which log_softmax has worked out already
     return RouterStats(
         torch.bincount(chosen_Nk.reshape(-1), weights=weights, minlength=num_open).detach(),
-        valid_N @ probs_NE,
+        valid_N @ log_probs_NE.exp(),
         valid_N @ z_N.square(),
     )

@@ -83,7 +83,9 @@ def test_gradient_of_every_parameter_is_right():
     names, values = zip(*student.named_parameters(), strict=True)
 
     def loss(*parameters):
-        out = torch.func.functional_call(student, dict(zip(names, parameters, strict=True)), (obs,), {"valid_BL": valid})
+        out = torch.func.functional_call(
+            student, dict(zip(names, parameters, strict=True)), (obs,), {"valid_BL": valid}
+        )
         stats = out.stats[0]
         return out.mean_BLA.square().sum() + out.log_std_BLA.sum() + stats.prob_sums_E[0] + stats.z_square_sum
 
