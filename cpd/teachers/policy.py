@@ -103,14 +103,6 @@ class TeacherActor:
         return np.clip(self._teacher.distribution(obs_BO).raw_mean, -1.0, 1.0)
 
 
-class Tanh(nn.Module):
-    """Hyperbolic tangent by way of the logistic function, whose CPU kernel is several times faster."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """`tanh(x) = 2 sigmoid(2 x) - 1`."""
-        return 2 * torch.sigmoid(2 * x) - 1
-
-
 def mlp(sizes: Sequence[int], last_gain: float, generator: torch.Generator | None) -> nn.Sequential:
     """Tanh layers with orthogonal weights of gain sqrt(2), the last one linear with `last_gain`; zero biases."""
     layers: list[nn.Module] = []
@@ -119,7 +111,7 @@ def mlp(sizes: Sequence[int], last_gain: float, generator: torch.Generator | Non
         linear = nn.Linear(size_in, size_out)
         nn.init.orthogonal_(linear.weight, last_gain if is_last else math.sqrt(2), generator=generator)
         nn.init.zeros_(linear.bias)
-        layers += [linear] if is_last else [linear, Tanh()]
+        layers += [linear] if is_last else [linear, nn.Tanh()]
     return nn.Sequential(*layers)
 
 

@@ -16,12 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from cpd.config import PPOConfig
 from cpd.envs.goals import goal_set
 from cpd.envs.sampler import VectorEnv, make_vector_env
-from cpd.teachers.policy import Tanh
 from cpd.teachers.ppo import Learner
 from cpd.teachers.sampling import Batch, sample
 
@@ -73,24 +71,6 @@ def measure_workers(task: str, workers: int, iterations: int) -> dict[str, float
     }
 
 
-def measure_tanh(iterations: int) -> float:
-    """Seconds of an update with torch's own tanh, as a multiple of those with ours."""
-    goals = goal_set("drawer-close-v3", "training", 50)
-    fastest = {Tanh: float("inf"), nn.Tanh: float("inf")}
-    with make_vector_env(["drawer-close-v3"] * CONFIG.num_envs, 1) as envs:
-        batch = sample(Learner(CONFIG, 1).policy, envs, goals, CONFIG, HORIZON, 1, 0)
-    assert batch is not None
-    for repeat in range(2 * iterations):
-        kind = (Tanh, nn.Tanh)[repeat % 2]
-        learner = Learner(CONFIG, seed=1)
-        for net in (learner.policy.net, learner.value_net):
-            for i, layer in enumerate(net):
-                if isinstance(layer, Tanh):
-                    net[i] = kind()
-        fastest[kind] = min(fastest[kind], timed(learner.update, batch, 0)[0])
-    return fastest[nn.Tanh] / fastest[Tanh]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", default="window-close-v3")
@@ -104,8 +84,6 @@ def main() -> None:
         found = measure_workers(arguments.task, workers, arguments.iterations)
         results[f"workers_{workers}"] = found
         print(f"{workers} worker(s): " + ", ".join(f"{name} {value:.3g}" for name, value in found.items()))
-    results["torch_tanh_over_ours"] = measure_tanh(arguments.iterations)
-    print(f"an update with torch's tanh takes {results['torch_tanh_over_ours']:.2f} times as long")
     if arguments.json:
         arguments.json.write_text(json.dumps(results, indent=2) + "\n")
 

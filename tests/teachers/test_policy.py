@@ -18,7 +18,6 @@ from cpd.envs.sampler import make_vector_env
 from cpd.tasks import ALL_TASKS
 from cpd.teachers.policy import (
     GaussianPolicy,
-    Tanh,
     TeacherActor,
     gaussian_log_prob,
     load_policy,
@@ -50,14 +49,6 @@ def test_log_prob_is_that_of_torch(seed: int, log_std: list[float]) -> None:
     log_std_A = torch.tensor(log_std, dtype=torch.float64)
     reference = torch.distributions.Normal(mean, log_std_A.exp()).log_prob(x).sum(dim=-1)
     torch.testing.assert_close(gaussian_log_prob(x, mean, log_std_A), reference)
-
-
-def test_tanh_and_its_gradient() -> None:
-    x = torch.linspace(-12, 12, 4001, requires_grad=True)
-    y = Tanh()(x)
-    torch.testing.assert_close(y, torch.tanh(x), rtol=0, atol=3e-7)
-    (gradient,) = torch.autograd.grad(y.sum(), x)
-    torch.testing.assert_close(gradient, 1 - torch.tanh(x) ** 2, rtol=0, atol=1e-6)
 
 
 def test_layers_are_orthogonal_and_the_head_is_small() -> None:
