@@ -136,6 +136,11 @@ class TeacherConfig:
     def __post_init__(self) -> None:
         if self.stop_success < self.gate:
             raise ValueError(f"stop_success ({self.stop_success}) lies below the gate ({self.gate})")
+        if self.recipe == "rl" and self.ppo.steps_per_env < self.horizon:
+            raise ValueError(
+                f"ppo.steps_per_env ({self.ppo.steps_per_env}) is below the training horizon ({self.horizon}): "
+                "every iteration starts from fresh resets, so that no episode would ever last that long"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
