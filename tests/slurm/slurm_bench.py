@@ -1,0 +1,94 @@
+"""What the tests do with a test cluster."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from cpd.lease import current_holder
+from cpd.record import StatusRecord, read_status
+from cpd.runs import Run
+from slurm.testbed.cluster import Testbed
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+MINIATURE = ROOT / "tests" / "recipes" / "miniature.toml"
+#: Long enough for a student to be disturbed several times.
+LONG = ("--distill.steps_per_stage", "300")
+STUDENT = "students/moe/seed-1"
+
+
+class Bench:
+    """A test cluster with the suite's commands run against it."""
+
+    def __init__(self, testbed: Testbed) -> None:
+        self.testbed = testbed
+        self.environment = testbed.environment | {"OMP_NUM_THREADS": "1"}
+
+    def python(self, *arguments: str, code: int = 0) -> str:
+        """Output of `python -m ...`, which must end with `code`."""
+        done = subprocess.run(
+            [sys.executable, "-m", *arguments], cwd=ROOT, env=self.environment, capture_output=True, text=True
+        )
+        assert done.returncode == code, done.stdout + done.stderr
+        return done.stdout + done.stderr
+
+    def launch(self, root: Path, *more: str, profile: str = "testbed", code: int = 0) -> str:
+        """`jobs.launch` of the miniature recipe."""
+        return self.python(
+            "jobs.launch", str(MINIATURE), "--profile", profile, "--run-dir", str(root), *more, code=code
+        )
+
+    def rows(self, root: Path) -> dict[str, dict[str, Any]]:
+        """`jobs.status --json` by element."""
+        return {row["element"]: row for row in json.loads(self.python("jobs.status", str(root), "--json"))}
+
+    def slurm(self, *words: str) -> str:
+        """Output of one of Slurm's commands."""
+        return self.testbed.command(*words).strip()
+
+    def job(self, root: Path, element: str) -> str:
+        """Number of an element's job."""
+        return str(self.rows(root)[element]["job"])
+
+    @staticmethod
+    def wait(ready: Callable[[], object], what: str, seconds: float = 120) -> None:
+        """Poll until something holds."""
+        deadline = time.monotonic() + seconds
+        while not ready():
+            assert time.monotonic() < deadline, f"not within {seconds:.0f} s: {what}"
+            time.sleep(0.2)
+
+    def drain(self, seconds: float = 280) -> None:
+        """Wait until nothing is left in the queue."""
+        self.wait(lambda: not self.slurm("squeue", "-h"), "an empty queue", seconds)
+
+    @staticmethod
+    def record(root: Path, element: str) -> StatusRecord:
+        """The element's status.json."""
+        return read_status(root / element / "status.json")
+
+    def until(self, root: Path, element: str, done: int) -> None:
+        """Wait until an element has got past `done` steps, and is at work."""
+        self.wait(
+            lambda: (r := self.record(root, element)).state == "running" and r.done > done,
+            f"{element} past {done}",
+        )
+
+    @staticmethod
+    def kill(root: Path, element: str) -> None:
+        """SIGKILL to the process that writes an element."""
+        holder, _ = current_holder(root / element / "attempts")
+        assert holder is not None
+        os.kill(holder.process, signal.SIGKILL)
+
+
+def stages(root: Path) -> dict[str, bytes]:
+    """The student's weights after every stage."""
+    return {path.name: path.read_bytes() for path in Run(root).students()[0].path.glob("stages/*.safetensors")}

@@ -1,0 +1,178 @@
+"""The chain on a real Slurm: arrays, MPI over two nodes, disturbances, failures."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from slurm_bench import LONG, ROOT, STUDENT, Bench, stages
+
+from cpd.ledger import ledger
+from cpd.runs import Run
+
+pytestmark = pytest.mark.slurm
+DRAWER, WINDOW = "teachers/drawer-close-v3/seed-1", "teachers/window-close-v3/seed-1"
+
+
+def test_the_chain_ends_as_it_does_on_this_machine(finished: Path, taught: Path, bench: Bench, mpi) -> None:
+    rows = bench.rows(finished)
+    assert {row["state"] for row in rows.values()} == {"done"}
+    jobs = {name: entries[-1].job for name, entries in ledger(Run(finished)).items()}
+    assert jobs[WINDOW] == jobs[DRAWER].replace("_0", "_1")
+    assert "Starting with JobEnvironment" in (finished / rows[STUDENT]["log"]).read_text()
+    done = mpi(2, "-m", "jobs.distill", str(taught))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert stages(taught) == stages(finished)
+
+
+def test_launching_again_submits_nothing(finished: Path, bench: Bench) -> None:
+    before = (finished / "jobs.jsonl").read_text()
+    assert "nothing to submit (0 elements in the queue)" in bench.launch(finished, *LONG)
+    assert (finished / "jobs.jsonl").read_text() == before
+
+
+def test_a_disturbed_student_is_the_undisturbed_one(finished: Path, taught: Path, bench: Bench) -> None:
+    bench.launch(taught, *LONG)
+    job = bench.job(taught, STUDENT)
+    bench.until(taught, STUDENT, 30)
+    bench.slurm("scontrol", "requeue", job)
+    bench.until(taught, STUDENT, 90)
+    bench.slurm("scancel", "--signal=USR1", job)
+    bench.until(taught, STUDENT, 150)
+    bench.slurm("sbatch", "-p", "urgent", "-N2", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 1")
+    bench.until(taught, STUDENT, 210)
+    bench.slurm("scontrol", "update", "nodename=n2", "state=down", "reason=test")
+    bench.wait(lambda: bench.slurm("squeue", "-h", "-j", job, "-o", "%T") != "RUNNING", "the job off its node")
+    if "down" in bench.testbed.node_states()["n2"]:
+        bench.slurm("scontrol", "update", "nodename=n2", "state=resume")
+    bench.drain()
+    row = bench.rows(taught)[STUDENT]
+    assert (row["state"], row["attempts"]) == ("done", 5)
+    assert bench.job(taught, STUDENT) == ""
+    assert [entry.job for entry in ledger(Run(taught))[STUDENT]] == [job]
+    assert stages(taught) == stages(finished)
+    assert {row["state"] for row in bench.rows(taught).values()} == {"done"}
+
+
+def test_a_killed_element_ends_the_chain_by_name_and_is_retried(bench: Bench, tmp_path: Path) -> None:
+    root, more = tmp_path / "run", ("--teacher.max_env_steps", "20000")
+    bench.launch(root, *more)
+    bench.until(root, DRAWER, 0)
+    bench.kill(root, DRAWER)
+    bench.drain()
+    rows = bench.rows(root)
+    assert (rows[DRAWER]["state"], rows[WINDOW]["state"]) == ("killed", "done")
+    assert rows[DRAWER]["queue"].startswith("FAILED")
+    assert rows[STUDENT]["state"] == rows["results"]["state"] == "waiting"
+    assert rows[STUDENT]["message"].startswith(f"not started, since it needs {DRAWER}")
+    assert rows["results"]["message"].startswith(f"not started, since it needs {STUDENT}/evaluation (waiting: not")
+    told = bench.python("jobs.status", str(root))
+    assert f"KILLED {DRAWER}" in told
+    assert "its whole log:" in told
+    again = bench.launch(root, *more, "--retry-failed")
+    assert "4 of 5 elements (1 finished, 0 in the queue)" in again
+    bench.drain()
+    assert {row["state"] for row in bench.rows(root).values()} == {"done"}
+
+
+def test_a_retried_teacher_is_waited_for(bench: Bench, tmp_path: Path) -> None:
+    root, more = tmp_path / "run", ("--teacher.max_env_steps", "20000")
+    bench.launch(root, *more)
+    bench.until(root, DRAWER, 0)
+    bench.kill(root, DRAWER)
+    bench.wait(lambda: bench.rows(root)[DRAWER]["state"] == "killed", "the killed teacher is seen")
+    told = bench.launch(root, *more)
+    # The student is still pending, for the other teacher; now it waits for the new job, too.
+    assert "1 jobs, 1 of 5 elements (0 finished, 4 in the queue)" in told
+    bench.drain()
+    assert {row["state"] for row in bench.rows(root).values()} == {"done"}
+
+
+def held_profile(tmp_path: Path, **lines: str) -> str:
+    """A profile whose jobs wait until they are released."""
+    path = tmp_path / "held.toml"
+    text = (ROOT / "slurm" / "profiles" / "testbed.toml").read_text()
+    for key, value in lines.items():
+        text = text.replace(key, value, 1)
+    path.write_text(text.replace("[teacher]", "[sbatch]\nhold = true\n\n[teacher]", 1))
+    return str(path)
+
+
+def test_nothing_is_submitted_twice(bench: Bench, tmp_path: Path) -> None:
+    root, profile = tmp_path / "run", held_profile(tmp_path)
+    bench.launch(root, profile=profile)
+    in_queue = bench.slurm("squeue", "-h", "-r", "-o", "%i %j")
+    assert len(in_queue.splitlines()) == 5
+    assert "nothing to submit (5 elements in the queue)" in bench.launch(root, profile=profile)
+    # As if the launcher had died between sbatch and its ledger line, and before submitit's pickle was written.
+    lines = [json.loads(line) for line in (root / "jobs.jsonl").read_text().splitlines()]
+    announced = [line for line in lines if not line["job"]]
+    (root / "jobs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in announced))
+    for pickle in (root / "logs").glob("*_submitted.pkl"):
+        pickle.unlink()
+    assert "nothing to submit (5 elements in the queue)" in bench.launch(root, profile=profile)
+    assert bench.slurm("squeue", "-h", "-r", "-o", "%i %j") == in_queue
+    assert {entries[-1].job for entries in ledger(Run(root)).values()} == {
+        line.split()[0] for line in in_queue.splitlines()
+    }
+    # What was adopted works.
+    jobs = sorted({line.split()[0].partition("_")[0] for line in in_queue.splitlines()})
+    bench.slurm("scontrol", "release", ",".join(jobs))
+    bench.drain()
+    assert {row["state"] for row in bench.rows(root).values()} == {"done"}
+
+
+def test_cancel_and_launch_again(finished: Path, taught: Path, bench: Bench) -> None:
+    bench.launch(taught, *LONG)
+    bench.until(taught, STUDENT, 30)
+    told = bench.launch(taught, *LONG, "--cancel")
+    assert f"cancelled {STUDENT}" in told
+    # Launching waits until the cancelled job has saved and ended; it must not come back by itself.
+    told = bench.launch(taught, *LONG)
+    assert "3 jobs, 3 of 5 elements (2 finished, 0 in the queue)" in told
+    bench.drain()
+    assert len(ledger(Run(taught))[STUDENT]) == 2
+    assert bench.rows(taught)[STUDENT]["attempts"] == 2
+    assert stages(taught) == stages(finished)
+
+
+def test_a_wrong_mpi_type_is_told_and_trains_nothing(taught: Path, bench: Bench, tmp_path: Path) -> None:
+    profile = tmp_path / "wrong.toml"
+    text = (ROOT / "slurm" / "profiles" / "testbed.toml").read_text()
+    profile.write_text(text.replace('srun_mpi = "pmi2"', 'srun_mpi = "none"'))
+    bench.launch(taught, *LONG, profile=str(profile))
+    bench.drain(60)
+    row = bench.rows(taught)[STUDENT]
+    assert row["state"] == "failed"
+    assert "this job was given 2 ranks, but MPI" in row["message"]
+    assert "srun_mpi" in row["message"]
+    assert stages(taught) == {}
+
+
+def test_plain_scripts_do_the_same(finished: Path, bench: Bench, tmp_path: Path) -> None:
+    root = tmp_path / "run"
+    bench.launch(root, *LONG, "--prepare")
+    assert not (root / "jobs.jsonl").exists()
+    small = ("--parsable", "--mem=500M", "--cpus-per-task=1", "--output=/dev/null", "--time=30")
+    spread = ("--nodes=2", "--ntasks-per-node=1")
+    scripts, python = ROOT / "slurm", f"--export=ALL,PYTHON={sys.executable}"
+
+    def sbatch(script: str, *options: str, after: str = "") -> str:
+        wait_for = [f"--dependency=afterany:{after}"] if after else []
+        return bench.slurm(
+            "sbatch", python, *small, *options, *wait_for, str(scripts / f"{script}.sbatch"), str(root)
+        )
+
+    teachers = sbatch("teachers", "--array=0-1")
+    student = sbatch("distill", *spread, after=teachers)
+    rows = sbatch("evaluate", *spread, after=student)
+    sbatch("report", after=rows)
+    bench.until(root, STUDENT, 60)
+    # It goes back into the queue through the same code.
+    bench.slurm("scancel", "--signal=USR2", student)
+    bench.drain()
+    assert bench.rows(root)[STUDENT]["attempts"] == 2
+    assert {row["state"] for row in bench.rows(root).values()} == {"done"}
+    assert stages(root) == stages(finished)
