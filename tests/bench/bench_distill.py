@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,9 +25,7 @@ from cpd.distill.trainer import Trainer
 from cpd.strict_load import load, merge, read_toml
 from cpd.student.student import StudentActor
 from jobs.launch import RECIPES
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "distill"))
-from synthetic import stage_data
+from tests.distill.synthetic import stage_data
 
 STEPS = 60
 
@@ -82,7 +79,8 @@ def main() -> None:
     if comm.rank:
         return
     tokens = config.distill.batch_size * config.student.context
-    print(f"{comm.size} ranks, {tokens} tokens a step, {trainer.flat.size} parameters, {student.num_experts} experts")
+    sizes = f"{trainer.flat.size} parameters, {student.num_experts} experts a layer"
+    print(f"{comm.size} ranks, {tokens} tokens a step, {sizes}")
     for name, milliseconds in times.items():
         print(f"  {name:16s} {milliseconds:8.2f} ms  {100 * milliseconds / times['step']:5.1f} % of a step")
     print(f"  {tokens / times['step'] * 1e3:.0f} tokens/s")

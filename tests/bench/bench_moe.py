@@ -1,6 +1,6 @@
-"""Cost of the mixture-of-experts block beside a dense block of the same active size and a dense use of all experts.
+"""Cost of the mixture-of-experts block beside a dense block of its active size, and beside all experts at work.
 
-    OMP_NUM_THREADS=1 python -m tests.bench.bench_moe [--tokens 512] [--width 64] [--expert-width 128] [--json PATH]
+    OMP_NUM_THREADS=1 python -m tests.bench.bench_moe [--tokens 512] [--width 64] [--json PATH]
 
 Forward and backward, processor seconds, the contestants in turn and of several repeats the fastest. `dense` is one
 feed-forward block of k times an expert's width: the same multiplications without routing, hence the floor.
@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 
 from cpd.student.moe import Expert, MoE
 

@@ -9,12 +9,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from synthetic import stage_data
 
 from cpd.comm import SerialComm
 from cpd.config import DistillConfig
-from cpd.distill.batches import Batch, BatchSource
+from cpd.distill.batches import BatchSource
 from cpd.memory.segments import Segments
+from tests.distill.synthetic import stage_data
 
 
 @dataclass
@@ -25,10 +25,10 @@ class OneOf(SerialComm):
     size: int = 1
 
 
-def source(memory: Segments | None = None, comm: SerialComm | None = None, context: int = 4, **over) -> BatchSource:
+def source(memory: Segments | None = None, comm: SerialComm | None = None, **over) -> BatchSource:
     config = DistillConfig(**{"batch_size": 32, "precision": "float64", **over})
     memory = Segments.empty() if memory is None else memory
-    return BatchSource(stage_data(0), memory, config, context, 1, 2, comm or SerialComm(), torch.device("cpu"))
+    return BatchSource(stage_data(0), memory, config, 4, 1, 2, comm or SerialComm(), torch.device("cpu"))
 
 
 def test_depends_on_nothing_but_seed_stage_and_step():
@@ -63,10 +63,6 @@ def test_every_step_ends_one_window_that_stays_in_its_episode(context):
     np.testing.assert_array_equal(episode[starts], episode)
     length = last - starts + 1
     np.testing.assert_array_equal(length, np.minimum(last - data.offsets[episode] + 1, context))
-
-
-def rows_of(batch: Batch) -> list[bytes]:
-    return [obs.numpy().tobytes() for obs, valid in zip(batch.obs_RLO, batch.valid_RL, strict=True) for obs in obs[valid > 0]]
 
 
 def test_windows_hold_consecutive_steps_with_their_labels():

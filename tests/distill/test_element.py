@@ -6,7 +6,6 @@ import json
 
 import numpy as np
 import pytest
-from synthetic import write_teachers
 
 from cpd.checkpoint import published
 from cpd.comm import SerialComm
@@ -15,15 +14,14 @@ from cpd.interrupt import Interrupt, InterruptedBySignal
 from cpd.shards.schema import ShardError
 from cpd.student.student import load_student
 from cpd.tables import CurveRow, read_rows
+from tests.distill.synthetic import write_teachers
 
 NO_CURVES = {"stream": {"horizon": 60}, "evaluation": {"curve_points": 0}, "distill": {"batch_size": 16}}
 
 
 def distil(run, interrupt: Interrupt | None = None) -> list[str]:
     lines: list[str] = []
-    run_student(
-        run, run.students()[0], SerialComm(), interrupt=interrupt or Interrupt(), tell=lines.append
-    )
+    run_student(run, run.students()[0], SerialComm(), interrupt=interrupt or Interrupt(), tell=lines.append)
     return lines
 
 
@@ -84,7 +82,7 @@ def test_leaves_policies_curves_metrics_and_status(make_run):
 def test_curves_do_not_influence_training(make_student_run):
     run = make_student_run("without")
     distil(run)
-    other = make_student_run("with", evaluation={"num_episodes_brief": 1, "curve_points": 1}, stream={"horizon": 60})
+    other = make_student_run("with", evaluation={"num_episodes_brief": 1, "curve_points": 1})
     distil(other)
     assert policy_bytes(run, 1) == policy_bytes(other, 1)
 

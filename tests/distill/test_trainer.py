@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import io
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from synthetic import stage_data
 
 from cpd.comm import SerialComm
 from cpd.config import Config
@@ -17,6 +17,7 @@ from cpd.distill.batches import Batch
 from cpd.distill.schedule import curve_steps, learning_rate, opening_offset
 from cpd.distill.trainer import DivergedError, Trainer
 from cpd.strict_load import load
+from tests.distill.synthetic import stage_data
 
 GOLDEN = Path(__file__).with_name("golden_losses.json")
 TASKS = ["drawer-close-v3", "handle-press-side-v3", "window-close-v3"]
@@ -218,7 +219,7 @@ def test_report_adds_up():
 
 
 def test_losses_of_the_first_steps_are_the_known_ones():
-    """A refactoring must leave them as they are; the file was written from `found`, and changes with the method only."""
+    """A refactoring must leave them as they are; the file holds `found`, and changes with the method only."""
     trainer = make_trainer()
     found = []
     for stage in range(2):
@@ -247,7 +248,7 @@ class TestSchedules:
         rates = [learning_rate(config, step) for step in range(60)]
         assert rates[0] == pytest.approx(config.lr / 10)
         assert rates[9] == rates[10] == config.lr == max(rates)
-        assert all(left > right for left, right in zip(rates[10:], rates[11:], strict=False))
+        assert all(left > right for left, right in pairwise(rates[10:]))
         assert config.lr * 0.1 < rates[-1] < config.lr * 0.11
         no_warmup = make_config(distill={"lr_warmup_steps": 0}).distill
         assert learning_rate(no_warmup, 0) == config.lr

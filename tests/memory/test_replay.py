@@ -49,8 +49,12 @@ def test_taken_segments_keep_their_own_steps(data):
     part = segments.take(chosen)
     for row, start, length in zip(chosen, part.start, part.length, strict=True):
         first = segments.first_step[row]
-        np.testing.assert_array_equal(part.observations[start : start + length, 1], np.arange(first, first + length))
-        np.testing.assert_array_equal(part.teacher_mean[start : start + length, 0], np.arange(first, first + length))
+        np.testing.assert_array_equal(
+            part.observations[start : start + length, 1], np.arange(first, first + length)
+        )
+        np.testing.assert_array_equal(
+            part.teacher_mean[start : start + length, 0], np.arange(first, first + length)
+        )
 
 
 @settings(max_examples=40, deadline=None)

@@ -1,4 +1,4 @@
-"""What the ranks of tests/mpi/test_distill_mpi.py run: `python distill_ranks.py train|run ...` under mpiexec."""
+"""What the ranks of tests/mpi/test_distill_mpi.py run: `python -m tests.mpi.distill_ranks train|run ...`."""
 
 from __future__ import annotations
 
@@ -8,9 +8,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "distill"))
-from synthetic import stage_data
-
 from cpd.comm import Comm, connect
 from cpd.config import Config
 from cpd.distill.element import run_student
@@ -18,6 +15,7 @@ from cpd.distill.trainer import Trainer
 from cpd.interrupt import Interrupt, InterruptedBySignal
 from cpd.runs import Run
 from cpd.strict_load import load
+from tests.distill.synthetic import stage_data
 
 TABLES = {
     "name": "ranks",

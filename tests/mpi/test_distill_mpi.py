@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import json
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import safetensors.numpy
 
-HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parent / "distill")]
-import distill_ranks
-from synthetic import write_teachers
-
 from cpd.comm import SerialComm
 from cpd.distill.element import run_student
 from cpd.interrupt import Interrupt
+from tests.distill.synthetic import write_teachers
+from tests.mpi import distill_ranks
 
-SCRIPT = str(HERE / "distill_ranks.py")
+SCRIPT = ("-m", "tests.mpi.distill_ranks")
 #: Tables of a run without environments: stages of 40 steps in float64, looked at after every step.
 QUICK = {
     "stream": {"horizon": 60},
@@ -50,7 +45,7 @@ def succeed(result) -> None:
 def test_two_ranks_train_the_student_that_one_trains(mpi, tmp_path):
     alone = distill_ranks.train(SerialComm())
     assert 0.2 < (alone["norms"] > 10.0).mean() < 1.0, "clipping should be on in part of the steps"
-    succeed(mpi(2, SCRIPT, "train", str(tmp_path / "out"), CPD_RANKS="2"))
+    succeed(mpi(2, *SCRIPT, "train", str(tmp_path / "out"), CPD_RANKS="2"))
     first, second = (np.load(tmp_path / f"out-{rank}.npz") for rank in range(2))
     np.testing.assert_array_equal(first["values"], second["values"])
     assert len(alone["losses"]) == 240
@@ -62,12 +57,10 @@ def test_two_ranks_train_the_student_that_one_trains(mpi, tmp_path):
 
 def test_stops_together_and_goes_on_with_another_number_of_ranks(mpi, make_student_run):
     straight = make_student_run("straight")
-    run_student(
-        straight, straight.students()[0], SerialComm(), interrupt=Interrupt(), tell=lambda line: None
-    )
+    run_student(straight, straight.students()[0], SerialComm(), interrupt=Interrupt(), tell=lambda line: None)
     run = make_student_run("changing")
     for ranks, count, code in ((2, 11, 75), (1, 20, 75), (2, 10**6, 0)):
-        result = mpi(ranks, SCRIPT, "run", str(run.root), str(count), CPD_RANKS=str(ranks))
+        result = mpi(ranks, *SCRIPT, "run", str(run.root), str(count), CPD_RANKS=str(ranks))
         assert result.returncode == code, result.stderr
         element = run.students()[0]
         assert element.complete.exists() == (code == 0)
