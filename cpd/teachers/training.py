@@ -107,6 +107,11 @@ class Trainer:
         return MetricsLog(self._element.metrics, state["metrics_size"])
 
     def _save(self) -> None:
+        # Names sort by progress: an iteration is trained first, then recorded.
+        name = f"iteration-{self._progress.iteration:06d}-{'1' if self._progress.unrecorded else '2'}"
+        newest = checkpoint.latest(self._element.checkpoints)
+        if newest and newest.path.name == name:
+            return  # the same state; a kill while overwriting it would damage it
         self._session.check()
         state: dict[str, Any] = {
             "learner": self._learner.state(),
@@ -114,8 +119,6 @@ class Trainer:
             "progress": asdict(self._progress),
             "metrics_size": self._metrics.size,
         }
-        # Names sort by progress: an iteration is trained first, then recorded.
-        name = f"iteration-{self._progress.iteration:06d}-{'1' if self._progress.unrecorded else '2'}"
         checkpoint.save(self._element.checkpoints, name, state, iteration=self._progress.iteration)
 
     @property
