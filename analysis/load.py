@@ -14,6 +14,7 @@ from cpd import metrics
 from cpd.files import read_json
 from cpd.measures import Rate, Student
 from cpd.metrics import FEW_SEEDS, Floats
+from cpd.record import read_status
 from cpd.result_tables import HELD_OUT, TEACHER, Tables, read_tables
 from cpd.results import gather
 from cpd.runs import Run
@@ -213,7 +214,9 @@ def _teacher_curves(tables: Tables) -> Iterable[TeacherCurve]:
 def _timings(tables: Tables) -> list[dict[str, Any]]:
     path = tables.folder / "timings.json"
     found: list[dict[str, Any]] = read_json(path) if path.exists() else []
-    return found
+    # The report cannot have counted itself; its own status lies beside what it gathered.
+    report = read_status(tables.folder / "status.json")
+    return [*found, {"role": "report", "spans": report.spans}] if report.spans else found
 
 
 def mean_matrix(students: Sequence[Student]) -> Floats:

@@ -94,14 +94,23 @@ def _headlines(method: MethodMeasures, students: Sequence[StudentMeasures]) -> l
 
 
 def _time_table(timings: Sequence[dict[str, Any]]) -> Table:
-    """Wall seconds by role and phase: summed over elements, and of the slowest element."""
-    phases: dict[tuple[str, str], list[float]] = {}
+    """Wall time by role and phase: stretches in which several elements were at it count once."""
+    phases: dict[tuple[str, str], list[tuple[float, float]]] = {}
     for entry in timings:
-        for phase, seconds in entry["seconds"].items():
-            phases.setdefault((entry["role"], phase), []).append(seconds)
-    total = sum(sum(values) for values in phases.values()) or 1.0
-    table = _table("phase", "jobs", "total", "slowest job", "share")
-    for (role, phase), values in phases.items():
-        share = f"{100 * sum(values) / total:.0f} %"
-        table.add_row(f"{role}: {phase}", str(len(values)), clock(sum(values)), clock(max(values)), share)
+        for phase, start, end in entry["spans"]:
+            phases.setdefault((entry["role"], phase), []).append((start, end))
+    table = _table("phase", "stretches", "wall time")
+    for (role, phase), spans in phases.items():
+        table.add_row(f"{role}: {phase}", str(len(spans)), clock(_covered(spans)))
+    everything = [span for spans in phases.values() for span in spans]
+    table.add_row("all", str(len(everything)), clock(_covered(everything)))
     return table
+
+
+def _covered(spans: Sequence[tuple[float, float]]) -> float:
+    """Length of the union of intervals."""
+    total, reached = 0.0, float("-inf")
+    for start, end in sorted(spans):
+        total += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return total

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -83,11 +82,6 @@ def evaluation_rows(
     return rows, episodes
 
 
-def row_file(element: StudentElement, stage: int) -> Path:
-    """Where an evaluation keeps its row `stage`; the episodes lie beside it."""
-    return element.path / f"{'initial' if stage < 0 else f'stage-{stage:02d}'}.csv"
-
-
 def run_evaluation(
     run: Run, element: StudentElement, comm: Comm, *, interrupt: Interrupt, tell: Callable[[str], None]
 ) -> None:
@@ -112,7 +106,7 @@ def _fill_rows(run: Run, element: StudentElement, comm: Comm, interrupt: Interru
     stages = [s for s in range(-1, len(config.stream.tasks)) if student.stage_policy(s).exists()]
     if not stages:
         raise ValueError(f"{student.path} holds no trained stage yet; run jobs.distill first")
-    todo = comm.broadcast([s for s in stages if not row_file(element, s).exists()])
+    todo = comm.broadcast([s for s in stages if not element.row_file(s).exists()])
     episodes = {s: sum(cell.num_episodes for cell in row_cells(run, s, stages[-1])) for s in stages}
     total = sum(episodes.values())
     done = total - sum(episodes[s] for s in todo)
@@ -147,7 +141,6 @@ def _fill_rows(run: Run, element: StudentElement, comm: Comm, interrupt: Interru
                 cells, outcomes, method=element.method, seed=element.seed, stage=stage, label=labels(config)
             )
             current.check()
-            file = row_file(element, stage)
-            write_rows(file.with_name(f"{file.stem}-episodes.csv"), episode_rows)
-            write_rows(file, rows)  # last: it marks the row as measured
+            write_rows(element.row_episodes_file(stage), episode_rows)
+            write_rows(element.row_file(stage), rows)  # last: it marks the row as measured
     pool.close()

@@ -8,7 +8,7 @@ results/
   teachers.csv          outcome of every teacher
   teacher_curves.csv    training records of the teachers
   distillation.csv      training records of the students
-  timings.json          wall seconds of every element by phase
+  timings.json          when every element was in which phase (Unix time)
   metrics.json          the measures; every number in it derives from the tables above
 """
 
@@ -27,8 +27,6 @@ from cpd.runs import Element, Run, RunError, TeacherElement
 from cpd.strict_load import to_dict
 from cpd.summary import summarize
 from cpd.tables import CurveRow, EpisodeRow, EvaluationRow, read_rows, write_rows
-
-EPISODES_SUFFIX = "-episodes.csv"
 
 
 def gather(run: Run) -> dict[str, Any]:
@@ -65,11 +63,10 @@ def gather(run: Run) -> dict[str, Any]:
 
 def _evaluations(run: Run) -> tuple[list[EvaluationRow], list[EpisodeRow]]:
     """Rows of all finished teachers, and of every student's stages that have been evaluated."""
-    files = [(t.evaluation, t.evaluation.with_name("episodes.csv")) for t in run.teachers() if t.finished]
+    files = [(t.evaluation, t.episodes) for t in run.teachers() if t.finished]
     for element in run.evaluations():
-        stages = [path for path in element.path.glob("*.csv") if not path.name.endswith(EPISODES_SUFFIX)]
-        # `initial.csv` sorts before `stage-00.csv`.
-        files += [(path, path.with_name(path.stem + EPISODES_SUFFIX)) for path in sorted(stages)]
+        stages = range(-1, len(run.config.stream.tasks))
+        files += [(element.row_file(stage), element.row_episodes_file(stage)) for stage in stages]
     rows: list[EvaluationRow] = []
     episodes: list[EpisodeRow] = []
     for table, details in files:
@@ -107,7 +104,7 @@ def _timing(element: Element) -> dict[str, Any]:
         "element": element.name,
         "role": element.role,
         "state": record.state,
-        "seconds": {phase: round(seconds, 1) for phase, seconds in record.seconds.items()},
+        "spans": [[phase, round(start, 1), round(end, 1)] for phase, start, end in record.spans],
     }
 
 

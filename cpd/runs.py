@@ -89,8 +89,13 @@ class TeacherElement(Element):
 
     @property
     def evaluation(self) -> Path:
-        """The teacher's own evaluation, long form, with one line per episode in episodes.csv beside it."""
+        """The teacher's own evaluation, long form."""
         return self.path / "evaluation.csv"
+
+    @property
+    def episodes(self) -> Path:
+        """The single episodes of that evaluation."""
+        return self.path / "episodes.csv"
 
 
 @dataclass(frozen=True)
@@ -108,6 +113,14 @@ class StudentElement(Element):
     def stage_policy(self, stage: int) -> Path:
         """The weights after `stage` (-1: before training), kept for good, with a description beside them."""
         return self.path / "stages" / f"{'initial' if stage < 0 else f'stage-{stage:02d}'}.safetensors"
+
+    def row_file(self, stage: int) -> Path:
+        """Where an evaluation keeps row `stage` of the success matrix."""
+        return self.path / f"{'initial' if stage < 0 else f'stage-{stage:02d}'}.csv"
+
+    def row_episodes_file(self, stage: int) -> Path:
+        """Where it keeps that row's single episodes."""
+        return self.row_file(stage).with_suffix(".episodes.csv")
 
 
 class Run:

@@ -164,7 +164,8 @@ def status_table(run: Run, rows: Sequence[ElementStatus], width: int = 120) -> T
 def _remark(row: ElementStatus) -> str:
     """Where an element runs or waits, where its log is, and what happened to it."""
     place = f"job {row.job} {row.node or row.queue}" if row.job else ""
-    return "  ".join(part for part in (place, row.log, row.message) if part)
+    message = "" if row.state == "done" else row.message
+    return "  ".join(part for part in (place, row.log, message) if part)
 
 
 def failure_lines(run: Run, rows: Sequence[ElementStatus], num_lines: int = 6) -> list[str]:

@@ -61,6 +61,12 @@ def write_run(
     return run
 
 
+def spans(seconds: Mapping[str, float]) -> list[tuple[str, float, float]]:
+    """The phases one after another from time 0."""
+    ends = np.cumsum(list(seconds.values())).tolist()
+    return [(phase, end - length, end) for (phase, length), end in zip(seconds.items(), ends, strict=True)]
+
+
 def _write_teacher(run: Run, index: int, rate: float | None, labels: Labels) -> None:
     element = run.teachers()[index]
     rng = np.random.default_rng(index)
@@ -77,13 +83,12 @@ def _write_teacher(run: Run, index: int, rate: float | None, labels: Labels) -> 
     log.close()
     state = "rejected" if rate is None else "done"
     seconds = {"train": 2.0 * length, "evaluate": 7.5, "rollouts": 12.25}
-    write_json(element.status, asdict(StatusRecord(state=state, seconds=seconds)))
+    write_json(element.status, asdict(StatusRecord(state=state, seconds=seconds, spans=spans(seconds))))
     if rate is None:
         element.rejected.touch()
         return
-    _write_cell_files(
-        element.evaluation, [("teacher", element.seed, None, element.task, "held_out", 50, rate)], labels
-    )
+    cell = ("teacher", element.seed, None, element.task, "held_out", 50, rate)
+    _write_cell_files(element.evaluation, element.episodes, [cell], labels)
     element.complete.touch()
 
 
@@ -107,8 +112,9 @@ def _write_student(run: Run, position: int, rates: np.ndarray, final: int, label
         log.append(stage=0, step=step, loss=float(3 * np.exp(-step / 300)), lr=1e-3)
     log.close()
     seconds = {"distill": 200.0 * len(stream)}
-    write_json(student.status, asdict(StatusRecord(state="done", seconds=seconds)))
-    write_json(evaluation.status, asdict(StatusRecord(state="done", seconds={"evaluate": 95.5 * len(stream)})))
+    write_json(student.status, asdict(StatusRecord(state="done", seconds=seconds, spans=spans(seconds))))
+    seconds = {"evaluate": 95.5 * len(stream)}
+    write_json(evaluation.status, asdict(StatusRecord(state="done", seconds=seconds, spans=spans(seconds))))
     for stage in range(-1, len(stream)):
         if np.isnan(rates[stage + 1]).all():
             continue
@@ -119,13 +125,12 @@ def _write_student(run: Run, position: int, rates: np.ndarray, final: int, label
             cells.append((*head, "held_out", 50 if own or stage == final else 10, rate))
             if stage == final:
                 cells.append((*head, "training", 50, rate))
-        name = "initial.csv" if stage < 0 else f"stage-{stage:02d}.csv"
-        _write_cell_files(evaluation.path / name, cells, labels)
+        _write_cell_files(evaluation.row_file(stage), evaluation.row_episodes_file(stage), cells, labels)
     student.complete.touch()
     evaluation.complete.touch()
 
 
-def _write_cell_files(path: Path, cells: Sequence[tuple], labels: Labels) -> None:
+def _write_cell_files(table: Path, details: Path, cells: Sequence[tuple], labels: Labels) -> None:
     rows, episodes = [], []
     for method, seed, stage, task, goal_set, count, rate in cells:
         if np.isnan(rate):
@@ -135,6 +140,5 @@ def _write_cell_files(path: Path, cells: Sequence[tuple], labels: Labels) -> Non
         head = (method, seed, stage, task, goal_set)
         rows.append(EvaluationRow(*head, count, successes, last, 10.0 * rate, **asdict(labels)))
         episodes += [EpisodeRow(*head, goal, goal < successes, None, 120, 10.0) for goal in range(count)]
-    stem = "episodes" if path.name == "evaluation.csv" else f"{path.stem}-episodes"
-    write_rows(path, rows)
-    write_rows(path.with_name(f"{stem}.csv"), episodes)
+    write_rows(table, rows)
+    write_rows(details, episodes)

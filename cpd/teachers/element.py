@@ -162,7 +162,7 @@ class _Work:
             cells, outcomes, method="teacher", seed=element.seed, stage=None, label=labels(config)
         )
         self.current.check()
-        write_rows(element.evaluation.with_name("episodes.csv"), episodes)
+        write_rows(element.episodes, episodes)
         write_rows(element.evaluation, rows)  # last: it marks the phase as done
 
     def has_shards(self) -> bool:
