@@ -87,7 +87,7 @@ def test_curves_do_not_influence_training(make_student_run):
     assert policy_bytes(run, 1) == policy_bytes(other, 1)
 
 
-@pytest.mark.parametrize("count", [3, 39, 40, 55])
+@pytest.mark.parametrize("count", [3, 40, 55])
 def test_stopping_and_launching_again_equals_going_on(make_student_run, count):
     class AskedAfter(Interrupt):
         looks = 0
