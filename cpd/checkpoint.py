@@ -52,6 +52,7 @@ def save(folder: Path, name: str, state: dict[str, Any], *, keep: int = 2, **met
     """
     path = folder / name
     path.mkdir(parents=True, exist_ok=True)
+    (path / "meta.json").unlink(missing_ok=True)  # a new state with an old marker would count as damaged
     sweep_temporaries(path)
     with publish(path / "state.pt") as temporary:
         torch.save(state, temporary)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -24,6 +25,7 @@ class MetricsLog:
         """Open `path`, keeping its first `size` bytes (0: start anew)."""
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file: BinaryIO = path.open("ab")
+        size = min(size, self._file.seek(0, os.SEEK_END))  # truncating beyond the end would pad with zeros
         self._file.truncate(size)
         self._file.seek(size)
 

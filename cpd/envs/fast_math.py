@@ -72,6 +72,7 @@ def norm(x: Any, ord: Any = None, axis: Any = None, keepdims: bool = False) -> A
         type(x) is np.ndarray
         and x.ndim == 1
         and x.dtype is _float64
+        and x.flags.c_contiguous  # a strided dot product adds in another order than the copy that stock takes
         and (ord is None or ord == 2)
         and axis is None
         and not keepdims
