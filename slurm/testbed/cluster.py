@@ -38,6 +38,8 @@ SYSTEM_FOLDERS = ("/usr/sbin", "/usr/bin", "/sbin", "/bin")
 class TestbedError(RuntimeError):
     """The test cluster cannot be started or ended; says what to do."""
 
+    __test__ = False  # not a test, whatever its name
+
 
 def default_state() -> Path:
     """Where the cluster keeps its files unless told otherwise: a short path of this user's own."""
@@ -82,22 +84,6 @@ def free_ports(count: int) -> int:
                 held.enter_context(socket.socket()).bind(("127.0.0.1", port))
             return first
     raise TestbedError(f"no {count} consecutive free ports between 20000 and 30000")
-
-
-def wait_for(ready: Callable[[], bool], what: str, logs: Path) -> None:
-    """Poll until `ready`.
-
-    Raises:
-        TestbedError: if that takes too long, with the ends of the logs.
-    """
-    deadline = time.monotonic() + START_SECONDS
-    while not ready():
-        if time.monotonic() > deadline:
-            tails = [
-                f"--- {log}\n" + "\n".join(log.read_text().splitlines()[-8:]) for log in sorted(logs.glob("*"))
-            ]
-            raise TestbedError(f"{what} not within {START_SECONDS:.0f} s\n" + "\n".join(tails))
-        time.sleep(0.1)
 
 
 class Testbed:
@@ -166,6 +152,22 @@ class Testbed:
         """Start the daemon of one virtual node."""
         self.start_daemon(f"slurmd-{node}", "slurmd", "-D", "-N", node)
 
+    def wait_for(self, ready: Callable[[], bool], what: str) -> None:
+        """Poll until `ready`.
+
+        Raises:
+            TestbedError: if that takes too long or a daemon dies, with the ends of the logs.
+        """
+        deadline = time.monotonic() + START_SECONDS
+        while not ready():
+            dead = sorted(set(self._recorded()) - set(self.daemons()))
+            if dead or time.monotonic() > deadline:
+                reason = f"{', '.join(dead)} died" if dead else f"not within {START_SECONDS:.0f} s"
+                logs = sorted((self.state / "log").glob("*"))
+                tails = [f"--- {log}\n" + "\n".join(log.read_text().splitlines()[-8:]) for log in logs]
+                raise TestbedError(f"{what}: {reason}\n" + "\n".join(tails))
+            time.sleep(0.1)
+
     # ------------------------------------------------------------------ up
 
     def up(self, settings: Settings) -> bool:
@@ -200,7 +202,7 @@ class Testbed:
         self.start_daemon("slurmctld", "slurmctld", "-D")
         for node in settings.nodes:
             self.start_node(node)
-        wait_for(lambda: self.is_idle(settings.num_nodes), "all nodes idle", self.state / "log")
+        self.wait_for(lambda: self.is_idle(settings.num_nodes), "all nodes idle")
 
     def _make_state(self, settings: Settings) -> None:
         if self.state.exists() and any(self.state.iterdir()) and not (self.state / "log").is_dir():
@@ -230,7 +232,7 @@ class Testbed:
         options = [f"--{name}={path}" for name, path in paths.items()]
         # munged insists that others can reach its socket's folder; nobody else needs to here.
         self.start_daemon("munged", "munged", "--foreground", "--force", *options)
-        wait_for(settings.munge_socket.exists, "munged's socket", self.state / "log")
+        self.wait_for(settings.munge_socket.exists, "munged's socket")
 
     def _start_accounting(self, settings: Settings) -> None:
         data = self.state / "mysql"
@@ -245,14 +247,14 @@ class Testbed:
             *("mariadbd", "--no-defaults", f"--user={user_name()}", f"--datadir={data}", "--skip-networking"),
             *(f"--socket={settings.database_socket}", f"--pid-file={self.state}/mariadbd.pid"),
         )
-        wait_for(settings.database_socket.exists, "MariaDB's socket", self.state / "log")
+        self.wait_for(settings.database_socket.exists, "MariaDB's socket")
         self.conf.write_text(slurm_conf(settings))
         config = self.state / "slurmdbd.conf"
         config.touch(mode=0o600)
         config.write_text(slurmdbd_conf(settings))
         self.start_daemon("slurmdbd", "slurmdbd", "-D")
         add = ("sacctmgr", "-i", "add", "cluster", CLUSTER)
-        wait_for(lambda: self._knows_cluster(add), "slurmdbd", self.state / "log")
+        self.wait_for(lambda: self._knows_cluster(add), "slurmdbd")
 
     def _knows_cluster(self, add: tuple[str, ...]) -> bool:
         self.command(*add, check=False)

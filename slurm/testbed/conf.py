@@ -122,7 +122,7 @@ def slurm_conf(settings: Settings) -> str:
         f"MinJobAge={settings.min_job_age}",
         "PreemptType=preempt/partition_prio",
         "PreemptMode=REQUEUE",
-        *(["PreemptParameters=send_user_signal"] if settings.preempt_user_signal else []),
+        *(["SlurmctldParameters=preempt_send_user_signal"] if settings.preempt_user_signal else []),
         *accounting(settings),
         *settings.options,
         f"NodeName={names} NodeHostname={host} NodeAddr=127.0.0.1 Port={numbers} "

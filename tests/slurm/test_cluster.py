@@ -35,7 +35,7 @@ def listening() -> set[str]:
         try:
             name = (daemon / "comm").read_text().strip()
             if name.startswith(("slurm", "maria", "munge")):
-                sockets = {os.readlink(link) for link in (daemon / "fd").iterdir()}
+                sockets = {str(link.readlink()) for link in (daemon / "fd").iterdir()}
                 lines = (daemon / "net" / "tcp").read_text().splitlines()[1:]
                 fields = [line.split() for line in lines]
                 found |= {f[1].partition(":")[0] for f in fields if f[3] == "0A" and f"socket:[{f[9]}]" in sockets}
@@ -114,6 +114,15 @@ def test_foreign_folders_are_left_alone(tmp_path: Path) -> None:
     with pytest.raises(TestbedError, match="is no test cluster"):
         Testbed(tmp_path).up(Settings(state=tmp_path))
     assert (tmp_path / "thesis.tex").exists()
+
+
+def test_a_daemon_that_dies_is_told_at_once(tmp_path: Path) -> None:
+    if missing_packages():
+        pytest.skip(missing_packages())
+    here = Testbed(tmp_path / "s")
+    with pytest.raises(TestbedError, match=r"(?s)all nodes idle: .* died.*unrecognized key: Nonsense"):
+        here.up(Settings(state=here.state, options=("Nonsense=1",)))
+    assert here.daemons() == {}
 
 
 def test_configuration(tmp_path: Path) -> None:
