@@ -6,7 +6,9 @@ PY := $(VENV)/bin/python
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow check format miniature clean
+.PHONY: help setup demo test test-slow test-slurm check format miniature slurm-up slurm-down slurm-demo clean
+.PHONY: bench-env bench-teacher bench-moe bench-distill bench-dpp
+SLURM_STATE ?= /tmp/cpd-slurm-$(shell id -u)
 
 help: ## show the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -23,6 +25,9 @@ test: setup ## all tests but the slow ones
 test-slow: setup ## the slow tests
 	$(PY) -m pytest -m slow
 
+test-slurm: setup ## the tests against a real Slurm that is started on this machine
+	$(PY) -m pytest -m slurm
+
 check: setup ## lint and types
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
@@ -37,6 +42,32 @@ miniature: setup ## the pipeline end to end with tiny budgets, two tasks and two
 	$(PY) -m jobs.launch tests/recipes/miniature.toml --run-dir build/miniature
 	$(PY) -m jobs.launch tests/recipes/miniature.toml --run-dir build/miniature
 	$(PY) -m jobs.status build/miniature
+
+slurm-up: setup ## start a real Slurm on this machine: a controller and two virtual nodes
+	@$(PY) -m slurm.testbed --state $(SLURM_STATE) up
+
+slurm-down: setup ## end it
+	@$(PY) -m slurm.testbed --state $(SLURM_STATE) down
+
+slurm-demo: slurm-up ## the demo through that Slurm: job arrays, dependencies, srun MPI
+	SLURM_CONF=$(SLURM_STATE)/slurm.conf $(PY) -m jobs.launch demo --profile testbed --run-dir runs/slurm-demo
+	SLURM_CONF=$(SLURM_STATE)/slurm.conf $(PY) -m jobs.status runs/slurm-demo --watch
+	$(PY) -m analysis.build runs/slurm-demo
+
+bench-env: setup ## the accelerated environment and the sampler against stock Meta-World
+	$(PY) -m tests.bench.bench_env
+
+bench-teacher: setup ## where a PPO iteration's time goes
+	$(PY) -m tests.bench.bench_teacher
+
+bench-moe: setup ## the mixture of experts against a plain loop and a dense layer
+	$(PY) -m tests.bench.bench_moe
+
+bench-distill: setup ## a distillation step
+	$(PY) -m tests.bench.bench_distill
+
+bench-dpp: setup ## DPP selection against the published algorithm
+	$(PY) -m tests.bench.bench_dpp
 
 clean: ## remove caches and what the miniature made; runs/ stays
 	rm -rf build .pytest_cache .mypy_cache .ruff_cache .hypothesis
