@@ -24,7 +24,9 @@ TIMEOUT = 240.0
 
 
 def start(root: Path) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "jobs.launch", str(MINIATURE), "--run-dir", str(root)]
+    # Long enough a distillation to be met at work.
+    settings = ["--distill.steps_per_stage", "400", "--logging.checkpoint_every", "25"]
+    command = [sys.executable, "-m", "jobs.launch", str(MINIATURE), "--run-dir", str(root), *settings]
     return subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )
@@ -123,7 +125,7 @@ def test_a_killed_launcher_takes_its_jobs_along_and_the_same_command_goes_on(
     wait_for((root / "config.json").exists, launcher)
     run = Run(root)
     student = run.students()[0]
-    wait_for(lambda: read_status(student.status).done > 20, launcher)
+    wait_for(lambda: read_status(student.status).done > 60, launcher)
     launcher.send_signal(number)
     launcher.communicate(timeout=TIMEOUT)
     assert launcher.returncode == (-number if number == signal.SIGKILL else 75)
