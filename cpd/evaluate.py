@@ -87,27 +87,34 @@ def run_evaluation(
 ) -> None:
     """Fill the rows that are missing for one student; a collective.
 
+    While the student is still learning, its newest stage is left for later: only if nothing follows does it
+    become the final row, of which more is measured.
+
     Raises:
         LeaseHeldError: if another process is evaluating this student.
         InterruptedBySignal: if asked to stop; the rows finished so far are kept.
     """
     torch.set_num_threads(run.config.torch_threads)
     with session(element, comm, tell) as current:
-        _fill_rows(run, element, comm, interrupt, current)
-        if current.is_writer:
+        is_whole = comm.broadcast(run.students()[element.index].complete.exists())
+        _fill_rows(run, element, comm, interrupt, current, is_whole)
+        if current.is_writer and is_whole:
             current.check()
             element.complete.touch()
-        current.finish("done")
+        current.finish(*(("done",) if is_whole else ("waiting", "the student is still learning")))
 
 
-def _fill_rows(run: Run, element: StudentElement, comm: Comm, interrupt: Interrupt, current: Session) -> None:
+def _fill_rows(
+    run: Run, element: StudentElement, comm: Comm, interrupt: Interrupt, current: Session, is_whole: bool
+) -> None:
     config = run.config
     student = run.students()[element.index]
-    stages = [s for s in range(-1, len(config.stream.tasks)) if student.stage_policy(s).exists()]
-    if not stages:
+    stages = comm.broadcast([s for s in range(-1, len(config.stream.tasks)) if student.stage_policy(s).exists()])
+    if is_whole and not stages:
         raise ValueError(f"{student.path} holds no trained stage yet; run jobs.distill first")
-    todo = comm.broadcast([s for s in stages if not element.row_file(s).exists()])
-    episodes = {s: sum(cell.num_episodes for cell in row_cells(run, s, stages[-1])) for s in stages}
+    rows_due = stages if is_whole else stages[:-1]
+    todo = comm.broadcast([s for s in rows_due if not element.row_file(s).exists()])
+    episodes = {s: sum(cell.num_episodes for cell in row_cells(run, s, stages[-1])) for s in rows_due}
     total = sum(episodes.values())
     done = total - sum(episodes[s] for s in todo)
     current.begin("evaluate", total, done, unit="episodes")

@@ -34,6 +34,8 @@ class LedgerEntry:
     """Slurm only: the job's unique name, shared by the elements of an array."""
     place: int | None = None
     """Slurm only: place in the array, if it is one."""
+    partial: bool = False
+    """Slurm only: whether the job does what can be done before all that the element needs is finished."""
 
 
 def enter(run: Run, element: Element, job_id: str, log: Path) -> None:

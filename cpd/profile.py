@@ -80,6 +80,8 @@ class Profile:
     account: str = ""
     qos: str = ""
     constraint: str = ""
+    order: Literal["after_all", "overlap"] = "after_all"
+    """When students learn: after all of their teachers, or each stage as soon as its teacher is finished."""
     array_parallelism: Positive = 64
     """Elements of the array of teachers that run at a time."""
     max_array_size: Positive = 1000

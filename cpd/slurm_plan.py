@@ -3,13 +3,17 @@
 Teachers are one array (or several, where a site limits their length); every student and every evaluation is a job
 of its own, since each depends on other elements; the report comes last. Dependencies are `afterany`: the chain
 goes on whatever became of a job, and an element that finds what it needs unfinished ends at once, naming it.
+
+In the order `overlap`, a student has one job for every teacher that is not finished, in the order of the stream:
+each learns as far as there are teachers, and is followed by a job that measures the stages that are done. A stage
+sees the same student and the same data in either order.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cpd.ledger import ledger
 from cpd.profile import Profile
@@ -32,9 +36,12 @@ class Submission:
     tasks: tuple[tuple[Element, ...], ...]
     """The elements of every job of the array; more than one where a site limits the number of jobs."""
     needs: tuple[Element, ...] = ()
-    """What must be over before it starts: elements in the queue, or of earlier submissions."""
+    """What must be over before it starts: elements in the queue, or of earlier submissions. The element itself
+    stands for an earlier job of its own."""
     parallelism: int = 0
     """Jobs of the array that run at a time; 0: the profile's number."""
+    partial: bool = False
+    """Whether it does what can be done while something that its element needs is not finished."""
 
     @property
     def elements(self) -> list[Element]:
@@ -76,14 +83,38 @@ def plan(
     names = _Names(run, found.names)
     teachers = [element for element in wanted if element.role == "teacher"]
     others = [element for element in wanted if element.role != "teacher"]
-    submissions = [
-        Submission(names.new("teacher"), "teacher", tasks, parallelism=parallelism)
-        for tasks, parallelism in _arrays(teachers, profile, len(others) + len(found.active))
-    ]
-    return submissions + [
-        Submission(names.new(element.role), element.role, ((element,),), tuple(needs[element.name]))
-        for element in others
-    ]
+    following = _overlapping(run, others, needs) if profile.order == "overlap" else _in_turn(others, needs)
+    arrays = _arrays(teachers, profile, len(following) + sum(map(len, found.active.values())))
+    submissions = [Submission("", "teacher", tasks, parallelism=parallelism) for tasks, parallelism in arrays]
+    return [replace(submission, name=names.new(submission.role)) for submission in submissions + following]
+
+
+def _in_turn(wanted: Sequence[Element], needs: dict[str, list[Element]]) -> list[Submission]:
+    """One job for every student, evaluation and report, after all that it needs."""
+    return [Submission("", element.role, ((element,),), tuple(needs[element.name])) for element in wanted]
+
+
+def _overlapping(run: Run, wanted: Sequence[Element], needs: dict[str, list[Element]]) -> list[Submission]:
+    """Jobs of students and evaluations in turn, one for every teacher that is waited for, then the rest."""
+    names = {element.name for element in wanted}
+    found: list[Submission] = []
+    for student, evaluation in zip(run.students(), run.evaluations(), strict=True):
+        pair = [element for element in (student, evaluation) if element.name in names]
+        # Without its student there is nothing to come for an evaluation to follow.
+        teachers = needs.get(student.name, []) if student in pair else []
+        if teachers and run.teacher_of(run.config.stream.tasks[0], student.seed).finished:
+            found += [Submission("", element.role, ((element,),), partial=True) for element in pair[:1]]
+        for number, teacher in enumerate(teachers):
+            for element in pair:
+                own = element in [e for submission in found for e in submission.elements]
+                first = teacher if element is student else student
+                is_last = number == len(teachers) - 1
+                after = (first, *([element] if own else []))
+                # The last insists on all that it needs, so that what is lacking is told.
+                found.append(Submission("", element.role, ((element,),), after, partial=not is_last))
+        if not teachers:
+            found += _in_turn(pair, needs)
+    return found + _in_turn([element for element in wanted if element.role == "report"], needs)
 
 
 def _chosen(run: Run, found: Survey, only: Sequence[str], retry_failed: bool) -> list[Element]:
@@ -167,7 +198,7 @@ def _numeric(job: str) -> list[tuple[int, str]]:
 
 def texts(run: Run, profile: Profile, submissions: Sequence[Submission], found: Survey) -> list[tuple[str, str]]:
     """Name and sbatch text of every submission; job numbers that only sbatch will tell are given as names."""
-    jobs = {name: job.job for name, job in found.active.items()}
+    jobs = {name: own[-1].job for name, own in found.active.items()}
     arrays: dict[str, list[str]] = {}
     result = []
     for submission in submissions:

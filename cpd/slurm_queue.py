@@ -22,7 +22,7 @@ def submit(run: Run, profile: Profile, submissions: Sequence[Submission], found:
     Raises:
         SchedulerError: if sbatch refuses; what was submitted before stays, and launching again goes on.
     """
-    jobs = {name: job.job for name, job in found.active.items()}
+    jobs = {name: own[-1].job for name, own in found.active.items()}
     arrays: dict[str, list[str]] = {}
     done = []
     for submission in submissions:
@@ -43,12 +43,14 @@ def _submit_one(run: Run, profile: Profile, submission: Submission, wait_for: st
         mark(element, "queued")
     try:
         with outside_of_jobs():
-            handles = made.submit_array([element_work(run, task, resources) for task in submission.tasks])
+            work = [element_work(run, task, resources, submission.partial) for task in submission.tasks]
+            handles = made.submit_array(work)
     except Exception as error:
         for element in submission.elements:
             mark(element, "waiting", "sbatch refused it")
-        lines = [line for line in str(error).splitlines() if "error" in line.lower()] or [str(error)]
-        raise SchedulerError(f"sbatch refused {submission.name}: {' '.join(lines)}") from error
+        # submitit wraps sbatch's own words into many others.
+        lines = [line.partition("error: ")[2] for line in str(error).splitlines() if "sbatch: error: " in line]
+        raise SchedulerError(f"sbatch refused {submission.name}: {'; '.join(lines) or error}") from error
     numbers = [handle.job_id for handle in handles]
     append(run, _entries(submission, numbers, [log_name(run, number) for number in numbers]))
     return str(numbers[0]).partition("_")[0]
@@ -67,6 +69,7 @@ def _entries(submission: Submission, numbers: list[str], logs: list[str]) -> lis
             cluster="slurm",
             name=submission.name,
             place=place if several else None,
+            partial=submission.partial,
         )
         for place, task in enumerate(submission.tasks)
         for element in task
@@ -76,13 +79,14 @@ def _entries(submission: Submission, numbers: list[str], logs: list[str]) -> lis
 def _retarget(run: Run, found: Survey, jobs: dict[str, str], submitted: set[str]) -> None:
     """Let jobs that were pending already wait for elements that were submitted anew, too."""
     for element in run.elements():
-        job = found.active.get(element.name)
-        if job is None or job.state != "PENDING":
+        own = found.active.get(element.name, [])
+        if not own or own[-1].state != "PENDING":
             continue
         needed = [needed.name for needed in run.dependencies(element) if not needed.finished]
         if any(name in submitted for name in needed):
-            numbers = ":".join(dict.fromkeys(jobs[name] for name in needed if name in jobs))
-            run_command(["scontrol", "update", f"JobId={job.job}", f"Dependency=afterany:{numbers}"])
+            numbers = [jobs[name] for name in needed if name in jobs] + [job.job for job in own[:-1]]
+            wait_for = f"afterany:{':'.join(dict.fromkeys(numbers))}"
+            run_command(["scontrol", "update", f"JobId={own[-1].job}", f"Dependency={wait_for}"])
 
 
 def cancel(run: Run, profile: Profile, only: Iterable[str] = ()) -> list[str]:
@@ -96,10 +100,11 @@ def cancel(run: Run, profile: Profile, only: Iterable[str] = ()) -> list[str]:
     elements = [e for e in run.elements() if e.name in found.active]
     elements = [e for e in elements if not only or any(matches(e, name) for name in only)]
     # The last first, so that none starts because what it waits for was cancelled before it.
-    numbers = list(dict.fromkeys(found.active[element.name].job for element in reversed(elements)))
+    numbers = [job.job for element in elements for job in found.active[element.name]]
+    numbers = list(dict.fromkeys(reversed(numbers)))
     if numbers:
         run_command(["scancel", *numbers])
     for element in elements:
-        if found.active[element.name].state == "PENDING":
+        if all(job.state == "PENDING" for job in found.active[element.name]):
             mark(element, "waiting", "cancelled before it started")
     return [element.name for element in elements]

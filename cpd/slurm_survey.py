@@ -21,8 +21,8 @@ ENDING_SECONDS = 60.0
 class Survey:
     """Where the elements of a run stand."""
 
-    active: dict[str, JobState]
-    """By element name: its job, which is in the queue or at work."""
+    active: dict[str, list[JobState]]
+    """By element name: its jobs that are in the queue or at work, in the order of their submission."""
     held: dict[str, str]
     """By element name: who works on it without being a job in the queue."""
     names: frozenset[str]
@@ -36,8 +36,9 @@ def survey(run: Run, profile: Profile) -> Survey:
         SchedulerError: if Slurm cannot be asked; nothing may be submitted then.
     """
     entries = slurm_entries(run)
-    jobs = _settled_queue({entry.job for entry in entries.values()})
-    entries |= _adopt_lost(run, profile, entries, jobs)
+    jobs = _settled_queue({entry.job for found in entries.values() for entry in found})
+    if _adopt_lost(run, profile, {name: found[-1] for name, found in entries.items()}, jobs):
+        entries = slurm_entries(run)
     return standing(run, entries, jobs)
 
 
@@ -50,28 +51,31 @@ def look(run: Run) -> Survey:
     return standing(run, slurm_entries(run), queue())
 
 
-def slurm_entries(run: Run) -> dict[str, LedgerEntry]:
-    """The last submission of every element whose last submission was to Slurm."""
-    return {name: found[-1] for name, found in ledger(run).items() if found[-1].cluster == "slurm"}
+def slurm_entries(run: Run) -> dict[str, list[LedgerEntry]]:
+    """The submissions to Slurm by element name, oldest first."""
+    found = {name: [e for e in entries if e.cluster == "slurm"] for name, entries in ledger(run).items()}
+    return {name: entries for name, entries in found.items() if entries}
 
 
-def standing(run: Run, entries: dict[str, LedgerEntry], jobs: dict[str, JobState]) -> Survey:
-    """Where the unfinished elements stand, given their last submissions and the queue."""
+def standing(run: Run, entries: dict[str, list[LedgerEntry]], jobs: dict[str, JobState]) -> Survey:
+    """Where the unfinished elements stand, given their submissions and the queue."""
     by_number = {job.number: job for job in jobs.values()}
-    active, held = {}, {}
+    active: dict[str, list[JobState]] = {}
+    held = {}
     for element in run.elements():
         if element.finished:
             continue
-        entry = entries.get(element.name)
-        job = jobs.get(entry.job) if entry else None
+        numbers = [entry.job for entry in entries.get(element.name, [])]
+        own = [jobs[number] for number in numbers if number in jobs and jobs[number].is_active]
         holder, _ = current_holder(element.path / "attempts")
-        if not (job and job.is_active) and holder:
+        if not own and holder:
             # A job that was submitted by hand, or nobody that the queue knows.
             job = by_number.get(holder.job) if holder.job else None
+            own = [job] if job and job.is_active else []
             if job is None:
                 held[element.name] = f"process {holder.process} on {holder.host}"
-        if job and job.is_active:
-            active[element.name] = job
+        if own:
+            active[element.name] = own
     return Survey(active, held, frozenset(job.name for job in jobs.values()))
 
 
@@ -120,4 +124,5 @@ def _supply_pickles(run: Run, profile: Profile, found: dict[str, LedgerEntry], j
         if job in jobs and jobs[job].is_active:
             role = bundle[0].role
             made = executor(run, profile, role, jobs[job].name)
-            made.dump(element_work(run, bundle, profile.resources(role)), job)
+            partial = found[bundle[0].name].partial
+            made.dump(element_work(run, bundle, profile.resources(role), partial), job)

@@ -74,11 +74,13 @@ class ElementJob(submitit.helpers.Checkpointable):
     role: Role
     index: int
     resources: Resources
+    partial: bool = False
+    """Whether to do what can be done while something that the element needs is not finished."""
 
     @property
     def arguments(self) -> list[str]:
         """The command line of the verb."""
-        return [self.root, "--index", str(self.index)]
+        return [self.root, "--index", str(self.index), *(["--partial"] if self.partial else [])]
 
     def __call__(self) -> None:
         """Do the work; under srun every rank is started by Slurm, on one machine by mpiexec."""

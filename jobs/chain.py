@@ -56,7 +56,7 @@ def dry_run(root: Path, config: Config, profile: Profile, choice: Choice) -> lis
 
 def summary(run: Run, profile: Profile, submissions: Sequence[Submission], found: Survey) -> list[str]:
     """Counts, hours, disk, in words."""
-    elements = [element for submission in submissions for element in submission.elements]
+    elements = list(dict.fromkeys(element for submission in submissions for element in submission.elements))
     total = len(run.elements())
     finished = sum(element.finished for element in run.elements())
     jobs = sum(len(submission.tasks) for submission in submissions)

@@ -66,8 +66,11 @@ def element_main(
     parser: argparse.ArgumentParser,
     argv: Sequence[str] | None,
     work: Callable[[Run, Element, Interrupt], None],
+    needs_all: bool = True,
 ) -> int:
     """Parse `RUN_DIR [--index I]`, do `work` on that element unless it is finished, turn errors into exit codes.
+
+    With `needs_all`, an element of which something that it depends on is not finished is not started.
 
     Returns:
         0: done (or rejected); 75: saved and stopped as asked, try again; 3: something that it needs is not
@@ -87,7 +90,7 @@ def element_main(
     if element.finished:
         tell(f"{element.name} is finished already")
         return 0
-    missing = unfinished_dependencies(run, element)
+    missing = unfinished_dependencies(run, element) if needs_all else []
     if missing:
         reason = describe_unfinished(missing)
         decline(element, reason)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Sequence
 
@@ -11,14 +12,15 @@ from cpd.runs import Element, Run, StudentElement
 from jobs.common import element_main, element_tell, mpi_guard, parser_with_examples
 
 
-def work(run: Run, element: Element, interrupt: Interrupt) -> None:
+def work(run: Run, element: Element, interrupt: Interrupt, partial: bool = False) -> None:
     """Do this rank's part of the element's work."""
     from cpd.distill.element import run_student
 
     assert isinstance(element, StudentElement)
     comm = connect()
     with mpi_guard(comm):
-        run_student(run, element, comm, interrupt=interrupt, tell=element_tell(element))
+        tell = element_tell(element)
+        run_student(run, element, comm, interrupt=interrupt, tell=tell, partial=partial)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -32,7 +34,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             "srun --mpi=pmi2 -n 8 python -m jobs.distill runs/cw10 --index 1   # the second student seed",
         ],
     )
-    return element_main("student", parser, argv, work)
+    parser.add_argument(
+        "--partial", action="store_true", help="learn as far as there are teachers, if not all are finished"
+    )
+    partial = parser.parse_known_args(argv)[0].partial
+    return element_main("student", parser, argv, functools.partial(work, partial=partial), needs_all=not partial)
 
 
 if __name__ == "__main__":

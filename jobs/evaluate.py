@@ -29,7 +29,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         "measured already are kept.",
         ["mpiexec -n 2 python -m jobs.evaluate runs/demo", "python -m jobs.evaluate runs/demo --index 1"],
     )
-    return element_main("evaluation", parser, argv, work)
+    parser.add_argument(
+        "--partial", action="store_true", help="measure what there is, if the student is still learning"
+    )
+    partial = parser.parse_known_args(argv)[0].partial
+    return element_main("evaluation", parser, argv, work, needs_all=not partial)
 
 
 if __name__ == "__main__":

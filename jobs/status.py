@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cpd.lease import Holder, current_holder
-from cpd.ledger import ledger
+from cpd.ledger import LedgerEntry, ledger
 from cpd.record import StatusRecord, clock, number, read_status
 from cpd.runs import Element, Run
 from cpd.slurm_states import JobState
@@ -24,6 +24,8 @@ from jobs.common import EXIT_USAGE, parser_with_examples
 
 #: Columns from which a terminal shows everything.
 WIDE = 112
+#: An element may have several jobs in the queue; the last so many are looked through for one that has started.
+MANY_JOBS = 60
 #: Looks at a run of which nothing is in the queue any more, after which watching it ends.
 IDLE_LOOKS = 5
 STYLES = {
@@ -101,28 +103,34 @@ def _state(element: Element, record: StatusRecord, holder: Holder | None, job: J
         return "rejected"
     if element.complete.exists():
         return "done"
-    if job and job.is_active and job.state not in ("RUNNING", "COMPLETING"):
-        return "queued"
-    if job and not job.is_active and holder and holder.job == job.number != "":
+    at_work = ("RUNNING", "COMPLETING")
+    if job and job.state not in at_work and holder and holder.job == job.number != "":
         holder = None  # its heartbeat is still fresh, but Slurm has ended it
     if holder:
         return "running"
     if job and job.is_active:
-        return "starting" if job.state == "RUNNING" else record.state
+        return "queued" if job.state not in at_work else "starting" if job.state == "RUNNING" else record.state
     # Somebody was at work, or was to be, and neither finished nor said good-bye.
     return "killed" if record.state == "running" or (job and record.state == "queued") else record.state
 
 
 def run_status(run: Run, view: QueueView | None = None) -> list[ElementStatus]:
     """All rows, in the run's order; a `view` that is kept spares Slurm some questions."""
-    last = {name: entries[-1] for name, entries in ledger(run).items()}
+    entries = ledger(run)
+    last = {name: own[-1] for name, own in entries.items()}
     elements = run.elements()
     unfinished = {e.name: last[e.name] for e in elements if e.name in last and not e.finished}
     jobs = (view or QueueView()).states(unfinished)
     return [
-        element_status(element, last[element.name].log if element.name in last else "", jobs.get(element.name))
+        element_status(element, _log(run, entries.get(element.name, [])), jobs.get(element.name))
         for element in elements
     ]
+
+
+def _log(run: Run, entries: Sequence[LedgerEntry]) -> str:
+    """The log of the last job of an element that has started, or else of its last."""
+    logs = [entry.log for entry in entries[-MANY_JOBS:] if entry.log]
+    return next((log for log in reversed(logs) if (run.root / log).exists()), logs[-1] if logs else "")
 
 
 def status_table(run: Run, rows: Sequence[ElementStatus], width: int = 120) -> Table:

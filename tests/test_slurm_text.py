@@ -54,7 +54,7 @@ def tell(run: Run, given: Profile, found: Survey = NOTHING, **choice: Any) -> di
 
 def active(run: Run, *names: str, state: str = "RUNNING") -> Survey:
     """A queue in which the named elements are at work, as jobs 100, 101, ..."""
-    return Survey({name: JobState(str(100 + i), "x", state) for i, name in enumerate(names)}, {}, frozenset())
+    return Survey({name: [JobState(str(100 + i), "x", state)] for i, name in enumerate(names)}, {}, frozenset())
 
 
 def test_the_whole_chain(make_run) -> None:
@@ -176,6 +176,41 @@ def test_several_teachers_share_a_job_where_jobs_are_few(make_run) -> None:
         plan(run, profile(max_submitted=3), NOTHING)
 
 
+def test_students_learn_while_teachers_train(make_run) -> None:
+    run: Run = make_run(stream={"tasks": ["drawer-close-v3", "window-close-v3", "drawer-close-v3", "push-v3"]})
+    overlap = profile(order="overlap")
+    submissions = plan(run, overlap, NOTHING)
+    chain = tell(run, overlap)
+    assert [s.role for s in submissions] == ["teacher", *["student", "evaluation"] * 3, "report"]
+    assert [s.partial for s in submissions] == [False, True, True, True, True, False, False, False]
+    teachers, *names = [submission.name for submission in submissions]
+    waits = [options(text).get("dependency", "").removeprefix("afterany:") for text in chain.values()]
+    assert waits == [
+        "",
+        f"<{teachers}>_0",
+        f"<{names[0]}>",
+        f"<{names[0]}>:<{teachers}>_1",
+        f"<{names[1]}>:<{names[2]}>",
+        f"<{names[2]}>:<{teachers}>_2",
+        f"<{names[3]}>:<{names[4]}>",
+        f"<{names[5]}>",
+    ]
+    drawer, *others = run.teachers()
+    drawer.path.mkdir(parents=True)
+    drawer.complete.touch()
+    # What can be learnt already is learnt at once.
+    first = plan(run, overlap, NOTHING)[1]
+    assert (first.role, first.partial, first.needs) == ("student", True, ())
+    for teacher in others:
+        teacher.path.mkdir(parents=True)
+        teacher.complete.touch()
+    assert [(s.role, s.partial) for s in plan(run, overlap, NOTHING)] == [
+        ("student", False),
+        ("evaluation", False),
+        ("report", False),
+    ]
+
+
 def test_only_some_elements(make_run) -> None:
     run: Run = make_run()
     drawer = run.teachers()[0].name
@@ -252,7 +287,8 @@ def test_where_elements_stand(make_run, monkeypatch: pytest.MonkeyPatch) -> None
         with Lease(window.path).acquire():
             # Its heart still beats, but Slurm has ended it.
             assert window.name not in standing(run, slurm_entries(run), jobs).held
-    assert {name: job.job for name, job in found.active.items()} == {drawer.name: "12_0", student.name: "14"}
+    jobs_of = {name: [job.job for job in own] for name, own in found.active.items()}
+    assert jobs_of == {drawer.name: ["12_0"], student.name: ["14"]}
     monkeypatch.delenv("SLURM_JOB_ID")
     with Lease(window.path).acquire():
         assert f"process {os.getpid()}" in standing(run, slurm_entries(run), jobs).held[window.name]

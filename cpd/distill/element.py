@@ -30,9 +30,17 @@ CURVE_CHUNK = 5
 
 
 def run_student(
-    run: Run, element: StudentElement, comm: Comm, *, interrupt: Interrupt, tell: Callable[[str], None]
+    run: Run,
+    element: StudentElement,
+    comm: Comm,
+    *,
+    interrupt: Interrupt,
+    tell: Callable[[str], None],
+    partial: bool = False,
 ) -> None:
     """Distil the whole stream into one student, or what is left of it; a collective.
+
+    With `partial`, the student gets no further than the first stage whose teacher is not finished.
 
     Raises:
         LeaseHeldError: if another process is training this student.
@@ -45,12 +53,15 @@ def run_student(
         if comm.broadcast(element.complete.exists()):
             current.finish("done")
             return
-        admitted = admitted_teachers(run, element, comm)
-        distillation = Distillation(run, element, comm, interrupt, current, admitted)
+        admitted, pending = admitted_teachers(run, element, comm, partial=partial)
+        distillation = Distillation(run, element, comm, interrupt, current, admitted, pending)
         try:
-            distillation.work()
+            lacking = distillation.work()
         finally:
             distillation.close()
+        if lacking is not None:
+            current.finish("waiting", f"the next stage waits for the teacher of {lacking}")
+            return
         if current.is_writer:
             current.check()
             element.complete.touch()
@@ -75,11 +86,12 @@ class Distillation:
         interrupt: Interrupt,
         current: Session,
         admitted: dict[str, TeacherElement],
+        pending: frozenset[str],
     ) -> None:
         """Continue from the newest checkpoint, if there is one."""
         self.run, self.element, self.comm, self.interrupt, self.session = run, element, comm, interrupt, current
         self.config = run.config
-        self.admitted = admitted
+        self.admitted, self.pending = admitted, pending
         self.label = labels(run.config)
         self.trainer = Trainer(run.config, element.seed, comm, choose_device(comm))
         self.curves: list[CurveRow] = []
@@ -110,22 +122,26 @@ class Distillation:
         if self.log:
             self.log.close()
 
-    def work(self) -> None:
-        """All stages that are left."""
+    def work(self) -> str | None:
+        """All stages that are left, or as many as can be; returns the task whose teacher is lacking."""
         progress, tasks = self.trainer.progress, self.config.stream.tasks
         self.session.begin("distill", self._steps_before(len(tasks)), self._steps_done())
         for stage in range(progress.stage, len(tasks)):
             self.session.check()
+            if tasks[stage] in self.pending:
+                return tasks[stage]
             teacher = self.admitted.get(tasks[stage])
             if teacher is None:
                 self._record(event="skipped", stage=stage, task=tasks[stage])
                 self.trainer.skip_stage()
             else:
                 self._stage(stage, read_stage(self.run, teacher, self.comm))
+        return None
 
     def _steps_before(self, stage: int) -> int:
         """Optimisation steps in the stages before `stage`."""
-        num_stages = sum(task in self.admitted for task in self.config.stream.tasks[:stage])
+        expected = self.admitted.keys() | self.pending
+        num_stages = sum(task in expected for task in self.config.stream.tasks[:stage])
         return num_stages * self.config.distill.steps_per_stage
 
     def _steps_done(self) -> int:

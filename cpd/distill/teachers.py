@@ -13,8 +13,12 @@ from cpd.shards.reader import read_rollouts
 from cpd.shards.schema import INDEX_NAME
 
 
-def admitted_teachers(run: Run, element: StudentElement, comm: Comm) -> dict[str, TeacherElement]:
-    """The student's teachers that passed their gates, by task; a collective.
+def admitted_teachers(
+    run: Run, element: StudentElement, comm: Comm, *, partial: bool = False
+) -> tuple[dict[str, TeacherElement], frozenset[str]]:
+    """The student's teachers that passed their gates, by task, and the tasks whose teachers are not finished.
+
+    A collective. Without `partial` no teacher may be unfinished.
 
     Raises:
         ValueError: on every rank: a teacher is not finished; or one was rejected and the recipe says to stop;
@@ -24,8 +28,9 @@ def admitted_teachers(run: Run, element: StudentElement, comm: Comm) -> dict[str
     found = comm.broadcast([(teacher.complete.exists(), teacher.rejected.exists()) for teacher in teachers])
     admitted = {t.task: t for t, (complete, _) in zip(teachers, found, strict=True) if complete}
     unfinished = [t.name for t, marks in zip(teachers, found, strict=True) if not any(marks)]
-    rejected = [t.name for t in teachers if t.task not in admitted]
-    if unfinished:
+    pending = frozenset(t.task for t, marks in zip(teachers, found, strict=True) if not any(marks))
+    rejected = [t.name for t in teachers if t.task not in admitted and t.task not in pending]
+    if unfinished and not partial:
         raise ValueError(
             f"{run.root}: {_names(unfinished)} neither COMPLETE nor REJECTED; launch the run again to finish "
             "training before distillation"
@@ -35,9 +40,9 @@ def admitted_teachers(run: Run, element: StudentElement, comm: Comm) -> dict[str
             f"{run.root}: {_names(rejected)} rejected (missed teacher.gate = {run.config.teacher.gate}) and "
             "teacher.on_rejected is 'stop'; raise teacher.max_env_steps, lower the gate, or choose 'skip'"
         )
-    if not admitted:
+    if not (admitted or pending):
         raise ValueError(f"{run.root}: all teachers were rejected ({', '.join(rejected)}): nothing to distil")
-    return admitted
+    return admitted, pending
 
 
 def _names(names: Sequence[str]) -> str:

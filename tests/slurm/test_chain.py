@@ -90,6 +90,40 @@ def test_a_retried_teacher_is_waited_for(bench: Bench, tmp_path: Path) -> None:
     assert {row["state"] for row in bench.rows(root).values()} == {"done"}
 
 
+def test_learning_while_teachers_train_gives_the_same_student(
+    finished: Path, bench: Bench, tmp_path: Path
+) -> None:
+    root, profile = tmp_path / "run", tmp_path / "overlap.toml"
+    text = (ROOT / "slurm" / "profiles" / "testbed.toml").read_text()
+    # One teacher after the other, so that the first stage is learnt before there is a second teacher.
+    text = text.replace("array_parallelism = 2", 'order = "overlap"\narray_parallelism = 1')
+    profile.write_text(text)
+    bench.launch(root, *LONG, profile=str(profile))
+    bench.wait(lambda: (root / WINDOW / "attempts").exists(), "the second teacher")
+    (holder,) = (
+        entry for entry in bench.slurm("squeue", "-h", "-r", "-t", "R", "-o", "%i").split() if "_" in entry
+    )
+    bench.slurm("scancel", "--signal=STOP", holder)
+    bench.until(root, STUDENT, 0)
+    bench.wait(
+        lambda: not bench.slurm("squeue", "-h", "-t", "R,CG", "-n", names(root, STUDENT)[0]), "the first stage"
+    )
+    assert bench.rows(root)[STUDENT]["state"] == "queued"
+    assert len(stages(root)) == 2  # before training, and after the first stage
+    bench.slurm("scancel", "--signal=CONT", holder)
+    bench.drain()
+    assert {row["state"] for row in bench.rows(root).values()} == {"done"}
+    assert stages(root) == stages(finished)
+    assert len(ledger(Run(root))[STUDENT]) == 2
+    for table in ("evaluations.csv", "curves.csv", "episodes.csv"):
+        assert (root / "results" / table).read_bytes() == (finished / "results" / table).read_bytes()
+
+
+def names(root: Path, element: str) -> list[str]:
+    """The names of an element's jobs."""
+    return [entry.name for entry in ledger(Run(root))[element]]
+
+
 def held_profile(tmp_path: Path, **lines: str) -> str:
     """A profile whose jobs wait until they are released."""
     path = tmp_path / "held.toml"
