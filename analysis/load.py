@@ -21,7 +21,11 @@ from cpd.runs import Run
 from cpd.summary import MethodMeasures, Summary, summarize
 from cpd.tables import CurveRow
 
-RECIPES = {"rl": "reinforcement learning from scratch", "scripted": "scripted experts as stand-ins"}
+RECIPES = {
+    "rl": "reinforcement learning from scratch",
+    "demo_rl": "reinforcement learning from a capped warm start on demonstrations",
+    "scripted": "scripted experts as stand-ins",
+}
 
 
 def short(task: str) -> str:

@@ -6,7 +6,7 @@ A recipe is a TOML file whose tables are the sections of `Config`, read by `cpd.
 
 from __future__ import annotations
 
-from dataclasses import field
+from dataclasses import field, replace
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
@@ -46,6 +46,8 @@ def _distinct(values: tuple[int, ...]) -> tuple[int, ...]:
 # Meta-World's custom-mt environments treat seed 0 as unseeded; keep to seeds from 1 everywhere.
 Seeds = Annotated[tuple[Positive, ...], Field(min_length=1), AfterValidator(_distinct)]
 Task = Annotated[str, AfterValidator(_known_task)]
+#: Settings of the PPO learner for which `demo_rl` has its own, named `rl_...`.
+DEMO_RL_SETTINGS = ("hidden_sizes", "init_log_std", "learning_rate", "target_kl")
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -106,11 +108,54 @@ class PPOConfig:
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
+class WarmStartConfig:
+    """The warm start of `demo_rl`: cloning of the scripted expert, which must stop while much is left to RL."""
+
+    success_target: Share = 0.5
+    """Cloning ends as soon as the success rate on validation goals has reached this."""
+    success_cap: Annotated[float, Field(ge=0.0, le=0.7)] = 0.7
+    """RL never starts from a clone that succeeds more often: cloning goes back and takes smaller steps."""
+    num_demonstrations: Positive = 40
+    """Episodes of the expert, on training goals at the training horizon."""
+    light_share: Share = 0.25
+    """Share of demonstrations with white noise of `light_scale`; the others get bursts."""
+    light_scale: NonNegativeFloat = 0.1
+    burst_scale: NonNegativeFloat = 0.6
+    """Standard deviation of the vector that a burst adds to every executed action."""
+    burst_steps: Positive = 8
+    """Longest burst."""
+    burst_every: Positive = 25
+    """Mean number of steps from the start of one burst to the next."""
+    steps_after_success: Count = 30
+    num_dagger_rounds: Count = 5
+    """Rounds in which the clone acts and the expert labels (Ross et al. 2011), until the target is reached."""
+    num_dagger_episodes: Positive = 20
+    num_cloning_steps: Positive = 1_000
+    """Gradient steps on the demonstrations, and again after each DAgger round."""
+    steps_per_check: Positive = 200
+    """Gradient steps between validations; halved whenever the cap was overshot."""
+    batch_size: Positive = 256
+    learning_rate: PositiveFloat = 1e-3
+    critic_iterations: Count = 2
+    """Iterations in which the value network alone learns, before the first policy gradient."""
+    rl_hidden_sizes: tuple[Positive, ...] = (256, 256)
+    rl_init_log_std: float = -2.0
+    """Standard deviation 0.135: enough to explore around a policy that half succeeds, little enough to keep it."""
+    rl_learning_rate: PositiveFloat = 2e-4
+    rl_target_kl: PositiveFloat = 0.02
+
+    def __post_init__(self) -> None:
+        if self.success_target > self.success_cap:
+            raise ValueError(f"success_target ({self.success_target}) exceeds success_cap ({self.success_cap})")
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class TeacherConfig:
     """Single-task teachers."""
 
-    recipe: Literal["rl", "scripted"] = "rl"
-    """rl: PPO from scratch; scripted: Meta-World's scripted expert as a labelled stand-in."""
+    recipe: Literal["rl", "demo_rl", "scripted"] = "rl"
+    """rl: PPO from scratch; demo_rl: PPO from a capped warm start on demonstrations; scripted: Meta-World's expert
+    as a labelled stand-in."""
     seeds: Seeds = (1,)
     """One teacher per distinct task and seed."""
     max_env_steps: Positive = 1_000_000
@@ -132,15 +177,28 @@ class TeacherConfig:
     on_rejected: Literal["skip", "stop"] = "skip"
     """What a rejected teacher does to its stage: skip it (recorded) or stop the chain."""
     ppo: PPOConfig = field(default_factory=PPOConfig)
+    warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)
 
     def __post_init__(self) -> None:
         if self.stop_success < self.gate:
             raise ValueError(f"stop_success ({self.stop_success}) lies below the gate ({self.gate})")
-        if self.recipe == "rl" and self.ppo.steps_per_env < self.horizon:
+        if self.recipe != "scripted" and self.ppo.steps_per_env < self.horizon:
             raise ValueError(
                 f"ppo.steps_per_env ({self.ppo.steps_per_env}) is below the training horizon ({self.horizon}): "
                 "every iteration starts from fresh resets, so that no episode would ever last that long"
             )
+        first = (self.warm_start.critic_iterations + 1) * self.ppo.num_envs * self.ppo.steps_per_env
+        if self.recipe == "demo_rl" and self.max_env_steps < first:
+            raise ValueError(
+                f"max_env_steps ({self.max_env_steps}) ends before the first policy gradient ({first})"
+            )
+
+    @property
+    def learner(self) -> PPOConfig:
+        """The learner's settings: those of `ppo`, some of which `demo_rl` replaces by its own."""
+        if self.recipe != "demo_rl":
+            return self.ppo
+        return replace(self.ppo, **{name: getattr(self.warm_start, f"rl_{name}") for name in DEMO_RL_SETTINGS})
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -198,9 +256,13 @@ class StudentConfig:
 class MemoryConfig:
     """The replay memory: a fixed budget of stored time steps for the whole stream."""
 
-    selection: Literal["none", "reservoir"] = "reservoir"
+    selection: Literal["none", "reservoir", "uniform", "dpp"] = "reservoir"
+    """reservoir: uniform over all steps seen; uniform and dpp: an equal share for each task seen, drawn uniformly
+    or chosen to be unlike each other (greedy MAP of a determinantal point process)."""
     share: Share = 0.1
     """Budget as a share of the whole stream's data (distinct tasks x rollouts.num_steps)."""
+    dpp_candidates: Annotated[int, Field(ge=1, le=5_000)] = 2_000
+    """Segments of a task between which `dpp` chooses; of more, this many are drawn evenly over its rollouts."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -297,10 +359,22 @@ class Config:
         found = []
         if self.memory.selection == "none" and self.distill.replay_share != DistillConfig().replay_share:
             found.append("distill.replay_share has no effect: memory.selection is 'none'")
+        if self.memory.selection == "none" and self.memory.share != MemoryConfig().share:
+            found.append("memory.share has no effect: memory.selection is 'none'")
+        if self.memory.selection != "dpp" and self.memory.dpp_candidates != MemoryConfig().dpp_candidates:
+            found.append(f"memory.dpp_candidates has no effect: memory.selection is {self.memory.selection!r}")
         if self.student.expansion == "none" and self.student.experts_per_task != 1:
             found.append("student.experts_per_task has no effect: student.expansion is 'none'")
         if self.teacher.recipe == "scripted" and self.teacher.ppo != PPOConfig():
             found.append("teacher.ppo has no effect: teacher.recipe is 'scripted'")
+        if self.teacher.recipe == "demo_rl":
+            found += [
+                f"teacher.ppo.{name} has no effect: demo_rl takes teacher.warm_start.rl_{name}"
+                for name in DEMO_RL_SETTINGS
+                if getattr(self.teacher.ppo, name) != getattr(PPOConfig(), name)
+            ]
+        elif self.teacher.warm_start != WarmStartConfig():
+            found.append("teacher.warm_start has no effect: teacher.recipe is not 'demo_rl'")
         return found
 
 

@@ -71,7 +71,7 @@ def expected_core_seconds(config: Config) -> dict[Role, float]:
     full, brief = config.evaluation.num_episodes, config.evaluation.num_episodes_brief
     cells = len(tasks) * (distinct * brief + full) + 2 * distinct * full
     per_episode = EPISODE_SECONDS * config.stream.horizon / 500
-    teacher = config.teacher.max_env_steps / TRAINING_RATE if config.teacher.recipe == "rl" else 0.0
+    teacher = config.teacher.max_env_steps / TRAINING_RATE if config.teacher.recipe != "scripted" else 0.0
     size = config.student.width * config.student.num_layers / 128
     steps = len(tasks) * config.distill.steps_per_stage * config.distill.batch_size * config.student.context / 4
     curves = len(tasks) * config.evaluation.curve_points * brief

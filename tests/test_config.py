@@ -115,6 +115,19 @@ def test_settings_without_effect_are_warned_about() -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("memory", "told"),
+    [
+        ({"selection": "none", "share": 0.2}, ["memory.share has no effect: memory.selection is 'none'"]),
+        ({"dpp_candidates": 9}, ["memory.dpp_candidates has no effect: memory.selection is 'reservoir'"]),
+        ({"selection": "dpp", "dpp_candidates": 9}, []),
+        ({"selection": "uniform", "share": 0.2}, []),
+    ],
+)
+def test_memory_settings_without_effect_are_warned_about(memory: dict, told: list[str]) -> None:
+    assert load(Config, merge(MINIMAL, {"memory": memory}), "recipe").warnings() == told
+
+
 def test_every_setting_is_listed() -> None:
     lines = "\n".join(setting_lines(Config))
     assert "--teacher.ppo.gae_lambda" in lines and "0.95" in lines and "(required)" in lines

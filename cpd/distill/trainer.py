@@ -88,7 +88,7 @@ class Trainer:
         self.student.to(device)
         self.flat = FlatParameters(self.student)
         self.optimizer = AdamW(self.flat, config.distill.weight_decay)
-        self.memory = ReplayMemory(make_selection(config.memory.selection, seed), config.memory_steps)
+        self.memory = ReplayMemory(make_selection(config.memory, seed), config.memory_steps)
         self.progress = Progress()
         self._source: BatchSource | None = None
 
@@ -144,7 +144,7 @@ class Trainer:
 
     def end_stage(self, data: StageData) -> None:
         """Let the memory choose from the stage's data, and go on to the next stage."""
-        self.memory.offer(data.segments(self.config.student.context))
+        self.memory.offer(data.segments(self.config.student.context), self.comm)
         self._source = None
         self._next_stage()
 

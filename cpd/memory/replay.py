@@ -9,8 +9,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from cpd.comm import Comm, SerialComm
+from cpd.config import MemoryConfig
+from cpd.memory.diverse import Diverse
 from cpd.memory.reservoir import Reservoir
 from cpd.memory.segments import Segments
+from cpd.memory.uniform import Uniform
 
 
 class Selection(Protocol):
@@ -19,18 +23,23 @@ class Selection(Protocol):
     def choose(self, held: Segments, offered: Segments, budget: int) -> npt.NDArray[np.int64]:
         """Positions in `held` followed by `offered`, of segments with at most `budget` steps in all.
 
-        Must be a pure function of its arguments and the seed it was made with: every rank calls it, and a
-        resumed run calls it again.
+        The memory holds segments in the order returned, and `held` comes in that order: it is the one thing that
+        a selection may remember. Must be a pure function of its arguments, the seed and the settings it was made
+        with: a resumed run calls it again.
         """
 
 
 #: By their names in `MemoryConfig.selection`; made with the student's seed.
-SELECTIONS: Final[Mapping[str, Callable[[int], Selection]]] = {"reservoir": Reservoir}
+SELECTIONS: Final[Mapping[str, Callable[[int, MemoryConfig], Selection]]] = {
+    "reservoir": Reservoir,
+    "uniform": Uniform,
+    "dpp": Diverse,
+}
 
 
-def make_selection(name: str, seed: int) -> Selection | None:
-    """The selection that `MemoryConfig.selection` names; None for `none`."""
-    return None if name == "none" else SELECTIONS[name](seed)
+def make_selection(config: MemoryConfig, seed: int) -> Selection | None:
+    """The selection that `config.selection` names; None for `none`."""
+    return None if config.selection == "none" else SELECTIONS[config.selection](seed, config)
 
 
 class ReplayMemory:
@@ -55,14 +64,21 @@ class ReplayMemory:
         """Bytes held."""
         return self.segments.num_bytes
 
-    def offer(self, segments: Segments) -> None:
-        """Make the choice that a stage's end asks for; `segments` are all of that stage's data, of one task."""
+    def offer(self, segments: Segments, comm: Comm | None = None) -> None:
+        """Make the choice that a stage's end asks for; `segments` are all of that stage's data, of one task.
+
+        A collective of `comm`: rank 0 chooses for all, since rounding may differ between kinds of processors.
+        """
         if self._selection is None or self.budget == 0:
             return
         held = self.segments
         known = held.first_step[held.task == segments.task[0]]
         new = segments.take(np.flatnonzero(~np.isin(segments.first_step, known)))
-        chosen = np.sort(self._selection.choose(held, new, self.budget))
+        if not len(new):
+            return
+        comm = comm or SerialComm()
+        chosen = comm.broadcast(self._selection.choose(held, new, self.budget) if comm.rank == 0 else None)
+        assert chosen is not None
         self.segments = Segments.concatenate([held, new]).take(chosen)
         assert self.num_steps <= self.budget
 

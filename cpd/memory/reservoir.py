@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from cpd.config import MemoryConfig
 from cpd.memory.segments import Segments
 from cpd.seeding import generator
 
@@ -17,17 +18,18 @@ class Reservoir:
     comes again does not count twice. With segments of equal length every step is equally likely to be held.
     """
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, config: MemoryConfig) -> None:
+        """No setting but the seed matters."""
         self._seed = seed
 
     def choose(self, held: Segments, offered: Segments, budget: int) -> npt.NDArray[np.int64]:
-        """The longest run of segments, in the order of their keys, that fits into `budget` steps."""
+        """The longest run of segments in the order of their keys that fits into `budget` steps, ascending."""
         task = np.concatenate([held.task, offered.task])
         first_step = np.concatenate([held.first_step, offered.first_step])
         length = np.concatenate([held.length, offered.length])
         order = np.argsort(self._keys(task, first_step), kind="stable")
         fits = np.cumsum(length[order]) <= budget
-        return order[: int(fits.sum())].astype(np.int64)
+        return np.sort(order[: int(fits.sum())]).astype(np.int64)
 
     def _keys(self, task: npt.NDArray[np.int64], first_step: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
         """A uniform number per segment, which depends on the seed and the segment's identity alone."""

@@ -51,11 +51,14 @@ class Learner:
     Args:
         config: the recipe.
         seed: of the initial weights and of the order of minibatches.
+        keep_normalizer: leave the policy's observation statistics as they are; new ones would change what a cloned
+            policy does.
     """
 
-    def __init__(self, config: PPOConfig, seed: int) -> None:
+    def __init__(self, config: PPOConfig, seed: int, *, keep_normalizer: bool = False) -> None:
         self.config = config
         self.seed = seed
+        self._keep_normalizer = keep_normalizer
         torch_generator = torch.Generator().manual_seed(derive(seed, "weights"))
         self.policy = GaussianPolicy(config.hidden_sizes, config.init_log_std, torch_generator)
         self.value_net = mlp((OBSERVATION_SIZE, *config.hidden_sizes, 1), 1.0, torch_generator)
@@ -82,8 +85,8 @@ class Learner:
         self.largest_reward = state["largest_reward"]
         self.optimizer.load_state_dict(state["optimizer"])
 
-    def update(self, batch: Batch, iteration: int) -> dict[str, float]:
-        """Learn from an iteration's batch.
+    def update(self, batch: Batch, iteration: int, *, critic_only: bool = False) -> dict[str, float]:
+        """Learn from an iteration's batch; with `critic_only` the policy stays exactly as it is.
 
         Returns:
             For the record: `kl` (nats, from the old policy, estimated over the last epoch), `policy_loss`,
@@ -95,7 +98,8 @@ class Learner:
         kl, epoch = 0.0, 0
         for epoch in range(1, self.config.num_epochs + 1):
             rows_of_minibatches = self._minibatches(len(samples.obs_BO), iteration, epoch)
-            steps += [self._step(Samples(*(tensor[rows] for tensor in samples))) for rows in rows_of_minibatches]
+            minibatches = [Samples(*(tensor[rows] for tensor in samples)) for rows in rows_of_minibatches]
+            steps += [self._step(minibatch, critic_only) for minibatch in minibatches]
             own = steps[-len(rows_of_minibatches) :]
             kl = sum(step["kl"] for step in own) / len(own)
             if kl > self.config.target_kl:
@@ -118,7 +122,8 @@ class Learner:
         next_obs_BO = torch.from_numpy(batch.next_obs).flatten(0, 1)
         actions_BA = torch.from_numpy(batch.actions).flatten(0, 1)
         # Old means are taken after this, so that ratios start at one.
-        self.policy.normalizer.update(obs_BO)
+        if not self._keep_normalizer:
+            self.policy.normalizer.update(obs_BO)
         self.largest_reward = max(self.largest_reward, float(batch.rewards.max()))
         success_value = self.largest_reward * config.reward_scale / (1 - config.gamma)
 
@@ -153,7 +158,7 @@ class Learner:
         size = self.config.minibatch_size
         return [order[start : start + size] for start in range(0, num_rows - size + 1, size)]
 
-    def _step(self, samples: Samples) -> dict[str, float]:
+    def _step(self, samples: Samples, critic_only: bool) -> dict[str, float]:
         """One step of the optimiser; `samples.obs_BO` are normalised already."""
         config, log_std_A = self.config, self.policy.log_std_A
         mean_BA = self.policy.net(samples.obs_BO)
@@ -168,7 +173,9 @@ class Learner:
         value_B = self.value_net(samples.obs_BO).squeeze(-1)
         value_loss = nn.functional.huber_loss(value_B, samples.targets_B)
         self.optimizer.zero_grad()
-        (policy_loss + penalty - config.entropy_coef * entropy + value_loss).backward()
+        # Adam leaves parameters without a gradient alone.
+        loss = value_loss if critic_only else policy_loss + penalty - config.entropy_coef * entropy + value_loss
+        loss.backward()
         grad_norm = nn.utils.clip_grad_norm_(self.policy.parameters(), config.max_grad_norm)
         nn.utils.clip_grad_norm_(self.value_net.parameters(), config.max_grad_norm)
         self.optimizer.step()

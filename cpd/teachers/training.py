@@ -1,4 +1,5 @@
-"""Training one teacher: PPO iterations, validation, early stopping, and checkpoints to resume from exactly."""
+"""Training one teacher: a warm start if the recipe has one, PPO iterations, validation, early stopping, and
+checkpoints to resume from exactly."""
 
 from __future__ import annotations
 
@@ -20,6 +21,7 @@ from cpd.session import Session
 from cpd.teachers.policy import GaussianPolicy, Teacher, TeacherActor
 from cpd.teachers.ppo import Learner
 from cpd.teachers.sampling import sample
+from cpd.teachers.warm_start import WarmStart, warm_start
 
 
 @dataclass(frozen=True)
@@ -28,12 +30,17 @@ class TrainingSummary:
 
     iterations: int
     env_steps: int
+    """Of RL: those of demonstrations and validations come on top."""
+    policy_updates: int
+    """Gradient steps of RL on the policy, up to the end of training."""
     stopped_by: str
     """`validation`: the stopping rule; `budget`: max_env_steps."""
     selected_iteration: int
     """Iteration after which the final policy was taken: the last of the best on validation goals."""
     validation_success: float
     """Success rate of the final policy on validation goals."""
+    warm_start: WarmStart | None
+    """Where RL started from, success rate included; None if from scratch."""
 
 
 @dataclass
@@ -45,6 +52,9 @@ class _Progress:
     """Successive validations, up to now, that reached `stop_success`."""
     best_success: float = -1.0
     best_iteration: int = 0
+    policy_updates: int = 0
+    warm_start: dict[str, Any] | None = None
+    """A `WarmStart`, once it is over."""
     unrecorded: dict[str, float] = field(default_factory=dict)
     """Metrics of the present iteration, until it has been validated (if due) and recorded."""
 
@@ -87,11 +97,16 @@ class Trainer:
         self._pool = pool
         self._interrupt = interrupt
         self._session = current
-        ppo = config.teacher.ppo
+        self._ppo = ppo = config.teacher.learner
+        self._has_demonstrations = config.teacher.recipe == "demo_rl"
+        # Iterations in which only the value network learns.
+        self._num_critic_iterations = (
+            config.teacher.warm_start.critic_iterations if self._has_demonstrations else 0
+        )
         self._steps_per_iteration = ppo.num_envs * ppo.steps_per_env
         self._num_iterations = max(1, config.teacher.max_env_steps // self._steps_per_iteration)
         self._goals = goal_set(element.task, "training", config.teacher.num_training_goals)
-        self._learner = Learner(ppo, element.seed)
+        self._learner = Learner(ppo, element.seed, keep_normalizer=self._has_demonstrations)
         self._progress = _Progress()
         self._best_policy: dict[str, Tensor] = {}
         self._metrics = self._resume()
@@ -107,6 +122,8 @@ class Trainer:
         return MetricsLog(self._element.metrics, state["metrics_size"])
 
     def _save(self) -> None:
+        if self._has_demonstrations and self._progress.warm_start is None:
+            return  # a warm start that was cut short starts again
         # Names sort by progress: an iteration is trained first, then recorded.
         name = f"iteration-{self._progress.iteration:06d}-{'1' if self._progress.unrecorded else '2'}"
         newest = checkpoint.latest(self._element.checkpoints)
@@ -135,8 +152,10 @@ class Trainer:
             InterruptedBySignal: if asked to stop; everything up to the last whole iteration has been saved.
         """
         progress = self._progress
-        self._session.begin("train", self._num_iterations * self._steps_per_iteration, self._env_steps)
         try:
+            if self._has_demonstrations and progress.warm_start is None:
+                self._warm_start()
+            self._session.begin("train", self._num_iterations * self._steps_per_iteration, self._env_steps)
             while True:
                 if progress.unrecorded:
                     self._validate_and_record()
@@ -148,15 +167,41 @@ class Trainer:
             raise
         finally:
             self._metrics.close()
+        # Only what has been through policy gradients is ever selected: no warm start passes for RL.
+        assert progress.policy_updates > 0
+        assert progress.best_iteration > self._num_critic_iterations
         policy = self._learner.policy
         policy.load_state_dict(self._best_policy)
         return policy.eval().requires_grad_(False), TrainingSummary(
             iterations=progress.iteration,
             env_steps=self._env_steps,
+            policy_updates=progress.policy_updates,
             stopped_by="validation" if self._has_passed else "budget",
             selected_iteration=progress.best_iteration,
             validation_success=progress.best_success,
+            warm_start=WarmStart(**progress.warm_start) if progress.warm_start else None,
         )
+
+    def _warm_start(self) -> None:
+        teacher, element = self._config.teacher, self._element
+        self._session.begin("warm start", 1, unit="warm starts")
+        done = warm_start(
+            self._learner.policy,
+            element.task,
+            self._goals,
+            self._pool.get(element.task),
+            teacher.warm_start,
+            teacher.horizon,
+            element.seed,
+            self._interrupt,
+            validate=self._validate,
+        )
+        self._progress.warm_start = asdict(done)
+        self._session.advance(1, success=done.validation_success)
+        self._save()
+
+    def _validate(self) -> float:
+        return validate(self._learner.policy, self._config, self._element.task, self._pool, self._interrupt)
 
     @property
     def _has_passed(self) -> bool:
@@ -174,7 +219,7 @@ class Trainer:
             self._learner.policy,
             self._pool.get(self._element.task),
             self._goals,
-            teacher.ppo,
+            self._ppo,
             teacher.horizon,
             self._element.seed,
             progress.iteration,
@@ -183,8 +228,12 @@ class Trainer:
         if batch is None:
             raise InterruptedBySignal("asked to stop while training; launch again to go on")
         sampled = time.monotonic()
-        learned = self._learner.update(batch, progress.iteration)
+        critic_only = progress.iteration < self._num_critic_iterations
+        learned = self._learner.update(batch, progress.iteration, critic_only=critic_only)
         progress.iteration += 1
+        if not critic_only:
+            num_minibatches = self._steps_per_iteration // self._ppo.minibatch_size
+            progress.policy_updates += int(learned["epochs"]) * num_minibatches
         progress.unrecorded = {
             "train_success": batch.train_success,
             "train_return": batch.train_return,
@@ -203,8 +252,9 @@ class Trainer:
         # failing episodes last longest.
         is_promising = progress.unrecorded["train_success"] >= teacher.validate_from
         is_due = progress.iteration % teacher.validate_every == 0 and is_promising
+        is_due &= progress.iteration > self._num_critic_iterations
         if is_due or progress.iteration >= self._num_iterations:
-            success = validate(self._learner.policy, self._config, self._element.task, self._pool, self._interrupt)
+            success = self._validate()
             progress.passes = progress.passes + 1 if success >= teacher.stop_success else 0
             if success >= progress.best_success:
                 progress.best_success, progress.best_iteration = success, progress.iteration

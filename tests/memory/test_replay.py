@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cpd.config import MemoryConfig
 from cpd.memory.replay import ReplayMemory, make_selection
 from cpd.memory.segments import PER_SEGMENT, Segments, cut_segments
 
@@ -22,7 +23,7 @@ def stage(task: int, lengths: list[int], segment: int = 4) -> Segments:
 
 
 def reservoir(budget: int, seed: int = 1) -> ReplayMemory:
-    return ReplayMemory(make_selection("reservoir", seed), budget)
+    return ReplayMemory(make_selection(MemoryConfig(selection="reservoir"), seed), budget)
 
 
 def stored_steps(memory: ReplayMemory) -> list[tuple[int, int]]:
@@ -130,7 +131,7 @@ def test_every_segment_is_equally_likely_to_be_held():
 
 
 def test_none_keeps_nothing():
-    memory = ReplayMemory(make_selection("none", 1), 100)
+    memory = ReplayMemory(make_selection(MemoryConfig(selection="none"), 1), 100)
     memory.offer(stage(0, [20]))
     assert memory.num_steps == memory.num_bytes == 0
 

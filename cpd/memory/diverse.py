@@ -1,0 +1,55 @@
+"""Segments that are unlike each other, by a determinantal point process, and an equal share for every task."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from cpd.config import MemoryConfig
+from cpd.memory.dpp import select
+from cpd.memory.dpp_kernel import FloatArray, standardise
+from cpd.memory.segments import Segments
+from cpd.memory.shares import equal_shares
+from cpd.seeding import generator
+from cpd.student.observations import observation_scaling
+
+
+class Diverse:
+    """Greedy MAP inference within each task at its first stage; each task seen keeps a prefix of the greedy order.
+
+    Every prefix is what greedy inference gives for its size, and the order in which segments are held is the
+    greedy order, so nothing else need be stored. The RBF bandwidth is the median distance between the task's
+    candidates, taken once. All segments have the same quality; states that are far from the others, noisy ones
+    among them, therefore come early.
+    """
+
+    def __init__(self, seed: int, config: MemoryConfig) -> None:
+        """`config.dpp_candidates` bounds cost: the kernel's factor has that many rows and columns at most."""
+        self._seed, self._limit = seed, config.dpp_candidates
+
+    def choose(self, held: Segments, offered: Segments, budget: int) -> npt.NDArray[np.int64]:
+        """The segments that equal shares of `budget` steps leave."""
+        known = bool(np.isin(offered.task, held.task).any())
+        preference = np.zeros(0, np.int64) if known else self._preference(offered, budget)
+        return equal_shares(held, offered, preference, budget)
+
+    def _preference(self, offered: Segments, budget: int) -> npt.NDArray[np.int64]:
+        """All segments: the greedy choice, as long as the budget can need it, then the others in random order."""
+        draws = generator(self._seed, "dpp", int(offered.task[0]))
+        most_that_fit = int((np.cumsum(np.sort(offered.length)) <= budget).sum())
+        num_items = min(most_that_fit, self._limit, len(offered))
+        quality = np.ones(len(offered))
+        greedy = select(segment_features(offered), quality, num_items, draws, limit=self._limit)
+        others = np.setdiff1d(np.arange(len(offered)), greedy)
+        return np.concatenate([greedy, draws.permutation(others)])
+
+
+def segment_features(segments: Segments) -> FloatArray:
+    """The mean observation of every segment in the student's fixed scaling, [G, O].
+
+    The mean, since all steps of a segment are kept and replayed, and since it damps the noise of a single step,
+    which a choice of unlike items would seek out.
+    """
+    scaled_SO = standardise(segments.observations, *observation_scaling())
+    sums_GO: FloatArray = np.add.reduceat(scaled_SO, segments.start, axis=0)
+    return sums_GO / segments.length[:, None]

@@ -1,0 +1,234 @@
+"""The warm start of `demo_rl`: its demonstrations, its cloning, its cap, and RL from there on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from cpd.checkpoint import published
+from cpd.config import Config, TeacherConfig, WarmStartConfig
+from cpd.envs.goals import goal_set
+from cpd.envs.sampler import make_vector_env
+from cpd.files import sha256, write_json
+from cpd.interrupt import Interrupt, InterruptedBySignal
+from cpd.record import read_metrics
+from cpd.runs import Run, TeacherElement
+from cpd.shards.reader import read_index
+from cpd.strict_load import ConfigError, load, merge, read_toml, to_dict
+from cpd.teachers.element import run_teacher
+from cpd.teachers.policy import GaussianPolicy
+from cpd.teachers.warm_start import Cloner, Labelled, WarmStart, demonstration_noise, gather, warm_start
+from tests.conftest import MINIATURE
+
+TASK = "drawer-close-v3"
+HORIZON = 130
+CONFIG = WarmStartConfig(
+    num_demonstrations=6,
+    steps_after_success=5,
+    num_dagger_rounds=1,
+    num_dagger_episodes=4,
+    num_cloning_steps=40,
+    steps_per_check=20,
+)
+
+DEMO_RL: dict[str, Any] = {
+    "stream": {"horizon": HORIZON},
+    "teacher": {
+        "recipe": "demo_rl",
+        "max_env_steps": 1_600,
+        "horizon": HORIZON,
+        "validate_every": 1,
+        "validate_from": 0.0,
+        "stop_success": 1.0,
+        "ppo": {"num_envs": 4, "steps_per_env": 130, "minibatch_size": 130, "num_epochs": 2},
+        "warm_start": {
+            "num_demonstrations": 8,
+            "num_dagger_rounds": 1,
+            "num_dagger_episodes": 4,
+            "num_cloning_steps": 60,
+            "steps_per_check": 30,
+            "critic_iterations": 1,
+            "rl_hidden_sizes": [32],
+        },
+    },
+}
+
+
+def gathered(num_workers: int, clone: GaussianPolicy | None = None) -> Labelled:
+    with make_vector_env([TASK] * 25, num_workers) as envs:
+        goals = goal_set(TASK, "training", 10)
+        return gather(int(clone is not None), clone, TASK, goals, envs, CONFIG, HORIZON, 1, Interrupt())
+
+
+@pytest.fixture(scope="module")
+def demonstrations() -> Labelled:
+    return gathered(1)
+
+
+def fresh_policy() -> GaussianPolicy:
+    return GaussianPolicy((32,), -2.0, torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_demonstrations_are_reproducible_by_any_number_of_workers(
+    demonstrations: Labelled, num_workers: int
+) -> None:
+    again = gathered(num_workers)
+    assert np.array_equal(again.obs_BO, demonstrations.obs_BO)
+    assert np.array_equal(again.labels_BA, demonstrations.labels_BA)
+    assert np.abs(again.labels_BA).max() <= 1.0
+    assert len(again.obs_BO) < CONFIG.num_demonstrations * HORIZON, "episodes end some steps after success"
+
+
+def test_in_dagger_rounds_the_clone_acts(demonstrations: Labelled) -> None:
+    rounds = [gathered(1, fresh_policy()) for _ in range(2)]
+    assert np.array_equal(rounds[0].obs_BO, rounds[1].obs_BO)
+    # A fresh policy hardly moves and does not succeed, unlike the expert, whose labels say what to do.
+    assert len(rounds[0].obs_BO) == CONFIG.num_dagger_episodes * HORIZON
+    hands = rounds[0].obs_BO[:, :3].std(axis=0), demonstrations.obs_BO[:, :3].std(axis=0)
+    assert hands[0].max() < hands[1].max()
+    assert np.abs(rounds[0].labels_BA).mean() > 0.1
+
+
+def test_noise_is_light_in_a_quarter_of_episodes_and_comes_in_bursts_in_the_others() -> None:
+    share_quiet = [float((demonstration_noise(n, 200, CONFIG, 1) == 0).all(axis=1).mean()) for n in range(40)]
+    assert sum(share == 0.0 for share in share_quiet) == 10
+    assert all(share > 0.5 for share in share_quiet if share)
+    assert np.array_equal(demonstration_noise(3, 200, CONFIG, 1), demonstration_noise(3, 200, CONFIG, 1))
+    assert not np.array_equal(demonstration_noise(3, 200, CONFIG, 1), demonstration_noise(3, 200, CONFIG, 2))
+
+
+def test_cloning_lowers_the_loss_and_goes_back_exactly(demonstrations: Labelled) -> None:
+    policy = fresh_policy()
+    policy.normalizer.update(torch.from_numpy(demonstrations.obs_BO))
+    cloner = Cloner(policy, CONFIG, seed=1)
+    first = cloner.run(demonstrations, 20)
+    state = cloner.state()
+    second = cloner.run(demonstrations, 100)
+    assert second < 0.7 * first
+    cloner.load_state(state)
+    # The same steps in smaller increments are the same steps.
+    halves = [cloner.run(demonstrations, 50), cloner.run(demonstrations, 50)]
+    assert sum(halves) / 2 == pytest.approx(second)
+    assert cloner.num_steps == 120
+    assert float(policy.log_std_A.detach().mean()) == -2.0
+
+
+def started(validate: Callable[[], float], config: WarmStartConfig = CONFIG) -> tuple[WarmStart, GaussianPolicy]:
+    policy = fresh_policy()
+    with make_vector_env([TASK] * 25, 1) as envs:
+        goals = goal_set(TASK, "training", 10)
+        return warm_start(policy, TASK, goals, envs, config, HORIZON, 1, Interrupt(), validate), policy
+
+
+def test_an_increment_beyond_the_cap_is_taken_back_and_halved() -> None:
+    rates = iter([0.0, 0.9, 0.2, 0.8, 0.4, 0.6])
+    done, _ = started(lambda: next(rates))
+    # 20 steps are too many, 10 are not, 10 more are too many, 5 not, 5 more reach the target.
+    assert (done.validation_success, done.highest_success, done.cloning_steps) == (0.6, 0.9, 20)
+    assert done.dagger_rounds == 0
+    assert not list(rates)
+
+
+def test_where_every_increment_overshoots_the_last_policy_below_the_cap_stays() -> None:
+    rates = iter([0.1] + [0.75] * 5)
+    done, policy = started(lambda: next(rates))
+    assert (done.validation_success, done.highest_success, done.cloning_steps) == (0.1, 0.75, 0)
+    assert all(torch.equal(a, b) for a, b in zip(policy.parameters(), fresh_policy().parameters(), strict=True))
+
+
+def test_dagger_rounds_follow_where_the_target_is_not_reached() -> None:
+    done, _ = started(lambda: 0.3)
+    assert (done.dagger_rounds, done.cloning_steps, done.validation_success) == (1, 80, 0.3)
+
+
+def new_run(root: Path, **over: Any) -> Run:
+    tables = merge(read_toml(MINIATURE), merge(DEMO_RL, over))
+    write_json(root / "config.json", to_dict(load(Config, tables, "test")))
+    return Run(root)
+
+
+def finish(run: Run, interrupt: Interrupt | None = None) -> TeacherElement:
+    teacher = run.teachers()[0]
+    run_teacher(run, teacher, num_workers=1, interrupt=interrupt or Interrupt(), tell=lambda line: None)
+    return teacher
+
+
+def products(teacher: TeacherElement) -> list[str]:
+    files = [teacher.policy, teacher.policy.with_suffix(".json"), *sorted(teacher.shards.iterdir())]
+    return [sha256(file) for file in files]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> TeacherElement:
+    return finish(new_run(tmp_path_factory.mktemp("undisturbed")))
+
+
+def test_the_record_tells_success_before_and_after_rl(undisturbed: TeacherElement) -> None:
+    description = json.loads(undisturbed.policy.with_suffix(".json").read_text())
+    training = description["training"]
+    start = training["warm_start"]
+    assert description["labels"]["teacher_recipe"] == "demo_rl"
+    assert start["validation_success"] <= 0.7
+    assert start["demonstration_env_steps"] > 0
+    records = read_metrics(undisturbed.metrics)
+    # The critic's own iteration is never validated: no policy is selected that RL has not changed.
+    assert records[0]["validation_success"] is None
+    assert records[0]["grad_norm"] == 0.0
+    assert training["selected_iteration"] >= 2
+    updates = sum(int(record["epochs"]) * 4 for record in records[1:])
+    assert training["policy_updates"] == updates > 0
+    assert training["env_steps"] == 520 * len(records)
+    assert read_index(undisturbed.shards).attributes.teacher_recipe == "demo_rl"
+
+
+class AfterWarmStart(Interrupt):
+    """Asks to stop as soon as the teacher has a checkpoint, which is when its warm start is over."""
+
+    def __init__(self, teacher: TeacherElement) -> None:
+        super().__init__()
+        self.teacher = teacher
+
+    @property
+    def requested(self) -> bool:
+        return bool(published(self.teacher.checkpoints))
+
+
+def test_interrupted_in_after_and_behind_the_warm_start_it_ends_the_same(
+    undisturbed: TeacherElement, tmp_path: Path, counting_interrupt: Callable[[int], Interrupt]
+) -> None:
+    run = new_run(tmp_path)
+    teacher = run.teachers()[0]
+    with pytest.raises(InterruptedBySignal, match="in the warm start"):
+        finish(run, counting_interrupt(20))
+    assert not published(teacher.checkpoints), "half a warm start is not kept"
+    with pytest.raises(InterruptedBySignal, match="while training"):
+        finish(run, AfterWarmStart(teacher))
+    assert len(published(teacher.checkpoints)) == 1
+    assert read_metrics(teacher.metrics) == []
+    with pytest.raises(InterruptedBySignal, match="launch again"):
+        finish(run, counting_interrupt(200))  # in the second iteration
+    assert len(read_metrics(teacher.metrics)) == 1
+    finish(run)
+    assert products(teacher) == products(undisturbed)
+
+
+def test_the_cap_and_the_budget_cannot_be_set_so_that_rl_does_nothing(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="success_cap"):
+        new_run(tmp_path, teacher={"warm_start": {"success_cap": 0.9}})
+    with pytest.raises(ConfigError, match="exceeds success_cap"):
+        new_run(tmp_path, teacher={"warm_start": {"success_cap": 0.2}})
+    with pytest.raises(ConfigError, match="before the first policy gradient"):
+        new_run(tmp_path, teacher={"max_env_steps": 600})
+
+
+def test_demo_rl_has_settings_of_its_own() -> None:
+    learner = TeacherConfig(recipe="demo_rl").learner
+    assert (learner.hidden_sizes, learner.learning_rate, learner.target_kl) == ((256, 256), 2e-4, 0.02)
+    assert TeacherConfig().learner == TeacherConfig().ppo
