@@ -49,6 +49,11 @@ class Bench:
         """`jobs.status --json` by element."""
         return {row["element"]: row for row in json.loads(self.python("jobs.status", str(root), "--json"))}
 
+    def assert_done(self, root: Path) -> None:
+        """Every element is done; if not, tell what the status tells."""
+        states = {name: row["state"] for name, row in self.rows(root).items()}
+        assert set(states.values()) == {"done"}, f"{states}\n{self.python('jobs.status', str(root))}"
+
     def slurm(self, *words: str) -> str:
         """Output of one of Slurm's commands."""
         return self.testbed.command(*words).strip()

@@ -53,7 +53,7 @@ def test_a_disturbed_student_is_the_undisturbed_one(finished: Path, taught: Path
     assert bench.job(taught, STUDENT) == ""
     assert [entry.job for entry in ledger(Run(taught))[STUDENT]] == [job]
     assert stages(taught) == stages(finished)
-    assert {row["state"] for row in bench.rows(taught).values()} == {"done"}
+    bench.assert_done(taught)
 
 
 def test_a_killed_element_ends_the_chain_by_name_and_is_retried(bench: Bench, tmp_path: Path) -> None:
@@ -74,7 +74,7 @@ def test_a_killed_element_ends_the_chain_by_name_and_is_retried(bench: Bench, tm
     again = bench.launch(root, *more, "--retry-failed")
     assert "4 of 5 elements (1 finished, 0 in the queue)" in again
     bench.drain()
-    assert {row["state"] for row in bench.rows(root).values()} == {"done"}
+    bench.assert_done(root)
 
 
 def test_a_retried_teacher_is_waited_for(bench: Bench, tmp_path: Path) -> None:
@@ -87,7 +87,7 @@ def test_a_retried_teacher_is_waited_for(bench: Bench, tmp_path: Path) -> None:
     # The student is still pending, for the other teacher; now it waits for the new job, too.
     assert "1 jobs, 1 of 5 elements (0 finished, 4 in the queue)" in told
     bench.drain()
-    assert {row["state"] for row in bench.rows(root).values()} == {"done"}
+    bench.assert_done(root)
 
 
 def test_learning_while_teachers_train_gives_the_same_student(
@@ -112,7 +112,7 @@ def test_learning_while_teachers_train_gives_the_same_student(
     assert len(stages(root)) == 2  # before training, and after the first stage
     bench.slurm("scancel", "--signal=CONT", holder)
     bench.drain()
-    assert {row["state"] for row in bench.rows(root).values()} == {"done"}
+    bench.assert_done(root)
     assert stages(root) == stages(finished)
     assert len(ledger(Run(root))[STUDENT]) == 2
     for table in ("evaluations.csv", "curves.csv", "episodes.csv"):
@@ -155,7 +155,7 @@ def test_nothing_is_submitted_twice(bench: Bench, tmp_path: Path) -> None:
     jobs = sorted({line.split()[0].partition("_")[0] for line in in_queue.splitlines()})
     bench.slurm("scontrol", "release", ",".join(jobs))
     bench.drain()
-    assert {row["state"] for row in bench.rows(root).values()} == {"done"}
+    bench.assert_done(root)
 
 
 def test_cancel_and_launch_again(finished: Path, taught: Path, bench: Bench) -> None:
@@ -208,5 +208,5 @@ def test_plain_scripts_do_the_same(finished: Path, bench: Bench, tmp_path: Path)
     bench.slurm("scancel", "--signal=USR2", student)
     bench.drain()
     assert bench.rows(root)[STUDENT]["attempts"] == 2
-    assert {row["state"] for row in bench.rows(root).values()} == {"done"}
+    bench.assert_done(root)
     assert stages(root) == stages(finished)

@@ -29,7 +29,7 @@ def test_forgotten_jobs_are_judged_by_what_they_left(forgetful: Bench, tmp_path:
     assert (rows[WINDOW]["state"], rows[STUDENT]["state"]) == ("done", "waiting")
     assert "4 of 5 elements (1 finished, 0 in the queue)" in forgetful.launch(root, *more)
     forgetful.drain()
-    assert {row["state"] for row in forgetful.rows(root).values()} == {"done"}
+    forgetful.assert_done(root)
 
 
 def test_preemption_by_the_jobs_own_signal(finished: Path, taught: Path, forgetful: Bench) -> None:
@@ -60,7 +60,7 @@ def test_the_accounting_is_asked_where_there_is_one(accounted: Bench, tmp_path: 
     assert accounting(names=names)[job].state == row["queue"]
     accounted.launch(root, *more)
     accounted.drain()
-    assert {row["state"] for row in accounted.rows(root).values()} == {"done"}
+    accounted.assert_done(root)
 
 
 @pytest.mark.slow
