@@ -51,8 +51,8 @@ DEMO_RL: dict[str, Any] = {
             "num_demonstrations": 8,
             "num_dagger_rounds": 1,
             "num_dagger_episodes": 4,
-            "num_cloning_steps": 60,
-            "steps_per_check": 30,
+            "num_cloning_steps": 400,
+            "steps_per_check": 200,
             "critic_iterations": 1,
             "rl_hidden_sizes": [32],
         },
@@ -175,7 +175,7 @@ def test_the_record_tells_success_before_and_after_rl(undisturbed: TeacherElemen
     training = description["training"]
     start = training["warm_start"]
     assert description["labels"]["teacher_recipe"] == "demo_rl"
-    assert start["validation_success"] <= 0.7
+    assert 0.0 < start["validation_success"] <= 0.7
     assert start["demonstration_env_steps"] > 0
     records = read_metrics(undisturbed.metrics)
     # The critic's own iteration is never validated: no policy is selected that RL has not changed.
