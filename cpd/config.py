@@ -390,16 +390,3 @@ def differences(old: Config, new: Config) -> list[str]:
 
     before, after = ({k: v for k, v in to_dict(c).items() if k != "logging"} for c in (old, new))
     return walk(before, after, "")
-
-
-def setting_lines(kind: Any, prefix: str = "") -> list[str]:
-    """Every setting as `--dotted.key  default  meaning`, for help."""
-    lines = []
-    for name, info in kind.__pydantic_fields__.items():
-        if hasattr(info.annotation, "__pydantic_fields__"):
-            lines += setting_lines(info.annotation, f"{prefix}{name}.")
-        else:
-            default = "(required)" if info.is_required() else repr(info.default)
-            meaning = " ".join((info.description or "").split())
-            lines.append(f"  --{prefix + name:<36} {default:<16} {meaning}".rstrip())
-    return lines

@@ -134,3 +134,16 @@ def to_dict(config: Any) -> dict[str, Any]:
     """A config as plain tables, ready for JSON."""
     result: dict[str, Any] = TypeAdapter(type(config)).dump_python(config, mode="json")
     return result
+
+
+def setting_lines(kind: Any, prefix: str = "") -> list[str]:
+    """Every setting as `--dotted.key  default  meaning`, for help."""
+    lines = []
+    for name, info in kind.__pydantic_fields__.items():
+        if hasattr(info.annotation, "__pydantic_fields__"):
+            lines += setting_lines(info.annotation, f"{prefix}{name}.")
+        else:
+            default = "(required)" if info.is_required() else repr(info.default)
+            meaning = " ".join((info.description or "").split())
+            lines.append(f"  --{prefix + name:<36} {default:<16} {meaning}".rstrip())
+    return lines

@@ -11,7 +11,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.live import Live
 
-from cpd.config import Config, differences, setting_lines
+from cpd.config import Config, differences
 from cpd.files import read_json, write_json
 from cpd.interrupt import EXIT_INTERRUPTED, Interrupt
 from cpd.lease import Lease, LeaseHeldError
@@ -24,7 +24,16 @@ from cpd.runs import Run, RunError
 from cpd.slurm_estimate import complaints
 from cpd.slurm_plan import PlanError
 from cpd.slurm_states import SchedulerError
-from cpd.strict_load import ConfigError, load, merge, parse_overrides, read_toml, suggestion, to_dict
+from cpd.strict_load import (
+    ConfigError,
+    load,
+    merge,
+    parse_overrides,
+    read_toml,
+    setting_lines,
+    suggestion,
+    to_dict,
+)
 from jobs.chain import Choice, cancel_chain, dry_run, submit_chain
 from jobs.common import EXIT_FAILED, EXIT_USAGE, parser_with_examples, tell
 from jobs.status import run_status, status_table

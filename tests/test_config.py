@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cpd.config import Config, differences, setting_lines
-from cpd.strict_load import ConfigError, load, merge, parse_overrides, read_toml, to_dict
+from cpd.config import Config, differences
+from cpd.strict_load import ConfigError, load, merge, parse_overrides, read_toml, setting_lines, to_dict
 from cpd.tasks import STREAMS
 from jobs.launch import RECIPES
 
