@@ -191,7 +191,7 @@ def test_plain_scripts_do_the_same(finished: Path, bench: Bench, tmp_path: Path)
     assert not (root / "jobs.jsonl").exists()
     small = ("--parsable", "--mem=500M", "--cpus-per-task=1", "--output=/dev/null", "--time=30")
     spread = ("--nodes=2", "--ntasks-per-node=1")
-    scripts, python = ROOT / "slurm", f"--export=ALL,PYTHON={sys.executable}"
+    scripts, python = ROOT / "slurm", f"--export=ALL,PYTHON={sys.executable},MPIR_CVAR_CH4_NETMOD=ofi"
 
     def sbatch(script: str, *options: str, after: str = "") -> str:
         wait_for = [f"--dependency=afterany:{after}"] if after else []

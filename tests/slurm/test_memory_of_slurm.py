@@ -68,6 +68,7 @@ def test_a_time_limit_shorter_than_the_work(bench: Bench, finished: Path, taught
     profile = tmp_path / "short.toml"
     profile.write_text(
         'cluster = "slurm"\nsingle_machine = true\nsignal_seconds = 45\n'
+        'setup = ["export MPIR_CVAR_CH4_NETMOD=ofi"]\n'
         "[student]\nranks = 2\nnodes = 2\nminutes = 2\nmemory_gb = 1.0\n[teacher]\nmemory_gb = 1.0\n"
         "[evaluation]\nmemory_gb = 1.0\n[report]\nmemory_gb = 1.0\n"
     )
