@@ -89,7 +89,7 @@ def _requeue(run: Run, element: Element, job: str) -> str:
             return f"Slurm is ending job {job} already"
         if facts.get("BatchFlag") != "1" or facts.get("Requeue") != "1":
             return f"job {job} may not be requeued; launching again goes on"
-        if _is_stuck(run, element, job):
+        if is_stuck(run, element, job):
             reason = "given up: the last requeues brought it no further; raise minutes or signal_seconds"
             mark(element, "failed", reason)
             return reason
@@ -106,7 +106,7 @@ def _facts(text: str) -> dict[str, str]:
     return {key: value for key, _, value in pairs}
 
 
-def _is_stuck(run: Run, element: Element, job: str) -> bool:
+def is_stuck(run: Run, element: Element, job: str) -> bool:
     """Whether this job has been requeued too often in a row without getting any further."""
     record = read_status(element.status)
     checkpoints = sorted(path.name for path in element.checkpoints.glob("*/meta.json"))

@@ -30,6 +30,7 @@ def submit(run: Run, profile: Profile, submissions: Sequence[Submission], found:
         number = _submit_one(run, profile, submission, wait_for)
         note(submission, number, jobs, arrays)
         done.append((submission.name, number))
+    _sweep(run)
     _retarget(run, found, jobs, {element.name for s in submissions for element in s.elements})
     return done
 
@@ -74,6 +75,13 @@ def _entries(submission: Submission, numbers: list[str], logs: list[str]) -> lis
         for place, task in enumerate(submission.tasks)
         for element in task
     ]
+
+
+def _sweep(run: Run) -> None:
+    """Remove what submitit and refused submissions leave among the logs."""
+    leftovers = [*run.logs.glob(".submission_file_*.sh"), *run.logs.glob(f"{'[0-9a-f]' * 32}.pkl")]
+    for path in leftovers:
+        path.unlink(missing_ok=True)
 
 
 def _retarget(run: Run, found: Survey, jobs: dict[str, str], submitted: set[str]) -> None:

@@ -19,7 +19,7 @@ from cpd.record import Status
 from cpd.runs import Run
 from cpd.slurm_estimate import complaints, costs, disk
 from cpd.slurm_executor import outside_of_jobs
-from cpd.slurm_job import describe_unfinished, slurm_job, unfinished_dependencies
+from cpd.slurm_job import describe_unfinished, is_stuck, slurm_job, unfinished_dependencies
 from cpd.slurm_plan import PlanError, Submission, plan, texts
 from cpd.slurm_states import JobState
 from cpd.slurm_survey import Survey, slurm_entries, standing
@@ -323,6 +323,19 @@ def test_an_element_names_what_it_lacks(make_run, capsys: pytest.CaptureFixture[
     assert distill.main([str(run.root)]) == 3
     assert "not started, since it needs teachers/drawer-close-v3/seed-1 (failed" in capsys.readouterr().err
     assert "since it needs teachers/drawer" in student.status.read_text()
+
+
+def test_only_requeues_without_progress_count(make_run) -> None:
+    run: Run = make_run()
+    student = run.students()[0]
+    write_json(run.root / "profile.json", {"max_timeouts": 2})
+    status = Status(student.status)
+    status.begin("distill", 100, 10)
+    assert [is_stuck(run, student, "5") for _ in range(2)] == [False, False]
+    status.advance(20, force=True)
+    assert [is_stuck(run, student, "5") for _ in range(3)] == [False, False, True]
+    # A new submission starts anew.
+    assert not is_stuck(run, student, "6")
 
 
 def test_submitting_from_inside_a_job_leaks_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -124,6 +125,18 @@ def names(root: Path, element: str) -> list[str]:
     return [entry.name for entry in ledger(Run(root))[element]]
 
 
+def submitted_texts(root: Path) -> list[str]:
+    """What sbatch was given for every job, with names for the numbers of the jobs that it waits for."""
+    entries = [entries[-1] for entries in ledger(Run(root)).values()]
+    names = {entry.job.partition("_")[0]: entry.name for entry in entries}
+    found = []
+    for path in (root / "logs").glob("*_submission.sh"):
+        text = re.sub(r"afterany:(\d+)", lambda match: f"'afterany:<{names[match[1]]}>'", path.read_text())
+        found.append(text)
+    assert len(found) == 4
+    return found
+
+
 def held_profile(tmp_path: Path, **lines: str) -> str:
     """A profile whose jobs wait until they are released."""
     path = tmp_path / "held.toml"
@@ -136,7 +149,11 @@ def held_profile(tmp_path: Path, **lines: str) -> str:
 
 def test_nothing_is_submitted_twice(bench: Bench, tmp_path: Path) -> None:
     root, profile = tmp_path / "run", held_profile(tmp_path)
+    foretold = bench.launch(root, "--dry-run", profile=profile)
     bench.launch(root, profile=profile)
+    for text in submitted_texts(root):
+        assert text in foretold
+    assert not list((root / "logs").glob(".submission_file*"))
     in_queue = bench.slurm("squeue", "-h", "-r", "-o", "%i %j")
     assert len(in_queue.splitlines()) == 5
     assert "nothing to submit (5 elements in the queue)" in bench.launch(root, profile=profile)
