@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator
 from pydantic.dataclasses import dataclass
 
-from cpd.config import Count, NonNegativeFloat, Positive
+from cpd.config.types import Count, NonNegativeFloat, Positive
 from cpd.runs import Role
 from cpd.strict_load import STRICT, ConfigError, load, read_toml, suggestion
 

@@ -11,11 +11,11 @@ from cpd.ledger import ledger
 from cpd.profile import Profile
 from cpd.record import clock
 from cpd.runs import Run
-from cpd.slurm_estimate import costs, disk, gigabytes, wall_hours
-from cpd.slurm_plan import Submission, plan, texts
-from cpd.slurm_queue import cancel, submit
-from cpd.slurm_states import SchedulerError
-from cpd.slurm_survey import Survey, look, survey
+from cpd.slurm.estimate import costs, disk, gigabytes, wall_hours
+from cpd.slurm.plan import Submission, plan, texts
+from cpd.slurm.queue import cancel, submit
+from cpd.slurm.states import SchedulerError
+from cpd.slurm.survey import Survey, look, survey
 from jobs.common import tell
 
 

@@ -18,7 +18,7 @@ from cpd.lease import LeaseHeldError
 from cpd.record import read_status
 from cpd.runs import Element, Role, Run
 from cpd.session import mark
-from cpd.slurm_job import decline, describe_unfinished, hand_back, is_first_rank, unfinished_dependencies
+from cpd.slurm.job import decline, describe_unfinished, hand_back, is_first_rank, unfinished_dependencies
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2

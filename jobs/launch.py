@@ -21,9 +21,9 @@ from cpd.profile import Profile, load_profile
 from cpd.provenance import code_version, provenance
 from cpd.record import progress_line, read_status
 from cpd.runs import Run, RunError
-from cpd.slurm_estimate import complaints
-from cpd.slurm_plan import PlanError
-from cpd.slurm_states import SchedulerError
+from cpd.slurm.estimate import complaints
+from cpd.slurm.plan import PlanError
+from cpd.slurm.states import SchedulerError
 from cpd.strict_load import (
     ConfigError,
     load,

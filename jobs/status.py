@@ -18,8 +18,8 @@ from cpd.lease import Holder, current_holder
 from cpd.ledger import LedgerEntry, ledger
 from cpd.record import StatusRecord, clock, number, read_status
 from cpd.runs import Element, Run
-from cpd.slurm_states import JobState
-from cpd.slurm_view import QueueView
+from cpd.slurm.states import JobState
+from cpd.slurm.view import QueueView
 from jobs.common import EXIT_USAGE, parser_with_examples
 
 #: Columns from which a terminal shows everything.

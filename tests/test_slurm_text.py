@@ -17,12 +17,12 @@ from cpd.ledger import LedgerEntry, append, ledger
 from cpd.profile import Profile, load_profile
 from cpd.record import Status
 from cpd.runs import Run
-from cpd.slurm_estimate import complaints, costs, disk
-from cpd.slurm_executor import outside_of_jobs
-from cpd.slurm_job import describe_unfinished, is_stuck, slurm_job, unfinished_dependencies
-from cpd.slurm_plan import PlanError, Submission, plan, texts
-from cpd.slurm_states import JobState
-from cpd.slurm_survey import Survey, slurm_entries, standing
+from cpd.slurm.estimate import complaints, costs, disk
+from cpd.slurm.executor import outside_of_jobs
+from cpd.slurm.job import describe_unfinished, is_stuck, slurm_job, unfinished_dependencies
+from cpd.slurm.plan import PlanError, Submission, plan, texts
+from cpd.slurm.states import JobState
+from cpd.slurm.survey import Survey, slurm_entries, standing
 from cpd.strict_load import load
 from jobs.launch import main
 

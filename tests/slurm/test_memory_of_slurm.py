@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from slurm_bench import LONG, STUDENT, Bench, stages
 
-from cpd.slurm_states import accounting
+from cpd.slurm.states import accounting
 
 pytestmark = pytest.mark.slurm
 DRAWER, WINDOW = "teachers/drawer-close-v3/seed-1", "teachers/window-close-v3/seed-1"

@@ -9,10 +9,10 @@ from cpd.ledger import LedgerEntry, append
 from cpd.profile import Profile
 from cpd.runs import Run
 from cpd.session import mark
-from cpd.slurm_executor import element_work, executor, outside_of_jobs
-from cpd.slurm_plan import Submission, dependency, matches, note
-from cpd.slurm_states import SchedulerError, run_command
-from cpd.slurm_survey import Survey, survey
+from cpd.slurm.executor import element_work, executor, outside_of_jobs
+from cpd.slurm.plan import Submission, dependency, matches, note
+from cpd.slurm.states import SchedulerError, run_command
+from cpd.slurm.survey import Survey, survey
 from cpd.submission import log_name
 
 

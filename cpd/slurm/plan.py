@@ -19,8 +19,8 @@ from cpd.ledger import ledger
 from cpd.profile import Profile
 from cpd.record import read_status
 from cpd.runs import Element, Role, Run
-from cpd.slurm_executor import executor
-from cpd.slurm_survey import Survey
+from cpd.slurm.executor import executor
+from cpd.slurm.survey import Survey
 
 
 class PlanError(ValueError):

@@ -9,8 +9,8 @@ from cpd.lease import current_holder
 from cpd.ledger import LedgerEntry, append, ledger
 from cpd.profile import Profile
 from cpd.runs import Element, Run
-from cpd.slurm_executor import element_work, executor
-from cpd.slurm_states import JobState, accounting, queue
+from cpd.slurm.executor import element_work, executor
+from cpd.slurm.states import JobState, accounting, queue
 from cpd.submission import log_name
 
 #: How long to wait for jobs that are just ending before deciding what is missing.

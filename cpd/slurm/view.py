@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from cpd.ledger import LedgerEntry
-from cpd.slurm_states import JobState, SchedulerError, accounting, queue
+from cpd.slurm.states import JobState, SchedulerError, accounting, queue
 
 #: Seconds for which an answer is kept; a site's controller has more to do than to feed our display.
 QUEUE_SECONDS = 3.0

@@ -12,7 +12,7 @@ from cpd.profile import Profile
 from cpd.record import read_status
 from cpd.runs import Element, Run
 from cpd.session import mark
-from cpd.slurm_states import SchedulerError, run_command
+from cpd.slurm.states import SchedulerError, run_command
 
 #: How long a shared file system may take to show what a job on another node wrote last.
 VISIBILITY_SECONDS = 5.0

@@ -1,0 +1,24 @@
+"""Every setting of an experiment, as frozen dataclasses.
+
+A recipe is a TOML file whose tables are the sections of `Config`, read by `cpd.strict_load`. Everything in
+`Config` outside `logging` affects results and is frozen in the run directory.
+"""
+
+from cpd.config.experiment import Config, EvaluationConfig, LoggingConfig, StreamConfig, differences
+from cpd.config.student import DistillConfig, MemoryConfig, StudentConfig
+from cpd.config.teacher import PPOConfig, RolloutConfig, TeacherConfig, WarmStartConfig
+
+__all__ = [
+    "Config",
+    "DistillConfig",
+    "EvaluationConfig",
+    "LoggingConfig",
+    "MemoryConfig",
+    "PPOConfig",
+    "RolloutConfig",
+    "StreamConfig",
+    "StudentConfig",
+    "TeacherConfig",
+    "WarmStartConfig",
+    "differences",
+]

@@ -1,0 +1,135 @@
+"""A whole experiment: the stream, and every section together."""
+
+from __future__ import annotations
+
+from dataclasses import field
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field
+from pydantic.dataclasses import dataclass
+
+from cpd.config.student import DistillConfig, MemoryConfig, StudentConfig
+from cpd.config.teacher import DEMO_RL_SETTINGS, PPOConfig, RolloutConfig, TeacherConfig, WarmStartConfig
+from cpd.config.types import Count, Positive, Seeds, Task, expand_stream
+from cpd.strict_load import STRICT, to_dict
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class StreamConfig:
+    """The tasks, in the order in which they are distilled; a task may come twice."""
+
+    tasks: Annotated[tuple[Task, ...], BeforeValidator(expand_stream), Field(min_length=1)]
+    """Task names, or the name of a stream: demo, cw10, cw20, mt10, mt50."""
+    horizon: Annotated[int, Field(ge=1, le=500)] = 500
+    """Episode length in environment steps, for rollouts, student and evaluation."""
+    reward_version: Literal["v1", "v2"] = "v2"
+    """Meta-World's reward functions (not the -v3 suffix of the tasks)."""
+
+    @property
+    def distinct_tasks(self) -> tuple[str, ...]:
+        """The stream's tasks without repetition, in order of first appearance."""
+        return tuple(dict.fromkeys(self.tasks))
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class EvaluationConfig:
+    """Episode counts of the success matrix, per cell."""
+
+    num_episodes: Annotated[int, Field(ge=1, le=50)] = 50
+    """Diagonal, final row and teachers (held-out goals; the final row on training goals too)."""
+    num_episodes_brief: Annotated[int, Field(ge=1, le=50)] = 10
+    """Every other cell, and each point of a curve."""
+    curve_points: Count = 10
+    """Evaluations of the current task within a stage."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class LoggingConfig:
+    """Settings without influence on results; they may change between launches."""
+
+    checkpoint_every: Positive = 200
+    """Distillation steps between resume checkpoints."""
+    teacher_checkpoint_every: Positive = 2
+    """PPO iterations between resume checkpoints."""
+    metrics_every: Positive = 20
+    """Distillation steps between records in metrics.jsonl."""
+    agree_every: Positive = 10
+    """Distillation steps between the ranks' agreements on whether to stop."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Config:
+    """A whole experiment."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")]
+    """Name of the experiment; the run directory is runs/<name> unless told otherwise."""
+    method: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")] = "moe"
+    """Label of the student's method in directories and tables."""
+    seeds: Seeds = (1,)
+    """Student seeds; seed number s learns from teacher seed number s mod len(teacher.seeds)."""
+    torch_threads: Positive = 1
+    """Threads of a process's tensor arithmetic: part of the recipe, since it changes rounding."""
+    stream: StreamConfig
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    rollouts: RolloutConfig = field(default_factory=RolloutConfig)
+    student: StudentConfig = field(default_factory=StudentConfig)
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+    def __post_init__(self) -> None:
+        if self.evaluation.curve_points > self.distill.steps_per_stage:
+            raise ValueError(
+                f"evaluation.curve_points ({self.evaluation.curve_points}) exceeds "
+                f"distill.steps_per_stage ({self.distill.steps_per_stage})"
+            )
+        if self.memory_steps and self.memory_steps < self.student.context:
+            raise ValueError(
+                f"memory.share = {self.memory.share} gives {self.memory_steps} steps, less than one window "
+                f"(student.context = {self.student.context}); raise it or set memory.selection = 'none'"
+            )
+
+    @property
+    def memory_steps(self) -> int:
+        """The memory's budget in stored time steps for the whole stream."""
+        if self.memory.selection == "none":
+            return 0
+        return round(self.memory.share * len(self.stream.distinct_tasks) * self.rollouts.num_steps)
+
+    def warnings(self) -> list[str]:
+        """Settings that are given but have no effect."""
+        found = []
+        if self.memory.selection == "none" and self.distill.replay_share != DistillConfig().replay_share:
+            found.append("distill.replay_share has no effect: memory.selection is 'none'")
+        if self.memory.selection == "none" and self.memory.share != MemoryConfig().share:
+            found.append("memory.share has no effect: memory.selection is 'none'")
+        if self.memory.selection != "dpp" and self.memory.dpp_candidates != MemoryConfig().dpp_candidates:
+            found.append(f"memory.dpp_candidates has no effect: memory.selection is {self.memory.selection!r}")
+        if self.student.expansion == "none" and self.student.experts_per_task != 1:
+            found.append("student.experts_per_task has no effect: student.expansion is 'none'")
+        if self.teacher.recipe == "scripted" and self.teacher.ppo != PPOConfig():
+            found.append("teacher.ppo has no effect: teacher.recipe is 'scripted'")
+        if self.teacher.recipe == "demo_rl":
+            found += [
+                f"teacher.ppo.{name} has no effect: demo_rl takes teacher.warm_start.rl_{name}"
+                for name in DEMO_RL_SETTINGS
+                if getattr(self.teacher.ppo, name) != getattr(PPOConfig(), name)
+            ]
+        elif self.teacher.warm_start != WarmStartConfig():
+            found.append("teacher.warm_start has no effect: teacher.recipe is not 'demo_rl'")
+        return found
+
+
+def differences(old: Config, new: Config) -> list[str]:
+    """The settings that affect results and differ, as `dotted.path: old -> new`."""
+
+    def walk(left: Any, right: Any, path: str) -> list[str]:
+        if isinstance(left, dict) and isinstance(right, dict):
+            keys = dict.fromkeys([*left, *right])
+            lines = [walk(left.get(key), right.get(key), f"{path}.{key}".lstrip(".")) for key in keys]
+            return [line for group in lines for line in group]
+        return [] if left == right else [f"{path}: {left!r} -> {right!r}"]
+
+    before, after = ({k: v for k, v in to_dict(c).items() if k != "logging"} for c in (old, new))
+    return walk(before, after, "")

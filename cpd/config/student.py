@@ -1,0 +1,78 @@
+"""Settings of the student, its memory, and its distillation."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from cpd.config.types import Count, NonNegativeFloat, Positive, PositiveFloat, Share
+from cpd.strict_load import STRICT
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class StudentConfig:
+    """The student: a causal Transformer with mixture-of-experts feed-forward blocks."""
+
+    context: Positive = 4
+    """L: past time steps that the student sees."""
+    width: Positive = 64
+    num_layers: Positive = 2
+    num_heads: Positive = 4
+    expert_width: Positive = 128
+    """Hidden width of one expert."""
+    num_experts: Positive = 4
+    """Experts per layer at the first stage."""
+    top_k: Positive = 2
+    expansion: Literal["none", "per_task"] = "per_task"
+    """Experts are added at the start of every stage that brings a new task, or never."""
+    experts_per_task: Positive = 1
+    opening_steps: Positive = 100
+    """Steps over which a new expert's router logit rises from minus infinity to its learned value."""
+    task_identity: Literal["onehot", "none"] = "none"
+    """What the student is told of the task, in training and evaluation alike."""
+    min_log_std: float = -3.0
+    max_log_std: float = 0.5
+
+    def __post_init__(self) -> None:
+        if self.width % self.num_heads:
+            raise ValueError(f"width ({self.width}) is not a multiple of num_heads ({self.num_heads})")
+        if self.top_k > self.num_experts:
+            raise ValueError(f"top_k ({self.top_k}) exceeds num_experts ({self.num_experts})")
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class MemoryConfig:
+    """The replay memory: a fixed budget of stored time steps for the whole stream."""
+
+    selection: Literal["none", "reservoir", "uniform", "dpp"] = "reservoir"
+    """reservoir: uniform over all steps seen; uniform and dpp: an equal share for each task seen, drawn uniformly
+    or chosen to be unlike each other (greedy MAP of a determinantal point process)."""
+    share: Share = 0.1
+    """Budget as a share of the whole stream's data (distinct tasks x rollouts.num_steps)."""
+    dpp_candidates: Annotated[int, Field(ge=1, le=5_000)] = 2_000
+    """Segments of a task between which `dpp` chooses; of more, this many are drawn evenly over its rollouts."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class DistillConfig:
+    """Continual distillation of the teachers into the student."""
+
+    steps_per_stage: Positive = 1_000
+    batch_size: Positive = 256
+    """Windows per step over all ranks."""
+    replay_share: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.5
+    """Share of a batch drawn from memory once it holds something."""
+    lr: PositiveFloat = 1e-3
+    lr_warmup_steps: Count = 50
+    final_lr_share: Share = 0.1
+    """Learning rate at a stage's end, as a share of `lr` (cosine decay within each stage)."""
+    weight_decay: NonNegativeFloat = 0.0
+    max_grad_norm: PositiveFloat = 1.0
+    loss: Literal["forward_kl", "reverse_kl", "mse"] = "forward_kl"
+    std_floor: PositiveFloat = 0.1
+    """Least standard deviation of the teacher that the loss sees."""
+    load_balance_coef: NonNegativeFloat = 0.01
+    router_z_coef: NonNegativeFloat = 1e-3
+    precision: Literal["float32", "float64"] = "float32"
