@@ -5,7 +5,7 @@ A recipe is a TOML file whose tables are the sections of `Config`, read by `cpd.
 """
 
 from cpd.config.experiment import Config, EvaluationConfig, LoggingConfig, StreamConfig, differences
-from cpd.config.student import DistillConfig, MemoryConfig, StudentConfig
+from cpd.config.student import DistillConfig, MemoryConfig, ProtectionConfig, StudentConfig
 from cpd.config.teacher import PPOConfig, RolloutConfig, TeacherConfig, WarmStartConfig
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "LoggingConfig",
     "MemoryConfig",
     "PPOConfig",
+    "ProtectionConfig",
     "RolloutConfig",
     "StreamConfig",
     "StudentConfig",

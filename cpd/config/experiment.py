@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 from pydantic.dataclasses import dataclass
 
-from cpd.config.student import DistillConfig, MemoryConfig, StudentConfig
+from cpd.config.student import DistillConfig, MemoryConfig, ProtectionConfig, StudentConfig
 from cpd.config.teacher import DEMO_RL_SETTINGS, PPOConfig, RolloutConfig, TeacherConfig, WarmStartConfig
 from cpd.config.types import Count, Positive, Seeds, Task, expand_stream
 from cpd.strict_load import STRICT, to_dict
@@ -74,6 +74,7 @@ class Config:
     rollouts: RolloutConfig = field(default_factory=RolloutConfig)
     student: StudentConfig = field(default_factory=StudentConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)
+    protection: ProtectionConfig = field(default_factory=ProtectionConfig)
     distill: DistillConfig = field(default_factory=DistillConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)

@@ -56,6 +56,13 @@ class MemoryConfig:
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
+class ProtectionConfig:
+    """What guards a student's earlier tasks beside replay."""
+
+    kind: Literal["none"] = "none"
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class DistillConfig:
     """Continual distillation of the teachers into the student."""
 

@@ -17,6 +17,7 @@ from cpd.distill.batches import Batch, BatchSource, StageData
 from cpd.distill.flat import AdamW, FlatParameters
 from cpd.distill.growth import GrowthDecision, grow
 from cpd.distill.losses import LOSSES, load_balance_loss, router_z_loss
+from cpd.distill.protection import make_protection
 from cpd.distill.schedule import learning_rate, opening_offset
 from cpd.memory.replay import ReplayMemory, make_selection
 from cpd.seeding import derive
@@ -89,6 +90,7 @@ class Trainer:
         self.flat = FlatParameters(self.student)
         self.optimizer = AdamW(self.flat, config.distill.weight_decay)
         self.memory = ReplayMemory(make_selection(config.memory, seed), config.memory_steps)
+        self.protection = make_protection(config, seed)
         self.progress = Progress()
         self._source: BatchSource | None = None
 
@@ -128,13 +130,15 @@ class Trainer:
                 stage=progress.stage,
                 num_new=num_new,
             )
-            self.flat = FlatParameters(self.student, self.flat.names)
+            old, self.flat = self.flat, FlatParameters(self.student, self.flat.names)
             self.optimizer.grow(self.flat)
+            self.protection.grow(old, self.flat)
             progress.num_opening = num_new
             progress.growth += decisions
         if new:
             progress.seen.append(data.task)
         progress.begun = True
+        self.protection.begin_stage(self)
         return decisions
 
     def skip_stage(self) -> None:
@@ -143,7 +147,8 @@ class Trainer:
         self._next_stage()
 
     def end_stage(self, data: StageData) -> None:
-        """Let the memory choose from the stage's data, and go on to the next stage."""
+        """Let protection and memory take what they need of the stage's data, and go on to the next stage."""
+        self.protection.end_stage(self, data)
         self.memory.offer(data.segments(self.config.student.context), self.comm)
         self._source = None
         self._next_stage()
@@ -181,6 +186,7 @@ class Trainer:
         self.flat.grads.zero_()
         total.backward()  # type: ignore[no-untyped-call]
         self.flat.reduce_grads(self.comm)
+        self.protection.adjust_gradient(self)
         grad_norm = self.flat.clip_grads(config.max_grad_norm)
         if not math.isfinite(grad_norm):
             raise DivergedError(
@@ -188,7 +194,7 @@ class Trainer:
                 "or look for values in the teacher's rollouts that are far out of range"
             )
         lr = learning_rate(config, progress.step)
-        self.optimizer.step(lr)
+        self.optimizer.step(lr, self.protection.update_mask(self))
         progress.step += 1
         if not report:
             return None
@@ -250,6 +256,7 @@ class Trainer:
             "values": self.flat.values,
             "optimizer": self.optimizer.state(),
             "memory": self.memory.state(),
+            "protection": self.protection.state(),
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -265,4 +272,5 @@ class Trainer:
         self.optimizer = AdamW(self.flat, self.config.distill.weight_decay)
         self.optimizer.restore(state["optimizer"])
         self.memory.restore(state["memory"])
+        self.protection.restore(state["protection"], self)
         self._source = None

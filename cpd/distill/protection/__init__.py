@@ -1,0 +1,19 @@
+"""What guards a student's earlier tasks beside replay: one small class a file, behind one interface.
+
+`PROTECTIONS` names them as `ProtectionConfig.kind` does; another one takes a file here and a line there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Final
+
+from cpd.config import Config
+from cpd.distill.protection.base import Protection
+
+PROTECTIONS: Final[Mapping[str, type[Protection]]] = {"none": Protection}
+
+
+def make_protection(config: Config, seed: int) -> Protection:
+    """The protection that `config.protection.kind` names."""
+    return PROTECTIONS[config.protection.kind](config, seed)

@@ -1,0 +1,53 @@
+"""The interface of protections; the base class itself protects nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from cpd.config import Config
+from cpd.distill.flat import FlatParameters
+
+if TYPE_CHECKING:
+    from cpd.distill.batches import StageData
+    from cpd.distill.trainer import Trainer
+
+
+class Protection:
+    """Hooks of the trainer's stages and steps; as it stands, sequential fine-tuning.
+
+    Everything that a hook does must be the same on every rank. Vectors over parameters are laid out as
+    `trainer.flat`, [P].
+    """
+
+    def __init__(self, config: Config, seed: int) -> None:
+        self.config, self.seed = config, seed
+
+    def begin_stage(self, trainer: Trainer) -> None:
+        """Called once when a stage begins, after growth; not when a run resumes in the middle of one."""
+
+    def grow(self, old: FlatParameters, new: FlatParameters) -> None:
+        """Lay vectors out anew after growth: `new.carried(vector, old)`."""
+
+    def adjust_gradient(self, trainer: Trainer) -> None:
+        """Change `trainer.flat.grads`, which is summed over ranks but not clipped yet."""
+
+    def update_mask(self, trainer: Trainer) -> Tensor | None:
+        """[P] the factor on every parameter's update in this step; None for 1 everywhere."""
+        return None
+
+    def end_stage(self, trainer: Trainer, data: StageData) -> None:
+        """Learn what must be kept from now on; before the memory chooses from `data`."""
+
+    def report(self) -> dict[str, float]:
+        """Numbers for metrics.jsonl at a stage's end."""
+        return {}
+
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint: tensors, numbers, and lists and dictionaries of them."""
+        return {}
+
+    def restore(self, state: Mapping[str, Any], trainer: Trainer) -> None:
+        """Take over what `state()` returned; the trainer's flat vector has been restored before."""
