@@ -58,7 +58,8 @@ class Dataset:
     students: tuple[Student, ...]
     methods: tuple[MethodMeasures, ...]
     curves: tuple[CurveRow, ...]
-    steps_per_stage: int
+    steps_per_stage: dict[str, int]
+    """Optimisation steps of a stage, by method."""
     gate: float
     teacher_rates: dict[tuple[str, int], Rate]
     """Teachers' success on held-out goals by task and teacher seed."""
@@ -140,7 +141,11 @@ def load(folders: Sequence[Path]) -> Dataset:
         students=tuple(student for s in summaries for student in s.students),
         methods=tuple(method for s in summaries for method in s.methods),
         curves=tuple(row for t in tables for row in t.curves),
-        steps_per_stage=first.config["distill"]["steps_per_stage"],
+        steps_per_stage={
+            method.method: table.method_config(method.method)["distill"]["steps_per_stage"]
+            for table, summary in zip(tables, summaries, strict=True)
+            for method in summary.methods
+        },
         gate=first.config["teacher"]["gate"],
         teacher_rates={key: rate for t in tables for key, rate in _teacher_rates(t)},
         teacher_curves=tuple({(c.task, c.seed): c for t in tables for c in _teacher_curves(t)}.values()),

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from cpd.comm import Comm
+from cpd.config import Config
 from cpd.envs.cells import Cell, EnvPool, evaluate_cells
 from cpd.envs.episodes import Outcome
 from cpd.interrupt import Interrupt, InterruptedBySignal
@@ -19,13 +20,13 @@ from cpd.student.student import StudentActor, load_student
 from cpd.tables import EpisodeRow, EvaluationRow, write_rows
 
 
-def row_cells(run: Run, stage: int, last_stage: int) -> list[Cell]:
+def row_cells(config: Config, stage: int, last_stage: int) -> list[Cell]:
     """The cells of row `stage` (-1: before training) of the success matrix.
 
     The diagonal and the final row get `evaluation.num_episodes` held-out episodes, other cells
     `num_episodes_brief`; the final row is also measured to the episodes' end, and on training goals.
     """
-    stream, counts = run.config.stream, run.config.evaluation
+    stream, counts = config.stream, config.evaluation
     if stage == last_stage:
         full, tasks = counts.num_episodes, stream.distinct_tasks
         return [Cell(task, "held_out", full, to_the_end=True) for task in tasks] + [
@@ -94,7 +95,7 @@ def run_evaluation(
         LeaseHeldError: if another process is evaluating this student.
         InterruptedBySignal: if asked to stop; the rows finished so far are kept.
     """
-    torch.set_num_threads(run.config.torch_threads)
+    torch.set_num_threads(element.config.torch_threads)
     with session(element, comm, tell) as current:
         is_whole = comm.broadcast(run.students()[element.index].complete.exists())
         _fill_rows(run, element, comm, interrupt, current, is_whole)
@@ -107,14 +108,14 @@ def run_evaluation(
 def _fill_rows(
     run: Run, element: StudentElement, comm: Comm, interrupt: Interrupt, current: Session, is_whole: bool
 ) -> None:
-    config = run.config
+    config = element.config
     student = run.students()[element.index]
     stages = comm.broadcast([s for s in range(-1, len(config.stream.tasks)) if student.stage_policy(s).exists()])
     if is_whole and not stages:
         raise ValueError(f"{student.path} holds no trained stage yet; run jobs.distill first")
     rows_due = stages if is_whole else stages[:-1]
     todo = comm.broadcast([s for s in rows_due if not element.row_file(s).exists()])
-    episodes = {s: sum(cell.num_episodes for cell in row_cells(run, s, stages[-1])) for s in rows_due}
+    episodes = {s: sum(cell.num_episodes for cell in row_cells(config, s, stages[-1])) for s in rows_due}
     total = sum(episodes.values())
     done = total - sum(episodes[s] for s in todo)
     current.begin("evaluate", total, done, unit="episodes")
@@ -129,7 +130,7 @@ def _fill_rows(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     for stage in todo:
         model = load_student(student.stage_policy(stage)).to(device)
-        cells = row_cells(run, stage, stages[-1])
+        cells = row_cells(config, stage, stages[-1])
         before = done
         outcomes = evaluate_cells(
             StudentActor(model, config.stream.distinct_tasks),

@@ -247,7 +247,7 @@ def _recovery_interval(
 
 
 def _areas(tables: Tables, matrix: SuccessMatrix, method: str, seed: int) -> Iterable[float | None]:
-    length = tables.config["distill"]["steps_per_stage"]
+    length = tables.method_config(method)["distill"]["steps_per_stage"]
     for stage, task in enumerate(matrix.stream):
         points = sorted(
             (r.step, r.successes / r.episodes)

@@ -12,6 +12,7 @@ from typing import Any
 
 from cpd.files import read_json
 from cpd.provenance import Labels
+from cpd.strict_load import merge
 from cpd.tables import CurveRow, EvaluationRow, read_rows
 
 TEACHER = "teacher"
@@ -48,6 +49,16 @@ class Tables:
     def stream(self) -> tuple[str, ...]:
         """The task of every stage."""
         return tuple(self.config["stream"]["tasks"])
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """The labels of the run's methods."""
+        own = () if self.config.get("variants_only") else (self.config["method"],)
+        return (*own, *self.config.get("variants", {}))
+
+    def method_config(self, method: str) -> dict[str, Any]:
+        """config.json with what a method changes in it."""
+        return merge(self.config, self.config.get("variants", {}).get(method, {}))
 
     def teacher_seed(self, student_seed: int) -> int:
         """The seed of the teachers that a student learns from."""

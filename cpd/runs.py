@@ -13,7 +13,7 @@ A run is a set of elements, each one job's worth of work with a folder of its ow
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
@@ -104,6 +104,8 @@ class StudentElement(Element):
 
     method: str
     seed: int
+    config: Config = field(repr=False, compare=False)
+    """The configuration of its method alone."""
 
     @property
     def curves(self) -> Path:
@@ -146,6 +148,11 @@ class Run:
         """The frozen configuration, checked on load."""
         return load(Config, read_json(self.config_path), str(self.config_path))
 
+    @cached_property
+    def method_configs(self) -> dict[str, Config]:
+        """The configuration of every method alone, by its label."""
+        return {label: self.config.of_method(label) for label in self.config.methods}
+
     @property
     def ledger(self) -> Path:
         """One line per submitted job."""
@@ -183,18 +190,19 @@ class Run:
         return next(t for t in self.teachers() if t.task == task and t.seed == wanted)
 
     def students(self) -> list[StudentElement]:
-        """One per student seed."""
-        method = self.config.method
-        names = [f"students/{method}/seed-{seed}" for seed in self.config.seeds]
+        """Method by method, seed by seed."""
+        pairs = [(method, seed) for method in self.config.methods for seed in self.config.seeds]
+        names = [f"students/{method}/seed-{seed}" for method, seed in pairs]
+        configs = self.method_configs
         return [
-            StudentElement("student", i, self.root / name, name, method, seed)
-            for i, (seed, name) in enumerate(zip(self.config.seeds, names, strict=True))
+            StudentElement("student", i, self.root / name, name, method, seed, configs[method])
+            for i, ((method, seed), name) in enumerate(zip(pairs, names, strict=True))
         ]
 
     def evaluations(self) -> list[StudentElement]:
         """One per student."""
         return [
-            StudentElement("evaluation", s.index, s.path / "evaluation", f"{s.name}/evaluation", s.method, s.seed)
+            replace(s, role="evaluation", path=s.path / "evaluation", name=f"{s.name}/evaluation")
             for s in self.students()
         ]
 

@@ -10,11 +10,12 @@ import difflib
 import json
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import is_dataclass
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
+from typing_extensions import TypedDict, is_typeddict
 
 STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
@@ -51,8 +52,29 @@ def load(kind: type[T], data: Mapping[str, Any], source: str) -> T:
         # By way of JSON, since its strict mode still takes a list for a tuple.
         return TypeAdapter(kind).validate_json(json.dumps(data), strict=True)
     except ValidationError as error:
-        problems = [_problem(kind, item) for item in error.errors(include_url=False)]
+        problems = [line for item in error.errors(include_url=False) for line in _problems(kind, item)]
         raise ConfigError(problems, source) from None
+
+
+def overrides_of(kind: Any) -> Any:
+    """The type of tables that hold any of the settings of dataclass `kind` and of its sections, and no others."""
+    hints = get_type_hints(kind, include_extras=True)
+    entries = {name: overrides_of(hint) if is_dataclass(hint) else hint for name, hint in hints.items()}
+    make: Any = TypedDict
+    made = make(f"{kind.__name__}Overrides", entries, total=False)
+    made.__pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
+    return made
+
+
+def _problems(kind: Any, item: Any) -> list[str]:
+    """The lines for one of pydantic's errors; a ConfigError raised by a dataclass itself has lines of its own."""
+    inner = item.get("ctx", {}).get("error")
+    return inner.problems if isinstance(inner, ConfigError) else [_problem(kind, item)]
+
+
+def _members(owner: Any) -> Mapping[str, Any]:
+    """The types of an owner's settings by name; those of a table with names of the user's choice are unknown."""
+    return get_type_hints(owner) if is_dataclass(owner) or is_typeddict(owner) else {}
 
 
 def _problem(kind: Any, item: Any) -> str:
@@ -61,9 +83,9 @@ def _problem(kind: Any, item: Any) -> str:
     if item["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
         owner = kind
         for part in location[:-1]:
-            owner = get_type_hints(owner).get(str(part), Any)
-        known = [f.name for f in fields(owner)] if is_dataclass(owner) else []
-        return f"{path}: unknown key{suggestion(str(location[-1]), known)}"
+            values = get_args(owner)[1:] if get_origin(owner) in (dict, Mapping) else ()
+            owner = values[0] if values else _members(owner).get(str(part), Any)
+        return f"{path}: unknown key{suggestion(str(location[-1]), _members(owner))}"
     if item["type"] in ("missing", "missing_argument", "missing_keyword_only_argument"):
         return f"{path}: required, but not given"
     message = item["msg"].removeprefix("Value error, ")

@@ -129,10 +129,12 @@ def _missing(tables: Tables, students: Sequence[Student]) -> Iterable[str]:
             yield f"{who} missed its gate: 0 in the average performance, left out of forgetting and recovery"
         elif teacher.state != "admitted":
             yield f"{who} is not finished ({teacher.state})"
-    method = tables.config["method"]
-    found = {student.seed for student in students if student.method == method}
+    found = {(student.method, student.seed) for student in students}
+    expected = [(method, seed) for method in tables.methods for seed in tables.config["seeds"]]
     yield from (
-        f"student {method} (seed {s}) has not been evaluated" for s in tables.config["seeds"] if s not in found
+        f"student {method} (seed {seed}) has not been evaluated"
+        for method, seed in expected
+        if (method, seed) not in found
     )
     for student in students:
         who = f"student {student.method} (seed {student.seed})"

@@ -11,7 +11,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.live import Live
 
-from cpd.config import Config, differences
+from cpd.config import Config, continued, differences
 from cpd.files import read_json, write_json
 from cpd.interrupt import EXIT_INTERRUPTED, Interrupt
 from cpd.lease import Lease, LeaseHeldError
@@ -95,7 +95,8 @@ def prepare(root: Path, config: Config, profile: Profile) -> Run:
     """
     config_path = root / "config.json"
     if config_path.exists():
-        changed = differences(Run(root).config, config)
+        old = Run(root)
+        changed = differences(old.config, config)
         if changed:
             raise ConfigError(
                 [*changed, "use another --run-dir, or remove this one to start over"],
@@ -104,6 +105,9 @@ def prepare(root: Path, config: Config, profile: Profile) -> Run:
         started_with = read_json(root / "provenance.json")["code"]
         if started_with != code_version():
             tell(f"note: {root} was begun with code {started_with}, this is {code_version()}")
+        config = continued(old.config, config)
+        if len(config.methods) > len(old.config.methods):
+            old.report().complete.unlink(missing_ok=True)  # it has yet to tell of the variants that are new
     else:
         if root.exists() and any(root.iterdir()):
             raise RunError(f"{root} exists and is no run directory; choose another --run-dir")
@@ -118,12 +122,15 @@ def prepare(root: Path, config: Config, profile: Profile) -> Run:
 def describe(config: Config, profile: Profile, root: Path) -> list[str]:
     """What would run, in words."""
     num_teachers = len(config.stream.distinct_tasks) * len(config.teacher.seeds)
-    num_students = len(config.seeds)
+    num_students = len(config.methods) * len(config.seeds)
     counts = {"teacher": num_teachers, "student": num_students, "evaluation": num_students, "report": 1}
     lines = [
         f"run directory   {root}{' (exists: finished elements are skipped)' if root.exists() else ''}",
         f"stream          {', '.join(config.stream.tasks)}",
-        f"memory          {config.memory_steps} stored steps ({config.memory.selection})",
+        *(
+            f"method          {method}: {own.memory_steps} stored steps ({own.memory.selection})"
+            for method, own in ((method, config.of_method(method)) for method in config.methods)
+        ),
     ]
     for role, count in counts.items():
         given = profile.resources(role)  # type: ignore[arg-type]

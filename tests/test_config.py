@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cpd.config import Config, differences
+from cpd.config import Config, MethodConfig, continued, differences
 from cpd.strict_load import ConfigError, load, merge, parse_overrides, read_toml, setting_lines, to_dict
 from cpd.tasks import STREAMS
 from jobs.launch import RECIPES
@@ -126,6 +126,100 @@ def test_settings_without_effect_are_warned_about() -> None:
 )
 def test_memory_settings_without_effect_are_warned_about(memory: dict, told: list[str]) -> None:
     assert load(Config, merge(MINIMAL, {"memory": memory}), "recipe").warnings() == told
+
+
+VARIANTS = {"no-replay": {"memory": {"selection": "none"}}, "wide": {"student": {"width": 128, "num_heads": 8}}}
+
+
+def test_a_variant_is_the_whole_configuration_with_its_own_settings_on_top() -> None:
+    tables = merge(MINIMAL, {"distill": {"lr": 0.5}, "student": {"width": 32}, "method": "ours"})
+    config = load(Config, {**tables, "variants": VARIANTS}, "recipe")
+    assert config.methods == ("ours", "no-replay", "wide")
+    assert config.of_method("ours") == load(Config, tables, "recipe")
+    wide = config.of_method("wide")
+    assert (wide.method, wide.variants, wide.student.width, wide.student.num_heads) == ("wide", {}, 128, 8)
+    assert (wide.distill.lr, wide.memory) == (0.5, config.memory)
+    assert config.of_method("no-replay").memory_steps == 0
+    assert load(Config, to_dict(config), "again") == config
+
+
+def test_variants_may_change_every_section_of_a_students_learning_and_no_other() -> None:
+    own = {"stream", "teacher", "rollouts", "evaluation", "logging"}
+    sections = {
+        field.name for field in dataclasses.fields(Config) if dataclasses.is_dataclass(field.default_factory)
+    }
+    assert {field.name for field in dataclasses.fields(MethodConfig)} == sections - own
+    for name in own:
+        with pytest.raises(ConfigError, match=rf"variants\.a\.{name}: unknown key \(known: student"):
+            load(Config, {**MINIMAL, "variants": {"a": {name: {}}}}, "recipe")
+
+
+def test_mistakes_in_variants_are_told_with_their_paths_together_with_all_others() -> None:
+    variants = {
+        "no-replay": {"memory": {"shaer": 1}},
+        "b": {"student": {"width": "x"}, "sedes": [1]},
+        "c d": {},
+    }
+    text = "\n".join(problems({**MINIMAL, "nmae": "y", "variants": variants}))
+    assert "nmae: unknown key; did you mean 'name'" in text
+    assert "variants.no-replay.memory.shaer: unknown key; did you mean 'share'?" in text
+    assert "variants.b.student.width: " in text and "'x'" in text
+    assert "variants.b.sedes: unknown key" in text
+    assert "variants.c d" in text
+
+
+def test_settings_of_a_variant_must_go_with_those_that_it_does_not_change() -> None:
+    found = problems(
+        {
+            **MINIMAL,
+            "method": "ours",
+            "variants": {
+                "a": {"student": {"top_k": 9}},
+                "b": {"memory": {"share": 1e-4}},
+                "ours": {},
+                "teacher": {},
+                "fine": {"student": {"top_k": 9, "num_experts": 9}},
+            },
+        }
+    )
+    assert [line.split(":")[0] for line in found] == [
+        "variants.ours",
+        "variants.a.student",
+        "variants.b",
+        "variants.teacher.method",
+    ]
+
+
+def test_the_method_that_variants_vary_can_be_left_out() -> None:
+    config = load(Config, {**MINIMAL, "variants": VARIANTS, "variants_only": True}, "recipe")
+    assert config.methods == ("no-replay", "wide")
+    assert problems({**MINIMAL, "variants_only": True}) == ["variants_only: there are no variants"]
+
+
+def test_variants_may_be_added_but_neither_changed_nor_taken_away() -> None:
+    old = load(Config, {**MINIMAL, "variants": VARIANTS}, "recipe")
+    new = load(Config, {**MINIMAL, "variants": {"first": {}, **dict(reversed(VARIANTS.items()))}}, "recipe")
+    assert differences(old, new) == []
+    assert continued(old, new).methods == ("moe", "no-replay", "wide", "first")
+    assert len(differences(new, old)) == 1
+    changed = load(
+        Config, {**MINIMAL, "variants": merge(VARIANTS, {"wide": {"student": {"width": 64}}})}, "recipe"
+    )
+    assert differences(old, changed) == ["variants.wide.student.width: 128 -> 64"]
+
+
+def test_a_variant_is_warned_of_what_it_gives_without_effect_and_not_of_what_it_inherits() -> None:
+    memory = {"memory": {"share": 0.2}}
+    variants = {"a": {"memory": {"selection": "none"}}, "b": {"memory": {"selection": "none", "share": 0.3}}}
+    assert load(Config, {**MINIMAL, **memory, "variants": variants}, "recipe").warnings() == [
+        "variants.b.memory.share has no effect: memory.selection is 'none'"
+    ]
+
+
+def test_experts_that_never_open_wholly_are_warned_of() -> None:
+    tables = merge(MINIMAL, {"distill": {"steps_per_stage": 50}, "student": {"opening_steps": 51}})
+    (line,) = load(Config, tables, "recipe").warnings()
+    assert line.startswith("student.opening_steps (51) exceeds distill.steps_per_stage (50)")
 
 
 def test_every_setting_is_listed() -> None:

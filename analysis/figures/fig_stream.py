@@ -79,7 +79,7 @@ def _current_task(axes: Axes, data: Dataset, students: list[Student]) -> None:
             if points and points[0].step > 0 and start is not None:
                 line[stage].append(start)
             for row in points:
-                line[stage + row.step / data.steps_per_stage].append(row.successes / row.episodes)
+                line[stage + row.step / data.steps_per_stage[student.method]].append(row.successes / row.episodes)
         if line:
             label = None if labelled else "current task"
             width = 1.0 if len(data.stream) <= 25 else 0.6
@@ -116,8 +116,9 @@ def caption(data: Dataset) -> str:
             f"Average performance of {', '.join(m.method for m in data.methods)} over the stream of {data.name}, "
             f"over all tasks, those to come included.{dots}"
         )
+    length = data.steps_per_stage[data.methods[0].method]
     return (
-        f"Success over the stream of {data.name}: the current task within every stage ({data.steps_per_stage} "
+        f"Success over the stream of {data.name}: the current task within every stage ({length} "
         "steps each), and after every stage the means over all tasks, those to come included (average "
         f"performance), and over the tasks so far; tasks without an admitted teacher count as 0.{dots}"
     )

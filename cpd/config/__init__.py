@@ -4,7 +4,15 @@ A recipe is a TOML file whose tables are the sections of `Config`, read by `cpd.
 `Config` outside `logging` affects results and is frozen in the run directory.
 """
 
-from cpd.config.experiment import Config, EvaluationConfig, LoggingConfig, StreamConfig, differences
+from cpd.config.experiment import (
+    Config,
+    EvaluationConfig,
+    LoggingConfig,
+    MethodConfig,
+    StreamConfig,
+    continued,
+    differences,
+)
 from cpd.config.student import DistillConfig, MemoryConfig, ProtectionConfig, StudentConfig
 from cpd.config.teacher import PPOConfig, RolloutConfig, TeacherConfig, WarmStartConfig
 
@@ -14,6 +22,7 @@ __all__ = [
     "EvaluationConfig",
     "LoggingConfig",
     "MemoryConfig",
+    "MethodConfig",
     "PPOConfig",
     "ProtectionConfig",
     "RolloutConfig",
@@ -21,5 +30,6 @@ __all__ = [
     "StudentConfig",
     "TeacherConfig",
     "WarmStartConfig",
+    "continued",
     "differences",
 ]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import field
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping
+from dataclasses import field, replace
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 from pydantic.dataclasses import dataclass
@@ -11,7 +12,7 @@ from pydantic.dataclasses import dataclass
 from cpd.config.student import DistillConfig, MemoryConfig, ProtectionConfig, StudentConfig
 from cpd.config.teacher import DEMO_RL_SETTINGS, PPOConfig, RolloutConfig, TeacherConfig, WarmStartConfig
 from cpd.config.types import Count, Positive, Seeds, Task, expand_stream
-from cpd.strict_load import STRICT, to_dict
+from cpd.strict_load import STRICT, ConfigError, load, merge, overrides_of, to_dict
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -57,14 +58,38 @@ class LoggingConfig:
     """Distillation steps between the ranks' agreements on whether to stop."""
 
 
+Label = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")]
+
+
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class Config:
+class MethodConfig:
+    """How a student learns: what the variants of an experiment may change."""
+
+    student: StudentConfig = field(default_factory=StudentConfig)
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
+    protection: ProtectionConfig = field(default_factory=ProtectionConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
+
+
+if TYPE_CHECKING:
+    Overrides = dict[str, Any]
+else:
+    Overrides = overrides_of(MethodConfig)
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Config(MethodConfig):
     """A whole experiment."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")]
+    name: Label
     """Name of the experiment; the run directory is runs/<name> unless told otherwise."""
-    method: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")] = "moe"
+    method: Label = "moe"
     """Label of the student's method in directories and tables."""
+    variants: dict[Label, Overrides] = field(default_factory=dict)
+    """Further methods by label: the settings of student, memory or distillation in which each differs. Every
+    method has students of all seeds, from the same teachers."""
+    variants_only: bool = False
+    """Leave out the method that the variants vary."""
     seeds: Seeds = (1,)
     """Student seeds; seed number s learns from teacher seed number s mod len(teacher.seeds)."""
     torch_threads: Positive = 1
@@ -72,10 +97,6 @@ class Config:
     stream: StreamConfig
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     rollouts: RolloutConfig = field(default_factory=RolloutConfig)
-    student: StudentConfig = field(default_factory=StudentConfig)
-    memory: MemoryConfig = field(default_factory=MemoryConfig)
-    protection: ProtectionConfig = field(default_factory=ProtectionConfig)
-    distill: DistillConfig = field(default_factory=DistillConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
 
@@ -90,6 +111,34 @@ class Config:
                 f"memory.share = {self.memory.share} gives {self.memory_steps} steps, less than one window "
                 f"(student.context = {self.student.context}); raise it or set memory.selection = 'none'"
             )
+        self._check_methods()
+
+    def _check_methods(self) -> None:
+        """Raise one ConfigError with the mistakes of all variants."""
+        problems = []
+        if self.method == "teacher":
+            problems.append("method: 'teacher' is the label of the teachers; choose another")
+        if self.method in self.variants:
+            problems.append(f"variants.{self.method}: that is the label of the method which the variants vary")
+        if self.variants_only and not self.variants:
+            problems.append("variants_only: there are no variants")
+        for label in self.variants:
+            try:
+                self.of_method(label)
+            except ConfigError as error:
+                problems += [f"variants.{label}.{line}".replace(".(whole):", ":") for line in error.problems]
+        if problems:
+            raise ConfigError(problems, "the configuration")
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """The labels of all methods that have students."""
+        return (*(() if self.variants_only else (self.method,)), *self.variants)
+
+    def of_method(self, label: str) -> Config:
+        """The configuration of one of the methods alone: its `method` is the label, and it has no variants."""
+        tables = {**to_dict(self), "method": label, "variants": {}, "variants_only": False}
+        return load(Config, merge(tables, self.variants.get(label, {})), f"variant {label}")
 
     @property
     def memory_steps(self) -> int:
@@ -99,7 +148,15 @@ class Config:
         return round(self.memory.share * len(self.stream.distinct_tasks) * self.rollouts.num_steps)
 
     def warnings(self) -> list[str]:
-        """Settings that are given but have no effect."""
+        """Settings that are given but have no effect, or an odd one; those of variants begin with their path."""
+        found = self._own_warnings()
+        for label, given in self.variants.items():
+            mine = [line for line in self.of_method(label)._own_warnings() if _mentions(given, line)]
+            found += [f"variants.{label}.{line}" for line in mine]
+        return found
+
+    def _own_warnings(self) -> list[str]:
+        """The warnings about everything but the variants; each begins with a setting's dotted path."""
         found = []
         if self.memory.selection == "none" and self.distill.replay_share != DistillConfig().replay_share:
             found.append("distill.replay_share has no effect: memory.selection is 'none'")
@@ -109,6 +166,11 @@ class Config:
             found.append(f"memory.dpp_candidates has no effect: memory.selection is {self.memory.selection!r}")
         if self.student.expansion == "none" and self.student.experts_per_task != 1:
             found.append("student.experts_per_task has no effect: student.expansion is 'none'")
+        if self.student.expansion != "none" and self.student.opening_steps > self.distill.steps_per_stage:
+            found.append(
+                f"student.opening_steps ({self.student.opening_steps}) exceeds distill.steps_per_stage "
+                f"({self.distill.steps_per_stage}): a stage ends before its experts are wholly open"
+            )
         if self.teacher.recipe == "scripted" and self.teacher.ppo != PPOConfig():
             found.append("teacher.ppo has no effect: teacher.recipe is 'scripted'")
         if self.teacher.recipe == "demo_rl":
@@ -122,15 +184,31 @@ class Config:
         return found
 
 
+def _mentions(tables: Mapping[str, Any], warning: str) -> bool:
+    """Whether the setting that a warning begins with is given in `tables`."""
+    value: Any = tables
+    for part in warning.split()[0].split("."):
+        if not isinstance(value, Mapping) or part not in value:
+            return False
+        value = value[part]
+    return True
+
+
 def differences(old: Config, new: Config) -> list[str]:
-    """The settings that affect results and differ, as `dotted.path: old -> new`."""
+    """The settings that affect results and differ, as `dotted.path: old -> new`; variants may be added freely."""
 
     def walk(left: Any, right: Any, path: str) -> list[str]:
         if isinstance(left, dict) and isinstance(right, dict):
-            keys = dict.fromkeys([*left, *right])
+            keys = list(left) if path == "variants" else dict.fromkeys([*left, *right])
             lines = [walk(left.get(key), right.get(key), f"{path}.{key}".lstrip(".")) for key in keys]
             return [line for group in lines for line in group]
         return [] if left == right else [f"{path}: {left!r} -> {right!r}"]
 
     before, after = ({k: v for k, v in to_dict(c).items() if k != "logging"} for c in (old, new))
     return walk(before, after, "")
+
+
+def continued(old: Config, new: Config) -> Config:
+    """`new` with the variants that `old` has in their old places, since jobs know elements by their places."""
+    order = dict.fromkeys([*old.variants, *new.variants])
+    return replace(new, variants={label: new.variants[label] for label in order})

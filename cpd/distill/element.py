@@ -48,7 +48,7 @@ def run_student(
         ValueError: if a teacher is not finished, was rejected where the recipe forbids that, or has unsound
             rollouts.
     """
-    torch.set_num_threads(run.config.torch_threads)
+    torch.set_num_threads(element.config.torch_threads)
     with session(element, comm, tell) as current:
         if comm.broadcast(element.complete.exists()):
             current.finish("done")
@@ -90,12 +90,12 @@ class Distillation:
     ) -> None:
         """Continue from the newest checkpoint, if there is one."""
         self.run, self.element, self.comm, self.interrupt, self.session = run, element, comm, interrupt, current
-        self.config = run.config
+        self.config = element.config
         self.admitted, self.pending = admitted, pending
-        self.label = labels(run.config)
-        self.trainer = Trainer(run.config, element.seed, comm, choose_device(comm))
+        self.label = labels(element.config)
+        self.trainer = Trainer(element.config, element.seed, comm, choose_device(comm))
         self.curves: list[CurveRow] = []
-        self.pool = EnvPool(run.config.stream.reward_version)
+        self.pool = EnvPool(element.config.stream.reward_version)
         self._seconds = 0.0
         self._loss: float | None = None
         self._saved = ""

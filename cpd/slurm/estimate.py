@@ -16,7 +16,7 @@ from pathlib import Path
 from cpd.config import Config
 from cpd.profile import Profile
 from cpd.record import read_status
-from cpd.runs import Element, Role, Run
+from cpd.runs import Element, Role, Run, StudentElement
 
 #: Environment steps a second and core, PPO's updates included (demo's three tasks).
 TRAINING_RATE = 1_200.0
@@ -53,16 +53,21 @@ class Cost:
 
 def costs(run: Run, profile: Profile, elements: Sequence[Element]) -> list[Cost]:
     """What the given elements will cost, role by role."""
-    expected = expected_core_seconds(run.config)
+    expected = {method: expected_core_seconds(own) for method, own in run.method_configs.items()}
     found = []
-    for role, core_seconds in expected.items():
-        count = sum(element.role == role for element in elements)
-        if count:
-            given = profile.resources(role)
-            measured = _measured_seconds(run, role)
-            seconds = statistics.mean(measured) if measured else core_seconds / given.total_cpus
-            found.append(Cost(role, count, given.total_cpus, seconds, bool(measured), given.minutes))
+    for role in dict.fromkeys(element.role for element in elements):
+        given = profile.resources(role)
+        of_role = [element for element in elements if element.role == role]
+        core_seconds = [expected[_method(run, element)][role] for element in of_role]
+        measured = _measured_seconds(run, role)
+        seconds = statistics.mean(measured or [value / given.total_cpus for value in core_seconds])
+        found.append(Cost(role, len(of_role), given.total_cpus, seconds, bool(measured), given.minutes))
     return found
+
+
+def _method(run: Run, element: Element) -> str:
+    """The method by which to judge an element: its own; any will do for what all methods share."""
+    return element.method if isinstance(element, StudentElement) else run.config.methods[0]
 
 
 def expected_core_seconds(config: Config) -> dict[Role, float]:
@@ -96,18 +101,24 @@ def wall_hours(found: Sequence[Cost], profile: Profile) -> float:
 
 def disk(config: Config) -> tuple[float, int]:
     """Bytes and files of the whole run."""
+    teachers = len(config.stream.distinct_tasks) * len(config.teacher.seeds)
+    shards = -(-config.rollouts.num_steps // config.rollouts.shard_steps)
+    size = teachers * (config.rollouts.num_steps * STEP_BYTES + 600_000.0)
+    size += len(config.seeds) * sum(_student_bytes(config.of_method(method)) for method in config.methods)
+    students = len(config.seeds) * len(config.methods)
+    files = teachers * (14 + shards) + students * (24 + 4 * len(config.stream.tasks)) + 60
+    return size, files
+
+
+def _student_bytes(config: Config) -> float:
+    """What one student leaves behind."""
     distinct, num_stages = len(config.stream.distinct_tasks), len(config.stream.tasks)
-    teachers, students = distinct * len(config.teacher.seeds), len(config.seeds)
     growth = config.student.experts_per_task if config.student.expansion == "per_task" else 0
     experts = [config.student.num_experts + growth * min(stage, distinct) for stage in range(num_stages + 1)]
     policies = [4.0 * _parameters(config, count) for count in experts]
     memory = config.memory_steps * STEP_BYTES
-    shards = -(-config.rollouts.num_steps // config.rollouts.shard_steps)
-    size = teachers * (config.rollouts.num_steps * STEP_BYTES + 600_000.0)
     # Two checkpoints, and a third while it is being written: weights and both of Adam's moments.
-    size += students * (3 * (3 * policies[-1] + memory) + sum(policies) + 300_000.0)
-    files = teachers * (14 + shards) + students * (24 + 4 * num_stages) + 60
-    return size, files
+    return 3 * (3 * policies[-1] + memory) + sum(policies) + 300_000.0
 
 
 def _parameters(config: Config, experts: int) -> int:
