@@ -56,6 +56,52 @@ class PPOConfig:
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
+class SACConfig:
+    """The SAC learner (Haarnoja et al. 2018)."""
+
+    hidden_sizes: tuple[Positive, ...] = (256, 256)
+    """Widths of the hidden layers, of policy and critics alike."""
+    num_envs: Positive = 5
+    """Environments stepped in lock-step; independent of the number of worker processes."""
+    steps_per_env: Positive = 200
+    """Environment steps per environment and iteration; gradient steps follow each iteration."""
+    updates_per_step: PositiveFloat = 1.0
+    """Gradient steps per environment step."""
+    batch_size: Positive = 128
+    buffer_size: Positive = 200_000
+    """Newest transitions that are replayed; checkpoints hold them all, at 340 bytes each."""
+    learning_starts: Positive = 1_000
+    """Transitions in the buffer before the first gradient step."""
+    learning_rate: PositiveFloat = 1e-3
+    gamma: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.97
+    target_rate: Annotated[float, Field(gt=0.0, le=1.0)] = 0.005
+    """Share by which the critics' targets follow them at each step."""
+    policy_delay: Positive = 1
+    """Gradient steps on the critics per step on the policy."""
+    max_error: PositiveFloat = 1.0
+    """Beyond this, a value's error counts by its size and no longer by its square (Huber)."""
+    reward_scale: PositiveFloat = 0.1
+    init_alpha: PositiveFloat = 0.1
+    """Initial temperature: the price of a nat of entropy, in scaled reward."""
+    target_entropy: float = -1.0
+    """Nats per action component that the temperature aims at."""
+    noise_correlation: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.5
+    """AR(1) coefficient of the exploration noise over time; 0 is white noise."""
+    init_log_std: float = 0.0
+    min_log_std: float = -5.0
+    max_log_std: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.min_log_std <= self.init_log_std <= self.max_log_std:
+            raise ValueError("init_log_std must lie between min_log_std and max_log_std")
+        if self.learning_starts > self.buffer_size:
+            raise ValueError(
+                f"learning_starts ({self.learning_starts}) exceeds buffer_size ({self.buffer_size}): "
+                "learning would never start"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class WarmStartConfig:
     """The warm start of `demo_rl`: cloning of the scripted expert, which must stop while much is left to RL."""
 

@@ -15,7 +15,7 @@ from cpd.config import PPOConfig
 from cpd.envs.goals import Goal
 from cpd.envs.sampler import VectorEnv
 from cpd.seeding import generator
-from cpd.teachers.policy import FloatArray, GaussianPolicy
+from cpd.teachers.policy import FloatArray, MLPPolicy
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class GoalDealer:
 
 
 def sample(
-    policy: GaussianPolicy,
+    policy: MLPPolicy,
     envs: VectorEnv,
     goals: Sequence[Goal],
     config: PPOConfig,
@@ -109,8 +109,7 @@ def sample(
         if should_stop():
             return None
         obs[t] = envs.observations[:num_envs]
-        mean_NA, log_std_NA = policy.distribution(obs[t])
-        actions[t] = mean_NA + np.exp(log_std_NA) * noise_SNA[t]
+        actions[t] = policy.explore(obs[t], noise_SNA[t])
         executed[:num_envs] = np.clip(actions[t], -1.0, 1.0)
         envs.step(executed, active)
         next_obs[t] = envs.observations[:num_envs]

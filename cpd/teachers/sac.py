@@ -1,0 +1,205 @@
+"""The SAC learner (Haarnoja et al. 2018, with a learned temperature) of a single-task teacher.
+
+An iteration samples whole episodes with a fixed policy and then takes its gradient steps, so that it starts and
+ends like one of PPO: nothing is under way in between, and a checkpoint is the learner's state and the buffer.
+
+Departures from the textbook, each for a reason:
+- Success ends an episode and is worth the largest reward for ever after, as in PPO.
+- Actor and critics take their gradients at the same weights, so that one pass serves both.
+- Exploration noise is correlated in time; the learner never sees it but through the actions.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from cpd.config.teacher import SACConfig
+from cpd.seeding import derive, generator
+from cpd.shards.schema import ACTION_SIZE, OBSERVATION_SIZE
+from cpd.teachers.policy import OBSERVATION_CLIP, SquashedPolicy
+from cpd.teachers.replay import ReplayBuffer
+from cpd.teachers.sac_networks import NUM_CRITICS, Actor, Critics
+from cpd.teachers.sampling import Batch
+
+#: Meta-World's v2 rewards lie in [0, 10]; for the v1 ones, the bound grows with what was seen.
+LARGEST_REWARD: Final = 10.0
+#: Gradient steps between two looks at the losses, which cost more than they tell.
+STEPS_PER_LOOK: Final = 25
+
+
+class SACLearner:
+    """Policy, critics, temperature, their optimisers, and the replay buffer of one teacher.
+
+    Args:
+        config: the recipe.
+        seed: of the initial weights, the minibatches, and the actions drawn in updates.
+        keep_normalizer: leave the policy's observation statistics as they are; new ones would change what a cloned
+            policy does.
+        device: where networks and buffer live. An accelerator repeats a run to rounding only.
+    """
+
+    def __init__(
+        self,
+        config: SACConfig,
+        seed: int,
+        *,
+        keep_normalizer: bool = False,
+        device: torch.device | None = None,
+    ) -> None:
+        self.config = config
+        self.seed = seed
+        self.device = device or torch.device("cpu")
+        self._keep_normalizer = keep_normalizer
+        weights = torch.Generator().manual_seed(derive(seed, "weights"))
+        bounds = (config.min_log_std, config.max_log_std)
+        self.policy = SquashedPolicy(config.hidden_sizes, config.init_log_std, bounds, weights).to(self.device)
+        self._actor = Actor(self.policy, math.log(config.init_alpha))
+        self._critics = Critics(config.hidden_sizes, weights, self.device)
+        self.replay = ReplayBuffer(config.buffer_size, self.device)
+        self.largest_reward = LARGEST_REWARD
+        self._actor_optimizer = torch.optim.Adam([self._actor.values], lr=config.learning_rate, fused=True)
+        self._critic_optimizer = torch.optim.Adam([self._critics.values], lr=config.learning_rate, fused=True)
+        batch, size = config.batch_size, OBSERVATION_SIZE + ACTION_SIZE
+        # Rows of states and actions: those replayed, those replayed with new actions, the following states.
+        self._inputs = torch.zeros((3 * batch, size), device=self.device)
+
+    def state(self) -> dict[str, Any]:
+        """Everything that the next update depends on."""
+        return {
+            "normalizer": self.policy.normalizer.state_dict(),
+            "actor": self._actor.values,
+            "critics": self._critics.values,
+            "targets": self._critics.targets,
+            "replay": self.replay.state(),
+            "largest_reward": self.largest_reward,
+            "actor_optimizer": self._actor_optimizer.state_dict(),
+            "critic_optimizer": self._critic_optimizer.state_dict(),
+        }
+
+    @torch.no_grad()
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Restore what `state` gave."""
+        self.policy.normalizer.load_state_dict(state["normalizer"])
+        self._actor.values.copy_(state["actor"])
+        self._critics.values.copy_(state["critics"])
+        self._critics.targets.copy_(state["targets"])
+        self.replay.load_state(state["replay"])
+        self.largest_reward = state["largest_reward"]
+        self._actor_optimizer.load_state_dict(state["actor_optimizer"])
+        self._critic_optimizer.load_state_dict(state["critic_optimizer"])
+
+    @torch.no_grad()
+    def remember(self, batch: Batch) -> None:
+        """Take transitions into the buffer, whoever acted in them."""
+        self.replay.add(batch)
+        self.largest_reward = max(self.largest_reward, float(batch.rewards.max()))
+        if not self._keep_normalizer:
+            self.policy.normalizer.update(torch.from_numpy(batch.obs).flatten(0, 1).to(self.device))
+
+    @torch.no_grad()
+    def update(self, batch: Batch, iteration: int, *, critic_only: bool = False) -> dict[str, float]:
+        """Take in an iteration's batch and learn from the buffer; with `critic_only` the policy stays as it is.
+
+        Returns:
+            For the record: `policy_updates`, `updates`, and, as means over looks, `policy_loss`, `value_loss`,
+            `value` (of replayed actions), `alpha`, `entropy` (nats).
+        """
+        config = self.config
+        self.remember(batch)
+        looks: list[Tensor] = []
+        num_updates, num_policy_updates = 0, 0
+        if self.replay.size >= config.learning_starts:
+            num_updates = round(batch.rewards.size * config.updates_per_step)
+            shape = (num_updates, config.batch_size)
+            drawn = generator(self.seed, "replayed", iteration).integers(self.replay.size, size=shape)
+            rows_UB = torch.from_numpy(drawn).to(self.device)
+            noise = torch.Generator(self.device).manual_seed(derive(self.seed, "drawn-actions", iteration))
+            mean_O = self.policy.normalizer.mean.float()
+            scale_O = self.policy.normalizer.std.float().reciprocal()
+            for index in range(num_updates):
+                learns_policy = not critic_only and index % config.policy_delay == 0
+                look = index % STEPS_PER_LOOK == 0
+                told = self._step(rows_UB[index], mean_O, scale_O, noise, learns_policy, look)
+                looks += [told] if told is not None else []
+                num_policy_updates += learns_policy
+        names = ("policy_loss", "value_loss", "value", "alpha", "entropy")
+        means = torch.stack(looks).mean(dim=0).tolist() if looks else [0.0] * len(names)
+        counts = {"policy_updates": float(num_policy_updates), "updates": float(num_updates)}
+        return {**counts, **dict(zip(names, means, strict=True))}
+
+    def policy_updates(self, learned: dict[str, float]) -> int:
+        """Gradient steps on the policy in what `update` returned."""
+        return int(learned["policy_updates"])
+
+    def _step(
+        self,
+        rows_B: Tensor,
+        mean_O: Tensor,
+        scale_O: Tensor,
+        noise: torch.Generator,
+        learns_policy: bool,
+        look: bool,
+    ) -> Tensor | None:
+        """One gradient step on the critics, and on the policy if it `learns_policy`; the losses if to `look`."""
+        config, tables, inputs = self.config, self.replay.tables, self._inputs
+        num_rows, split = len(rows_B), OBSERVATION_SIZE
+        obs_BO, next_obs_BO = tables["obs"].index_select(0, rows_B), tables["next_obs"].index_select(0, rows_B)
+        states = inputs[:, :split]
+        torch.sub(obs_BO, mean_O, out=states[:num_rows])
+        torch.sub(next_obs_BO, mean_O, out=states[2 * num_rows :])
+        states.mul_(scale_O).clamp_(-OBSERVATION_CLIP, OBSERVATION_CLIP)
+        states[num_rows : 2 * num_rows] = states[:num_rows]
+        inputs[:num_rows, split:] = tables["actions"].index_select(0, rows_B)
+
+        # New actions at the replayed states, where the actor learns, and at those that follow them.
+        first = num_rows if learns_policy else 2 * num_rows
+        hidden = self._actor.forward(states[first:])
+        drawn = self._actor.draw(
+            hidden[-1], torch.randn((len(hidden[-1]), ACTION_SIZE), generator=noise, device=self.device)
+        )
+        inputs[first:, split:] = drawn.actions_MA
+        alpha = self._actor.log_alpha.exp()
+
+        next_value_B = self._critics.target_values(inputs[2 * num_rows :]).amin(dim=0)
+        next_value_B.sub_(alpha * drawn.log_prob_M[-num_rows:])
+        terminated_B = tables["terminated"].index_select(0, rows_B).squeeze(1)
+        success_value = self.largest_reward * config.reward_scale / (1 - config.gamma)
+        next_value_B.lerp_(torch.full_like(next_value_B, success_value), terminated_B)
+        reward_B = tables["rewards"].index_select(0, rows_B).squeeze(1)
+        target_B = next_value_B.mul_(config.gamma).add_(reward_B, alpha=config.reward_scale)
+
+        activations = self._critics.forward(inputs[: 2 * num_rows] if learns_policy else inputs[:num_rows])
+        value_EM = activations[-1].squeeze(-1)
+        error_EB = value_EM[:, :num_rows] - target_B
+        grad_EM = torch.empty_like(value_EM)
+        grad_EM[:, :num_rows] = error_EB.clamp(-config.max_error, config.max_error) / num_rows
+        if learns_policy:
+            chosen_EB = value_EM[:, num_rows:]
+            # The smaller of both values is the actor's; only its critic gets a gradient.
+            is_smaller_B = chosen_EB[0] <= chosen_EB[1]
+            grad_EM[0, num_rows:] = is_smaller_B * (-1.0 / num_rows)
+            grad_EM[1, num_rows:] = ~is_smaller_B * (-1.0 / num_rows)
+        told = self._look(value_EM, error_EB, drawn, alpha) if look else None
+        grad_actions_BA = self._critics.backward(activations, grad_EM.unsqueeze(-1), num_rows)
+        if learns_policy:
+            own = type(drawn)(*(part[:num_rows] for part in drawn))
+            below = [part[:num_rows] for part in hidden]
+            self._actor.backward(below, own, grad_actions_BA, alpha, ACTION_SIZE * config.target_entropy)
+            self._actor_optimizer.step()
+        self._critic_optimizer.step()
+        self._critics.track(config.target_rate)
+        return told
+
+    def _look(self, value_EM: Tensor, error_EB: Tensor, drawn: Any, alpha: Tensor) -> Tensor:
+        """`[5]`: policy loss, value loss, value, temperature, entropy."""
+        num_rows = error_EB.shape[1]
+        entropy = -drawn.log_prob_M[:num_rows].mean()
+        value_loss = 0.5 * error_EB.square().mean()
+        value = value_EM[:, :num_rows].mean()
+        policy_loss = -alpha * entropy - value_EM[:, -num_rows:].amin(dim=0).mean()
+        assert len(value_EM) == NUM_CRITICS
+        return torch.stack((policy_loss, value_loss, value, alpha, entropy))
