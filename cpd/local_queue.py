@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,6 +29,8 @@ class LocalQueue:
     run: Run
     profile: Profile
     interrupt: Interrupt
+    elements: Sequence[Element]
+    """Those to see to; what they need must be finished or among them."""
     refresh: Callable[[], None] = lambda: None
     """Called at every poll, to redraw a display."""
     failed: list[Element] = field(default_factory=list)
@@ -36,13 +38,13 @@ class LocalQueue:
     _restarts: dict[str, int] = field(default_factory=dict)
 
     def execute(self) -> bool:
-        """Run everything that is not finished; returns whether the whole run is.
+        """Run what is not finished; returns whether all of it is then.
 
         An element that fails does not stop those that do not depend on it.
         """
         # The jobs watch this process and stop when it is gone.
         os.environ[LAUNCHER_VARIABLE] = launcher_identity()
-        pending = [element for element in self.run.elements() if not element.finished]
+        pending = [element for element in self.elements if not element.finished]
         while (pending or self._running) and not self.interrupt.requested:
             pending = self._start_ready(pending)
             if not self._running:

@@ -13,6 +13,7 @@ A run is a set of elements, each one job's worth of work with a folder of its ow
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -221,3 +222,22 @@ class Run:
     def elements(self) -> list[Element]:
         """Everything the run consists of, in order."""
         return [*self.teachers(), *self.students(), *self.evaluations(), self.report()]
+
+    def select(self, names: Sequence[str]) -> list[Element]:
+        """The elements with these names, or in folders with them such as `students/ewc`; all if none is given.
+
+        Raises:
+            RunError: for a name that fits no element, with a list of those that there are.
+        """
+        elements = self.elements()
+        for name in names:
+            if not any(matches(element, name) for element in elements):
+                listing = "\n".join(f"  {element.name}" for element in elements)
+                raise RunError(f"--only {name}: {self.root} has no such element; it has\n{listing}")
+        return [e for e in elements if not names or any(matches(e, name) for name in names)]
+
+
+def matches(element: Element, name: str) -> bool:
+    """Whether `name` is that of the element or of a folder that holds it."""
+    name = name.rstrip("/")
+    return element.name == name or element.name.startswith(f"{name}/")

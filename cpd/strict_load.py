@@ -133,7 +133,9 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
             value = tomllib.loads(f"value = {text}")["value"]
         except tomllib.TOMLDecodeError:
             value = text
-        *sections, last = key.replace("-", "_").split(".")
+        parts = key.split(".")
+        # Not in the labels of variants, which are the user's own.
+        *sections, last = [p if parts[:i] == ["variants"] else p.replace("-", "_") for i, p in enumerate(parts)]
         table = tables
         for section in sections:
             table = table.setdefault(section, {})

@@ -20,7 +20,7 @@ from cpd.local_queue import LocalQueue
 from cpd.profile import Profile, load_profile
 from cpd.provenance import code_version, provenance
 from cpd.record import progress_line, read_status
-from cpd.runs import Run, RunError
+from cpd.runs import Element, Run, RunError
 from cpd.slurm.estimate import complaints
 from cpd.slurm.plan import PlanError
 from cpd.slurm.states import SchedulerError
@@ -64,10 +64,14 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--run-dir", type=Path, help="the run's directory (default: runs/<name of the recipe>)")
     parser.add_argument("--dry-run", action="store_true", help="tell what would run; create and start nothing")
     parser.add_argument("--prepare", action="store_true", help="make the run directory and start nothing")
-    slurm = parser.add_argument_group("with a Slurm profile")
-    slurm.add_argument(
-        "--only", action="append", default=[], metavar="NAME", help="an element, or a folder of them; repeatable"
+    parser.add_argument(
+        "--only",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="only an element, or a folder of them such as students/ewc; repeatable",
     )
+    slurm = parser.add_argument_group("with a Slurm profile")
     slurm.add_argument("--retry-failed", action="store_true", help="only what failed, and what depends on it")
     slurm.add_argument("--cancel", action="store_true", help="cancel the run's jobs (running ones save first)")
     parser.add_argument("--settings", action="store_true", help="list every setting, its default and meaning")
@@ -139,8 +143,8 @@ def describe(config: Config, profile: Profile, root: Path) -> list[str]:
     return [*lines, f"executed on     {where}"]
 
 
-def execute(run: Run, profile: Profile, interrupt: Interrupt) -> bool:
-    """Execute the run on this machine with a live display, or plain lines where there is no terminal."""
+def execute(run: Run, profile: Profile, interrupt: Interrupt, elements: Sequence[Element]) -> bool:
+    """Execute elements on this machine with a live display, or plain lines where there is no terminal."""
     console = Console()
     if console.is_terminal:
         with Live(console=console, auto_refresh=False) as live:
@@ -155,11 +159,11 @@ def execute(run: Run, profile: Profile, interrupt: Interrupt) -> bool:
                     last = time.monotonic()
                     draw()
 
-            queue = LocalQueue(run, profile, interrupt, redraw)
+            queue = LocalQueue(run, profile, interrupt, elements, redraw)
             finished = queue.execute()
             draw()
     else:
-        queue = LocalQueue(run, profile, interrupt, PlainProgress(run))
+        queue = LocalQueue(run, profile, interrupt, elements, PlainProgress(run))
         finished = queue.execute()
     for element in queue.failed:
         tell_failure(run, element.name, read_status(element.status).message)
@@ -215,8 +219,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         for warning in config.warnings():
             tell(f"warning: {warning}")
         choice = Choice(arguments.only, arguments.retry_failed)
-        if profile.cluster == "local" and (choice != Choice([], False) or arguments.cancel):
-            raise ConfigError(["--only, --retry-failed and --cancel are for Slurm profiles"], "the command line")
+        if profile.cluster == "local" and (choice.retry_failed or arguments.cancel):
+            raise ConfigError(["--retry-failed and --cancel are for Slurm profiles"], "the command line")
         if arguments.dry_run:
             on_slurm = profile.cluster == "slurm"
             lines = dry_run(root, config, profile, choice) if on_slurm else describe(config, profile, root)
@@ -235,7 +239,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             elif profile.cluster == "slurm":
                 submit_chain(run, profile, choice)
             else:
-                return conclude(run, profile)
+                return conclude(run, profile, choice.only)
             return 0
     except (ConfigError, RunError, LeaseHeldError, PlanError, SchedulerError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
@@ -263,18 +267,30 @@ def load_both(recipe: str, overrides: Sequence[str], profile: str) -> tuple[Conf
     return config, found
 
 
-def conclude(run: Run, profile: Profile) -> int:
-    """Execute what is missing, then print the summary."""
+def conclude(run: Run, profile: Profile, only: Sequence[str] = ()) -> int:
+    """Execute what is missing, of everything or of what `only` names, then print the summary of a finished run.
+
+    Raises:
+        RunError: if a name is unknown, or something named needs what is neither finished nor named.
+    """
     interrupt = Interrupt().install()
-    unfinished = [element for element in run.elements() if not element.finished]
+    unfinished = [element for element in run.select(only) if not element.finished]
+    for element in unfinished:
+        lacking = [e.name for e in run.dependencies(element) if not e.finished and e not in unfinished]
+        if lacking:
+            raise RunError(
+                f"{element.name} needs {', '.join(lacking)}: finish that first, or name it by --only too"
+            )
     if unfinished:
         tell(f"{run.root}: {len(unfinished)} of {len(run.elements())} elements to do")
-        finished = execute(run, profile, interrupt)
+        finished = execute(run, profile, interrupt, unfinished)
         if interrupt.requested:
             tell("stopped; nothing is lost: the same command goes on")
             return EXIT_INTERRUPTED
         if not finished:
             return EXIT_FAILED
+    if not run.report().finished:
+        return 0
     from analysis.summary import print_summary
 
     print_summary(run.results)

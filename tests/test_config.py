@@ -95,6 +95,11 @@ def test_overrides_are_read_as_toml_values() -> None:
     }
 
 
+def test_an_override_of_a_variant_keeps_its_label() -> None:
+    tables = parse_overrides(["--variants.no-replay.student.expert-width", "64"])
+    assert tables == {"variants": {"no-replay": {"student": {"expert_width": 64}}}}
+
+
 def test_malformed_overrides_are_all_named() -> None:
     with pytest.raises(ConfigError) as caught:
         parse_overrides(["lr", "--distill.lr", "--seeds"])

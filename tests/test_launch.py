@@ -74,6 +74,41 @@ def prepared(root: Path, *overrides: str) -> Run:
     return prepare(root, load_recipe(str(MINIATURE), overrides), load_profile("local"))
 
 
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("students/ews", "--only students/ews: "),
+        (
+            "students/ewc",
+            "students/ewc/seed-1 needs teachers/drawer-close-v3/seed-1, teachers/window-close-v3/seed-1",
+        ),
+        ("results", "results needs students/moe/seed-1/evaluation, students/ewc/seed-1/evaluation"),
+    ],
+)
+def test_a_part_of_a_run_is_executed_here_only_if_it_is_there_and_can_be(
+    name: str, told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(MINIATURE.read_text() + "\n[variants.ewc]\nmemory.selection = 'none'\n")
+    assert main([str(recipe), "--run-dir", str(tmp_path / "run"), "--only", name]) == 2
+    error = capsys.readouterr().err
+    assert told in error
+    assert ("  students/ewc/seed-1/evaluation" in error) == (name == "students/ews"), "the list of what there is"
+
+
+def test_added_variants_come_after_those_that_are_there_and_call_for_a_new_report(tmp_path: Path) -> None:
+    first = prepared(tmp_path, "--variants.b.student.width", "64")
+    first.results.mkdir()
+    first.report().complete.touch()
+    again = prepared(tmp_path, "--variants.b.student.width", "64")
+    assert again.report().complete.exists()
+    more = prepared(tmp_path, "--variants.a.student.width", "48", "--variants.b.student.width", "64")
+    assert [student.method for student in more.students()] == ["moe", "b", "a"]
+    assert not more.report().complete.exists()
+    with pytest.raises(ConfigError, match=r"variants\.a: .* -> None"):
+        prepared(tmp_path, "--variants.b.student.width", "64")
+
+
 def test_other_settings_are_refused_by_name(tmp_path: Path) -> None:
     prepared(tmp_path)
     with pytest.raises(ConfigError) as caught:

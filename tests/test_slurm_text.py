@@ -16,7 +16,7 @@ from cpd.lease import Lease
 from cpd.ledger import LedgerEntry, append, ledger
 from cpd.profile import Profile, load_profile
 from cpd.record import Status
-from cpd.runs import Run
+from cpd.runs import Run, RunError
 from cpd.slurm.estimate import complaints, costs, disk
 from cpd.slurm.executor import outside_of_jobs
 from cpd.slurm.job import describe_unfinished, is_stuck, slurm_job, unfinished_dependencies
@@ -211,6 +211,19 @@ def test_students_learn_while_teachers_train(make_run) -> None:
     ]
 
 
+def test_every_method_has_a_chain_of_its_own_over_the_same_teachers(make_run) -> None:
+    run: Run = make_run(seeds=[1, 2], variants={"ewc": {"memory": {"selection": "none"}}})
+    submissions = plan(run, profile(), NOTHING)
+    names = [[element.name for element in submission.elements] for submission in submissions]
+    assert names[0] == [teacher.name for teacher in run.teachers()]
+    assert names[1:5] == [[s.name] for s in run.students()]
+    assert names[5:9] == [[e.name] for e in run.evaluations()]
+    assert names[9:] == [["results"]]
+    assert all(submission.needs == tuple(run.teachers()) for submission in submissions[1:5])
+    first, second = plan(run, profile(), active(run, *names[0]), only=["students/ewc/seed-2"])
+    assert (first.elements, second.needs) == ([run.students()[3]], (run.students()[3],))
+
+
 def test_only_some_elements(make_run) -> None:
     run: Run = make_run()
     drawer = run.teachers()[0].name
@@ -218,9 +231,7 @@ def test_only_some_elements(make_run) -> None:
         drawer
     ]
     assert len(plan(run, profile(), NOTHING, only=["teachers/"])) == 1
-    with pytest.raises(
-        PlanError, match=r"--only teachers/drawer: .* has no such element; it has\n  teachers/draw"
-    ):
+    with pytest.raises(RunError, match=r"--only teachers/drawer: .* has no such element; it has\n  teachers/draw"):
         plan(run, profile(), NOTHING, only=["teachers/drawer"])
     with pytest.raises(
         PlanError, match=r"seed-1 needs teachers/window-close-v3/seed-1, which is neither finished"

@@ -62,12 +62,13 @@ def plan(
         retry_failed: only what failed, and what depends on that.
 
     Raises:
-        PlanError: if a name is unknown, a limit of the site too low, or an element would wait for one that is
-            neither finished nor in the queue.
+        RunError: if a name is unknown.
+        PlanError: if a limit of the site is too low, or an element would wait for one that is neither finished nor
+            in the queue.
     """
     wanted = [
         element
-        for element in _chosen(run, found, only, retry_failed)
+        for element in _chosen(run, only, retry_failed)
         if not (element.finished or element.name in found.active or element.name in found.held)
     ]
     promised = {*found.active, *(element.name for element in wanted)}
@@ -117,14 +118,8 @@ def _overlapping(run: Run, wanted: Sequence[Element], needs: dict[str, list[Elem
     return found + _in_turn([element for element in wanted if element.role == "report"], needs)
 
 
-def _chosen(run: Run, found: Survey, only: Sequence[str], retry_failed: bool) -> list[Element]:
-    elements = run.elements()
-    for name in only:
-        if not any(matches(element, name) for element in elements):
-            listing = "\n".join(f"  {element.name}" for element in elements)
-            raise PlanError(f"--only {name}: {run.root} has no such element; it has\n{listing}")
-    if only:
-        elements = [element for element in elements if any(matches(element, name) for name in only)]
+def _chosen(run: Run, only: Sequence[str], retry_failed: bool) -> list[Element]:
+    elements = run.select(only)
     if retry_failed:
         entries = ledger(run)
         again: set[str] = set()
@@ -134,11 +129,6 @@ def _chosen(run: Run, found: Survey, only: Sequence[str], retry_failed: bool) ->
                 again.add(element.name)
         elements = [element for element in elements if element.name in again]
     return elements
-
-
-def matches(element: Element, name: str) -> bool:
-    name = name.rstrip("/")
-    return element.name == name or element.name.startswith(f"{name}/")
 
 
 def _arrays(

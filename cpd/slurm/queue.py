@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from cpd.ledger import LedgerEntry, append
 from cpd.profile import Profile
 from cpd.runs import Run
 from cpd.session import mark
 from cpd.slurm.executor import element_work, executor, outside_of_jobs
-from cpd.slurm.plan import Submission, dependency, matches, note
+from cpd.slurm.plan import Submission, dependency, note
 from cpd.slurm.states import SchedulerError, run_command
 from cpd.slurm.survey import Survey, survey
 from cpd.submission import log_name
@@ -97,16 +97,15 @@ def _retarget(run: Run, found: Survey, jobs: dict[str, str], submitted: set[str]
             run_command(["scontrol", "update", f"JobId={own[-1].job}", f"Dependency={wait_for}"])
 
 
-def cancel(run: Run, profile: Profile, only: Iterable[str] = ()) -> list[str]:
+def cancel(run: Run, profile: Profile, only: Sequence[str] = ()) -> list[str]:
     """Cancel the run's jobs, or those of some elements; returns the names of the elements concerned.
 
     Raises:
+        RunError: if `only` names what is not there.
         SchedulerError: if Slurm cannot be asked.
     """
-    only = list(only)
     found = survey(run, profile)
-    elements = [e for e in run.elements() if e.name in found.active]
-    elements = [e for e in elements if not only or any(matches(e, name) for name in only)]
+    elements = [e for e in run.select(only) if e.name in found.active]
     # The last first, so that none starts because what it waits for was cancelled before it.
     numbers = [job.job for element in elements for job in found.active[element.name]]
     numbers = list(dict.fromkeys(reversed(numbers)))
