@@ -10,16 +10,19 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from analysis.build_teachers import build_teachers
 from analysis.figures import fig_stream, fig_success_matrix, fig_teacher_curves, fig_teacher_student
 from analysis.load import Dataset, conditions, find_results, load
 from analysis.style import paper_style, save
 from analysis.summary import show
 from analysis.tables import write_tables
+from analysis.teachers import find_published
 from cpd.strict_load import ConfigError
 
 EXAMPLES = """examples:
   python -m analysis.build runs/demo                       gather, then draw into runs/demo/figures
   python -m analysis.build analysis/results/demo           draw again from published results
+  python -m analysis.build analysis/results/teachers       published teachers and their learning curves
   python -m analysis.build runs/moe runs/dense --out compare   methods side by side
 """
 
@@ -95,6 +98,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder for the figures (default: DIR/figures)")
     arguments = parser.parse_args(argv)
     try:
+        if len(arguments.paths) == 1 and arguments.paths[0].is_dir() and find_published(arguments.paths[0]):
+            written = build_teachers(arguments.paths[0], arguments.out)
+            print(f"{len(written)} files in {written[0].parent}")
+            return 0
         folder = figures_folder(arguments.paths, arguments.out)
         data = load_all(arguments.paths)
         written = _build(data, folder)

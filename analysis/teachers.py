@@ -1,0 +1,194 @@
+"""Published teachers: what `jobs.teachers publish` wrote, one record per teacher."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from analysis.load import TeacherCurve, load
+from cpd.files import read_json
+from cpd.measures import Rate
+from cpd.metrics import wilson
+from cpd.result_tables import HELD_OUT
+from cpd.tables import EvaluationRow, read_rows
+
+
+@dataclass(frozen=True)
+class PublishedTeacher:
+    """One teacher: how it came to be, and what it can do."""
+
+    task: str
+    seed: int
+    state: str
+    recipe: str
+    horizon: int
+    before: Rate | None
+    """Success on validation goals where RL began; None from scratch."""
+    validation: Rate
+    """Success of the final policy on validation goals, on which it was selected."""
+    held_out: Rate
+    """Success at any step on held-out goals."""
+    held_out_last: Rate
+    """The same episodes, success at the last step."""
+    demonstration_steps: int
+    env_steps: int
+    """Environment steps of RL."""
+    policy_updates: int
+    """Gradient steps of RL on the policy."""
+    stopped_by: str
+    cpu_seconds: float | None
+    """Of its whole process, evaluation and rollouts included; None where not measured."""
+    curve: TeacherCurve
+
+
+@dataclass(frozen=True)
+class PublishedTeachers:
+    """The teachers of one folder, in the order of their stream."""
+
+    name: str
+    labels: dict[str, str]
+    gate: float
+    teachers: tuple[PublishedTeacher, ...]
+
+
+def is_published(folder: Path) -> bool:
+    """Whether `folder` holds published teachers."""
+    return (folder / "policies").is_dir() and (folder / "config.json").exists()
+
+
+def find_published(folder: Path) -> list[Path]:
+    """`folder` itself or those in it that hold published teachers, by name; none if there are none."""
+    if is_published(folder):
+        return [folder]
+    return sorted(child for child in folder.iterdir() if child.is_dir() and is_published(child))
+
+
+def load_published(folder: Path) -> PublishedTeachers:
+    """Read one folder of published teachers.
+
+    Raises:
+        ValueError: if a file is missing or damaged, naming it.
+    """
+    config = read_json(folder / "config.json")
+    data = load([folder])
+    curves = {(curve.task, curve.seed): curve for curve in data.teacher_curves}
+    rows = read_rows(folder / "evaluations.csv", EvaluationRow)
+    held_out = {(row.task, row.seed): row for row in rows if row.method == "teacher" and row.goal_set == HELD_OUT}
+    cpu_seconds = _cpu_seconds(folder / "cpu_seconds.csv")
+    found = []
+    for task in dict.fromkeys(config["stream"]["tasks"]):
+        for seed in config["teacher"]["seeds"]:
+            path = folder / "policies" / f"{task}-seed-{seed}.json"
+            if path.exists():
+                key = (task, seed)
+                description = read_json(path)
+                curve, row = curves[key], held_out[key]
+                found.append(_teacher(description, config, row, curve, cpu_seconds.get(key)))
+    return PublishedTeachers(config["name"], data.labels, data.gate, tuple(found))
+
+
+def _teacher(
+    description: dict[str, Any],
+    config: dict[str, Any],
+    row: EvaluationRow,
+    curve: TeacherCurve,
+    cpu_seconds: float | None,
+) -> PublishedTeacher:
+    training = description["training"]
+    start = training["warm_start"]
+    goals = config["teacher"]["num_validation_goals"]
+    assert row.successes_last is not None
+    return PublishedTeacher(
+        task=row.task,
+        seed=row.seed,
+        state=curve.state,
+        recipe=row.teacher_recipe,
+        horizon=row.horizon,
+        before=_rate(round(start["validation_success"] * goals), goals) if start else None,
+        validation=_rate(round(training["validation_success"] * goals), goals),
+        held_out=_rate(row.successes, row.episodes),
+        held_out_last=_rate(row.successes_last, row.episodes),
+        demonstration_steps=start["demonstration_env_steps"] if start else 0,
+        env_steps=training["env_steps"],
+        policy_updates=training["policy_updates"],
+        stopped_by=training["stopped_by"],
+        cpu_seconds=cpu_seconds,
+        curve=curve,
+    )
+
+
+def _rate(successes: int, episodes: int) -> Rate:
+    low, high = wilson(successes, episodes)
+    return Rate(successes, episodes, successes / episodes, float(low), float(high))
+
+
+def _cpu_seconds(path: Path) -> dict[tuple[str, int], float]:
+    """Processor time by task and seed, summed over a teacher's attempts; empty where it was not measured."""
+    found: dict[tuple[str, int], float] = {}
+    if path.exists():
+        with path.open(newline="") as file:
+            for line in csv.DictReader(file):
+                key = (line["task"], int(line["seed"]))
+                found[key] = found.get(key, 0.0) + float(line["cpu_seconds"])
+    return found
+
+
+def score_rows(published: PublishedTeachers) -> list[dict[str, Any]]:
+    """One line per teacher with exact numbers and labels, long form."""
+    versions = {name: published.labels[name] for name in ("reward_version", "metaworld", "mujoco")}
+    return [
+        {
+            "teacher_recipe": t.recipe,
+            "horizon": t.horizon,
+            "task": t.task,
+            "seed": t.seed,
+            "state": t.state,
+            "success_before_rl": t.before.rate if t.before else None,
+            "episodes_before_rl": t.before.episodes if t.before else None,
+            "validation_success": t.validation.rate,
+            "validation_episodes": t.validation.episodes,
+            "held_out_episodes": t.held_out.episodes,
+            "held_out_successes": t.held_out.successes,
+            "held_out_success": t.held_out.rate,
+            "low": t.held_out.low,
+            "high": t.held_out.high,
+            "held_out_successes_last": t.held_out_last.successes,
+            "demonstration_env_steps": t.demonstration_steps,
+            "rl_env_steps": t.env_steps,
+            "rl_policy_updates": t.policy_updates,
+            "stopped_by": t.stopped_by,
+            "cpu_seconds": t.cpu_seconds,
+            **versions,
+        }
+        for t in published.teachers
+    ]
+
+
+def markdown(published: PublishedTeachers) -> str:
+    """The scores as a Markdown table, for a README."""
+    lines = [
+        "| task | before RL | after RL, validation | held-out, any step | held-out, last step | RL env steps | "
+        "RL updates | CPU s |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for t in published.teachers:
+        name = t.task.removesuffix("-v3") + (f" (seed {t.seed})" if _several_seeds(published.teachers) else "")
+        cells = (
+            name + (" **rejected**" if t.state == "rejected" else ""),
+            f"{t.before.rate:.2f}" if t.before else "–",
+            f"{t.validation.rate:.2f}",
+            f"{t.held_out.rate:.2f} [{t.held_out.low:.2f}, {t.held_out.high:.2f}]",
+            f"{t.held_out_last.rate:.2f}",
+            f"{t.env_steps:,}",
+            f"{t.policy_updates:,}",
+            "–" if t.cpu_seconds is None else f"{t.cpu_seconds:,.0f}",
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _several_seeds(teachers: Sequence[PublishedTeacher]) -> bool:
+    return len({teacher.seed for teacher in teachers}) > 1
