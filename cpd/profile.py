@@ -90,8 +90,10 @@ class Profile:
     """Jobs of one run in the queue at most, every element of an array counted; 0: no limit."""
     srun_mpi: str = "pmi2"
     """What `srun --mpi=` must say for this cluster's MPI; see `srun --mpi=list`."""
+    modules: tuple[str, ...] = ()
+    """Environment modules that a job loads first, e.g. `openmpi/5.0`, by `module load`."""
     setup: tuple[str, ...] = ()
-    """Shell lines before the job, e.g. `module load openmpi`."""
+    """Shell lines before the job, after the modules."""
     signal_seconds: Positive = 120
     """How long before its time limit a job is told to save."""
     requeue: bool = True
@@ -123,6 +125,11 @@ class Profile:
         """What an element of `role` gets."""
         found: Resources = getattr(self, role)
         return found
+
+    @property
+    def setup_lines(self) -> list[str]:
+        """Shell lines of a job before its program: the modules, then the set-up."""
+        return [*([f"module load {' '.join(self.modules)}"] if self.modules else []), *self.setup]
 
     @property
     def usable_cores(self) -> int:

@@ -36,7 +36,7 @@ from cpd.strict_load import (
 )
 from jobs.chain import Choice, cancel_chain, dry_run, submit_chain
 from jobs.common import EXIT_FAILED, EXIT_USAGE, parser_with_examples, tell
-from jobs.status import run_status, status_table
+from jobs.status import log_tail, run_status, status_table
 
 RECIPES = Path(__file__).resolve().parent / "recipes"
 #: Seconds between plain lines of progress where the output is no terminal.
@@ -192,14 +192,13 @@ class PlainProgress:
                 tell(f"{row.element}: {progress_line(read_status(self._run.root / row.element / 'status.json'))}")
 
 
-def tell_failure(run: Run, name: str, message: str, num_lines: int = 12) -> None:
+def tell_failure(run: Run, name: str, message: str) -> None:
     """Name a failed element, the end of its log, and what to do."""
     entries = ledger(run).get(name, [])
     tell(f"FAILED {name}: {message or 'its job ended without a word'}")
     if entries and entries[-1].log:
         log = run.root / entries[-1].log
-        text = log.read_text(errors="replace").splitlines() if log.exists() else []
-        for line in text[-num_lines:]:
+        for line in log_tail(log):
             print(f"    {line}")
         tell(f"its whole log: {log}; once the cause is mended, the same command goes on")
 

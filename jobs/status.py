@@ -1,4 +1,4 @@
-"""One table of every element of a run: state, progress, rate, time left, success, and where its log is."""
+"""One table of every element of a run: state, progress, rate, time left, last loss and success, and its log."""
 
 from __future__ import annotations
 
@@ -18,14 +18,17 @@ from cpd.lease import Holder, current_holder
 from cpd.ledger import LedgerEntry, ledger
 from cpd.record import StatusRecord, clock, number, read_status
 from cpd.runs import Element, Run
-from cpd.slurm.states import JobState
+from cpd.slurm.states import REMEDIES, JobState, state_told_by
 from cpd.slurm.view import QueueView
-from jobs.common import EXIT_USAGE, parser_with_examples
+from jobs.common import EXIT_FAILED, EXIT_USAGE, parser_with_examples
 
 #: Columns from which a terminal shows everything.
-WIDE = 112
+WIDE = 120
+BAR_WIDTH = 8
 #: An element may have several jobs in the queue; the last so many are looked through for one that has started.
 MANY_JOBS = 60
+#: How much of the end of a log is read.
+TAIL_BYTES = 16_384
 #: Looks at a run of which nothing is in the queue any more, after which watching it ends.
 IDLE_LOOKS = 5
 STYLES = {
@@ -68,14 +71,15 @@ class ElementStatus:
     """Slurm only: where it runs."""
 
 
-def element_status(element: Element, log: str, job: JobState | None = None) -> ElementStatus:
+def element_status(run: Run, element: Element, log: str, job: JobState | None = None) -> ElementStatus:
     """What the element's markers, its Slurm job if any, its lease and status.json say, in this order of trust."""
     record = read_status(element.status)
     holder, attempts = current_holder(element.path / "attempts")
     state = _state(element, record, holder, job)
     message = record.message
     if job and state == "killed":
-        message = f"{job.remedy}{f' (was on {job.node})' if job.node else ''}"
+        told = state_told_by(log_tail(run.root / log) if log else ())
+        message = f"{REMEDIES.get(told, job.remedy)}{f' (was on {job.node})' if job.node else ''}"
     return ElementStatus(
         element=element.name,
         role=element.role,
@@ -122,7 +126,7 @@ def run_status(run: Run, view: QueueView | None = None) -> list[ElementStatus]:
     unfinished = {e.name: last[e.name] for e in elements if e.name in last and not e.finished}
     jobs = (view or QueueView()).states(unfinished)
     return [
-        element_status(element, _log(run, entries.get(element.name, [])), jobs.get(element.name))
+        element_status(run, element, _log(run, entries.get(element.name, [])), jobs.get(element.name))
         for element in elements
     ]
 
@@ -133,8 +137,17 @@ def _log(run: Run, entries: Sequence[LedgerEntry]) -> str:
     return next((log for log in reversed(logs) if (run.root / log).exists()), logs[-1] if logs else "")
 
 
+def log_tail(path: Path, num_lines: int = 12) -> list[str]:
+    """The last lines of a job's log, which may be long; none if it has not begun."""
+    if not path.exists():
+        return []
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - TAIL_BYTES))
+        return file.read().decode(errors="replace").splitlines()[-num_lines:]
+
+
 def status_table(run: Run, rows: Sequence[ElementStatus], width: int = 120) -> Table:
-    """The rows for a terminal of `width` columns; a narrow one is spared the rate, the bar and the log."""
+    """The rows for a terminal of `width` columns; a narrow one is spared rate, bar, loss and log."""
     finished = sum(row.state in ("done", "rejected") for row in rows)
     is_wide = width >= WIDE
     table = Table(
@@ -148,7 +161,7 @@ def status_table(run: Run, rows: Sequence[ElementStatus], width: int = 120) -> T
     table.add_column("element", no_wrap=True)
     table.add_column("state", no_wrap=True)
     table.add_column("progress", no_wrap=True)
-    for name in (*(["rate"] if is_wide else []), "left", "success", "time"):
+    for name in ("rate", "left", "loss", "success", "time") if is_wide else ("left", "success", "time"):
         table.add_column(name, justify="right", no_wrap=True)
     if is_wide:
         table.add_column("log, or what happened", overflow="fold", style="dim")
@@ -158,9 +171,10 @@ def status_table(run: Run, rows: Sequence[ElementStatus], width: int = 120) -> T
         cells = [
             row.element,
             Text(state, style=STYLES[row.state]),
-            _progress(row, bar_width=12 if is_wide else 0) if is_active else "",
+            _progress(row, BAR_WIDTH if is_wide else 0) if is_active else "",
             *([f"{number(row.rate)}/s" if row.rate else ""] if is_wide else []),
             clock(row.eta_seconds) if row.eta_seconds is not None else "",
+            *([f"{row.loss:.3g}" if row.loss is not None else ""] if is_wide else []),
             f"{row.success:.2f}" if row.success is not None else "",
             clock(row.seconds) if row.seconds else "",
             *([_remark(row)] if is_wide else []),
@@ -170,22 +184,24 @@ def status_table(run: Run, rows: Sequence[ElementStatus], width: int = 120) -> T
 
 
 def _remark(row: ElementStatus) -> str:
-    """Where an element runs or waits, where its log is, and what happened to it."""
+    """Where an element runs or waits, where its log is, how often it was tried, and what happened to it."""
     place = f"job {row.job} {row.node or row.queue}" if row.job else ""
     message = "" if row.state == "done" else row.message
-    return "  ".join(part for part in (place, row.log, message) if part)
+    tries = f"attempt {row.attempts}" if row.attempts > 1 else ""
+    return "  ".join(part for part in (place, tries, row.log, message) if part)
 
 
 def failure_lines(run: Run, rows: Sequence[ElementStatus], num_lines: int = 6) -> list[str]:
-    """For every element that failed: its name, what happened, and the end of its log."""
+    """For every element that failed: its name, what happened, the end of its log, and what to do."""
     lines = []
     for row in rows:
         if row.state in ("failed", "killed"):
             lines.append(f"{row.state.upper()} {row.element}: {row.message or 'its job ended without a word'}")
             log = run.root / row.log
             if row.log and log.exists():
-                text = log.read_text(errors="replace").splitlines()
-                lines += [*(f"    {line}" for line in text[-num_lines:]), f"  its whole log: {log}"]
+                lines += [*(f"    {line}" for line in log_tail(log, num_lines)), f"  its whole log: {log}"]
+    if lines:
+        lines.append("once the causes are mended, launch again: the same command goes on where they stopped")
     return lines
 
 
@@ -209,7 +225,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         ],
     )
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="the run's directory")
-    parser.add_argument("--watch", action="store_true", help="redraw every second until all is finished")
+    parser.add_argument(
+        "--watch",
+        action="store_true",
+        help="redraw every second until all is finished (exit code 0) or nothing is left in the queue (1)",
+    )
     parser.add_argument("--json", action="store_true", help="for programs: a list of objects")
     arguments = parser.parse_args(argv)
     try:
@@ -221,17 +241,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.json:
         print(json.dumps([asdict(row) for row in rows], indent=2))
     elif arguments.watch:
-        watch(run)
+        return 0 if watch(run) else EXIT_FAILED
     else:
         console = Console()
         console.print(status_table(run, rows, console.width))
-        for line in failure_lines(run, rows):
-            console.print(line, markup=False, highlight=False, soft_wrap=True)
+        print_failures(console, run, rows)
     return 0
 
 
-def watch(run: Run) -> None:
-    """Redraw the table until every element is finished, no job is left in Slurm's queue, or the user stops it."""
+def print_failures(console: Console, run: Run, rows: Sequence[ElementStatus]) -> None:
+    """`failure_lines` as they are, whatever the width of the terminal."""
+    for line in failure_lines(run, rows):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def watch(run: Run) -> bool:
+    """Redraw the table until every element is finished, no job is left in Slurm's queue, or the user stops it.
+
+    Returns:
+        Whether nothing ended before its time.
+    """
     console, view, idle = Console(), QueueView(), 0
     with Live(console=console, auto_refresh=False) as live:
         try:
@@ -245,9 +274,9 @@ def watch(run: Run) -> None:
                     break
                 time.sleep(1.0)
         except KeyboardInterrupt:
-            return
-    for line in failure_lines(run, rows):
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+            return True
+    print_failures(console, run, rows)
+    return all(element.finished for element in run.elements())
 
 
 if __name__ == "__main__":

@@ -95,7 +95,7 @@ def executor(run: Run, profile: Profile, role: Role, name: str, dependency: str 
         "cpus_per_task": given.cpus,
         "gpus_per_node": given.gpus * given.ranks_per_node or None,
         "mem": memory(given.memory_gb * given.ranks_per_node),
-        "setup": list(profile.setup) or None,
+        "setup": profile.setup_lines or None,
         "signal_delay_s": profile.signal_seconds,
         "dependency": dependency or None,
         "array_parallelism": parallelism or profile.array_parallelism,

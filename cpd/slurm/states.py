@@ -17,10 +17,20 @@ REMEDIES = {
     "PREEMPTED": "preempted and not requeued: launch again",
     "CANCELLED": "cancelled: launch again to go on",
     "DEADLINE": "its deadline passed: launch again",
-    "FAILED": "ended with an error",
+    "FAILED": "killed, or ended with an error that its log tells: launch again",
     "COMPLETED": "ended before the element was finished: launch again",
-    "REVOKED": "moved to another cluster",
+    "REVOKED": "moved to another cluster: launch again here",
     "GONE": "Slurm has forgotten its job: launch again",
+}
+#: What Slurm writes into a job's log, and the state that it tells of. Without cgroups a job that exceeds its memory
+#: has the state FAILED, and a forgotten job has none.
+SIGNS = {
+    "exceeded memory limit": "OUT_OF_MEMORY",
+    "oom-kill": "OUT_OF_MEMORY",
+    "oom_kill": "OUT_OF_MEMORY",
+    "DUE TO TIME LIMIT": "TIMEOUT",
+    "DUE TO NODE FAILURE": "NODE_FAIL",
+    "DUE TO PREEMPTION": "PREEMPTED",
 }
 #: Seconds after which a command that does not answer is given up.
 COMMAND_SECONDS = 30.0
@@ -54,6 +64,12 @@ class JobState:
     def remedy(self) -> str:
         """What became of an ended job, and what to do."""
         return REMEDIES.get(self.state, "")
+
+
+def state_told_by(log_lines: Iterable[str]) -> str:
+    """The state that the end of a job's log tells of; empty if none."""
+    found = [state for line in log_lines for sign, state in SIGNS.items() if sign in line]
+    return found[-1] if found else ""
 
 
 def run_command(words: Sequence[str], seconds: float = COMMAND_SECONDS) -> str:
