@@ -155,8 +155,12 @@ class BatchSource:
 
     def probe(self) -> Batch:
         """This rank's rows of a global batch of the current task alone, drawn apart from those trained on."""
-        rng = generator(self._seed, "probe", self._stage)
-        rows = rng.integers(len(self._window_start), size=self._config.batch_size)
+        return self.sample(self._config.batch_size, "probe")
+
+    def sample(self, num_windows: int, purpose: str) -> Batch:
+        """This rank's rows of `num_windows` windows of the current task, drawn for `purpose` alone."""
+        rng = generator(self._seed, purpose, self._stage)
+        rows = rng.integers(len(self._window_start), size=num_windows)
         return self._gather(Windows(self._window_start[rows], self._window_length[rows]), 0)
 
     def _gather(self, windows: Windows, num_replayed: int) -> Batch:

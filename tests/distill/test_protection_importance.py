@@ -1,0 +1,71 @@
+"""The Fisher information against finite differences, one state and one output at a time."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from cpd.distill.protection.importance import fisher
+from cpd.seeding import generator
+from tests.distill.synthetic import stage_data
+from tests.distill.test_trainer import make_trainer, train
+
+NUM_WINDOWS = 12
+
+
+def outputs(trainer, data, step: int) -> np.ndarray:
+    """The Gaussian's [8] means and log deviations at a step of `data`, seen with its past."""
+    start = data.window_starts(4)[step]
+    with torch.no_grad():
+        out = trainer.student(torch.from_numpy(data.observations[start : step + 1]).double()[None])
+    return torch.cat([out.mean_BLA[0, -1], out.log_std_BLA[0, -1]]).numpy()
+
+
+def test_is_the_mean_of_squared_derivatives_of_single_states():
+    trainer = make_trainer()
+    train(trainer, until=60)
+    data = stage_data(1)
+    found = fisher(trainer, data, NUM_WINDOWS, exact=True)
+    steps = generator(1, "fisher", 1).integers(data.num_steps, size=NUM_WINDOWS)
+
+    values, compared = trainer.flat.values, 0
+    weights = [np.concatenate([np.exp(-2 * outputs(trainer, data, step)[4:]), [2.0] * 4]) for step in steps]
+    for slot in trainer.flat.slots.values():
+        for index in {slot.start, (slot.start + slot.stop) // 2}:
+            wanted, kept, width = 0.0, float(values[index]), 1e-5
+            for step, weight in zip(steps, weights, strict=True):
+                values[index] = kept + width
+                above = outputs(trainer, data, step)
+                values[index] = kept - width
+                below = outputs(trainer, data, step)
+                wanted += float(weight @ ((above - below) / (2 * width)) ** 2) / NUM_WINDOWS
+            values[index] = kept
+            np.testing.assert_allclose(float(found[index]), wanted, rtol=1e-4, atol=1e-9)
+            compared += wanted > 1e-6
+    assert compared > 60
+    assert not trainer.flat.grads.any()
+
+
+def test_random_signs_estimate_it_without_bias():
+    """Their part of the error falls with the number of states, at the rate of a mean."""
+    trainer = make_trainer()
+    train(trainer, until=60)
+    data = stage_data(0)
+    errors = []
+    for num_windows in (25, 400):
+        exact = fisher(trainer, data, num_windows, exact=True)
+        found = fisher(trainer, data, num_windows)
+        errors.append(float((found - exact).abs().sum() / exact.sum()))
+    assert errors[1] < 0.15
+    assert 0.15 < errors[1] / errors[0] < 0.4
+
+
+def test_is_of_the_student_not_of_its_error():
+    """A student that agrees with its teacher has no distillation gradient, but a Fisher information."""
+    trainer = make_trainer()
+    train(trainer, until=60)
+    data = stage_data(0)
+    found = fisher(trainer, data, NUM_WINDOWS)
+    data.teacher_mean[:] = 0.0
+    assert torch.equal(fisher(trainer, data, NUM_WINDOWS), found)
+    assert (found >= 0).all() and (found > 0).float().mean() > 0.7
