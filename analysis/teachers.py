@@ -1,4 +1,4 @@
-"""Published teachers: what `jobs.teachers publish` wrote, one record per teacher."""
+"""Published teachers: what `jobs.publish` wrote, one record per teacher."""
 
 from __future__ import annotations
 

@@ -1,52 +1,16 @@
-"""Finished teachers as files: publish a run's, take up published ones in a new run, check them independently."""
+"""Check published teachers by Meta-World's own evaluation code, independently of ours."""
 
 from __future__ import annotations
 
-import argparse
 import csv
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from cpd.runs import Run
 from jobs.common import EXIT_FAILED, EXIT_USAGE, parser_with_examples, tell
 
 #: The first seed of the held-out goals: Meta-World draws the very same ones from it.
 HELD_OUT_SEED = 2001
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """The command line."""
-    parser = parser_with_examples(
-        "jobs.teachers",
-        "Finished teachers as files.",
-        [
-            "python -m jobs.teachers publish runs/cw10 my-teachers           # tables, curves, and policy files",
-            "python -m jobs.launch cw10 --prepare",
-            "python -m jobs.teachers adopt my-teachers runs/cw10             # then launch: no training any more",
-            "python -m jobs.teachers check my-teachers                       # by Meta-World's own evaluation",
-            "python -m jobs.teachers check my-teachers --seed 7 --csv seven.csv",
-        ],
-    )
-    verbs = parser.add_subparsers(dest="verb", required=True)
-    publish = verbs.add_parser("publish", help="copy a run's tables and policy files to a folder")
-    publish.add_argument("run_dir", type=Path, metavar="RUN_DIR")
-    publish.add_argument("folder", type=Path, metavar="FOLDER")
-    adopt = verbs.add_parser("adopt", help="give published policies to a prepared run's untrained teachers")
-    adopt.add_argument("folder", type=Path, metavar="FOLDER")
-    adopt.add_argument("run_dir", type=Path, metavar="RUN_DIR")
-    check = verbs.add_parser("check", help="evaluate published policies with metaworld.evaluation")
-    check.add_argument("folder", type=Path, metavar="FOLDER")
-    check.add_argument("--only", action="append", default=[], metavar="TASK", help="a task; repeatable")
-    check.add_argument(
-        "--seed",
-        type=int,
-        default=HELD_OUT_SEED,
-        help=f"of metaworld.MT1, for its goals (default: {HELD_OUT_SEED}, the held-out goals)",
-    )
-    check.add_argument("--episodes", type=int, default=50, metavar="N", help="per policy (default: 50)")
-    check.add_argument("--csv", type=Path, metavar="FILE", help="write the results there, too")
-    return parser
 
 
 def check_teachers(folder: Path, only: Sequence[str], seed: int, num_episodes: int, table: Path | None) -> bool:
@@ -114,28 +78,33 @@ def check_teachers(folder: Path, only: Sequence[str], seed: int, num_episodes: i
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Command line of `python -m jobs.teachers`; returns the exit code."""
-    parser = build_parser()
-    arguments = parser.parse_args(argv)
+    """Command line of `python -m jobs.check`; returns the exit code."""
+    parser = parser_with_examples(
+        "jobs.check",
+        "Evaluate published teachers with metaworld.evaluation on goals that Meta-World draws, and compare with "
+        "what was published. Exit code 1 if a published rate lies outside of a new one's 95 % interval.",
+        [
+            "python -m jobs.check analysis/results/teachers/cw10-demo_rl",
+            "python -m jobs.check analysis/results/teachers/cw10-demo_rl --only hammer-v3 --seed 7",
+        ],
+    )
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="what `jobs.publish` wrote")
+    parser.add_argument("--only", action="append", default=[], metavar="TASK", help="a task; repeatable")
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=HELD_OUT_SEED,
+        help=f"of metaworld.MT1, for its goals (default: {HELD_OUT_SEED}, the held-out goals)",
+    )
+    parser.add_argument("--episodes", type=int, default=50, metavar="N", help="per policy (default: 50)")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="write the results there, too")
+    given = parser.parse_args(argv)
     try:
-        if arguments.verb == "check":
-            agree = check_teachers(
-                arguments.folder, arguments.only, arguments.seed, arguments.episodes, arguments.csv
-            )
-            return 0 if agree else EXIT_FAILED
-        from cpd.teachers.published import adopt_teachers, publish_teachers
-
-        run = Run(arguments.run_dir)
-        if arguments.verb == "publish":
-            files = publish_teachers(run, arguments.folder)
-            tell(f"{len(files)} of {len(run.teachers())} teachers published in {arguments.folder}")
-        else:
-            adopted = adopt_teachers(run, arguments.folder)
-            tell(f"{len(adopted)} of {len(run.teachers())} teachers of {run.root} need no training any more")
+        agree = check_teachers(given.folder, given.only, given.seed, given.episodes, given.csv)
     except (ValueError, OSError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return EXIT_USAGE
-    return 0
+    return 0 if agree else EXIT_FAILED
 
 
 if __name__ == "__main__":
