@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -26,6 +26,17 @@ from cpd.student.student import Student, StudentOutput
 
 class DivergedError(ArithmeticError):
     """The loss or its gradient is no longer finite."""
+
+
+class LossTerms(NamedTuple):
+    """The parts of a batch's loss, without gradient; this rank's summands of the global values."""
+
+    distance_RL: Tensor
+    """To the teachers, by token; 0 beyond a window's end."""
+    load_balance: Tensor
+    router_z: Tensor
+    shares_LE: Tensor
+    """Each open expert's share of the global batch's assignments, by layer; the same on every rank."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +111,12 @@ class Trainer:
         num_tasks = len(config.stream.distinct_tasks)
         return Student(config.student, num_tasks, num_experts=num_experts, dtype=dtype)
 
+    @property
+    def source(self) -> BatchSource:
+        """The batches of the stage that has begun."""
+        assert self._source is not None, "begin_stage comes first"
+        return self._source
+
     def begin_stage(self, data: StageData) -> list[GrowthDecision]:
         """Make the stage's batches, and grow if its task is new and not the first; returns what grew.
 
@@ -163,13 +180,31 @@ class Trainer:
         Raises:
             DivergedError: on every rank, if the gradient is not finite.
         """
-        assert self._source is not None
         config, progress = self.config.distill, self.progress
         if progress.num_opening:
             opening_steps = min(self.config.student.opening_steps, config.steps_per_stage)
             offset = opening_offset(progress.step, opening_steps)
             self.student.set_logit_offset(progress.num_opening, offset)
-        batch = self._source.batch(progress.step)
+        self.protection.begin_step(self)
+        batch = self.source.batch(progress.step)
+        terms = self.gradient(batch)
+        self.protection.adjust_gradient(self)
+        grad_norm = self.flat.clip_grads(config.max_grad_norm)
+        if not math.isfinite(grad_norm):
+            raise DivergedError(
+                f"the gradient is not finite at stage {progress.stage}, step {progress.step}: lower distill.lr, "
+                "or look for values in the teacher's rollouts that are far out of range"
+            )
+        lr = learning_rate(config, progress.step)
+        self.optimizer.step(lr, self.protection.update_mask(self))
+        progress.step += 1
+        if not report:
+            return None
+        return self._report(batch, terms, grad_norm, lr)
+
+    def gradient(self, batch: Batch) -> LossTerms:
+        """Make `flat.grads` the gradient of the global batch's loss, the same on every rank; a collective."""
+        config = self.config.distill
         out = self.student(batch.obs_RLO, task_B=batch.task_R, valid_BL=batch.valid_RL)
         loss = LOSSES[config.loss]
         distance_RL = batch.valid_RL * loss(
@@ -186,19 +221,7 @@ class Trainer:
         self.flat.grads.zero_()
         total.backward()  # type: ignore[no-untyped-call]
         self.flat.reduce_grads(self.comm)
-        self.protection.adjust_gradient(self)
-        grad_norm = self.flat.clip_grads(config.max_grad_norm)
-        if not math.isfinite(grad_norm):
-            raise DivergedError(
-                f"the gradient is not finite at stage {progress.stage}, step {progress.step}: lower distill.lr, "
-                "or look for values in the teacher's rollouts that are far out of range"
-            )
-        lr = learning_rate(config, progress.step)
-        self.optimizer.step(lr, self.protection.update_mask(self))
-        progress.step += 1
-        if not report:
-            return None
-        return self._report(batch, distance_RL.detach(), balance, router_z, shares_LE, grad_norm, lr)
+        return LossTerms(distance_RL.detach(), balance.detach(), router_z.detach(), shares_LE)
 
     def _expert_shares(self, out: StudentOutput, batch: Batch) -> Tensor:
         """[layers, E] each open expert's share of the global batch's assignments."""
@@ -206,26 +229,17 @@ class Trainer:
         self.comm.all_reduce_sum(counts_LE.numpy())
         return counts_LE.to(self.device, self.student.dtype) / (batch.num_tokens * self.config.student.top_k)
 
-    def _report(
-        self,
-        batch: Batch,
-        distance_RL: Tensor,
-        balance: Tensor,
-        router_z: Tensor,
-        shares_LE: Tensor,
-        grad_norm: float,
-        lr: float,
-    ) -> StepReport:
+    def _report(self, batch: Batch, terms: LossTerms, grad_norm: float, lr: float) -> StepReport:
         """Sum what this rank saw over all ranks."""
         num_tasks = self.student.num_tasks
         # Distances and tokens by (replayed or not, task), then the two router terms.
         cell_R = batch.task_R + num_tasks * batch.replayed_R.long()
         sums = [
             torch.bincount(cell_R, weights=values, minlength=2 * num_tasks)
-            for values in (distance_RL.sum(1), batch.valid_RL.sum(1))
+            for values in (terms.distance_RL.sum(1), batch.valid_RL.sum(1))
         ]
-        terms = torch.stack([balance.detach(), router_z.detach()])
-        totals = torch.cat([*sums, terms]).double().cpu().numpy()
+        router_terms = torch.stack([terms.load_balance, terms.router_z])
+        totals = torch.cat([*sums, router_terms]).double().cpu().numpy()
         self.comm.all_reduce_sum(totals)
         distance, tokens = totals[: 4 * num_tasks].reshape(2, 2, num_tasks)
         load_balance, z = (float(term) for term in totals[-2:])
@@ -242,7 +256,7 @@ class Trainer:
             by_task={int(t): float(task_distance[t] / task_tokens[t]) for t in np.flatnonzero(task_tokens)},
             grad_norm=grad_norm,
             lr=lr,
-            expert_shares=shares_LE.tolist(),
+            expert_shares=terms.shares_LE.tolist(),
             num_tokens=batch.num_tokens,
         )
 

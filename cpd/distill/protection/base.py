@@ -31,6 +31,9 @@ class Protection:
     def grow(self, old: FlatParameters, new: FlatParameters) -> None:
         """Lay vectors out anew after growth: `new.carried(vector, old)`."""
 
+    def begin_step(self, trainer: Trainer) -> None:
+        """Change `trainer.flat.values` before the step's gradient is computed."""
+
     def adjust_gradient(self, trainer: Trainer) -> None:
         """Change `trainer.flat.grads`, which is summed over ranks but not clipped yet."""
 

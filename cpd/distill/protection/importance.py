@@ -33,7 +33,8 @@ def fisher(trainer: Trainer, data: StageData, num_windows: int, *, exact: bool =
     The sum over outputs takes a backward pass each, or one with random signs, as in Hutchinson's (1990) trace
     estimator: E[(sum_d e_d g_d)^2] = sum_d g_d^2 for independent e_d = +-1. The latter is the default, since
     for the same time it sees more states: with 300,000 parameters its mean error was .06 of F's mean after
-    256 states, against .10 after 64 with the exact sum, and .08 with actions drawn from the student in twice the time.
+    256 states, against .10 after 64 with the exact sum, and .08 with actions drawn from the student in twice
+    the time.
 
     Args:
         trainer: its student is looked at, as it is; its gradients are overwritten.
