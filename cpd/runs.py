@@ -177,11 +177,7 @@ class Run:
     def teachers(self) -> list[TeacherElement]:
         """Task by task, seed by seed."""
         pairs = [(t, s) for t in self.config.stream.distinct_tasks for s in self.config.teacher.seeds]
-        names = [f"teachers/{task}/seed-{seed}" for task, seed in pairs]
-        return [
-            TeacherElement("teacher", i, self.root / name, name, task, seed)
-            for i, ((task, seed), name) in enumerate(zip(pairs, names, strict=True))
-        ]
+        return [teacher_element(self.root, index, task, seed) for index, (task, seed) in enumerate(pairs)]
 
     def teacher_of(self, task: str, student_seed: int) -> TeacherElement:
         """The teacher of `task` that the student with `student_seed` learns from."""
@@ -235,6 +231,12 @@ class Run:
                 listing = "\n".join(f"  {element.name}" for element in elements)
                 raise RunError(f"--only {name}: {self.root} has no such element; it has\n{listing}")
         return [e for e in elements if not names or any(matches(e, name) for name in names)]
+
+
+def teacher_element(root: Path, index: int, task: str, seed: int) -> TeacherElement:
+    """A teacher in the run directory `root`."""
+    name = f"teachers/{task}/seed-{seed}"
+    return TeacherElement("teacher", index, root / name, name, task, seed)
 
 
 def matches(element: Element, name: str) -> bool:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from cpd.adoption import Adoption
 from cpd.config import Config
 from cpd.ledger import ledger
 from cpd.profile import Profile
 from cpd.record import clock
-from cpd.runs import Run
+from cpd.runs import Run, TeacherElement
 from cpd.slurm.estimate import costs, disk, gigabytes, wall_hours
 from cpd.slurm.plan import Submission, plan, texts
 from cpd.slurm.queue import cancel, submit
@@ -30,19 +31,23 @@ class Choice:
 class ImaginedRun(Run):
     """A run directory that may not be there yet."""
 
-    def __init__(self, root: Path, config: Config) -> None:
-        """Nothing is read or written."""
+    def __init__(self, root: Path, config: Config, adoptions: Sequence[Adoption] = ()) -> None:
+        """Nothing is read or written; teachers that would be taken over as they are count as finished."""
         self.root = root
         self.__dict__["config"] = config
+        self._elsewhere = {a.teacher.name: a.source.path for a in adoptions if a.source and a.marker}
+
+    def teachers(self) -> list[TeacherElement]:
+        """Those that would be taken over lie where they are now."""
+        return [replace(t, path=self._elsewhere.get(t.name, t.path)) for t in super().teachers()]
 
 
-def dry_run(root: Path, config: Config, profile: Profile, choice: Choice) -> list[str]:
+def dry_run(run: Run, profile: Profile, choice: Choice) -> list[str]:
     """The text of every submission as sbatch would get it, and what it would cost; changes nothing.
 
     Raises:
         PlanError: if it could not be submitted.
     """
-    run = ImaginedRun(root, config)
     try:
         found, note = look(run), ""
     except SchedulerError as error:

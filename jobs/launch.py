@@ -6,11 +6,13 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
 from rich.live import Live
 
+from cpd.adoption import AdoptionError, adopt, find_adoptions
 from cpd.config import Config, continued, differences
 from cpd.files import read_json, write_json
 from cpd.interrupt import EXIT_INTERRUPTED, Interrupt
@@ -34,7 +36,7 @@ from cpd.strict_load import (
     suggestion,
     to_dict,
 )
-from jobs.chain import Choice, cancel_chain, dry_run, submit_chain
+from jobs.chain import Choice, ImaginedRun, cancel_chain, dry_run, submit_chain
 from jobs.common import EXIT_FAILED, EXIT_USAGE, parser_with_examples, tell
 from jobs.status import log_tail, run_status, status_table
 
@@ -117,7 +119,8 @@ def prepare(root: Path, config: Config, profile: Profile) -> Run:
             raise RunError(f"{root} exists and is no run directory; choose another --run-dir")
         write_json(root / "provenance.json", provenance())
     write_json(root / "profile.json", to_dict(profile))
-    write_json(config_path, to_dict(config))
+    # Its teachers are taken over before anything starts: only the name of where they come from is kept.
+    write_json(config_path, to_dict(replace(config, teachers_from=Path(config.teachers_from).name)))
     run = Run(root)
     run.logs.mkdir(exist_ok=True)
     return run
@@ -220,29 +223,39 @@ def main(argv: Sequence[str] | None = None) -> int:
         choice = Choice(arguments.only, arguments.retry_failed)
         if profile.cluster == "local" and (choice.retry_failed or arguments.cancel):
             raise ConfigError(["--retry-failed and --cancel are for Slurm profiles"], "the command line")
+        # Also before anything is created, so that a mistake leaves nothing behind.
+        found = find_adoptions(ImaginedRun(root, config), source) if (source := adopted_from(config)) else []
         if arguments.dry_run:
+            run: Run = ImaginedRun(root, config, found)
             on_slurm = profile.cluster == "slurm"
-            lines = dry_run(root, config, profile, choice) if on_slurm else describe(config, profile, root)
+            lines = dry_run(run, profile, choice) if on_slurm else describe(config, profile, root)
+            lines += [f"{adoption.teacher.name}: {adoption.summary}" for adoption in found]
             print("\n".join([*lines, *(f"warning: {problem}" for problem in complaints(root, config, profile))]))
             return 0
         problems = complaints(root, config, profile)
         if problems:
             raise RunError("; ".join(problems))
         run = prepare(root, config, profile)
-        if arguments.prepare:
-            tell(f"{root} is ready")
-            return 0
         with Lease(root / "launcher").acquire():
-            if arguments.cancel:
+            for adoption in adopt(run, source) if source else []:
+                tell(f"{adoption.teacher.name}: {adoption.summary}")
+            if arguments.prepare:
+                tell(f"{root} is ready")
+            elif arguments.cancel:
                 cancel_chain(run, profile, choice)
             elif profile.cluster == "slurm":
                 submit_chain(run, profile, choice)
             else:
                 return conclude(run, profile, choice.only)
             return 0
-    except (ConfigError, RunError, LeaseHeldError, PlanError, SchedulerError) as error:
+    except (ConfigError, RunError, AdoptionError, LeaseHeldError, PlanError, SchedulerError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return EXIT_USAGE
+
+
+def adopted_from(config: Config) -> Path | None:
+    """Where teachers are to be taken over from, if anywhere."""
+    return Path(config.teachers_from) if config.teachers_from else None
 
 
 def load_both(recipe: str, overrides: Sequence[str], profile: str) -> tuple[Config, Profile]:

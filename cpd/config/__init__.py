@@ -10,6 +10,7 @@ from cpd.config.experiment import (
     LoggingConfig,
     MethodConfig,
     StreamConfig,
+    changes,
     continued,
     differences,
 )
@@ -30,6 +31,7 @@ __all__ = [
     "StudentConfig",
     "TeacherConfig",
     "WarmStartConfig",
+    "changes",
     "continued",
     "differences",
 ]

@@ -92,6 +92,8 @@ class Config(MethodConfig):
     """Leave out the method that the variants vary."""
     seeds: Seeds = (1,)
     """Student seeds; seed number s learns from teacher seed number s mod len(teacher.seeds)."""
+    teachers_from: str = ""
+    """Another run's directory, or a folder of published teachers: those that are there are taken over."""
     torch_threads: Positive = 1
     """Threads of a process's tensor arithmetic: part of the recipe, since it changes rounding."""
     stream: StreamConfig
@@ -196,16 +198,18 @@ def _mentions(tables: Mapping[str, Any], warning: str) -> bool:
 
 def differences(old: Config, new: Config) -> list[str]:
     """The settings that affect results and differ, as `dotted.path: old -> new`; variants may be added freely."""
+    without = ("logging", "teachers_from")
+    before, after = ({k: v for k, v in to_dict(c).items() if k not in without} for c in (old, new))
+    after["variants"] = {label: own for label, own in after["variants"].items() if label in before["variants"]}
+    return changes(before, after)
 
-    def walk(left: Any, right: Any, path: str) -> list[str]:
-        if isinstance(left, dict) and isinstance(right, dict):
-            keys = list(left) if path == "variants" else dict.fromkeys([*left, *right])
-            lines = [walk(left.get(key), right.get(key), f"{path}.{key}".lstrip(".")) for key in keys]
-            return [line for group in lines for line in group]
-        return [] if left == right else [f"{path}: {left!r} -> {right!r}"]
 
-    before, after = ({k: v for k, v in to_dict(c).items() if k != "logging"} for c in (old, new))
-    return walk(before, after, "")
+def changes(old: Any, new: Any, path: str = "") -> list[str]:
+    """The entries of nested tables that differ, as `dotted.path: old -> new`."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        lines = [changes(old.get(k), new.get(k), f"{path}.{k}".lstrip(".")) for k in dict.fromkeys([*old, *new])]
+        return [line for group in lines for line in group]
+    return [] if old == new else [f"{path}: {old!r} -> {new!r}"]
 
 
 def continued(old: Config, new: Config) -> Config:
