@@ -5,17 +5,35 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+from cpd.comm import asked_size, connect
 from cpd.interrupt import Interrupt
 from cpd.runs import Element, Run, TeacherElement
-from jobs.common import available_cpus, element_main, element_tell, parser_with_examples
+from jobs.common import available_cpus, element_main, element_tell, mpi_guard, parser_with_examples
 
 
 def work(run: Run, element: Element, interrupt: Interrupt) -> None:
-    """Do the element's work on all cores given."""
-    from cpd.teachers.element import run_teacher
+    """Do this rank's part of the element's work on all cores that the rank was given."""
+    from cpd.teachers.element import env_pool, run_teacher
 
     assert isinstance(element, TeacherElement)
-    run_teacher(run, element, num_workers=available_cpus(), interrupt=interrupt, tell=element_tell(element))
+    num_workers, num_ranks = available_cpus(), asked_size()
+    pool = env_pool(run.config, num_workers, num_ranks)
+    try:
+        if num_ranks > 1 and num_workers > 1:
+            pool.get(element.task)  # starts the workers: once MPI is up, nothing may fork
+        comm = connect()
+        with mpi_guard(comm):
+            run_teacher(
+                run,
+                element,
+                num_workers=num_workers,
+                interrupt=interrupt,
+                tell=element_tell(element),
+                comm=comm,
+                pool=pool,
+            )
+    finally:
+        pool.close()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -23,8 +41,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = parser_with_examples(
         "jobs.teacher",
         "Train one teacher with RL, evaluate it on held-out goals, and write its rollouts to shards. "
-        "A finished teacher is left as it is; an interrupted one goes on where it stopped.",
-        ["python -m jobs.teacher runs/demo --index 2", "srun python -m jobs.teacher runs/cw10   # in a job array"],
+        "A finished teacher is left as it is; an interrupted one goes on where it stopped. Under mpiexec or srun "
+        "the ranks share the environments of every iteration and learn the same (PPO only).",
+        [
+            "python -m jobs.teacher runs/demo --index 2",
+            "srun python -m jobs.teacher runs/cw10   # in a job array",
+            "CPD_CPUS=1 mpiexec -n 2 python -m jobs.teacher runs/cw10 --index 0   # two ranks of one core each",
+        ],
     )
     return element_main("teacher", parser, argv, work)
 

@@ -13,6 +13,8 @@ from cpd.strict_load import STRICT
 
 #: Settings of the PPO learner for which `demo_rl` has its own, named `rl_...`.
 DEMO_RL_SETTINGS = ("hidden_sizes", "init_log_std", "learning_rate", "target_kl")
+#: The same of the SAC learner.
+DEMO_RL_SAC_SETTINGS = ("hidden_sizes", "init_log_std")
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -148,8 +150,10 @@ class TeacherConfig:
     """Single-task teachers."""
 
     recipe: Literal["rl", "demo_rl", "scripted"] = "rl"
-    """rl: PPO from scratch; demo_rl: PPO from a capped warm start on demonstrations; scripted: Meta-World's expert
+    """rl: RL from scratch; demo_rl: RL from a capped warm start on demonstrations; scripted: Meta-World's expert
     as a labelled stand-in."""
+    learner: Literal["ppo", "sac"] = "ppo"
+    """What RL means: on-policy PPO, which ranks may share, or off-policy SAC."""
     seeds: Seeds = (1,)
     """One teacher per distinct task and seed."""
     max_env_steps: Positive = 1_000_000
@@ -171,28 +175,42 @@ class TeacherConfig:
     on_rejected: Literal["skip", "stop"] = "skip"
     """What a rejected teacher does to its stage: skip it (recorded) or stop the chain."""
     ppo: PPOConfig = field(default_factory=PPOConfig)
+    sac: SACConfig = field(default_factory=SACConfig)
     warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)
 
     def __post_init__(self) -> None:
         if self.stop_success < self.gate:
             raise ValueError(f"stop_success ({self.stop_success}) lies below the gate ({self.gate})")
-        if self.recipe != "scripted" and self.ppo.steps_per_env < self.horizon:
+        learner = self.learner_settings
+        if self.recipe == "scripted":
+            return
+        if learner.steps_per_env < self.horizon:
             raise ValueError(
-                f"ppo.steps_per_env ({self.ppo.steps_per_env}) is below the training horizon ({self.horizon}): "
-                "every iteration starts from fresh resets, so that no episode would ever last that long"
+                f"{self.learner}.steps_per_env ({learner.steps_per_env}) is below the training horizon "
+                f"({self.horizon}): every iteration starts from fresh resets, so that no episode would ever last "
+                "that long"
             )
-        first = (self.warm_start.critic_iterations + 1) * self.ppo.num_envs * self.ppo.steps_per_env
+        per_iteration = learner.num_envs * learner.steps_per_env
+        whole = self.max_env_steps // per_iteration * per_iteration
+        if isinstance(learner, SACConfig) and whole < learner.learning_starts:
+            raise ValueError(
+                f"max_env_steps ({self.max_env_steps}, {whole} in whole iterations) ends before "
+                f"sac.learning_starts ({learner.learning_starts})"
+            )
+        first = (self.warm_start.critic_iterations + 1) * per_iteration
         if self.recipe == "demo_rl" and self.max_env_steps < first:
             raise ValueError(
                 f"max_env_steps ({self.max_env_steps}) ends before the first policy gradient ({first})"
             )
 
     @property
-    def learner(self) -> PPOConfig:
-        """The learner's settings: those of `ppo`, some of which `demo_rl` replaces by its own."""
+    def learner_settings(self) -> PPOConfig | SACConfig:
+        """The learner's settings, some of which `demo_rl` replaces by its own."""
+        settings = self.ppo if self.learner == "ppo" else self.sac
         if self.recipe != "demo_rl":
-            return self.ppo
-        return replace(self.ppo, **{name: getattr(self.warm_start, f"rl_{name}") for name in DEMO_RL_SETTINGS})
+            return settings
+        names = DEMO_RL_SETTINGS if self.learner == "ppo" else DEMO_RL_SAC_SETTINGS
+        return replace(settings, **{name: getattr(self.warm_start, f"rl_{name}") for name in names})
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from cpd import checkpoint
-from cpd.comm import SerialComm
+from cpd.comm import Comm, SerialComm
 from cpd.config import Config
 from cpd.envs.cells import Cell, EnvPool, evaluate_cells
 from cpd.envs.goals import goal_set
@@ -25,6 +25,7 @@ from cpd.shards.writer import ShardWriter, clear_shards
 from cpd.tables import write_rows
 from cpd.teachers.collect import collect
 from cpd.teachers.policy import Teacher, TeacherActor, load_policy, save_policy
+from cpd.teachers.ranks import on_first_rank
 from cpd.teachers.scripted import ScriptedPolicy, load_scripted, save_scripted
 from cpd.teachers.training import Trainer, validate
 
@@ -36,35 +37,50 @@ def run_teacher(
     num_workers: int,
     interrupt: Interrupt,
     tell: Callable[[str], None],
+    comm: Comm | None = None,
+    pool: EnvPool | None = None,
 ) -> None:
-    """Bring one teacher to its end: COMPLETE with shards, or REJECTED if it missed the gate.
+    """Bring one teacher to its end: COMPLETE with shards, or REJECTED if it missed the gate; a collective.
 
     A finished element is left as it is, an interrupted one goes on where it stopped.
 
     Args:
         run: the run directory.
         element: one of `run.teachers()`.
-        num_workers: processes to step environments in; results do not depend on it.
+        num_workers: processes of this rank to step environments in; results do not depend on it.
         interrupt: the stop flag, looked at after every environment step.
         tell: receives plain lines of progress.
+        comm: the ranks that train together; None: this process alone.
+        pool: what `env_pool` made, where environments had to be there before; it is closed in the end.
 
     Raises:
         LeaseHeldError: if another process is working on this teacher.
         LeaseLostError: if another process took over meanwhile.
         InterruptedBySignal: if asked to stop; everything needed to go on has been saved.
+        ValueError: if the learner cannot be shared by so many ranks.
     """
-    if element.finished:
-        tell(f"{element.name} is finished")
-        return
-    config = run.config
-    torch.set_num_threads(config.torch_threads)
-    pool = EnvPool(config.stream.reward_version, num_workers, config.teacher.ppo.num_envs)
+    comm = comm or SerialComm()
+    pool = pool or env_pool(run.config, num_workers, comm.size)
     try:
-        with session(element, SerialComm(), tell) as current:
-            sweep_temporaries(element.path)
-            _Work(config, element, pool, interrupt, current).finish()
+        if comm.broadcast(element.finished):
+            tell(f"{element.name} is finished")
+            return
+        torch.set_num_threads(run.config.torch_threads)
+        with session(element, comm, tell) as current:
+            if current.is_writer:
+                sweep_temporaries(element.path)
+            _Work(run.config, element, pool, interrupt, current, comm).finish()
     finally:
         pool.close()
+
+
+def env_pool(config: Config, num_workers: int, num_ranks: int = 1) -> EnvPool:
+    """Environments for one of `num_ranks` ranks, not made yet.
+
+    Under MPI, those that live in other processes are to be made before it starts: nothing may fork afterwards.
+    """
+    num_envs = -(-config.teacher.learner_settings.num_envs // num_ranks)
+    return EnvPool(config.stream.reward_version, num_workers, num_envs)
 
 
 @dataclass(frozen=True)
@@ -76,27 +92,30 @@ class _Work:
     pool: EnvPool
     interrupt: Interrupt
     current: Session
+    comm: Comm
 
     def finish(self) -> None:
         """Run the phases that are missing, and set the marker."""
         element, gate = self.element, self.config.teacher.gate
-        if not element.policy.with_suffix(".json").exists():
+        description_path = element.policy.with_suffix(".json")
+        # What is there is looked at by one rank: a shared file system may show each something else.
+        if not on_first_rank(self.comm, description_path.exists):
             self.train()
-        description = read_json(element.policy.with_suffix(".json"))
+        description = on_first_rank(self.comm, lambda: read_json(description_path))
         success: float = description["training"]["validation_success"]
-        teacher = self.load()
-        if not element.evaluation.exists():
-            self.evaluate(teacher)
+        if not on_first_rank(self.comm, element.evaluation.exists):
+            self.evaluate(on_first_rank(self.comm, self.load))
         if success < gate:
             reason = f"validation success {success:.2f} is below the gate of {gate:.2f}"
-            self.current.check()
-            write_text(element.rejected, reason + "\n")
+            if self.current.is_writer:
+                self.current.check()
+                write_text(element.rejected, reason + "\n")
             self.current.finish("rejected", reason, success=success)
             return
-        if not self.has_shards():
-            self.collect(teacher)
-        self.current.check()
-        element.complete.touch()
+        on_first_rank(self.comm, self.collect)
+        if self.current.is_writer:
+            self.current.check()
+            element.complete.touch()
         self.current.finish("done", success=success)
 
     def load(self) -> Teacher:
@@ -115,15 +134,18 @@ class _Work:
         if config.teacher.recipe == "scripted":
             self.current.begin("train", 1, unit="experts")
             expert = ScriptedPolicy(element.task, config.rollouts.assumed_std)
-            success = validate(expert, config, element.task, self.pool, self.interrupt)
-            self.withdraw()
-            save_scripted(expert, element.policy, {**description, "training": {"validation_success": success}})
+            success = validate(expert, config, element.task, self.pool, self.interrupt, self.comm)
+            if self.current.is_writer:
+                self.withdraw()
+                training = {"validation_success": success}
+                save_scripted(expert, element.policy, {**description, "training": training})
             self.current.advance(1, success=success)
             return
-        policy, summary = Trainer(config, element, self.pool, self.interrupt, self.current).run()
-        self.withdraw()
-        save_policy(policy, element.policy, {**description, "training": asdict(summary)})
-        checkpoint.prune(element.checkpoints, keep=0)
+        policy, summary = Trainer(config, element, self.pool, self.interrupt, self.current, self.comm).run()
+        if self.current.is_writer:
+            self.withdraw()
+            save_policy(policy, element.policy, {**description, "training": asdict(summary)})
+            checkpoint.prune(element.checkpoints, keep=0)
 
     def withdraw(self) -> None:
         """Remove what an earlier policy may have left, before another one is published."""
@@ -140,24 +162,27 @@ class _Work:
             Cell(element.task, "training", num_training),
         ]
         done = 0
-        self.current.begin("evaluate", sum(cell.num_episodes for cell in cells), unit="episodes")
+        total = sum(cell.num_episodes for cell in cells)
+        self.current.begin("evaluate", total, unit="episodes")
 
         def advance(num_episodes: int) -> None:
             nonlocal done
-            done += num_episodes
-            self.current.advance(done)
+            done += num_episodes * self.comm.size  # the other ranks are about as far
+            self.current.advance(min(done, total))
 
         outcomes = evaluate_cells(
             TeacherActor(teacher),
             cells,
             config.stream.horizon,
             self.pool,
-            SerialComm(),
+            self.comm,
             should_stop=lambda: self.interrupt.requested,
             advance=advance,
         )
         if outcomes is None:
             raise InterruptedBySignal("asked to stop while evaluating; launch again to go on")
+        if not self.current.is_writer:
+            return
         rows, episodes = evaluation_rows(
             cells, outcomes, method="teacher", seed=element.seed, stage=None, label=labels(config)
         )
@@ -174,8 +199,11 @@ class _Work:
         except ShardError:
             return False
 
-    def collect(self, teacher: Teacher) -> None:
-        """Write the rollouts; an attempt that was cut short starts again, since it takes seconds."""
+    def collect(self) -> None:
+        """Write the rollouts if they are missing; an attempt cut short starts again, since it takes seconds."""
+        if self.has_shards():
+            return
+        teacher = self.load()
         config, element, label = self.config, self.element, labels(self.config)
         attributes = ShardAttributes(
             task=element.task,

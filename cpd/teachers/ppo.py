@@ -13,17 +13,20 @@ by the overhead of its many small operations, which a GPU does not lower.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import chain
 from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from cpd.comm import Comm, SerialComm
 from cpd.config import PPOConfig
 from cpd.seeding import derive, generator
 from cpd.shards.schema import OBSERVATION_SIZE
 from cpd.teachers.advantages import gae
 from cpd.teachers.policy import GaussianPolicy, gaussian_log_prob, mlp
+from cpd.teachers.ranks import largest, own_slots, reduce_gradients, spread
 from cpd.teachers.sampling import Batch
 from cpd.teachers.statistics import RunningMoments
 
@@ -53,19 +56,32 @@ class Learner:
         seed: of the initial weights and of the order of minibatches.
         keep_normalizer: leave the policy's observation statistics as they are; new ones would change what a cloned
             policy does.
+        comm: the ranks that share the iteration's environments; all of them learn the same.
     """
 
-    def __init__(self, config: PPOConfig, seed: int, *, keep_normalizer: bool = False) -> None:
+    def __init__(
+        self, config: PPOConfig, seed: int, *, keep_normalizer: bool = False, comm: Comm | None = None
+    ) -> None:
         self.config = config
         self.seed = seed
+        self._comm: Comm = comm or SerialComm()
+        self._slots = own_slots(self._comm, config.num_envs)
         self._keep_normalizer = keep_normalizer
         torch_generator = torch.Generator().manual_seed(derive(seed, "weights"))
         self.policy = GaussianPolicy(config.hidden_sizes, config.init_log_std, torch_generator)
         self.value_net = mlp((OBSERVATION_SIZE, *config.hidden_sizes, 1), 1.0, torch_generator)
         self.value_moments = RunningMoments(1, MIN_VALUE_STD)
         self.largest_reward = LARGEST_REWARD
-        parameters = chain(self.policy.parameters(), self.value_net.parameters())
-        self.optimizer = torch.optim.Adam(parameters, lr=config.learning_rate, fused=True)
+        self.optimizer = torch.optim.Adam(self.parameters(), lr=config.learning_rate, fused=True)
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Those of the policy, then those of the value network."""
+        return chain(self.policy.parameters(), self.value_net.parameters())
+
+    def policy_updates(self, learned: dict[str, float]) -> int:
+        """Gradient steps on the policy in what `update` returned."""
+        num_rows = self.config.num_envs * self.config.steps_per_env
+        return int(learned["epochs"]) * (num_rows // self.config.minibatch_size)
 
     def state(self) -> dict[str, Any]:
         """Everything that the next update depends on."""
@@ -97,7 +113,8 @@ class Learner:
         steps: list[dict[str, float]] = []
         kl, epoch = 0.0, 0
         for epoch in range(1, self.config.num_epochs + 1):
-            rows_of_minibatches = self._minibatches(len(samples.obs_BO), iteration, epoch)
+            num_rows = self.config.num_envs * batch.rewards.shape[0]
+            rows_of_minibatches = self._minibatches(num_rows, iteration, epoch)
             minibatches = [Samples(*(tensor[rows] for tensor in samples)) for rows in rows_of_minibatches]
             steps += [self._step(minibatch, critic_only) for minibatch in minibatches]
             own = steps[-len(rows_of_minibatches) :]
@@ -123,8 +140,8 @@ class Learner:
         actions_BA = torch.from_numpy(batch.actions).flatten(0, 1)
         # Old means are taken after this, so that ratios start at one.
         if not self._keep_normalizer:
-            self.policy.normalizer.update(obs_BO)
-        self.largest_reward = max(self.largest_reward, float(batch.rewards.max()))
+            self.policy.normalizer.update(obs_BO, self._comm)
+        self.largest_reward = largest(max(self.largest_reward, float(batch.rewards.max())), self._comm)
         success_value = self.largest_reward * config.reward_scale / (1 - config.gamma)
 
         shape = batch.rewards.shape
@@ -135,11 +152,12 @@ class Learner:
         ends_SN = torch.from_numpy(batch.ends)
         advantages_SN = gae(rewards_SN, values_SN, next_values_SN, ends_SN, config.gamma, config.gae_lambda)
         targets_B1 = (advantages_SN + values_SN).reshape(-1, 1)
-        explained = float(1 - advantages_SN.var() / targets_B1.var().clamp_min(1e-12))
-        self.value_moments.update(targets_B1)
+        of_advantages = spread(advantages_SN, self._comm)
+        of_targets = spread(targets_B1, self._comm)
+        explained = float(1 - of_advantages.variance / of_targets.variance.clamp_min(1e-12))
+        self.value_moments.update(targets_B1, self._comm)
         targets_B = ((targets_B1 - self.value_moments.mean) / self.value_moments.std).float().squeeze(1)
-        advantages_B = advantages_SN.flatten()
-        advantages_B = (advantages_B - advantages_B.mean()) / (advantages_B.std() + 1e-8)
+        advantages_B = (advantages_SN.flatten() - of_advantages.mean) / (of_advantages.std + 1e-8)
         mean_BA = self.policy(obs_BO)
         log_prob_B = gaussian_log_prob(actions_BA, mean_BA, self.policy.log_std_A)
         normalized_BO = self.policy.normalize(obs_BO)
@@ -152,11 +170,18 @@ class Learner:
         return normalized_B * std + mean
 
     def _minibatches(self, num_rows: int, iteration: int, epoch: int) -> list[Tensor]:
-        """Disjoint row indices of the epoch's minibatches; a remainder waits for another epoch."""
+        """Disjoint indices of this rank's rows in the epoch's minibatches; a remainder waits for another epoch."""
         rng = generator(self.seed, "minibatches", iteration, epoch)
         order = torch.from_numpy(rng.permutation(num_rows))
         size = self.config.minibatch_size
-        return [order[start : start + size] for start in range(0, num_rows - size + 1, size)]
+        minibatches = [order[start : start + size] for start in range(0, num_rows - size + 1, size)]
+        return [self._own(rows) for rows in minibatches] if self._comm.size > 1 else minibatches
+
+    def _own(self, rows: Tensor) -> Tensor:
+        """Those of an iteration's `rows` that were sampled here, as indices of this rank's batch."""
+        steps, slots = rows // self.config.num_envs, rows % self.config.num_envs
+        is_own = (slots >= self._slots.start) & (slots < self._slots.stop)
+        return steps[is_own] * len(self._slots) + slots[is_own] - self._slots.start
 
     def _step(self, samples: Samples, critic_only: bool) -> dict[str, float]:
         """One step of the optimiser; `samples.obs_BO` are normalised already."""
@@ -175,20 +200,32 @@ class Learner:
         self.optimizer.zero_grad()
         # Adam leaves parameters without a gradient alone.
         loss = value_loss if critic_only else policy_loss + penalty - config.entropy_coef * entropy + value_loss
-        loss.backward()
+        # Schulman's estimator of KL(old || new): unbiased and never negative.
+        kl = (ratio_B - 1 - log_ratio_B).mean()
+        told = torch.stack((kl, policy_loss, value_loss)).detach()
+        if self._comm.size == 1:
+            loss.backward()
+        else:
+            told = self._backward_together(loss, told, len(samples.obs_BO) / config.minibatch_size, critic_only)
         grad_norm = nn.utils.clip_grad_norm_(self.policy.parameters(), config.max_grad_norm)
         nn.utils.clip_grad_norm_(self.value_net.parameters(), config.max_grad_norm)
         self.optimizer.step()
         with torch.no_grad():
             log_std_A.clamp_(config.min_log_std, config.max_log_std)
-            # Schulman's estimator of KL(old || new): unbiased and never negative.
-            kl = (ratio_B - 1 - log_ratio_B).mean()
+        kl_value, policy_value, value_value = told.tolist()
         return {
-            "kl": kl.item(),
-            "policy_loss": policy_loss.item(),
-            "value_loss": value_loss.item(),
+            "kl": kl_value,
+            "policy_loss": policy_value,
+            "value_loss": value_value,
             "grad_norm": grad_norm.item(),
         }
+
+    def _backward_together(self, loss: Tensor, told: Tensor, share: float, critic_only: bool) -> Tensor:
+        """Gradients of the minibatch's mean, of which this rank has a `share`; returns the mean of `told`."""
+        if share:
+            (loss * share).backward()  # type: ignore[no-untyped-call]  # torch leaves it without annotations
+        trained = [*self.value_net.parameters()] if critic_only else [*self.parameters()]
+        return reduce_gradients(trained, told * share if share else torch.zeros_like(told), self._comm)
 
 
 _LOG_2PI: Final = 1.8378770664093453

@@ -7,20 +7,36 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from cpd.config import PPOConfig
 from cpd.envs.goals import Goal
 from cpd.envs.sampler import VectorEnv
 from cpd.seeding import generator
 from cpd.teachers.policy import FloatArray, MLPPolicy
 
 
+class SamplingConfig(Protocol):
+    """What sampling needs of a learner's settings."""
+
+    @property
+    def num_envs(self) -> int:
+        """N, environments stepped in lock-step."""
+
+    @property
+    def steps_per_env(self) -> int:
+        """S, steps of each in an iteration."""
+
+    @property
+    def noise_correlation(self) -> float:
+        """AR(1) coefficient of the exploration noise."""
+
+
 @dataclass(frozen=True)
 class Batch:
-    """What happened in an iteration.
+    """What happened in an iteration, or in this rank's part of its environments.
 
     Attributes:
         obs: [S, N, O] before each step.
@@ -76,27 +92,41 @@ def sample(
     policy: MLPPolicy,
     envs: VectorEnv,
     goals: Sequence[Goal],
-    config: PPOConfig,
+    config: SamplingConfig,
     horizon: int,
     seed: int,
     iteration: int,
     should_stop: Callable[[], bool] = lambda: False,
+    slots: range | None = None,
 ) -> Batch | None:
-    """Act with exploration noise for an iteration, from fresh resets on, in the first `num_envs` slots of `envs`.
+    """Act with exploration noise for an iteration, from fresh resets on, in the first slots of `envs`.
 
     An episode ends at success or after `horizon` steps, and the next one starts; the iteration's end cuts all.
+
+    Args:
+        policy: acts in all environments at once.
+        envs: as many slots as are stepped here, or more.
+        goals: training goals.
+        config: sizes of the iteration.
+        horizon: longest episode.
+        seed: of noise and goals.
+        iteration: number of the iteration.
+        should_stop: looked at before every step.
+        slots: which of the iteration's `num_envs` environments are stepped here; None: all. Noise and goals are
+            those of the whole iteration, whoever steps the others.
 
     Returns:
         The batch; None if `should_stop()` turned true.
     """
-    num_steps, num_envs = config.steps_per_env, config.num_envs
+    num_steps, slots = config.steps_per_env, slots or range(config.num_envs)
+    first, num_envs = slots.start, len(slots)
     noise_SNA = correlated_noise(
-        num_steps, num_envs, 4, config.noise_correlation, generator(seed, "exploration", iteration)
-    )
-    dealer = GoalDealer(goals, num_envs, generator(seed, "goals", iteration))
+        num_steps, config.num_envs, 4, config.noise_correlation, generator(seed, "exploration", iteration)
+    )[:, first : slots.stop]
+    dealer = GoalDealer(goals, config.num_envs, generator(seed, "goals", iteration))
     obs = np.empty((num_steps, num_envs, envs.observations.shape[1]), np.float32)
     next_obs = np.empty_like(obs)
-    actions = np.empty_like(noise_SNA)
+    actions = np.empty((num_steps, num_envs, 4), np.float32)
     rewards = np.empty((num_steps, num_envs), np.float32)
     terminated = np.zeros((num_steps, num_envs), np.bool_)
     ends = np.zeros_like(terminated)
@@ -104,7 +134,7 @@ def sample(
     active = np.arange(envs.num_envs) < num_envs
     length = np.zeros(num_envs, np.int64)
 
-    envs.reset(range(num_envs), [dealer.deal(slot) for slot in range(num_envs)])
+    envs.reset(range(num_envs), [dealer.deal(slot) for slot in slots])
     for t in range(num_steps):
         if should_stop():
             return None
@@ -118,9 +148,9 @@ def sample(
         length += 1
         ends[t] = terminated[t] | (length == horizon) | (t == num_steps - 1)
         if t < num_steps - 1 and ends[t].any():
-            slots = np.flatnonzero(ends[t])
-            envs.reset(slots, [dealer.deal(int(slot)) for slot in slots])
-            length[slots] = 0
+            ended = np.flatnonzero(ends[t])
+            envs.reset(ended, [dealer.deal(first + int(slot)) for slot in ended])
+            length[ended] = 0
     first_end = ends.argmax(axis=0)
     in_first = np.arange(num_steps)[:, None] <= first_end
     return Batch(

@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from cpd.comm import Comm, SerialComm
+from cpd.teachers.ranks import moments
+
 
 class RunningMoments(nn.Module):
     """Mean and variance of everything seen, kept in float64 as buffers so that they travel with their module.
@@ -27,14 +30,12 @@ class RunningMoments(nn.Module):
         self.register_buffer("sum_of_squares", torch.zeros(size, dtype=torch.float64))
 
     @torch.no_grad()
-    def update(self, x_BD: Tensor) -> None:
-        """Take in the rows of `x_BD`."""
-        x_BD = x_BD.double()
-        num_new = x_BD.shape[0]
-        new_mean = x_BD.mean(dim=0)
+    def update(self, x_BD: Tensor, comm: Comm | None = None) -> None:
+        """Take in the rows of `x_BD`, those of all ranks with a communicator; a collective then."""
+        num_new, new_mean, new_squares = moments(x_BD.double(), comm or SerialComm())
         total = self.count + num_new
         delta = new_mean - self.mean
-        self.sum_of_squares += ((x_BD - new_mean) ** 2).sum(dim=0) + delta**2 * (self.count * num_new / total)
+        self.sum_of_squares += new_squares + delta**2 * (self.count * num_new / total)
         self.mean += delta * (num_new / total)
         self.count.copy_(total)
 

@@ -1,5 +1,8 @@
-"""Training one teacher: a warm start if the recipe has one, PPO iterations, validation, early stopping, and
-checkpoints to resume from exactly."""
+"""Training one teacher: a warm start if the recipe has one, iterations of its learner, validation, early stopping,
+and checkpoints to resume from exactly.
+
+Under MPI all of it is a collective; only rank 0 writes.
+"""
 
 from __future__ import annotations
 
@@ -7,20 +10,25 @@ import time
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from cpd import checkpoint
-from cpd.comm import SerialComm
-from cpd.config import Config
+from cpd.comm import Comm, SerialComm
+from cpd.config import Config, PPOConfig
+from cpd.config.teacher import SACConfig
 from cpd.envs.cells import Cell, EnvPool, evaluate_cells
 from cpd.envs.goals import goal_set
 from cpd.interrupt import Interrupt, InterruptedBySignal
 from cpd.record import MetricsLog
 from cpd.runs import TeacherElement
 from cpd.session import Session
-from cpd.teachers.policy import GaussianPolicy, Teacher, TeacherActor
+from cpd.teachers.demonstrations import demonstrated
+from cpd.teachers.policy import MLPPolicy, Teacher, TeacherActor
 from cpd.teachers.ppo import Learner
-from cpd.teachers.sampling import sample
+from cpd.teachers.ranks import check_same, float_mean, on_first_rank, own_slots
+from cpd.teachers.sac import SACLearner
+from cpd.teachers.sampling import Batch, sample
 from cpd.teachers.warm_start import WarmStart, warm_start
 
 
@@ -28,6 +36,9 @@ from cpd.teachers.warm_start import WarmStart, warm_start
 class TrainingSummary:
     """How a teacher came to be, for its description."""
 
+    learner: str
+    ranks: tuple[int, ...]
+    """Numbers of MPI ranks that trained it, ascending: more than one where it was resumed with another number."""
     iterations: int
     env_steps: int
     """Of RL: those of demonstrations and validations come on top."""
@@ -53,14 +64,18 @@ class _Progress:
     best_success: float = -1.0
     best_iteration: int = 0
     policy_updates: int = 0
+    ranks: list[int] = field(default_factory=list)
+    """Numbers of ranks that took part, ascending."""
     warm_start: dict[str, Any] | None = None
     """A `WarmStart`, once it is over."""
     unrecorded: dict[str, float] = field(default_factory=dict)
     """Metrics of the present iteration, until it has been validated (if due) and recorded."""
 
 
-def validate(teacher: Teacher, config: Config, task: str, pool: EnvPool, interrupt: Interrupt) -> float:
-    """Success rate on validation goals with deterministic actions, at the stream's horizon.
+def validate(
+    teacher: Teacher, config: Config, task: str, pool: EnvPool, interrupt: Interrupt, comm: Comm | None = None
+) -> float:
+    """Success rate on validation goals with deterministic actions, at the stream's horizon; shared by the ranks.
 
     Raises:
         InterruptedBySignal: if asked to stop.
@@ -70,12 +85,31 @@ def validate(teacher: Teacher, config: Config, task: str, pool: EnvPool, interru
         [Cell(task, "validation", config.teacher.num_validation_goals)],
         config.stream.horizon,
         pool,
-        SerialComm(),
+        comm or SerialComm(),
         should_stop=lambda: interrupt.requested,
     )
     if outcomes is None:
         raise InterruptedBySignal("asked to stop while validating; launch again to go on")
     return sum(outcome.success for outcome in outcomes[0]) / len(outcomes[0])
+
+
+def make_learner(
+    settings: PPOConfig | SACConfig, seed: int, *, keep_normalizer: bool, comm: Comm
+) -> Learner | SACLearner:
+    """The learner that the settings are of.
+
+    Raises:
+        ValueError: if SAC is to be shared by several ranks.
+    """
+    if isinstance(settings, PPOConfig):
+        return Learner(settings, seed, keep_normalizer=keep_normalizer, comm=comm)
+    if comm.size > 1:
+        raise ValueError(
+            f"teacher.learner = 'sac' runs on one rank, not on {comm.size}: set ranks = 1 for teachers in the "
+            "profile, or take the learner 'ppo'"
+        )
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return SACLearner(settings, seed, keep_normalizer=keep_normalizer, device=device)
 
 
 class Trainer:
@@ -84,44 +118,60 @@ class Trainer:
     Args:
         config: the run's.
         element: the teacher, of which this process is the single writer.
-        pool: environments, at least `teacher.ppo.num_envs` per task.
+        pool: environments, at least this rank's part of the learner's `num_envs` per task.
         interrupt: looked at after every environment step.
         current: told of progress.
+        comm: the ranks that train together.
     """
 
     def __init__(
-        self, config: Config, element: TeacherElement, pool: EnvPool, interrupt: Interrupt, current: Session
+        self,
+        config: Config,
+        element: TeacherElement,
+        pool: EnvPool,
+        interrupt: Interrupt,
+        current: Session,
+        comm: Comm | None = None,
     ) -> None:
+        self._comm: Comm = comm or SerialComm()
         self._config = config
         self._element = element
         self._pool = pool
         self._interrupt = interrupt
         self._session = current
-        self._ppo = ppo = config.teacher.learner
+        self._settings = settings = config.teacher.learner_settings
+        self._slots = own_slots(self._comm, settings.num_envs)
         self._has_demonstrations = config.teacher.recipe == "demo_rl"
         # Iterations in which only the value network learns.
         self._num_critic_iterations = (
             config.teacher.warm_start.critic_iterations if self._has_demonstrations else 0
         )
-        self._steps_per_iteration = ppo.num_envs * ppo.steps_per_env
+        self._steps_per_iteration = settings.num_envs * settings.steps_per_env
         self._num_iterations = max(1, config.teacher.max_env_steps // self._steps_per_iteration)
         self._goals = goal_set(element.task, "training", config.teacher.num_training_goals)
-        self._learner = Learner(ppo, element.seed, keep_normalizer=self._has_demonstrations)
+        self._learner = make_learner(
+            settings, element.seed, keep_normalizer=self._has_demonstrations, comm=self._comm
+        )
         self._progress = _Progress()
         self._best_policy: dict[str, Tensor] = {}
         self._metrics = self._resume()
 
-    def _resume(self) -> MetricsLog:
-        newest = checkpoint.latest(self._element.checkpoints)
-        if newest is None:
-            return MetricsLog(self._element.metrics)
-        state = newest.load()
-        self._learner.load_state(state["learner"])
-        self._best_policy = state["best_policy"]
-        self._progress = _Progress(**state["progress"])
-        return MetricsLog(self._element.metrics, state["metrics_size"])
+    def _resume(self) -> MetricsLog | None:
+        """Restore the newest checkpoint; returns the metrics' log on the rank that writes."""
+        is_writer, metrics_size = self._session.is_writer, 0
+        newest = self._comm.broadcast(checkpoint.latest(self._element.checkpoints) if is_writer else None)
+        if newest is not None:
+            state = newest.load()
+            self._learner.load_state(state["learner"])
+            self._best_policy = state["best_policy"]
+            self._progress = _Progress(**state["progress"])
+            metrics_size = state["metrics_size"]
+        self._progress.ranks = sorted({*self._progress.ranks, self._comm.size})
+        return MetricsLog(self._element.metrics, metrics_size) if is_writer else None
 
     def _save(self) -> None:
+        if self._metrics is None:
+            return  # another rank writes
         if self._has_demonstrations and self._progress.warm_start is None:
             return  # a warm start that was cut short starts again
         # Names sort by progress: an iteration is trained first, then recorded.
@@ -142,7 +192,7 @@ class Trainer:
     def _env_steps(self) -> int:
         return self._progress.iteration * self._steps_per_iteration
 
-    def run(self) -> tuple[GaussianPolicy, TrainingSummary]:
+    def run(self) -> tuple[MLPPolicy, TrainingSummary]:
         """Train until the stopping rule or the budget ends it.
 
         Returns:
@@ -166,13 +216,16 @@ class Trainer:
             self._save()
             raise
         finally:
-            self._metrics.close()
+            if self._metrics:
+                self._metrics.close()
         # Only what has been through policy gradients is ever selected: no warm start passes for RL.
         assert progress.policy_updates > 0
         assert progress.best_iteration > self._num_critic_iterations
         policy = self._learner.policy
         policy.load_state_dict(self._best_policy)
         return policy.eval().requires_grad_(False), TrainingSummary(
+            learner=self._config.teacher.learner,
+            ranks=tuple(progress.ranks),
             iterations=progress.iteration,
             env_steps=self._env_steps,
             policy_updates=progress.policy_updates,
@@ -183,25 +236,43 @@ class Trainer:
         )
 
     def _warm_start(self) -> None:
-        teacher, element = self._config.teacher, self._element
+        """Warm-start the policy on one rank, whose decisions the others take over."""
+        teacher, element, policy = self._config.teacher, self._element, self._learner.policy
         self._session.begin("warm start", 1, unit="warm starts")
-        done = warm_start(
-            self._learner.policy,
-            element.task,
-            self._goals,
-            self._pool.get(element.task),
-            teacher.warm_start,
-            teacher.horizon,
-            element.seed,
-            self._interrupt,
-            validate=self._validate,
-        )
+        envs = self._pool.get(element.task)
+
+        def work() -> tuple[WarmStart, dict[str, Tensor], list[Batch]]:
+            done = warm_start(
+                policy,
+                element.task,
+                self._goals,
+                envs,
+                teacher.warm_start,
+                teacher.horizon,
+                element.seed,
+                self._interrupt,
+                validate=lambda: validate(policy, self._config, element.task, self._pool, self._interrupt),
+            )
+            if not isinstance(self._learner, SACLearner):
+                return done, policy.state_dict(), []
+            transitions = demonstrated(
+                element.task, self._goals, envs, teacher.warm_start, teacher.horizon, element.seed, self._interrupt
+            )
+            return done, policy.state_dict(), transitions
+
+        done, state, transitions = on_first_rank(self._comm, work)
+        policy.load_state_dict(state)
+        if isinstance(self._learner, SACLearner):
+            for batch in transitions:
+                self._learner.remember(batch)
         self._progress.warm_start = asdict(done)
         self._session.advance(1, success=done.validation_success)
         self._save()
 
     def _validate(self) -> float:
-        return validate(self._learner.policy, self._config, self._element.task, self._pool, self._interrupt)
+        return validate(
+            self._learner.policy, self._config, self._element.task, self._pool, self._interrupt, self._comm
+        )
 
     @property
     def _has_passed(self) -> bool:
@@ -219,24 +290,26 @@ class Trainer:
             self._learner.policy,
             self._pool.get(self._element.task),
             self._goals,
-            self._ppo,
+            self._settings,
             teacher.horizon,
             self._element.seed,
             progress.iteration,
             should_stop=lambda: self._interrupt.requested,
+            slots=self._slots,
         )
-        if batch is None:
+        # A rank that was not asked has sampled in vain; all stop where the last iteration ended.
+        if self._comm.any(batch is None) or batch is None:
             raise InterruptedBySignal("asked to stop while training; launch again to go on")
         sampled = time.monotonic()
         critic_only = progress.iteration < self._num_critic_iterations
         learned = self._learner.update(batch, progress.iteration, critic_only=critic_only)
+        check_same([*self._learner.policy.state_dict().values()], self._comm)
         progress.iteration += 1
         if not critic_only:
-            num_minibatches = self._steps_per_iteration // self._ppo.minibatch_size
-            progress.policy_updates += int(learned["epochs"]) * num_minibatches
+            progress.policy_updates += self._learner.policy_updates(learned)
         progress.unrecorded = {
-            "train_success": batch.train_success,
-            "train_return": batch.train_return,
+            "train_success": float_mean(batch.train_success, len(self._slots), self._comm),
+            "train_return": float_mean(batch.train_return, len(self._slots), self._comm),
             **learned,
             "sample_seconds": sampled - start,
             "update_seconds": time.monotonic() - sampled,
@@ -252,7 +325,7 @@ class Trainer:
         # failing episodes last longest.
         is_promising = progress.unrecorded["train_success"] >= teacher.validate_from
         is_due = progress.iteration % teacher.validate_every == 0 and is_promising
-        is_due &= progress.iteration > self._num_critic_iterations
+        is_due &= progress.policy_updates > 0
         if is_due or progress.iteration >= self._num_iterations:
             success = self._validate()
             progress.passes = progress.passes + 1 if success >= teacher.stop_success else 0
@@ -260,13 +333,14 @@ class Trainer:
                 progress.best_success, progress.best_iteration = success, progress.iteration
                 state = self._learner.policy.state_dict()
                 self._best_policy = {name: tensor.clone() for name, tensor in state.items()}
-        self._metrics.append(
-            iteration=progress.iteration,
-            env_steps=self._env_steps,
-            **progress.unrecorded,
-            validation_success=success,
-            validation_seconds=time.monotonic() - start,
-        )
+        if self._metrics:
+            self._metrics.append(
+                iteration=progress.iteration,
+                env_steps=self._env_steps,
+                **progress.unrecorded,
+                validation_success=success,
+                validation_seconds=time.monotonic() - start,
+            )
         progress.unrecorded = {}
         self._session.advance(self._env_steps, success=success, loss=None)
         if progress.iteration % self._config.logging.teacher_checkpoint_every == 0 or self._is_over:

@@ -27,7 +27,7 @@ from cpd.envs.sampler import VectorEnv
 from cpd.interrupt import Interrupt, InterruptedBySignal
 from cpd.seeding import generator
 from cpd.shards.schema import ACTION_SIZE, OBSERVATION_SIZE
-from cpd.teachers.policy import FloatArray, GaussianPolicy, Teacher
+from cpd.teachers.policy import FloatArray, MLPPolicy, Teacher
 from cpd.teachers.scripted import ScriptedPolicy
 
 
@@ -159,7 +159,7 @@ class Cloner:
         seed: of the minibatches.
     """
 
-    def __init__(self, policy: GaussianPolicy, config: WarmStartConfig, seed: int) -> None:
+    def __init__(self, policy: MLPPolicy, config: WarmStartConfig, seed: int) -> None:
         self.num_steps = 0
         self._policy = policy
         self._config = config
@@ -229,7 +229,7 @@ class _Search:
 
 
 def warm_start(
-    policy: GaussianPolicy,
+    policy: MLPPolicy,
     task: str,
     goals: Sequence[Goal],
     envs: VectorEnv,

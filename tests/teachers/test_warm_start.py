@@ -229,6 +229,6 @@ def test_the_cap_and_the_budget_cannot_be_set_so_that_rl_does_nothing(tmp_path: 
 
 
 def test_demo_rl_has_settings_of_its_own() -> None:
-    learner = TeacherConfig(recipe="demo_rl").learner
+    learner = TeacherConfig(recipe="demo_rl").learner_settings
     assert (learner.hidden_sizes, learner.learning_rate, learner.target_kl) == ((256, 256), 2e-4, 0.02)
-    assert TeacherConfig().learner == TeacherConfig().ppo
+    assert TeacherConfig().learner_settings == TeacherConfig().ppo
