@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 import re
 import shlex
 from pathlib import Path
@@ -11,18 +10,13 @@ from typing import Any
 
 import pytest
 
-from cpd.files import write_json
-from cpd.lease import Lease
-from cpd.ledger import LedgerEntry, append, ledger
+from cpd.ledger import LedgerEntry, append
 from cpd.profile import Profile, load_profile
 from cpd.record import Status
 from cpd.runs import Run, RunError
-from cpd.slurm.estimate import complaints, costs, disk
-from cpd.slurm.executor import outside_of_jobs
-from cpd.slurm.job import describe_unfinished, is_stuck, slurm_job, unfinished_dependencies
 from cpd.slurm.plan import PlanError, Submission, plan, texts
 from cpd.slurm.states import JobState
-from cpd.slurm.survey import Survey, slurm_entries, standing
+from cpd.slurm.survey import Survey
 from cpd.strict_load import load
 from jobs.launch import main
 
@@ -90,6 +84,14 @@ def test_ranks_go_through_srun(make_run) -> None:
     assert options(teacher)["gpus-per-node"] == "1"
 
 
+def test_gpus_are_per_rank(make_run) -> None:
+    chain = tell(make_run(), profile(student={"ranks": 4, "nodes": 2, "gpus": 2}))
+    assert options(chain["student-2"])["gpus-per-node"] == "4"
+    assert not [key for key in options(chain["teacher-1"]) if key.startswith("g")]
+    gres = tell(make_run("b"), profile(student={"sbatch": {"gres": "gpu:a100:1"}}))
+    assert options(gres["student-2"])["gres"] == "gpu:a100:1"
+
+
 def test_jobs_are_told_to_save_and_come_back(make_run) -> None:
     for text in tell(make_run(), profile(signal_seconds=77)).values():
         given = options(text)
@@ -108,7 +110,8 @@ def test_what_a_site_asks_for(make_run) -> None:
         account="phys",
         qos="long",
         constraint="avx512",
-        setup=["module load openmpi"],
+        modules=["gcc/13", "openmpi/5.0"],
+        setup=["export A=1"],
         sbatch={"mail-type": "FAIL", "exclusive": True},
         report={"sbatch": {"partition": "", "qos": "short", "exclusive": False}},
     )
@@ -121,7 +124,7 @@ def test_what_a_site_asks_for(make_run) -> None:
         "avx512",
     ]
     assert (given["mail-type"], given["exclusive"]) == ("FAIL", "")
-    assert "\nmodule load openmpi\n" in chain["teacher-1"]
+    assert re.search(r"\nmodule load gcc/13 openmpi/5.0\nexport A=1\n(.*\n)*srun ", chain["teacher-1"])
     report = options(chain["report-4"])
     assert report["qos"] == "short"
     assert not {"partition", "exclusive"} & set(report)
@@ -271,93 +274,6 @@ def test_names_are_unique_in_ledger_and_queue(make_run) -> None:
     assert len(set(names)) == len(names)
 
 
-def test_the_second_line_of_a_submission_replaces_its_first(make_run) -> None:
-    run: Run = make_run()
-    append(run, [entry(run, "results", "", name="a-1")])
-    append(run, [entry(run, "results", "12", name="a-1")])
-    with run.ledger.open("a") as file:
-        file.write('{"element": "results", "ro')  # killed here
-    append(run, [entry(run, "results", "", name="a-2")])
-    assert [(e.job, e.name) for e in ledger(run)["results"]] == [("12", "a-1"), ("", "a-2")]
-
-
-def test_where_elements_stand(make_run, monkeypatch: pytest.MonkeyPatch) -> None:
-    run: Run = make_run()
-    drawer, window = run.teachers()
-    student = run.students()[0]
-    append(run, [entry(run, drawer.name, "12_0"), entry(run, window.name, "12_1")])
-    jobs = {
-        "12_0": JobState("12_0", "a", "PENDING", number="12"),
-        "12_1": JobState("12_1", "a", "FAILED", number="13"),
-        "14": JobState("14", "by-hand", "RUNNING", number="14"),
-    }
-    monkeypatch.setenv("SLURM_JOB_ID", "14")
-    with Lease(student.path).acquire():
-        found = standing(run, slurm_entries(run), jobs)
-        monkeypatch.setenv("SLURM_JOB_ID", "13")
-        with Lease(window.path).acquire():
-            # Its heart still beats, but Slurm has ended it.
-            assert window.name not in standing(run, slurm_entries(run), jobs).held
-    jobs_of = {name: [job.job for job in own] for name, own in found.active.items()}
-    assert jobs_of == {drawer.name: ["12_0"], student.name: ["14"]}
-    monkeypatch.delenv("SLURM_JOB_ID")
-    with Lease(window.path).acquire():
-        assert f"process {os.getpid()}" in standing(run, slurm_entries(run), jobs).held[window.name]
-
-
-def test_a_requeued_job_takes_its_own_lease_over_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SLURM_JOB_ID", "7")
-    monkeypatch.delenv("SLURM_RESTART_COUNT", raising=False)
-    with Lease(tmp_path).acquire() as before:
-        monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-        with Lease(tmp_path).acquire() as after:
-            assert (before.number, after.number) == (1, 2)
-            with pytest.raises(RuntimeError, match="taken over"):
-                before.check()
-
-
-def test_an_array_element_is_never_taken_for_its_array(monkeypatch: pytest.MonkeyPatch) -> None:
-    for key, value in {"JOB_ID": "12", "ARRAY_JOB_ID": "12", "ARRAY_TASK_ID": "3"}.items():
-        monkeypatch.setenv(f"SLURM_{key}", value)
-    assert slurm_job() == "12_3"
-
-
-def test_an_element_names_what_it_lacks(make_run, capsys: pytest.CaptureFixture[str]) -> None:
-    from jobs import distill
-
-    run: Run = make_run()
-    student = run.students()[0]
-    Status(run.teachers()[0].status).finish("failed", "ValueError: no luck")
-    lacking = unfinished_dependencies(run, student)
-    assert [element.name for element in lacking] == [teacher.name for teacher in run.teachers()]
-    assert "drawer-close-v3/seed-1 (failed: ValueError: no luck), teachers/" in describe_unfinished(lacking)
-    assert distill.main([str(run.root)]) == 3
-    assert "not started, since it needs teachers/drawer-close-v3/seed-1 (failed" in capsys.readouterr().err
-    assert "since it needs teachers/drawer" in student.status.read_text()
-
-
-def test_only_requeues_without_progress_count(make_run) -> None:
-    run: Run = make_run()
-    student = run.students()[0]
-    write_json(run.root / "profile.json", {"max_timeouts": 2})
-    status = Status(student.status)
-    status.begin("distill", 100, 10)
-    assert [is_stuck(run, student, "5") for _ in range(2)] == [False, False]
-    status.advance(20, force=True)
-    assert [is_stuck(run, student, "5") for _ in range(3)] == [False, False, True]
-    # A new submission starts anew.
-    assert not is_stuck(run, student, "6")
-
-
-def test_submitting_from_inside_a_job_leaks_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SLURM_JOB_ID", "1")
-    monkeypatch.setenv("SLURM_MEM_PER_NODE", "100")
-    monkeypatch.setenv("SLURM_CONF", "/etc/x.conf")
-    with outside_of_jobs():
-        assert {key for key in os.environ if key.startswith("SLURM_")} == {"SLURM_CONF"}
-    assert os.environ["SLURM_MEM_PER_NODE"] == "100"
-
-
 def test_dry_run_changes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
     monkeypatch.setenv("PATH", "/nonexistent")
     recipe, root = str(ROOT / "tests" / "recipes" / "miniature.toml"), tmp_path / "run"
@@ -376,30 +292,6 @@ def test_launching_without_slurm_says_so(tmp_path: Path, capsys: pytest.CaptureF
     assert main([recipe, "--profile", "testbed", "--run-dir", str(tmp_path / "run")]) == 2
     assert "squeue not found" in capsys.readouterr().err
     assert main([recipe, "--profile", "local", "--run-dir", str(tmp_path / "run"), "--cancel"]) == 2
-
-
-def test_costs_and_disk(make_run) -> None:
-    run: Run = make_run()
-    found = {cost.role: cost for cost in costs(run, profile(), run.elements())}
-    assert [found[role].count for role in ("teacher", "student", "evaluation", "report")] == [2, 1, 1, 1]
-    assert found["student"].cores == 4
-    assert not found["teacher"].is_measured
-    drawer = run.teachers()[0]
-    write_json(drawer.status, {"state": "done", "seconds": {"train": 40.0, "rollouts": 2.0}})
-    drawer.complete.touch()
-    measured = costs(run, profile(), run.elements()[1:])[0]
-    assert (measured.count, measured.seconds, measured.is_measured) == (1, 42.0, True)
-    size, files = disk(run.config)
-    bigger, more = disk(make_run("b", seeds=[1, 2], rollouts={"num_steps": 6000}).config)
-    assert 1e6 < size < bigger < 1e8
-    assert 50 < files < more
-
-
-def test_a_run_directory_that_jobs_cannot_see_is_refused(make_run) -> None:
-    config = make_run().config
-    assert "usually local to a node" in complaints(Path("/tmp/x/run"), config, profile())[0]
-    assert complaints(Path("/tmp/x/run"), config, profile(single_machine=True)) == []
-    assert complaints(ROOT / "runs" / "x", config, load_profile("local")) == []
 
 
 SCRIPTS = {"teacher": "teachers", "student": "distill", "evaluation": "evaluate", "report": "report"}

@@ -42,6 +42,8 @@ def build_parser() -> argparse.ArgumentParser:
     up.add_argument("--kill-wait", type=int, default=30, help="seconds between SIGTERM and SIGKILL")
     up.add_argument("--grace", type=int, default=30, help="seconds that a preempted job has to save")
     up.add_argument("--preempt-user-signal", action="store_true", help="preempt with a job's own --signal")
+    up.add_argument("--enforce-memory", action="store_true", help="kill jobs that exceed their --mem")
+    up.add_argument("--gpus", type=int, default=0, help="GPUs that each node pretends to have")
     up.add_argument("--option", action="append", default=[], metavar="KEY=VALUE", help="a line of slurm.conf")
     return parser
 
@@ -58,6 +60,8 @@ def settings_of(arguments: argparse.Namespace) -> Settings:
         kill_wait=arguments.kill_wait,
         grace_seconds=arguments.grace,
         preempt_user_signal=arguments.preempt_user_signal,
+        enforce_memory=arguments.enforce_memory,
+        gpus=arguments.gpus,
         options=tuple(arguments.option),
     )
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from cpd.lease import is_alive, start_ticks
-from slurm.testbed.conf import CLUSTER, Settings, slurm_conf, slurmdbd_conf, user_name
+from slurm.testbed.conf import CLUSTER, Settings, gres_conf, slurm_conf, slurmdbd_conf, user_name
 
 #: Names the state folder in the environment of everything that the cluster starts.
 STATE_VARIABLE = "CPD_TESTBED"
@@ -199,6 +199,10 @@ class Testbed:
         if settings.accounting:
             self._start_accounting(settings)
         self.conf.write_text(slurm_conf(settings))
+        if settings.gpus:
+            for device in settings.devices:
+                device.touch()
+            self.conf.with_name("gres.conf").write_text(gres_conf(settings))
         self.start_daemon("slurmctld", "slurmctld", "-D")
         for node in settings.nodes:
             self.start_node(node)

@@ -35,6 +35,10 @@ class Settings:
     """Seconds that a preempted job has to save."""
     preempt_user_signal: bool = False
     """Preempt with the signal that a job asked for by --signal, rather than SIGTERM."""
+    enforce_memory: bool = False
+    """Kill jobs that take more memory than they asked for, as sites do."""
+    gpus: int = 0
+    """GPUs that every virtual node pretends to have, to try submissions that ask for them."""
     options: tuple[str, ...] = ()
     """Further lines of slurm.conf, `Key=Value`; they come last and win."""
     ports: dict[str, int] = field(default_factory=dict)
@@ -44,6 +48,11 @@ class Settings:
     def nodes(self) -> list[str]:
         """Names of the virtual nodes."""
         return [f"n{number}" for number in range(1, self.num_nodes + 1)]
+
+    @property
+    def devices(self) -> list[Path]:
+        """What stands for each node's GPUs."""
+        return [self.state / f"gpu{number}" for number in range(self.gpus)]
 
     @property
     def slurm_conf(self) -> Path:
@@ -109,7 +118,7 @@ def slurm_conf(settings: Settings) -> str:
         "TaskPlugin=task/none",
         "JobAcctGatherType=jobacct_gather/linux",
         "SelectType=select/cons_tres",
-        "SelectTypeParameters=CR_CPU",
+        *memory(settings),
         "# Nodes may claim more CPUs than the machine has.",
         "SlurmdParameters=config_overrides",
         "SchedulerParameters=batch_sched_delay=0,sched_interval=2,sched_min_interval=0,bf_interval=2,bf_continue",
@@ -124,13 +133,27 @@ def slurm_conf(settings: Settings) -> str:
         "PreemptMode=REQUEUE",
         *(["SlurmctldParameters=preempt_send_user_signal"] if settings.preempt_user_signal else []),
         *accounting(settings),
+        *(["GresTypes=gpu"] if settings.gpus else []),
         *settings.options,
         f"NodeName={names} NodeHostname={host} NodeAddr=127.0.0.1 Port={numbers} "
-        f"CPUs={settings.cpus} RealMemory={memory_mib()} State=UNKNOWN",
+        f"CPUs={settings.cpus} RealMemory={memory_mib()} "
+        f"{f'Gres=gpu:{settings.gpus} ' if settings.gpus else ''}State=UNKNOWN",
         f"PartitionName={PARTITION} Nodes=ALL Default=YES PriorityTier=1 GraceTime={settings.grace_seconds}",
         f"PartitionName={URGENT_PARTITION} Nodes=ALL PriorityTier=10 PreemptMode=OFF",
     ]
     return "\n".join(lines) + "\n"
+
+
+def memory(settings: Settings) -> list[str]:
+    """Lines on memory: each node has the machine's whole memory, so that sharing it out would protect nothing."""
+    if not settings.enforce_memory:
+        return ["SelectTypeParameters=CR_CPU"]
+    # Without cgroups, Slurm looks at the jobs' memory now and then.
+    return [
+        "SelectTypeParameters=CR_CPU_Memory",
+        "JobAcctGatherParams=OverMemoryKill",
+        "JobAcctGatherFrequency=task=1",
+    ]
 
 
 def accounting(settings: Settings) -> list[str]:
@@ -163,3 +186,9 @@ def slurmdbd_conf(settings: Settings) -> str:
         "StorageLoc=slurm_acct_db",
     ]
     return "\n".join(line for line in lines if not line.startswith("CredType")) + "\n"
+
+
+def gres_conf(settings: Settings) -> str:
+    """The text of gres.conf: GPUs that are counted and numbered, with empty files for devices."""
+    devices = ",".join(str(path) for path in settings.devices)
+    return f"NodeName={','.join(settings.nodes)} Name=gpu File={devices}\n"

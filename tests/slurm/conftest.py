@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from slurm_bench import LONG, Bench
+from workbench import LONG, Workbench
 
 from slurm.testbed.cluster import Testbed, missing_packages
 from slurm.testbed.conf import Settings
 
 
-def start(prefix: str, **settings: Any) -> Iterator[Bench]:
+def start(prefix: str, **settings: Any) -> Iterator[Workbench]:
     complaint = missing_packages(accounting=settings.get("accounting", False))
     if complaint:
         pytest.skip(complaint)
@@ -24,32 +24,38 @@ def start(prefix: str, **settings: Any) -> Iterator[Bench]:
     testbed = Testbed(state)
     testbed.up(Settings(state=state, kill_wait=10, grace_seconds=15, **settings))
     try:
-        yield Bench(testbed)
+        yield Workbench(testbed)
     finally:
         testbed.down()
         shutil.rmtree(state.parent, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")
-def bench() -> Iterator[Bench]:
+def bench() -> Iterator[Workbench]:
     """A plain cluster."""
     yield from start("cpd")
 
 
 @pytest.fixture(scope="module")
-def forgetful() -> Iterator[Bench]:
+def forgetful() -> Iterator[Workbench]:
     """One that forgets ended jobs at once, as some sites do, and preempts with a job's own signal."""
     yield from start("cpdf", min_job_age=2, preempt_user_signal=True)
 
 
 @pytest.fixture(scope="module")
-def accounted() -> Iterator[Bench]:
+def accounted() -> Iterator[Workbench]:
     """One with slurmdbd, which forgets ended jobs at once otherwise."""
     yield from start("cpda", accounting=True, min_job_age=2)
 
 
+@pytest.fixture(scope="module")
+def strict() -> Iterator[Workbench]:
+    """One that kills jobs which exceed their memory, and whose nodes pretend to have two GPUs each."""
+    yield from start("cpds", enforce_memory=True, gpus=2)
+
+
 @pytest.fixture(scope="session")
-def finished(bench: Bench, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished(bench: Workbench, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that went through the whole chain undisturbed."""
     root = tmp_path_factory.mktemp("runs") / "undisturbed"
     bench.launch(root, *LONG)

@@ -8,16 +8,15 @@ import sys
 from pathlib import Path
 
 import pytest
-from slurm_bench import LONG, ROOT, STUDENT, Bench, stages
+from workbench import DRAWER, LASTING, LONG, ROOT, STUDENT, WINDOW, Workbench, stages, variation
 
 from cpd.ledger import ledger
 from cpd.runs import Run
 
-pytestmark = pytest.mark.slurm
-DRAWER, WINDOW = "teachers/drawer-close-v3/seed-1", "teachers/window-close-v3/seed-1"
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
 
 
-def test_the_chain_ends_as_it_does_on_this_machine(finished: Path, taught: Path, bench: Bench, mpi) -> None:
+def test_the_chain_ends_as_it_does_on_this_machine(finished: Path, taught: Path, bench: Workbench, mpi) -> None:
     rows = bench.rows(finished)
     assert {row["state"] for row in rows.values()} == {"done"}
     jobs = {name: entries[-1].job for name, entries in ledger(Run(finished)).items()}
@@ -28,13 +27,19 @@ def test_the_chain_ends_as_it_does_on_this_machine(finished: Path, taught: Path,
     assert stages(taught) == stages(finished)
 
 
-def test_launching_again_submits_nothing(finished: Path, bench: Bench) -> None:
+def test_a_group_may_go_on_with_the_run(finished: Path) -> None:
+    # Launched with umask 002: whatever the launcher, submitit and the jobs wrote may be written by the group.
+    private = [path for path in finished.rglob("*") if path.stat().st_mode & 0o060 != 0o060]
+    assert private == []
+
+
+def test_launching_again_submits_nothing(finished: Path, bench: Workbench) -> None:
     before = (finished / "jobs.jsonl").read_text()
     assert "nothing to submit (0 elements in the queue)" in bench.launch(finished, *LONG)
     assert (finished / "jobs.jsonl").read_text() == before
 
 
-def test_a_disturbed_student_is_the_undisturbed_one(finished: Path, taught: Path, bench: Bench) -> None:
+def test_a_disturbed_student_is_the_undisturbed_one(finished: Path, taught: Path, bench: Workbench) -> None:
     bench.launch(taught, *LONG)
     job = bench.job(taught, STUDENT)
     bench.until(taught, STUDENT, 30)
@@ -42,7 +47,7 @@ def test_a_disturbed_student_is_the_undisturbed_one(finished: Path, taught: Path
     bench.until(taught, STUDENT, 90)
     bench.slurm("scancel", "--signal=USR1", job)
     bench.until(taught, STUDENT, 150)
-    bench.slurm("sbatch", "-p", "urgent", "-N2", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 1")
+    bench.urgent_job()
     bench.until(taught, STUDENT, 210)
     bench.slurm("scontrol", "update", "nodename=n2", "state=down", "reason=test")
     bench.wait(lambda: bench.slurm("squeue", "-h", "-j", job, "-o", "%T") != "RUNNING", "the job off its node")
@@ -57,9 +62,9 @@ def test_a_disturbed_student_is_the_undisturbed_one(finished: Path, taught: Path
     bench.assert_done(taught)
 
 
-def test_a_killed_element_ends_the_chain_by_name_and_is_retried(bench: Bench, tmp_path: Path) -> None:
-    root, more = tmp_path / "run", ("--teacher.max_env_steps", "20000")
-    bench.launch(root, *more)
+def test_a_killed_element_ends_the_chain_by_name_and_is_retried(bench: Workbench, tmp_path: Path) -> None:
+    root = tmp_path / "run"
+    bench.launch(root, *LASTING)
     bench.until(root, DRAWER, 0)
     bench.kill(root, DRAWER)
     bench.drain()
@@ -72,19 +77,19 @@ def test_a_killed_element_ends_the_chain_by_name_and_is_retried(bench: Bench, tm
     told = bench.python("jobs.status", str(root))
     assert f"KILLED {DRAWER}" in told
     assert "its whole log:" in told
-    again = bench.launch(root, *more, "--retry-failed")
+    again = bench.launch(root, *LASTING, "--retry-failed")
     assert "4 of 5 elements (1 finished, 0 in the queue)" in again
     bench.drain()
     bench.assert_done(root)
 
 
-def test_a_retried_teacher_is_waited_for(bench: Bench, tmp_path: Path) -> None:
-    root, more = tmp_path / "run", ("--teacher.max_env_steps", "20000")
-    bench.launch(root, *more)
+def test_a_retried_teacher_is_waited_for(bench: Workbench, tmp_path: Path) -> None:
+    root = tmp_path / "run"
+    bench.launch(root, *LASTING)
     bench.until(root, DRAWER, 0)
     bench.kill(root, DRAWER)
     bench.wait(lambda: bench.rows(root)[DRAWER]["state"] == "killed", "the killed teacher is seen")
-    told = bench.launch(root, *more)
+    told = bench.launch(root, *LASTING)
     # The student is still pending, for the other teacher; now it waits for the new job, too.
     assert "1 jobs, 1 of 5 elements (0 finished, 4 in the queue)" in told
     bench.drain()
@@ -92,14 +97,12 @@ def test_a_retried_teacher_is_waited_for(bench: Bench, tmp_path: Path) -> None:
 
 
 def test_learning_while_teachers_train_gives_the_same_student(
-    finished: Path, bench: Bench, tmp_path: Path
+    finished: Path, bench: Workbench, tmp_path: Path
 ) -> None:
-    root, profile = tmp_path / "run", tmp_path / "overlap.toml"
-    text = (ROOT / "slurm" / "profiles" / "testbed.toml").read_text()
+    root = tmp_path / "run"
     # One teacher after the other, so that the first stage is learnt before there is a second teacher.
-    text = text.replace("array_parallelism = 2", 'order = "overlap"\narray_parallelism = 1')
-    profile.write_text(text)
-    bench.launch(root, *LONG, profile=str(profile))
+    profile = variation(tmp_path, array_parallelism='order = "overlap"\narray_parallelism = 1')
+    bench.launch(root, *LONG, profile=profile)
     bench.wait(lambda: (root / WINDOW / "attempts").exists(), "the second teacher")
     (holder,) = (
         entry for entry in bench.slurm("squeue", "-h", "-r", "-t", "R", "-o", "%i").split() if "_" in entry
@@ -137,18 +140,9 @@ def submitted_texts(root: Path) -> list[str]:
     return found
 
 
-def held_profile(tmp_path: Path, **lines: str) -> str:
-    """A profile whose jobs wait until they are released."""
-    path = tmp_path / "held.toml"
-    text = (ROOT / "slurm" / "profiles" / "testbed.toml").read_text()
-    for key, value in lines.items():
-        text = text.replace(key, value, 1)
-    path.write_text(text.replace("[teacher]", "[sbatch]\nhold = true\n\n[teacher]", 1))
-    return str(path)
-
-
-def test_nothing_is_submitted_twice(bench: Bench, tmp_path: Path) -> None:
-    root, profile = tmp_path / "run", held_profile(tmp_path)
+def test_nothing_is_submitted_twice(bench: Workbench, tmp_path: Path) -> None:
+    # Jobs that wait until they are released.
+    root, profile = tmp_path / "run", variation(tmp_path, signal_seconds="sbatch.hold = true\nsignal_seconds = 20")
     foretold = bench.launch(root, "--dry-run", profile=profile)
     bench.launch(root, profile=profile)
     for text in submitted_texts(root):
@@ -175,7 +169,7 @@ def test_nothing_is_submitted_twice(bench: Bench, tmp_path: Path) -> None:
     bench.assert_done(root)
 
 
-def test_cancel_and_launch_again(finished: Path, taught: Path, bench: Bench) -> None:
+def test_cancel_and_launch_again(finished: Path, taught: Path, bench: Workbench) -> None:
     bench.launch(taught, *LONG)
     bench.until(taught, STUDENT, 30)
     told = bench.launch(taught, *LONG, "--cancel")
@@ -189,20 +183,19 @@ def test_cancel_and_launch_again(finished: Path, taught: Path, bench: Bench) -> 
     assert stages(taught) == stages(finished)
 
 
-def test_a_wrong_mpi_type_is_told_and_trains_nothing(taught: Path, bench: Bench, tmp_path: Path) -> None:
-    profile = tmp_path / "wrong.toml"
-    text = (ROOT / "slurm" / "profiles" / "testbed.toml").read_text()
-    profile.write_text(text.replace('srun_mpi = "pmi2"', 'srun_mpi = "none"'))
-    bench.launch(taught, *LONG, profile=str(profile))
-    bench.drain(60)
+def test_a_wrong_mpi_type_is_told_and_trains_nothing(taught: Path, bench: Workbench, tmp_path: Path) -> None:
+    bench.launch(taught, *LONG, profile=variation(tmp_path, srun_mpi='srun_mpi = "none"'))
+    bench.drain()
     row = bench.rows(taught)[STUDENT]
     assert row["state"] == "failed"
     assert "this job was given 2 ranks, but MPI" in row["message"]
     assert "srun_mpi" in row["message"]
     assert stages(taught) == {}
+    told = bench.python("jobs.status", str(taught))
+    assert f"FAILED {STUDENT}: CommSizeError" in told
 
 
-def test_plain_scripts_do_the_same(finished: Path, bench: Bench, tmp_path: Path) -> None:
+def test_plain_scripts_do_the_same(finished: Path, bench: Workbench, tmp_path: Path) -> None:
     root = tmp_path / "run"
     bench.launch(root, *LONG, "--prepare")
     assert not (root / "jobs.jsonl").exists()

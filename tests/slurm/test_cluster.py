@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from slurm_bench import ROOT, Bench
+from workbench import ROOT, Workbench
 
 from slurm.testbed.cluster import Testbed, TestbedError, default_state, free_ports, missing_packages
 from slurm.testbed.conf import Settings, slurm_conf
@@ -80,7 +80,7 @@ def test_up_twice_then_down(tmp_path: Path) -> None:
     assert testbed("status", "--state", str(state)).returncode == 1
 
 
-def test_nodes_are_virtual(bench: Bench) -> None:
+def test_nodes_are_virtual(bench: Workbench) -> None:
     assert bench.testbed.node_states() == {"n1": "idle", "n2": "idle"}
     names = bench.slurm("srun", "-N2", "bash", "-c", "echo $SLURMD_NODENAME").split()
     assert sorted(names) == ["n1", "n2"]

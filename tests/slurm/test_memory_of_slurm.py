@@ -5,21 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from slurm_bench import LONG, STUDENT, Bench, stages
+from workbench import DRAWER, LASTING, LONG, STUDENT, WINDOW, Workbench, stages
 
 from cpd.slurm.states import accounting
 
-pytestmark = pytest.mark.slurm
-DRAWER, WINDOW = "teachers/drawer-close-v3/seed-1", "teachers/window-close-v3/seed-1"
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
 
 
-def wait_until_forgotten(bench: Bench) -> None:
+def wait_until_forgotten(bench: Workbench) -> None:
     bench.wait(lambda: not bench.slurm("squeue", "-h", "-t", "all"), "no job remembered", 90)
 
 
-def test_forgotten_jobs_are_judged_by_what_they_left(forgetful: Bench, tmp_path: Path) -> None:
-    root, more = tmp_path / "run", ("--teacher.max_env_steps", "20000")
-    forgetful.launch(root, *more)
+def test_forgotten_jobs_are_judged_by_what_they_left(forgetful: Workbench, tmp_path: Path) -> None:
+    root = tmp_path / "run"
+    forgetful.launch(root, *LASTING)
     forgetful.until(root, DRAWER, 0)
     forgetful.kill(root, DRAWER)
     forgetful.drain()
@@ -27,26 +26,26 @@ def test_forgotten_jobs_are_judged_by_what_they_left(forgetful: Bench, tmp_path:
     rows = forgetful.rows(root)
     assert (rows[DRAWER]["state"], rows[DRAWER]["queue"]) == ("killed", "GONE")
     assert (rows[WINDOW]["state"], rows[STUDENT]["state"]) == ("done", "waiting")
-    assert "4 of 5 elements (1 finished, 0 in the queue)" in forgetful.launch(root, *more)
+    assert "4 of 5 elements (1 finished, 0 in the queue)" in forgetful.launch(root, *LASTING)
     forgetful.drain()
     forgetful.assert_done(root)
 
 
-def test_preemption_by_the_jobs_own_signal(finished: Path, taught: Path, forgetful: Bench) -> None:
+def test_preemption_by_the_jobs_own_signal(finished: Path, taught: Path, forgetful: Workbench) -> None:
     forgetful.launch(taught, *LONG)
     forgetful.until(taught, STUDENT, 60)
-    forgetful.slurm("sbatch", "-p", "urgent", "-N2", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 1")
+    forgetful.urgent_job()
     forgetful.drain()
     row = forgetful.rows(taught)[STUDENT]
     assert (row["state"], row["attempts"]) == ("done", 2)
     assert stages(taught) == stages(finished)
 
 
-def test_the_accounting_is_asked_where_there_is_one(accounted: Bench, tmp_path: Path, monkeypatch) -> None:
+def test_the_accounting_is_asked_where_there_is_one(accounted: Workbench, tmp_path: Path, monkeypatch) -> None:
     for key in ("SLURM_CONF", "PATH"):
         monkeypatch.setenv(key, accounted.environment[key])
-    root, more = tmp_path / "run", ("--teacher.max_env_steps", "20000")
-    accounted.launch(root, *more)
+    root = tmp_path / "run"
+    accounted.launch(root, *LASTING)
     accounted.until(root, DRAWER, 0)
     job = accounted.job(root, DRAWER)
     accounted.slurm("scancel", job)
@@ -58,13 +57,15 @@ def test_the_accounting_is_asked_where_there_is_one(accounted: Bench, tmp_path: 
     assert row["node"] in ("n1", "n2")
     names = {state.name for state in accounting(jobs=[job]).values()}
     assert accounting(names=names)[job].state == row["queue"]
-    accounted.launch(root, *more)
+    accounted.launch(root, *LASTING)
     accounted.drain()
     accounted.assert_done(root)
 
 
 @pytest.mark.slow
-def test_a_time_limit_shorter_than_the_work(bench: Bench, finished: Path, taught: Path, tmp_path: Path) -> None:
+def test_a_time_limit_shorter_than_the_work(
+    bench: Workbench, finished: Path, taught: Path, tmp_path: Path
+) -> None:
     profile = tmp_path / "short.toml"
     profile.write_text(
         'cluster = "slurm"\nsingle_machine = true\nsignal_seconds = 45\n'

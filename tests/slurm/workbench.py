@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from cpd.lease import current_holder
+from cpd.ledger import ledger
 from cpd.record import StatusRecord, read_status
 from cpd.runs import Run
 from slurm.testbed.cluster import Testbed
@@ -21,29 +23,37 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 MINIATURE = ROOT / "tests" / "recipes" / "miniature.toml"
 #: Long enough for a student to be disturbed several times.
 LONG = ("--distill.steps_per_stage", "300")
+#: Teachers that train for long enough to be met at work.
+LASTING = ("--teacher.max_env_steps", "8000")
+DRAWER, WINDOW = "teachers/drawer-close-v3/seed-1", "teachers/window-close-v3/seed-1"
 STUDENT = "students/moe/seed-1"
+EVALUATION = f"{STUDENT}/evaluation"
 
 
-class Bench:
+class Workbench:
     """A test cluster with the suite's commands run against it."""
 
     def __init__(self, testbed: Testbed) -> None:
         self.testbed = testbed
         self.environment = testbed.environment | {"OMP_NUM_THREADS": "1"}
 
-    def python(self, *arguments: str, code: int = 0) -> str:
+    def python(self, *arguments: str, code: int = 0, **environment: str) -> str:
         """Output of `python -m ...`, which must end with `code`."""
         done = subprocess.run(
-            [sys.executable, "-m", *arguments], cwd=ROOT, env=self.environment, capture_output=True, text=True
+            [sys.executable, "-m", *arguments],
+            cwd=ROOT,
+            env=self.environment | environment,
+            umask=0o002,
+            capture_output=True,
+            text=True,
         )
         assert done.returncode == code, done.stdout + done.stderr
         return done.stdout + done.stderr
 
-    def launch(self, root: Path, *more: str, profile: str = "testbed", code: int = 0) -> str:
+    def launch(self, root: Path, *more: str, profile: str = "testbed", code: int = 0, **environment: str) -> str:
         """`jobs.launch` of the miniature recipe."""
-        return self.python(
-            "jobs.launch", str(MINIATURE), "--profile", profile, "--run-dir", str(root), *more, code=code
-        )
+        command = ("jobs.launch", str(MINIATURE), "--profile", profile, "--run-dir", str(root), *more)
+        return self.python(*command, code=code, **environment)
 
     def rows(self, root: Path) -> dict[str, dict[str, Any]]:
         """`jobs.status --json` by element."""
@@ -62,15 +72,27 @@ class Bench:
         """Number of an element's job."""
         return str(self.rows(root)[element]["job"])
 
+    def running_job(self, root: Path, element: str) -> str:
+        """Number of the one of an element's jobs that runs."""
+        numbers = {entry.job for entry in ledger(Run(root))[element]}
+        running = self.slurm("squeue", "-h", "-r", "-t", "R", "-o", "%i").split()
+        (found,) = numbers.intersection(running)
+        return found
+
+    def urgent_job(self) -> str:
+        """Submit what preempts everything; returns its number."""
+        whole = ("sbatch", "--parsable", "-p", "urgent", "-N2", "--exclusive", "-o", "/dev/null")
+        return self.slurm(*whole, "--wrap", "sleep 1")
+
     @staticmethod
-    def wait(ready: Callable[[], object], what: str, seconds: float = 120) -> None:
+    def wait(ready: Callable[[], object], what: str, seconds: float = 300) -> None:
         """Poll until something holds."""
         deadline = time.monotonic() + seconds
         while not ready():
             assert time.monotonic() < deadline, f"not within {seconds:.0f} s: {what}"
             time.sleep(0.2)
 
-    def drain(self, seconds: float = 280) -> None:
+    def drain(self, seconds: float = 600) -> None:
         """Wait until nothing is left in the queue."""
         self.wait(lambda: not self.slurm("squeue", "-h"), "an empty queue", seconds)
 
@@ -92,6 +114,17 @@ class Bench:
         holder, _ = current_holder(root / element / "attempts")
         assert holder is not None
         os.kill(holder.process, signal.SIGKILL)
+
+
+def variation(folder: Path, **lines: str) -> str:
+    """The test cluster's profile with texts in it replaced; returns its path."""
+    text = (ROOT / "slurm" / "profiles" / "testbed.toml").read_text()
+    for old, new in lines.items():
+        text, count = re.subn(rf"^{old} = .*$", new, text, count=1, flags=re.MULTILINE)
+        assert count, old
+    path = folder / "variation.toml"
+    path.write_text(text)
+    return str(path)
 
 
 def stages(root: Path) -> dict[str, bytes]:
