@@ -160,6 +160,9 @@ class TeacherConfig:
     """Budget of training steps in the environment."""
     horizon: Annotated[int, Field(ge=1, le=500)] = 200
     """Episode length while training; teachers are judged at the stream's horizon."""
+    terminate_on_success: bool = True
+    """Whether success ends a training episode, valued as the largest reward for ever after; if not, the episode
+    goes on to the horizon, and what the policy does after success is trained, too."""
     num_training_goals: Positive = 50
     num_validation_goals: Positive = 50
     validate_every: Positive = 3

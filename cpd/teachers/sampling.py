@@ -43,8 +43,8 @@ class Batch:
         next_obs: [S, N, O] after it, and before any reset.
         actions: [S, N, A] as sampled; executed clipped to [-1, 1].
         rewards: [S, N], Meta-World's.
-        terminated: [S, N] bool, the step reached success, which ends the episode.
-        ends: [S, N] bool, the step is the last of its segment: success, time limit, or the iteration's end.
+        terminated: [S, N] bool, the step reached success, and that ended the episode.
+        ends: [S, N] bool, the step is the last of its segment: termination, time limit, or the iteration's end.
         train_success: share of environments whose first episode reached success.
         train_return: mean undiscounted return of these first episodes.
     """
@@ -98,10 +98,12 @@ def sample(
     iteration: int,
     should_stop: Callable[[], bool] = lambda: False,
     slots: range | None = None,
+    terminate_on_success: bool = True,
 ) -> Batch | None:
     """Act with exploration noise for an iteration, from fresh resets on, in the first slots of `envs`.
 
-    An episode ends at success or after `horizon` steps, and the next one starts; the iteration's end cuts all.
+    An episode ends after `horizon` steps, and at success unless told otherwise, and the next one starts; the
+    iteration's end cuts all.
 
     Args:
         policy: acts in all environments at once.
@@ -114,6 +116,7 @@ def sample(
         should_stop: looked at before every step.
         slots: which of the iteration's `num_envs` environments are stepped here; None: all. Noise and goals are
             those of the whole iteration, whoever steps the others.
+        terminate_on_success: whether success ends an episode.
 
     Returns:
         The batch; None if `should_stop()` turned true.
@@ -128,8 +131,8 @@ def sample(
     next_obs = np.empty_like(obs)
     actions = np.empty((num_steps, num_envs, 4), np.float32)
     rewards = np.empty((num_steps, num_envs), np.float32)
-    terminated = np.zeros((num_steps, num_envs), np.bool_)
-    ends = np.zeros_like(terminated)
+    successes = np.zeros((num_steps, num_envs), np.bool_)
+    ends = np.zeros_like(successes)
     executed = np.zeros((envs.num_envs, 4), np.float32)
     active = np.arange(envs.num_envs) < num_envs
     length = np.zeros(num_envs, np.int64)
@@ -144,9 +147,9 @@ def sample(
         envs.step(executed, active)
         next_obs[t] = envs.observations[:num_envs]
         rewards[t] = envs.rewards[:num_envs]
-        terminated[t] = envs.successes[:num_envs]
+        successes[t] = envs.successes[:num_envs]
         length += 1
-        ends[t] = terminated[t] | (length == horizon) | (t == num_steps - 1)
+        ends[t] = (successes[t] & terminate_on_success) | (length == horizon) | (t == num_steps - 1)
         if t < num_steps - 1 and ends[t].any():
             ended = np.flatnonzero(ends[t])
             envs.reset(ended, [dealer.deal(first + int(slot)) for slot in ended])
@@ -158,8 +161,8 @@ def sample(
         next_obs,
         actions,
         rewards,
-        terminated,
+        successes & terminate_on_success,
         ends,
-        train_success=float((terminated & in_first).any(axis=0).mean()),
+        train_success=float((successes & in_first).any(axis=0).mean()),
         train_return=float((rewards * in_first).sum(axis=0).mean()),
     )

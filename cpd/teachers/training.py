@@ -296,6 +296,7 @@ class Trainer:
             progress.iteration,
             should_stop=lambda: self._interrupt.requested,
             slots=self._slots,
+            terminate_on_success=teacher.terminate_on_success,
         )
         # A rank that was not asked has sampled in vain; all stop where the last iteration ended.
         if self._comm.any(batch is None) or batch is None:

@@ -107,6 +107,20 @@ def test_train_success_counts_first_episodes_only(batch: Batch) -> None:
     assert batch.train_return == pytest.approx(np.mean(returns), rel=1e-5)
 
 
+def test_without_termination_episodes_outlast_success(batch: Batch) -> None:
+    goals = goal_set(TASK, "training", 10)
+    with make_vector_env([TASK] * 5, 1) as envs:
+        found = sample(Shover(), envs, goals, CONFIG, HORIZON, 1, 0, terminate_on_success=False)
+    assert found is not None
+    assert not found.terminated.any()
+    ends = np.zeros_like(found.ends)
+    ends[[HORIZON - 1, CONFIG.steps_per_env - 1]] = True
+    assert np.array_equal(found.ends, ends), "the time limit and the iteration's end, and nothing else"
+    # First episodes are the same up to success, so as many of them succeed; their rewards go on.
+    assert found.train_success == batch.train_success > 0
+    assert found.train_return > batch.train_return
+
+
 @pytest.mark.parametrize("correlation", [0.0, 0.5, 0.9])
 def test_noise_has_unit_variance_and_the_given_correlation(correlation: float) -> None:
     noise = correlated_noise(400, 100, 4, correlation, np.random.default_rng(1))
