@@ -6,8 +6,8 @@ PY := $(VENV)/bin/python
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-slurm check format miniature slurm-up slurm-down slurm-demo clean
-.PHONY: bench-env bench-teacher bench-moe bench-distill bench-dpp
+.PHONY: help setup demo test test-slow test-slurm test-slurm-slow check format miniature slurm-up slurm-down slurm-demo clean
+.PHONY: bench-env bench-teacher bench-moe bench-distill bench-dpp bench-slurm
 SLURM_STATE ?= /tmp/cpd-slurm-$(shell id -u)
 
 help: ## show the targets
@@ -23,10 +23,13 @@ test: setup ## all tests but the slow ones
 	$(PY) -m pytest
 
 test-slow: setup ## the slow tests
-	$(PY) -m pytest -m slow
+	$(PY) -m pytest -m 'slow and not slurm'
 
 test-slurm: setup ## the tests against a real Slurm that is started on this machine
-	$(PY) -m pytest -m slurm
+	$(PY) -m pytest tests/slurm -rs -m 'slurm and not slow'
+
+test-slurm-slow: setup ## the long ones: everything goes wrong in one run, and time limits
+	$(PY) -m pytest tests/slurm -rs -m 'slurm and slow'
 
 check: setup ## lint and types
 	$(VENV)/bin/ruff check .
@@ -52,7 +55,8 @@ slurm-down: setup ## end it
 slurm-demo: slurm-up ## the demo through that Slurm: job arrays, dependencies, srun MPI
 	SLURM_CONF=$(SLURM_STATE)/slurm.conf $(PY) -m jobs.launch demo --profile testbed --run-dir runs/slurm-demo
 	SLURM_CONF=$(SLURM_STATE)/slurm.conf $(PY) -m jobs.status runs/slurm-demo --watch
-	$(PY) -m analysis.build runs/slurm-demo
+	@# Again: nothing is left to submit, and the results are told.
+	SLURM_CONF=$(SLURM_STATE)/slurm.conf $(PY) -m jobs.launch demo --profile testbed --run-dir runs/slurm-demo
 
 bench-env: setup ## the accelerated environment and the sampler against stock Meta-World
 	$(PY) -m tests.bench.bench_env
@@ -68,6 +72,9 @@ bench-distill: setup ## a distillation step
 
 bench-dpp: setup ## DPP selection against the published algorithm
 	$(PY) -m tests.bench.bench_dpp
+
+bench-slurm: setup ## submitting an array of fifty, and the status of a hundred elements
+	$(PY) -m tests.bench.bench_slurm
 
 clean: ## remove caches and what the miniature made; runs/ stays
 	rm -rf build .pytest_cache .mypy_cache .ruff_cache .hypothesis

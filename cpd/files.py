@@ -14,22 +14,25 @@ TEMPORARY_SUFFIX = ".tmp"
 
 
 @contextlib.contextmanager
-def publish(path: Path) -> Iterator[Path]:
+def publish(path: Path, sync: bool = True) -> Iterator[Path]:
     """Yield a temporary sibling of `path` to write to; on leaving, sync it and rename it to `path`.
 
-    If the block raises, the temporary is removed and `path` stays as it was.
+    If the block raises, the temporary is removed and `path` stays as it was. Without `sync`, which takes
+    milliseconds, a failure of the machine's power may lose what was written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     # Not tempfile: its mode 0600 would defeat a group's umask on a shared file system.
     temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
     try:
         yield temporary
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
+        if sync:
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
-    sync_folder(path.parent)
+    if sync:
+        sync_folder(path.parent)
 
 
 def sync_folder(folder: Path) -> None:
@@ -41,15 +44,15 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Publish `text` at `path`."""
-    with publish(path) as temporary:
+def write_text(path: Path, text: str, sync: bool = True) -> None:
+    """Publish `text` at `path`; see `publish`."""
+    with publish(path, sync) as temporary:
         temporary.write_text(text)
 
 
-def write_json(path: Path, data: Any) -> None:
-    """Publish `data` as indented JSON at `path`."""
-    write_text(path, json.dumps(data, indent=2) + "\n")
+def write_json(path: Path, data: Any, sync: bool = True) -> None:
+    """Publish `data` as indented JSON at `path`; see `publish`."""
+    write_text(path, json.dumps(data, indent=2) + "\n", sync)
 
 
 def read_json(path: Path) -> Any:

@@ -96,7 +96,12 @@ def session(
 def mark(element: Element, state: State, message: str = "") -> None:
     """Let status.json tell what became of an element on which nobody is at work."""
     if current_holder(element.path / "attempts")[0] is None:
-        record = read_status(element.status)
-        record.state, record.message = state, message
-        element.path.mkdir(parents=True, exist_ok=True)
-        write_json(element.status, asdict(record))
+        overrule(element, state, message)
+
+
+def overrule(element: Element, state: State, message: str) -> None:
+    """The same even if somebody is: for a rank that fails where the writer, which it ends, does not."""
+    record = read_status(element.status)
+    record.state, record.message = state, message
+    # Nothing but a display depends on it, and a launch marks many elements.
+    write_json(element.status, asdict(record), sync=False)

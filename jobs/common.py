@@ -17,7 +17,7 @@ from cpd.interrupt import EXIT_INTERRUPTED, Interrupt, InterruptedBySignal
 from cpd.lease import LeaseHeldError
 from cpd.record import read_status
 from cpd.runs import Element, Role, Run
-from cpd.session import mark
+from cpd.session import mark, overrule
 from cpd.slurm.job import decline, describe_unfinished, hand_back, is_first_rank, unfinished_dependencies
 
 EXIT_FAILED = 1
@@ -121,18 +121,20 @@ def element_tell(element: Element) -> Callable[[str], None]:
 
 
 @contextlib.contextmanager
-def mpi_guard(comm: Comm) -> Iterator[None]:
+def mpi_guard(element: Element, comm: Comm) -> Iterator[None]:
     """End all ranks if this one fails: the others would wait for it in a collective for ever."""
     try:
         yield
     except (InterruptedBySignal, LeaseHeldError):
         raise  # agreed by all ranks
-    except BaseException:
+    except BaseException as error:
         if comm.size > 1:
             # Where all ranks meet the same error, rank 0, which keeps the record, is to tell it first.
             time.sleep(5.0 if comm.rank else 0.0)
             print(f"rank {comm.rank} of {comm.size} failed:", file=sys.stderr)
             traceback.print_exc()
             sys.stderr.flush()
+            if comm.rank and not element.finished and read_status(element.status).state != "failed":
+                overrule(element, "failed", f"rank {comm.rank}: {type(error).__name__}: {error}")
             comm.abort(EXIT_FAILED)
         raise

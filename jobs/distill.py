@@ -18,7 +18,7 @@ def work(run: Run, element: Element, interrupt: Interrupt, partial: bool = False
 
     assert isinstance(element, StudentElement)
     comm = connect()
-    with mpi_guard(comm):
+    with mpi_guard(element, comm):
         tell = element_tell(element)
         run_student(run, element, comm, interrupt=interrupt, tell=tell, partial=partial)
 

@@ -17,7 +17,7 @@ def work(run: Run, element: Element, interrupt: Interrupt) -> None:
 
     assert isinstance(element, StudentElement)
     comm = connect()
-    with mpi_guard(comm):
+    with mpi_guard(element, comm):
         run_evaluation(run, element, comm, interrupt=interrupt, tell=element_tell(element))
 
 

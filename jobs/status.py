@@ -137,6 +137,13 @@ def _log(run: Run, entries: Sequence[LedgerEntry]) -> str:
     return next((log for log in reversed(logs) if (run.root / log).exists()), logs[-1] if logs else "")
 
 
+def _telling_log(log: Path) -> Path:
+    """Of the logs of all ranks, given rank 0's, the one that ends with an exception; else rank 0's."""
+    ranks = sorted(log.parent.glob(log.name.replace("_0_log.out", "_*_log.out")))
+    telling = [path for path in (log, *ranks) if any("Traceback" in line for line in log_tail(path, 40))]
+    return next(iter(telling), log)
+
+
 def log_tail(path: Path, num_lines: int = 12) -> list[str]:
     """The last lines of a job's log, which may be long; none if it has not begun."""
     if not path.exists():
@@ -197,7 +204,7 @@ def failure_lines(run: Run, rows: Sequence[ElementStatus], num_lines: int = 6) -
     for row in rows:
         if row.state in ("failed", "killed"):
             lines.append(f"{row.state.upper()} {row.element}: {row.message or 'its job ended without a word'}")
-            log = run.root / row.log
+            log = _telling_log(run.root / row.log)
             if row.log and log.exists():
                 lines += [*(f"    {line}" for line in log_tail(log, num_lines)), f"  its whole log: {log}"]
     if lines:

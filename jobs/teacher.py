@@ -22,7 +22,7 @@ def work(run: Run, element: Element, interrupt: Interrupt) -> None:
         if num_ranks > 1 and num_workers > 1:
             pool.get(element.task)  # starts the workers: once MPI is up, nothing may fork
         comm = connect()
-        with mpi_guard(comm):
+        with mpi_guard(element, comm):
             run_teacher(
                 run,
                 element,

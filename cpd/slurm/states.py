@@ -22,8 +22,8 @@ REMEDIES = {
     "REVOKED": "moved to another cluster: launch again here",
     "GONE": "Slurm has forgotten its job: launch again",
 }
-#: What Slurm writes into a job's log, and the state that it tells of. Without cgroups a job that exceeds its memory
-#: has the state FAILED, and a forgotten job has none.
+#: What Slurm writes into a job's log, and the state that it tells of. Without cgroups a job that exceeds its
+#: memory has the state FAILED, and a forgotten job has none.
 SIGNS = {
     "exceeded memory limit": "OUT_OF_MEMORY",
     "oom-kill": "OUT_OF_MEMORY",
