@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 from pydantic.dataclasses import dataclass
 
+from cpd.config.checks import contradictions, without_effect
 from cpd.config.student import DistillConfig, MemoryConfig, ProtectionConfig, StudentConfig
 from cpd.config.teacher import DEMO_RL_SETTINGS, PPOConfig, RolloutConfig, TeacherConfig, WarmStartConfig
 from cpd.config.types import Count, Positive, Seeds, Task, expand_stream
@@ -113,6 +114,8 @@ class Config(MethodConfig):
                 f"memory.share = {self.memory.share} gives {self.memory_steps} steps, less than one window "
                 f"(student.context = {self.student.context}); raise it or set memory.selection = 'none'"
             )
+        if found := contradictions(self):
+            raise ValueError("; ".join(found))
         self._check_methods()
 
     def _check_methods(self) -> None:
@@ -159,7 +162,7 @@ class Config(MethodConfig):
 
     def _own_warnings(self) -> list[str]:
         """The warnings about everything but the variants; each begins with a setting's dotted path."""
-        found = []
+        found = without_effect(self)
         if self.memory.selection == "none" and self.distill.replay_share != DistillConfig().replay_share:
             found.append("distill.replay_share has no effect: memory.selection is 'none'")
         if self.memory.selection == "none" and self.memory.share != MemoryConfig().share:

@@ -59,7 +59,14 @@ class MemoryConfig:
 class ProtectionConfig:
     """What guards a student's earlier tasks beside replay."""
 
-    kind: Literal["none"] = "none"
+    kind: Literal["none", "ewc", "agem"] = "none"
+    """ewc: a quadratic pull back to what earlier tasks need; agem: no update against the gradient on memory."""
+    fisher_windows: Positive = 256
+    """States per stage from which the importance of parameters is estimated (ewc)."""
+    ewc_strength: PositiveFloat = 1.0
+    """Weight of EWC's penalty against the mean loss of a batch."""
+    agem_windows: Positive = 128
+    """Windows from memory per step for A-GEM's reference gradient, over all ranks, beside `distill.batch_size`."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

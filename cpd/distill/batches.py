@@ -153,6 +153,15 @@ class BatchSource:
         """This rank's rows, `rank::size`, of the global batch of `step`."""
         return self._gather(self.windows(step), self._num_replayed)
 
+    def reference(self, step: int, num_windows: int) -> Batch | None:
+        """This rank's rows of `num_windows` segments from memory, not those of `batch`; None without any."""
+        if not len(self._memory_start):
+            return None
+        rows = generator(self._seed, "reference", self._stage, step).integers(
+            len(self._memory_start), size=num_windows
+        )
+        return self._gather(Windows(self._memory_start[rows], self._memory_length[rows]), num_windows)
+
     def probe(self) -> Batch:
         """This rank's rows of a global batch of the current task alone, drawn apart from those trained on."""
         return self.sample(self._config.batch_size, "probe")

@@ -159,6 +159,8 @@ class Distillation:
             self._save_if_due()
         self._evaluate_if_due()
         trainer.end_stage(data)
+        if report := trainer.protection.report():
+            self._record(event="protection", stage=stage, **report)
         if self.session.is_writer:
             self.session.check()
             self._save_policy(stage)

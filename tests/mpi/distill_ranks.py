@@ -1,4 +1,4 @@
-"""What the ranks of tests/mpi/test_distill_mpi.py run: `python -m tests.mpi.distill_ranks train|run ...`."""
+"""What the ranks of tests/mpi/test_distill_mpi.py run: `distill_ranks train PATH METHOD` or `run RUN COUNT`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from cpd.distill.element import run_student
 from cpd.distill.trainer import Trainer
 from cpd.interrupt import Interrupt, InterruptedBySignal
 from cpd.runs import Run
-from cpd.strict_load import load
+from cpd.strict_load import load, merge
 from tests.distill.synthetic import stage_data
 
 TABLES = {
@@ -35,17 +35,25 @@ TABLES = {
     },
     "evaluation": {"curve_points": 0},
 }
+SHORT = {"steps_per_stage": 30, "lr_warmup_steps": 5}
+#: What the methods change. "ours" has growth, replay, load balance, z-loss and clipping, and the longest stages.
+METHODS = {
+    "ours": {},
+    "ewc": {"protection": {"kind": "ewc", "fisher_windows": 33, "ewc_strength": 10.0}, "distill": SHORT},
+    "agem": {"protection": {"kind": "agem", "agem_windows": 17}, "distill": {**SHORT, "replay_share": 0.0}},
+}
 
 
-def train(comm: Comm) -> dict[str, np.ndarray]:
-    """240 steps over three stages with growth, replay, load balance, z-loss and clipping."""
+def train(comm: Comm, method: str = "ours") -> dict[str, np.ndarray]:
+    """The steps of three stages."""
     torch.set_num_threads(1)
-    trainer = Trainer(load(Config, TABLES, "ranks"), 1, comm, torch.device("cpu"))
+    tables = merge(TABLES, METHODS[method])
+    trainer = Trainer(load(Config, tables, "ranks"), 1, comm, torch.device("cpu"))
     losses, norms = [], []
     for stage in range(3):
         data = stage_data(stage)
         trainer.begin_stage(data)
-        for _ in range(80):
+        for _ in range(trainer.config.distill.steps_per_stage):
             report = trainer.train_step(report=True)
             losses.append(report.loss)
             norms.append(report.grad_norm)
@@ -74,7 +82,7 @@ class AskedAfter(Interrupt):
 def main() -> int:
     comm = connect()
     if sys.argv[1] == "train":
-        found = train(comm)
+        found = train(comm, sys.argv[3])
         np.savez(f"{sys.argv[2]}-{comm.rank}.npz", **found)
         return 0
     run = Run(Path(sys.argv[2]))

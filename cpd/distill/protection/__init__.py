@@ -9,9 +9,11 @@ from collections.abc import Mapping
 from typing import Final
 
 from cpd.config import Config
+from cpd.distill.protection.agem import AGEM
 from cpd.distill.protection.base import Protection
+from cpd.distill.protection.ewc import EWC
 
-PROTECTIONS: Final[Mapping[str, type[Protection]]] = {"none": Protection}
+PROTECTIONS: Final[Mapping[str, type[Protection]]] = {"none": Protection, "ewc": EWC, "agem": AGEM}
 
 
 def make_protection(config: Config, seed: int) -> Protection:

@@ -1,0 +1,40 @@
+"""What settings of a method mean for each other: which cannot stand together, and which have no effect."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from cpd.config.student import ProtectionConfig
+
+if TYPE_CHECKING:
+    from cpd.config.experiment import MethodConfig
+
+#: The kinds of protection that look at each of its settings.
+PROTECTION_SETTINGS: Final = {
+    "fisher_windows": ("ewc",),
+    "ewc_strength": ("ewc",),
+    "agem_windows": ("agem",),
+}
+
+
+def contradictions(config: MethodConfig) -> list[str]:
+    """Settings that cannot stand together, one line each, with what to do."""
+    found = []
+    if config.protection.kind == "agem":
+        if config.memory.selection == "none":
+            found.append("protection.kind = 'agem' needs a memory: choose another memory.selection than 'none'")
+        if config.distill.replay_share:
+            found.append(
+                "protection.kind = 'agem' compares the batch's gradient with memory's, so that no row of it may "
+                "come from memory: set distill.replay_share = 0"
+            )
+    return found
+
+
+def without_effect(config: MethodConfig) -> list[str]:
+    """Settings that are given but have no effect; each line begins with a setting's dotted path."""
+    found, protection = [], config.protection
+    for name, kinds in PROTECTION_SETTINGS.items():
+        if protection.kind not in kinds and getattr(protection, name) != getattr(ProtectionConfig(), name):
+            found.append(f"protection.{name} has no effect: protection.kind is {protection.kind!r}")
+    return found

@@ -1,0 +1,59 @@
+"""Averaged gradient episodic memory, A-GEM (Chaudhry et al. 2019)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from cpd.config import Config
+from cpd.distill.protection.base import Protection
+
+if TYPE_CHECKING:
+    from cpd.distill.trainer import Trainer
+
+
+class AGEM(Protection):
+    """No step may increase the loss on memory: what of the gradient g points against memory's r is taken out.
+
+        g <- g - (g r / r r) r    where g r < 0    (the paper's eq. 11)
+
+    r is the gradient on windows drawn from the memory anew in every step, which costs a second backward pass;
+    the training batch itself holds none of them. Both gradients are those of global batches, so that the
+    projection is the same for any number of ranks.
+    """
+
+    def __init__(self, config: Config, seed: int) -> None:
+        super().__init__(config, seed)
+        self._num_steps = 0
+        self._num_projected = 0
+
+    def begin_stage(self, trainer: Trainer) -> None:
+        """Count anew."""
+        self._num_steps = self._num_projected = 0
+
+    def adjust_gradient(self, trainer: Trainer) -> None:
+        """Project, if the gradient points against memory's."""
+        reference = trainer.source.reference(trainer.progress.step, self.config.protection.agem_windows)
+        if reference is None:
+            return
+        grads = trainer.flat.grads
+        gradient = grads.clone()
+        trainer.gradient(reference)
+        product = float(gradient @ grads)
+        self._num_steps += 1
+        if product < 0.0:
+            self._num_projected += 1
+            gradient.add_(grads, alpha=-product / float(grads @ grads))
+        grads.copy_(gradient)
+
+    def report(self) -> dict[str, float]:
+        """The share of the stage's steps that were projected."""
+        return {"projected_share": self._num_projected / max(self._num_steps, 1)}
+
+    def state(self) -> dict[str, int]:
+        """The counts."""
+        return {"num_steps": self._num_steps, "num_projected": self._num_projected}
+
+    def restore(self, state: Mapping[str, Any], trainer: Trainer) -> None:
+        """Take them over."""
+        self._num_steps, self._num_projected = state["num_steps"], state["num_projected"]

@@ -1,0 +1,72 @@
+"""Elastic weight consolidation (Kirkpatrick et al. 2017)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from cpd.config import Config
+from cpd.distill.flat import FlatParameters
+from cpd.distill.protection.base import Protection
+from cpd.distill.protection.importance import fisher
+
+if TYPE_CHECKING:
+    from cpd.distill.batches import StageData
+    from cpd.distill.trainer import Trainer
+
+
+class EWC(Protection):
+    """A quadratic pull to where each earlier stage ended, by the parameters' importance there.
+
+    The penalty is a sum over earlier stages j, as in the paper (not an online average, which would let early
+    stages fade):
+
+        strength / 2 * sum_j sum_p F_jp (theta_p - theta*_jp)^2
+
+    A sum of quadratics is one quadratic, up to a constant, with precision sum_j F_j around the F-weighted mean
+    of the theta*_j: two vectors, however many stages. A task that comes again adds a term like any other, and
+    parameters that growth adds are free until their first stage has ended. No data are kept.
+    """
+
+    def __init__(self, config: Config, seed: int) -> None:
+        super().__init__(config, seed)
+        self._precision = torch.zeros(0)
+        self._centre = torch.zeros(0)
+
+    def grow(self, old: FlatParameters, new: FlatParameters) -> None:
+        """New parameters are not held."""
+        if len(self._precision):
+            self._precision, self._centre = new.carried(self._precision, old), new.carried(self._centre, old)
+
+    def adjust_gradient(self, trainer: Trainer) -> None:
+        """Add the penalty's gradient."""
+        if len(self._precision):
+            strength, values = self.config.protection.ewc_strength, trainer.flat.values
+            trainer.flat.grads.addcmul_(self._precision, values - self._centre, value=strength)
+
+    def end_stage(self, trainer: Trainer, data: StageData) -> None:
+        """Add this stage's term."""
+        new = fisher(trainer, data, self.config.protection.fisher_windows)
+        values = trainer.flat.values
+        if not len(self._precision):
+            self._precision, self._centre = torch.zeros_like(values), values.clone()
+        self._precision += new
+        share = torch.where(self._precision > 0, new / self._precision, 0.0)
+        self._centre += share * (values - self._centre)
+
+    def report(self) -> dict[str, float]:
+        """The precision's mean, to which a useful strength is inverse."""
+        return {"mean_precision": float(self._precision.mean())}
+
+    def state(self) -> dict[str, Tensor]:
+        """Both vectors."""
+        return {"precision": self._precision, "centre": self._centre}
+
+    def restore(self, state: Mapping[str, Any], trainer: Trainer) -> None:
+        """Take them over."""
+        self._precision, self._centre = (
+            state[name].to(trainer.device).clone() for name in ("precision", "centre")
+        )

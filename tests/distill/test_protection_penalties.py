@@ -1,0 +1,167 @@
+"""EWC and A-GEM do what their papers say: less is forgotten, and memory's loss does not rise to first order."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from cpd.distill.protection.agem import AGEM
+from cpd.distill.protection.ewc import EWC
+from cpd.distill.protection.importance import fisher
+from cpd.strict_load import ConfigError
+from tests.distill.synthetic import stage_data
+from tests.distill.test_trainer import make_config, make_trainer, mean_error, through_a_file, train
+
+#: Fixed size, no replay: what remains is the protection.
+PLAIN = {"student": {"expansion": "none"}, "memory": {"selection": "none"}}
+LONG = {"steps_per_stage": 120, "lr": 5e-3}
+SHORT = {"steps_per_stage": 25}
+EWC_KIND = {"kind": "ewc", "fisher_windows": 32, "ewc_strength": 1.0}
+AGEM_KIND = {"kind": "agem", "agem_windows": 16}
+
+
+def with_ewc(**over):
+    return {**PLAIN, "distill": LONG, "protection": EWC_KIND, **over}
+
+
+def with_agem(**over):
+    return {**PLAIN, "memory": {}, "distill": {**LONG, "replay_share": 0.0}, "protection": AGEM_KIND, **over}
+
+
+def forgotten(trainer) -> float:
+    """How much the first task's error rose from its own stage's end to the stream's."""
+    train(trainer, until=120)
+    learned = mean_error(trainer, 0)
+    train(trainer)
+    return mean_error(trainer, 0) - learned
+
+
+@pytest.fixture(scope="module")
+def forgotten_without() -> float:
+    return forgotten(make_trainer(**PLAIN, distill=LONG))
+
+
+@pytest.mark.parametrize("settings, share", [(with_ewc(), 0.5), (with_agem(), 0.8)], ids=["ewc", "agem"])
+def test_less_is_forgotten_in_as_many_steps(forgotten_without, settings, share):
+    trainer = make_trainer(**settings)
+    assert forgotten(trainer) < share * forgotten_without
+    assert mean_error(trainer, 2) < 0.5 * float(np.square(stage_data(2).teacher_mean).mean())
+
+
+class TestEWC:
+    def test_the_gradient_is_that_of_the_sum_of_all_stages_penalties(self):
+        """By finite differences of the penalty as it is written, with each stage's own F and theta*."""
+        trainer = make_trainer(**with_ewc(distill=SHORT))
+        terms = []
+        for stage in range(2):
+            train(trainer, until=25 * (stage + 1) - 1)
+            trainer.train_step()
+            terms.append((fisher(trainer, stage_data(stage), 32), trainer.flat.values.clone()))
+            trainer.end_stage(stage_data(stage))
+        values, strength = trainer.flat.values, trainer.config.protection.ewc_strength
+        values += 0.1 * torch.randn(values.shape, generator=torch.Generator().manual_seed(0), dtype=values.dtype)
+        theta = values.clone().requires_grad_()
+        penalty = strength / 2 * sum((F * (theta - centre).square()).sum() for F, centre in terms)
+        penalty.backward()
+        trainer.flat.grads.fill_(0.25)
+        trainer.protection.adjust_gradient(trainer)
+        torch.testing.assert_close(trainer.flat.grads - 0.25, theta.grad, rtol=1e-9, atol=1e-12)
+
+    def test_without_an_earlier_stage_nothing_is_added(self):
+        trainer = make_trainer(**with_ewc(distill=SHORT))
+        train(trainer, until=10)
+        before = trainer.flat.grads.clone()
+        trainer.protection.adjust_gradient(trainer)
+        assert torch.equal(trainer.flat.grads, before)
+
+    def test_parameters_that_growth_adds_are_free_at_first(self):
+        trainer = make_trainer(**with_ewc(distill=SHORT, student={"opening_steps": 5}))
+        train(trainer, until=25)
+        old_size = trainer.flat.size
+        held = trainer.protection.state()["precision"].clone()
+        train(trainer, until=26)
+        assert trainer.flat.size > old_size
+        now = trainer.protection.state()["precision"]
+        assert torch.equal(now[:old_size], held) and not now[old_size:].any()
+        train(trainer, until=50)
+        assert trainer.protection.state()["precision"][old_size:].any()
+        assert trainer.protection.report()["mean_precision"] > 0
+
+
+class TestAGEM:
+    def test_a_projected_gradient_is_orthogonal_to_memorys_and_others_are_left_alone(self):
+        trainer = make_trainer(**with_agem(distill={**SHORT, "replay_share": 0.0}))
+        train(trainer, until=25)
+        trainer.begin_stage(stage_data(1))
+        seen = set()
+        for _ in range(25):
+            step = trainer.progress.step
+            trainer.gradient(trainer.source.batch(step))
+            plain = trainer.flat.grads.clone()
+            trainer.gradient(trainer.source.reference(step, 16))
+            reference = trainer.flat.grads.clone()
+            trainer.flat.grads.copy_(plain)
+            trainer.protection.adjust_gradient(trainer)
+            found, product = trainer.flat.grads, float(plain @ reference)
+            scale = float(plain.norm() * reference.norm())
+            assert float(found @ reference) > -1e-12 * scale  # a step along -found raises memory's loss no more
+            if product < 0:
+                assert abs(float(found @ reference)) < 1e-12 * scale
+                rest = plain - found  # only along memory's gradient was anything taken out
+                assert float(rest @ reference) == pytest.approx(-float(rest.norm() * reference.norm()))
+            else:
+                assert torch.equal(found, plain)
+            seen.add(product < 0)
+            trainer.train_step()
+        assert seen == {True, False}
+        assert 0 < trainer.protection.report()["projected_share"] < 1
+
+    def test_the_reference_comes_from_memory_and_the_batch_does_not(self):
+        trainer = make_trainer(**with_agem(distill={**SHORT, "replay_share": 0.0}))
+        train(trainer, until=26)
+        assert not trainer.source.batch(3).replayed_R.any()
+        reference = trainer.source.reference(3, 16)
+        assert reference.replayed_R.all() and len(reference.task_R) == 16 and not reference.task_R.any()
+        assert not torch.equal(reference.obs_RLO, trainer.source.reference(4, 16).obs_RLO)
+
+    @pytest.mark.parametrize(
+        "over, remedy",
+        [
+            ({"distill": {}}, "set distill.replay_share = 0"),
+            ({"memory": {"selection": "none"}}, "choose another memory.selection"),
+        ],
+    )
+    def test_needs_a_memory_apart_from_the_batch(self, over, remedy):
+        with pytest.raises(ConfigError, match=remedy):
+            make_config(**with_agem(**over))
+
+
+@pytest.mark.parametrize("until", [25, 30])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        with_ewc(distill=SHORT, student={"opening_steps": 12}),
+        with_agem(distill={**SHORT, "replay_share": 0.0}),
+    ],
+    ids=[EWC.__name__, AGEM.__name__],
+)
+def test_resuming_equals_going_on_bit_for_bit(settings, until):
+    straight, first, resumed = (make_trainer(**settings) for _ in range(3))
+    train(straight)
+    train(first, until=until)
+    resumed.restore(through_a_file(first.state()))
+    train(resumed)
+    assert torch.equal(resumed.flat.values, straight.flat.values)
+    assert resumed.protection.report() == straight.protection.report()
+
+
+def test_settings_that_another_kind_looks_at_are_warned_about():
+    given = {"ewc_strength": 2.0, "agem_windows": 4, "fisher_windows": 8}
+    assert make_config(protection=given).warnings() == [
+        f"protection.{name} has no effect: protection.kind is 'none'"
+        for name in ("fisher_windows", "ewc_strength", "agem_windows")
+    ]
+    assert make_config(protection={**given, "kind": "ewc"}).warnings() == [
+        "protection.agem_windows has no effect: protection.kind is 'ewc'"
+    ]
