@@ -1,0 +1,80 @@
+"""What the ranks of tests/mpi/test_teacher_mpi.py run: `python -m tests.mpi.teacher_ranks update|run ...`."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from cpd.comm import Comm, connect
+from cpd.config import PPOConfig
+from cpd.interrupt import Interrupt, InterruptedBySignal
+from cpd.runs import Run
+from cpd.teachers.element import run_teacher
+from cpd.teachers.ppo import Learner
+from cpd.teachers.ranks import check_same, own_slots
+from cpd.teachers.sampling import Batch
+from tests.mpi.distill_ranks import AskedAfter
+
+#: Seven environments, which two ranks cannot share evenly.
+CONFIG = PPOConfig(hidden_sizes=(32, 32), num_envs=7, steps_per_env=40, minibatch_size=70, num_epochs=2)
+NUM_ITERATIONS = 3
+
+
+def batch(iteration: int, slots: range) -> Batch:
+    """Columns `slots` of an iteration's samples, the same whoever asks."""
+    rng = np.random.default_rng(iteration)
+    shape = (CONFIG.steps_per_env, CONFIG.num_envs)
+    ends = rng.random(shape) < 0.05
+    ends[-1] = True
+    terminated = ends & (rng.random(shape) < 0.5)
+    obs, next_obs = rng.normal(size=(2, *shape, 39)).astype(np.float32)
+    actions = rng.normal(size=(*shape, 4)).astype(np.float32)
+    rewards = 12 * rng.random(shape).astype(np.float32)
+    arrays = (obs, next_obs, actions, rewards, terminated, ends)
+    return Batch(*(np.ascontiguousarray(array[:, slots.start : slots.stop]) for array in arrays), 0.0, 0.0)
+
+
+def update(comm: Comm, *, one_step: bool) -> dict[str, np.ndarray]:
+    """Learn from the same global samples, this rank from its own columns of them."""
+    torch.set_num_threads(1)
+    whole = CONFIG.num_envs * CONFIG.steps_per_env
+    config = replace(CONFIG, minibatch_size=whole, num_epochs=1) if one_step else CONFIG
+    learner = Learner(config, seed=1, comm=comm)
+    slots = own_slots(comm, config.num_envs)
+    told = []
+    for iteration in range(1 if one_step else NUM_ITERATIONS):
+        learned = learner.update(batch(iteration, slots), iteration, critic_only=iteration == 1)
+        told.append(list(learned.values()))
+    check_same([*learner.parameters(), *learner.policy.normalizer.state_dict().values()], comm)
+    return {
+        "told": np.array(told),
+        "values": torch.cat([p.detach().flatten() for p in learner.parameters()]).numpy(),
+        "grads": torch.cat([p.grad.flatten() for p in learner.parameters() if p.grad is not None]).numpy(),
+        "normalizer": torch.stack([learner.policy.normalizer.mean, learner.policy.normalizer.std]).numpy(),
+    }
+
+
+def main() -> int:
+    comm = connect()
+    if sys.argv[1] == "update":
+        np.savez(f"{sys.argv[2]}-{comm.rank}.npz", **update(comm, one_step=sys.argv[3] == "one"))
+        return 0
+    if sys.argv[1] == "differ":
+        check_same([torch.full((3,), float(comm.rank))], comm)
+        return 0
+    run = Run(Path(sys.argv[2]))
+    # Only the last rank is asked, as when a signal reaches one process.
+    interrupt = AskedAfter(int(sys.argv[3])) if comm.rank == comm.size - 1 else Interrupt()
+    try:
+        run_teacher(run, run.teachers()[0], num_workers=1, interrupt=interrupt, tell=lambda line: None, comm=comm)
+    except InterruptedBySignal:
+        return 75
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
