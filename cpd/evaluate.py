@@ -18,6 +18,7 @@ from cpd.runs import Run, StudentElement
 from cpd.session import Session, session
 from cpd.student.student import StudentActor, load_student
 from cpd.tables import EpisodeRow, EvaluationRow, write_rows
+from cpd.watch import Watch
 
 
 def row_cells(config: Config, stage: int, last_stage: int) -> list[Cell]:
@@ -130,25 +131,37 @@ def _fill_rows(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     for stage in todo:
         model = load_student(student.stage_policy(stage)).to(device)
-        cells = row_cells(config, stage, stages[-1])
+        cells = sorted(row_cells(config, stage, stages[-1]), key=lambda cell: not cell.to_the_end)
+        actor = StudentActor(model, config.stream.distinct_tasks)
+        watch = Watch(model, actor, config.stream.distinct_tasks, config.stream.horizon)
         before = done
-        outcomes = evaluate_cells(
-            StudentActor(model, config.stream.distinct_tasks),
-            cells,
-            config.stream.horizon,
-            pool,
-            comm,
-            should_stop=lambda: interrupt.requested,
-            advance=advance,
-        )
-        if outcomes is None:
-            raise InterruptedBySignal(f"asked to stop while evaluating stage {stage}; launch again to go on")
+        # Only where episodes run to their end is every step of the actor one of an episode.
+        outcomes: list[list[Outcome]] = []
+        for acting, to_the_end in ((watch, True), (actor, False)):
+            found = evaluate_cells(
+                acting,
+                [cell for cell in cells if cell.to_the_end == to_the_end],
+                config.stream.horizon,
+                pool,
+                comm,
+                should_stop=lambda: interrupt.requested,
+                advance=advance,
+            )
+            if found is None:
+                raise InterruptedBySignal(f"asked to stop while evaluating stage {stage}; launch again to go on")
+            outcomes += found
         done = before + episodes[stage]
+        label = labels(config)
+        usage, retrieval = watch.rows(comm, method=element.method, seed=element.seed, stage=stage, **asdict(label))
         if current.is_writer:
             rows, episode_rows = evaluation_rows(
-                cells, outcomes, method=element.method, seed=element.seed, stage=stage, label=labels(config)
+                cells, outcomes, method=element.method, seed=element.seed, stage=stage, label=label
             )
             current.check()
+            if usage:
+                write_rows(element.usage_file(stage), usage)
+            if retrieval:
+                write_rows(element.retrieval_file(stage), retrieval)
             write_rows(element.row_episodes_file(stage), episode_rows)
             write_rows(element.row_file(stage), rows)  # last: it marks the row as measured
     pool.close()

@@ -13,7 +13,7 @@ from typing import Any
 from cpd.files import read_json
 from cpd.provenance import Labels
 from cpd.strict_load import merge
-from cpd.tables import CurveRow, EvaluationRow, read_rows
+from cpd.tables import CurveRow, EvaluationRow, LossRow, RetrievalRow, StageRow, UsageRow, read_rows
 
 TEACHER = "teacher"
 HELD_OUT = "held_out"
@@ -44,6 +44,10 @@ class Tables:
     evaluations: list[EvaluationRow]
     curves: list[CurveRow]
     teachers: list[TeacherRow]
+    losses: list[LossRow]
+    stages: list[StageRow]
+    usage: list[UsageRow]
+    retrieval: list[RetrievalRow]
 
     @property
     def stream(self) -> tuple[str, ...]:
@@ -86,6 +90,10 @@ def read_tables(folder: Path) -> Tables:
         rows("evaluations.csv", EvaluationRow),
         rows("curves.csv", CurveRow),
         rows("teachers.csv", TeacherRow),
+        rows("losses.csv", LossRow),
+        rows("stages.csv", StageRow),
+        rows("usage.csv", UsageRow),
+        rows("retrieval.csv", RetrievalRow),
     )
 
 

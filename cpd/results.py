@@ -7,7 +7,10 @@ results/
   curves.csv            success on the current task within each stage
   teachers.csv          outcome of every teacher
   teacher_curves.csv    training records of the teachers
-  distillation.csv      training records of the students
+  losses.csv            losses of the students within every stage
+  stages.csv            experts, parameters, memory and masks of the students after every stage
+  usage.csv             which experts act on which task, at the end of the stream
+  retrieval.csv         which task is believed in over an episode, at the end of the stream
   timings.json          when every element was in which phase (Unix time)
   metrics.json          the measures; every number in it derives from the tables above
 """
@@ -16,6 +19,7 @@ from __future__ import annotations
 
 import csv
 import io
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,10 +27,23 @@ from typing import Any
 from cpd.files import read_json, write_json, write_text
 from cpd.record import read_metrics, read_status
 from cpd.result_tables import TeacherRow, read_tables
-from cpd.runs import Element, Run, RunError, TeacherElement
+from cpd.runs import Element, Run, RunError, StudentElement, TeacherElement
 from cpd.strict_load import to_dict
 from cpd.summary import summarize
-from cpd.tables import CurveRow, EpisodeRow, EvaluationRow, read_rows, write_rows
+from cpd.tables import (
+    CurveRow,
+    EpisodeRow,
+    EvaluationRow,
+    LossRow,
+    RetrievalRow,
+    StageRow,
+    UsageRow,
+    read_rows,
+    write_rows,
+)
+
+#: Points of a loss curve within a stage, at most: enough to see it, few enough to be published.
+LOSS_POINTS = 100
 
 
 def gather(run: Run) -> dict[str, Any]:
@@ -50,15 +67,70 @@ def gather(run: Run) -> dict[str, Any]:
         run.results / "teacher_curves.csv",
         [({"task": t.task, "seed": t.seed}, read_metrics(t.metrics)) for t in run.teachers()],
     )
-    _write_records(
-        run.results / "distillation.csv",
-        [({"method": s.method, "seed": s.seed}, read_metrics(s.metrics)) for s in run.students()],
-    )
+    _write_students(run)
     write_json(run.results / "timings.json", [_timing(e) for e in run.elements() if e.role != "report"])
     write_json(run.results / "config.json", to_dict(run.config))
     report = {**summarize(read_tables(run.results)).to_json(), "provenance": _provenance(run)}
     write_json(run.results / "metrics.json", report)
     return report
+
+
+def _write_students(run: Run) -> None:
+    """The tables of what students are and do beside their success."""
+    losses: list[LossRow] = []
+    stages: list[StageRow] = []
+    for student in run.students():
+        records = read_metrics(student.metrics)
+        losses += _losses(student, records)
+        stages += _stages(student, records)
+    _write_table(run.results / "losses.csv", losses)
+    _write_table(run.results / "stages.csv", stages)
+    every = [(e, stage) for e in run.evaluations() for stage in range(-1, len(run.config.stream.tasks))]
+    for name, kind, files in (
+        ("usage.csv", UsageRow, [element.usage_file(stage) for element, stage in every]),
+        ("retrieval.csv", RetrievalRow, [element.retrieval_file(stage) for element, stage in every]),
+    ):
+        _write_table(run.results / name, [row for file in files if file.exists() for row in read_rows(file, kind)])
+
+
+def _losses(student: StudentElement, records: Sequence[Mapping[str, Any]]) -> Iterable[LossRow]:
+    """At most `LOSS_POINTS` rows a stage, each the mean over as many records."""
+    steps = [record for record in records if record.get("loss") is not None]
+    for stage in dict.fromkeys(record["stage"] for record in steps):
+        own = [record for record in steps if record["stage"] == stage]
+        size = -(-len(own) // LOSS_POINTS)
+        for group in (own[start : start + size] for start in range(0, len(own), size)):
+            means = {name: _mean(group, name) for name in ("current", "replay")}
+            loss = _mean(group, "loss")
+            assert loss is not None
+            last = group[-1]
+            yield LossRow(student.method, student.seed, stage, last["step"], last["task"], loss, **means)
+
+
+def _mean(records: Sequence[Mapping[str, Any]], name: str) -> float | None:
+    """To six significant digits, as records have them; None if none has it."""
+    values = [record[name] for record in records if record.get(name) is not None]
+    return float(f"{statistics.fmean(values):.6g}") if values else None
+
+
+def _stages(student: StudentElement, records: Sequence[Mapping[str, Any]]) -> Iterable[StageRow]:
+    masked = {record["stage"]: record["masked_share"] for record in records if "masked_share" in record}
+    for stage in range(-1, len(student.config.stream.tasks)):
+        path = student.stage_policy(stage).with_suffix(".json")
+        if path.exists():
+            found = read_json(path)
+            yield StageRow(
+                student.method,
+                student.seed,
+                stage,
+                found["task"],
+                found["num_experts"],
+                found["num_parameters"],
+                found["memory_steps"],
+                found["memory_bytes"],
+                masked.get(stage),
+                **found["labels"],
+            )
 
 
 def _evaluations(run: Run) -> tuple[list[EvaluationRow], list[EpisodeRow]]:

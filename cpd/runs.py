@@ -125,6 +125,14 @@ class StudentElement(Element):
         """Where it keeps that row's single episodes."""
         return self.row_file(stage).with_suffix(".episodes.csv")
 
+    def usage_file(self, stage: int) -> Path:
+        """Where it keeps which experts acted, if it looked."""
+        return self.row_file(stage).with_suffix(".usage.csv")
+
+    def retrieval_file(self, stage: int) -> Path:
+        """Where it keeps which tasks were believed in, if it looked and the student believes."""
+        return self.row_file(stage).with_suffix(".retrieval.csv")
+
 
 class Run:
     """A run directory with its frozen configuration."""

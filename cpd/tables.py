@@ -83,6 +83,89 @@ class CurveRow:
     mujoco: str
 
 
+@dataclass(frozen=True)
+class LossRow:
+    """The losses of a student on the way, the mean over the records of a short stretch of a stage."""
+
+    method: str
+    seed: int
+    stage: int
+    step: int
+    """The stretch's last optimisation step in this stage."""
+    task: str
+    loss: float
+    """What is minimised."""
+    current: float | None
+    """Imitation of the current task's teacher."""
+    replay: float | None
+    """Imitation on what is replayed; None where nothing is."""
+
+
+@dataclass(frozen=True)
+class StageRow:
+    """What a student is made of and holds after a stage."""
+
+    method: str
+    seed: int
+    stage: int
+    """-1 before any training."""
+    task: str | None
+    experts: int
+    """In each layer."""
+    parameters: int
+    memory_steps: int
+    """Distinct time steps stored anywhere."""
+    memory_bytes: int
+    masked_share: float | None
+    """Share of the parameters that are protected from here on; None for methods without masking."""
+    teacher_recipe: str
+    horizon: int
+    task_identity: str
+    reward_version: str
+    metaworld: str
+    mujoco: str
+
+
+@dataclass(frozen=True)
+class UsageRow:
+    """How often one expert was chosen while a student acted in episodes of one task."""
+
+    method: str
+    seed: int
+    stage: int
+    task: str
+    layer: int
+    expert: int
+    chosen: int
+    """Time steps at which it was among the chosen experts; with top-k routing every step counts k times."""
+    teacher_recipe: str
+    horizon: int
+    task_identity: str
+    reward_version: str
+    metaworld: str
+    mujoco: str
+
+
+@dataclass(frozen=True)
+class RetrievalRow:
+    """In how many episodes a student that is told nothing believed in the right task, at one step."""
+
+    method: str
+    seed: int
+    stage: int
+    task: str
+    step: int
+    """Observations seen so far in the episode, from 1."""
+    episodes: int
+    correct: int
+    teacher_recipe: str
+    horizon: int
+    task_identity: str
+    reward_version: str
+    metaworld: str
+    mujoco: str
+
+
 def write_rows(path: Path, rows: Sequence[Any]) -> None:
     """Publish `rows`, at least one and all of one dataclass, as a CSV file with a header."""
     assert rows and all(type(row) is type(rows[0]) for row in rows)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, astuple
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +12,9 @@ from cpd.config import Config
 from cpd.files import write_json
 from cpd.provenance import Labels
 from cpd.record import MetricsLog, StatusRecord
-from cpd.runs import Run
+from cpd.runs import Run, StudentElement
 from cpd.strict_load import load, to_dict
-from cpd.tables import CurveRow, EpisodeRow, EvaluationRow, write_rows
+from cpd.tables import CurveRow, EpisodeRow, EvaluationRow, RetrievalRow, UsageRow, write_rows
 
 LABELS = Labels("rl", 500, "none", "v2", "3.1.1", "3.3.0")
 
@@ -29,6 +29,7 @@ def write_run(
     teacher_seeds: Sequence[int] = (1,),
     labels: Labels = LABELS,
     last_stage: int | None = None,
+    variants: Mapping[str, Mapping[int, np.ndarray]] | None = None,
 ) -> Run:
     """Write a run of 50 (diagonal, final row, teachers) and 10 episodes per cell.
 
@@ -41,6 +42,7 @@ def write_run(
         teacher_seeds: seeds of the teachers, which all have the same rates.
         labels: conditions of the results.
         last_stage: the stage that was evaluated as the final one, if not K-1.
+        variants: further methods, with rates as for `students`, of the same seeds.
     """
     config = {
         "name": root.name,
@@ -49,6 +51,8 @@ def write_run(
         "stream": {"tasks": list(stream), "horizon": labels.horizon, "reward_version": labels.reward_version},
         "teacher": {"recipe": labels.teacher_recipe, "seeds": list(teacher_seeds)},
         "student": {"task_identity": labels.task_identity},
+        # Something must differ, be it only the reader's expectation.
+        "variants": {name: {"distill": {"lr": 1e-3 + 1e-6 * i}} for i, name in enumerate(variants or {})},
     }
     write_json(root / "config.json", to_dict(load(Config, config, "test")))
     write_json(root / "provenance.json", {"code": "abc", "packages": {"numpy": "2"}, "command": ["/somewhere/x"]})
@@ -56,7 +60,8 @@ def write_run(
     for index, element in enumerate(run.teachers()):
         _write_teacher(run, index, teachers.get(element.task), labels)
     final = len(stream) - 1 if last_stage is None else last_stage
-    for position, rates in enumerate(students.values()):
+    every = [rates for method in (students, *(variants or {}).values()) for rates in method.values()]
+    for position, rates in enumerate(every):
         _write_student(run, position, rates, final, labels)
     return run
 
@@ -107,10 +112,8 @@ def _write_student(run: Run, position: int, rates: np.ndarray, final: int, label
             head = {"method": student.method, "seed": student.seed, "stage": stage, "step": 100 * point}
             curves.append(CurveRow(**head, task=task, goal_set="held_out", **counts, **asdict(labels)))
     write_rows(student.curves, curves)
-    log = MetricsLog(student.metrics)
-    for step in range(20, 1001, 20):
-        log.append(stage=0, step=step, loss=float(3 * np.exp(-step / 300)), lr=1e-3)
-    log.close()
+    _write_learning(student, rates, labels)
+    _write_watched(evaluation, rates, final, labels)
     seconds = {"distill": 200.0 * len(stream)}
     write_json(student.status, asdict(StatusRecord(state="done", seconds=seconds, spans=spans(seconds))))
     seconds = {"evaluate": 95.5 * len(stream)}
@@ -128,6 +131,47 @@ def _write_student(run: Run, position: int, rates: np.ndarray, final: int, label
         _write_cell_files(evaluation.row_file(stage), evaluation.row_episodes_file(stage), cells, labels)
     student.complete.touch()
     evaluation.complete.touch()
+
+
+def _write_learning(student: StudentElement, rates: np.ndarray, labels: Labels) -> None:
+    """Losses that fall within every stage and jump between them, and the descriptions of the stages' students."""
+    stream = student.config.stream.tasks
+    log = MetricsLog(student.metrics)
+    for stage in range(-1, len(stream)):
+        if np.isnan(rates[stage + 1]).all():
+            continue
+        task = stream[stage] if stage >= 0 else None
+        for step in range(20, 1001, 20) if task else ():
+            current = float(3 * np.exp(-step / 200) + 0.05 * stage)
+            replay = 0.1 * stage + float(np.exp(-step / 500)) if stage else None
+            loss = current if replay is None else (current + replay) / 2
+            log.append(stage=stage, step=step, task=task, loss=loss, current=current, replay=replay, lr=1e-3)
+        if task:
+            log.append(event="protection", stage=stage, masked_share=1 - 0.9 ** (stage + 1))
+        description = {"task": task, "num_experts": 4 + stage, "num_parameters": 50_000 + 10_000 * stage}
+        memory = {"memory_steps": 80 * (stage + 1), "memory_bytes": 20_000 * (stage + 1)}
+        path = student.stage_policy(stage).with_suffix(".json")
+        write_json(path, {**description, **memory, "labels": asdict(labels)})
+    log.close()
+
+
+def _write_watched(evaluation: StudentElement, rates: np.ndarray, final: int, labels: Labels) -> None:
+    """Two layers of one expert more than tasks, each task mostly on its own; beliefs that improve."""
+    if np.isnan(rates[final + 1]).all():
+        return
+    tasks = evaluation.config.stream.distinct_tasks
+    head = (evaluation.method, evaluation.seed, final)
+    usage, retrieval = [], []
+    for column, task in enumerate(tasks):
+        for layer in range(2):
+            for expert in range(len(tasks) + 1):
+                chosen = 20_000 if expert == column else 4_000 if expert == len(tasks) else 100 * layer
+                usage.append(UsageRow(*head, task, layer, expert, chosen, *astuple(labels)))
+        for step in (1, 2, 3, 5, 10, 20, 50, 100, 200, labels.horizon):
+            correct = round(50 * min(1.0, 0.3 + 0.07 * column + 0.25 * np.log10(step)))
+            retrieval.append(RetrievalRow(*head, task, step, 50, correct, *astuple(labels)))
+    write_rows(evaluation.usage_file(final), usage)
+    write_rows(evaluation.retrieval_file(final), retrieval)
 
 
 def _write_cell_files(table: Path, details: Path, cells: Sequence[tuple], labels: Labels) -> None:

@@ -19,7 +19,7 @@ LAYERS = [
         *("cpd.envs", "cpd.shards", "cpd.student", "cpd.memory", "cpd.local_queue", "cpd.slurm"),
         *("cpd.results", "cpd.result_tables", "cpd.measures", "cpd.summary", "cpd.adoption"),
     ],
-    ["cpd.teachers", "cpd.distill", "cpd.evaluate"],
+    ["cpd.teachers", "cpd.distill", "cpd.evaluate", "cpd.watch"],
     ["jobs", "analysis"],
 ]
 PURE = ["torch", "mpi4py", "mujoco", "metaworld"]

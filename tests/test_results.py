@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 
 from cpd.files import write_json
+from cpd.record import MetricsLog
 from cpd.result_tables import read_tables
 from cpd.results import gather
 from cpd.runs import Run, RunError
 from cpd.summary import summarize
-from cpd.tables import EpisodeRow, EvaluationRow, read_rows
+from cpd.tables import EpisodeRow, EvaluationRow, LossRow, StageRow, read_rows
 from tests.synthetic_run import write_run
 
 STREAM = ("drawer-close-v3", "handle-press-side-v3", "window-close-v3")
@@ -28,6 +29,7 @@ RATES = np.array(
         [0.5, 0.9, 0.96],
     ]
 )
+MORE = "losses.csv stages.csv usage.csv retrieval.csv"
 TEACHERS = dict(zip(STREAM, (1.0, 0.9, 0.8), strict=True))
 
 
@@ -98,7 +100,7 @@ def test_gathering_again_changes_nothing(tmp_path: Path) -> None:
     gather(Run(run.root))
     assert before == {path.name: path.read_bytes() for path in run.results.iterdir()}
     names = "config.json evaluations.csv episodes.csv curves.csv teachers.csv teacher_curves.csv"
-    assert set(before) == {*names.split(), "distillation.csv", "timings.json", "metrics.json"}
+    assert set(before) == {*names.split(), *MORE.split(), "timings.json", "metrics.json"}
 
 
 def test_a_rejected_teacher_is_named_and_counts_as_zero(tmp_path: Path) -> None:
@@ -227,3 +229,44 @@ def test_gathering_needs_no_torch(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_losses_are_thinned_to_means_and_stages_told_with_their_masks(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", stream=STREAM, students={1: RATES}, teachers=TEACHERS)
+    student = run.students()[0]
+    log = MetricsLog(student.metrics)
+    for step in range(1, 251):
+        log.append(stage=0, step=step, task=STREAM[0], loss=float(step), current=2.0 * step, replay=None)
+    log.append(stage=1, step=1, task=STREAM[1], loss=1.0, current=0.5, replay=1.5)
+    log.append(event="protection", stage=1, masked_share=0.25)
+    log.close()
+    gather(run)
+    rows = read_rows(run.results / "losses.csv", LossRow)
+    first = [row for row in rows if row.stage == 0]
+    assert len(first) == 84, "three records each, which is the least that gives no more than a hundred"
+    assert (first[0].step, first[0].loss, first[0].current, first[0].replay) == (3, 2.0, 4.0, None)
+    assert (first[-1].step, first[-1].loss) == (250, 250.0)
+    assert rows[-1] == LossRow("moe", 1, 1, 1, STREAM[1], 1.0, 0.5, 1.5)
+    stages = read_rows(run.results / "stages.csv", StageRow)
+    assert [row.stage for row in stages] == [-1, 0, 1, 2]
+    assert [row.masked_share for row in stages] == [None, None, 0.25, None]
+    assert [row.memory_steps for row in stages] == [0, 80, 160, 240]
+    assert (stages[0].task, stages[3].task, stages[3].teacher_recipe) == (None, STREAM[2], "rl")
+
+
+def test_variants_are_measured_beside_their_base_and_missed_by_name(tmp_path: Path) -> None:
+    run = write_run(
+        tmp_path / "run",
+        stream=STREAM,
+        students={1: RATES, 2: RATES},
+        teachers=TEACHERS,
+        variants={"worse": {1: RATES / 2, 2: RATES / 2}, "other": {1: RATES, 2: RATES}},
+    )
+    shutil.rmtree(run.students()[5].path)
+    report = gather(run)
+    assert [(s["method"], s["seed"]) for s in report["students"]] == [
+        *(("moe", 1), ("moe", 2), ("worse", 1), ("worse", 2), ("other", 1))
+    ]
+    assert "student other (seed 2) has not been evaluated" in report["missing"]
+    values = {s["method"]: s["average_performance"]["value"] for s in report["students"]}
+    assert values["worse"] == pytest.approx(values["moe"] / 2, abs=0.02)
