@@ -16,7 +16,8 @@ from cpd.interrupt import Interrupt, InterruptedBySignal
 from cpd.provenance import Labels, labels
 from cpd.runs import Run, StudentElement
 from cpd.session import Session, session
-from cpd.student.student import StudentActor, load_student
+from cpd.student.packed_actor import make_actor
+from cpd.student.student import load_student
 from cpd.tables import EpisodeRow, EvaluationRow, write_rows
 from cpd.watch import Watch
 
@@ -132,7 +133,7 @@ def _fill_rows(
     for stage in todo:
         model = load_student(student.stage_policy(stage)).to(device)
         cells = sorted(row_cells(config, stage, stages[-1]), key=lambda cell: not cell.to_the_end)
-        actor = StudentActor(model, config.stream.distinct_tasks)
+        actor = make_actor(model, config.stream.distinct_tasks)
         watch = Watch(model, actor, config.stream.distinct_tasks, config.stream.horizon)
         before = done
         # Only where episodes run to their end is every step of the actor one of an episode.

@@ -29,11 +29,11 @@ class Labels:
 
 
 def labels(config: Config) -> Labels:
-    """The labels of a run's results."""
+    """The labels of a run's results; with PackNet the identity is `given`, through the mask that acts."""
     return Labels(
         config.teacher.recipe,
         config.stream.horizon,
-        config.student.task_identity,
+        "given" if config.protection.kind == "packnet" else config.student.task_identity,
         config.stream.reward_version,
         version("metaworld"),
         version("mujoco"),

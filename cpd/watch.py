@@ -10,7 +10,8 @@ import numpy.typing as npt
 import torch
 
 from cpd.comm import Comm
-from cpd.student.student import Student, StudentActor, StudentOutput
+from cpd.envs.episodes import Actor
+from cpd.student.student import Student, StudentOutput
 from cpd.tables import RetrievalRow, UsageRow
 
 FloatArray = npt.NDArray[np.float32]
@@ -32,7 +33,7 @@ class Watch:
     It counts every step of every row, so the episodes must run to their end.
     """
 
-    def __init__(self, student: Student, actor: StudentActor, tasks: Sequence[str], horizon: int) -> None:
+    def __init__(self, student: Student, actor: Actor, tasks: Sequence[str], horizon: int) -> None:
         """`tasks` are the stream's distinct tasks, in order; `actor` is the student's."""
         self._student, self._actor, self._tasks = student, actor, list(tasks)
         self._recorded = set(retrieval_steps(horizon))

@@ -14,6 +14,7 @@ PROTECTION_SETTINGS: Final = {
     "fisher_windows": ("ewc",),
     "ewc_strength": ("ewc",),
     "agem_windows": ("agem",),
+    "packnet_retrain_share": ("packnet",),
 }
 
 
@@ -28,6 +29,21 @@ def contradictions(config: MethodConfig) -> list[str]:
                 "protection.kind = 'agem' compares the batch's gradient with memory's, so that no row of it may "
                 "come from memory: set distill.replay_share = 0"
             )
+    if config.protection.kind == "packnet":
+        wanted = (
+            (
+                "memory.selection",
+                config.memory.selection,
+                "rows of earlier tasks would train weights they never use",
+            ),
+            ("student.expansion", config.student.expansion, "it divides a network of fixed size"),
+            ("student.task_identity", config.student.task_identity, "the task's mask tells the student the task"),
+        )
+        found += [
+            f"protection.kind = 'packnet' needs {key} = 'none': {reason}"
+            for key, value, reason in wanted
+            if value != "none"
+        ]
     return found
 
 

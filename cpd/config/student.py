@@ -59,14 +59,17 @@ class MemoryConfig:
 class ProtectionConfig:
     """What guards a student's earlier tasks beside replay."""
 
-    kind: Literal["none", "ewc", "agem"] = "none"
-    """ewc: a quadratic pull back to what earlier tasks need; agem: no update against the gradient on memory."""
+    kind: Literal["none", "ewc", "agem", "packnet"] = "none"
+    """ewc: a quadratic pull back to what earlier tasks need; agem: no update against the gradient on memory;
+    packnet: every task keeps weights of its own, and the student must be told the task."""
     fisher_windows: Positive = 256
     """States per stage from which the importance of parameters is estimated (ewc)."""
     ewc_strength: PositiveFloat = 1.0
     """Weight of EWC's penalty against the mean loss of a batch."""
     agem_windows: Positive = 128
     """Windows from memory per step for A-GEM's reference gradient, over all ranks, beside `distill.batch_size`."""
+    packnet_retrain_share: Share = 0.3
+    """Share of a stage's steps after PackNet has pruned."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

@@ -22,7 +22,8 @@ from cpd.provenance import labels
 from cpd.record import MetricsLog
 from cpd.runs import Run, StudentElement, TeacherElement
 from cpd.session import Session, session
-from cpd.student.student import StudentActor, save_student
+from cpd.student.packed_actor import make_actor
+from cpd.student.student import save_student
 from cpd.tables import CurveRow, write_rows
 
 #: Episodes per forward pass of a curve's evaluation: few, so that several ranks have something to do.
@@ -271,7 +272,7 @@ class Distillation:
             return
         task = self.config.stream.tasks[stage]
         outcomes = evaluate_cells(
-            StudentActor(self.trainer.student, self.config.stream.distinct_tasks),
+            make_actor(self.trainer.student, self.config.stream.distinct_tasks),
             [Cell(task, "held_out", evaluation.num_episodes_brief)],
             self.config.stream.horizon,
             self.pool,

@@ -24,6 +24,7 @@ from cpd.shards.schema import ACTION_SIZE, OBSERVATION_SIZE
 from cpd.strict_load import load, to_dict
 from cpd.student.moe import MoE, RouterStats
 from cpd.student.observations import observation_scaling
+from cpd.student.packing import Packing
 from cpd.student.transformer import Block
 
 
@@ -61,6 +62,8 @@ class Student(nn.Module):
         """
         super().__init__()
         self.config, self.num_tasks = config, num_tasks
+        #: Who owns which weight, where a protection gives weights to tasks.
+        self.packing: Packing | None = None
         experts = config.num_experts if num_experts is None else num_experts
         centre, scale = observation_scaling()
         self.register_buffer("obs_centre", torch.tensor(centre, dtype=dtype), persistent=False)
@@ -197,7 +200,8 @@ def save_student(path: Path, student: Student, description: Mapping[str, Any]) -
         student: the policy.
         description: what else to say, such as stage, labels, growth.
     """
-    tensors = {name: value.detach().cpu().contiguous() for name, value in student.state_dict().items()}
+    every = student.state_dict() | (student.packing.tensors() if student.packing else {})
+    tensors = {name: value.detach().cpu().contiguous() for name, value in every.items()}
     data = safetensors.torch.save(tensors)
     centre, scale = observation_scaling()
     write_json(
@@ -238,5 +242,7 @@ def load_student(path: Path) -> Student:
         num_experts=description["num_experts"],
         dtype=getattr(torch, description["dtype"]),
     )
-    student.load_state_dict(safetensors.torch.load(data))
+    tensors = safetensors.torch.load(data)
+    student.packing = Packing.pop_from(tensors)
+    student.load_state_dict(tensors)
     return student

@@ -14,7 +14,7 @@ from tests.distill.synthetic import stage_data
 from tests.distill.test_trainer import make_config, make_trainer, mean_error, through_a_file, train
 
 #: Fixed size, no replay: what remains is the protection.
-PLAIN = {"student": {"expansion": "none"}, "memory": {"selection": "none"}}
+PLAIN = {"student": {"expansion": "none", "task_identity": "none"}, "memory": {"selection": "none"}}
 LONG = {"steps_per_stage": 120, "lr": 5e-3}
 SHORT = {"steps_per_stage": 25}
 EWC_KIND = {"kind": "ewc", "fisher_windows": 32, "ewc_strength": 1.0}
@@ -76,7 +76,7 @@ class TestEWC:
         assert torch.equal(trainer.flat.grads, before)
 
     def test_parameters_that_growth_adds_are_free_at_first(self):
-        trainer = make_trainer(**with_ewc(distill=SHORT, student={"opening_steps": 5}))
+        trainer = make_trainer(**with_ewc(distill=SHORT, student={"opening_steps": 5, "task_identity": "none"}))
         train(trainer, until=25)
         old_size = trainer.flat.size
         held = trainer.protection.state()["precision"].clone()
@@ -141,7 +141,7 @@ class TestAGEM:
 @pytest.mark.parametrize(
     "settings",
     [
-        with_ewc(distill=SHORT, student={"opening_steps": 12}),
+        with_ewc(distill=SHORT, student={"opening_steps": 12, "task_identity": "none"}),
         with_agem(distill={**SHORT, "replay_share": 0.0}),
     ],
     ids=[EWC.__name__, AGEM.__name__],

@@ -40,6 +40,12 @@ SHORT = {"steps_per_stage": 30, "lr_warmup_steps": 5}
 METHODS = {
     "ours": {},
     "ewc": {"protection": {"kind": "ewc", "fisher_windows": 33, "ewc_strength": 10.0}, "distill": SHORT},
+    "packnet": {
+        "student": {"expansion": "none", "task_identity": "none"},
+        "memory": {"selection": "none"},
+        "protection": {"kind": "packnet"},
+        "distill": {**SHORT, "weight_decay": 0.1},
+    },
     "agem": {"protection": {"kind": "agem", "agem_windows": 17}, "distill": {**SHORT, "replay_share": 0.0}},
 }
 

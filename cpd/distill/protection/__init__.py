@@ -12,8 +12,14 @@ from cpd.config import Config
 from cpd.distill.protection.agem import AGEM
 from cpd.distill.protection.base import Protection
 from cpd.distill.protection.ewc import EWC
+from cpd.distill.protection.packnet import PackNet
 
-PROTECTIONS: Final[Mapping[str, type[Protection]]] = {"none": Protection, "ewc": EWC, "agem": AGEM}
+PROTECTIONS: Final[Mapping[str, type[Protection]]] = {
+    "none": Protection,
+    "ewc": EWC,
+    "agem": AGEM,
+    "packnet": PackNet,
+}
 
 
 def make_protection(config: Config, seed: int) -> Protection:
