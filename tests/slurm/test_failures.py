@@ -129,11 +129,11 @@ def test_a_dependency_that_can_never_be_met_ends_its_dependent(bench: Workbench,
 @pytest.mark.slow
 def test_running_out_of_time_without_saving_is_told(bench: Workbench, tmp_path: Path) -> None:
     root = tmp_path / "run"
-    # The flag is looked at between the epochs' steps in the environment: this update takes longer than any limit.
-    bench.launch(root, *LASTING, "--only", DRAWER, "--teacher.ppo.num_epochs", "1000000")
-    bench.wait(lambda: bench.record(root, DRAWER).state == "running", "the teacher at work")
-    bench.slurm("scontrol", "update", f"JobId={bench.job(root, DRAWER)}", "TimeLimit=1")
+    # A student that never looks at the flag.
+    bench.launch(root, "--distill.steps_per_stage", "1000000", "--logging.agree_every", "1000000")
+    bench.until(root, STUDENT, 0)
+    bench.slurm("scontrol", "update", f"JobId={bench.job(root, STUDENT)}", "TimeLimit=1")
     bench.drain()
-    row = bench.rows(root)[DRAWER]
+    row = bench.rows(root)[STUDENT]
     assert (row["state"], row["queue"].split()[0]) == ("killed", "TIMEOUT")
     assert row["message"].startswith("ran out of time without saving: raise minutes or signal_seconds")
