@@ -14,10 +14,13 @@ from cpd.record import clock
 from cpd.runs import Run, TeacherElement
 from cpd.slurm.estimate import costs, disk, gigabytes, wall_hours
 from cpd.slurm.plan import Submission, plan, texts
-from cpd.slurm.queue import cancel, submit
+from cpd.slurm.queue import cancel, submit, withdraw
 from cpd.slurm.states import SchedulerError
 from cpd.slurm.survey import Survey, look, survey
 from jobs.common import tell
+
+#: How often jobs that started too early are submitted anew within one launch.
+MAX_ROUNDS = 3
 
 
 @dataclass(frozen=True)
@@ -99,11 +102,19 @@ def submit_chain(run: Run, profile: Profile, choice: Choice) -> None:
     submissions = plan(run, profile, found, choice.only, choice.retry_failed)
     if not submissions:
         tell(f"{run.root}: nothing to submit ({len(found.active)} elements in the queue)")
-    else:
-        numbers = dict(submit(run, profile, submissions, found))
+    for _ in range(MAX_ROUNDS):
+        if not submissions:
+            break
+        numbers, late = submit(run, profile, submissions, found)
         for submission in submissions:
             tell(_submitted_line(submission, numbers[submission.name]))
         print("\n".join(summary(run, profile, submissions, found)))
+        if choice.only or not late:
+            break
+        names = ", ".join(withdraw(run, late))
+        tell(f"withdrawn, since what it waited for had just ended, and submitted anew: {names}")
+        found = survey(run, profile)
+        submissions = plan(run, profile, found, choice.only, choice.retry_failed)
     if all(element.finished for element in run.elements()):
         from analysis.summary import print_summary
 

@@ -5,34 +5,40 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
+from cpd.lease import current_holder
 from cpd.ledger import LedgerEntry, append
 from cpd.profile import Profile
-from cpd.runs import Run
+from cpd.runs import Element, Run
 from cpd.session import mark
 from cpd.slurm.executor import element_work, executor, outside_of_jobs
 from cpd.slurm.plan import Submission, dependency, note
 from cpd.slurm.states import SchedulerError, run_command
-from cpd.slurm.survey import Survey, survey
+from cpd.slurm.survey import Survey, look, survey
 from cpd.submission import log_name
 
 
-def submit(run: Run, profile: Profile, submissions: Sequence[Submission], found: Survey) -> list[tuple[str, str]]:
-    """Submit in order, then let pending jobs wait for what they need too; returns name and number of each.
+def submit(
+    run: Run, profile: Profile, submissions: Sequence[Submission], found: Survey
+) -> tuple[dict[str, str], list[Element]]:
+    """Submit in order, then let jobs that were pending already wait for what they need too.
+
+    Returns:
+        The number of each submission, by its name; and the elements whose jobs cannot be made to wait, since they
+        started when they found what they need ended: they are about to end without having done anything.
 
     Raises:
         SchedulerError: if sbatch refuses; what was submitted before stays, and launching again goes on.
     """
     jobs = {name: own[-1].job for name, own in found.active.items()}
     arrays: dict[str, list[str]] = {}
-    done = []
+    numbers = {}
     for submission in submissions:
         wait_for = dependency(submission, jobs, arrays)
         number = _submit_one(run, profile, submission, wait_for)
         note(submission, number, jobs, arrays)
-        done.append((submission.name, number))
+        numbers[submission.name] = number
     _sweep(run)
-    _retarget(run, found, jobs, {element.name for s in submissions for element in s.elements})
-    return done
+    return numbers, _retarget(run, found, jobs, {element.name for s in submissions for element in s.elements})
 
 
 def _submit_one(run: Run, profile: Profile, submission: Submission, wait_for: str) -> str:
@@ -84,17 +90,23 @@ def _sweep(run: Run) -> None:
         path.unlink(missing_ok=True)
 
 
-def _retarget(run: Run, found: Survey, jobs: dict[str, str], submitted: set[str]) -> None:
-    """Let jobs that were pending already wait for elements that were submitted anew, too."""
+def _retarget(run: Run, found: Survey, jobs: dict[str, str], submitted: set[str]) -> list[Element]:
+    """Let jobs that were pending already wait for elements that were submitted anew; returns those too late."""
+    late = []
     for element in run.elements():
         own = found.active.get(element.name, [])
-        if not own or own[-1].state != "PENDING":
-            continue
         needed = [needed.name for needed in run.dependencies(element) if not needed.finished]
-        if any(name in submitted for name in needed):
-            numbers = [jobs[name] for name in needed if name in jobs] + [job.job for job in own[:-1]]
-            wait_for = f"afterany:{':'.join(dict.fromkeys(numbers))}"
+        if not own or not any(name in submitted for name in needed):
+            continue
+        numbers = [jobs[name] for name in needed if name in jobs] + [job.job for job in own[:-1]]
+        wait_for = f"afterany:{':'.join(dict.fromkeys(numbers))}"
+        try:
             run_command(["scontrol", "update", f"JobId={own[-1].job}", f"Dependency={wait_for}"])
+        except SchedulerError:
+            # It is not pending any more. If nobody is at work, it looks for what it needs, or has not got so far.
+            if current_holder(element.path / "attempts")[0] is None:
+                late.append(element)
+    return late
 
 
 def cancel(run: Run, profile: Profile, only: Sequence[str] = ()) -> list[str]:
@@ -104,8 +116,24 @@ def cancel(run: Run, profile: Profile, only: Sequence[str] = ()) -> list[str]:
         RunError: if `only` names what is not there.
         SchedulerError: if Slurm cannot be asked.
     """
-    found = survey(run, profile)
-    elements = [e for e in run.select(only) if e.name in found.active]
+    return _cancel(run.select(only), survey(run, profile))
+
+
+def withdraw(run: Run, late: Sequence[Element]) -> list[str]:
+    """Cancel the jobs of elements that started too early, and of all that needs them; returns their names.
+
+    Raises:
+        SchedulerError: if Slurm cannot be asked.
+    """
+    affected: dict[str, Element] = {}
+    for element in run.elements():
+        if element in late or any(needed.name in affected for needed in run.dependencies(element)):
+            affected[element.name] = element
+    return _cancel(list(affected.values()), look(run))
+
+
+def _cancel(elements: Sequence[Element], found: Survey) -> list[str]:
+    elements = [element for element in elements if element.name in found.active]
     # The last first, so that none starts because what it waits for was cancelled before it.
     numbers = [job.job for element in elements for job in found.active[element.name]]
     numbers = list(dict.fromkeys(reversed(numbers)))

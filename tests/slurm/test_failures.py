@@ -65,6 +65,21 @@ def test_rejected_teachers_stop_the_chain_if_the_recipe_says_so(bench: Workbench
     assert {rows[name]["state"] for name in (EVALUATION, "results")} == {"waiting"}
 
 
+def test_jobs_that_started_too_early_are_submitted_anew(bench: Workbench, tmp_path: Path) -> None:
+    root = tmp_path / "run"
+    bench.launch(root, *LASTING)
+    student = bench.job(root, STUDENT)
+    for teacher in (DRAWER, WINDOW):
+        bench.until(root, teacher, 0)
+        bench.kill(root, teacher)
+    bench.wait(lambda: bench.slurm("squeue", "-h", "-j", student, "-o", "%T") == "RUNNING", "the student started")
+    # It is about to find that its teachers are not finished, and so are those that follow it.
+    told = bench.launch(root, *LASTING)
+    assert f"submitted anew: {STUDENT}, {EVALUATION}, results" in told
+    bench.drain()
+    bench.assert_done(root)
+
+
 def test_an_element_that_raises_is_shown_with_its_error(bench: Workbench, taught: Path) -> None:
     shard = next((taught / WINDOW / "shards").glob("*.h5"))
     shard.write_bytes(shard.read_bytes()[:-100])
