@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from cpd.comm import Comm
 from cpd.config import Config
 from cpd.envs.cells import Cell, EnvPool, evaluate_cells
-from cpd.envs.episodes import Outcome
+from cpd.envs.episodes import Actor, Outcome
 from cpd.interrupt import Interrupt, InterruptedBySignal
 from cpd.provenance import Labels, labels
 from cpd.runs import Run, StudentElement
 from cpd.session import Session, session
 from cpd.student.packed_actor import make_actor
-from cpd.student.student import load_student
+from cpd.student.student import Student, load_student
 from cpd.tables import EpisodeRow, EvaluationRow, write_rows
 from cpd.watch import Watch
 
@@ -85,6 +88,52 @@ def evaluation_rows(
     return rows, episodes
 
 
+class _OwnStudents:
+    """Acts for each task with the student that was trained on it alone; satisfies `cpd.envs.episodes.Actor`."""
+
+    def __init__(self, students: Mapping[str, Callable[[], Actor]]) -> None:
+        """`students` make the actor of each task, which happens at most once."""
+        self._students, self._made = students, dict[str, Actor]()
+        self._task = ""
+
+    def reset(self, task: str, num_envs: int) -> None:
+        """Begin `num_envs` fresh episodes of `task`."""
+        self._task = task
+        if task not in self._made:
+            self._made[task] = self._students[task]()
+        self._made[task].reset(task, num_envs)
+
+    def act(self, obs_BO: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        """The actions of the task's own student."""
+        return self._made[self._task].act(obs_BO)
+
+
+def _make_actor(element: StudentElement, model: Student, stages: Sequence[int]) -> Actor:
+    """What row `stages[-1]` of the success matrix measures.
+
+    It is the student after that stage, with one exception: by the protocol `single_task` there is a student for
+    each task, and a row measures on each task the student of its latest stage so far, on tasks without one the
+    first student, from before training. So S[i, j] stays what it was when task j's stage ended: nothing is
+    forgotten, and the final row holds every task's own student.
+
+    Args:
+        element: the student's.
+        model: the student after `stages[-1]`.
+        stages: those that have a policy, ascending, up to the row's.
+    """
+    stream, device = element.config.stream, model.device
+    if element.config.distill.protocol != "single_task":
+        return make_actor(model, stream.distinct_tasks)
+    own = dict.fromkeys(stream.distinct_tasks, stages[0])
+    own |= {stream.tasks[stage]: stage for stage in stages if stage >= 0}
+
+    def make(stage: int) -> Actor:
+        there = model if stage == stages[-1] else load_student(element.stage_policy(stage)).to(device)
+        return make_actor(there, stream.distinct_tasks)
+
+    return _OwnStudents({task: partial(make, stage) for task, stage in own.items()})
+
+
 def run_evaluation(
     run: Run, element: StudentElement, comm: Comm, *, interrupt: Interrupt, tell: Callable[[str], None]
 ) -> None:
@@ -133,7 +182,7 @@ def _fill_rows(
     for stage in todo:
         model = load_student(student.stage_policy(stage)).to(device)
         cells = sorted(row_cells(config, stage, stages[-1]), key=lambda cell: not cell.to_the_end)
-        actor = make_actor(model, config.stream.distinct_tasks)
+        actor = _make_actor(student, model, stages[: stages.index(stage) + 1])
         watch = Watch(model, actor, config.stream.distinct_tasks, config.stream.horizon)
         before = done
         # Only where episodes run to their end is every step of the actor one of an episode.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from cpd.config.student import ProtectionConfig
+from cpd.config.student import MemoryConfig, ProtectionConfig, StudentConfig
 
 if TYPE_CHECKING:
     from cpd.config.experiment import MethodConfig
@@ -50,6 +50,18 @@ def contradictions(config: MethodConfig) -> list[str]:
 def without_effect(config: MethodConfig) -> list[str]:
     """Settings that are given but have no effect; each line begins with a setting's dotted path."""
     found, protection = [], config.protection
+    if config.distill.protocol != "continual":
+        defaults = MemoryConfig(), ProtectionConfig(), StudentConfig()
+        given = {
+            "memory.selection": config.memory != defaults[0] and config.memory.selection != "none",
+            "protection.kind": protection.kind not in (defaults[1].kind, "none"),
+            "student.expansion": config.student.expansion not in (defaults[2].expansion, "none"),
+        }
+        found += [
+            f"{key} has no effect: distill.protocol is {config.distill.protocol!r}"
+            for key, is_given in given.items()
+            if is_given
+        ]
     for name, kinds in PROTECTION_SETTINGS.items():
         if protection.kind not in kinds and getattr(protection, name) != getattr(ProtectionConfig(), name):
             found.append(f"protection.{name} has no effect: protection.kind is {protection.kind!r}")

@@ -148,7 +148,7 @@ class Config(MethodConfig):
     @property
     def memory_steps(self) -> int:
         """The memory's budget in stored time steps for the whole stream."""
-        if self.memory.selection == "none":
+        if self.memory.selection == "none" or self.distill.protocol != "continual":
             return 0
         return round(self.memory.share * len(self.stream.distinct_tasks) * self.rollouts.num_steps)
 

@@ -76,6 +76,10 @@ class ProtectionConfig:
 class DistillConfig:
     """Continual distillation of the teachers into the student."""
 
+    protocol: Literal["continual", "joint", "single_task"] = "continual"
+    """continual: one task after another. Two bounds on it, without memory, protection or growth, with as many
+    steps and samples: joint, where every stage's batches mix the data of all tasks evenly; and single_task,
+    where every stage trains a fresh student, and each task is acted for by the student of its latest stage."""
     steps_per_stage: Positive = 1_000
     batch_size: Positive = 256
     """Windows per step over all ranks."""

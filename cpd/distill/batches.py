@@ -33,6 +33,7 @@ class StageData:
         observations: [N, 39] float32, raw.
         teacher_mean: [N, 4] float32, as executed: clipped to [-1, 1], since more could not be imitated.
         teacher_log_std: [N, 4] float32.
+        others: what the stage distils beside it, of other tasks (protocol `joint`).
     """
 
     task: int
@@ -40,6 +41,7 @@ class StageData:
     observations: npt.NDArray[np.float32]
     teacher_mean: npt.NDArray[np.float32]
     teacher_log_std: npt.NDArray[np.float32]
+    others: tuple[StageData, ...] = ()
 
     @classmethod
     def from_rollouts(cls, rollouts: Rollouts, tasks: Sequence[str]) -> StageData:
@@ -100,9 +102,9 @@ class Batch(NamedTuple):
 class BatchSource:
     """The batches of one stage.
 
-    A row from the current task is the window that ends with a step drawn uniformly from all of them, so that
-    every step is seen with its full past and windows at an episode's start are short ones, as when acting. A
-    row from memory is a whole segment, drawn uniformly.
+    A row from the current task (jointly: of all tasks) is the window that ends with a step drawn uniformly from
+    all of them, so that every step is seen with its full past and windows at an episode's start are short ones,
+    as when acting. A row from memory is a whole segment, drawn uniformly.
     """
 
     def __init__(
@@ -118,21 +120,24 @@ class BatchSource:
     ) -> None:
         self._config, self._context, self._seed, self._stage, self._comm = config, context, seed, stage, comm
         self._memory_start, self._memory_length = memory.start, memory.length
-        self._window_start = data.window_starts(context) + memory.num_steps
-        self._window_length = (
-            np.arange(memory.num_steps, memory.num_steps + data.num_steps) - self._window_start + 1
-        )
+        lessons = [data, *data.others]
+        # The table's rows: memory's steps, then every lesson's.
+        first_row = np.cumsum([memory.num_steps, *(lesson.num_steps for lesson in lessons)])
+        starts = [lesson.window_starts(context) + row for lesson, row in zip(lessons, first_row[:-1], strict=True)]
+        self._window_start = np.concatenate(starts)
+        self._window_length = np.arange(first_row[0], first_row[-1]) - self._window_start + 1
         # One table for memory and current data, so that a batch is one gather.
         columns = [
-            np.concatenate([memory.observations, data.observations]),
-            np.concatenate([memory.teacher_mean, data.teacher_mean]),
-            np.concatenate([memory.teacher_log_std, data.teacher_log_std]),
+            np.concatenate([memory.observations, *(lesson.observations for lesson in lessons)]),
+            np.concatenate([memory.teacher_mean, *(lesson.teacher_mean for lesson in lessons)]),
+            np.concatenate([memory.teacher_log_std, *(lesson.teacher_log_std for lesson in lessons)]),
         ]
         dtype = getattr(torch, config.precision)
         table = torch.from_numpy(np.concatenate(columns, axis=1)).to(dtype)
         table[:, -ACTION_SIZE:] = floored_log_std(table[:, -ACTION_SIZE:], config.std_floor)
         self._table = table.to(device)
-        task = np.concatenate([np.repeat(memory.task, memory.length), np.full(data.num_steps, data.task)])
+        current = [np.full(lesson.num_steps, lesson.task) for lesson in lessons]
+        task = np.concatenate([np.repeat(memory.task, memory.length), *current])
         self._task = torch.from_numpy(task).to(device)
         self._num_replayed = 0
         if len(memory):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -96,6 +96,7 @@ class Distillation:
         self.label = labels(element.config)
         self.trainer = Trainer(element.config, element.seed, comm, choose_device(comm))
         self.curves: list[CurveRow] = []
+        self._lessons: dict[str, StageData] = {}
         self.pool = EnvPool(element.config.stream.reward_version)
         self._seconds = 0.0
         self._loss: float | None = None
@@ -127,17 +128,29 @@ class Distillation:
         """All stages that are left, or as many as can be; returns the task whose teacher is lacking."""
         progress, tasks = self.trainer.progress, self.config.stream.tasks
         self.session.begin("distill", self._steps_before(len(tasks)), self._steps_done())
+        if self.config.distill.protocol == "joint" and self.pending:
+            return next(task for task in tasks if task in self.pending)
         for stage in range(progress.stage, len(tasks)):
             self.session.check()
             if tasks[stage] in self.pending:
                 return tasks[stage]
-            teacher = self.admitted.get(tasks[stage])
-            if teacher is None:
+            if tasks[stage] in self.admitted:
+                self._stage(stage, self._lesson(tasks[stage]))
+            else:
                 self._record(event="skipped", stage=stage, task=tasks[stage])
                 self.trainer.skip_stage()
-            else:
-                self._stage(stage, read_stage(self.run, teacher, self.comm))
         return None
+
+    def _lesson(self, task: str) -> StageData:
+        """What a stage of `task` distils; jointly the data of all teachers, read once."""
+        if self.config.distill.protocol != "joint":
+            return read_stage(self.run, self.admitted[task], self.comm)
+        if not self._lessons:
+            self._lessons = {
+                name: read_stage(self.run, teacher, self.comm) for name, teacher in self.admitted.items()
+            }
+        others = [lesson for name, lesson in self._lessons.items() if name != task]
+        return replace(self._lessons[task], others=tuple(others))
 
     def _steps_before(self, stage: int) -> int:
         """Optimisation steps in the stages before `stage`."""
@@ -250,6 +263,7 @@ class Distillation:
         description = {
             "method": self.element.method,
             "seed": self.element.seed,
+            "protocol": config.distill.protocol,
             "stage": stage,
             "task": config.stream.tasks[stage] if stage >= 0 else None,
             "distinct_tasks": list(config.stream.distinct_tasks),

@@ -95,15 +95,19 @@ class Trainer:
                 "ranks or larger batches"
             )
         self.config, self.seed, self.comm, self.device = config, seed, comm, device
-        self.student = self._build(config.student.num_experts)
-        self.student.initialise(torch.Generator().manual_seed(derive(seed, "student")))
-        self.student.to(device)
-        self.flat = FlatParameters(self.student)
-        self.optimizer = AdamW(self.flat, config.distill.weight_decay)
+        self._start_afresh()
         self.memory = ReplayMemory(make_selection(config.memory, seed), config.memory_steps)
         self.protection = make_protection(config, seed)
         self.progress = Progress()
         self._source: BatchSource | None = None
+
+    def _start_afresh(self) -> None:
+        """Draw the first weights, and forget what the optimiser knows."""
+        self.student = self._build(self.config.student.num_experts)
+        self.student.initialise(torch.Generator().manual_seed(derive(self.seed, "student")))
+        self.student.to(self.device)
+        self.flat = FlatParameters(self.student)
+        self.optimizer = AdamW(self.flat, self.config.distill.weight_decay)
 
     def _build(self, num_experts: int) -> Student:
         config = self.config
@@ -135,6 +139,9 @@ class Trainer:
         )
         if progress.begun:
             return []
+        if config.distill.protocol == "single_task":
+            self._start_afresh()
+            progress.seen.clear()
         new = data.task not in progress.seen
         decisions: list[GrowthDecision] = []
         if new and progress.seen and config.student.expansion == "per_task":
@@ -153,7 +160,7 @@ class Trainer:
             progress.num_opening = num_new
             progress.growth += decisions
         if new:
-            progress.seen.append(data.task)
+            progress.seen += [lesson.task for lesson in (data, *data.others)]
         progress.begun = True
         self.protection.begin_stage(self)
         return decisions

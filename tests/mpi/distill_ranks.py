@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -47,6 +48,8 @@ METHODS = {
         "distill": {**SHORT, "weight_decay": 0.1},
     },
     "agem": {"protection": {"kind": "agem", "agem_windows": 17}, "distill": {**SHORT, "replay_share": 0.0}},
+    "joint": {"distill": {**SHORT, "protocol": "joint"}},
+    "single_task": {"distill": {**SHORT, "protocol": "single_task"}},
 }
 
 
@@ -58,6 +61,8 @@ def train(comm: Comm, method: str = "ours") -> dict[str, np.ndarray]:
     losses, norms = [], []
     for stage in range(3):
         data = stage_data(stage)
+        if trainer.config.distill.protocol == "joint":
+            data = replace(data, others=tuple(stage_data(other) for other in range(3) if other != stage))
         trainer.begin_stage(data)
         for _ in range(trainer.config.distill.steps_per_stage):
             report = trainer.train_step(report=True)

@@ -23,5 +23,6 @@ PROTECTIONS: Final[Mapping[str, type[Protection]]] = {
 
 
 def make_protection(config: Config, seed: int) -> Protection:
-    """The protection that `config.protection.kind` names."""
-    return PROTECTIONS[config.protection.kind](config, seed)
+    """The protection that `config.protection.kind` names; none where nothing can be forgotten."""
+    kind = config.protection.kind if config.distill.protocol == "continual" else "none"
+    return PROTECTIONS[kind](config, seed)

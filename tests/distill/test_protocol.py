@@ -1,0 +1,152 @@
+"""The two bounds: all tasks jointly, and a student for every task."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from cpd.comm import SerialComm
+from cpd.distill.batches import StageData
+from cpd.distill.element import run_student
+from cpd.distill.trainer import Trainer
+from cpd.evaluate import run_evaluation
+from cpd.interrupt import Interrupt
+from cpd.tables import EvaluationRow, read_rows
+from tests.distill.synthetic import stage_data, write_teachers
+from tests.distill.test_trainer import make_config, make_trainer, mean_error, through_a_file
+
+LONG = {"steps_per_stage": 120, "lr": 5e-3}
+SHORT = {"steps_per_stage": 20}
+
+
+def of(protocol: str, **distill) -> Trainer:
+    return make_trainer(student={"task_identity": "none", "width": 32}, distill={**distill, "protocol": protocol})
+
+
+def lesson(trainer: Trainer, task: int) -> StageData:
+    """What a stage of `task` distils."""
+    joint = trainer.config.distill.protocol == "joint"
+    return replace(
+        stage_data(task), others=tuple(stage_data(other) for other in range(3) if other != task and joint)
+    )
+
+
+def train(trainer: Trainer, until: int = 10**6) -> None:
+    """Train over the stream, or up to a number of steps in all."""
+    steps = trainer.config.distill.steps_per_stage
+    for stage in range(trainer.progress.stage, 3):
+        if stage * steps == until:
+            return
+        trainer.begin_stage(lesson(trainer, stage))
+        while trainer.progress.step < steps:
+            if stage * steps + trainer.progress.step == until:
+                return
+            trainer.train_step()
+        trainer.end_stage(lesson(trainer, stage))
+
+
+class TestJoint:
+    def test_every_batch_mixes_all_tasks_evenly(self):
+        trainer = of("joint", batch_size=512)
+        trainer.begin_stage(lesson(trainer, 1))
+        batch = trainer.source.batch(0)
+        shares = torch.bincount(batch.task_R) / 512
+        assert ((shares > 0.25) & (shares < 0.42)).all()
+        assert not batch.replayed_R.any()
+        for task in range(3):
+            known = {row.astype(np.float64).tobytes() for row in stage_data(task).observations}
+            obs = batch.obs_RLO[batch.task_R == task].reshape(-1, 39)
+            assert all(one.numpy().tobytes() in known for one in obs)
+
+    def test_learns_all_tasks_without_growth_or_memory(self):
+        trainer = of("joint", **LONG)
+        train(trainer)
+        for task in range(3):
+            assert mean_error(trainer, task) < 0.1 * float(np.square(stage_data(task).teacher_mean).mean())
+        assert trainer.student.num_experts == trainer.config.student.num_experts
+        assert trainer.memory.num_steps == trainer.memory.budget == 0
+
+
+class TestSingleTask:
+    def test_every_stage_trains_a_fresh_student_as_if_there_were_no_other(self):
+        trainer = of("single_task", **SHORT)
+        first = trainer.flat.values.clone()
+        train(trainer, until=40)
+        trainer.begin_stage(lesson(trainer, 2))
+        assert torch.equal(trainer.flat.values, first)
+        train(trainer)
+        alone = of("continual", **SHORT)
+        for _ in range(2):
+            alone.skip_stage()
+        train(alone)
+        assert torch.equal(trainer.flat.values, alone.flat.values)
+        assert trainer.student.num_experts == trainer.config.student.num_experts
+        assert trainer.memory.num_steps == 0
+
+
+@pytest.mark.parametrize("protocol", ["joint", "single_task"])
+@pytest.mark.parametrize("until", [20, 30])
+def test_resuming_equals_going_on_bit_for_bit(protocol, until):
+    straight, first, resumed = (of(protocol, **SHORT) for _ in range(3))
+    train(straight)
+    train(first, until=until)
+    resumed.restore(through_a_file(first.state()))
+    train(resumed)
+    assert torch.equal(resumed.flat.values, straight.flat.values)
+
+
+def test_what_a_bound_does_not_look_at_is_warned_about():
+    assert make_config(distill={"protocol": "joint"}, memory={"share": 0.5}).warnings() == [
+        "memory.selection has no effect: distill.protocol is 'joint'"
+    ]
+    assert make_config(distill={"protocol": "single_task"}, protection={"kind": "ewc"}, memory={}).warnings() == [
+        "memory.selection has no effect: distill.protocol is 'single_task'",
+        "protection.kind has no effect: distill.protocol is 'single_task'",
+    ]
+
+
+#: Only the second is in an untrained hand's reach; the final row's episodes, and returns, go on after success.
+FIRST, SECOND = "window-close-v3", "drawer-close-v3"
+
+
+def distilled_and_evaluated(make_run, **over) -> dict[tuple[int, str], EvaluationRow]:
+    """Held-out cells by row and task of a miniature run on real environments."""
+    tables = {
+        "stream": {"tasks": [FIRST, SECOND], "horizon": 20},
+        "distill": {"batch_size": 16, **over.pop("distill", {})},
+        "evaluation": {"num_episodes": 2, "curve_points": 0},
+        **over,
+    }
+    run = make_run(**tables)
+    write_teachers(run, run.students()[0])
+    run_student(run, run.students()[0], SerialComm(), interrupt=Interrupt(), tell=lambda line: None)
+    element = run.evaluations()[0]
+    run_evaluation(run, element, SerialComm(), interrupt=Interrupt(), tell=lambda line: None)
+    description = json.loads(run.students()[0].stage_policy(1).with_suffix(".json").read_text())
+    assert description["protocol"] == element.config.distill.protocol
+    rows = [row for stage in (-1, 0, 1) for row in read_rows(element.row_file(stage), EvaluationRow)]
+    return {(row.stage, row.task): row for row in rows if row.goal_set == "held_out"}
+
+
+def test_a_row_of_single_task_students_measures_each_task_with_its_own(make_run):
+    cells = distilled_and_evaluated(make_run, distill={"protocol": "single_task"})
+    returns = {place: row.mean_return for place, row in cells.items()}
+    assert returns[0, SECOND] == returns[-1, SECOND] != returns[1, SECOND]
+    assert returns[1, FIRST] == returns[0, FIRST] != returns[-1, FIRST]
+
+
+def test_packnet_and_joint_students_go_all_the_way(make_run):
+    packnet = {
+        "student": {"expansion": "none", "task_identity": "none"},
+        "memory": {"selection": "none"},
+        "protection": {"kind": "packnet"},
+    }
+    cells = distilled_and_evaluated(make_run, name="packnet", **packnet)
+    assert cells[1, FIRST].mean_return == cells[0, FIRST].mean_return != cells[-1, FIRST].mean_return
+    assert {row.task_identity for row in cells.values()} == {"given"}
+    cells = distilled_and_evaluated(make_run, name="joint", distill={"protocol": "joint"})
+    assert len(cells) == 6
