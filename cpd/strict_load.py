@@ -31,12 +31,11 @@ class ConfigError(ValueError):
 
 
 def suggestion(word: str, known: Iterable[str]) -> str:
-    """`; did you mean 'x'?` for the nearest known words, else a list of all of them if it is short."""
+    """`; did you mean 'x'?` for the nearest known words, and all of them if they are few enough to read."""
     known = list(known)
     close = difflib.get_close_matches(word, known, n=2, cutoff=0.6)
-    if close:
-        return "; did you mean " + " or ".join(repr(match) for match in close) + "?"
-    return f" (known: {', '.join(known)})" if len(known) <= 24 else ""
+    nearest = "; did you mean " + " or ".join(repr(match) for match in close) + "?" if close else ""
+    return nearest + (f" (known: {', '.join(known)})" if len(known) <= 30 else "")
 
 
 T = TypeVar("T")
