@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import textwrap
 import time
 from collections.abc import Callable
 
@@ -50,12 +51,13 @@ def unfinished_dependencies(run: Run, element: Element) -> list[Element]:
 
 def describe_unfinished(missing: list[Element]) -> str:
     """Why an element cannot start, naming what it needs."""
-    states = {element.name: read_status(element.status) for element in missing}
-    listing = ", ".join(
-        f"{name} ({record.state}{f': {record.message}' if record.message else ''})"
-        for name, record in states.items()
-    )
-    return f"not started, since it needs {listing}"
+    found = []
+    for element in missing:
+        record = read_status(element.status)
+        # Its own message may tell of what it needs in turn, and so on.
+        message = textwrap.shorten(record.message, 100, placeholder=" ...")
+        found.append(f"{element.name} ({record.state}{f': {message}' if message else ''})")
+    return f"not started, since it needs {', '.join(found)}"
 
 
 def decline(element: Element, reason: str) -> None:
