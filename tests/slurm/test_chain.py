@@ -83,6 +83,7 @@ def test_a_killed_element_ends_the_chain_by_name_and_is_retried(bench: Workbench
     bench.assert_done(root)
 
 
+@pytest.mark.slow
 def test_a_retried_teacher_is_waited_for(bench: Workbench, tmp_path: Path) -> None:
     root = tmp_path / "run"
     bench.launch(root, *LASTING)

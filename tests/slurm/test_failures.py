@@ -65,6 +65,7 @@ def test_rejected_teachers_stop_the_chain_if_the_recipe_says_so(bench: Workbench
     assert {rows[name]["state"] for name in (EVALUATION, "results")} == {"waiting"}
 
 
+@pytest.mark.slow
 def test_jobs_that_started_too_early_are_submitted_anew(bench: Workbench, tmp_path: Path) -> None:
     root = tmp_path / "run"
     bench.launch(root, *LASTING)
