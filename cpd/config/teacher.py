@@ -61,29 +61,27 @@ class PPOConfig:
 class SACConfig:
     """The SAC learner (Haarnoja et al. 2018)."""
 
-    hidden_sizes: tuple[Positive, ...] = (256, 256)
+    hidden_sizes: tuple[Positive, ...] = (128, 128)
     """Widths of the hidden layers, of policy and critics alike."""
     num_envs: Positive = 5
     """Environments stepped in lock-step; independent of the number of worker processes."""
     steps_per_env: Positive = 200
     """Environment steps per environment and iteration; gradient steps follow each iteration."""
-    updates_per_step: PositiveFloat = 1.0
+    updates_per_step: PositiveFloat = 0.5
     """Gradient steps per environment step."""
-    batch_size: Positive = 128
+    batch_size: Positive = 64
     buffer_size: Positive = 200_000
     """Newest transitions that are replayed; checkpoints hold them all, at 340 bytes each."""
     learning_starts: Positive = 1_000
     """Transitions in the buffer before the first gradient step."""
     learning_rate: PositiveFloat = 1e-3
-    gamma: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.97
-    target_rate: Annotated[float, Field(gt=0.0, le=1.0)] = 0.005
+    gamma: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.99
+    target_rate: Annotated[float, Field(gt=0.0, le=1.0)] = 0.01
     """Share by which the critics' targets follow them at each step."""
     policy_delay: Positive = 1
     """Gradient steps on the critics per step on the policy."""
-    max_error: PositiveFloat = 1.0
-    """Beyond this, a value's error counts by its size and no longer by its square (Huber)."""
     reward_scale: PositiveFloat = 0.1
-    init_alpha: PositiveFloat = 0.1
+    init_alpha: PositiveFloat = 0.03
     """Initial temperature: the price of a nat of entropy, in scaled reward."""
     target_entropy: float = -1.0
     """Nats per action component that the temperature aims at."""

@@ -176,7 +176,7 @@ class SACLearner:
         value_EM = activations[-1].squeeze(-1)
         error_EB = value_EM[:, :num_rows] - target_B
         grad_EM = torch.empty_like(value_EM)
-        grad_EM[:, :num_rows] = error_EB.clamp(-config.max_error, config.max_error) / num_rows
+        grad_EM[:, :num_rows] = error_EB / num_rows
         if learns_policy:
             chosen_EB = value_EM[:, num_rows:]
             # The smaller of both values is the actor's; only its critic gets a gradient.

@@ -141,7 +141,6 @@ class Actor:
             self.values[part] = parameter.detach().flatten()
             # The policy acts with the very numbers that the optimiser moves.
             parameter.data = self.values[part].view(parameter.shape)
-            parameter.requires_grad_(False)
             views.append(parameter.data)
             grads.append(self.values.grad[part].view(parameter.shape))
             start = part.stop
