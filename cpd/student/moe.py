@@ -46,7 +46,7 @@ class MoE(nn.Module):
     Everything is kept per expert, router rows included, so that growth appends parameters and touches none.
     `logit_offset` is added to the logits. An expert whose offset is minus infinity is closed: it is left out of
     the computation altogether, so that outputs do not change by a single bit when it is appended. Closed
-    experts are always the last ones.
+    experts are always the last ones. While but one is open this is a dense layer, and its router is not trained.
     """
 
     logit_offset: Tensor
@@ -86,6 +86,8 @@ class MoE(nn.Module):
         """
         offsets = self.logit_offset.tolist()
         num_open = sum(offset > -math.inf for offset in offsets)
+        if num_open == 1:
+            return self.experts[0](x_ND), None if valid_N is None else _dense_stats(valid_N)
         logits_NE = F.linear(x_ND, torch.stack(list(self.router)[:num_open]))
         if any(offsets[:num_open]):
             logits_NE = logits_NE + self.logit_offset[:num_open]
@@ -97,6 +99,12 @@ class MoE(nn.Module):
         """The first and the second matrices of the open experts."""
         experts = [expert for expert in self.experts if isinstance(expert, Expert)][:num_open]
         return [expert.up.weight for expert in experts], [expert.down.weight for expert in experts]
+
+
+def _dense_stats(valid_N: Tensor) -> RouterStats:
+    """With one expert there is no choice, and the router plays no part."""
+    tokens_1 = valid_N.sum().reshape(1)
+    return RouterStats(tokens_1, tokens_1, tokens_1.new_zeros(()))
 
 
 def _stats(logits_NE: Tensor, chosen_Nk: Tensor, valid_N: Tensor) -> RouterStats:

@@ -1,0 +1,201 @@
+"""Training throughput per rank against torch's DistributedDataParallel with gloo, and weak scaling.
+
+    python -m tests.bench.bench_ddp [--ranks 2] [--batch-size 128] [recipe.toml]
+
+starts that many ranks on this machine. All in one job, one thread a rank, alternating in short blocks, so that
+whatever else the machine does meets all alike; medians over blocks of the median step. Wanted are as many free
+cores as ranks: ranks that wait for their turn on a core wait for each other too.
+
+- ours: the trainer's step on the global batch, over MPI.
+- DDP: the same student on the same rows with the same losses under DistributedDataParallel (one bucket, gradients
+  as views of it), torch's clipping and fused-by-foreach AdamW. It is spared what it does not do: its experts'
+  shares are each rank's own, where ours are the global batch's, at the price of a second collective.
+- alone: one rank's step with as many rows, while the others sleep; for weak scaling.
+- beside: the same on all ranks at once, without a word between them: what they take from each other in memory
+  bandwidth and by heat, which no communication library can give back.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from cpd.comm import RANKS_VARIABLE, Comm, SerialComm, asked_size, connect
+from cpd.config import Config
+from cpd.distill.batches import Batch
+from cpd.distill.losses import LOSSES, load_balance_loss, router_z_loss
+from cpd.distill.schedule import learning_rate
+from cpd.distill.trainer import Trainer
+from cpd.strict_load import load, merge, read_toml
+from cpd.submission import MPIEXEC_ENVIRONMENT, mpi_command
+from jobs.launch import RECIPES
+from tests.distill.synthetic import stage_data
+
+#: The losses that a plain torch program would have too: nothing but the student's own.
+PLAIN = {"student": {"task_identity": "none"}, "protection": {"kind": "none"}}
+
+
+def started_trainer(config: Config, comm: Comm) -> Trainer:
+    """A trainer in its third stage, with experts added and memory filled."""
+    trainer = Trainer(config, 1, comm, torch.device("cpu"))
+    episodes = config.rollouts.num_steps // 100
+    for task in range(2):
+        trainer.begin_stage(stage_data(task, episodes, 100))
+        trainer.train_step()
+        trainer.end_stage(stage_data(task, episodes, 100))
+    trainer.begin_stage(stage_data(2, episodes, 100))
+    trainer.train_step()
+    return trainer
+
+
+class LocalLoss(nn.Module):
+    """A rank's loss on its own rows, as a module, which is what DistributedDataParallel wraps."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        super().__init__()
+        self.student, self.config = trainer.student, trainer.config.distill
+
+    def forward(self, batch: Batch, num_tokens: int) -> Tensor:
+        """The mean over this rank's tokens."""
+        out = self.student(batch.obs_RLO, task_B=batch.task_R, valid_BL=batch.valid_RL)
+        distance_RL = batch.valid_RL * LOSSES[self.config.loss](
+            out.mean_BLA, out.log_std_BLA, batch.teacher_mean_RLA, batch.teacher_log_std_RLA
+        )
+        counts_LE = torch.stack([stats.counts_E for stats in out.stats])
+        shares_LE = counts_LE / (num_tokens * self.student.config.top_k)
+        balance = load_balance_loss(torch.stack([stats.prob_sums_E for stats in out.stats]), shares_LE, num_tokens)
+        router_z = router_z_loss(torch.stack([stats.z_square_sum for stats in out.stats]), num_tokens)
+        imitation: Tensor = distance_RL.sum() / num_tokens
+        return imitation + self.config.load_balance_coef * balance + self.config.router_z_coef * router_z
+
+
+def ddp_step(config: Config, comm: Comm) -> Callable[[], Any]:
+    """A training step of the same student under DistributedDataParallel."""
+    trainer = started_trainer(config, comm)
+    for parameter in trainer.student.parameters():  # no views of the flat vector: torch's own way
+        parameter.data, parameter.grad = parameter.data.clone(), None
+    wrapped = DistributedDataParallel(LocalLoss(trainer), gradient_as_bucket_view=True)
+    optimizer = torch.optim.AdamW(wrapped.parameters(), lr=config.distill.lr, weight_decay=0.0, foreach=True)
+
+    def step() -> None:
+        batch = trainer.source.batch(trainer.progress.step)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(config.distill, trainer.progress.step)
+        optimizer.zero_grad(set_to_none=False)
+        wrapped(batch, int(batch.valid_RL.sum())).backward()
+        norm = nn.utils.clip_grad_norm_(wrapped.parameters(), config.distill.max_grad_norm)
+        assert torch.isfinite(norm)
+        optimizer.step()
+        trainer.progress.step += 1
+
+    return step
+
+
+def milliseconds(step: Callable[[], Any], steps: int) -> float:
+    """The median wall time of a step."""
+    times = []
+    for _ in range(steps):
+        start = time.perf_counter()
+        step()
+        times.append((time.perf_counter() - start) * 1e3)
+    return statistics.median(times)
+
+
+def asleep_until(flag: Path) -> None:
+    """Wait without using the core, which MPI's barrier would."""
+    while not flag.exists():
+        time.sleep(0.002)
+
+
+def measure(comm: Comm, config: Config, alone_config: Config, blocks: int, steps: int) -> dict[str, list[float]]:
+    """Milliseconds of a step, block by block."""
+    folder = comm.broadcast(Path(tempfile.mkdtemp()) if comm.rank == 0 else None)
+    assert folder is not None
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=comm.rank, world_size=comm.size)
+    ours, ddp = started_trainer(config, comm).train_step, ddp_step(config, comm)
+    serial = started_trainer(alone_config, SerialComm()).train_step
+    times: dict[str, list[float]] = {"ours": [], "DDP": [], "alone": [], "beside": []}
+    for block in range(blocks):
+        for name, step in (("ours", ours), ("DDP", ddp), ("beside", serial)):
+            comm.barrier()
+            times[name].append(milliseconds(step, steps))
+        flag = folder / f"block-{block}"
+        comm.barrier()
+        if comm.rank == 0:
+            times["alone"].append(milliseconds(serial, steps))
+            flag.touch()
+        asleep_until(flag)
+    dist.destroy_process_group()
+    return times
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe", nargs="?", type=Path, default=RECIPES / "demo.toml")
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--batch-size", type=int, default=128, help="windows per step and rank")
+    parser.add_argument("--blocks", type=int, default=15)
+    parser.add_argument("--steps", type=int, default=15, help="per block")
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    if asked_size() == 1:
+        command = mpi_command(arguments.ranks, [sys.executable, "-m", "tests.bench.bench_ddp", *sys.argv[1:]])
+        own = {RANKS_VARIABLE: str(arguments.ranks), "OMP_NUM_THREADS": "1"}
+        sys.exit(subprocess.run(command, env={**os.environ, **MPIEXEC_ENVIRONMENT, **own}, check=False).returncode)
+    comm = connect()
+    torch.set_num_threads(1)
+
+    def config(batch_size: int) -> Config:
+        # No schedule that ends within the measurement.
+        distill = {"batch_size": batch_size, "steps_per_stage": 100_000}
+        tables = merge(read_toml(arguments.recipe), {**PLAIN, "distill": distill})
+        return load(Config, tables, str(arguments.recipe))
+
+    times = measure(
+        comm,
+        config(arguments.batch_size * comm.size),
+        config(arguments.batch_size),
+        arguments.blocks,
+        arguments.steps,
+    )
+    if comm.rank:
+        return
+    median = {name: statistics.median(values) for name, values in times.items()}
+    tokens = arguments.batch_size * config(1).student.context
+    print(f"{comm.size} ranks, {arguments.batch_size} windows ({tokens} tokens) a rank and step")
+    for name, value in median.items():
+        print(f"  {name:7s} {value:8.2f} ms a step  {tokens / value * 1e3:9.0f} tokens/s and rank")
+    pairs = {
+        "throughput of ours / DDP": ("DDP", "ours"),
+        "weak scaling, alone / ours": ("alone", "ours"),
+        "of which without communication, alone / beside": ("alone", "beside"),
+        "communication's part, beside / ours": ("beside", "ours"),
+    }
+    ratios = {
+        text: statistics.median(a / b for a, b in zip(times[over], times[under], strict=True))
+        for text, (over, under) in pairs.items()
+    }
+    for text, ratio in ratios.items():
+        print(f"  {ratio:5.2f}  {text} (median over {arguments.blocks} blocks)")
+    if arguments.json:
+        record = {"ranks": comm.size, "tokens": tokens, "milliseconds": times, "ratios": ratios}
+        arguments.json.write_text(json.dumps(record, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
