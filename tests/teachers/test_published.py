@@ -1,0 +1,161 @@
+"""Teachers as files: published from a run, drawn from the files alone, checked by Meta-World's own evaluation."""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from analysis.build import main as build_main
+from analysis.teachers import find_published, load_published
+from cpd.config import Config
+from cpd.envs.cells import EnvPool
+from cpd.envs.episodes import run_episodes
+from cpd.envs.goals import FIRST_SEEDS, goal_set
+from cpd.files import sha256, write_json
+from cpd.interrupt import Interrupt
+from cpd.runs import Run
+from cpd.strict_load import load, merge, read_toml, to_dict
+from cpd.teachers.element import run_teacher
+from cpd.teachers.policy import TeacherActor, load_policy
+from cpd.teachers.protocol import ProtocolAgent, evaluate_by_protocol
+from cpd.teachers.published import policy_file, publish_teachers
+from cpd.teachers.scripted import ScriptedPolicy
+from jobs.check import HELD_OUT_SEED
+from jobs.check import main as check_main
+from jobs.publish import main as publish_main
+from tests.conftest import MINIATURE
+
+COMMITTED = Path(__file__).resolve().parents[2] / "analysis" / "results" / "teachers"
+POLICIES = sorted(COMMITTED.glob("*/policies/*.safetensors"))
+EASIEST = COMMITTED / "cw10-demo_rl" / "policies" / "handle-press-side-v3-seed-1.safetensors"
+
+FIVE_LINES = """
+import sys, gymnasium, metaworld; from pathlib import Path
+from cpd.teachers.policy import load_policy, TeacherActor
+teacher = TeacherActor(load_policy(Path(sys.argv[1])))
+env = gymnasium.make("Meta-World/MT1", env_name=sys.argv[2], seed=7)
+obs, info = env.reset()
+action = teacher.act(obs[None].astype("float32"))[0]
+"""
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    root = tmp_path_factory.mktemp("teachers") / "mini"
+    tables = merge(read_toml(MINIATURE), {"name": "mini", "stream": {"tasks": ["drawer-close-v3"]}})
+    write_json(root / "config.json", to_dict(load(Config, tables, "test")))
+    found = Run(root)
+    run_teacher(found, found.teachers()[0], num_workers=1, interrupt=Interrupt(), tell=lambda line: None)
+    return found
+
+
+def test_a_published_policy_is_the_run_s_and_acts_alike(run: Run, tmp_path: Path) -> None:
+    teacher = run.teachers()[0]
+    assert publish_main([str(run.root), str(tmp_path / "kept")]) == 0
+    file = policy_file(tmp_path / "kept", teacher.task, teacher.seed)
+    assert sha256(file) == sha256(teacher.policy)
+    obs_BO = np.random.default_rng(1).standard_normal((5, 39)).astype(np.float32)
+    original = load_policy(teacher.policy).distribution(obs_BO)
+    assert np.array_equal(load_policy(file).distribution(obs_BO).raw_mean, original.raw_mean)
+    before = {path: path.read_bytes() for path in (tmp_path / "kept").rglob("*") if path.is_file()}
+    assert publish_teachers(run, tmp_path / "kept") == [file]
+    assert before == {path: path.read_bytes() for path in (tmp_path / "kept").rglob("*") if path.is_file()}
+
+
+def test_figures_and_scores_are_made_from_the_files_alone(run: Run, tmp_path: Path) -> None:
+    folder = tmp_path / "kept" / "mini"
+    publish_teachers(run, folder)
+    (folder / "cpu_seconds.csv").write_text(
+        "task,seed,cpu_seconds,wall_seconds\ndrawer-close-v3,1,10.5,20\ndrawer-close-v3,1,2,3\n"
+    )
+    assert find_published(tmp_path / "kept") == [folder]
+    (published,) = load_published(folder).teachers
+    description = json.loads(run.teachers()[0].policy.with_suffix(".json").read_text())["training"]
+    assert (published.env_steps, published.policy_updates) == (1_600, description["policy_updates"])
+    assert (published.before, published.cpu_seconds) == (None, 12.5)
+    assert build_main([str(tmp_path / "kept")]) == 0
+    (row,) = csv.DictReader((tmp_path / "kept" / "figures" / "scores.csv").open(newline=""))
+    assert (row["folder"], row["teacher_recipe"], row["held_out_episodes"]) == ("mini", "rl", "4")
+    drawn = {path.name: path.read_bytes() for path in (tmp_path / "kept" / "figures").iterdir()}
+    assert {"mini_gain.pdf", "mini_gain.png", "mini_curves.pdf", "mini_scores.md"} <= set(drawn)
+    assert build_main([str(tmp_path / "kept")]) == 0
+    again = {path.name: path.read_bytes() for path in (tmp_path / "kept" / "figures").iterdir()}
+    assert again == drawn, "the same bytes at every build"
+
+
+def test_an_unfinished_run_or_a_folder_without_teachers_is_named(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "fresh").mkdir()
+    (tmp_path / "fresh" / "config.json").write_text(run.config_path.read_text())
+    with pytest.raises(ValueError, match="no finished teacher"):
+        publish_teachers(Run(tmp_path / "fresh"), tmp_path / "kept")
+    assert check_main([str(tmp_path)]) == 2
+
+
+def test_meta_world_draws_our_held_out_goals_from_the_seed_that_is_the_default() -> None:
+    assert FIRST_SEEDS["held_out"] == HELD_OUT_SEED
+    with pytest.raises(ValueError, match="seed must be at least 1"):
+        evaluate_by_protocol(ScriptedPolicy("reach-v3", 0.1), "reach-v3", seed=0, horizon=10)
+
+
+def test_meta_world_s_evaluation_agrees_with_ours_episode_for_episode() -> None:
+    # The scripted expert of reach needs 33 to 59 steps, so that a horizon of 48 separates its goals.
+    expert, horizon = ScriptedPolicy("reach-v3", 0.1), 48
+    theirs = evaluate_by_protocol(expert, "reach-v3", seed=HELD_OUT_SEED, horizon=horizon)
+    pool = EnvPool("v2")
+    goals = goal_set("reach-v3", "held_out", 50)
+    outcomes = [
+        outcome
+        for start in (0, 25)
+        for outcome in run_episodes(TeacherActor(expert), pool.get("reach-v3"), goals[start : start + 25], horizon)
+    ]
+    pool.close()
+    assert 0 < theirs.successes < theirs.episodes == 50
+    assert theirs.successes == sum(outcome.success for outcome in outcomes)
+    assert theirs.mean_return == pytest.approx(np.mean([outcome.episode_return for outcome in outcomes]), rel=1e-6)
+
+
+def test_the_protocol_s_agent_takes_meta_world_s_own_types() -> None:
+    agent = ProtocolAgent(ScriptedPolicy("reach-v3", 0.1))
+    action = agent.eval_action(np.zeros((2, 39)))
+    assert action.shape == (2, 4)
+    assert np.abs(action).max() <= 1.0
+
+
+@pytest.mark.skipif(not POLICIES, reason="no policies are published yet")
+@pytest.mark.parametrize("policy", POLICIES, ids=lambda path: f"{path.parents[1].name}-{path.stem}")
+def test_committed_policies_are_small_sound_and_labelled(policy: Path) -> None:
+    assert policy.stat().st_size <= 500_000
+    description = json.loads(policy.with_suffix(".json").read_text())
+    assert sha256(policy) == description["sha256"]
+    assert policy.stem == f"{description['task']}-seed-{description['seed']}"
+    assert description["labels"]["teacher_recipe"] == policy.parents[1].name.split("-")[1]
+    start = description["training"]["warm_start"]
+    assert start is None or start["validation_success"] <= 0.7
+    assert description["training"]["policy_updates"] > 0
+    load_policy(policy)
+
+
+def test_a_committed_policy_loads_in_five_lines_in_a_fresh_python() -> None:
+    task = EASIEST.stem.removesuffix("-seed-1")
+    episode = """
+while not info.get("success"):
+    obs, reward, terminated, truncated, info = env.step(teacher.act(obs[None].astype("float32"))[0])
+    assert not truncated
+"""
+    command = [sys.executable, "-W", "ignore", "-c", FIVE_LINES + episode, str(EASIEST), task]
+    subprocess.run(command, check=True, timeout=120)
+
+
+@pytest.mark.slow
+def test_a_committed_policy_passes_meta_world_s_evaluation(tmp_path: Path) -> None:
+    task = EASIEST.stem.removesuffix("-seed-1")
+    table = tmp_path / "checked.csv"
+    assert check_main([str(EASIEST.parents[1]), "--only", task, "--csv", str(table)]) == 0
+    (row,) = csv.DictReader(table.open(newline=""))
+    assert row["successes"] == row["published_successes"], "the same goals, so the same episodes"
