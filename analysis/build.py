@@ -11,9 +11,22 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from analysis.build_teachers import build_teachers
-from analysis.figures import fig_stream, fig_success_matrix, fig_teacher_curves, fig_teacher_student
-from analysis.load import Dataset, conditions, find_results, load
-from analysis.style import paper_style, save
+from analysis.figures import (
+    fig_finals,
+    fig_losses,
+    fig_masks,
+    fig_methods,
+    fig_profile,
+    fig_retrieval,
+    fig_stream,
+    fig_success_matrix,
+    fig_teacher_curves,
+    fig_teacher_student,
+    fig_transfer,
+    fig_usage,
+)
+from analysis.load import Dataset, conditions, find_results, load, short_conditions
+from analysis.style import paper_style, save, stamp
 from analysis.summary import show
 from analysis.tables import write_tables
 from analysis.teachers import find_published
@@ -26,6 +39,7 @@ EXAMPLES = """examples:
   python -m analysis.build runs/moe runs/dense --out compare   methods side by side
 """
 
+MOST_BARS = 4
 Draw = Callable[[], Figure | None]
 
 
@@ -68,19 +82,34 @@ def _build(data: Dataset, folder: Path) -> list[Path]:
         for name, draw, caption in _figures(data):
             figure = draw()
             if figure is not None:
+                stamp(figure, short_conditions(data))
                 written += save(figure, folder / name, f"{caption} {notes}")
     return written + write_tables(folder, data, notes)
 
 
 def _figures(data: Dataset) -> Iterable[tuple[str, Draw, str]]:
-    """Name, drawing and caption of every figure that the data allow."""
-    methods = list(dict.fromkeys(student.method for student in data.students))
+    """Name, drawing and caption of every figure that the data may allow; a drawing may still decline."""
+    methods = data.method_names
     for method in methods:
-        name = "success_matrix" if len(methods) == 1 else f"success_matrix_{method}"
-        yield name, partial(fig_success_matrix.draw, data, method), fig_success_matrix.caption(data, method)
+        name = "" if len(methods) == 1 else f"_{method}"
+        yield (
+            f"success_matrix{name}",
+            partial(fig_success_matrix.draw, data, method),
+            fig_success_matrix.caption(data, method),
+        )
+        yield f"usage{name}", partial(fig_usage.draw, data, method), fig_usage.caption(data, method)
+        yield f"retrieval{name}", partial(fig_retrieval.draw, data, method), fig_retrieval.caption(data, method)
     if methods:
         yield "stream", partial(fig_stream.draw, data), fig_stream.caption(data)
-    if methods or data.teacher_rates:
+        yield "losses", partial(fig_losses.draw, data), fig_losses.caption(data)
+        yield "masks", partial(fig_masks.draw, data), fig_masks.caption(data)
+    if len(methods) > 1:
+        yield "methods", partial(fig_methods.draw, data), fig_methods.caption(data)
+        yield "profile", partial(fig_profile.draw, data), fig_profile.caption(data)
+        yield "transfer", partial(fig_transfer.draw, data), fig_transfer.caption(data)
+        yield "finals", partial(fig_finals.draw, data), fig_finals.caption(data)
+    # More bars than these per task would be no figure any more.
+    if len(methods) <= MOST_BARS and (methods or data.teacher_rates):
         yield "teacher_student", partial(fig_teacher_student.draw, data), fig_teacher_student.caption(data)
     if data.teacher_curves:
         yield "teacher_curves", partial(fig_teacher_curves.draw, data), fig_teacher_curves.caption(data)

@@ -19,7 +19,7 @@ from cpd.result_tables import HELD_OUT, TEACHER, Tables, read_tables
 from cpd.results import gather
 from cpd.runs import Run
 from cpd.summary import MethodMeasures, Summary, summarize
-from cpd.tables import CurveRow
+from cpd.tables import CurveRow, LossRow, RetrievalRow, StageRow, UsageRow
 
 RECIPES = {
     "rl": "reinforcement learning from scratch",
@@ -58,6 +58,10 @@ class Dataset:
     students: tuple[Student, ...]
     methods: tuple[MethodMeasures, ...]
     curves: tuple[CurveRow, ...]
+    losses: tuple[LossRow, ...]
+    stages: tuple[StageRow, ...]
+    usage: tuple[UsageRow, ...]
+    retrieval: tuple[RetrievalRow, ...]
     steps_per_stage: dict[str, int]
     """Optimisation steps of a stage, by method."""
     gate: float
@@ -71,6 +75,11 @@ class Dataset:
     def tasks(self) -> tuple[str, ...]:
         """The distinct tasks of the stream."""
         return tuple(dict.fromkeys(self.stream))
+
+    @property
+    def method_names(self) -> tuple[str, ...]:
+        """The methods that have students, in the order of the recipe."""
+        return tuple(dict.fromkeys(student.method for student in self.students))
 
     def of_method(self, method: str) -> list[Student]:
         """The students of one method, seed by seed."""
@@ -141,6 +150,10 @@ def load(folders: Sequence[Path]) -> Dataset:
         students=tuple(student for s in summaries for student in s.students),
         methods=tuple(method for s in summaries for method in s.methods),
         curves=tuple(row for t in tables for row in t.curves),
+        losses=tuple(row for t in tables for row in t.losses),
+        stages=tuple(row for t in tables for row in t.stages),
+        usage=tuple(row for t in tables for row in t.usage),
+        retrieval=tuple(row for t in tables for row in t.retrieval),
         steps_per_stage={
             method.method: table.method_config(method.method)["distill"]["steps_per_stage"]
             for table, summary in zip(tables, summaries, strict=True)
@@ -249,6 +262,13 @@ def conditions(data: Dataset) -> str:
         f"Meta-World {labels['metaworld']}, MuJoCo {labels['mujoco']}, reward {labels['reward_version']}. "
         f"Deterministic policies on held-out goals; success is the flag at any step. {episodes_per_cell(data)}"
     )
+
+
+def short_conditions(data: Dataset) -> str:
+    """The labels without which no number may be read, for the margin of a figure."""
+    labels = data.labels
+    recipe, horizon, identity = labels["teacher_recipe"], labels["horizon"], labels["task_identity"]
+    return f"teachers: {recipe}   T = {horizon}   task identity: {identity}"
 
 
 def episodes_per_cell(data: Dataset) -> str:

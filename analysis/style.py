@@ -6,6 +6,7 @@ import contextlib
 import io
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import matplotlib.style
 from matplotlib.figure import Figure
@@ -17,11 +18,13 @@ STYLE = Path(__file__).resolve().parent / "paper.mplstyle"
 COLUMN_INCHES = 3.3
 PAGE_INCHES = 6.9
 """Width of the text over both columns."""
+STAMP_INCHES = 0.1
 DPI = 300
 
 # Okabe and Ito 2008
 TEACHER_COLOUR = "#8c8c8c"
 METHOD_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+LINE_STYLES = ("-", (0, (4, 1.5)), (0, (1.2, 1.2)))
 ACCENT = "#D55E00"
 SECOND_ACCENT = "#009E73"
 GUIDE = "#9a9a9a"
@@ -32,11 +35,28 @@ def method_colour(index: int) -> str:
     return METHOD_COLOURS[index % len(METHOD_COLOURS)]
 
 
+def method_line(index: int) -> dict[str, Any]:
+    """Colour and dashes of the line of the method at `index`: twenty-one of them can be told apart."""
+    dashes = LINE_STYLES[index // len(METHOD_COLOURS) % len(LINE_STYLES)]
+    return {"color": method_colour(index), "linestyle": dashes}
+
+
 @contextlib.contextmanager
 def paper_style() -> Iterator[None]:
     """Draw inside this: matplotlib's defaults, not the user's own, with the style sheet of this package on top."""
     with matplotlib.style.context(["default", STYLE]):
         yield
+
+
+def stamp(figure: Figure, text: str) -> None:
+    """Write the conditions of the results along the right edge, where nothing else is."""
+    width = STAMP_INCHES / figure.get_figwidth()
+    engine = figure.get_layout_engine()
+    assert engine is not None, "figures are laid out by paper_style()"
+    engine.set(rect=(0, 0, 1 - width, 1))  # type: ignore[call-arg]
+    figure.text(
+        1 - 0.1 * width, 0.01, text, rotation=90, size=4.5, color=GUIDE, ha="right", va="bottom"
+    ).set_in_layout(False)
 
 
 def save(figure: Figure, stem: Path, caption: str) -> list[Path]:

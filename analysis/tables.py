@@ -38,7 +38,7 @@ def write_tables(folder: Path, data: Dataset, notes: str) -> list[Path]:
     for table in (task_table(data), seed_table(data), method_table(data), *matrix_tables(data)):
         written += [_write_csv(folder, table, data.labels)]
         if table.tex_rows:
-            written += [_write_tex(folder, table, notes)]
+            written += [_write_tex(folder, table, notes), _write_markdown(folder, table, notes)]
     return written
 
 
@@ -160,22 +160,26 @@ def method_table(data: Dataset) -> Table:
             for statistic in statistics:
                 found = measures[name].get(statistic)
                 cells += [found.estimate, found.low, found.high] if found else [None, None, None]
-        rows.append((method.method, len(method.seeds), *cells))
+        transfer = method.forward_transfer.mean if method.forward_transfer else None
+        cells += [transfer.estimate, transfer.low, transfer.high] if transfer else [None, None, None]
+        rows.append((method.method, len(method.seeds), method.memory_steps, method.parameters, *cells))
         students = [s.measures for s in data.of_method(method.method) if s.seed in method.seeds]
         texts = [headline(measures[name], students, name) for name in names]
         worst = [worst_text(measures[name], method.worst_tasks.get(name)) for name in names]
         pairs = [text for pair in zip(texts, worst, strict=True) for text in pair]
-        lines.append((_escape(method.method), str(len(method.seeds)), *pairs))
-    columns = [f"{n}_{s}{part}" for n in names for s in statistics for part in ("", "_low", "_high")]
+        memory = "–" if method.memory_steps is None else f"{method.memory_steps:,}"
+        lines.append((_escape(method.method), str(len(method.seeds)), memory, *pairs))
+    measured = [f"{name}_{statistic}" for name in names for statistic in statistics]
+    columns = [f"{name}{part}" for name in (*measured, "forward_transfer") for part in ("", "_low", "_high")]
     return Table(
         "table_methods",
-        ("method", "seeds", *columns),
+        ("method", "seeds", "memory_steps", "parameters", *columns),
         tuple(rows),
-        ("Method", "Seeds", "AP", "worst task", "Recovery", "worst task", "Forgetting", "worst task"),
+        ("Method", "Seeds", "Memory", "AP", "worst task", "Recovery", "worst task", "Forgetting", "worst task"),
         tuple(lines),
         f"Average performance (AP), recovery of the teachers' success and forgetting on {data.name}, in per cent, "
-        "each with its worst task. Brackets: 95 % intervals, from episode counts for a single seed, by stratified "
-        "bootstrap from five seeds on; the range of seeds between.",
+        "each with its worst task. Memory: most time steps stored. Brackets: 95 % intervals, from episode "
+        "counts for a single seed, by stratified bootstrap from five seeds on; the range of seeds between.",
     )
 
 
@@ -261,6 +265,19 @@ def _write_tex(folder: Path, table: Table, notes: str) -> Path:
     path = folder / f"{table.stem}.tex"
     write_text(path, text)
     return path
+
+
+def _write_markdown(folder: Path, table: Table, notes: str) -> Path:
+    rows = [table.tex_columns, ("---", *["---:"] * (len(table.tex_columns) - 1)), *table.tex_rows]
+    lines = ["| " + " | ".join(map(_plain, row)) + " |" for row in rows]
+    path = folder / f"{table.stem}.md"
+    write_text(path, "\n".join([*lines, "", f"{table.caption} {notes}", ""]))
+    return path
+
+
+def _plain(text: str) -> str:
+    """A LaTeX cell as Markdown."""
+    return re.sub(r"\\emph\{(.*)\}", r"*\1*", text).replace("\\", "")
 
 
 def _tex(text: str) -> str:

@@ -228,23 +228,21 @@ def area_under_curve(steps: Sequence[float], success: Sequence[float], length: f
     return float(np.trapezoid(np.concatenate([y[:1], y, y[-1:]]), x) / length)
 
 
-def forward_transfer(area: Floats, baseline: Floats, ceiling: float = 0.95) -> tuple[float, Bools]:
-    """`mean_k (AUC_k - AUC_k^b) / (1 - AUC_k^b)` (Wolczyk et al. 2021).
+def forward_transfer(area: Floats, baseline: Floats, ceiling: float = 0.95) -> tuple[Floats, Bools]:
+    """`(AUC_k - AUC_k^b) / (1 - AUC_k^b)` of every stage (Wolczyk et al. 2021), whose mean is the transfer.
 
     Args:
-        area: (K,) area under the curve of each stage's task, from `area_under_curve`.
+        area: (..., K) area under the curve of each stage's task, from `area_under_curve`.
         baseline: (K,) the same for a student distilled on that task alone with the same steps and data.
         ceiling: stages with a baseline above this are left out: next to nothing is left to transfer there.
 
     Returns:
-        The mean over the stages that count (NaN if none does), and (K,) which were left out.
+        (..., K), NaN for stages that are left out or not measured, and (K,) which were left out.
     """
     left_out = baseline > ceiling
-    counted = ~left_out
-    if not counted.any():
-        return np.nan, left_out
-    gain = (area[counted] - baseline[counted]) / (1.0 - baseline[counted])
-    return float(gain.mean()), left_out
+    with np.errstate(divide="ignore", invalid="ignore"):
+        gain = (area - baseline) / (1.0 - baseline)
+    return np.where(left_out, np.nan, gain), left_out
 
 
 # ---- Uncertainty of one run, from its episode counts

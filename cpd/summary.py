@@ -10,8 +10,23 @@ import numpy as np
 
 from cpd import metrics
 from cpd.measures import Student, measure_student
-from cpd.metrics import Aggregate, Floats
+from cpd.metrics import Aggregate, Bools, Floats
 from cpd.result_tables import TEACHER, Tables, labels
+
+#: The label of the method that distils every task into a student of its own, from which transfer is measured.
+SINGLE_TASK = "single-task"
+
+
+@dataclass(frozen=True)
+class ForwardTransfer:
+    """How much sooner a method learns than students that learn one task alone; `cpd.metrics.forward_transfer`."""
+
+    by_stage: tuple[float | None, ...]
+    """Mean over seeds; None for stages that are left out or were not measured."""
+    mean: Aggregate
+    """Over the stages that all seeds measured."""
+    left_out: tuple[str, ...]
+    """Tasks that a student of their own learns at once, so that there is nothing to transfer."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +43,12 @@ class MethodMeasures:
     recovery: dict[str, Aggregate]
     worst_tasks: dict[str, str]
     """Which task `worst_task` is, by measure."""
+    memory_steps: int | None
+    """Most time steps that a student had stored after a stage; None if unknown."""
+    parameters: int | None
+    """Of a student at the end."""
+    forward_transfer: ForwardTransfer | None
+    """None without students of single tasks in the same results."""
 
 
 @dataclass(frozen=True)
@@ -60,18 +81,20 @@ def summarize(tables: Tables) -> Summary:
     keys = dict.fromkeys((r.method, r.seed) for r in tables.evaluations if r.method != TEACHER)
     students = tuple(measure_student(tables, method, seed) for method, seed in keys)
     methods = dict.fromkeys(student.method for student in students)
+    reference = [student for student in students if student.method == SINGLE_TASK]
     return Summary(
         name=tables.config["name"],
         labels=labels(tables.evaluations),
         stream=tables.stream,
         students=students,
-        methods=tuple(_method([s for s in students if s.method == m]) for m in methods),
+        methods=tuple(_method([s for s in students if s.method == m], tables, reference) for m in methods),
         missing=tuple(_missing(tables, students)),
     )
 
 
-def _method(students: Sequence[Student]) -> MethodMeasures:
+def _method(students: Sequence[Student], tables: Tables, reference: Sequence[Student]) -> MethodMeasures:
     finished = [s for s in students if s.measures.final_stage is not None]
+    stages = [row for row in tables.stages if row.method == students[0].method]
     scores = {
         "average_performance": [_finals(s) for s in finished],
         "forgetting": [_drops(s) for s in finished],
@@ -99,7 +122,36 @@ def _method(students: Sequence[Student]) -> MethodMeasures:
         unfinished_seeds=tuple(s.seed for s in students if s not in finished),
         **aggregates,
         worst_tasks=worst_tasks,
+        memory_steps=max((row.memory_steps for row in stages), default=None),
+        parameters=stages[-1].parameters if stages else None,
+        forward_transfer=_forward_transfer(students, reference),
     )
+
+
+def _forward_transfer(students: Sequence[Student], reference: Sequence[Student]) -> ForwardTransfer | None:
+    if not reference or students[0].method == SINGLE_TASK:
+        return None
+    alone = _areas(reference)
+    with np.errstate(invalid="ignore"):
+        baseline: Floats = np.nansum(alone, axis=0) / (~np.isnan(alone)).sum(axis=0)
+    gains, left_out = metrics.forward_transfer(_areas(students), baseline)
+    measured: Bools = np.array(~np.isnan(gains).any(axis=0))
+    if not measured.any():
+        return None
+    return ForwardTransfer(
+        by_stage=tuple(
+            float(gain) if known else None for gain, known in zip(gains.mean(0), measured, strict=True)
+        ),
+        mean=metrics.over_seeds(gains[:, measured], metrics.mean_score),
+        left_out=tuple(
+            dict.fromkeys(task for task, out in zip(students[0].matrix.stream, left_out, strict=True) if out)
+        ),
+    )
+
+
+def _areas(students: Sequence[Student]) -> Floats:
+    """(N, K) areas under the curves, NaN where not measured."""
+    return np.array([[np.nan if area is None else area for area in s.measures.areas] for s in students])
 
 
 def _finals(student: Student) -> Floats:

@@ -156,10 +156,12 @@ def test_area_under_curve() -> None:
 
 
 def test_forward_transfer_leaves_out_saturated_baselines() -> None:
-    value, left_out = metrics.forward_transfer(np.array([0.8, 0.5, 0.99]), np.array([0.6, 0.6, 0.96]))
-    assert value == pytest.approx((0.5 - 0.25) / 2)
+    gains, left_out = metrics.forward_transfer(np.array([[0.8, 0.5, 0.99]]), np.array([0.6, 0.6, 0.96]))
+    np.testing.assert_allclose(gains, [[0.5, -0.25, np.nan]])
     assert left_out.tolist() == [False, False, True]
-    assert np.isnan(metrics.forward_transfer(np.array([0.8]), np.array([0.99]))[0])
+    gains, left_out = metrics.forward_transfer(np.array([0.8, np.nan]), np.array([1.0, 0.5]))
+    assert np.isnan(gains).all()
+    assert left_out.tolist() == [True, False]
 
 
 def test_wilson_against_published_values() -> None:

@@ -270,3 +270,27 @@ def test_variants_are_measured_beside_their_base_and_missed_by_name(tmp_path: Pa
     assert "student other (seed 2) has not been evaluated" in report["missing"]
     values = {s["method"]: s["average_performance"]["value"] for s in report["students"]}
     assert values["worse"] == pytest.approx(values["moe"] / 2, abs=0.02)
+
+
+def test_forward_transfer_is_measured_from_the_students_of_single_tasks_in_the_same_run(tmp_path: Path) -> None:
+    alone = RATES.copy()
+    alone[0, 0] = 1.0
+    alone[1, 0] = 1.0  # the first task needs no learning at all
+    run = write_run(
+        tmp_path / "run",
+        stream=STREAM,
+        students={1: RATES, 2: RATES},
+        teachers=TEACHERS,
+        variants={"single-task": {1: alone * 0.5, 2: alone * [1, 0.5, 0.5]}},
+    )
+    report = gather(run)
+    ours, single = report["methods"]
+    assert single["forward_transfer"] is None
+    areas = {(s["method"], s["seed"]): s["areas"] for s in report["students"]}
+    baseline = [(areas["single-task", 1][k] + areas["single-task", 2][k]) / 2 for k in range(3)]
+    expected = [(areas["moe", 1][k] - baseline[k]) / (1 - baseline[k]) for k in range(3)]
+    found = ours["forward_transfer"]
+    assert found["by_stage"] == pytest.approx(expected)
+    assert found["mean"]["estimate"] == pytest.approx(sum(expected) / 3)
+    assert found["left_out"] == ()
+    assert (ours["memory_steps"], ours["parameters"]) == (240, 70_000)

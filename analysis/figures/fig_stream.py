@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from analysis.load import Dataset, short
-from analysis.style import ACCENT, COLUMN_INCHES, PAGE_INCHES, SECOND_ACCENT, method_colour
+from analysis.style import ACCENT, COLUMN_INCHES, PAGE_INCHES, SECOND_ACCENT, method_colour, method_line
 from cpd.measures import Student, rate_before
 
 Line = dict[float, list[float]]
@@ -20,22 +20,32 @@ Line = dict[float, list[float]]
 def draw(data: Dataset) -> Figure:
     """X: stages done. One method: its current task and averages; several: their average performance."""
     num_stages = len(data.stream)
-    size, rotation = _label_style(num_stages)
+    size, rotation = label_style(num_stages)
     longest = max(len(short(task)) for task in data.stream)
     header_inches = 0.0072 * size * longest * np.sin(np.radians(rotation))
     width = PAGE_INCHES if num_stages > 6 else COLUMN_INCHES
-    figure = Figure(figsize=(width, 1.85 + header_inches))
+    methods = list(data.method_names)
+    columns = (3 if width == COLUMN_INCHES else 6) if len(methods) > 4 else min(4, max(3, len(methods)))
+    legend_inches = 0.14 * (-(-len(methods) // columns) - 1)
+    figure = Figure(figsize=(width, 1.85 + header_inches + legend_inches))
     axes = figure.subplots()
     marker = 3.2 if num_stages <= 25 else 2.0
-    methods = list(dict.fromkeys(student.method for student in data.students))
     for index, method in enumerate(methods):
         students = data.of_method(method)
         if len(methods) == 1:
             _current_task(axes, data, students)
-            _average(axes, students, "average_seen_by_stage", SECOND_ACCENT, "s", marker, "mean of tasks so far")
-            _average(axes, students, "average_by_stage", ACCENT, "o", marker, "mean of all tasks")
+            _average(
+                axes,
+                students,
+                "average_seen_by_stage",
+                {"color": SECOND_ACCENT},
+                "s",
+                marker,
+                "mean of tasks so far",
+            )
+            _average(axes, students, "average_by_stage", {"color": ACCENT}, "o", marker, "mean of all tasks")
         else:
-            _average(axes, students, "average_by_stage", method_colour(index), "o", marker, method)
+            _average(axes, students, "average_by_stage", method_line(index), "o", marker, method)
     for stage in range(1, num_stages):
         axes.axvline(stage, color="#d4d4d4", linewidth=0.5, zorder=0)
     axes.set_xticks(range(0, num_stages + 1, 1 if num_stages <= 20 else 5))
@@ -49,12 +59,12 @@ def draw(data: Dataset) -> Figure:
     top.set_xticks(np.arange(num_stages) + 0.5, _stage_names(data, " " if rotation else "\n"), **style)
     top.tick_params(length=0, pad=1)
     top.spines["top"].set_visible(False)
-    figure.legend(loc="outside lower center", ncols=min(4, max(3, len(methods))))
+    figure.legend(loc="outside lower center", ncols=columns)
     return figure
 
 
-def _label_style(num_stages: int) -> tuple[float, float]:
-    """Size and rotation of the tasks' names at which neighbours do not touch."""
+def label_style(num_stages: int) -> tuple[float, float]:
+    """Size and rotation of the tasks' names above a stream at which neighbours do not touch."""
     if num_stages <= 3:
         return 7.0, 0
     return (7.0, 35) if num_stages <= 12 else (6.0, 45) if num_stages <= 25 else (5.2, 60)
@@ -88,7 +98,7 @@ def _current_task(axes: Axes, data: Dataset, students: list[Student]) -> None:
 
 
 def _average(
-    axes: Axes, students: list[Student], measure: str, colour: str, marker: str, size: float, label: str
+    axes: Axes, students: list[Student], measure: str, style: dict[str, Any], marker: str, size: float, label: str
 ) -> None:
     """One of the averages by stage: the mean over seeds, and every seed as a small dot where there are several."""
     line: Line = defaultdict(list)
@@ -96,11 +106,11 @@ def _average(
         for stage, value in enumerate(getattr(student.measures, measure)):
             if value is not None:
                 line[stage].append(value)
-    _plot(axes, line, color=colour, marker=marker, markersize=size, label=label)
+    _plot(axes, line, **style, marker=marker, markersize=size, label=label)
     if len(students) > 1:
         every = [(x, value) for x, values in line.items() for value in values]
         xs, ys = [x for x, _ in every], [y for _, y in every]
-        axes.plot(xs, ys, ".", color=colour, markersize=2, alpha=0.6, clip_on=False)
+        axes.plot(xs, ys, ".", color=style["color"], markersize=2, alpha=0.6, clip_on=False)
 
 
 def _plot(axes: Axes, line: Line, **style: Any) -> None:

@@ -37,7 +37,7 @@ def draw(data: Dataset, method: str) -> Figure:
     matrix, teacher = figure.subplots(2, 1, height_ratios=[num_rows, 1])
 
     admitted = np.any([student.admitted for student in data.of_method(method)], axis=0)
-    _heat(matrix, rates, text_size)
+    heat(matrix, rates, text_size)
     for stage, task in enumerate(data.stream):
         column = data.tasks.index(task)
         if admitted[column]:
@@ -50,7 +50,7 @@ def draw(data: Dataset, method: str) -> Figure:
     matrix.tick_params(axis="both", length=0, pad=2, top=True, labeltop=True, bottom=False, labelbottom=False)
 
     teachers = [[rate.rate for rate in data.teachers_of(task)] for task in data.tasks]
-    _heat(teacher, np.array([[np.mean(values) if values else np.nan for values in teachers]]), text_size)
+    heat(teacher, np.array([[np.mean(values) if values else np.nan for values in teachers]]), text_size)
     teacher.set_yticks([0], [f"teacher ({data.labels['teacher_recipe']})"], fontsize=label_size)
     teacher.set_xticks([])
     teacher.set_xlabel("success on held-out goals (%)", fontsize=label_size)
@@ -75,7 +75,8 @@ def _row_names(data: Dataset, admitted: Bools) -> Sequence[str]:
     return names
 
 
-def _heat(axes: Axes, rates: Floats, text_size: float) -> None:
+def heat(axes: Axes, rates: Floats, text_size: float) -> None:
+    """Success rates as colours and, in per cent, as numbers; NaN is hatched."""
     axes.set_facecolor("#eeeeee")
     axes.patch.set_hatch("//////")
     axes.patch.set_edgecolor("#c4c4c4")

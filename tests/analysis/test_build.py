@@ -19,9 +19,22 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from analysis.build import build, main
-from analysis.figures import fig_stream, fig_success_matrix, fig_teacher_curves, fig_teacher_student
-from analysis.load import load
-from analysis.style import paper_style
+from analysis.figures import (
+    fig_finals,
+    fig_losses,
+    fig_masks,
+    fig_methods,
+    fig_profile,
+    fig_retrieval,
+    fig_stream,
+    fig_success_matrix,
+    fig_teacher_curves,
+    fig_teacher_student,
+    fig_transfer,
+    fig_usage,
+)
+from analysis.load import load, short_conditions
+from analysis.style import paper_style, stamp
 from analysis.summary import print_summary
 from cpd.results import gather
 from cpd.runs import Run
@@ -31,7 +44,18 @@ from tests.synthetic_run import LABELS, write_run
 STREAM = STREAMS["demo"]
 RATES = np.array([[0.1, 0.0, 0.0], [0.9, 0.1, 0.0], [0.7, 0.8, 0.2], [0.5, 0.9, 0.96]])
 TEACHERS = dict(zip(STREAM, (1.0, 0.9, 0.8), strict=True))
-FIGURES = ("success_matrix", "stream", "teacher_student", "teacher_curves")
+FIGURES = (
+    "success_matrix",
+    "stream",
+    "teacher_student",
+    "teacher_curves",
+    "losses",
+    "masks",
+    "usage",
+    "retrieval",
+)
+#: Those that compare methods.
+COMPARISONS = ("methods", "profile", "finals")
 
 
 @pytest.fixture
@@ -47,7 +71,8 @@ def read_csv(path: Path) -> list[dict[str, str]]:
 def test_build_makes_every_figure_and_table(run: Run) -> None:
     written = build([run.root])
     expected = {f"{name}{suffix}" for name in FIGURES for suffix in (".pdf", ".png", ".txt")}
-    tables = {"table_tasks.csv", "table_tasks.tex", "table_methods.csv", "table_methods.tex", "table_seeds.csv"}
+    tables = {f"table_{name}.{form}" for name in ("tasks", "methods") for form in ("csv", "tex", "md")}
+    tables.add("table_seeds.csv")
     assert {path.name for path in written} == expected | tables | {"success_matrix.csv"}
     assert {path.parent for path in written} == {run.figures}
     for name in FIGURES:
@@ -158,6 +183,8 @@ def test_methods_on_one_stream_are_drawn_together(tmp_path: Path) -> None:
     paths = [tmp_path / "moe", tmp_path / "dense"]
     written = {path.name for path in build(paths, tmp_path / "out")}
     assert {"success_matrix_moe.pdf", "success_matrix_dense.pdf", "stream.pdf"} <= written
+    assert {f"{name}.pdf" for name in COMPARISONS} <= written
+    assert "transfer.pdf" not in written, "there are no students of single tasks to measure it from"
     rows = read_csv(tmp_path / "out" / "table_methods.csv")
     assert [row["method"] for row in rows] == ["moe", "dense"]
     with pytest.raises(ValueError, match="--out"):
@@ -211,18 +238,30 @@ def stream_of(length: int) -> tuple[str, ...]:
 def draw_all(folder: Path) -> Iterator[Figure]:
     data = load([folder])
     with paper_style():
-        yield fig_success_matrix.draw(data, "moe")
-        yield fig_stream.draw(data)
-        yield fig_teacher_student.draw(data)
-        curves = fig_teacher_curves.draw(data)
-        assert curves is not None
-        yield curves
+        several = len(data.method_names) > 1
+        figures = [
+            fig_success_matrix.draw(data, data.method_names[0]),
+            fig_stream.draw(data),
+            fig_usage.draw(data, data.method_names[0]),
+            fig_retrieval.draw(data, data.method_names[0]),
+            fig_losses.draw(data),
+            fig_masks.draw(data),
+            *(
+                (draw(data) for draw in (fig_methods.draw, fig_profile.draw, fig_transfer.draw, fig_finals.draw))
+                if several
+                else (fig_teacher_student.draw(data), fig_teacher_curves.draw(data))
+            ),
+        ]
+        for figure in figures:
+            assert figure is not None
+            stamp(figure, short_conditions(data))
+            yield figure
 
 
 def visible_texts(figure: Figure) -> list[Text]:
     """Everything written in a figure, tick labels outside the axes' limits left out since they are not drawn."""
     shown = [axes for axes in figure.axes if axes.get_visible()]
-    texts = [text for legend in figure.legends for text in legend.texts]
+    texts = [*figure.texts, *(text for legend in figure.legends for text in legend.texts)]
     for axes in shown:
         texts += [*axes.texts, axes.title, axes.xaxis.label, axes.yaxis.label]
         for axis in [axes.xaxis, axes.yaxis, *(child.xaxis for child in axes.child_axes)]:
@@ -232,29 +271,42 @@ def visible_texts(figure: Figure) -> list[Text]:
     return [text for text in texts if text.get_visible() and text.get_text()]
 
 
-@pytest.mark.parametrize("length", [3, 10, 20, 50])
-def test_names_are_neither_clipped_nor_on_top_of_each_other(tmp_path: Path, length: int) -> None:
+@pytest.mark.parametrize(
+    ("length", "num_variants"), [(3, 0), (3, 2), (10, 0), (10, 13), (20, 0), (50, 0), (50, 4)]
+)
+def test_names_are_neither_clipped_nor_on_top_of_each_other(
+    tmp_path: Path, length: int, num_variants: int
+) -> None:
     stream = stream_of(length)
     tasks = tuple(dict.fromkeys(stream))
     rng = np.random.default_rng(length)
-    rates = rng.integers(0, 11, (length + 1, len(tasks))) / 10
+
+    def students() -> dict[int, np.ndarray]:
+        return {1: rng.integers(0, 11, (length + 1, len(tasks))) / 10}
+
     # A skipped stage has the longest name of all.
     teachers = {task: 0.94 for task in tasks if task != "stick-pull-v3"}
-    run = write_run(tmp_path / "run", stream=stream, students={1: rates}, teachers=teachers)
+    names = ["single-task", *(f"without-part-{i}" for i in range(1, num_variants))][:num_variants]
+    variants = {name: students() for name in names}
+    run = write_run(tmp_path / "run", stream=stream, students=students(), teachers=teachers, variants=variants)
     gather(run)
     for figure in draw_all(run.results):
-        figure.draw_without_rendering()
-        boxes = [(text, text.get_window_extent()) for text in visible_texts(figure)]
-        assert len(boxes) > length
-        for text, box in boxes:
-            assert box.x0 > -0.5, text
-            assert box.y0 > -0.5, text
-            assert box.x1 < figure.bbox.x1 + 0.5, text
-            assert box.y1 < figure.bbox.y1 + 0.5, text
-        # Of slanted names the boxes overlap where the letters do not.
-        upright = [(text, box) for text, box in boxes if text.get_rotation() in (0, 90)]
-        low = np.array([box.min for _, box in upright])
-        high = np.array([box.max for _, box in upright])
-        shared = np.minimum(high[:, None], high) - np.maximum(low[:, None], low)
-        overlap = np.triu(shared.min(axis=-1) >= 1.0, k=1)
-        assert not overlap.any(), [(upright[i][0], upright[j][0]) for i, j in np.argwhere(overlap)]
+        check_layout(figure)
+
+
+def check_layout(figure: Figure) -> None:
+    figure.draw_without_rendering()
+    boxes = [(text, text.get_window_extent()) for text in visible_texts(figure)]
+    assert len(boxes) > 3
+    for text, box in boxes:
+        assert box.x0 > -0.5, text
+        assert box.y0 > -0.5, text
+        assert box.x1 < figure.bbox.x1 + 0.5, text
+        assert box.y1 < figure.bbox.y1 + 0.5, text
+    # Of slanted names the boxes overlap where the letters do not.
+    upright = [(text, box) for text, box in boxes if text.get_rotation() in (0, 90)]
+    low = np.array([box.min for _, box in upright])
+    high = np.array([box.max for _, box in upright])
+    shared = np.minimum(high[:, None], high) - np.maximum(low[:, None], low)
+    overlap = np.triu(shared.min(axis=-1) >= 1.0, k=1)
+    assert not overlap.any(), [(upright[i][0], upright[j][0]) for i, j in np.argwhere(overlap)]

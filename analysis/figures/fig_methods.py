@@ -1,0 +1,90 @@
+"""Methods side by side: average performance, recovery and forgetting, with every seed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from analysis.load import Dataset
+from analysis.style import COLUMN_INCHES, GUIDE, method_colour
+from cpd.measures import Estimate
+from cpd.metrics import FEW_SEEDS
+from cpd.summary import MethodMeasures
+
+MEASURES = {"average_performance": "average\nperformance", "recovery": "recovery", "forgetting": "forgetting"}
+
+
+def draw(data: Dataset) -> Figure:
+    """Rows: methods in the order of the recipe; one panel per measure, means as bars, single seeds as dots."""
+    methods = list(data.methods)
+    figure = Figure(figsize=(COLUMN_INCHES, 0.17 * len(methods) + 0.62))
+    panels = figure.subplots(1, len(MEASURES), sharey=True)
+    figure.get_layout_engine().set(wspace=0.06)  # type: ignore[call-arg, union-attr]
+    for axes, (measure, title) in zip(panels, MEASURES.items(), strict=True):
+        _guide(axes, data, measure)
+        for row, method in enumerate(methods):
+            _method(axes, data, method, measure, row)
+        axes.set_title(title, fontsize=7, linespacing=0.95)
+        axes.set_xlim(_least(methods) if measure == "forgetting" else 0.0, 1)
+        axes.set_xticks([0, 0.5, 1], ["0", ".5", "1"])
+        axes.tick_params(axis="y", length=0)
+        axes.spines["left"].set_visible(False)
+        axes.grid(axis="x")
+    panels[0].set_yticks(range(len(methods)), [method.method for method in methods], fontsize=6.5)
+    panels[0].set_ylim(len(methods) - 0.45, -0.55)
+    return figure
+
+
+def _least(methods: Sequence[MethodMeasures]) -> float:
+    """Where the axis of forgetting begins: left of all gains, which there seldom are."""
+    values = [value for m in methods if "mean" in m.forgetting for value in m.forgetting["mean"].per_seed]
+    return min(-0.05, 1.1 * min(values, default=0.0))
+
+
+def _guide(axes: Axes, data: Dataset, measure: str) -> None:
+    """Where a student as good as its teachers would be."""
+    rates = [rate.rate for rate in data.teacher_rates.values()]
+    value = {"average_performance": float(np.mean(rates)) if rates else None, "recovery": 1.0, "forgetting": 0.0}
+    found = value[measure]
+    if found is not None:
+        axes.axvline(found, color=GUIDE, linewidth=0.8, linestyle=(0, (2, 1.5)), zorder=1, clip_on=False)
+
+
+def _method(axes: Axes, data: Dataset, method: MethodMeasures, measure: str, row: int) -> None:
+    found = getattr(method, measure).get("mean")
+    if found is None:
+        axes.text(0.02, row, "not finished", size=5.5, style="italic", va="center", color=GUIDE)
+        return
+    low, high = found.low, found.high
+    if len(method.seeds) == 1:
+        (student,) = [s for s in data.of_method(method.method) if s.seed in method.seeds]
+        estimate: Estimate = getattr(student.measures, measure)
+        low, high = estimate.low, estimate.high
+    axes.barh(row, found.estimate, 0.72, color=method_colour(0), alpha=0.35, linewidth=0)
+    if low is not None and high is not None:
+        axes.plot([low, high], [row, row], color="black", linewidth=0.8, zorder=3)
+    axes.plot([found.estimate] * 2, [row - 0.36, row + 0.36], color=method_colour(0), linewidth=1.4, zorder=3)
+    if len(found.per_seed) > 1:
+        # Apart from each other, so that equal seeds are all seen.
+        rows = row + 0.22 * np.linspace(-1, 1, len(found.per_seed))
+        axes.plot(found.per_seed, rows, "o", markersize=1.7, color="black", clip_on=False, zorder=4)
+
+
+def caption(data: Dataset) -> str:
+    """What the figure shows, without the conditions."""
+    counts = {len(method.seeds) for method in data.methods}
+    marks = ["Bars: means; dots: single seeds." if max(counts) > 1 else "Bars: the only seed."]
+    if max(counts) >= FEW_SEEDS:
+        marks.append("Lines: stratified bootstrap 95 % intervals over seeds.")
+    if 1 in counts:
+        marks.append("Lines of single seeds: 95 % intervals from episode counts.")
+    if any(1 < count < FEW_SEEDS for count in counts):
+        marks.append(f"Fewer than {FEW_SEEDS} seeds have no interval over seeds.")
+    return (
+        f"Methods on {data.name}: average performance at the end of the stream (dashed: the teachers' mean "
+        "success), recovery of the teachers' success (dashed: all of it) and forgetting (dashed: none; less is "
+        "better). " + " ".join(marks)
+    )

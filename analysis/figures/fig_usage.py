@@ -1,0 +1,76 @@
+"""Which experts act on which task, layer by layer."""
+
+from __future__ import annotations
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from analysis.load import Dataset, short
+from analysis.style import COLUMN_INCHES, PAGE_INCHES
+from cpd.metrics import Floats
+
+
+def draw(data: Dataset, method: str) -> Figure | None:
+    """Rows: tasks; columns: experts; one panel per layer, of the method's first seed; None if nobody looked."""
+    shares = _shares(data, method)
+    if shares is None:
+        return None
+    num_layers, num_tasks, num_experts = shares.shape
+    wide = num_layers * num_experts > 24
+    label_size = 5.5 if num_tasks > 20 else 6.5
+    row_inches = 0.11 if num_tasks > 20 else 0.14
+    figure = Figure(figsize=(PAGE_INCHES if wide else COLUMN_INCHES, max(1.3, row_inches * num_tasks + 0.62)))
+    cell_inches = (figure.get_figwidth() - 1.3) / (num_layers * num_experts)
+    panels = figure.subplots(1, num_layers, sharey=True, squeeze=False)[0]
+    for layer, axes in enumerate(panels):
+        image = axes.imshow(
+            np.ma.masked_invalid(shares[layer]),
+            cmap="Blues",
+            vmin=0,
+            vmax=1,
+            aspect="auto",
+            interpolation="nearest",
+        )
+        axes.set_title(f"layer {layer + 1}", fontsize=7)
+        axes.set_xlabel("expert", fontsize=7)
+        every = next(step for step in (1, 2, 5, 10, 20, 50, 100) if step * cell_inches > 0.13 or step == 100)
+        places = list(range(every - 1, num_experts, every))
+        axes.set_xticks(places, [str(place + 1) for place in places], fontsize=label_size)
+        axes.set_xticks(np.arange(num_experts + 1) - 0.5, minor=True)
+        axes.set_yticks(np.arange(num_tasks + 1) - 0.5, minor=True)
+        axes.grid(which="minor", color="white", linewidth=0.4)
+        axes.tick_params(which="both", length=0)
+        axes.spines[:].set_visible(False)
+    panels[0].set_yticks(range(num_tasks), [short(task) for task in data.tasks], fontsize=label_size)
+    bar = figure.colorbar(image, ax=panels, fraction=0.04, pad=0.015, aspect=25)
+    bar.set_label("share of choices", fontsize=7)
+    bar.ax.tick_params(labelsize=6, length=2)
+    bar.outline.set_visible(False)
+    return figure
+
+
+def _shares(data: Dataset, method: str) -> Floats | None:
+    """[layers, tasks, experts], of the first seed that was looked at."""
+    rows = [row for row in data.usage if row.method == method]
+    if not rows:
+        return None
+    rows = [row for row in rows if row.seed == rows[0].seed]
+    rows = [row for row in rows if row.stage == max(row.stage for row in rows)]
+    size = 1 + max(row.layer for row in rows), len(data.tasks), 1 + max(row.expert for row in rows)
+    counts = np.zeros(size)
+    for row in rows:
+        counts[row.layer, data.tasks.index(row.task), row.expert] = row.chosen
+    with np.errstate(invalid="ignore"):
+        shares: Floats = counts / counts.sum(axis=2, keepdims=True)
+    return shares
+
+
+def caption(data: Dataset, method: str) -> str:
+    """What the figure shows, without the conditions."""
+    seeds = list(dict.fromkeys(row.seed for row in data.usage if row.method == method))
+    which = f" of seed {seeds[0]}" if len(seeds) > 1 else ""
+    return (
+        f"Experts of {method} at the end of the stream of {data.name}{which}: share of the router's top-k choices "
+        "that fall on each expert (columns, in the order of their birth) while the student acts in held-out "
+        "episodes of each task (rows), every step of the episode counted."
+    )
