@@ -61,8 +61,12 @@ slurm-demo: slurm-up ## the demo through that Slurm: job arrays, dependencies, s
 bench-env: setup ## the accelerated environment and the sampler against stock Meta-World
 	$(PY) -m tests.bench.bench_env
 
-bench-teacher: setup ## where a PPO iteration's time goes
+bench-teacher: setup ## where a PPO iteration's time goes; time to 95 % success against stable-baselines3
 	$(PY) -m tests.bench.bench_teacher
+	@# In a folder of its own: a reference to measure against is no dependency.
+	@[ -d build/bench/stable_baselines3 ] || $(PY) -m pip install --quiet --disable-pip-version-check --no-deps \
+		--target build/bench -r requirements-bench.lock
+	PYTHONPATH=build/bench $(PY) -W ignore -m tests.bench.bench_learners
 
 bench-moe: setup ## the mixture of experts against a plain loop and a dense layer
 	$(PY) -m tests.bench.bench_moe

@@ -15,7 +15,7 @@ from cpd.config.experiment import (
     differences,
 )
 from cpd.config.student import DistillConfig, MemoryConfig, ProtectionConfig, StudentConfig
-from cpd.config.teacher import PPOConfig, RolloutConfig, TeacherConfig, WarmStartConfig
+from cpd.config.teacher import PPOConfig, RolloutConfig, SACConfig, TeacherConfig, WarmStartConfig
 
 __all__ = [
     "Config",
@@ -27,6 +27,7 @@ __all__ = [
     "PPOConfig",
     "ProtectionConfig",
     "RolloutConfig",
+    "SACConfig",
     "StreamConfig",
     "StudentConfig",
     "TeacherConfig",

@@ -11,7 +11,7 @@ from pydantic.dataclasses import dataclass
 
 from cpd.config.checks import contradictions, without_effect
 from cpd.config.student import DistillConfig, MemoryConfig, ProtectionConfig, StudentConfig
-from cpd.config.teacher import DEMO_RL_SETTINGS, PPOConfig, RolloutConfig, TeacherConfig, WarmStartConfig
+from cpd.config.teacher import RolloutConfig, TeacherConfig
 from cpd.config.types import Count, Positive, Seeds, Task, expand_stream
 from cpd.strict_load import STRICT, ConfigError, load, merge, overrides_of, to_dict
 
@@ -176,16 +176,7 @@ class Config(MethodConfig):
                 f"student.opening_steps ({self.student.opening_steps}) exceeds distill.steps_per_stage "
                 f"({self.distill.steps_per_stage}): a stage ends before its experts are wholly open"
             )
-        if self.teacher.recipe == "scripted" and self.teacher.ppo != PPOConfig():
-            found.append("teacher.ppo has no effect: teacher.recipe is 'scripted'")
-        if self.teacher.recipe == "demo_rl":
-            found += [
-                f"teacher.ppo.{name} has no effect: demo_rl takes teacher.warm_start.rl_{name}"
-                for name in DEMO_RL_SETTINGS
-                if getattr(self.teacher.ppo, name) != getattr(PPOConfig(), name)
-            ]
-        elif self.teacher.warm_start != WarmStartConfig():
-            found.append("teacher.warm_start has no effect: teacher.recipe is not 'demo_rl'")
+        found += [f"teacher.{line}" for line in self.teacher.warnings()]
         return found
 
 

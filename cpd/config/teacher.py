@@ -213,6 +213,28 @@ class TeacherConfig:
         names = DEMO_RL_SETTINGS if self.learner == "ppo" else DEMO_RL_SAC_SETTINGS
         return replace(settings, **{name: getattr(self.warm_start, f"rl_{name}") for name in names})
 
+    def warnings(self) -> list[str]:
+        """Settings that are given but have no effect; each begins with a setting's path."""
+        found = []
+        sections: tuple[PPOConfig | SACConfig, ...] = (self.ppo, self.sac)
+        given, unused = sections if self.learner == "ppo" else sections[::-1]
+        default, other = type(given)(), unused != type(unused)()
+        if other and self.recipe != "scripted":
+            unused_name = "sac" if self.learner == "ppo" else "ppo"
+            found.append(f"{unused_name} has no effect: teacher.learner is {self.learner!r}")
+        if self.recipe == "scripted" and (other or given != default):
+            found.append(f"{self.learner} has no effect: teacher.recipe is 'scripted'")
+        if self.recipe == "demo_rl":
+            names = DEMO_RL_SETTINGS if self.learner == "ppo" else DEMO_RL_SAC_SETTINGS
+            found += [
+                f"{self.learner}.{name} has no effect: demo_rl takes teacher.warm_start.rl_{name}"
+                for name in names
+                if getattr(given, name) != getattr(default, name)
+            ]
+        elif self.warm_start != WarmStartConfig():
+            found.append("warm_start has no effect: teacher.recipe is not 'demo_rl'")
+        return found
+
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class RolloutConfig:

@@ -17,7 +17,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from cpd.config.teacher import SACConfig
+from cpd.config import SACConfig
 from cpd.seeding import derive, generator
 from cpd.shards.schema import ACTION_SIZE, OBSERVATION_SIZE
 from cpd.teachers.policy import OBSERVATION_CLIP, SquashedPolicy

@@ -15,8 +15,7 @@ from torch import Tensor
 
 from cpd import checkpoint
 from cpd.comm import Comm, SerialComm
-from cpd.config import Config, PPOConfig
-from cpd.config.teacher import SACConfig
+from cpd.config import Config, PPOConfig, SACConfig
 from cpd.envs.cells import Cell, EnvPool, evaluate_cells
 from cpd.envs.goals import goal_set
 from cpd.interrupt import Interrupt, InterruptedBySignal

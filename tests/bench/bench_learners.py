@@ -31,8 +31,7 @@ import metaworld  # noqa: F401 - registers the Gymnasium ids
 import numpy as np
 import torch
 
-from cpd.config import PPOConfig
-from cpd.config.teacher import SACConfig
+from cpd.config import PPOConfig, SACConfig
 from cpd.envs.episodes import Actor, run_episodes
 from cpd.envs.goals import goal_set
 from cpd.envs.sampler import VectorEnv, make_vector_env

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cpd.config.teacher import SACConfig
+from cpd.config import SACConfig
 from cpd.teachers.policy import SquashedPolicy
 from cpd.teachers.replay import ReplayBuffer
 from cpd.teachers.sac import SACLearner

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from cpd.config.teacher import SACConfig, TeacherConfig
+from cpd.config import PPOConfig, SACConfig, TeacherConfig
 from cpd.envs.goals import goal_set
 from cpd.envs.sampler import make_vector_env
 from cpd.interrupt import Interrupt, InterruptedBySignal
@@ -129,6 +129,18 @@ def test_the_recipe_chooses_the_learner() -> None:
         TeacherConfig(learner="sac", sac=SACConfig(steps_per_env=100))
     with pytest.raises(ValueError, match=r"ends before sac\.learning_starts"):
         TeacherConfig(learner="sac", max_env_steps=1_500, sac=SACConfig(learning_starts=1_200))
+
+
+def test_settings_of_the_other_learner_are_pointed_out() -> None:
+    other = PPOConfig(gamma=0.5)
+    assert TeacherConfig(learner="sac", ppo=other).warnings() == ["ppo has no effect: teacher.learner is 'sac'"]
+    assert TeacherConfig(sac=SACConfig(gamma=0.5)).warnings() == ["sac has no effect: teacher.learner is 'ppo'"]
+    assert TeacherConfig(recipe="scripted", ppo=other).warnings() == [
+        "ppo has no effect: teacher.recipe is 'scripted'"
+    ]
+    warm = TeacherConfig(learner="sac", recipe="demo_rl", sac=SACConfig(hidden_sizes=(7,))).warnings()
+    assert warm == ["sac.hidden_sizes has no effect: demo_rl takes teacher.warm_start.rl_hidden_sizes"]
+    assert TeacherConfig(learner="sac", sac=SACConfig(gamma=0.5)).warnings() == []
 
 
 def test_two_ranks_are_refused() -> None:
