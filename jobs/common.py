@@ -23,6 +23,8 @@ from cpd.slurm.job import decline, describe_unfinished, hand_back, is_first_rank
 EXIT_FAILED = 1
 EXIT_USAGE = 2
 EXIT_DEPENDENCY = 3
+#: What an mpiexec tells its ranks about how many of them share this machine.
+LOCAL_SIZE_VARIABLES = ("MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE")
 
 
 def tell(line: str) -> None:
@@ -31,9 +33,12 @@ def tell(line: str) -> None:
 
 
 def available_cpus() -> int:
-    """Cores given to this job: by its launcher, by Slurm, or all that this process may use."""
+    """Cores given to this rank: by its launcher, by Slurm, or its part of all that this process may use."""
     given = os.environ.get("CPD_CPUS") or os.environ.get("SLURM_CPUS_PER_TASK")
-    return int(given) if given else len(os.sched_getaffinity(0))
+    if given:
+        return int(given)
+    neighbours = max(int(os.environ.get(name) or 1) for name in LOCAL_SIZE_VARIABLES)
+    return max(1, len(os.sched_getaffinity(0)) // neighbours)
 
 
 def parser_with_examples(prog: str, description: str, examples: Sequence[str]) -> argparse.ArgumentParser:

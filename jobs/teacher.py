@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         [
             "python -m jobs.teacher runs/demo --index 2",
             "srun python -m jobs.teacher runs/cw10   # in a job array",
-            "CPD_CPUS=1 mpiexec -n 2 python -m jobs.teacher runs/cw10 --index 0   # two ranks of one core each",
+            "mpiexec -n 2 python -m jobs.teacher runs/cw10 --index 0   # two ranks share the environments",
         ],
     )
     return element_main("teacher", parser, argv, work)
