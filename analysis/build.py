@@ -26,6 +26,7 @@ from analysis.figures import (
     fig_usage,
 )
 from analysis.load import Dataset, conditions, find_results, load, short_conditions
+from analysis.publish import check_place, publish
 from analysis.style import paper_style, save, stamp
 from analysis.summary import show
 from analysis.tables import write_tables
@@ -36,6 +37,7 @@ EXAMPLES = """examples:
   python -m analysis.build runs/demo                       gather, then draw into runs/demo/figures
   python -m analysis.build analysis/results/demo           draw again from published results
   python -m analysis.build analysis/results/teachers       published teachers and their learning curves
+  python -m analysis.build runs/lab-ablation --publish analysis/results/stand-ins/ablation
   python -m analysis.build runs/moe runs/dense --out compare   methods side by side
 """
 
@@ -76,6 +78,7 @@ def figures_folder(paths: Sequence[Path], out: Path | None) -> Path:
 
 
 def _build(data: Dataset, folder: Path) -> list[Path]:
+    check_place(data.labels["teacher_recipe"], folder)
     notes = conditions(data)
     written: list[Path] = []
     with paper_style():
@@ -125,14 +128,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("paths", nargs="+", type=Path, metavar="DIR", help="run directory, or published results")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder for the figures (default: DIR/figures)")
+    parser.add_argument(
+        "--publish", type=Path, metavar="DIR", help="copy a run's small tables there first, and draw from them"
+    )
     arguments = parser.parse_args(argv)
     try:
         if len(arguments.paths) == 1 and arguments.paths[0].is_dir() and find_published(arguments.paths[0]):
             written = build_teachers(arguments.paths[0], arguments.out)
             print(f"{len(written)} files in {written[0].parent}")
             return 0
-        folder = figures_folder(arguments.paths, arguments.out)
-        data = load_all(arguments.paths)
+        paths = arguments.paths
+        if arguments.publish is not None:
+            if len(paths) != 1:
+                raise ValueError("--publish DIR takes one run: publish several to folders of their own")
+            paths = [publish(paths[0], arguments.publish)]
+        folder = figures_folder(paths, arguments.out)
+        data = load_all(paths)
         written = _build(data, folder)
     except (ValueError, ConfigError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)

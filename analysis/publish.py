@@ -1,0 +1,59 @@
+"""Publishing results: copying their small tables to where they are kept, and keeping stand-ins apart."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from analysis.load import find_results
+from cpd.files import publish as published_file
+from cpd.result_tables import labels, read_tables
+
+#: Where published results of real teachers are kept, and below it those of stand-ins.
+RESULTS = Path(__file__).resolve().parent / "results"
+STAND_INS = RESULTS / "stand-ins"
+#: Recipes of teachers that no policy gradient has touched.
+STAND_IN_RECIPES = ("scripted", "imitation")
+
+
+def check_place(teacher_recipe: str, folder: Path) -> None:
+    """Raise ValueError if results with such teachers may not be kept, or drawn, in `folder`.
+
+    Args:
+        teacher_recipe: the label, several joined by slashes.
+        folder: anywhere; only places below `RESULTS` are of concern.
+    """
+    place = folder.resolve()
+    is_stand_in = any(recipe in STAND_IN_RECIPES for recipe in teacher_recipe.split("/"))
+    if is_stand_in and place.is_relative_to(RESULTS) and not place.is_relative_to(STAND_INS):
+        raise ValueError(
+            f"results with stand-ins for teachers (recipe {teacher_recipe}) are kept apart, in {STAND_INS}, and "
+            f"never beside those of RL teachers: {folder} is not there"
+        )
+    if teacher_recipe and not is_stand_in and place.is_relative_to(STAND_INS):
+        raise ValueError(f"{STAND_INS} is for stand-ins, but these teachers are real (recipe {teacher_recipe})")
+
+
+def publish(path: Path, folder: Path) -> Path:
+    """Copy the results of a run (gathered first), or gathered results, to `folder`; figures are drawn there anew.
+
+    Returns:
+        `folder`, which everything can be rebuilt from offline.
+
+    Raises:
+        ValueError: if there are no results, or `folder` is not the place for them.
+    """
+    results = find_results(path)
+    tables = read_tables(results)
+    recipe = labels(tables.evaluations)["teacher_recipe"] or tables.config["teacher"]["recipe"]
+    check_place(recipe, folder)
+    files = [file for pattern in ("*.csv", "*.json") for file in sorted(results.glob(pattern))]
+    for file in files:
+        with published_file(folder / file.name) as temporary:
+            shutil.copyfile(file, temporary)
+    # Tables that are not there any more must not stay behind: they would be drawn as if they belonged to the rest.
+    names = {file.name for file in files}
+    for file in [*folder.glob("*.csv"), *folder.glob("*.json")]:
+        if file.name not in names:
+            file.unlink()
+    return folder

@@ -1,0 +1,67 @@
+"""Publishing results: small tables that everything can be rebuilt from, and stand-ins kept apart."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from analysis import publish as module
+from analysis.build import main
+from analysis.publish import check_place
+from cpd.files import read_json
+from cpd.tasks import STREAMS
+from tests.synthetic_run import LABELS, write_run
+
+RATES = np.array([[0.1, 0.0, 0.0], [0.9, 0.1, 0.0], [0.7, 0.8, 0.2], [0.5, 0.9, 0.96]])
+TEACHERS = dict.fromkeys(STREAMS["demo"], 0.9)
+
+
+@pytest.fixture
+def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A tree of published results of our own."""
+    monkeypatch.setattr(module, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(module, "STAND_INS", tmp_path / "results" / "stand-ins")
+    return tmp_path / "results"
+
+
+def test_stand_ins_are_published_and_drawn_among_themselves_only(
+    tmp_path: Path, places: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scripted = replace(LABELS, teacher_recipe="scripted")
+    run = write_run(
+        tmp_path / "lab", stream=STREAMS["demo"], students={1: RATES}, teachers=TEACHERS, labels=scripted
+    )
+    for arguments in (["--publish", str(places / "lab")], ["--out", str(places / "lab")]):
+        assert main([str(run.root), *arguments]) == 2
+        assert "results with stand-ins for teachers (recipe scripted) are kept apart" in capsys.readouterr().err
+        assert not places.exists()
+    stale = places / "stand-ins" / "lab" / "gone.csv"
+    stale.parent.mkdir(parents=True)
+    stale.touch()
+    assert main([str(run.root), "--publish", str(stale.parent)]) == 0
+    assert not stale.exists()
+    assert (stale.parent / "figures" / "stream.pdf").exists()
+    tables = {path.name for path in run.results.iterdir() if path.is_file()}
+    assert {path.name for path in stale.parent.iterdir() if path.is_file()} == tables
+    shutil.copytree(stale.parent, places / "by-hand")
+    assert main([str(places / "by-hand")]) == 2, "copying by hand does not help"
+
+
+def test_real_teachers_are_not_published_among_stand_ins(places: Path, tmp_path: Path) -> None:
+    check_place("rl", places / "cw10")
+    check_place("rl", tmp_path / "anywhere")
+    check_place("scripted", tmp_path / "anywhere")
+    check_place("", places / "stand-ins")
+    with pytest.raises(ValueError, match="is for stand-ins, but these teachers are real"):
+        check_place("demo_rl", places / "stand-ins" / "cw10")
+    with pytest.raises(ValueError, match="kept apart"):
+        check_place("demo_rl/imitation", places / "cw10")
+
+
+@pytest.mark.parametrize("path", sorted(module.RESULTS.rglob("config.json")), ids=lambda path: path.parent.name)
+def test_committed_results_are_where_they_belong(path: Path) -> None:
+    check_place(read_json(path)["teacher"]["recipe"], path.parent)
