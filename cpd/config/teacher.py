@@ -59,7 +59,11 @@ class PPOConfig:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class SACConfig:
-    """The SAC learner (Haarnoja et al. 2018)."""
+    """The SAC learner (Haarnoja et al. 2018).
+
+    Its iterations are short: with it, `teacher.validate_every` and `logging.teacher_checkpoint_every` are better at
+    10, since a validation takes more steps than three iterations, and a checkpoint holds the buffer.
+    """
 
     hidden_sizes: tuple[Positive, ...] = (128, 128)
     """Widths of the hidden layers, of policy and critics alike."""

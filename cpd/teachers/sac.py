@@ -98,7 +98,7 @@ class SACLearner:
         self.replay.add(batch)
         self.largest_reward = max(self.largest_reward, float(batch.rewards.max()))
         if not self._keep_normalizer:
-            self.policy.normalizer.update(torch.from_numpy(batch.obs).flatten(0, 1).to(self.device))
+            self.policy.normalizer.update(torch.from_numpy(batch.obs).flatten(0, 1))
 
     @torch.no_grad()
     def update(self, batch: Batch, iteration: int, *, critic_only: bool = False) -> dict[str, float]:

@@ -32,7 +32,7 @@ class RunningMoments(nn.Module):
     @torch.no_grad()
     def update(self, x_BD: Tensor, comm: Comm | None = None) -> None:
         """Take in the rows of `x_BD`, those of all ranks with a communicator; a collective then."""
-        num_new, new_mean, new_squares = moments(x_BD.double(), comm or SerialComm())
+        num_new, new_mean, new_squares = moments(x_BD.to(self.mean.device).double(), comm or SerialComm())
         total = self.count + num_new
         delta = new_mean - self.mean
         self.sum_of_squares += new_squares + delta**2 * (self.count * num_new / total)

@@ -184,7 +184,8 @@ class Cloner:
 
     def run(self, data: Labelled, num_steps: int) -> float:
         """Take `num_steps` gradient steps; returns their mean Huber loss."""
-        obs_BO, labels_BA = torch.from_numpy(data.obs_BO), torch.from_numpy(data.labels_BA)
+        device = self._policy.normalizer.mean.device
+        obs_BO, labels_BA = (torch.from_numpy(array).to(device) for array in data)
         losses: list[Tensor] = []
         for _ in range(num_steps):
             rng = generator(self._seed, "cloning", self.num_steps)
