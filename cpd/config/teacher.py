@@ -61,7 +61,7 @@ class PPOConfig:
 class SACConfig:
     """The SAC learner (Haarnoja et al. 2018).
 
-    Its iterations are short: with it, `teacher.validate_every` and `logging.teacher_checkpoint_every` are better at
+    Its iterations are short: `teacher.validate_every` and `logging.teacher_checkpoint_every` are better at
     10, since a validation takes more steps than three iterations, and a checkpoint holds the buffer.
     """
 
