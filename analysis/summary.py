@@ -39,6 +39,10 @@ def show(data: Dataset, file: TextIO | None = None) -> None:
         for line in _headlines(method, [s.measures for s in students]):
             console.print(line, soft_wrap=True)
         console.print()
+    if len(data.methods) > 1:
+        console.print("methods side by side, in % [as above]", style="bold")
+        console.print(_method_table(data))
+        console.print()
     if data.timings:
         console.print("where the time went", style="bold")
         console.print(_time_table(data.timings))
@@ -64,6 +68,18 @@ def _task_table(data: Dataset, method: str) -> Table:
     for row, task in enumerate(data.tasks):
         cells = task_cells(data, task, [student.measures.tasks[row] for student in students])
         table.add_row(short(task), *cells)
+    return table
+
+
+def _method_table(data: Dataset) -> Table:
+    """One line per method, in the order of the recipe."""
+    names = ("average_performance", "recovery", "forgetting")
+    table = _table("method", "seeds", "memory", *(name.replace("_", " ") for name in names))
+    for method in data.methods:
+        students = [s.measures for s in data.of_method(method.method) if s.seed in method.seeds]
+        values = [headline(getattr(method, name), students, name) for name in names]
+        memory = "–" if method.memory_steps is None else str(method.memory_steps)
+        table.add_row(method.method, str(len(method.seeds)), memory, *values)
     return table
 
 

@@ -163,6 +163,18 @@ def test_summary_is_plain_text_without_a_terminal(run: Run) -> None:
     assert re.search(r"student: distill\s+1\s+10:00", plain)
 
 
+def test_several_methods_are_summed_up_side_by_side(tmp_path: Path) -> None:
+    variants = {"worse": {1: RATES / 2}}
+    run = write_run(tmp_path / "r", stream=STREAM, students={1: RATES}, teachers=TEACHERS, variants=variants)
+    gather(run)
+    text = io.StringIO()
+    print_summary(run.results, text)
+    lines = [" ".join(line.split()) for line in text.getvalue().splitlines()]
+    start = lines.index("methods side by side, in % [as above]")
+    assert lines[start + 2].startswith("moe 1 240 78.7 [")
+    assert lines[start + 3].startswith("worse 1 240 ")
+
+
 def test_two_to_four_seeds_show_every_seed_and_five_an_interval(tmp_path: Path) -> None:
     for count, phrase in ((3, "the range of the seeds"), (5, "stratified bootstrap")):
         students = {seed: np.clip(RATES - 0.02 * (seed % 3), 0, 1) for seed in range(1, count + 1)}
