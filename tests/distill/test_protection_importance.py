@@ -11,6 +11,7 @@ from tests.distill.synthetic import stage_data
 from tests.distill.test_trainer import make_trainer, train
 
 NUM_WINDOWS = 12
+PLAIN = {"student": {"num_experts": 4, "task_identity": "none"}, "protection": {"kind": "none"}}
 
 
 def outputs(trainer, data, step: int) -> np.ndarray:
@@ -22,7 +23,7 @@ def outputs(trainer, data, step: int) -> np.ndarray:
 
 
 def test_is_the_mean_of_squared_derivatives_of_single_states():
-    trainer = make_trainer()
+    trainer = make_trainer(**PLAIN)
     train(trainer, until=60)
     data = stage_data(1)
     found = fisher(trainer, data, NUM_WINDOWS, exact=True)
@@ -48,7 +49,7 @@ def test_is_the_mean_of_squared_derivatives_of_single_states():
 
 def test_random_signs_estimate_it_without_bias():
     """Their part of the error falls with the number of states, at the rate of a mean."""
-    trainer = make_trainer()
+    trainer = make_trainer(**PLAIN)
     train(trainer, until=60)
     data = stage_data(0)
     errors = []
@@ -62,7 +63,7 @@ def test_random_signs_estimate_it_without_bias():
 
 def test_is_of_the_student_not_of_its_error():
     """A student that agrees with its teacher has no distillation gradient, but a Fisher information."""
-    trainer = make_trainer()
+    trainer = make_trainer(**PLAIN)
     train(trainer, until=60)
     data = stage_data(0)
     found = fisher(trainer, data, NUM_WINDOWS)

@@ -16,7 +16,7 @@ from tests.distill.synthetic import stage_data
 from tests.distill.test_trainer import TASKS, make_config, make_trainer, mean_error, through_a_file, train
 
 SETTINGS = {
-    "student": {"expansion": "none", "task_identity": "none", "width": 32},
+    "student": {"num_experts": 4, "expansion": "none", "task_identity": "none", "width": 32},
     "memory": {"selection": "none"},
     "protection": {"kind": "packnet", "packnet_retrain_share": 0.3},
     # Weight decay and momentum, which move weights that have no gradient.

@@ -14,7 +14,11 @@ from tests.distill.synthetic import stage_data
 from tests.distill.test_trainer import make_config, make_trainer, mean_error, through_a_file, train
 
 #: Fixed size, no replay: what remains is the protection.
-PLAIN = {"student": {"expansion": "none", "task_identity": "none"}, "memory": {"selection": "none"}}
+PLAIN = {
+    "student": {"num_experts": 4, "expansion": "none", "task_identity": "none"},
+    "memory": {"selection": "none"},
+    "protection": {"kind": "none"},
+}
 LONG = {"steps_per_stage": 120, "lr": 5e-3}
 SHORT = {"steps_per_stage": 25}
 EWC_KIND = {"kind": "ewc", "fisher_windows": 32, "ewc_strength": 1.0}
@@ -158,7 +162,7 @@ def test_resuming_equals_going_on_bit_for_bit(settings, until):
 
 def test_settings_that_another_kind_looks_at_are_warned_about():
     given = {"ewc_strength": 2.0, "agem_windows": 4, "fisher_windows": 8}
-    assert make_config(protection=given).warnings() == [
+    assert make_config(protection={**given, "kind": "none"}).warnings() == [
         f"protection.{name} has no effect: protection.kind is 'none'"
         for name in ("fisher_windows", "ewc_strength", "agem_windows")
     ]
