@@ -284,7 +284,8 @@ def visible_texts(figure: Figure) -> list[Text]:
 
 
 @pytest.mark.parametrize(
-    ("length", "num_variants"), [(3, 0), (3, 2), (10, 0), (10, 13), (20, 0), (50, 0), (50, 4)]
+    ("length", "num_variants"),
+    [(3, 0), (3, 2), (10, 0), (10, 13), (20, 0), (50, 0), pytest.param(50, 4, marks=pytest.mark.slow)],
 )
 def test_names_are_neither_clipped_nor_on_top_of_each_other(
     tmp_path: Path, length: int, num_variants: int
