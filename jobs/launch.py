@@ -56,6 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
             "python -m jobs.launch cw10 --profile generic --dry-run    # every sbatch text, and what it will cost",
             "python -m jobs.launch cw10 --profile generic --only teachers/push-v3",
             "python -m jobs.launch my-recipe.toml --run-dir runs/trial --distill.lr 5e-4 --seeds '[1, 2, 3]'",
+            "python -m jobs.launch ablation --teachers-from runs/cw10 --only students/ewc",
             "python -m jobs.launch --settings          # every setting with its default",
         ],
     )
