@@ -166,7 +166,8 @@ def setting_lines(kind: Any, prefix: str = "") -> list[str]:
         if hasattr(info.annotation, "__pydantic_fields__"):
             lines += setting_lines(info.annotation, f"{prefix}{name}.")
         else:
-            default = "(required)" if info.is_required() else repr(info.default)
+            value = None if info.is_required() else info.get_default(call_default_factory=True)
+            default = "(required)" if info.is_required() else repr(value)
             meaning = " ".join((info.description or "").split())
             lines.append(f"  --{prefix + name:<36} {default:<16} {meaning}".rstrip())
     return lines

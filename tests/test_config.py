@@ -230,6 +230,7 @@ def test_experts_that_never_open_wholly_are_warned_of() -> None:
 def test_every_setting_is_listed() -> None:
     lines = "\n".join(setting_lines(Config))
     assert "--teacher.ppo.gae_lambda" in lines and "0.95" in lines and "(required)" in lines
+    assert "--variants  " in lines and "Undefined" not in lines
 
 
 @given(st.recursive(st.integers(), lambda inner: st.dictionaries(st.sampled_from("abc"), inner), max_leaves=8))

@@ -87,8 +87,8 @@ class Config(MethodConfig):
     method: Label = "moe"
     """Label of the student's method in directories and tables."""
     variants: dict[Label, Overrides] = field(default_factory=dict)
-    """Further methods by label: the settings of student, memory or distillation in which each differs. Every
-    method has students of all seeds, from the same teachers."""
+    """Further methods by label: the settings of how a student learns in which each differs. Every method has
+    students of all seeds, from the same teachers."""
     variants_only: bool = False
     """Leave out the method that the variants vary."""
     seeds: Seeds = (1,)
