@@ -9,6 +9,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+from cpd.adoption import published_policy
 from cpd.files import publish
 from cpd.results import gather
 from cpd.runs import Run
@@ -23,11 +24,6 @@ TABLES = (
     "timings.json",
     "metrics.json",
 )
-
-
-def policy_file(folder: Path, task: str, seed: int) -> Path:
-    """Where a folder of published teachers keeps a policy's weights; the description ends in .json."""
-    return folder / "policies" / f"{task}-seed-{seed}.safetensors"
 
 
 def publish_teachers(run: Run, folder: Path) -> list[Path]:
@@ -50,7 +46,7 @@ def publish_teachers(run: Run, folder: Path) -> list[Path]:
             _copy(source, folder / name)
     published = []
     for teacher in finished:
-        target = policy_file(folder, teacher.task, teacher.seed)
+        target = published_policy(folder, teacher.task, teacher.seed)
         _copy(teacher.policy, target)
         _copy(teacher.policy.with_suffix(".json"), target.with_suffix(".json"))
         published.append(target)

@@ -13,6 +13,7 @@ import pytest
 
 from analysis.build import main as build_main
 from analysis.teachers import find_published, load_published
+from cpd.adoption import published_policy
 from cpd.config import Config
 from cpd.envs.cells import EnvPool
 from cpd.envs.episodes import run_episodes
@@ -24,7 +25,7 @@ from cpd.strict_load import load, merge, read_toml, to_dict
 from cpd.teachers.element import run_teacher
 from cpd.teachers.policy import TeacherActor, load_policy
 from cpd.teachers.protocol import ProtocolAgent, evaluate_by_protocol
-from cpd.teachers.published import policy_file, publish_teachers
+from cpd.teachers.published import publish_teachers
 from cpd.teachers.scripted import ScriptedPolicy
 from jobs.check import HELD_OUT_SEED
 from jobs.check import main as check_main
@@ -58,7 +59,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 def test_a_published_policy_is_the_run_s_and_acts_alike(run: Run, tmp_path: Path) -> None:
     teacher = run.teachers()[0]
     assert publish_main([str(run.root), str(tmp_path / "kept")]) == 0
-    file = policy_file(tmp_path / "kept", teacher.task, teacher.seed)
+    file = published_policy(tmp_path / "kept", teacher.task, teacher.seed)
     assert sha256(file) == sha256(teacher.policy)
     obs_BO = np.random.default_rng(1).standard_normal((5, 39)).astype(np.float32)
     original = load_policy(teacher.policy).distribution(obs_BO)
