@@ -26,6 +26,7 @@ def demonstrated(
     horizon: int,
     seed: int,
     interrupt: Interrupt,
+    terminate_on_success: bool = True,
 ) -> list[Batch]:
     """The transitions of the warm start's demonstrations, with their goals and noise, each up to its success.
 
@@ -37,6 +38,7 @@ def demonstrated(
         horizon: longest episode.
         seed: of goals and noise.
         interrupt: looked at after every step.
+        terminate_on_success: whether success counts as the end, beyond which nothing is estimated.
 
     Returns:
         A batch [1, M] per step and chunk of episodes, M of which were still running.
@@ -67,7 +69,7 @@ def demonstrated(
                     next_obs=envs.observations[rows][None],
                     actions=executed[rows][None],
                     rewards=envs.rewards[rows].astype(np.float32)[None],
-                    terminated=envs.successes[rows][None],
+                    terminated=envs.successes[rows][None] & terminate_on_success,
                     ends=np.ones((1, len(rows)), np.bool_),
                     train_success=0.0,
                     train_return=0.0,

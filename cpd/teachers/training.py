@@ -255,7 +255,14 @@ class Trainer:
             if not isinstance(self._learner, SACLearner):
                 return done, policy.state_dict(), []
             transitions = demonstrated(
-                element.task, self._goals, envs, teacher.warm_start, teacher.horizon, element.seed, self._interrupt
+                element.task,
+                self._goals,
+                envs,
+                teacher.warm_start,
+                teacher.horizon,
+                element.seed,
+                self._interrupt,
+                teacher.terminate_on_success,
             )
             return done, policy.state_dict(), transitions
 
