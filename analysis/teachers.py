@@ -36,6 +36,8 @@ class PublishedTeacher:
     demonstration_steps: int
     env_steps: int
     """Environment steps of RL."""
+    selected_env_steps: int
+    """After how many of these the final policy was taken."""
     policy_updates: int
     """Gradient steps of RL on the policy."""
     stopped_by: str
@@ -113,6 +115,7 @@ def _teacher(
         held_out_last=_rate(row.successes_last, row.episodes),
         demonstration_steps=start["demonstration_env_steps"] if start else 0,
         env_steps=training["env_steps"],
+        selected_env_steps=training["env_steps"] * training["selected_iteration"] // training["iterations"],
         policy_updates=training["policy_updates"],
         stopped_by=training["stopped_by"],
         cpu_seconds=cpu_seconds,
@@ -158,6 +161,7 @@ def score_rows(published: PublishedTeachers) -> list[dict[str, Any]]:
             "held_out_successes_last": t.held_out_last.successes,
             "demonstration_env_steps": t.demonstration_steps,
             "rl_env_steps": t.env_steps,
+            "rl_env_steps_selected": t.selected_env_steps,
             "rl_policy_updates": t.policy_updates,
             "stopped_by": t.stopped_by,
             "cpu_seconds": t.cpu_seconds,

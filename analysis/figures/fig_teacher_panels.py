@@ -7,6 +7,7 @@ import math
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from analysis.load import short
 from analysis.style import ACCENT, COLUMN_INCHES, GUIDE, method_colour
@@ -20,27 +21,26 @@ def draw(published: PublishedTeachers) -> Figure:
     tasks = list(dict.fromkeys(teacher.task for teacher in published.teachers))
     num_columns = min(NUM_COLUMNS, len(tasks))
     num_rows = math.ceil(len(tasks) / num_columns)
-    figure = Figure(figsize=(COLUMN_INCHES, 0.75 * num_rows + 0.5))
-    grid = figure.subplots(num_rows, num_columns, sharex=True, sharey=True, squeeze=False)
-    largest = max(teacher.env_steps for teacher in published.teachers)
-    scale, unit = (1e6, "million") if largest >= 1e6 else (1e3, "thousand")
+    figure = Figure(figsize=(COLUMN_INCHES, 0.78 * num_rows + 0.5))
+    grid = figure.subplots(num_rows, num_columns, sharey=True, squeeze=False)
     for axes, task in zip(grid.flat, tasks, strict=False):
-        for teacher in published.teachers:
-            if teacher.task == task:
-                _curve(axes, teacher, scale)
+        own = [teacher for teacher in published.teachers if teacher.task == task]
+        for teacher in own:
+            _curve(axes, teacher)
+        # Budgets differ by an order of magnitude: every panel has an axis of its own.
+        longest = max(teacher.env_steps for teacher in own)
+        axes.set_xlim(-0.04 * longest, 1.08 * longest)
+        axes.xaxis.set_major_locator(MaxNLocator(2, steps=[1, 2, 5, 10]))
+        axes.xaxis.set_major_formatter(FuncFormatter(_steps))
         axes.axhline(published.gate, color=GUIDE, linewidth=0.6, linestyle=":", zorder=1)
         axes.set_title(short(task), fontsize=6.2, pad=2)
         axes.tick_params(labelsize=6, length=1.8, pad=1.5)
         axes.grid(axis="y")
-    grid.flat[0].set_xlim(-0.03 * largest / scale, 1.06 * largest / scale)
     grid.flat[0].set_ylim(-0.06, 1.1)
     grid.flat[0].set_yticks([0, 0.5, 1], ["0", ".5", "1"])
     for axes in grid.flat[len(tasks) :]:
         axes.set_visible(False)
-    for column in range(num_columns):
-        last = (len(tasks) - 1 - column) // num_columns
-        grid[last, column].tick_params(labelbottom=True)
-    figure.supxlabel(f"environment steps of RL ({unit})", fontsize=7)
+    figure.supxlabel("environment steps of RL", fontsize=7)
     figure.supylabel("success rate", fontsize=7)
     handles, names = grid.flat[0].get_legend_handles_labels()
     by_name = dict(zip(names, handles, strict=True))  # several seeds repeat them
@@ -48,18 +48,22 @@ def draw(published: PublishedTeachers) -> Figure:
     return figure
 
 
-def _curve(axes: Axes, teacher: PublishedTeacher, scale: float) -> None:
+def _steps(count: float, position: int | None) -> str:
+    return f"{count / 1e6:g}M" if count >= 1e6 else f"{count / 1e3:g}k" if count else "0"
+
+
+def _curve(axes: Axes, teacher: PublishedTeacher) -> None:
     curve, colour = teacher.curve, method_colour(0)
     if not np.isnan(curve.training).all():
-        steps = np.array(curve.env_steps) / scale
+        steps = np.array(curve.env_steps)
         axes.plot(steps, curve.training, color=colour, alpha=0.3, linewidth=0.6, label="training episodes")
-    steps = np.array((0.0, *curve.validation_steps) if teacher.before else curve.validation_steps) / scale
+    steps = np.array((0.0, *curve.validation_steps) if teacher.before else curve.validation_steps)
     rates = (teacher.before.rate, *curve.validation) if teacher.before else curve.validation
     axes.plot(steps, rates, color=colour, marker="o", markersize=1.5, linewidth=0.8, label="validation goals")
     rate = teacher.held_out
     errors = [[rate.rate - rate.low], [rate.high - rate.rate]]
     axes.errorbar(
-        teacher.env_steps / scale,
+        teacher.selected_env_steps,
         rate.rate,
         yerr=errors,
         color=ACCENT,
@@ -79,7 +83,7 @@ def caption(published: PublishedTeachers) -> str:
     return (
         f"Learning of the teachers of {published.name} (recipe {labels['teacher_recipe']}): success on validation "
         f"goals with deterministic actions{start}, of the training episodes with exploration noise, and of the "
-        "final policy on held-out goals with its Wilson 95 % interval. Dotted: the gate. Training ends once "
-        f"validation is passed often enough. Horizon {labels['horizon']}; Meta-World {labels['metaworld']}, "
-        f"MuJoCo {labels['mujoco']}, reward {labels['reward_version']}."
+        "policy that was kept on held-out goals with its Wilson 95 % interval. Dotted: the gate. Training ends "
+        f"once validation is passed often enough; axes differ by task. Horizon {labels['horizon']}; "
+        f"Meta-World {labels['metaworld']}, MuJoCo {labels['mujoco']}, reward {labels['reward_version']}."
     )
