@@ -109,12 +109,15 @@ def test_malformed_overrides_are_all_named() -> None:
 def test_differences_name_what_affects_results_only() -> None:
     old = load(Config, MINIMAL, "recipe")
     new = load(Config, merge(MINIMAL, {"distill": {"lr": 0.5}, "logging": {"metrics_every": 7}}), "recipe")
-    assert differences(old, new) == ["distill.lr: 0.001 -> 0.5"]
+    assert differences(old, new) == ["distill.lr: 0.003 -> 0.5"]
     assert differences(old, dataclasses.replace(old)) == []
 
 
 def test_settings_without_effect_are_warned_about() -> None:
-    tables = merge(MINIMAL, {"memory": {"selection": "none"}, "distill": {"replay_share": 0.2}})
+    tables = merge(
+        MINIMAL,
+        {"memory": {"selection": "none"}, "distill": {"replay_share": 0.2}, "protection": {"kind": "none"}},
+    )
     assert load(Config, tables, "recipe").warnings() == [
         "distill.replay_share has no effect: memory.selection is 'none'"
     ]
@@ -124,7 +127,10 @@ def test_settings_without_effect_are_warned_about() -> None:
     ("memory", "told"),
     [
         ({"selection": "none", "share": 0.2}, ["memory.share has no effect: memory.selection is 'none'"]),
-        ({"dpp_candidates": 9}, ["memory.dpp_candidates has no effect: memory.selection is 'reservoir'"]),
+        (
+            {"selection": "reservoir", "dpp_candidates": 9},
+            ["memory.dpp_candidates has no effect: memory.selection is 'reservoir'"],
+        ),
         ({"selection": "dpp", "dpp_candidates": 9}, []),
         ({"selection": "uniform", "share": 0.2}, []),
     ],
@@ -183,7 +189,7 @@ def test_settings_of_a_variant_must_go_with_those_that_it_does_not_change() -> N
                 "b": {"memory": {"share": 1e-4}},
                 "ours": {},
                 "teacher": {},
-                "fine": {"student": {"top_k": 9, "num_experts": 9}},
+                "fine": {"student": {"top_k": 9, "num_experts": 9, "experts_per_task": 9}},
             },
         }
     )
@@ -222,7 +228,9 @@ def test_a_variant_is_warned_of_what_it_gives_without_effect_and_not_of_what_it_
 
 
 def test_experts_that_never_open_wholly_are_warned_of() -> None:
-    tables = merge(MINIMAL, {"distill": {"steps_per_stage": 50}, "student": {"opening_steps": 51}})
+    tables = merge(
+        MINIMAL, {"distill": {"steps_per_stage": 50}, "student": {"opening_steps": 51, "task_identity": "none"}}
+    )
     (line,) = load(Config, tables, "recipe").warnings()
     assert line.startswith("student.opening_steps (51) exceeds distill.steps_per_stage (50)")
 

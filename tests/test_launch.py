@@ -66,7 +66,7 @@ def test_a_dry_run_tells_what_would_run_and_creates_nothing(
     assert main(["demo", "--dry-run"]) == 0
     told = capsys.readouterr().out
     assert "drawer-close-v3, handle-press-side-v3, window-close-v3" in told
-    assert "2400 stored steps (reservoir)" in told
+    assert "240 stored steps (dpp)" in told
     assert not list(tmp_path.iterdir())
 
 
@@ -113,10 +113,10 @@ def test_other_settings_are_refused_by_name(tmp_path: Path) -> None:
     prepared(tmp_path)
     with pytest.raises(ConfigError) as caught:
         prepared(tmp_path, "--distill.lr", "0.5", "--seeds", "[2]")
-    assert "distill.lr: 0.001 -> 0.5" in str(caught.value)
+    assert "distill.lr: 0.003 -> 0.5" in str(caught.value)
     assert "seeds: [1] -> [2]" in str(caught.value)
     config: Config = Run(tmp_path).config
-    assert config.distill.lr == 0.001
+    assert config.distill.lr == 0.003
 
 
 def test_logging_settings_may_change(tmp_path: Path) -> None:

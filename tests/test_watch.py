@@ -11,7 +11,8 @@ import pytest
 from cpd.comm import SerialComm
 from cpd.config import StudentConfig
 from cpd.provenance import Labels
-from cpd.student.student import Student, StudentActor
+from cpd.student.actor import StudentActor
+from cpd.student.student import Student
 from cpd.watch import Watch, retrieval_steps
 
 TASKS = ("a-v3", "b-v3", "c-v3")

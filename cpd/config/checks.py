@@ -11,7 +11,10 @@ if TYPE_CHECKING:
 
 #: The kinds of protection that look at each of its settings.
 PROTECTION_SETTINGS: Final = {
-    "fisher_windows": ("ewc",),
+    "fisher_windows": ("mask", "ewc"),
+    "mask_experts": ("mask",),
+    "mask_fraction": ("mask",),
+    "mask_mode": ("mask",),
     "ewc_strength": ("ewc",),
     "agem_windows": ("agem",),
     "packnet_retrain_share": ("packnet",),
@@ -65,4 +68,10 @@ def without_effect(config: MethodConfig) -> list[str]:
     for name, kinds in PROTECTION_SETTINGS.items():
         if protection.kind not in kinds and getattr(protection, name) != getattr(ProtectionConfig(), name):
             found.append(f"protection.{name} has no effect: protection.kind is {protection.kind!r}")
+    distill = config.distill
+    everything_masked = protection.kind == "mask" and protection.mask_experts and protection.mask_fraction == 1.0
+    if distill.replay_share and everything_masked and config.student.task_identity != "none":
+        found.append("distill.replay_share has no effect: all that earlier tasks use is masked")
+    if distill.rehearsal and not distill.replay_share:
+        found.append("distill.rehearsal has no effect: distill.replay_share is 0")
     return found

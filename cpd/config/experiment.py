@@ -171,7 +171,8 @@ class Config(MethodConfig):
             found.append(f"memory.dpp_candidates has no effect: memory.selection is {self.memory.selection!r}")
         if self.student.expansion == "none" and self.student.experts_per_task != 1:
             found.append("student.experts_per_task has no effect: student.expansion is 'none'")
-        if self.student.expansion != "none" and self.student.opening_steps > self.distill.steps_per_stage:
+        opens = self.student.expansion != "none" and self.student.task_identity == "none"
+        if opens and self.student.opening_steps > self.distill.steps_per_stage:
             found.append(
                 f"student.opening_steps ({self.student.opening_steps}) exceeds distill.steps_per_stage "
                 f"({self.distill.steps_per_stage}): a stage ends before its experts are wholly open"

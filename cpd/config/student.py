@@ -22,16 +22,28 @@ class StudentConfig:
     num_heads: Positive = 4
     expert_width: Positive = 128
     """Hidden width of one expert."""
-    num_experts: Positive = 4
+    num_experts: Positive = 2
     """Experts per layer at the first stage."""
     top_k: Positive = 2
-    expansion: Literal["none", "per_task"] = "per_task"
-    """Experts are added at the start of every stage that brings a new task, or never."""
-    experts_per_task: Positive = 1
+    expansion: Literal["none", "per_task", "on_demand"] = "per_task"
+    """Experts are added at the start of every stage that brings a new task, never, or only if the experts of no
+    task before serve the new one well enough."""
+    experts_per_task: Positive = 2
+    demand_threshold: PositiveFloat = 0.5
+    """on_demand: least loss of the new task under the best other task's experts with which experts are added."""
     opening_steps: Positive = 100
-    """Steps over which a new expert's router logit rises from minus infinity to its learned value."""
-    task_identity: Literal["onehot", "none"] = "none"
-    """What the student is told of the task, in training and evaluation alike."""
+    """Steps over which a new expert's router logit rises from minus infinity to its learned value, where all
+    experts are open to all tasks (task_identity `none`)."""
+    task_identity: Literal["inferred", "given", "onehot", "none"] = "inferred"
+    """How the policy comes to know the task when it acts. inferred: from the episode's observations alone, by
+    contrastive embedding; given: told, as the prototype of the task; onehot: told, as a number; none: not at all,
+    there is no task in the policy."""
+    embedding_size: Positive = 32
+    embedding_width: Positive = 128
+    """Hidden width of the embedding's encoder."""
+    embedding_temperature: PositiveFloat = 0.1
+    belief_decay: Share = 0.9
+    """Weight of each further observation of an episode in the belief, as a share of the one before."""
     min_log_std: float = -3.0
     max_log_std: float = 0.5
 
@@ -40,15 +52,22 @@ class StudentConfig:
             raise ValueError(f"width ({self.width}) is not a multiple of num_heads ({self.num_heads})")
         if self.top_k > self.num_experts:
             raise ValueError(f"top_k ({self.top_k}) exceeds num_experts ({self.num_experts})")
+        if self.expansion != "none" and self.task_identity != "none" and self.top_k > self.experts_per_task:
+            raise ValueError(
+                f"top_k ({self.top_k}) exceeds experts_per_task ({self.experts_per_task}), but a task has no "
+                "experts beside its own"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class MemoryConfig:
     """The replay memory: a fixed budget of stored time steps for the whole stream."""
 
-    selection: Literal["none", "reservoir", "uniform", "dpp"] = "reservoir"
+    selection: Literal["none", "reservoir", "uniform", "dpp"] = "dpp"
     """reservoir: uniform over all steps seen; uniform and dpp: an equal share for each task seen, drawn uniformly
     or chosen to be unlike each other (greedy MAP of a determinantal point process)."""
+    start_share: Share = 0.5
+    """uniform and dpp: share of each task's segments that open an episode: by these a task is recognised."""
     share: Share = 0.1
     """Budget as a share of the whole stream's data (distinct tasks x rollouts.num_steps)."""
     dpp_candidates: Annotated[int, Field(ge=1, le=5_000)] = 2_000
@@ -59,11 +78,19 @@ class MemoryConfig:
 class ProtectionConfig:
     """What guards a student's earlier tasks beside replay."""
 
-    kind: Literal["none", "ewc", "agem", "packnet"] = "none"
-    """ewc: a quadratic pull back to what earlier tasks need; agem: no update against the gradient on memory;
-    packnet: every task keeps weights of its own, and the student must be told the task."""
+    kind: Literal["none", "mask", "ewc", "agem", "packnet"] = "mask"
+    """mask: parameters that matter to earlier tasks do not move, or move less; ewc: a quadratic pull back to what
+    earlier tasks need; agem: no update against the gradient on memory; packnet: every task keeps weights of its
+    own, and the student must be told the task."""
+    mask_experts: bool = True
+    """mask: the experts and the router rows of earlier tasks do not move at all."""
+    mask_fraction: Share = 1.0
+    """mask: share of the parameters common to all tasks that is protected after a stage, the most important ones
+    by accumulated Fisher information first. 1: what is common is learned with the first task."""
+    mask_mode: Literal["hard", "scaled"] = "hard"
+    """mask: protected parameters do not move; or by the less the more important they are."""
     fisher_windows: Positive = 256
-    """States per stage from which the importance of parameters is estimated (ewc)."""
+    """States per stage from which the importance of parameters is estimated (mask, ewc)."""
     ewc_strength: PositiveFloat = 1.0
     """Weight of EWC's penalty against the mean loss of a batch."""
     agem_windows: Positive = 128
@@ -83,15 +110,27 @@ class DistillConfig:
     steps_per_stage: Positive = 1_000
     batch_size: Positive = 256
     """Windows per step over all ranks."""
-    replay_share: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.5
-    """Share of a batch drawn from memory once it holds something."""
-    lr: PositiveFloat = 1e-3
+    replay_share: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Share of a batch drawn from memory once it holds something. The default protection needs none: there memory
+    is for telling tasks apart."""
+    rehearsal: bool = False
+    """Replay mixtures of two stored segments of a task, labelled by the student as the stage found it, in place
+    of stored segments with their teacher's labels."""
+    contrast_coef: NonNegativeFloat = 1.0
+    """Weight of the contrastive loss of the task embedding."""
+    contrast_batch_size: Positive = 256
+    """Observations per step, an equal share for every task seen."""
+    contrast_noise: NonNegativeFloat = 0.1
+    """Standard deviation of the noise on them, in the student's scaling of observations (15 cm are 1)."""
+    lr: PositiveFloat = 3e-3
     lr_warmup_steps: Count = 50
     final_lr_share: Share = 0.1
     """Learning rate at a stage's end, as a share of `lr` (cosine decay within each stage)."""
     weight_decay: NonNegativeFloat = 0.0
     max_grad_norm: PositiveFloat = 1.0
-    loss: Literal["forward_kl", "reverse_kl", "mse"] = "forward_kl"
+    loss: Literal["forward_kl", "reverse_kl", "mse"] = "reverse_kl"
+    """reverse_kl: the student's mean is drawn to the teacher's equally everywhere; forward_kl lets it give up on
+    states that are hard to imitate, by a wider deviation there."""
     std_floor: PositiveFloat = 0.1
     """Least standard deviation of the teacher that the loss sees."""
     load_balance_coef: NonNegativeFloat = 0.01

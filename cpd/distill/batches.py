@@ -79,6 +79,10 @@ class Windows(NamedTuple):
     """[B] first step."""
     length: npt.NDArray[np.int64]
     """[B] number of steps."""
+    partner: npt.NDArray[np.int64] | None = None
+    """[B] first step of the window whose observations are mixed in."""
+    weight: npt.NDArray[np.float64] | None = None
+    """[B] weight of the row's own observations in the mixture."""
 
 
 class Batch(NamedTuple):
@@ -104,7 +108,8 @@ class BatchSource:
 
     A row from the current task (jointly: of all tasks) is the window that ends with a step drawn uniformly from
     all of them, so that every step is seen with its full past and windows at an episode's start are short ones,
-    as when acting. A row from memory is a whole segment, drawn uniformly.
+    as when acting. A row from memory is a whole segment, drawn uniformly; with rehearsal, the mixture of its
+    observations with those of another segment of its task, in uniform proportions, over the steps that both have.
     """
 
     def __init__(
@@ -118,6 +123,7 @@ class BatchSource:
         comm: Comm,
         device: torch.device,
     ) -> None:
+        self.task = data.task
         self._config, self._context, self._seed, self._stage, self._comm = config, context, seed, stage, comm
         self._memory_start, self._memory_length = memory.start, memory.length
         lessons = [data, *data.others]
@@ -143,16 +149,29 @@ class BatchSource:
         if len(memory):
             self._num_replayed = min(round(config.replay_share * config.batch_size), config.batch_size - 1)
         self._position = np.arange(context)
+        # The segments of a task, one after another, so that a partner is drawn by a number within the task.
+        self._by_task = np.argsort(memory.task, kind="stable")
+        _, group, self._task_counts = np.unique(memory.task, return_inverse=True, return_counts=True)
+        self._task_begins = np.cumsum(self._task_counts) - self._task_counts
+        self._task_group = group
 
     def windows(self, step: int) -> Windows:
         """The global batch of `step`, rows from memory first."""
         rng = generator(self._seed, "batch", self._stage, step)
         replayed = rng.integers(max(len(self._memory_start), 1), size=self._num_replayed)
         current = rng.integers(len(self._window_start), size=self._config.batch_size - self._num_replayed)
-        return Windows(
-            np.concatenate([self._memory_start[replayed], self._window_start[current]]),
-            np.concatenate([self._memory_length[replayed], self._window_length[current]]),
-        )
+        start = np.concatenate([self._memory_start[replayed], self._window_start[current]])
+        length = np.concatenate([self._memory_length[replayed], self._window_length[current]])
+        if not (self._config.rehearsal and self._num_replayed):
+            return Windows(start, length)
+        group = self._task_group[replayed]
+        among = np.floor(rng.random(self._num_replayed) * self._task_counts[group]).astype(np.int64)
+        other = self._by_task[self._task_begins[group] + among]
+        partner, weight = start.copy(), np.ones(len(start))
+        partner[: self._num_replayed] = self._memory_start[other]
+        weight[: self._num_replayed] = rng.random(self._num_replayed)
+        length[: self._num_replayed] = np.minimum(length[: self._num_replayed], self._memory_length[other])
+        return Windows(start, length, partner, weight)
 
     def batch(self, step: int) -> Batch:
         """This rank's rows, `rank::size`, of the global batch of `step`."""
@@ -184,8 +203,14 @@ class BatchSource:
         rows_RL = torch.from_numpy(start_R1 + np.minimum(self._position, length_R1 - 1)).to(device)
         valid_RL = torch.from_numpy(self._position < length_R1).to(device, self._table.dtype)
         replayed = np.arange(len(windows.start))[mine] < num_replayed
+        if windows.partner is not None and windows.weight is not None:
+            partner_RL = torch.from_numpy(windows.partner[mine, None] + np.minimum(self._position, length_R1 - 1))
+            weight_R11 = torch.from_numpy(windows.weight[mine]).to(device, self._table.dtype).view(-1, 1, 1)
         gathered = self._table.index_select(0, rows_RL.view(-1)).view(*rows_RL.shape, -1)
         obs, mean, log_std = torch.split(gathered, [OBSERVATION_SIZE, ACTION_SIZE, ACTION_SIZE], dim=-1)
+        if windows.partner is not None:
+            mixed_in = self._table.index_select(0, partner_RL.to(device).view(-1))[:, :OBSERVATION_SIZE]
+            obs = torch.lerp(mixed_in.view_as(obs), obs, weight_R11)
         return Batch(
             obs,
             mean,

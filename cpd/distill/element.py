@@ -166,7 +166,7 @@ class Distillation:
         """The rest of one stage."""
         trainer, progress = self.trainer, self.trainer.progress
         for decision in trainer.begin_stage(data):
-            self._record(event="growth", **asdict(decision))
+            self._record(event="growth", **{**asdict(decision), "sources": str(decision.sources)})
         for step in range(progress.step, self.config.distill.steps_per_stage):
             self._evaluate_if_due()
             self._step(step)
@@ -206,6 +206,7 @@ class Distillation:
             "replay": report.replay,
             "load_balance": report.load_balance,
             "router_z": report.router_z,
+            "contrast": report.contrast,
             "grad_norm": report.grad_norm,
             "lr": report.lr,
             "memory_steps": self.trainer.memory.num_steps,
@@ -285,6 +286,7 @@ class Distillation:
         if any((row.stage, row.step) == (stage, step) for row in self.curves):
             return
         task = self.config.stream.tasks[stage]
+        self.trainer.refresh_prototypes()
         outcomes = evaluate_cells(
             make_actor(self.trainer.student, self.config.stream.distinct_tasks),
             [Cell(task, "held_out", evaluation.num_episodes_brief)],

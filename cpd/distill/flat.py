@@ -27,6 +27,7 @@ class FlatParameters:
     Attributes:
         names: parameters in the order of the vector; those that growth adds come last.
         slots: name to its slice of the vector.
+        shapes: name to its shape.
         matrices: [P] 1 for elements of weight matrices, else 0: what weight decay applies to.
     """
 
@@ -42,6 +43,7 @@ class FlatParameters:
         self.grads = torch.zeros_like(self.values)
         self.matrices = torch.zeros_like(self.values)
         self.slots: dict[str, slice] = {}
+        self.shapes = {name: parameters[name].shape for name in self.names}
         start = 0
         for name, size in zip(self.names, sizes, strict=True):
             parameter, slot = parameters[name], slice(start, start + size)

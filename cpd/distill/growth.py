@@ -1,60 +1,105 @@
-"""Growth of the student at the start of a stage that brings a new task."""
+"""Growth of the student at the start of a stage that brings a new task: whether, from what, and what for."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
+import numpy.typing as npt
 import torch
+from torch import Tensor
 
 from cpd.comm import Comm
 from cpd.distill.batches import Batch
 from cpd.seeding import generator
-from cpd.student.student import Student
+from cpd.student.student import Student, StudentOutput
 
 #: Standard deviation of the noise on a copied router row, relative to the row's root mean square.
 ROW_NOISE: Final = 0.1
 
+#: The loss of every token, [R, L], of a student's output on a batch.
+TokenLoss = Callable[[StudentOutput, Batch], Tensor]
+
+
+@dataclass(frozen=True)
+class Probe:
+    """How the student as it is serves a new task, seen as one of the tasks that it knows."""
+
+    task: int
+    """The task as which it was seen; 0 for a student without tasks."""
+    loss: float
+    """Mean over tokens of the global batch."""
+    counts_LE: npt.NDArray[np.float64]
+    """Assignments by layer and expert."""
+
 
 @dataclass(frozen=True)
 class GrowthDecision:
-    """One expert that was added to one layer, and why it started as it did."""
+    """Whether experts were added for a task, and why."""
 
     stage: int
-    layer: int
-    expert: int
-    """The new expert's number within its layer."""
-    source: int
-    """The expert that it copies."""
-    source_share: float
-    """Share of the new task's assignments that went to the source."""
+    task: int
+    nearest_task: int
+    """The known task whose experts serve the new one best; new experts are copies of these."""
+    probe_loss: float
+    """The new task's loss under them."""
+    reason: str
+    num_new: int
+    """Experts added to every layer."""
+    sources: list[list[int]]
+    """By layer, the experts that the new ones copy."""
+    group: int
+    """The group of experts that the task has now."""
 
 
+def probe(student: Student, batch: Batch, loss: TokenLoss, known: list[int], comm: Comm) -> Probe:
+    """See a batch of a new task as each of the tasks `known`, and tell the best; a collective."""
+    best: Probe | None = None
+    for task in known if student.is_conditioned else [0]:
+        with torch.no_grad():
+            out = student(batch.obs_RLO, task_B=torch.full_like(batch.task_R, task), valid_BL=batch.valid_RL)
+            total = float((batch.valid_RL * loss(out, batch)).sum())
+        counts_LE = torch.stack([stats.counts_E for stats in out.stats]).double().cpu().numpy()
+        sums = np.append(counts_LE, total)
+        comm.all_reduce_sum(sums)
+        found = Probe(task, float(sums[-1]) / batch.num_tokens, sums[:-1].reshape(counts_LE.shape))
+        if best is None or found.loss < best.loss:
+            best = found
+    assert best is not None
+    return best
+
+
+@torch.no_grad()
 def grow(
-    student: Student, probe: Batch, comm: Comm, *, seed: int, stage: int, num_new: int
-) -> list[GrowthDecision]:
-    """Add `num_new` closed experts to every layer; a collective.
+    student: Student, found: Probe, *, seed: int, stage: int, task: int, num_new: int, reason: str
+) -> GrowthDecision:
+    """Add `num_new` experts to every layer, or none, for a new task.
 
-    They copy the experts that the new task's probe batch uses most, the j-th new one the j-th most used: what
-    serves the new task best so far is what should be refined for it.
+    They copy the experts that serve the new task best as `found`, the j-th new one the j-th most used: what serves
+    the new task best so far is what should be refined for it. In a student with tasks they are a group of their
+    own, which no other task's tokens meet. In a student without, they are closed at first. Without new experts
+    the task shares those of the nearest one.
 
     Returns:
         What was done; the same on every rank.
     """
-    with torch.no_grad():
-        out = student(probe.obs_RLO, task_B=probe.task_R, valid_BL=probe.valid_RL)
-    counts_LE = torch.stack([stats.counts_E for stats in out.stats]).double().cpu().numpy()
-    comm.all_reduce_sum(counts_LE)
-    decisions = []
-    for layer, (moe, counts_E) in enumerate(zip(student.moes, counts_LE, strict=True)):
+    if student.task is not None:
+        student.task[task] = student.task[found.task]
+        student.group_K[task] = student.group_K[found.task]
+        if num_new:
+            student.group_K[task] = int(student.moes[0].group_E.max()) + 1
+    group = int(student.group_K[task])
+    sources = []
+    for layer, (moe, counts_E) in enumerate(zip(student.moes, found.counts_LE, strict=True)):
         ranking = np.argsort(-counts_E, kind="stable")
-        for j in range(num_new):
-            source = int(ranking[j % len(ranking)])
+        sources.append([int(ranking[j % len(ranking)]) for j in range(num_new)])
+        for j, source in enumerate(sources[-1]):
             row = moe.router[source].detach()
             noise = generator(seed, "growth", stage, layer, j).standard_normal(len(row))
             rms = float(row.square().mean().sqrt())
-            moe.grow(source, torch.from_numpy(ROW_NOISE * rms * noise))
-            share = float(counts_E[source] / counts_E.sum())
-            decisions.append(GrowthDecision(stage, layer, moe.num_experts - 1, source, share))
-    return decisions
+            moe.grow(
+                source, torch.from_numpy(ROW_NOISE * rms * noise), group=group, closed=not student.is_conditioned
+            )
+    return GrowthDecision(stage, task, found.task, found.loss, reason, num_new, sources, group)

@@ -55,8 +55,12 @@ def floored_log_std(log_std: Tensor, std_floor: float) -> Tensor:
     return log_std.clamp(min=math.log(std_floor))
 
 
-def load_balance_loss(prob_sums_LE: Tensor, shares_LE: Tensor, num_tokens: int) -> Tensor:
+def load_balance_loss(prob_sums_LE: Tensor, shares_LE: Tensor, num_tokens: int, group_E: Tensor) -> Tensor:
     """E * sum_e f_e P_e, mean over layers: 1 if tokens are spread evenly over E experts, up to E if not.
+
+    With groups of experts, of which each token may choose from one, it is the mean of that over the groups,
+    weighted by their tokens: with E_g experts and the share w_g of all tokens,
+    sum_g E_g / w_g sum_{e in g} f_e P_e.
 
     The form of Switch Transformers (Fedus et al. 2022, eq. 4), for top-k as in GShard (Lepikhin et al. 2021).
     It is not a mean over tokens, but with shares of the global batch, a rank's part of the gradient is exact:
@@ -66,11 +70,15 @@ def load_balance_loss(prob_sums_LE: Tensor, shares_LE: Tensor, num_tokens: int) 
         prob_sums_LE: router probabilities per layer and expert, summed over this rank's tokens.
         shares_LE: f, each expert's share of the assignments of the global batch's tokens; no gradient.
         num_tokens: tokens of the global batch.
+        group_E: each expert's group.
 
     Returns:
         This rank's summand of the global value.
     """
-    return shares_LE.shape[1] / num_tokens * (shares_LE * prob_sums_LE).sum(1).mean()
+    same_EE = (group_E.unsqueeze(0) == group_E.unsqueeze(1)).to(shares_LE.dtype)
+    tokens_LE = (shares_LE @ same_EE).clamp(min=1e-12)
+    weights_LE = same_EE.sum(0) * shares_LE / tokens_LE
+    return (weights_LE * prob_sums_LE).sum(1).mean() / num_tokens
 
 
 def router_z_loss(z_square_sums_L: Tensor, num_tokens: int) -> Tensor:

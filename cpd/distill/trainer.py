@@ -14,13 +14,16 @@ from torch import Tensor
 from cpd.comm import Comm
 from cpd.config import Config
 from cpd.distill.batches import Batch, BatchSource, StageData
+from cpd.distill.contrast import ContrastSource, prototypes_from_memory
 from cpd.distill.flat import AdamW, FlatParameters
-from cpd.distill.growth import GrowthDecision, grow
+from cpd.distill.growth import GrowthDecision, grow, probe
 from cpd.distill.losses import LOSSES, load_balance_loss, router_z_loss
 from cpd.distill.protection import make_protection
+from cpd.distill.rehearsal import Rehearsal
 from cpd.distill.schedule import learning_rate, opening_offset
 from cpd.memory.replay import ReplayMemory, make_selection
 from cpd.seeding import derive
+from cpd.student.belief import info_nce
 from cpd.student.student import Student, StudentOutput
 
 
@@ -35,6 +38,7 @@ class LossTerms(NamedTuple):
     """To the teachers, by token; 0 beyond a window's end."""
     load_balance: Tensor
     router_z: Tensor
+    contrast: Tensor
     shares_LE: Tensor
     """Each open expert's share of the global batch's assignments, by layer; the same on every rank."""
 
@@ -48,6 +52,8 @@ class StepReport:
     """The distance to the teachers, mean over all tokens."""
     load_balance: float
     router_z: float
+    contrast: float
+    """InfoNCE of the task embedding, in nats; 0 while there is but one task."""
     current: float
     """Distance on the current task's rows."""
     replay: float | None
@@ -100,6 +106,8 @@ class Trainer:
         self.protection = make_protection(config, seed)
         self.progress = Progress()
         self._source: BatchSource | None = None
+        self._contrast: ContrastSource | None = None
+        self._rehearsal: Rehearsal | None = None
 
     def _start_afresh(self) -> None:
         """Draw the first weights, and forget what the optimiser knows."""
@@ -116,13 +124,18 @@ class Trainer:
         return Student(config.student, num_tasks, num_experts=num_experts, dtype=dtype)
 
     @property
+    def present_task(self) -> int:
+        """The task of the stage that has begun."""
+        return self.source.task
+
+    @property
     def source(self) -> BatchSource:
         """The batches of the stage that has begun."""
         assert self._source is not None, "begin_stage comes first"
         return self._source
 
     def begin_stage(self, data: StageData) -> list[GrowthDecision]:
-        """Make the stage's batches, and grow if its task is new and not the first; returns what grew.
+        """Make the stage's batches, and get the student ready for its task; returns what was decided on growth.
 
         After a resume in the middle of a stage only the former is done.
         """
@@ -137,33 +150,64 @@ class Trainer:
             self.comm,
             self.device,
         )
+        if self.student.encoder is not None:
+            self._contrast = ContrastSource(
+                data, self.memory.segments, config.distill, self.seed, progress.stage, self.device
+            )
         if progress.begun:
             return []
         if config.distill.protocol == "single_task":
             self._start_afresh()
             progress.seen.clear()
-        new = data.task not in progress.seen
-        decisions: list[GrowthDecision] = []
-        if new and progress.seen and config.student.expansion == "per_task":
-            num_new = config.student.experts_per_task
-            decisions = grow(
-                self.student,
-                self._source.probe(),
-                self.comm,
-                seed=self.seed,
-                stage=progress.stage,
-                num_new=num_new,
-            )
-            old, self.flat = self.flat, FlatParameters(self.student, self.flat.names)
-            self.optimizer.grow(self.flat)
-            self.protection.grow(old, self.flat)
-            progress.num_opening = num_new
-            progress.growth += decisions
-        if new:
-            progress.seen += [lesson.task for lesson in (data, *data.others)]
+        lessons = [lesson.task for lesson in (data, *data.others)]
+        decisions = [found for task in lessons if task not in progress.seen for found in self._learn_of(task)]
+        if config.distill.rehearsal:
+            self._rehearse(self.flat.values.clone())
         progress.begun = True
         self.protection.begin_stage(self)
         return decisions
+
+    def _learn_of(self, task: int) -> list[GrowthDecision]:
+        """Make the student ready for a task that it has not met: experts for it, or a reason to do without."""
+        config, progress, student = self.config.student, self.progress, self.student
+        decisions: list[GrowthDecision] = []
+        # Learning all tasks at once, a student without tasks has nothing that experts could be new to.
+        joint = self.config.distill.protocol == "joint"
+        if progress.seen and config.expansion != "none" and (student.is_conditioned or not joint):
+            assert self._source is not None
+            found = probe(student, self._source.probe(), self._token_loss, progress.seen, self.comm)
+            num_new, reason = config.experts_per_task, "every new task gets experts"
+            if config.expansion == "on_demand":
+                lacking = found.loss > config.demand_threshold
+                num_new = num_new if lacking else 0
+                verdict = "exceeds" if lacking else "is within"
+                reason = f"the loss {found.loss:.3g} {verdict} demand_threshold = {config.demand_threshold:g}"
+            decision = grow(
+                student, found, seed=self.seed, stage=progress.stage, task=task, num_new=num_new, reason=reason
+            )
+            old, self.flat = self.flat, FlatParameters(student, self.flat.names)
+            self.optimizer.grow(self.flat)
+            self.protection.grow(old, self.flat)
+            progress.num_opening = 0 if student.is_conditioned else num_new
+            decisions.append(decision)
+            progress.growth.append(decision)
+        student.known_K[task] = True
+        progress.seen.append(task)
+        return decisions
+
+    def _token_loss(self, out: StudentOutput, batch: Batch) -> Tensor:
+        """[R, L] the distance to the teacher."""
+        loss = LOSSES[self.config.distill.loss]
+        return loss(out.mean_BLA, out.log_std_BLA, batch.teacher_mean_RLA, batch.teacher_log_std_RLA)
+
+    def _rehearse(self, values: Tensor) -> None:
+        """From now on replayed rows are labelled by the student with the parameters `values`."""
+        self._rehearsal = Rehearsal(self.student, values, self.flat, self.config.distill.std_floor)
+
+    def refresh_prototypes(self) -> None:
+        """Bring the prototypes up to date with the encoder; before the student acts in the middle of a stage."""
+        if self._contrast is not None:
+            self._contrast.refresh_prototypes(self.student)
 
     def skip_stage(self) -> None:
         """Pass over a stage that has no admitted teacher."""
@@ -173,8 +217,11 @@ class Trainer:
     def end_stage(self, data: StageData) -> None:
         """Let protection and memory take what they need of the stage's data, and go on to the next stage."""
         self.protection.end_stage(self, data)
+        self.refresh_prototypes()
         self.memory.offer(data.segments(self.config.student.context), self.comm)
-        self._source = None
+        if self.student.encoder is not None:
+            prototypes_from_memory(self.student, self.memory.segments)
+        self._source = self._contrast = self._rehearsal = None
         self._next_stage()
 
     def _next_stage(self) -> None:
@@ -194,6 +241,8 @@ class Trainer:
             self.student.set_logit_offset(progress.num_opening, offset)
         self.protection.begin_step(self)
         batch = self.source.batch(progress.step)
+        if self._rehearsal is not None:
+            batch = self._rehearsal.relabel(batch)
         terms = self.gradient(batch)
         self.protection.adjust_gradient(self)
         grad_norm = self.flat.clip_grads(config.max_grad_norm)
@@ -213,22 +262,34 @@ class Trainer:
         """Make `flat.grads` the gradient of the global batch's loss, the same on every rank; a collective."""
         config = self.config.distill
         out = self.student(batch.obs_RLO, task_B=batch.task_R, valid_BL=batch.valid_RL)
-        loss = LOSSES[config.loss]
-        distance_RL = batch.valid_RL * loss(
-            out.mean_BLA, out.log_std_BLA, batch.teacher_mean_RLA, batch.teacher_log_std_RLA
-        )
+        distance_RL = batch.valid_RL * self._token_loss(out, batch)
         shares_LE = self._expert_shares(out, batch)
         # Sums over this rank's tokens, divided by the global count: the sum over ranks is the global mean.
         imitation = distance_RL.sum() / batch.num_tokens
         balance = load_balance_loss(
-            torch.stack([stats.prob_sums_E for stats in out.stats]), shares_LE, batch.num_tokens
+            torch.stack([stats.prob_sums_E for stats in out.stats]),
+            shares_LE,
+            batch.num_tokens,
+            self.student.moes[0].group_E[: shares_LE.shape[1]],
         )
         router_z = router_z_loss(torch.stack([stats.z_square_sum for stats in out.stats]), batch.num_tokens)
+        contrast = self._contrastive_loss()
         total = imitation + config.load_balance_coef * balance + config.router_z_coef * router_z
+        total = total + config.contrast_coef * contrast
         self.flat.grads.zero_()
         total.backward()  # type: ignore[no-untyped-call]
         self.flat.reduce_grads(self.comm)
-        return LossTerms(distance_RL.detach(), balance.detach(), router_z.detach(), shares_LE)
+        return LossTerms(distance_RL.detach(), balance.detach(), router_z.detach(), contrast.detach(), shares_LE)
+
+    def _contrastive_loss(self) -> Tensor:
+        """This rank's part of the contrastive loss, which every rank computes as a whole."""
+        contrast = None if self._contrast is None else self._contrast.batch(self.progress.step)
+        if contrast is None or self.student.encoder is None:
+            return self.flat.values.new_zeros(())
+        obs_NO, task_N = contrast
+        scaled_NO = (obs_NO - self.student.obs_centre) / self.student.obs_scale
+        temperature = self.config.student.embedding_temperature
+        return info_nce(self.student.encoder(scaled_NO), task_N, temperature) / self.comm.size
 
     def _expert_shares(self, out: StudentOutput, batch: Batch) -> Tensor:
         """[layers, E] each open expert's share of the global batch's assignments."""
@@ -239,25 +300,29 @@ class Trainer:
     def _report(self, batch: Batch, terms: LossTerms, grad_norm: float, lr: float) -> StepReport:
         """Sum what this rank saw over all ranks."""
         num_tasks = self.student.num_tasks
-        # Distances and tokens by (replayed or not, task), then the two router terms.
+        # Distances and tokens by (replayed or not, task), then load balance, z-loss and contrast.
         cell_R = batch.task_R + num_tasks * batch.replayed_R.long()
         sums = [
             torch.bincount(cell_R, weights=values, minlength=2 * num_tasks)
             for values in (terms.distance_RL.sum(1), batch.valid_RL.sum(1))
         ]
-        router_terms = torch.stack([terms.load_balance, terms.router_z])
-        totals = torch.cat([*sums, router_terms]).double().cpu().numpy()
+        scalar_terms = torch.stack([terms.load_balance, terms.router_z, terms.contrast])
+        totals = torch.cat([*sums, scalar_terms]).double().cpu().numpy()
         self.comm.all_reduce_sum(totals)
         distance, tokens = totals[: 4 * num_tasks].reshape(2, 2, num_tasks)
-        load_balance, z = (float(term) for term in totals[-2:])
+        load_balance, z, contrast = (float(term) for term in totals[-3:])
         config = self.config.distill
         imitation = float(distance.sum() / tokens.sum())
         task_distance, task_tokens = distance.sum(0), tokens.sum(0)
         return StepReport(
-            loss=imitation + config.load_balance_coef * load_balance + config.router_z_coef * z,
+            loss=imitation
+            + config.load_balance_coef * load_balance
+            + config.router_z_coef * z
+            + config.contrast_coef * contrast,
             imitation=imitation,
             load_balance=load_balance,
             router_z=z,
+            contrast=contrast,
             current=float(distance[0].sum() / tokens[0].sum()),
             replay=float(distance[1].sum() / tokens[1].sum()) if tokens[1].any() else None,
             by_task={int(t): float(task_distance[t] / task_tokens[t]) for t in np.flatnonzero(task_tokens)},
@@ -272,7 +337,8 @@ class Trainer:
         return {
             "progress": asdict(self.progress),
             "num_experts": self.student.num_experts,
-            "logit_offset": [moe.logit_offset for moe in self.student.moes],
+            "buffers": {n: t for n, t in self.student.state_dict().items() if n not in self.flat.slots},
+            "rehearsal": None if self._rehearsal is None else self._rehearsal.values,
             "names": self.flat.names,
             "values": self.flat.values,
             "optimizer": self.optimizer.state(),
@@ -286,12 +352,13 @@ class Trainer:
         progress["growth"] = [GrowthDecision(**decision) for decision in progress["growth"]]
         self.progress = Progress(**progress)
         self.student = self._build(state["num_experts"]).to(self.device)
-        for moe, offset in zip(self.student.moes, state["logit_offset"], strict=True):
-            moe.logit_offset.copy_(offset)
+        self.student.load_state_dict(state["buffers"], strict=False)
         self.flat = FlatParameters(self.student, state["names"])
         self.flat.values.copy_(state["values"])
         self.optimizer = AdamW(self.flat, self.config.distill.weight_decay)
         self.optimizer.restore(state["optimizer"])
         self.memory.restore(state["memory"])
         self.protection.restore(state["protection"], self)
-        self._source = None
+        self._source = self._contrast = self._rehearsal = None
+        if state["rehearsal"] is not None:
+            self._rehearse(state["rehearsal"].to(self.device))

@@ -9,7 +9,7 @@ from cpd.config import MemoryConfig
 from cpd.memory.dpp import select
 from cpd.memory.dpp_kernel import FloatArray, standardise
 from cpd.memory.segments import Segments
-from cpd.memory.shares import equal_shares
+from cpd.memory.shares import equal_shares, starts_first
 from cpd.seeding import generator
 from cpd.student.observations import observation_scaling
 
@@ -25,7 +25,7 @@ class Diverse:
 
     def __init__(self, seed: int, config: MemoryConfig) -> None:
         """`config.dpp_candidates` bounds cost: the kernel's factor has that many rows and columns at most."""
-        self._seed, self._limit = seed, config.dpp_candidates
+        self._seed, self._limit, self._start_share = seed, config.dpp_candidates, config.start_share
 
     def choose(self, held: Segments, offered: Segments, budget: int) -> npt.NDArray[np.int64]:
         """The segments that equal shares of `budget` steps leave."""
@@ -34,8 +34,20 @@ class Diverse:
         return equal_shares(held, offered, preference, budget)
 
     def _preference(self, offered: Segments, budget: int) -> npt.NDArray[np.int64]:
-        """All segments: the greedy choice, as long as the budget can need it, then the others in random order."""
+        """All segments: the greedy choice, as long as the budget can need it, then the others in random order.
+
+        Segments that open an episode and the others are chosen from apart, since they are for different ends.
+        """
         draws = generator(self._seed, "dpp", int(offered.task[0]))
+        starts = np.flatnonzero(offered.opens_episode)
+        parts = [np.arange(len(offered))]
+        if self._start_share:
+            parts = [starts, np.flatnonzero(~offered.opens_episode)]
+        greedy = [part[self._greedy(offered.take(part), budget, draws)] for part in parts if len(part)]
+        order = np.concatenate(greedy)
+        return starts_first(offered.opens_episode, order, self._start_share)
+
+    def _greedy(self, offered: Segments, budget: int, draws: np.random.Generator) -> npt.NDArray[np.int64]:
         most_that_fit = int((np.cumsum(np.sort(offered.length)) <= budget).sum())
         num_items = min(most_that_fit, self._limit, len(offered))
         quality = np.ones(len(offered))

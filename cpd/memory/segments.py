@@ -18,7 +18,7 @@ from cpd.shards.schema import ACTION_SIZE, OBSERVATION_SIZE
 Array = npt.NDArray[Any]
 
 #: The arrays with a row per segment; all others have a row per step.
-PER_SEGMENT = ("task", "first_step", "length")
+PER_SEGMENT = ("task", "first_step", "length", "opens_episode")
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,7 @@ class Segments:
         task: [G] int64, position of the task among the stream's distinct ones.
         first_step: [G] int64, number of the first step within its task's rollouts: with the task, its identity.
         length: [G] int64, steps; at most the student's context.
+        opens_episode: [G] bool, whether the first step is its episode's first.
         observations: [S, O] float32, raw.
         teacher_mean: [S, A] float32, as executed, in [-1, 1].
         teacher_log_std: [S, A] float32.
@@ -37,6 +38,7 @@ class Segments:
     task: npt.NDArray[np.int64]
     first_step: npt.NDArray[np.int64]
     length: npt.NDArray[np.int64]
+    opens_episode: npt.NDArray[np.bool_]
     observations: npt.NDArray[np.float32]
     teacher_mean: npt.NDArray[np.float32]
     teacher_log_std: npt.NDArray[np.float32]
@@ -50,7 +52,9 @@ class Segments:
         """No segments."""
         none = np.zeros(0, np.int64)
         actions = np.zeros((0, ACTION_SIZE), np.float32)
-        return cls(none, none, none, np.zeros((0, OBSERVATION_SIZE), np.float32), actions, actions)
+        return cls(
+            none, none, none, none.astype(bool), np.zeros((0, OBSERVATION_SIZE), np.float32), actions, actions
+        )
 
     def __len__(self) -> int:
         """G."""
@@ -122,6 +126,7 @@ def cut_segments(
         np.full(len(first_step), task, np.int64),
         first_step,
         lengths,
+        np.isin(first_step, offsets[:-1]),
         observations,
         teacher_mean,
         teacher_log_std,

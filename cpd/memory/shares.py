@@ -8,6 +8,29 @@ import numpy.typing as npt
 from cpd.memory.segments import Segments
 
 
+def starts_first(
+    opens_episode: npt.NDArray[np.bool_], preference: npt.NDArray[np.int64], start_share: float
+) -> npt.NDArray[np.int64]:
+    """Reorder so that every prefix holds `start_share` segments that open an episode, rounded up, while they last.
+
+    Args:
+        opens_episode: [G] of the offered segments.
+        preference: positions in them, best first.
+        start_share: 0 leaves the order as it is.
+
+    Returns:
+        The same positions; the order among those that open an episode, and among the others, is kept.
+    """
+    if not start_share:
+        return preference
+    is_start = opens_episode[preference]
+    # Where in the new order the i-th start and the j-th other would stand, were there enough of both.
+    rank = np.empty(len(preference))
+    rank[is_start] = np.arange(int(is_start.sum())) / start_share
+    rank[~is_start] = (np.arange(int((~is_start).sum())) + 0.5) / max(1.0 - start_share, 1e-9)
+    return preference[np.argsort(rank, kind="stable")]
+
+
 def equal_shares(
     held: Segments, offered: Segments, preference: npt.NDArray[np.int64], budget: int
 ) -> npt.NDArray[np.int64]:

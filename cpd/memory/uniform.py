@@ -7,7 +7,7 @@ import numpy.typing as npt
 
 from cpd.config import MemoryConfig
 from cpd.memory.segments import Segments
-from cpd.memory.shares import equal_shares
+from cpd.memory.shares import equal_shares, starts_first
 from cpd.seeding import generator
 
 
@@ -20,11 +20,12 @@ class Uniform:
     """
 
     def __init__(self, seed: int, config: MemoryConfig) -> None:
-        """No setting but the seed matters."""
-        self._seed = seed
+        """`config.start_share` is heeded."""
+        self._seed, self._start_share = seed, config.start_share
 
     def choose(self, held: Segments, offered: Segments, budget: int) -> npt.NDArray[np.int64]:
         """The segments that equal shares of `budget` steps leave."""
         task = int(offered.task[0])
         preference = generator(self._seed, "uniform", task).permutation(len(offered))
+        preference = starts_first(offered.opens_episode, preference, self._start_share)
         return equal_shares(held, offered, preference, budget)

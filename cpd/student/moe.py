@@ -1,6 +1,6 @@
 """A mixture-of-experts feed-forward block that can grow.
 
-Dimensions: N tokens, D width, E open experts, k experts chosen per token.
+Dimensions: N tokens, D width, E open experts, k experts chosen per token, G groups of experts.
 """
 
 from __future__ import annotations
@@ -44,12 +44,15 @@ class MoE(nn.Module):
     """Dropless top-k routing: a softmax over the k greatest logits weighs the experts' outputs.
 
     Everything is kept per expert, router rows included, so that growth appends parameters and touches none.
+    Every expert is of a group; a token that is given a group chooses among that group's experts alone.
+
     `logit_offset` is added to the logits. An expert whose offset is minus infinity is closed: it is left out of
     the computation altogether, so that outputs do not change by a single bit when it is appended. Closed
     experts are always the last ones. While but one is open this is a dense layer, and its router is not trained.
     """
 
     logit_offset: Tensor
+    group_E: Tensor
 
     def __init__(self, width: int, expert_width: int, num_experts: int, top_k: int, dtype: torch.dtype) -> None:
         super().__init__()
@@ -58,6 +61,7 @@ class MoE(nn.Module):
         self.experts = nn.ModuleList(Expert(width, expert_width, dtype) for _ in range(num_experts))
         self.router = nn.ParameterList(nn.Parameter(torch.zeros(width, dtype=dtype)) for _ in range(num_experts))
         self.register_buffer("logit_offset", torch.zeros(num_experts, dtype=dtype))
+        self.register_buffer("group_E", torch.zeros(num_experts, dtype=torch.int64))
 
     @property
     def num_experts(self) -> int:
@@ -65,21 +69,26 @@ class MoE(nn.Module):
         return len(self.experts)
 
     @torch.no_grad()
-    def grow(self, source: int, row_noise_D: Tensor) -> None:
-        """Append a closed expert: a copy of expert `source` whose router row is moved by `row_noise_D`."""
+    def grow(self, source: int, row_noise_D: Tensor, *, group: int, closed: bool) -> None:
+        """Append an expert: a copy of expert `source` whose router row is moved by `row_noise_D`."""
         original = self.experts[source]
         copy = Expert(self.width, self.expert_width, self.dtype).to(self.logit_offset.device)
         copy.load_state_dict(original.state_dict())
         self.experts.append(copy)
         self.router.append(nn.Parameter(self.router[source] + row_noise_D.to(self.router[source])))
-        self.logit_offset = torch.cat([self.logit_offset, self.logit_offset.new_tensor([-math.inf])])
+        offset = self.logit_offset.new_tensor([-math.inf if closed else 0.0])
+        self.logit_offset = torch.cat([self.logit_offset, offset])
+        self.group_E = torch.cat([self.group_E, self.group_E.new_tensor([group])])
 
-    def forward(self, x_ND: Tensor, valid_N: Tensor | None = None) -> tuple[Tensor, RouterStats | None]:
+    def forward(
+        self, x_ND: Tensor, valid_N: Tensor | None = None, group_N: Tensor | None = None
+    ) -> tuple[Tensor, RouterStats | None]:
         """Route and transform.
 
         Args:
             x_ND: tokens.
             valid_N: 1 for tokens that count, 0 for padding; statistics are only made if it is given.
+            group_N: the group whose experts each token may choose, of at least k; default: all experts.
 
         Returns:
             `[N, D]` and the statistics.
@@ -91,6 +100,9 @@ class MoE(nn.Module):
         logits_NE = F.linear(x_ND, torch.stack(list(self.router)[:num_open]))
         if any(offsets[:num_open]):
             logits_NE = logits_NE + self.logit_offset[:num_open]
+        if group_N is not None:
+            foreign_NE = group_N.unsqueeze(1) != self.group_E[:num_open]
+            logits_NE = logits_NE.masked_fill(foreign_NE, -math.inf)
         top_logits_Nk, chosen_Nk = logits_NE.topk(self.top_k, dim=-1)
         y_ND = mix_experts(x_ND, top_logits_Nk.softmax(-1), chosen_Nk, *self._matrices(num_open))
         return y_ND, None if valid_N is None else _stats(logits_NE, chosen_Nk, valid_N)
@@ -111,7 +123,9 @@ def _stats(logits_NE: Tensor, chosen_Nk: Tensor, valid_N: Tensor) -> RouterStats
     num_open = logits_NE.shape[1]
     weights = valid_N.repeat_interleave(chosen_Nk.shape[1])
     log_probs_NE = logits_NE.log_softmax(-1)
-    z_N = (logits_NE - log_probs_NE)[:, 0]  # logsumexp, which log_softmax has worked out already
+    # logsumexp, which log_softmax has worked out already; at a chosen expert, since others may be at -inf.
+    first_N1 = chosen_Nk[:, :1]
+    z_N = (logits_NE.gather(1, first_N1) - log_probs_NE.gather(1, first_N1)).squeeze(1)
     return RouterStats(
         torch.bincount(chosen_Nk.reshape(-1), weights=weights, minlength=num_open).detach(),
         valid_N @ log_probs_NE.exp(),

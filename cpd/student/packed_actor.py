@@ -8,8 +8,9 @@ import numpy as np
 import numpy.typing as npt
 
 from cpd.envs.episodes import Actor
+from cpd.student.actor import StudentActor
 from cpd.student.packing import Packing
-from cpd.student.student import Student, StudentActor
+from cpd.student.student import Student
 
 
 def make_actor(student: Student, tasks: Sequence[str]) -> Actor:

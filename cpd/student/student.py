@@ -1,27 +1,27 @@
 """The generalist student: a window of observations in, a Gaussian over actions out, at every step of the window.
 
-Dimensions: B windows or episodes, L time steps, O observation size, A action size, D width, N = B L tokens.
+Dimensions: B windows or episodes, L time steps, O observation size, A action size, D width, N = B L tokens,
+K distinct tasks of the stream, Z embedding size.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-import numpy.typing as npt
 import safetensors.torch
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cpd.config import StudentConfig
 from cpd.files import publish, read_json, write_json
 from cpd.shards.schema import ACTION_SIZE, OBSERVATION_SIZE
 from cpd.strict_load import load, to_dict
+from cpd.student.belief import TaskEncoder
 from cpd.student.moe import MoE, RouterStats
 from cpd.student.observations import observation_scaling
 from cpd.student.packing import Packing
@@ -39,10 +39,23 @@ class StudentOutput(NamedTuple):
 
 
 class Student(nn.Module):
-    """The policy network; see `StudentConfig` for its sizes."""
+    """The policy network, and what it knows of tasks; see `StudentConfig` for its sizes.
+
+    Unless `task_identity` is `none`, the policy is conditioned on a task, be it told or believed: a learned vector
+    is added to every token, and the task's group of experts is the one that its tokens may choose from.
+
+    Attributes:
+        encoder: embeds observations, to tell tasks apart; only if the student must or may infer them.
+        prototypes_KZ: the mean embedding of every task that is known, of unit length.
+        known_K: bool, tasks whose stage has begun.
+        group_K: int64, each task's group of experts; 0, the first, while it is not known.
+    """
 
     obs_centre: Tensor
     obs_scale: Tensor
+    prototypes_KZ: Tensor
+    known_K: Tensor
+    group_K: Tensor
 
     def __init__(
         self,
@@ -56,7 +69,7 @@ class Student(nn.Module):
 
         Args:
             config: sizes.
-            num_tasks: distinct tasks of the whole stream, for `onehot`.
+            num_tasks: K.
             num_experts: experts per layer now; default: as at the first stage.
             dtype: of parameters and arithmetic.
         """
@@ -71,10 +84,16 @@ class Student(nn.Module):
         self.embed = nn.Linear(OBSERVATION_SIZE, config.width, dtype=dtype)
         self.position = nn.Parameter(torch.zeros(config.context, config.width, dtype=dtype))
         self.task = (
-            nn.Parameter(torch.zeros(num_tasks, config.width, dtype=dtype))
-            if config.task_identity == "onehot"
+            nn.Parameter(torch.zeros(num_tasks, config.width, dtype=dtype)) if self.is_conditioned else None
+        )
+        self.encoder = (
+            TaskEncoder(OBSERVATION_SIZE, config.embedding_width, config.embedding_size, dtype)
+            if config.task_identity in ("inferred", "given")
             else None
         )
+        self.register_buffer("prototypes_KZ", torch.zeros(num_tasks, config.embedding_size, dtype=dtype))
+        self.register_buffer("known_K", torch.zeros(num_tasks, dtype=torch.bool))
+        self.register_buffer("group_K", torch.zeros(num_tasks, dtype=torch.int64))
         self.blocks = nn.ModuleList(
             Block(config.width, config.num_heads, config.expert_width, experts, config.top_k, dtype)
             for _ in range(config.num_layers)
@@ -97,6 +116,11 @@ class Student(nn.Module):
                 parameter.normal_(0.0, gain / math.sqrt(parameter.shape[1]), generator=generator)
             else:
                 parameter.normal_(0.0, 0.02, generator=generator)
+
+    @property
+    def is_conditioned(self) -> bool:
+        """Whether the policy depends on a task, told or believed."""
+        return self.config.task_identity != "none"
 
     @property
     def moes(self) -> list[MoE]:
@@ -125,6 +149,20 @@ class Student(nn.Module):
         for moe in self.moes:
             moe.logit_offset[moe.num_experts - num_new :] = offset
 
+    def evidence(self, obs_BO: Tensor) -> Tensor:
+        """How much raw observations speak for each task, `[B, K]`: similarity to the prototypes by temperature."""
+        assert self.encoder is not None
+        z_BZ = self.encoder((obs_BO - self.obs_centre) / self.obs_scale)
+        evidence_BK: Tensor = z_BZ @ self.prototypes_KZ.t() / self.config.embedding_temperature
+        return evidence_BK
+
+    @torch.no_grad()
+    def set_prototype(self, task: int, obs_NO: Tensor) -> None:
+        """Make the prototype of `task` the direction of the mean embedding of raw observations."""
+        assert self.encoder is not None
+        z_NZ = self.encoder((obs_NO - self.obs_centre) / self.obs_scale)
+        self.prototypes_KZ[task] = F.normalize(z_NZ.mean(0), dim=0)
+
     def forward(
         self, obs_BLO: Tensor, *, task_B: Tensor | None = None, valid_BL: Tensor | None = None
     ) -> StudentOutput:
@@ -132,20 +170,23 @@ class Student(nn.Module):
 
         Args:
             obs_BLO: windows of raw observations, left-aligned, at most `context` steps.
-            task_B: positions of the tasks among the stream's distinct ones; used by `onehot` only.
+            task_B: positions of the tasks, told or believed, among the stream's distinct ones; needed unless
+                `task_identity` is `none`.
             valid_BL: 1 for steps, 0 for padding at a window's end; makes router statistics.
         """
         config = self.config
         length = obs_BLO.shape[1]
         x_BLD = self.embed((obs_BLO - self.obs_centre) / self.obs_scale) + self.position[:length]
+        group_N = None
         if self.task is not None:
             if task_B is None:
-                raise ValueError("this student is told the task (task_identity 'onehot'), but no task was given")
+                raise ValueError(f"task_identity is {config.task_identity!r}, but no task was given")
             x_BLD = x_BLD + self.task[task_B].unsqueeze(1)
+            group_N = self.group_K[task_B].repeat_interleave(length)
         valid_N = None if valid_BL is None else valid_BL.reshape(-1)
         stats: list[RouterStats] = []
         for block in self.blocks:
-            x_BLD, layer_stats = block(x_BLD, valid_N)
+            x_BLD, layer_stats = block(x_BLD, valid_N, group_N)
             if layer_stats is not None:
                 stats.append(layer_stats)
         mean_BLA, spread_BLA = self.head(self.norm(x_BLD)).split(ACTION_SIZE, -1)
@@ -153,43 +194,6 @@ class Student(nn.Module):
         middle = (config.max_log_std + config.min_log_std) / 2
         half = (config.max_log_std - config.min_log_std) / 2
         return StudentOutput(mean_BLA, middle + half * spread_BLA.tanh(), tuple(stats))
-
-
-class StudentActor:
-    """The student as a policy that acts in episodes: its mean, clipped, given each episode's last `context` steps.
-
-    Satisfies `cpd.envs.episodes.Actor`. Rows do not see each other.
-    """
-
-    def __init__(self, student: Student, tasks: Sequence[str]) -> None:
-        """`tasks` are the stream's distinct tasks, in order."""
-        self._student = student
-        self._tasks = list(tasks)
-        self._history: deque[npt.NDArray[np.float32]] = deque(maxlen=student.config.context)
-        self._task_B: Tensor | None = None
-
-    def reset(self, task: str, num_envs: int) -> None:
-        """Begin `num_envs` fresh episodes of `task`, which is looked at by `onehot` only.
-
-        Raises:
-            ValueError: if the student is told the task but does not know `task`.
-        """
-        self._history.clear()
-        if self._student.config.task_identity == "onehot":
-            if task not in self._tasks:
-                raise ValueError(f"this student knows {', '.join(self._tasks)}, but not {task}")
-            index = self._tasks.index(task)
-            self._task_B = torch.full((num_envs,), index, device=self._student.device)
-
-    @torch.no_grad()
-    def act(self, obs_BO: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-        """Deterministic actions `[B, A]` in [-1, 1] for the observations `[B, O]` that come next."""
-        student = self._student
-        self._history.append(obs_BO.astype(np.float32, copy=True))
-        window = torch.from_numpy(np.stack(self._history, axis=1))
-        out = student(window.to(student.device, student.dtype), task_B=self._task_B)
-        actions: npt.NDArray[np.float32] = out.mean_BLA[:, -1].clamp(-1.0, 1.0).float().cpu().numpy()
-        return actions
 
 
 def save_student(path: Path, student: Student, description: Mapping[str, Any]) -> None:

@@ -23,7 +23,7 @@ from cpd.comm import connect
 from cpd.config import Config
 from cpd.distill.trainer import Trainer
 from cpd.strict_load import load, merge, read_toml
-from cpd.student.student import StudentActor
+from cpd.student.actor import StudentActor
 from jobs.launch import RECIPES
 from tests.distill.synthetic import stage_data
 

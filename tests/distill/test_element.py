@@ -48,11 +48,11 @@ def test_leaves_policies_curves_metrics_and_status(make_run):
 
     assert element.complete.exists()
     students = [load_student(element.stage_policy(stage)) for stage in (-1, 0, 1)]
-    assert [student.num_experts for student in students] == [2, 2, 3]
+    assert [student.num_experts for student in students] == [2, 2, 4]
     description = json.loads(element.stage_policy(1).with_suffix(".json").read_text())
     assert description["task"] == "window-close-v3" and description["stage"] == 1
     assert description["labels"]["teacher_recipe"] == "rl" and description["labels"]["horizon"] == 20
-    assert [(g["stage"], g["layer"], g["expert"]) for g in description["growth"]] == [(1, 0, 2), (1, 1, 2)]
+    assert [(g["stage"], g["task"], g["num_new"]) for g in description["growth"]] == [(1, 1, 2)]
     assert 0 < description["memory_steps"] <= description["memory_budget"] == 120
     assert description["memory_bytes"] > description["memory_steps"] * 47 * 4
 
@@ -66,11 +66,11 @@ def test_leaves_policies_curves_metrics_and_status(make_run):
     assert {row.goal_set for row in rows} == {"held_out"}
 
     lines = [json.loads(line) for line in element.metrics.open()]
-    assert [line["layer"] for line in lines if line.get("event") == "growth"] == [0, 1]
+    assert [line["stage"] for line in lines if line.get("event") == "growth"] == [1]
     steps = [line for line in lines if "step" in line]
-    assert steps[0]["replay"] is None and steps[-1]["replay"] > 0
-    assert "imitation.drawer-close-v3" in steps[-1]
-    assert sum(steps[-1][f"expert_share.1.{expert}"] for expert in range(3)) == pytest.approx(1, abs=1e-4)
+    assert steps[0]["replay"] is steps[-1]["replay"] is None and steps[-1]["contrast"] > 0
+    assert "imitation.window-close-v3" in steps[-1]
+    assert sum(steps[-1][f"expert_share.1.{expert}"] for expert in range(4)) == pytest.approx(1, abs=1e-4)
     status = json.loads(element.status.read_text())
     assert (status["state"], status["phase"], status["done"], status["total"]) == ("done", "distill", 80, 80)
 

@@ -68,8 +68,16 @@ def test_the_floor_holds_a_deviation_up_and_leaves_wider_ones():
 
 def test_load_balance_is_one_if_even_and_the_number_of_experts_if_not():
     even, one = torch.full((2, 4), 0.25), torch.tensor([[1.0, 0, 0, 0]] * 2)
-    assert load_balance_loss(10 * even, even, 10).item() == pytest.approx(1)
-    assert load_balance_loss(10 * one, one, 10).item() == pytest.approx(4)
+    group = torch.zeros(4, dtype=torch.int64)
+    assert load_balance_loss(10 * even, even, 10, group).item() == pytest.approx(1)
+    assert load_balance_loss(10 * one, one, 10, group).item() == pytest.approx(4)
+
+
+def test_load_balance_of_groups_is_the_mean_of_each_ones_weighted_by_tokens():
+    """A quarter of 8 tokens has the even group 0, the others the one-sided group 1."""
+    sums = torch.tensor([[1.0, 1.0, 6.0, 0.0]])
+    shares, group = sums / 8, torch.tensor([0, 0, 1, 1])
+    assert load_balance_loss(sums, shares, 8, group).item() == pytest.approx(0.25 * 1 + 0.75 * 2)
 
 
 def test_router_losses_of_parts_add_up_to_the_whole():
@@ -77,8 +85,10 @@ def test_router_losses_of_parts_add_up_to_the_whole():
     logits = torch.randn(20, 5, generator=rng, dtype=torch.float64)
     shares = torch.rand(1, 5, generator=rng, dtype=torch.float64)
     sums = lambda rows: logits[rows].softmax(-1).sum(0, keepdim=True)  # noqa: E731
-    whole = load_balance_loss(sums(slice(None)), shares, 20)
-    parts = [load_balance_loss(sums(slice(start, None, 2)), shares, 20) for start in (0, 1)]
+    shares = shares / shares.sum()
+    group = torch.zeros(5, dtype=torch.int64)
+    whole = load_balance_loss(sums(slice(None)), shares, 20, group)
+    parts = [load_balance_loss(sums(slice(start, None, 2)), shares, 20, group) for start in (0, 1)]
     torch.testing.assert_close(whole, sum(parts))
     torch.testing.assert_close(whole, 5 * (shares[0] * logits.softmax(-1).mean(0)).sum())
     squares = logits.logsumexp(-1).square()

@@ -8,10 +8,9 @@ import torch
 from cpd.distill.protection.importance import fisher
 from cpd.seeding import generator
 from tests.distill.synthetic import stage_data
-from tests.distill.test_trainer import make_trainer, train
+from tests.distill.test_trainer import make_plain, train
 
 NUM_WINDOWS = 12
-PLAIN = {"student": {"num_experts": 4, "task_identity": "none"}, "protection": {"kind": "none"}}
 
 
 def outputs(trainer, data, step: int) -> np.ndarray:
@@ -23,7 +22,7 @@ def outputs(trainer, data, step: int) -> np.ndarray:
 
 
 def test_is_the_mean_of_squared_derivatives_of_single_states():
-    trainer = make_trainer(**PLAIN)
+    trainer = make_plain()
     train(trainer, until=60)
     data = stage_data(1)
     found = fisher(trainer, data, NUM_WINDOWS, exact=True)
@@ -49,7 +48,7 @@ def test_is_the_mean_of_squared_derivatives_of_single_states():
 
 def test_random_signs_estimate_it_without_bias():
     """Their part of the error falls with the number of states, at the rate of a mean."""
-    trainer = make_trainer(**PLAIN)
+    trainer = make_plain()
     train(trainer, until=60)
     data = stage_data(0)
     errors = []
@@ -63,7 +62,7 @@ def test_random_signs_estimate_it_without_bias():
 
 def test_is_of_the_student_not_of_its_error():
     """A student that agrees with its teacher has no distillation gradient, but a Fisher information."""
-    trainer = make_trainer(**PLAIN)
+    trainer = make_plain()
     train(trainer, until=60)
     data = stage_data(0)
     found = fisher(trainer, data, NUM_WINDOWS)

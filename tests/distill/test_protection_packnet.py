@@ -10,8 +10,9 @@ from cpd.distill.protection.packnet import FREE
 from cpd.distill.trainer import Trainer
 from cpd.provenance import labels
 from cpd.strict_load import ConfigError
+from cpd.student.actor import StudentActor
 from cpd.student.packed_actor import PackedActor, make_actor
-from cpd.student.student import StudentActor, load_student, save_student
+from cpd.student.student import load_student, save_student
 from tests.distill.synthetic import stage_data
 from tests.distill.test_trainer import TASKS, make_config, make_trainer, mean_error, through_a_file, train
 

@@ -15,7 +15,7 @@ from tests.distill.test_trainer import make_config, make_trainer, mean_error, th
 
 #: Fixed size, no replay: what remains is the protection.
 PLAIN = {
-    "student": {"num_experts": 4, "expansion": "none", "task_identity": "none"},
+    "student": {"expansion": "none", "task_identity": "none", "num_experts": 4},
     "memory": {"selection": "none"},
     "protection": {"kind": "none"},
 }
@@ -30,7 +30,13 @@ def with_ewc(**over):
 
 
 def with_agem(**over):
-    return {**PLAIN, "memory": {}, "distill": {**LONG, "replay_share": 0.0}, "protection": AGEM_KIND, **over}
+    return {
+        **PLAIN,
+        "memory": {"selection": "reservoir"},
+        "distill": {**LONG, "replay_share": 0.0},
+        "protection": AGEM_KIND,
+        **over,
+    }
 
 
 def forgotten(trainer) -> float:
@@ -132,7 +138,7 @@ class TestAGEM:
     @pytest.mark.parametrize(
         "over, remedy",
         [
-            ({"distill": {}}, "set distill.replay_share = 0"),
+            ({"distill": {"replay_share": 0.5}}, "set distill.replay_share = 0"),
             ({"memory": {"selection": "none"}}, "choose another memory.selection"),
         ],
     )
@@ -161,8 +167,8 @@ def test_resuming_equals_going_on_bit_for_bit(settings, until):
 
 
 def test_settings_that_another_kind_looks_at_are_warned_about():
-    given = {"ewc_strength": 2.0, "agem_windows": 4, "fisher_windows": 8}
-    assert make_config(protection={**given, "kind": "none"}).warnings() == [
+    given = {"kind": "none", "ewc_strength": 2.0, "agem_windows": 4, "fisher_windows": 8}
+    assert make_config(protection=given).warnings() == [
         f"protection.{name} has no effect: protection.kind is 'none'"
         for name in ("fisher_windows", "ewc_strength", "agem_windows")
     ]

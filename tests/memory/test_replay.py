@@ -73,7 +73,7 @@ def test_counts_of_distinct_steps_after_every_stage(lengths, budget, seed):
         assert len(steps) == len(set(steps)) == memory.num_steps
         # Whole segments are kept, so up to one segment of the budget may stay unused.
         assert min(offered, budget - 3) <= memory.num_steps <= min(offered, budget)
-        assert memory.num_bytes == memory.num_steps * 4 * (39 + 4 + 4) + len(memory.segments) * 24
+        assert memory.num_bytes == memory.num_steps * 4 * (39 + 4 + 4) + len(memory.segments) * 25
 
 
 def test_bytes_are_those_of_the_arrays():

@@ -32,7 +32,7 @@ def stage(task: int, lengths: list[int], segment: int = 4) -> Segments:
     return cut_segments(task, offsets, 0.01 * walk, mean, -mean, segment)
 
 
-def memory_of(name: str, budget: int, seed: int = 1, **over: int) -> ReplayMemory:
+def memory_of(name: str, budget: int, seed: int = 1, **over: float) -> ReplayMemory:
     return ReplayMemory(make_selection(MemoryConfig(selection=name, **over), seed), budget)
 
 
@@ -159,12 +159,12 @@ def test_shrinking_shares_keep_a_prefix_in_order(name):
         memory.offer(stage(task, [25] * 6))
         for seen, order in before.items():
             left = identities(memory, seen)
-            assert left == order[: len(left)] and len(left) < len(order)
+            assert left == order[: len(left)]
         before = {seen: identities(memory, seen) for seen in range(task + 1)}
 
 
 def test_dpp_holds_the_greedy_choice_for_whatever_share_is_left():
-    memory = memory_of("dpp", 120)
+    memory = memory_of("dpp", 120, start_share=0.0)
     stages = [stage(task, [24] * 6) for task in range(4)]
     for segments in stages:
         memory.offer(segments)
@@ -177,7 +177,7 @@ def test_dpp_holds_the_greedy_choice_for_whatever_share_is_left():
 
 def test_dpp_spreads_wider_than_uniform():
     def least_distance(name: str) -> float:
-        memory = memory_of(name, 60)
+        memory = memory_of(name, 60, start_share=0.0)
         memory.offer(stage(0, [100] * 6))
         features = segment_features(memory.segments)
         distances = np.linalg.norm(features[:, None] - features[None], axis=-1)
@@ -217,3 +217,17 @@ def test_uniform_and_dpp_with_less_than_a_segment_per_task_keep_the_oldest(name)
     assert sorted(set(memory.segments.task.tolist())) == [0, 1]
     memory.offer(stage(3, [12]))
     assert memory.num_steps == 8
+
+
+@pytest.mark.parametrize("start_share", [0.25, 0.5, 1.0])
+@EQUAL
+def test_every_share_holds_segments_that_open_an_episode(name, start_share):
+    memory = memory_of(name, 160, start_share=start_share)
+    for task in range(5):
+        memory.offer(stage(task, [24] * 30))
+        held = memory.segments
+        for seen in range(task + 1):
+            opens = held.opens_episode[held.task == seen]
+            assert opens[0], "a share of one segment is one that opens an episode"
+            assert abs(opens.sum() - min(start_share * len(opens), 30)) <= 1
+        np.testing.assert_array_equal(held.opens_episode, held.first_step % 24 == 0)

@@ -37,9 +37,19 @@ TABLES = {
     "evaluation": {"curve_points": 0},
 }
 SHORT = {"steps_per_stage": 30, "lr_warmup_steps": 5}
-#: What the methods change. "ours" has growth, replay, load balance, z-loss and clipping, and the longest stages.
+#: What the methods change. "ours" has growth, belief, scaled masks, rehearsal, load balance, z-loss and clipping,
+#: and the longest stages; "plain" has experts that open to all tasks, and replay alone.
 METHODS = {
-    "ours": {},
+    "ours": {
+        "protection": {"mask_fraction": 0.5, "mask_mode": "scaled"},
+        "distill": {"replay_share": 0.5, "rehearsal": True, "max_grad_norm": 60.0},
+    },
+    "plain": {
+        "student": {"task_identity": "none", "num_experts": 4, "experts_per_task": 1, "opening_steps": 10},
+        "memory": {"selection": "reservoir"},
+        "protection": {"kind": "none"},
+        "distill": {**SHORT, "replay_share": 0.5, "loss": "forward_kl"},
+    },
     "ewc": {"protection": {"kind": "ewc", "fisher_windows": 33, "ewc_strength": 10.0}, "distill": SHORT},
     "packnet": {
         "student": {"expansion": "none", "task_identity": "none"},
@@ -73,6 +83,7 @@ def train(comm: Comm, method: str = "ours") -> dict[str, np.ndarray]:
         "values": trainer.flat.values.numpy(),
         "losses": np.array(losses),
         "norms": np.array(norms),
+        "max_norm": np.array(trainer.config.distill.max_grad_norm),
         "memory": trainer.memory.segments.first_step,
     }
 

@@ -44,9 +44,8 @@ def test_computes_what_one_expert_does_and_no_more():
 
 
 def test_growth_of_a_dense_student_changes_no_output_by_a_single_bit():
-    trainer = make_trainer(
-        student={**DENSE, "expansion": "per_task", "experts_per_task": 1, "task_identity": "none"}
-    )
+    growing = {"expansion": "per_task", "experts_per_task": 1, "task_identity": "none"}
+    trainer = make_trainer(student={**DENSE, **growing})
     train(trainer, until=60)
     data = stage_data(1)
     obs = torch.from_numpy(data.observations[None, :4]).double()

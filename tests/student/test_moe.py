@@ -90,13 +90,13 @@ class TestGrowth:
         for num_tokens in (1, 7, 64, 500):
             moe, x = make_moe(dtype=dtype), tokens(num_tokens, dtype=dtype)
             before = moe(x)[0]
-            moe.grow(2, 0.1 * torch.ones(8))
+            moe.grow(2, 0.1 * torch.ones(8), group=0, closed=True)
             assert torch.equal(before, moe(x)[0])
 
     def test_appends_and_touches_nothing_else(self):
         moe = make_moe()
         before = {name: value.clone() for name, value in moe.named_parameters()}
-        moe.grow(2, torch.full((8,), 0.25))
+        moe.grow(2, torch.full((8,), 0.25), group=0, closed=True)
         after = dict(moe.named_parameters())
         assert set(after) - set(before) == {
             "experts.4.up.weight",
@@ -111,10 +111,38 @@ class TestGrowth:
 
     def test_an_opened_copy_gets_tokens_and_gradient(self):
         moe, x = make_moe(), tokens(200)
-        moe.grow(2, torch.zeros(8))
+        moe.grow(2, torch.zeros(8), group=0, closed=True)
         moe.logit_offset[4] = -0.01
         y, stats = moe(x, torch.ones(200, dtype=torch.float64))
         assert stats.counts_E[4] > 0.1 * stats.counts_E.sum() / 2
         y.square().sum().backward()
         assert all(parameter.grad.abs().max() > 0 for parameter in moe.experts[4].parameters())
         assert moe.router[4].grad.abs().max() > 0
+
+
+class TestGroups:
+    def test_a_group_of_its_own_changes_no_other_output_by_a_single_bit(self):
+        moe, x = make_moe(), tokens(64)
+        group = torch.zeros(64, dtype=torch.int64)
+        before = moe(x, group_N=group)[0]
+        torch.testing.assert_close(before, moe(x)[0])
+        for _ in range(2):
+            moe.grow(1, torch.ones(8), group=1, closed=False)
+        assert torch.equal(before, moe(x, group_N=group)[0])
+
+    def test_tokens_choose_among_their_groups_experts_alone(self):
+        moe, x = make_moe(), tokens(40)
+        for source in (0, 3):
+            moe.grow(source, torch.zeros(8), group=1, closed=False)
+        group = torch.arange(40) % 2
+        y, stats = moe(x, torch.ones(40, dtype=torch.float64), group)
+        assert stats.counts_E.tolist()[4:] == [20, 20]
+        alone = make_moe(2)
+        for expert, source in zip(alone.experts, (0, 3), strict=True):
+            expert.load_state_dict(moe.experts[source].state_dict())
+        for row, source in enumerate((0, 3)):
+            alone.router[row].data = moe.router[source].data
+        torch.testing.assert_close(y[1::2], alone(x[1::2])[0])
+        assert torch.isfinite(stats.prob_sums_E).all() and torch.isfinite(stats.z_square_sum)
+        (y.square().sum() + stats.z_square_sum + stats.prob_sums_E[0]).backward()
+        assert all(torch.isfinite(parameter.grad).all() for parameter in moe.parameters())

@@ -11,14 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cpd.config import StudentConfig
+from cpd.student.actor import StudentActor
 from cpd.student.observations import observation_scaling
-from cpd.student.student import Student, StudentActor, load_student, save_student
+from cpd.student.student import Student, load_student, save_student
 
 TASKS = ("drawer-close-v3", "handle-press-side-v3", "window-close-v3")
 
 
 def make_student(seed: int = 1, dtype: torch.dtype = torch.float64, **over) -> Student:
-    config = StudentConfig(**{"context": 5, "width": 16, "expert_width": 24, "num_heads": 2, **over})
+    sizes = {"context": 5, "width": 16, "expert_width": 24, "num_heads": 2, "num_experts": 4}
+    config = StudentConfig(**{**sizes, "task_identity": "none", **over})
     student = Student(config, len(TASKS), dtype=dtype)
     student.initialise(torch.Generator().manual_seed(seed))
     return student
@@ -163,7 +165,7 @@ class TestFile:
     def test_comes_back_bit_for_bit_after_growth(self, tmp_path):
         student = make_student(dtype=torch.float32)
         for moe in student.moes:
-            moe.grow(0, torch.zeros(16))
+            moe.grow(0, torch.zeros(16), group=0, closed=True)
         path = tmp_path / "stages" / "stage-01.safetensors"
         save_student(path, student, {"stage": 1})
         description = json.loads(path.with_suffix(".json").read_text())

@@ -12,10 +12,12 @@ from cpd.config import Config
 from cpd.distill.protection.agem import AGEM
 from cpd.distill.protection.base import Protection
 from cpd.distill.protection.ewc import EWC
+from cpd.distill.protection.masking import Masking
 from cpd.distill.protection.packnet import PackNet
 
 PROTECTIONS: Final[Mapping[str, type[Protection]]] = {
     "none": Protection,
+    "mask": Masking,
     "ewc": EWC,
     "agem": AGEM,
     "packnet": PackNet,

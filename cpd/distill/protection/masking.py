@@ -1,0 +1,120 @@
+"""Parameter masking: what matters to earlier tasks does not move, or moves less.
+
+The optimiser's update is masked, not the gradient: Adam's normalisation would cancel a constant factor on the
+gradient, and its momentum and weight decay would move a parameter whose gradient is zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from cpd.distill.flat import FlatParameters
+from cpd.distill.protection.base import Protection
+from cpd.distill.protection.importance import fisher
+
+if TYPE_CHECKING:
+    from cpd.distill.batches import StageData
+    from cpd.distill.trainer import Trainer
+
+
+class Masking(Protection):
+    """Masks of three kinds of parameters.
+
+    - What tasks have to themselves (experts and router rows of a task's group, its vector): with `mask_experts`
+      it moves in the stages of its own task only.
+    - What all tasks share (embedding, attention, norms, head): after every stage the share `mask_fraction` of it
+      with the greatest accumulated Fisher information is protected. `hard`: it does not move. `scaled`: with
+      importance F and the least protected importance F*, a protected parameter moves by the factor F* / F.
+    - The task encoder is never masked: prototypes are made anew when it has changed.
+    """
+
+    def __init__(self, config: Any, seed: int) -> None:
+        super().__init__(config, seed)
+        self._importance: Tensor | None = None
+        self._mask: Tensor | None = None
+
+    def begin_stage(self, trainer: Trainer) -> None:
+        """Make the mask of the stage that begins."""
+        self._mask = self._make_mask(trainer)
+
+    def grow(self, old: FlatParameters, new: FlatParameters) -> None:
+        """New parameters have not mattered to anything yet."""
+        if self._importance is not None:
+            self._importance = new.carried(self._importance, old)
+
+    def update_mask(self, trainer: Trainer) -> Tensor | None:
+        """The stage's mask; None in the first."""
+        return self._mask
+
+    def end_stage(self, trainer: Trainer, data: StageData) -> None:
+        """Add the stage's importance to what was accumulated."""
+        if 0.0 < self.config.protection.mask_fraction < 1.0:
+            found = fisher(trainer, data, self.config.protection.fisher_windows)
+            self._importance = found if self._importance is None else self._importance + found
+        self._mask = None
+
+    def report(self) -> dict[str, float]:
+        """The share of all parameters that cannot move freely."""
+        return {"masked_share": 0.0 if self._mask is None else float((self._mask < 1.0).double().mean())}
+
+    def _make_mask(self, trainer: Trainer) -> Tensor | None:
+        progress, flat = trainer.progress, trainer.flat
+        present = trainer.present_task
+        if all(task == present for task in progress.seen):
+            return None
+        mask = torch.ones_like(flat.values)
+        shared = torch.ones(flat.size, dtype=torch.bool, device=mask.device)
+        for name, slot in flat.slots.items():
+            if name.startswith("encoder."):
+                shared[slot] = False
+            elif (own := self._own_share(name, trainer, present)) is not None:
+                shared[slot] = False
+                if self.config.protection.mask_experts:
+                    mask[slot] = own.expand(trainer.flat.shapes[name]).reshape(-1)
+        self._mask_shared(mask, shared)
+        return mask
+
+    def _own_share(self, name: str, trainer: Trainer, present: int) -> Tensor | None:
+        """1 where the present task may move a parameter that tasks have to themselves, else 0; None if shared."""
+        student = trainer.student
+        if name == "task":
+            rows = torch.zeros(student.num_tasks, 1, device=student.device, dtype=student.dtype)
+            rows[present] = 1.0
+            return rows
+        parts = name.split(".")
+        if "moe" not in parts or parts[3] not in ("experts", "router"):
+            return None
+        moe = student.moes[int(parts[1])]
+        group = int(moe.group_E[int(parts[4])])
+        users = [task for task in trainer.progress.seen if int(student.group_K[task]) == group]
+        return moe.logit_offset.new_tensor(float(users == [present]))
+
+    def _mask_shared(self, mask: Tensor, shared: Tensor) -> None:
+        protection = self.config.protection
+        if protection.mask_fraction == 0.0:
+            return
+        if protection.mask_fraction == 1.0:
+            mask[shared] = 0.0
+            return
+        assert self._importance is not None
+        importance = self._importance[shared]
+        num_protected = max(round(protection.mask_fraction * len(importance)), 1)
+        least = importance.topk(num_protected).values[-1]
+        factor = torch.where(
+            importance >= least, 0.0 if protection.mask_mode == "hard" else least / importance, 1.0
+        )
+        mask[shared] = factor.to(mask.dtype)
+
+    def state(self) -> dict[str, Any]:
+        """Accumulated importance and the present mask."""
+        return {"importance": self._importance, "mask": self._mask}
+
+    def restore(self, state: Mapping[str, Any], trainer: Trainer) -> None:
+        """Take both over."""
+        self._importance, self._mask = (
+            None if state[name] is None else state[name].to(trainer.device) for name in ("importance", "mask")
+        )

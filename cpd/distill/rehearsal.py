@@ -1,0 +1,39 @@
+"""Rehearsal by self-distillation: what the student did before a stage is what it is taught again during it."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor
+
+from cpd.distill.batches import Batch
+from cpd.distill.flat import FlatParameters
+from cpd.distill.losses import floored_log_std
+from cpd.student.student import Student
+
+
+class Rehearsal:
+    """A frozen copy of the student, which labels the rows that are replayed."""
+
+    def __init__(self, student: Student, values: Tensor, flat: FlatParameters, std_floor: float) -> None:
+        """A copy of `student` with the parameters `values`, laid out as `flat`."""
+        self.values = values
+        self._student = copy.deepcopy(student)
+        for name, parameter in self._student.named_parameters():
+            parameter.data = values[flat.slots[name]].view(parameter.shape)
+            parameter.grad = None
+            parameter.requires_grad_(False)
+        self._std_floor = std_floor
+
+    def relabel(self, batch: Batch) -> Batch:
+        """The batch with the copy's Gaussian, mean clipped and deviation floored, on its replayed rows."""
+        rows = batch.replayed_R.bool()
+        if not rows.any():
+            return batch
+        with torch.no_grad():
+            out = self._student(batch.obs_RLO[rows], task_B=batch.task_R[rows])
+        mean_RLA, log_std_RLA = batch.teacher_mean_RLA.clone(), batch.teacher_log_std_RLA.clone()
+        mean_RLA[rows] = out.mean_BLA.clamp(-1.0, 1.0)
+        log_std_RLA[rows] = floored_log_std(out.log_std_BLA, self._std_floor)
+        return batch._replace(teacher_mean_RLA=mean_RLA, teacher_log_std_RLA=log_std_RLA)

@@ -1,0 +1,76 @@
+"""The student as a policy that acts in episodes, and its belief about which task each of them is of.
+
+Dimensions: B episodes, O observation size, A action size, K distinct tasks of the stream.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from cpd.student.student import Student
+
+#: What speaks for a task that is not known.
+NEVER = float("-inf")
+
+
+class StudentActor:
+    """The student's mean, clipped, given each episode's last `context` steps. Rows do not see each other.
+
+    Satisfies `cpd.envs.episodes.Actor`. In the mode `inferred` it is told nothing. The evidence of every
+    observation since the episode began is added up, and the task for which most speaks is believed. The t-th
+    observation counts `belief_decay`^t: what comes later is more and more of the student's own making, under
+    the belief that it had.
+    """
+
+    def __init__(self, student: Student, tasks: Sequence[str]) -> None:
+        """`tasks` are the stream's distinct tasks, in order."""
+        self._student = student
+        self._tasks = list(tasks)
+        self._history: deque[npt.NDArray[np.float32]] = deque(maxlen=student.config.context)
+        self._told_B: Tensor | None = None
+        self._evidence_BK: Tensor | None = None
+        self._weight = 1.0
+        self.believed: list[npt.NDArray[np.int64]] = []
+        """For every step since the reset the tasks acted for, [B], told or believed; empty if unconditioned."""
+
+    def reset(self, task: str, num_envs: int) -> None:
+        """Begin `num_envs` fresh episodes of `task`, which is looked at only if the student is told.
+
+        Raises:
+            ValueError: if the student is told the task but does not know `task`.
+        """
+        student = self._student
+        self._history.clear()
+        self.believed = []
+        self._told_B, self._evidence_BK, self._weight = None, None, 1.0
+        if student.config.task_identity == "inferred":
+            never_K = torch.where(student.known_K, 0.0, NEVER).to(student.dtype)
+            self._evidence_BK = never_K.repeat(num_envs, 1)
+        elif student.is_conditioned:
+            if task not in self._tasks:
+                raise ValueError(f"this student knows {', '.join(self._tasks)}, but not {task}")
+            self._told_B = torch.full((num_envs,), self._tasks.index(task), device=student.device)
+
+    @torch.no_grad()
+    def act(self, obs_BO: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        """Deterministic actions `[B, A]` in [-1, 1] for the observations `[B, O]` that come next."""
+        student = self._student
+        self._history.append(obs_BO.astype(np.float32, copy=True))
+        window = torch.from_numpy(np.stack(self._history, axis=1)).to(student.device, student.dtype)
+        task_B = self._told_B
+        if self._evidence_BK is not None:
+            if student.known_K.any():
+                self._evidence_BK += self._weight * student.evidence(window[:, -1])
+                self._weight *= student.config.belief_decay
+            task_B = self._evidence_BK.argmax(1)
+        if task_B is not None:
+            self.believed.append(task_B.cpu().numpy())
+        out = student(window, task_B=task_B)
+        actions: npt.NDArray[np.float32] = out.mean_BLA[:, -1].clamp(-1.0, 1.0).float().cpu().numpy()
+        return actions

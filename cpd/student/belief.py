@@ -1,0 +1,51 @@
+"""A contrastive embedding of observations, from which the student tells which task an episode is of.
+
+Dimensions: B episodes or rows, O observation size, Z embedding size, K tasks of the stream.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+#: Evidence for tasks that have no prototype yet.
+NEVER = float("-inf")
+
+
+class TaskEncoder(nn.Module):
+    """An observation's place on the unit sphere: a linear map plus what a hidden layer adds to it.
+
+    The linear path makes the first weights a random projection, which nearly keeps distances (Johnson and
+    Lindenstrauss 1984): tasks that look different are told apart before anything has been learned.
+    """
+
+    def __init__(self, obs_size: int, hidden_size: int, embedding_size: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.linear = nn.Linear(obs_size, embedding_size, dtype=dtype)
+        self.hidden = nn.Linear(obs_size, hidden_size, dtype=dtype)
+        self.out = nn.Linear(hidden_size, embedding_size, dtype=dtype)
+
+    def forward(self, scaled_BO: Tensor) -> Tensor:
+        """Scaled observations to unit vectors `[B, Z]`."""
+        z_BZ = self.linear(scaled_BO) + self.out(F.gelu(self.hidden(scaled_BO)))
+        return F.normalize(z_BZ, dim=-1)
+
+
+def info_nce(z_BZ: Tensor, task_B: Tensor, temperature: float) -> Tensor:
+    """Contrastive loss with all other rows of the same task as positives, mean over rows.
+
+    For row i with positives P(i): -1/|P(i)| sum_{p in P(i)} log(exp(z_i z_p / t) / sum_{a != i} exp(z_i z_a / t)),
+    InfoNCE (van den Oord et al. 2018) with several positives (Khosla et al. 2020, eq. 2). Rows without a positive
+    do not count. Zero where all rows are of one task: there is nothing to tell apart.
+    """
+    if bool((task_B == task_B[0]).all()):
+        return z_BZ.sum() * 0.0
+    logits_BB = z_BZ @ z_BZ.t() / temperature
+    self_BB = torch.eye(len(z_BZ), dtype=torch.bool, device=z_BZ.device)
+    log_probs_BB = logits_BB - logits_BB.masked_fill(self_BB, NEVER).logsumexp(1, keepdim=True)
+    positive_BB = (task_B.unsqueeze(0) == task_B.unsqueeze(1)) & ~self_BB
+    num_positive_B = positive_BB.sum(1)
+    has_positive_B = num_positive_B > 0
+    mean_B = (log_probs_BB * positive_BB).sum(1) / num_positive_B.clamp(min=1)
+    return -mean_B[has_positive_B].mean()
