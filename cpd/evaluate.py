@@ -208,7 +208,8 @@ def _fill_rows(
                 cells, outcomes, method=element.method, seed=element.seed, stage=stage, label=label
             )
             current.check()
-            if usage:
+            # Of the students of single tasks only the last is watched: that is no table of the method's experts.
+            if usage and config.distill.protocol != "single_task":
                 write_rows(element.usage_file(stage), usage)
             if retrieval:
                 write_rows(element.retrieval_file(stage), retrieval)
