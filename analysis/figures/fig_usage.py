@@ -11,8 +11,10 @@ from cpd.metrics import Floats
 
 
 def draw(data: Dataset, method: str) -> Figure | None:
-    """Rows: tasks; columns: experts; one panel per layer, of the method's first seed; None if nobody looked, or
-    there is but one expert."""
+    """Rows: tasks; columns: experts; one panel per layer, of the method's first seed.
+
+    None if nobody looked, or if there is but one expert.
+    """
     shares = _shares(data, method)
     if shares is None or shares.shape[2] == 1:
         return None
