@@ -258,8 +258,11 @@ class Trainer:
             return None
         return self._report(batch, terms, grad_norm, lr)
 
-    def gradient(self, batch: Batch) -> LossTerms:
-        """Make `flat.grads` the gradient of the global batch's loss, the same on every rank; a collective."""
+    def gradient(self, batch: Batch, *, contrast: bool = True) -> LossTerms:
+        """Make `flat.grads` the gradient of the global batch's loss, the same on every rank; a collective.
+
+        The contrastive loss is of the step's own batch, whatever `batch` is; without `contrast` it is left out.
+        """
         config = self.config.distill
         out = self.student(batch.obs_RLO, task_B=batch.task_R, valid_BL=batch.valid_RL)
         distance_RL = batch.valid_RL * self._token_loss(out, batch)
@@ -273,13 +276,15 @@ class Trainer:
             self.student.moes[0].group_E[: shares_LE.shape[1]],
         )
         router_z = router_z_loss(torch.stack([stats.z_square_sum for stats in out.stats]), batch.num_tokens)
-        contrast = self._contrastive_loss()
+        contrastive = self._contrastive_loss() if contrast else self.flat.values.new_zeros(())
         total = imitation + config.load_balance_coef * balance + config.router_z_coef * router_z
-        total = total + config.contrast_coef * contrast
+        total = total + config.contrast_coef * contrastive
         self.flat.grads.zero_()
         total.backward()  # type: ignore[no-untyped-call]
         self.flat.reduce_grads(self.comm)
-        return LossTerms(distance_RL.detach(), balance.detach(), router_z.detach(), contrast.detach(), shares_LE)
+        return LossTerms(
+            distance_RL.detach(), balance.detach(), router_z.detach(), contrastive.detach(), shares_LE
+        )
 
     def _contrastive_loss(self) -> Tensor:
         """This rank's part of the contrastive loss, which every rank computes as a whole."""

@@ -38,7 +38,7 @@ class AGEM(Protection):
             return
         grads = trainer.flat.grads
         gradient = grads.clone()
-        trainer.gradient(reference)
+        trainer.gradient(reference, contrast=False)
         product = float(gradient @ grads)
         self._num_steps += 1
         if product < 0.0:
