@@ -4,7 +4,8 @@ Departures from the textbook, each for a reason:
 - Exploration noise is correlated in time, which moves a hand further than white noise of the same variance;
   log-probabilities are computed as if it were white.
 - Success ends a training episode. Meta-World's reward is dense, so a plain termination would punish success by
-  cutting off what was still to come: the value of a success is that of the largest reward for ever after.
+  cutting off what was still to come: the value of a success is that of the largest reward for ever after
+  (`teacher.terminate_on_success = false` lets episodes go on instead).
 - Means are unbounded and actions clipped by the environment; a penalty keeps means from drifting far beyond.
 
 Everything runs on the CPU: the simulator takes most of an iteration, and at these network sizes an update is bound
