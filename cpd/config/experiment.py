@@ -169,7 +169,7 @@ class Config(MethodConfig):
             found.append("memory.share has no effect: memory.selection is 'none'")
         if self.memory.selection != "dpp" and self.memory.dpp_candidates != MemoryConfig().dpp_candidates:
             found.append(f"memory.dpp_candidates has no effect: memory.selection is {self.memory.selection!r}")
-        if self.student.expansion == "none" and self.student.experts_per_task != 1:
+        if self.student.expansion == "none" and self.student.experts_per_task != StudentConfig().experts_per_task:
             found.append("student.experts_per_task has no effect: student.expansion is 'none'")
         opens = self.student.expansion != "none" and self.student.task_identity == "none"
         if opens and self.student.opening_steps > self.distill.steps_per_stage:

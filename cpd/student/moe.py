@@ -97,15 +97,35 @@ class MoE(nn.Module):
         num_open = sum(offset > -math.inf for offset in offsets)
         if num_open == 1:
             return self.experts[0](x_ND), None if valid_N is None else _dense_stats(valid_N)
-        logits_NE = F.linear(x_ND, torch.stack(list(self.router)[:num_open]))
+        if group_N is None:
+            logits_NE = F.linear(x_ND, torch.stack(list(self.router)[:num_open]))
+        else:
+            logits_NE = self._logits_by_group(x_ND, group_N)
         if any(offsets[:num_open]):
             logits_NE = logits_NE + self.logit_offset[:num_open]
-        if group_N is not None:
-            foreign_NE = group_N.unsqueeze(1) != self.group_E[:num_open]
-            logits_NE = logits_NE.masked_fill(foreign_NE, -math.inf)
         top_logits_Nk, chosen_Nk = logits_NE.topk(self.top_k, dim=-1)
         y_ND = mix_experts(x_ND, top_logits_Nk.softmax(-1), chosen_Nk, *self._matrices(num_open))
         return y_ND, None if valid_N is None else _stats(logits_NE, chosen_Nk, valid_N)
+
+    def _logits_by_group(self, x_ND: Tensor, group_N: Tensor) -> Tensor:
+        """Every token's logits for the experts of its group, -inf for all others.
+
+        A product for each group: in one for all experts, rounding would depend on how many there are, and a new
+        group would move the outputs of the others.
+        """
+        logits_NE = x_ND.new_full((len(x_ND), self.num_experts), -math.inf)
+        group_E, groups = self.group_E.tolist(), torch.unique(group_N).tolist()
+        for group in groups:
+            members = [expert for expert, own in enumerate(group_E) if own == group]
+            rows_GD = torch.stack([self.router[expert] for expert in members])
+            if len(groups) == 1:
+                logits_NE[:, members] = F.linear(x_ND, rows_GD)
+            else:
+                tokens = (group_N == group).nonzero()
+                logits_NE[tokens, torch.tensor(members, device=tokens.device)] = F.linear(
+                    x_ND[tokens.squeeze(1)], rows_GD
+                )
+        return logits_NE
 
     def _matrices(self, num_open: int) -> tuple[list[Tensor], list[Tensor]]:
         """The first and the second matrices of the open experts."""

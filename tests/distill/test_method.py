@@ -1,0 +1,171 @@
+"""The method's parts in the trainer: groups of experts, masks, belief, rehearsal, growth on demand."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from cpd.distill.contrast import ContrastSource
+from cpd.distill.trainer import Trainer
+from cpd.student.actor import StudentActor
+from tests.distill.synthetic import stage_data
+from tests.distill.test_trainer import TASKS, make_config, make_trainer, mean_error, train
+
+LONG = {"steps_per_stage": 120, "lr": 5e-3}
+
+
+def outputs(trainer: Trainer, task: int) -> torch.Tensor:
+    """The student's Gaussian on a task's data, seen as that task."""
+    data = stage_data(task)
+    obs = torch.from_numpy(np.stack([data.observations[i : i + 4] for i in range(100)])).to(trainer.student.dtype)
+    with torch.no_grad():
+        out = trainer.student(obs, task_B=torch.full((100,), task))
+    return torch.cat([out.mean_BLA, out.log_std_BLA], -1)
+
+
+@pytest.mark.parametrize("precision", ["float32", "float64"])
+def test_nothing_of_an_earlier_task_moves_under_momentum_and_weight_decay(precision):
+    trainer = make_trainer(distill={"precision": precision, "weight_decay": 0.1, "steps_per_stage": 40})
+    train(trainer, until=40)
+    first = outputs(trainer, 0)
+    train(trainer, until=80)
+    assert torch.equal(outputs(trainer, 0), first)
+    second = outputs(trainer, 1)
+    train(trainer)
+    assert torch.equal(outputs(trainer, 0), first) and torch.equal(outputs(trainer, 1), second)
+
+
+def test_new_experts_change_nothing_when_they_come_and_then_live():
+    trainer = make_trainer(distill={"steps_per_stage": 40})
+    train(trainer, until=40)
+    before = outputs(trainer, 0)
+    (decision,) = trainer.begin_stage(stage_data(1))
+    assert torch.equal(outputs(trainer, 0), before)
+    assert (decision.num_new, decision.nearest_task, decision.group) == (2, 0, 1)
+    assert decision.sources == [sorted(layer, reverse=layer[0] > layer[1]) for layer in decision.sources]
+    start = [[p.clone() for p in moe.experts[2].parameters()] for moe in trainer.student.moes]
+    for _ in range(40):
+        report = trainer.train_step(report=True)
+    for shares in report.expert_shares:
+        assert min(shares[2:]) > 0.05 and max(shares[:2]) == 0.0
+    for layer, moe in enumerate(trainer.student.moes):
+        for old, new in zip(start[layer], moe.experts[2].parameters(), strict=True):
+            assert (new - old).abs().max() > 1e-3
+
+
+def test_learns_every_task_and_forgets_none_without_replay():
+    trainer = make_trainer(distill=LONG, student={"width": 32})
+    naive = [float(np.square(stage_data(task).teacher_mean).mean()) for task in range(3)]
+    before: list[float] = []
+    for stage in range(3):
+        train(trainer, until=120 * (stage + 1))
+        errors = [mean_error(trainer, task) for task in range(stage + 1)]
+        assert errors[-1] < 0.15 * naive[stage]
+        assert errors[:-1] == before
+        before = errors
+
+
+def test_the_share_asked_for_is_masked_and_moves_not_at_all_or_less():
+    for mode in ("hard", "scaled"):
+        trainer = make_trainer(
+            protection={"mask_fraction": 0.25, "mask_mode": mode, "fisher_windows": 64},
+            distill={"steps_per_stage": 30},
+        )
+        train(trainer, until=30)
+        trainer.begin_stage(stage_data(1))
+        mask, flat = trainer.protection.update_mask(trainer), trainer.flat
+        shared = torch.cat([torch.arange(s.start, s.stop) for n, s in flat.slots.items() if is_shared(n)])
+        protected = shared[mask[shared] < 1.0]
+        assert len(protected) == pytest.approx(0.25 * len(shared), abs=2)
+        kept = flat.values.clone()
+        trainer.train_step()
+        moved = (flat.values - kept).abs()
+        if mode == "hard":
+            assert not moved[protected].any()
+        else:
+            assert 0 < moved[protected].mean() < 0.7 * moved[shared[mask[shared] == 1.0]].mean()
+        assert trainer.protection.report()["masked_share"] > 0
+
+
+def is_shared(name: str) -> bool:
+    return not (name.startswith("encoder.") or name == "task" or ".experts." in name or ".router." in name)
+
+
+def test_a_task_that_comes_again_may_move_its_own_experts():
+    trainer = make_trainer(tasks=[TASKS[0], TASKS[1], TASKS[0]], distill={"steps_per_stage": 20})
+    train(trainer, until=40)
+    other = outputs(trainer, 1)
+    before = outputs(trainer, 0)
+    train(trainer)
+    assert torch.equal(outputs(trainer, 1), other)
+    assert not torch.equal(outputs(trainer, 0), before)
+    assert trainer.student.num_experts == 4
+
+
+def test_the_task_is_recognised_from_few_stored_steps():
+    """One step in fifty stays; held-out episodes of every task are recognised at their first observation."""
+    trainer = make_trainer(distill={"steps_per_stage": 60}, memory={"share": 0.04})
+    train(trainer)
+    assert 0 < trainer.memory.num_steps <= 34
+    right = 0
+    for task in range(3):
+        data = stage_data(task, num_episodes=40)
+        opening = data.observations[data.offsets[12:-1]]
+        actor = StudentActor(trainer.student, TASKS)
+        actor.reset("", len(opening))
+        actor.act(opening)
+        right += int((actor.believed[-1] == task).sum())
+    assert right > 0.9 * 3 * 28
+
+
+def test_contrastive_batches_hold_equal_shares_and_depend_on_the_step_alone():
+    config = make_config().distill
+    trainer = make_trainer(distill={"steps_per_stage": 10})
+    train(trainer, until=20)
+    make = lambda: ContrastSource(stage_data(2), trainer.memory.segments, config, 1, 2, trainer.device)  # noqa: E731
+    (obs, task), (again, _) = make().batch(7), make().batch(7)
+    assert torch.equal(obs, again)
+    assert torch.bincount(task).tolist() == [config.contrast_batch_size // 3] * 3
+    assert not torch.equal(obs, make().batch(8)[0])
+
+
+@pytest.mark.parametrize("threshold, experts", [(1e-6, 6), (1e6, 2)])
+def test_on_demand_grows_where_the_experts_of_no_task_serve(threshold, experts):
+    trainer = make_trainer(
+        student={"expansion": "on_demand", "demand_threshold": threshold}, distill={"steps_per_stage": 30}
+    )
+    train(trainer)
+    assert trainer.student.num_experts == experts
+    assert [decision.num_new for decision in trainer.progress.growth] == [(experts - 2) // 2] * 2
+    verdict = "exceeds" if experts > 2 else "is within"
+    for decision in trainer.progress.growth:
+        assert f"{verdict} demand_threshold" in decision.reason and f"{decision.probe_loss:.3g}" in decision.reason
+    groups = trainer.student.group_K.tolist()
+    assert groups == ([0, 1, 2] if experts > 2 else [0, 0, 0])
+
+
+def test_rehearsal_labels_mixtures_of_one_task_by_the_student_before():
+    trainer = make_trainer(
+        distill={"steps_per_stage": 30, "replay_share": 0.5, "rehearsal": True},
+        protection={"kind": "none"},
+    )
+    train(trainer, until=30)
+    before = outputs(trainer, 0)
+    trainer.begin_stage(stage_data(1))
+    for _ in range(10):
+        trainer.train_step()
+    batch = trainer.source.batch(10)
+    rows = batch.replayed_R.bool()
+    assert int(rows.sum()) == 16 and set(batch.task_R[rows].tolist()) == {0}
+    stored = torch.from_numpy(trainer.memory.segments.observations).double()
+    gap = (batch.obs_RLO[rows][:, 0, None] - stored[None]).abs().amax(-1).amin(1)
+    assert (gap > 1e-6).sum() > 8, "most are no stored observations, but mixtures"
+    relabelled = trainer._rehearsal.relabel(batch)
+    assert torch.equal(relabelled.teacher_mean_RLA[~rows], batch.teacher_mean_RLA[~rows])
+    anchor = trainer._rehearsal._student
+    with torch.no_grad():
+        wanted = anchor(batch.obs_RLO[rows], task_B=batch.task_R[rows]).mean_BLA.clamp(-1, 1)
+    assert torch.equal(relabelled.teacher_mean_RLA[rows], wanted)
+    trainer.flat.values.copy_(trainer._rehearsal.values)
+    assert torch.equal(outputs(trainer, 0), before)
