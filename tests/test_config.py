@@ -47,7 +47,7 @@ def test_all_mistakes_are_reported_at_once_with_their_paths() -> None:
         ({"student": {"top_k": 9}}, "top_k (9) exceeds num_experts"),
         ({"student": {"width": 63}}, "width (63) is not a multiple"),
         ({"teacher": {"gate": 0.9, "stop_success": 0.5}}, "below the gate"),
-        ({"memory": {"share": 0.0001}}, "less than one window"),
+        ({"memory": {"share": 0.0001}, "student": {"context": 4}}, "less than one window"),
         ({"seeds": [1, 1]}, "the same seed"),
         ({"seeds": [0]}, "greater than or equal to 1"),
         ({"seeds": []}, "at least 1"),
@@ -186,7 +186,7 @@ def test_settings_of_a_variant_must_go_with_those_that_it_does_not_change() -> N
             "method": "ours",
             "variants": {
                 "a": {"student": {"top_k": 9}},
-                "b": {"memory": {"share": 1e-4}},
+                "b": {"memory": {"share": 1e-4}, "student": {"context": 4}},
                 "ours": {},
                 "teacher": {},
                 "fine": {"student": {"top_k": 9, "num_experts": 9, "experts_per_task": 9}},

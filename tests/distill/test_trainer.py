@@ -28,7 +28,7 @@ def make_config(tasks=TASKS, **over) -> Config:
     tables = {
         "name": "t",
         "stream": {"tasks": tasks},
-        "student": {"width": 16, "expert_width": 32, **over.pop("student", {})},
+        "student": {"context": 4, "width": 16, "expert_width": 32, **over.pop("student", {})},
         "rollouts": {"num_steps": 280},
         "memory": {"share": 0.2, **over.pop("memory", {})},
         "distill": {

@@ -21,7 +21,7 @@ from tests.distill.synthetic import stage_data
 TABLES = {
     "name": "ranks",
     "stream": {"tasks": ["drawer-close-v3", "handle-press-side-v3", "window-close-v3"]},
-    "student": {"width": 16, "expert_width": 32, "opening_steps": 30},
+    "student": {"context": 4, "width": 16, "expert_width": 32, "opening_steps": 30},
     "rollouts": {"num_steps": 280},
     "memory": {"share": 0.2},
     # A batch that two and three ranks do not share evenly, and a norm that clips most steps.
