@@ -16,8 +16,8 @@ class StudentConfig:
     """The student: a causal Transformer with mixture-of-experts feed-forward blocks."""
 
     context: Positive = 1
-    """L: time steps that the student sees, the present one included. Meta-World's observation holds the step before
-    as well; longer windows took more time and did no better on validation goals."""
+    """L: time steps that the student sees, the present one included. Meta-World's observation holds the step
+    before as well; longer windows took more time and did no better on validation goals."""
     width: Positive = 64
     num_layers: Positive = 2
     num_heads: Positive = 4
