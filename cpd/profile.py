@@ -40,7 +40,7 @@ class Resources:
     """What one element of a role gets."""
 
     ranks: Positive = 1
-    """MPI ranks (students and evaluations)."""
+    """MPI ranks; of a teacher they share the environments (PPO only)."""
     nodes: Positive = 1
     """Nodes over which the ranks are spread evenly."""
     cpus: Positive = 1
