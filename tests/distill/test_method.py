@@ -34,6 +34,22 @@ def test_nothing_of_an_earlier_task_moves_under_momentum_and_weight_decay(precis
     second = outputs(trainer, 1)
     train(trainer)
     assert torch.equal(outputs(trainer, 0), first) and torch.equal(outputs(trainer, 1), second)
+    # Two of three groups, two of three task vectors, and all that is common, but not the encoder.
+    assert trainer.protection.report()["masked_share"] == pytest.approx(masked_by_hand(trainer))
+
+
+def masked_by_hand(trainer: Trainer) -> float:
+    """The share of parameters that the third of three stages must not move."""
+    count = 0
+    for name, parameter in trainer.student.named_parameters():
+        parts = name.split(".")
+        if ".experts." in name or ".router." in name:
+            count += parameter.numel() * (int(parts[4]) < 4)
+        elif name == "task":
+            count += parameter.numel() * 2 // 3
+        elif parts[0] != "encoder":
+            count += parameter.numel()
+    return count / trainer.flat.size
 
 
 def test_new_experts_change_nothing_when_they_come_and_then_live():

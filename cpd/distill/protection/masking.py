@@ -55,7 +55,6 @@ class Masking(Protection):
         if 0.0 < self.config.protection.mask_fraction < 1.0:
             found = fisher(trainer, data, self.config.protection.fisher_windows)
             self._importance = found if self._importance is None else self._importance + found
-        self._mask = None
 
     def report(self) -> dict[str, float]:
         """The share of all parameters that cannot move freely."""
