@@ -72,6 +72,15 @@ class StageData:
         return np.maximum(steps - context + 1, episode_start)
 
 
+class Mixture(NamedTuple):
+    """Windows whose observations are mixed into those of the rows of the global batch."""
+
+    start: npt.NDArray[np.int64]
+    """[B] first step of each."""
+    weight: npt.NDArray[np.float64]
+    """[B] weight of the row's own observations; 1 leaves them as they are."""
+
+
 class Windows(NamedTuple):
     """Rows of the global batch, as places in the stage's table of steps."""
 
@@ -79,10 +88,8 @@ class Windows(NamedTuple):
     """[B] first step."""
     length: npt.NDArray[np.int64]
     """[B] number of steps."""
-    partner: npt.NDArray[np.int64] | None = None
-    """[B] first step of the window whose observations are mixed in."""
-    weight: npt.NDArray[np.float64] | None = None
-    """[B] weight of the row's own observations in the mixture."""
+    mixture: Mixture | None = None
+    """What is mixed into the rows' observations, if anything."""
 
 
 class Batch(NamedTuple):
@@ -171,7 +178,7 @@ class BatchSource:
         partner[: self._num_replayed] = self._memory_start[other]
         weight[: self._num_replayed] = rng.random(self._num_replayed)
         length[: self._num_replayed] = np.minimum(length[: self._num_replayed], self._memory_length[other])
-        return Windows(start, length, partner, weight)
+        return Windows(start, length, Mixture(partner, weight))
 
     def batch(self, step: int) -> Batch:
         """This rank's rows, `rank::size`, of the global batch of `step`."""
@@ -200,16 +207,18 @@ class BatchSource:
         mine = slice(self._comm.rank, None, self._comm.size)
         start_R1, length_R1 = windows.start[mine, None], windows.length[mine, None]
         device = self._table.device
-        rows_RL = torch.from_numpy(start_R1 + np.minimum(self._position, length_R1 - 1)).to(device)
+        steps_RL = np.minimum(self._position, length_R1 - 1)
+        rows_RL = torch.from_numpy(start_R1 + steps_RL).to(device)
         valid_RL = torch.from_numpy(self._position < length_R1).to(device, self._table.dtype)
         replayed = np.arange(len(windows.start))[mine] < num_replayed
-        if windows.partner is not None and windows.weight is not None:
-            partner_RL = torch.from_numpy(windows.partner[mine, None] + np.minimum(self._position, length_R1 - 1))
-            weight_R11 = torch.from_numpy(windows.weight[mine]).to(device, self._table.dtype).view(-1, 1, 1)
         gathered = self._table.index_select(0, rows_RL.view(-1)).view(*rows_RL.shape, -1)
         obs, mean, log_std = torch.split(gathered, [OBSERVATION_SIZE, ACTION_SIZE, ACTION_SIZE], dim=-1)
-        if windows.partner is not None:
-            mixed_in = self._table.index_select(0, partner_RL.to(device).view(-1))[:, :OBSERVATION_SIZE]
+        if windows.mixture is not None:
+            others_RL = torch.from_numpy(windows.mixture.start[mine, None] + steps_RL).to(device)
+            weight_R11 = (
+                torch.from_numpy(windows.mixture.weight[mine]).to(device, self._table.dtype).view(-1, 1, 1)
+            )
+            mixed_in = self._table.index_select(0, others_RL.view(-1))[:, :OBSERVATION_SIZE]
             obs = torch.lerp(mixed_in.view_as(obs), obs, weight_R11)
         return Batch(
             obs,

@@ -37,9 +37,8 @@ class ContrastSource:
         self._config, self._seed, self._stage, self._device = config, seed, stage, device
         self._dtype = getattr(torch, config.precision)
         self._lessons = {lesson.task: lesson for lesson in (data, *data.others)}
-        task_S = np.repeat(memory.task, memory.length)
-        before = [int(task) for task in np.unique(task_S) if task not in self._lessons]
-        self._stored = {task: memory.observations[task_S == task] for task in before}
+        stored = memory.observations_by_task()
+        self._stored = {task: obs for task, obs in stored.items() if task not in self._lessons}
 
     def batch(self, step: int) -> tuple[Tensor, Tensor] | None:
         """Raw observations `[N, O]` and their tasks `[N]`; None while there is but one task."""
@@ -79,7 +78,5 @@ class ContrastSource:
 
 def prototypes_from_memory(student: Student, memory: Segments) -> None:
     """Make the prototype of every task that the memory holds from what it holds of it."""
-    task_S = np.repeat(memory.task, memory.length)
-    for task in np.unique(task_S):
-        obs_NO = torch.from_numpy(memory.observations[task_S == task]).to(student.device, student.dtype)
-        student.set_prototype(int(task), obs_NO)
+    for task, obs_NO in memory.observations_by_task().items():
+        student.set_prototype(task, torch.from_numpy(obs_NO).to(student.device, student.dtype))

@@ -289,12 +289,11 @@ class Trainer:
     def _contrastive_loss(self) -> Tensor:
         """This rank's part of the contrastive loss, which every rank computes as a whole."""
         contrast = None if self._contrast is None else self._contrast.batch(self.progress.step)
-        if contrast is None or self.student.encoder is None:
+        if contrast is None:
             return self.flat.values.new_zeros(())
         obs_NO, task_N = contrast
-        scaled_NO = (obs_NO - self.student.obs_centre) / self.student.obs_scale
         temperature = self.config.student.embedding_temperature
-        return info_nce(self.student.encoder(scaled_NO), task_N, temperature) / self.comm.size
+        return info_nce(self.student.embedding(obs_NO), task_N, temperature) / self.comm.size
 
     def _expert_shares(self, out: StudentOutput, batch: Batch) -> Tensor:
         """[layers, E] each open expert's share of the global batch's assignments."""

@@ -79,6 +79,11 @@ class Segments:
         """The arrays by name."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
+    def observations_by_task(self) -> dict[int, npt.NDArray[np.float32]]:
+        """The raw observations of every task that is held, [steps, O], by position of the task."""
+        task_S = np.repeat(self.task, self.length)
+        return {int(task): self.observations[task_S == task] for task in np.unique(task_S)}
+
     def take(self, chosen: npt.NDArray[np.int64]) -> Segments:
         """The segments at the positions `chosen`, in that order."""
         rows = ranges(self.start[chosen], self.length[chosen])

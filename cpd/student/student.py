@@ -149,19 +149,21 @@ class Student(nn.Module):
         for moe in self.moes:
             moe.logit_offset[moe.num_experts - num_new :] = offset
 
+    def embedding(self, obs_BO: Tensor) -> Tensor:
+        """The task embedding of raw observations, unit vectors `[B, Z]`."""
+        assert self.encoder is not None
+        z_BZ: Tensor = self.encoder((obs_BO - self.obs_centre) / self.obs_scale)
+        return z_BZ
+
     def evidence(self, obs_BO: Tensor) -> Tensor:
         """How much raw observations speak for each task, `[B, K]`: similarity to the prototypes by temperature."""
-        assert self.encoder is not None
-        z_BZ = self.encoder((obs_BO - self.obs_centre) / self.obs_scale)
-        evidence_BK: Tensor = z_BZ @ self.prototypes_KZ.t() / self.config.embedding_temperature
+        evidence_BK: Tensor = self.embedding(obs_BO) @ self.prototypes_KZ.t() / self.config.embedding_temperature
         return evidence_BK
 
     @torch.no_grad()
     def set_prototype(self, task: int, obs_NO: Tensor) -> None:
         """Make the prototype of `task` the direction of the mean embedding of raw observations."""
-        assert self.encoder is not None
-        z_NZ = self.encoder((obs_NO - self.obs_centre) / self.obs_scale)
-        self.prototypes_KZ[task] = F.normalize(z_NZ.mean(0), dim=0)
+        self.prototypes_KZ[task] = F.normalize(self.embedding(obs_NO).mean(0), dim=0)
 
     def forward(
         self, obs_BLO: Tensor, *, task_B: Tensor | None = None, valid_BL: Tensor | None = None
