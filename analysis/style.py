@@ -49,14 +49,15 @@ def paper_style() -> Iterator[None]:
 
 
 def stamp(figure: Figure, text: str) -> None:
-    """Write the conditions of the results along the right edge, where nothing else is."""
+    """Write the conditions of the results along the right edge, where nothing else is, and make room for them."""
     width = STAMP_INCHES / figure.get_figwidth()
     engine = figure.get_layout_engine()
     assert engine is not None, "figures are laid out by paper_style()"
     engine.set(rect=(0, 0, 1 - width, 1))  # type: ignore[call-arg]
-    figure.text(
-        1 - 0.1 * width, 0.01, text, rotation=90, size=4.5, color=GUIDE, ha="right", va="bottom"
-    ).set_in_layout(False)
+    label = figure.text(1 - 0.1 * width, 0.01, text, rotation=90, size=4.5, color=GUIDE, ha="right", va="bottom")
+    label.set_in_layout(False)
+    length = label.get_window_extent().height / figure.dpi
+    figure.set_figheight(max(figure.get_figheight(), 1.03 * length))
 
 
 def save(figure: Figure, stem: Path, caption: str) -> list[Path]:
