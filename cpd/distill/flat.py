@@ -24,11 +24,14 @@ class FlatParameters:
     The module's parameters become views: writing to either side writes to both. Gradients are views too, into
     which autograd adds; zero `grads` before every backward pass.
 
+    Parameters that rest (see `let_rest`) take no part in training: no gradient is computed, reduced or applied.
+
     Attributes:
         names: parameters in the order of the vector; those that growth adds come last.
         slots: name to its slice of the vector.
         shapes: name to its shape.
         matrices: [P] 1 for elements of weight matrices, else 0: what weight decay applies to.
+        awake: the slices that do not rest, in order; neighbours are merged.
     """
 
     def __init__(self, module: nn.Module, known: Sequence[str] = ()) -> None:
@@ -53,7 +56,10 @@ class FlatParameters:
             parameter.grad = self.grads[slot].view(parameter.shape)
             self.slots[name] = slot
             start += size
+        self._parameters = parameters
         self._staging: Tensor | None = None
+        self.awake: list[slice] = []
+        self.let_rest(None)
 
     @property
     def size(self) -> int:
@@ -67,18 +73,38 @@ class FlatParameters:
             result[self.slots[name]] = vector[slot]
         return result
 
+    def let_rest(self, mask: Tensor | None) -> None:
+        """Let parameters rest of which `mask` [P] lets no element move, and wake all others; None wakes all."""
+        self.awake = []
+        self.grads.zero_()
+        for name in self.names:
+            slot = self.slots[name]
+            moves = mask is None or bool(mask[slot].any())
+            self._parameters[name].requires_grad_(moves)
+            if not moves:
+                continue
+            if self.awake and self.awake[-1].stop == slot.start:
+                slot = slice(self.awake.pop().start, slot.stop)
+            self.awake.append(slot)
+
     def reduce_grads(self, comm: Comm) -> None:
         """Replace `grads` by its sum over ranks."""
         if comm.size == 1:
             return
-        if self.grads.device.type == "cpu":
-            comm.all_reduce_sum(self.grads.numpy())
+        if self.grads.device.type == "cpu" and len(self.awake) == 1:
+            comm.all_reduce_sum(self.grads[self.awake[0]].numpy())
             return
         if self._staging is None:
-            self._staging = torch.empty(self.size, dtype=self.grads.dtype, pin_memory=True)
-        self._staging.copy_(self.grads)
-        comm.all_reduce_sum(self._staging.numpy())
-        self.grads.copy_(self._staging)
+            on_device = self.grads.device.type != "cpu"
+            self._staging = torch.empty(self.size, dtype=self.grads.dtype, pin_memory=on_device)
+        # One collective for all: its price is its latency.
+        parts = torch.cat([self.grads[part] for part in self.awake])
+        staging = self._staging[: len(parts)]
+        staging.copy_(parts)
+        comm.all_reduce_sum(staging.numpy())
+        sums = staging.to(parts.device).split([part.stop - part.start for part in self.awake])
+        for part, total in zip(self.awake, sums, strict=True):
+            self.grads[part] = total
 
     def clip_grads(self, max_norm: float) -> float:
         """Scale `grads` down to `max_norm` if its Euclidean norm is greater; returns the norm before."""
@@ -120,24 +146,35 @@ class AdamW:
 
         Args:
             lr: learning rate.
-            mask: [P] factor on every element's update, weight decay included; moments go on as without. A
-                factor on the gradient instead would be cancelled by Adam's normalisation.
+            mask: [P] factor on every element's update, weight decay included; moments go on as without, but
+                for parameters that rest. A factor on the gradient instead would be cancelled by Adam's
+                normalisation.
         """
-        flat, update = self.flat, self._work
-        self.first_moment.lerp_(flat.grads, 1.0 - BETAS[0])
-        self.second_moment.mul_(BETAS[1]).addcmul_(flat.grads, flat.grads, value=1.0 - BETAS[1])
-        torch.sqrt(self.second_moment, out=update)
-        for cohort in self.cohorts:
-            start, stop, age = cohort[0], cohort[1], cohort[2] + 1
-            cohort[2] = age
+        for start, stop, age in self._advance():
             part = slice(start, stop)
-            update[part].mul_(1.0 / math.sqrt(1.0 - BETAS[1] ** age)).add_(EPS)
-            update[part].reciprocal_().mul_(self.first_moment[part]).mul_(lr / (1.0 - BETAS[0] ** age))
-        if self.weight_decay:
-            update.addcmul_(flat.values, flat.matrices, value=lr * self.weight_decay)
-        if mask is not None:
-            update.mul_(mask)
-        flat.values.sub_(update)
+            values, grads, update = self.flat.values[part], self.flat.grads[part], self._work[part]
+            first, second = self.first_moment[part], self.second_moment[part]
+            first.lerp_(grads, 1.0 - BETAS[0])
+            second.mul_(BETAS[1]).addcmul_(grads, grads, value=1.0 - BETAS[1])
+            torch.sqrt(second, out=update)
+            update.mul_(1.0 / math.sqrt(1.0 - BETAS[1] ** age)).add_(EPS)
+            update.reciprocal_().mul_(first).mul_(lr / (1.0 - BETAS[0] ** age))
+            if self.weight_decay:
+                update.addcmul_(values, self.flat.matrices[part], value=lr * self.weight_decay)
+            if mask is not None:
+                update.mul_(mask[part])
+            values.sub_(update)
+
+    def _advance(self) -> list[tuple[int, int, int]]:
+        """Let all cohorts grow older by an update; returns what is awake of each, as (start, stop, age)."""
+        parts = []
+        for cohort in self.cohorts:
+            cohort[2] += 1
+            for awake in self.flat.awake:
+                start, stop = max(awake.start, cohort[0]), min(awake.stop, cohort[1])
+                if start < stop:
+                    parts.append((start, stop, cohort[2]))
+        return parts
 
     def state(self) -> dict[str, Any]:
         """For a checkpoint."""

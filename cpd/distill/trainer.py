@@ -155,6 +155,7 @@ class Trainer:
                 data, self.memory.segments, config.distill, self.seed, progress.stage, self.device
             )
         if progress.begun:
+            self._rest()
             return []
         if config.distill.protocol == "single_task":
             self._start_afresh()
@@ -165,7 +166,17 @@ class Trainer:
             self._rehearse(self.flat.values.clone())
         progress.begun = True
         self.protection.begin_stage(self)
+        self._rest()
         return decisions
+
+    def _rest(self) -> None:
+        """Leave out of the stage's work what its mask holds in place as a whole."""
+        self.flat.let_rest(self.protection.update_mask(self))
+        if not self.flat.awake:
+            raise ValueError(
+                f"the masks leave nothing to train at stage {self.progress.stage}: without experts of its own a "
+                "task needs protection.mask_fraction below 1, or protection.mask_experts = false"
+            )
 
     def _learn_of(self, task: int) -> list[GrowthDecision]:
         """Make the student ready for a task that it has not met: experts for it, or a reason to do without."""
@@ -216,6 +227,7 @@ class Trainer:
 
     def end_stage(self, data: StageData) -> None:
         """Let protection and memory take what they need of the stage's data, and go on to the next stage."""
+        self.flat.let_rest(None)
         self.protection.end_stage(self, data)
         self.refresh_prototypes()
         self.memory.offer(data.segments(self.config.student.context), self.comm)

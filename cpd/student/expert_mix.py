@@ -29,12 +29,15 @@ class _ExpertMix(torch.autograd.Function):
         place_M[order_M] = torch.arange(len(order_M), device=order_M.device)
         x_MD = x_ND.index_select(0, token_M)
         hidden_MF = x_MD.new_empty(len(x_MD), weights[0].shape[0])
+        # Experts without tokens are left out: most, where tokens keep to their task's group.
         for start, stop, up_FD, _ in _parts(sizes, weights):
-            torch.mm(x_MD[start:stop], up_FD.t(), out=hidden_MF[start:stop])
+            if start < stop:
+                torch.mm(x_MD[start:stop], up_FD.t(), out=hidden_MF[start:stop])
         active_MF = F.gelu(hidden_MF)
         y_MD = torch.empty_like(x_MD)
         for start, stop, _, down_DF in _parts(sizes, weights):
-            torch.mm(active_MF[start:stop], down_DF.t(), out=y_MD[start:stop])
+            if start < stop:
+                torch.mm(active_MF[start:stop], down_DF.t(), out=y_MD[start:stop])
         y_NkD = y_MD.index_select(0, place_M).view(*gates_Nk.shape, -1)
         ctx.sizes = sizes
         ctx.save_for_backward(gates_Nk, order_M, place_M, x_MD, hidden_MF, active_MF, y_NkD, *weights)
@@ -49,17 +52,19 @@ class _ExpertMix(torch.autograd.Function):
         gates_M = gates_Nk.reshape(-1).index_select(0, order_M)
         grad_y_MD = grad_ND.index_select(0, order_M // top_k) * gates_M.unsqueeze(1)
         grad_active_MF = torch.empty_like(active_MF)
-        grad_weights: list[Tensor | None] = [None] * len(weights)
+        needs, grad_weights = ctx.needs_input_grad[4:], cast(list[Tensor | None], [None] * len(weights))
         for expert, (start, stop, _, down_DF) in enumerate(_parts(ctx.sizes, weights)):
             if start < stop:
                 torch.mm(grad_y_MD[start:stop], down_DF, out=grad_active_MF[start:stop])
-                grad_weights[2 * expert + 1] = grad_y_MD[start:stop].t() @ active_MF[start:stop]
+                if needs[2 * expert + 1]:
+                    grad_weights[2 * expert + 1] = grad_y_MD[start:stop].t() @ active_MF[start:stop]
         grad_hidden_MF = torch.ops.aten.gelu_backward(grad_active_MF, hidden_MF)
         grad_x_MD = torch.empty_like(x_MD)
         for expert, (start, stop, up_FD, _) in enumerate(_parts(ctx.sizes, weights)):
             if start < stop:
                 torch.mm(grad_hidden_MF[start:stop], up_FD, out=grad_x_MD[start:stop])
-                grad_weights[2 * expert] = grad_hidden_MF[start:stop].t() @ x_MD[start:stop]
+                if needs[2 * expert]:
+                    grad_weights[2 * expert] = grad_hidden_MF[start:stop].t() @ x_MD[start:stop]
         grad_x_ND = grad_x_MD.index_select(0, place_M).view(y_NkD.shape).sum(1)
         return grad_x_ND, grad_gates_Nk, None, None, *grad_weights
 

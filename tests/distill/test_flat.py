@@ -165,3 +165,32 @@ def test_reducing_on_one_rank_changes_nothing():
     before = flat.grads.clone()
     flat.reduce_grads(SerialComm())
     assert torch.equal(flat.grads, before)
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_what_rests_stays_and_the_rest_learns_as_beside_it(weight_decay):
+    """Resting is the same as a mask of zeros, but for the work; and ends as if it had not been."""
+    trainings = {}
+    for rests in (False, True):
+        module = Growing()
+        flat = FlatParameters(module)
+        optimizer = AdamW(flat, weight_decay)
+        mask = torch.ones_like(flat.values)
+        for name in ("first.weight", "last.bias"):
+            mask[flat.slots[name]] = 0.0
+        before = flat.values.clone()
+        if rests:
+            flat.let_rest(mask)
+        for step in range(5):
+            flat.grads.zero_()
+            backward(module, step)
+            assert flat.grads[mask == 0].any() != rests
+            optimizer.step(1e-2, mask)
+        assert torch.equal(flat.values[mask == 0], before[mask == 0])
+        assert (flat.values[mask == 1] != before[mask == 1]).all()
+        trainings[rests] = flat.values
+        flat.let_rest(None)
+        assert flat.awake == [slice(0, flat.size)]
+        backward(module, 9)
+        assert flat.grads[mask == 0].any()
+    assert torch.equal(trainings[False], trainings[True])

@@ -13,6 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from cpd.lease import current_holder
 from cpd.ledger import ledger
 from cpd.record import StatusRecord, read_status
@@ -21,8 +23,8 @@ from slurm.testbed.cluster import Testbed
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 MINIATURE = ROOT / "tests" / "recipes" / "miniature.toml"
-#: Long enough for a student to be disturbed several times.
-LONG = ("--distill.steps_per_stage", "300")
+#: Long enough for a student to be disturbed several times, on a fast machine too.
+LONG = ("--distill.steps_per_stage", "1000")
 #: Teachers that train for long enough to be met at work.
 LASTING = ("--teacher.max_env_steps", "8000")
 DRAWER, WINDOW = "teachers/drawer-close-v3/seed-1", "teachers/window-close-v3/seed-1"
@@ -36,6 +38,7 @@ class Workbench:
     def __init__(self, testbed: Testbed) -> None:
         self.testbed = testbed
         self.environment = testbed.environment | {"OMP_NUM_THREADS": "1"}
+        self._met: dict[Path, int] = {}
 
     def python(self, *arguments: str, code: int = 0, **environment: str) -> str:
         """Output of `python -m ...`, which must end with `code`."""
@@ -84,12 +87,12 @@ class Workbench:
         whole = ("sbatch", "--parsable", "-p", "urgent", "-N2", "--exclusive", "-o", "/dev/null")
         return self.slurm(*whole, "--wrap", "sleep 1")
 
-    @staticmethod
-    def wait(ready: Callable[[], object], what: str, seconds: float = 300) -> None:
-        """Poll until something holds."""
+    def wait(self, ready: Callable[[], object], what: str, seconds: float = 300) -> None:
+        """Poll until something holds; if it never does, tell what the queue holds instead."""
         deadline = time.monotonic() + seconds
         while not ready():
-            assert time.monotonic() < deadline, f"not within {seconds:.0f} s: {what}"
+            if time.monotonic() > deadline:
+                pytest.fail(f"not within {seconds:.0f} s: {what}\n{self.slurm('scontrol', 'show', 'job', '-o')}")
             time.sleep(0.2)
 
     def drain(self, seconds: float = 600) -> None:
@@ -102,11 +105,21 @@ class Workbench:
         return read_status(root / element / "status.json")
 
     def until(self, root: Path, element: str, done: int) -> None:
-        """Wait until an element has got past `done` steps, and is at work."""
-        self.wait(
-            lambda: (r := self.record(root, element)).state == "running" and r.done > done,
-            f"{element} past {done}",
-        )
+        """Wait until an attempt other than the one met last has got past `done` steps, and is at work.
+
+        An attempt that has been asked to stop is at work for a while yet.
+        """
+        folder = root / element
+        last = self._met.get(folder, 0)
+
+        def past() -> bool:
+            record = self.record(root, element)
+            if record.state in ("done", "failed"):
+                pytest.fail(f"{element} is {record.state} at {record.done}: never met past {done}")
+            return record.state == "running" and record.done > done and attempts(folder) > last
+
+        self.wait(past, f"{element} past {done} after attempt {last}")
+        self._met[folder] = attempts(folder)
 
     @staticmethod
     def kill(root: Path, element: str) -> None:
@@ -114,6 +127,11 @@ class Workbench:
         holder, _ = current_holder(root / element / "attempts")
         assert holder is not None
         os.kill(holder.process, signal.SIGKILL)
+
+
+def attempts(element: Path) -> int:
+    """How often work on an element has begun."""
+    return len(list((element / "attempts").glob("*.json")))
 
 
 def variation(folder: Path, **lines: str) -> str:

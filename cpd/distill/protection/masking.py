@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 class Masking(Protection):
     """Masks of three kinds of parameters.
 
-    - What tasks have to themselves (experts and router rows of a task's group, its vector): with `mask_experts`
-      it moves in the stages of its own task only.
+    - What a task has to itself (its vector, and the experts and router rows of its group or, in a student without
+      tasks, those that were added for it): with `mask_experts` it moves in the stages of its own task only.
     - What all tasks share (embedding, attention, norms, head): after every stage the share `mask_fraction` of it
       with the greatest accumulated Fisher information is protected. `hard`: it does not move. `scaled`: with
       importance F and the least protected importance F*, a protected parameter moves by the factor F* / F.
@@ -88,9 +88,18 @@ class Masking(Protection):
         if "moe" not in parts or parts[3] not in ("experts", "router"):
             return None
         moe = student.moes[int(parts[1])]
-        group = int(moe.group_E[int(parts[4])])
-        users = [task for task in trainer.progress.seen if int(student.group_K[task]) == group]
-        return moe.logit_offset.new_tensor(float(users == [present]))
+        owners = self._owners(trainer, int(parts[4]), int(moe.group_E[int(parts[4])]))
+        return moe.logit_offset.new_tensor(float(owners == [present]))
+
+    def _owners(self, trainer: Trainer, expert: int, group: int) -> list[int]:
+        """The tasks that an expert belongs to: those of its group; without groups, the one it was added for."""
+        student, progress = trainer.student, trainer.progress
+        if student.is_conditioned:
+            return [task for task in progress.seen if int(student.group_K[task]) == group]
+        added_for = [progress.seen[0]] * self.config.student.num_experts
+        for decision in progress.growth:
+            added_for += [decision.task] * decision.num_new
+        return [added_for[expert]]
 
     def _mask_shared(self, mask: Tensor, shared: Tensor) -> None:
         protection = self.config.protection
