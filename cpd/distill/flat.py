@@ -91,20 +91,21 @@ class FlatParameters:
         """Replace `grads` by its sum over ranks."""
         if comm.size == 1:
             return
-        if self.grads.device.type == "cpu" and len(self.awake) == 1:
-            comm.all_reduce_sum(self.grads[self.awake[0]].numpy())
-            return
-        if self._staging is None:
-            on_device = self.grads.device.type != "cpu"
-            self._staging = torch.empty(self.size, dtype=self.grads.dtype, pin_memory=on_device)
         # One collective for all: its price is its latency.
-        parts = torch.cat([self.grads[part] for part in self.awake])
-        staging = self._staging[: len(parts)]
-        staging.copy_(parts)
-        comm.all_reduce_sum(staging.numpy())
-        sums = staging.to(parts.device).split([part.stop - part.start for part in self.awake])
-        for part, total in zip(self.awake, sums, strict=True):
-            self.grads[part] = total
+        parts = [self.grads[part] for part in self.awake]
+        gathered = parts[0] if len(parts) == 1 else torch.cat(parts)
+        if gathered.device.type == "cpu":
+            comm.all_reduce_sum(gathered.numpy())
+        else:
+            if self._staging is None:
+                self._staging = torch.empty(self.size, dtype=self.grads.dtype, pin_memory=True)
+            staging = self._staging[: len(gathered)]
+            staging.copy_(gathered)
+            comm.all_reduce_sum(staging.numpy())
+            gathered.copy_(staging)
+        if len(parts) > 1:
+            for part, total in zip(parts, torch.split(gathered, [len(part) for part in parts]), strict=True):
+                part.copy_(total)
 
     def clip_grads(self, max_norm: float) -> float:
         """Scale `grads` down to `max_norm` if its Euclidean norm is greater; returns the norm before."""
