@@ -22,7 +22,7 @@ from cpd.interrupt import Interrupt, InterruptedBySignal
 from cpd.record import MetricsLog
 from cpd.runs import TeacherElement
 from cpd.session import Session
-from cpd.teachers.demonstrations import demonstrated
+from cpd.teachers.demonstrations import Demonstrator
 from cpd.teachers.policy import MLPPolicy, Teacher, TeacherActor
 from cpd.teachers.ppo import Learner
 from cpd.teachers.ranks import check_same, float_mean, on_first_rank, own_slots
@@ -238,32 +238,25 @@ class Trainer:
         """Warm-start the policy on one rank, whose decisions the others take over."""
         teacher, element, policy = self._config.teacher, self._element, self._learner.policy
         self._session.begin("warm start", 1, unit="warm starts")
-        envs = self._pool.get(element.task)
+        demonstrator = Demonstrator(
+            element.task,
+            self._goals,
+            self._pool.get(element.task),
+            teacher.warm_start,
+            teacher.horizon,
+            element.seed,
+            self._interrupt,
+        )
 
         def work() -> tuple[WarmStart, dict[str, Tensor], list[Batch]]:
             done = warm_start(
                 policy,
-                element.task,
-                self._goals,
-                envs,
-                teacher.warm_start,
-                teacher.horizon,
-                element.seed,
-                self._interrupt,
+                demonstrator,
                 validate=lambda: validate(policy, self._config, element.task, self._pool, self._interrupt),
             )
-            if not isinstance(self._learner, SACLearner):
-                return done, policy.state_dict(), []
-            transitions = demonstrated(
-                element.task,
-                self._goals,
-                envs,
-                teacher.warm_start,
-                teacher.horizon,
-                element.seed,
-                self._interrupt,
-                teacher.terminate_on_success,
-            )
+            transitions = []
+            if isinstance(self._learner, SACLearner):
+                transitions = demonstrator.transitions(terminate_on_success=teacher.terminate_on_success)
             return done, policy.state_dict(), transitions
 
         done, state, transitions = on_first_rank(self._comm, work)

@@ -21,7 +21,7 @@ from cpd.envs.sampler import make_vector_env
 from cpd.interrupt import Interrupt, InterruptedBySignal
 from cpd.record import read_metrics
 from cpd.runs import TeacherElement
-from cpd.teachers.demonstrations import demonstrated
+from cpd.teachers.demonstrations import Demonstrator
 from cpd.teachers.policy import SquashedPolicy, load_policy
 from cpd.teachers.training import make_learner
 from tests.conftest import ROOT
@@ -112,7 +112,7 @@ def test_demonstrations_are_whole_transitions() -> None:
     goals = goal_set(task, "training", 10)
     config = TeacherConfig().warm_start
     with make_vector_env([task] * 25, 1) as envs:
-        batches = demonstrated(task, goals, envs, config, horizon, 1, Interrupt())
+        batches = Demonstrator(task, goals, envs, config, horizon, 1, Interrupt()).transitions()
     assert sum(int(batch.terminated.sum()) for batch in batches) > 0.8 * config.num_demonstrations
     for before, after in itertools.pairwise(batches[:30]):  # one chunk
         going_on = before.next_obs[~before.terminated]

@@ -14,16 +14,17 @@ import torch
 from cpd.checkpoint import published
 from cpd.config import Config, TeacherConfig, WarmStartConfig
 from cpd.envs.goals import goal_set
-from cpd.envs.sampler import make_vector_env
+from cpd.envs.sampler import VectorEnv, make_vector_env
 from cpd.files import sha256, write_json
 from cpd.interrupt import Interrupt, InterruptedBySignal
 from cpd.record import read_metrics
 from cpd.runs import Run, TeacherElement
 from cpd.shards.reader import read_index
 from cpd.strict_load import ConfigError, load, merge, read_toml, to_dict
+from cpd.teachers.demonstrations import Demonstrator, Labelled, demonstration_noise
 from cpd.teachers.element import run_teacher
 from cpd.teachers.policy import GaussianPolicy
-from cpd.teachers.warm_start import Cloner, Labelled, WarmStart, demonstration_noise, gather, warm_start
+from cpd.teachers.warm_start import Cloner, WarmStart, warm_start
 from tests.conftest import MINIATURE
 
 TASK = "drawer-close-v3"
@@ -60,10 +61,13 @@ DEMO_RL: dict[str, Any] = {
 }
 
 
+def demonstrator(envs: VectorEnv, config: WarmStartConfig = CONFIG) -> Demonstrator:
+    return Demonstrator(TASK, goal_set(TASK, "training", 10), envs, config, HORIZON, 1, Interrupt())
+
+
 def gathered(num_workers: int, clone: GaussianPolicy | None = None) -> Labelled:
     with make_vector_env([TASK] * 25, num_workers) as envs:
-        goals = goal_set(TASK, "training", 10)
-        return gather(int(clone is not None), clone, TASK, goals, envs, CONFIG, HORIZON, 1, Interrupt())
+        return demonstrator(envs).gather(int(clone is not None), clone)
 
 
 @pytest.fixture(scope="module")
@@ -123,8 +127,7 @@ def test_cloning_lowers_the_loss_and_goes_back_exactly(demonstrations: Labelled)
 def started(validate: Callable[[], float], config: WarmStartConfig = CONFIG) -> tuple[WarmStart, GaussianPolicy]:
     policy = fresh_policy()
     with make_vector_env([TASK] * 25, 1) as envs:
-        goals = goal_set(TASK, "training", 10)
-        return warm_start(policy, TASK, goals, envs, config, HORIZON, 1, Interrupt(), validate), policy
+        return warm_start(policy, demonstrator(envs, config), validate), policy
 
 
 def test_an_increment_beyond_the_cap_is_taken_back_and_halved() -> None:
