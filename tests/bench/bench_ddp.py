@@ -78,7 +78,12 @@ class LocalLoss(nn.Module):
         )
         counts_LE = torch.stack([stats.counts_E for stats in out.stats])
         shares_LE = counts_LE / (num_tokens * self.student.config.top_k)
-        balance = load_balance_loss(torch.stack([stats.prob_sums_E for stats in out.stats]), shares_LE, num_tokens)
+        balance = load_balance_loss(
+            torch.stack([stats.prob_sums_E for stats in out.stats]),
+            shares_LE,
+            num_tokens,
+            self.student.moes[0].group_E[: shares_LE.shape[1]],
+        )
         router_z = router_z_loss(torch.stack([stats.z_square_sum for stats in out.stats]), num_tokens)
         imitation: Tensor = distance_RL.sum() / num_tokens
         return imitation + self.config.load_balance_coef * balance + self.config.router_z_coef * router_z
