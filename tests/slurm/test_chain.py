@@ -51,8 +51,7 @@ def test_a_disturbed_student_is_the_undisturbed_one(finished: Path, taught: Path
     bench.until(taught, STUDENT, 210)
     bench.slurm("scontrol", "update", "nodename=n2", "state=down", "reason=test")
     bench.wait(lambda: bench.slurm("squeue", "-h", "-j", job, "-o", "%T") != "RUNNING", "the job off its node")
-    if "down" in bench.testbed.node_states()["n2"]:
-        bench.slurm("scontrol", "update", "nodename=n2", "state=resume")
+    bench.bring_back("n2")
     bench.drain()
     row = bench.rows(taught)[STUDENT]
     assert (row["state"], row["attempts"]) == ("done", 5)

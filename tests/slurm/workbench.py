@@ -87,6 +87,17 @@ class Workbench:
         whole = ("sbatch", "--parsable", "-p", "urgent", "-N2", "--exclusive", "-o", "/dev/null")
         return self.slurm(*whole, "--wrap", "sleep 1")
 
+    def bring_back(self, node: str) -> None:
+        """Put a node that is down back into service, unless it comes back by itself meanwhile."""
+
+        def is_back() -> bool:
+            if "down" not in self.testbed.node_states()[node]:
+                return True
+            self.testbed.command("scontrol", "update", f"nodename={node}", "state=resume", check=False)
+            return False
+
+        self.wait(is_back, f"{node} back in service")
+
     def wait(self, ready: Callable[[], object], what: str, seconds: float = 300) -> None:
         """Poll until something holds; if it never does, tell what the queue holds instead."""
         deadline = time.monotonic() + seconds
