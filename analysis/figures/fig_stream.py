@@ -50,7 +50,9 @@ def draw(data: Dataset) -> Figure:
         axes.axvline(stage, color="#d4d4d4", linewidth=0.5, zorder=0)
     axes.set_xticks(range(0, num_stages + 1, 1 if num_stages <= 20 else 5))
     axes.set_yticks([0, 0.2, 0.4, 0.6, 0.8, 1])
-    axes.set(xlim=(0, num_stages), ylim=(-0.03, 1.03), xlabel="stages done", ylabel="success, mean of all tasks")
+    # The legend of a single method tells which tasks each of its curves is of.
+    success = "success rate" if len(methods) == 1 else "success, mean of all tasks"
+    axes.set(xlim=(0, num_stages), ylim=(-0.03, 1.03), xlabel="stages done", ylabel=success)
     axes.grid(axis="y")
     top = axes.secondary_xaxis("top")
     style: dict[str, Any] = {"rotation": rotation, "fontsize": size}

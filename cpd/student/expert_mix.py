@@ -52,7 +52,8 @@ class _ExpertMix(torch.autograd.Function):
         gates_M = gates_Nk.reshape(-1).index_select(0, order_M)
         grad_y_MD = grad_ND.index_select(0, order_M // top_k) * gates_M.unsqueeze(1)
         grad_active_MF = torch.empty_like(active_MF)
-        needs, grad_weights = ctx.needs_input_grad[4:], cast(list[Tensor | None], [None] * len(weights))
+        grad_weights: list[Tensor | None] = [None] * len(weights)
+        needs = ctx.needs_input_grad[4:]
         for expert, (start, stop, _, down_DF) in enumerate(_parts(ctx.sizes, weights)):
             if start < stop:
                 torch.mm(grad_y_MD[start:stop], down_DF, out=grad_active_MF[start:stop])
