@@ -120,17 +120,17 @@ class Workbench:
 
         An attempt that has been asked to stop is at work for a while yet.
         """
-        folder = root / element
-        last = self._met.get(folder, 0)
+        attempts = root / element / "attempts"
+        last = self._met.get(attempts, 0)
 
         def past() -> bool:
             record = self.record(root, element)
             if record.state in ("done", "failed"):
                 pytest.fail(f"{element} is {record.state} at {record.done}: never met past {done}")
-            return record.state == "running" and record.done > done and attempts(folder) > last
+            return record.state == "running" and record.done > done and current_holder(attempts)[1] > last
 
         self.wait(past, f"{element} past {done} after attempt {last}")
-        self._met[folder] = attempts(folder)
+        _, self._met[attempts] = current_holder(attempts)
 
     @staticmethod
     def kill(root: Path, element: str) -> None:
@@ -138,11 +138,6 @@ class Workbench:
         holder, _ = current_holder(root / element / "attempts")
         assert holder is not None
         os.kill(holder.process, signal.SIGKILL)
-
-
-def attempts(element: Path) -> int:
-    """How often work on an element has begun."""
-    return len(list((element / "attempts").glob("*.json")))
 
 
 def variation(folder: Path, **lines: str) -> str:
