@@ -3,6 +3,7 @@ dependencies of its own."""
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -16,6 +17,8 @@ from cpd.runs import Element, Run
 from cpd.submission import ask_to_stop, submit_local
 
 POLL_SECONDS = 0.2
+#: Seconds between looks at what all elements tell of themselves: that reads a file for each of them.
+REFRESH_SECONDS = 1.0
 #: How often the job of an element is started again after it was killed, within one launch.
 MAX_RESTARTS = 3
 #: How long running jobs may take to save when the launcher is asked to stop.
@@ -32,10 +35,11 @@ class LocalQueue:
     elements: Sequence[Element]
     """Those to see to; what they need must be finished or among them."""
     refresh: Callable[[], None] = lambda: None
-    """Called at every poll, to redraw a display."""
+    """Called about once a second, to redraw a display."""
     failed: list[Element] = field(default_factory=list)
     _running: dict[str, tuple[Element, Any, int]] = field(default_factory=dict)
     _restarts: dict[str, int] = field(default_factory=dict)
+    _refreshed: float = -math.inf
 
     def execute(self) -> bool:
         """Run what is not finished; returns whether all of it is then.
@@ -44,14 +48,14 @@ class LocalQueue:
         """
         # The jobs watch this process and stop when it is gone.
         os.environ[LAUNCHER_VARIABLE] = launcher_identity()
-        pending = [element for element in self.elements if not element.finished]
-        while (pending or self._running) and not self.interrupt.requested:
-            pending = self._start_ready(pending)
-            if not self._running:
-                break
+        pending = self._start_ready([element for element in self.elements if not element.finished])
+        while self._running and not self.interrupt.requested:
             time.sleep(POLL_SECONDS)
-            pending += self._reap()
-            self.refresh()
+            # Only the end of a job frees cores, or what others wait for.
+            ended = self._reap(pending)
+            if ended:
+                pending = self._start_ready(pending)
+            self._refresh(at_once=ended)
         self._stop_all()
         return not pending and not self.failed
 
@@ -72,21 +76,28 @@ class LocalQueue:
                 waiting.append(element)
         return waiting
 
-    def _reap(self) -> list[Element]:
-        """Take note of jobs that ended; returns elements whose job was killed and should start again."""
-        again = []
+    def _refresh(self, at_once: bool = False) -> None:
+        """Redraw the display, but not at every poll."""
+        if at_once or time.monotonic() - self._refreshed >= REFRESH_SECONDS:
+            self.refresh()
+            self._refreshed = time.monotonic()
+
+    def _reap(self, pending: list[Element]) -> bool:
+        """Take note of jobs that ended, and let elements wait again whose job was killed; whether any ended."""
+        ended = False
         for name, (element, job, _) in list(self._running.items()):
             if not job.done():
                 continue
             del self._running[name]
+            ended = True
             if element.finished:
                 continue
             self._restarts[name] = self._restarts.get(name, 0) + 1
             if read_status(element.status).state != "failed" and self._restarts[name] <= MAX_RESTARTS:
-                again.append(element)
+                pending.append(element)
             else:
                 self.failed.append(element)
-        return again
+        return ended
 
     def _stop_all(self) -> None:
         deadline = time.monotonic() + STOP_SECONDS
@@ -98,5 +109,5 @@ class LocalQueue:
                 elif name not in asked:
                     # Until the job holds its lease there is nobody to ask.
                     asked |= {name} if ask_to_stop(element) else set()
-            self.refresh()
+            self._refresh()
             time.sleep(POLL_SECONDS)

@@ -152,18 +152,11 @@ def execute(run: Run, profile: Profile, interrupt: Interrupt, elements: Sequence
     console = Console()
     if console.is_terminal:
         with Live(console=console, auto_refresh=False) as live:
-            last = 0.0
 
             def draw() -> None:
                 live.update(status_table(run, run_status(run), console.width), refresh=True)
 
-            def redraw() -> None:
-                nonlocal last
-                if time.monotonic() - last >= 1.0:
-                    last = time.monotonic()
-                    draw()
-
-            queue = LocalQueue(run, profile, interrupt, elements, redraw)
+            queue = LocalQueue(run, profile, interrupt, elements, draw)
             finished = queue.execute()
             draw()
     else:

@@ -24,6 +24,11 @@ class CausalSelfAttention(nn.Module):
     def forward(self, x_BLD: Tensor) -> Tensor:
         """`[B, L, D]` to `[B, L, D]`."""
         batch, length, width = x_BLD.shape
+        if length == 1:
+            # One key gets all the attention, whatever the query: the mixture is the value itself.
+            value_BLD = F.linear(x_BLD, self.qkv.weight[2 * width :], self.qkv.bias[2 * width :])
+            alone: Tensor = self.out(value_BLD)
+            return alone
         qkv = self.qkv(x_BLD).view(batch, length, 3, self.num_heads, width // self.num_heads)
         q_BHLd, k_BHLd, v_BHLd = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         mixed_BHLd = F.scaled_dot_product_attention(q_BHLd, k_BHLd, v_BHLd, is_causal=True)
