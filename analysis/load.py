@@ -15,7 +15,7 @@ from cpd.files import read_json
 from cpd.measures import Rate, Student
 from cpd.metrics import FEW_SEEDS, Floats
 from cpd.record import read_status
-from cpd.result_tables import HELD_OUT, TEACHER, Tables, read_tables
+from cpd.result_tables import TEACHER, Tables, read_tables
 from cpd.results import gather
 from cpd.runs import Run
 from cpd.summary import MethodMeasures, Summary, summarize
@@ -55,6 +55,8 @@ class Dataset:
     name: str
     labels: dict[str, str]
     stream: tuple[str, ...]
+    goals: str
+    """What success was measured on: `held-out` or `validation` goals."""
     students: tuple[Student, ...]
     methods: tuple[MethodMeasures, ...]
     curves: tuple[CurveRow, ...]
@@ -66,7 +68,7 @@ class Dataset:
     """Optimisation steps of a stage, by method."""
     gate: float
     teacher_rates: dict[tuple[str, int], Rate]
-    """Teachers' success on held-out goals by task and teacher seed."""
+    """Teachers' success by task and teacher seed."""
     teacher_curves: tuple[TeacherCurve, ...]
     timings: tuple[dict[str, Any], ...]
     missing: tuple[str, ...]
@@ -147,6 +149,7 @@ def load(folders: Sequence[Path]) -> Dataset:
         name=" + ".join(dict.fromkeys(s.name for s in summaries)),
         labels=_joined([s.labels for s in summaries]),
         stream=first.stream,
+        goals=first.goal_set.replace("_", "-"),
         students=tuple(student for s in summaries for student in s.students),
         methods=tuple(method for s in summaries for method in s.methods),
         curves=tuple(row for t in tables for row in t.curves),
@@ -173,6 +176,11 @@ def _check_alike(tables: Sequence[Tables], summaries: Sequence[Summary]) -> None
         if table.stream != tables[0].stream:
             raise ValueError(
                 f"{table.folder} and {tables[0].folder} have different streams: build them one by one"
+            )
+        if table.goal_set != tables[0].goal_set:
+            raise ValueError(
+                f"{table.folder} was evaluated on {table.goal_set} goals and {tables[0].folder} on "
+                f"{tables[0].goal_set} ones, which must not stand in one figure: build them one by one"
             )
         differing = _differences(summary.labels, summaries[0].labels)
         if differing:
@@ -201,7 +209,7 @@ def _differences(left: dict[str, str], right: dict[str, str]) -> str:
 
 def _teacher_rates(tables: Tables) -> Iterable[tuple[tuple[str, int], Rate]]:
     for row in tables.evaluations:
-        if row.method == TEACHER and row.goal_set == HELD_OUT:
+        if row.method == TEACHER and row.goal_set == tables.goal_set:
             low, high = metrics.wilson(row.successes, row.episodes)
             rate = Rate(row.successes, row.episodes, row.successes / row.episodes, float(low), float(high))
             yield (row.task, row.seed), rate
@@ -260,7 +268,7 @@ def conditions(data: Dataset) -> str:
         f"Teachers: {recipe} (recipe {labels['teacher_recipe']}), seeds {teacher_seeds}. Student seeds {seeds}; "
         f"task identity: {labels['task_identity']}. Horizon {labels['horizon']} steps; "
         f"Meta-World {labels['metaworld']}, MuJoCo {labels['mujoco']}, reward {labels['reward_version']}. "
-        f"Deterministic policies on held-out goals; success is the flag at any step. {episodes_per_cell(data)}"
+        f"Deterministic policies on {data.goals} goals; success is the flag at any step. {episodes_per_cell(data)}"
     )
 
 

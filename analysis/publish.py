@@ -7,13 +7,15 @@ from pathlib import Path
 
 from analysis.load import find_results
 from cpd.files import publish as published_file
-from cpd.result_tables import labels, read_tables
+from cpd.result_tables import HELD_OUT, labels, read_tables
 
 #: Where published results of real teachers are kept, and below it those of stand-ins.
 RESULTS = Path(__file__).resolve().parent / "results"
 STAND_INS = RESULTS / "stand-ins"
 #: Recipes of teachers that no policy gradient has touched.
 STAND_IN_RECIPES = ("scripted", "imitation")
+#: Folder for results on the goals that settings are chosen by.
+TUNING = "tuning"
 
 
 def check_place(teacher_recipe: str, folder: Path) -> None:
@@ -47,6 +49,11 @@ def publish(path: Path, folder: Path) -> Path:
     tables = read_tables(results)
     recipe = labels(tables.evaluations)["teacher_recipe"] or tables.config["teacher"]["recipe"]
     check_place(recipe, folder)
+    if tables.goal_set != HELD_OUT and folder.resolve().is_relative_to(RESULTS) and TUNING not in folder.parts:
+        raise ValueError(
+            f"{path} was evaluated on {tables.goal_set} goals, to choose settings by: it belongs in a folder "
+            f"{TUNING}/, not beside results on held-out goals"
+        )
     files = [file for pattern in ("*.csv", "*.json") for file in sorted(results.glob(pattern))]
     for file in files:
         with published_file(folder / file.name) as temporary:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,7 +41,7 @@ class PublishedTeacher:
     """Gradient steps of RL on the policy."""
     stopped_by: str
     cpu_seconds: float | None
-    """Of its whole process, evaluation and rollouts included; None where not measured."""
+    """Of all work on it, evaluation and rollouts included; None where not measured."""
     curve: TeacherCurve
 
 
@@ -54,6 +53,11 @@ class PublishedTeachers:
     labels: dict[str, str]
     gate: float
     teachers: tuple[PublishedTeacher, ...]
+
+    @property
+    def has_cpu_seconds(self) -> bool:
+        """Whether any teacher's processor time was measured."""
+        return any(teacher.cpu_seconds is not None for teacher in self.teachers)
 
 
 def is_published(folder: Path) -> bool:
@@ -79,7 +83,7 @@ def load_published(folder: Path) -> PublishedTeachers:
     curves = {(curve.task, curve.seed): curve for curve in data.teacher_curves}
     rows = read_rows(folder / "evaluations.csv", EvaluationRow)
     held_out = {(row.task, row.seed): row for row in rows if row.method == "teacher" and row.goal_set == HELD_OUT}
-    cpu_seconds = _cpu_seconds(folder / "cpu_seconds.csv")
+    cpu_seconds = {entry["element"]: entry.get("cpu_seconds") for entry in read_json(folder / "timings.json")}
     found = []
     for task in dict.fromkeys(config["stream"]["tasks"]):
         for seed in config["teacher"]["seeds"]:
@@ -88,7 +92,8 @@ def load_published(folder: Path) -> PublishedTeachers:
                 key = (task, seed)
                 description = read_json(path)
                 curve, row = curves[key], held_out[key]
-                found.append(_teacher(description, config, row, curve, cpu_seconds.get(key)))
+                cpu = cpu_seconds.get(f"teachers/{task}/seed-{seed}")
+                found.append(_teacher(description, config, row, curve, cpu))
     return PublishedTeachers(config["name"], data.labels, data.gate, tuple(found))
 
 
@@ -128,17 +133,6 @@ def _rate(successes: int, episodes: int) -> Rate:
     return Rate(successes, episodes, successes / episodes, float(low), float(high))
 
 
-def _cpu_seconds(path: Path) -> dict[tuple[str, int], float]:
-    """Processor time by task and seed, summed over a teacher's attempts; empty where it was not measured."""
-    found: dict[tuple[str, int], float] = {}
-    if path.exists():
-        with path.open(newline="") as file:
-            for line in csv.DictReader(file):
-                key = (line["task"], int(line["seed"]))
-                found[key] = found.get(key, 0.0) + float(line["cpu_seconds"])
-    return found
-
-
 def score_rows(published: PublishedTeachers) -> list[dict[str, Any]]:
     """One line per teacher with exact numbers and labels, long form."""
     versions = {name: published.labels[name] for name in ("reward_version", "metaworld", "mujoco")}
@@ -173,10 +167,11 @@ def score_rows(published: PublishedTeachers) -> list[dict[str, Any]]:
 
 def markdown(published: PublishedTeachers) -> str:
     """The scores as a Markdown table, for a README."""
+    measured = published.has_cpu_seconds
     lines = [
         "| task | before RL | after RL, validation | held-out, any step | held-out, last step | RL env steps | "
-        "RL updates | CPU s |",
-        "|---|---|---|---|---|---|---|---|",
+        f"RL updates |{' CPU s |' if measured else ''}",
+        f"|---|---|---|---|---|---|---|{'---|' if measured else ''}",
     ]
     for t in published.teachers:
         name = t.task.removesuffix("-v3") + (f" (seed {t.seed})" if _several_seeds(published.teachers) else "")
@@ -188,10 +183,14 @@ def markdown(published: PublishedTeachers) -> str:
             f"{t.held_out_last.rate:.2f}",
             f"{t.env_steps:,}",
             f"{t.policy_updates:,}",
-            "–" if t.cpu_seconds is None else f"{t.cpu_seconds:,.0f}",
+            *([_cpu(t)] if measured else []),
         )
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def _cpu(teacher: PublishedTeacher) -> str:
+    return "–" if teacher.cpu_seconds is None else f"{teacher.cpu_seconds:,.0f}"
 
 
 def _several_seeds(teachers: Sequence[PublishedTeacher]) -> bool:

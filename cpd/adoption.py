@@ -142,7 +142,7 @@ def _adoption(teacher: TeacherElement, folder: Path, changed: Sequence[str], our
     def same(settings: str) -> bool:
         return not any(line.startswith(settings) for line in changed)
 
-    evaluation = source.evaluation.exists() and same("evaluation.num_episodes:")
+    evaluation = source.evaluation.exists() and same("evaluation.num_episodes:") and same("evaluation.goal_set:")
     rollouts = (source.shards / INDEX_NAME).exists() and same("rollouts.")
     if rollouts:
         _check_shards(source)

@@ -28,18 +28,18 @@ from cpd.watch import Watch
 def row_cells(config: Config, stage: int, last_stage: int) -> list[Cell]:
     """The cells of row `stage` (-1: before training) of the success matrix.
 
-    The diagonal and the final row get `evaluation.num_episodes` held-out episodes, other cells
+    On the goals of `evaluation.goal_set` the diagonal and the final row get `num_episodes`, other cells
     `num_episodes_brief`; the final row is also measured to the episodes' end, and on training goals.
     """
     stream, counts = config.stream, config.evaluation
     if stage == last_stage:
         full, tasks = counts.num_episodes, stream.distinct_tasks
-        return [Cell(task, "held_out", full, to_the_end=True) for task in tasks] + [
+        return [Cell(task, counts.goal_set, full, to_the_end=True) for task in tasks] + [
             Cell(task, "training", full) for task in tasks
         ]
     current = stream.tasks[stage] if stage >= 0 else None
     return [
-        Cell(task, "held_out", counts.num_episodes if task == current else counts.num_episodes_brief)
+        Cell(task, counts.goal_set, counts.num_episodes if task == current else counts.num_episodes_brief)
         for task in stream.distinct_tasks
     ]
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from cpd import metrics
 from cpd.metrics import Bools, Floats, SuccessMatrix
-from cpd.result_tables import HELD_OUT, TEACHER, Tables
+from cpd.result_tables import TEACHER, Tables
 from cpd.tables import EvaluationRow
 
 
@@ -47,7 +47,7 @@ def _number(value: float) -> float | None:
 
 @dataclass(frozen=True)
 class TaskMeasures:
-    """One task of one student, on held-out goals unless the name says otherwise."""
+    """One task of one student, on the goals that the run was evaluated on unless the name says otherwise."""
 
     task: str
     stages: tuple[int, ...]
@@ -122,13 +122,13 @@ class Student:
 def measure_student(tables: Tables, method: str, seed: int) -> Student:
     """Assemble the success matrix of one student and derive its measures."""
     rows = [r for r in tables.evaluations if r.method == method and r.seed == seed]
-    matrix = metrics.success_matrix(rows, tables.stream)
+    matrix = metrics.success_matrix(rows, tables.stream, tables.goal_set)
     teacher_seed = tables.teacher_seed(seed)
     states = {t.task: t.state for t in tables.teachers if t.seed == teacher_seed}
     teachers = {
         r.task: (r.successes, r.episodes)
         for r in tables.evaluations
-        if r.method == TEACHER and r.seed == teacher_seed and r.goal_set == HELD_OUT
+        if r.method == TEACHER and r.seed == teacher_seed and r.goal_set == tables.goal_set
     }
     admitted = np.array([states.get(task) == "admitted" for task in matrix.tasks])
     successes, episodes = np.array([teachers.get(task, (0, 0)) for task in matrix.tasks], float).T
@@ -169,7 +169,7 @@ def measure_student(tables: Tables, method: str, seed: int) -> Student:
                 before=_cell(matrix, -1, j),
                 own=_cell(matrix, int(own[j]), j) if admitted[j] else None,
                 final=_cell(matrix, final, j),
-                final_last=_last_step(rows, final, task),
+                final_last=_last_step([r for r in rows if r.goal_set == tables.goal_set], final, task),
                 final_training=_cell(metrics.success_matrix(rows, matrix.stream, "training"), final, j),
                 forgetting=_number(lost.per_task[j]),
                 recovery=_number(share.per_task[j]),
@@ -196,7 +196,7 @@ def _cell(matrix: SuccessMatrix, stage: int | None, column: int) -> Rate | None:
 
 
 def _last_step(rows: Sequence[EvaluationRow], final: int | None, task: str) -> Rate | None:
-    found = [r for r in rows if final is not None and (r.stage, r.task, r.goal_set) == (final, task, HELD_OUT)]
+    found = [r for r in rows if final is not None and (r.stage, r.task) == (final, task)]
     if not found or found[0].successes_last is None:
         return None
     return _rate(found[0].successes_last, found[0].episodes)

@@ -57,7 +57,7 @@ class SuccessMatrix:
             return np.where(self.episodes > 0, self.successes / self.episodes, np.nan)
 
 
-def success_matrix(rows: Iterable[Counted], stream: Sequence[str], goal_set: str = "held_out") -> SuccessMatrix:
+def success_matrix(rows: Iterable[Counted], stream: Sequence[str], goal_set: str) -> SuccessMatrix:
     """Assemble the success matrix of one student from its long-form rows.
 
     Args:

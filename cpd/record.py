@@ -64,6 +64,8 @@ class StatusRecord:
     updated: float = 0.0
     seconds: dict[str, float] = field(default_factory=dict)
     """Wall seconds by phase, added up over attempts."""
+    cpu_seconds: float = 0.0
+    """Processor seconds of the writing process and of its children that have ended, added up over attempts."""
     spans: list[tuple[str, float, float]] = field(default_factory=list)
     """Phase, start and end (Unix time) of every stretch of work."""
 
@@ -88,6 +90,7 @@ class Status:
         self.record.started = time.time()
         self.record.message = ""
         self._tell = tell
+        self._cpu_base = self.record.cpu_seconds - cpu_seconds()
         self._phase_base = 0.0
         self._phase_start = time.monotonic()
         self._phase_first = 0
@@ -133,7 +136,13 @@ class Status:
 
     def _write(self) -> None:
         self.record.updated = time.time()
+        self.record.cpu_seconds = self._cpu_base + cpu_seconds()
         write_json(self.path, asdict(self.record))
+
+
+def cpu_seconds() -> float:
+    """Processor seconds that this process has used so far, and those of its children that have ended."""
+    return sum(os.times()[:4])
 
 
 def progress_line(record: StatusRecord) -> str:

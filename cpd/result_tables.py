@@ -55,6 +55,11 @@ class Tables:
         return tuple(self.config["stream"]["tasks"])
 
     @property
+    def goal_set(self) -> str:
+        """The goals that success was measured on; results from before there was a choice are of held-out ones."""
+        return str(self.config["evaluation"].get("goal_set", HELD_OUT))
+
+    @property
     def methods(self) -> tuple[str, ...]:
         """The labels of the run's methods."""
         own = () if self.config.get("variants_only") else (self.config["method"],)

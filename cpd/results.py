@@ -11,7 +11,7 @@ results/
   stages.csv            experts, parameters, memory and masks of the students after every stage
   usage.csv             which experts act on which task, at the end of the stream
   retrieval.csv         which task is believed in over an episode, at the end of the stream
-  timings.json          when every element was in which phase (Unix time)
+  timings.json          when every element was in which phase (Unix time), its processor seconds
   metrics.json          the measures; every number in it derives from the tables above
 """
 
@@ -176,6 +176,7 @@ def _timing(element: Element) -> dict[str, Any]:
         "element": element.name,
         "role": element.role,
         "state": record.state,
+        "cpu_seconds": round(record.cpu_seconds, 1) or None,
         "spans": [[phase, round(start, 1), round(end, 1)] for phase, start, end in record.spans],
     }
 

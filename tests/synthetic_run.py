@@ -30,6 +30,7 @@ def write_run(
     labels: Labels = LABELS,
     last_stage: int | None = None,
     variants: Mapping[str, Mapping[int, np.ndarray]] | None = None,
+    goal_set: str = "held_out",
 ) -> Run:
     """Write a run of 50 (diagonal, final row, teachers) and 10 episodes per cell.
 
@@ -43,6 +44,7 @@ def write_run(
         labels: conditions of the results.
         last_stage: the stage that was evaluated as the final one, if not K-1.
         variants: further methods, with rates as for `students`, of the same seeds.
+        goal_set: the goals that success was measured on.
     """
     config = {
         "name": root.name,
@@ -51,6 +53,7 @@ def write_run(
         "stream": {"tasks": list(stream), "horizon": labels.horizon, "reward_version": labels.reward_version},
         "teacher": {"recipe": labels.teacher_recipe, "seeds": list(teacher_seeds)},
         "student": {"task_identity": labels.task_identity},
+        "evaluation": {"goal_set": goal_set},
         # Something must differ, be it only the reader's expectation.
         "variants": {name: {"distill": {"lr": 1e-3 + 1e-6 * i}} for i, name in enumerate(variants or {})},
     }
@@ -92,7 +95,7 @@ def _write_teacher(run: Run, index: int, rate: float | None, labels: Labels) -> 
     if rate is None:
         element.rejected.touch()
         return
-    cell = ("teacher", element.seed, None, element.task, "held_out", 50, rate)
+    cell = ("teacher", element.seed, None, element.task, run.config.evaluation.goal_set, 50, rate)
     _write_cell_files(element.evaluation, element.episodes, [cell], labels)
     element.complete.touch()
 
@@ -110,7 +113,9 @@ def _write_student(run: Run, position: int, rates: np.ndarray, final: int, label
             successes = round(10 * (start + (end - start) * min(1.0, point / 6)))
             counts = {"episodes": 10, "successes": successes}
             head = {"method": student.method, "seed": student.seed, "stage": stage, "step": 100 * point}
-            curves.append(CurveRow(**head, task=task, goal_set="held_out", **counts, **asdict(labels)))
+            curves.append(
+                CurveRow(**head, task=task, goal_set=run.config.evaluation.goal_set, **counts, **asdict(labels))
+            )
     write_rows(student.curves, curves)
     _write_learning(student, rates, labels)
     _write_watched(evaluation, rates, final, labels)
@@ -125,7 +130,7 @@ def _write_student(run: Run, position: int, rates: np.ndarray, final: int, label
         for task, rate in zip(tasks, rates[stage + 1], strict=True):
             own = stage >= 0 and stream[stage] == task
             head = (student.method, student.seed, stage, task)
-            cells.append((*head, "held_out", 50 if own or stage == final else 10, rate))
+            cells.append((*head, run.config.evaluation.goal_set, 50 if own or stage == final else 10, rate))
             if stage == final:
                 cells.append((*head, "training", 50, rate))
         _write_cell_files(evaluation.row_file(stage), evaluation.row_episodes_file(stage), cells, labels)

@@ -43,7 +43,7 @@ def test_success_matrix_places_counts_and_leaves_gaps() -> None:
         Row(2, "b", 50, 25),
         Row(2, "b", 50, 50, goal_set="training"),
     ]
-    matrix = metrics.success_matrix(rows, STREAM)
+    matrix = metrics.success_matrix(rows, STREAM, "held_out")
     assert matrix.tasks == STREAM
     assert matrix.rates[0, 0] == 0.1
     assert matrix.rates[1, 0] == 0.9
@@ -63,7 +63,7 @@ def test_success_matrix_places_counts_and_leaves_gaps() -> None:
 )
 def test_success_matrix_refuses_what_has_no_place(row: Row, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        metrics.success_matrix([Row(0, "a", 1, 1), row], STREAM)
+        metrics.success_matrix([Row(0, "a", 1, 1), row], STREAM, "held_out")
 
 
 def test_average_performance_counts_a_missing_teacher_as_zero() -> None:

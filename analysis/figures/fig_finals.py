@@ -28,7 +28,7 @@ def draw(data: Dataset) -> Figure:
     axes.set_yticks(range(len(names)), names, fontsize=6.5)
     axes.set_xticks(range(len(data.tasks)), [short(task) for task in data.tasks], rotation=90, fontsize=size)
     axes.tick_params(axis="both", length=0, pad=2, top=True, labeltop=True, bottom=False, labelbottom=False)
-    axes.set_xlabel("success on held-out goals (%)", fontsize=6.5)
+    axes.set_xlabel(f"success on {data.goals} goals (%)", fontsize=6.5)
     return figure
 
 

@@ -70,7 +70,7 @@ def caption(data: Dataset, method: str) -> str:
     few = len(data.tasks) <= FEW_TASKS
     named = "" if few else f" Named: the {NUM_NAMED} tasks that are recognised least."
     return (
-        f"Task belief of {method} on {data.name} at the end of the stream: share of held-out episodes in which "
+        f"Task belief of {method} on {data.name} at the end of the stream: share of episodes in which "
         "the student, which is told nothing, believes in the right task after so many steps of acting by its own "
         f"beliefs; {seeds} seed{'s' * (seeds > 1)}; log scale. Episodes run on after success.{named}"
     )

@@ -53,7 +53,7 @@ def draw(data: Dataset, method: str) -> Figure:
     heat(teacher, np.array([[np.mean(values) if values else np.nan for values in teachers]]), text_size)
     teacher.set_yticks([0], [f"teacher ({data.labels['teacher_recipe']})"], fontsize=label_size)
     teacher.set_xticks([])
-    teacher.set_xlabel("success on held-out goals (%)", fontsize=label_size)
+    teacher.set_xlabel(f"success on {data.goals} goals (%)", fontsize=label_size)
     matrix.set_ylabel("after stage", fontsize=label_size)
     teacher.tick_params(axis="both", length=0, pad=2)
     if wide:

@@ -32,15 +32,17 @@ def draw(published: PublishedTeachers) -> Figure:
         axes.plot(teacher.held_out_last.rate, height, "|", color=TEACHER_COLOUR, markersize=5, zorder=1)
         axes.text(1.27, height, _steps(teacher.env_steps), fontsize=6.5, ha="right", va="center")
         cpu = "–" if teacher.cpu_seconds is None else f"{teacher.cpu_seconds:,.0f}"
-        axes.text(1.45, height, cpu, fontsize=6.5, ha="right", va="center")
+        if published.has_cpu_seconds:
+            axes.text(1.45, height, cpu, fontsize=6.5, ha="right", va="center")
     top = 0.85
     axes.text(1.27, top, "RL steps", fontsize=6.5, ha="right", va="center", color="#555555")
-    axes.text(1.45, top, "CPU s", fontsize=6.5, ha="right", va="center", color="#555555")
+    if published.has_cpu_seconds:
+        axes.text(1.45, top, "CPU s", fontsize=6.5, ha="right", va="center", color="#555555")
     axes.axvline(published.gate, color=GUIDE, linewidth=0.7, linestyle=":", zorder=0)
     axes.set_yticks(heights, [short(t.task) + (f" ({t.seed})" if several else "") for t in teachers])
     axes.tick_params(axis="y", length=0)
     axes.set_ylim(heights[-1] - 0.6, 1.2)
-    axes.set_xlim(-0.03, 1.45)
+    axes.set_xlim(-0.03, 1.45 if published.has_cpu_seconds else 1.27)
     axes.set_xticks([0, 0.25, 0.5, 0.75, 1.0], ["0", ".25", ".5", ".75", "1"])
     axes.spines["bottom"].set_bounds(0, 1)
     axes.spines["left"].set_visible(False)
@@ -65,12 +67,13 @@ def caption(published: PublishedTeachers) -> str:
     episodes = {teacher.held_out.episodes for teacher in teachers}
     before = {t.before.episodes for t in teachers if t.before}
     start = f"open: on {min(before)} validation goals, where RL began; " if before else ""
+    cost = ", processor seconds of all work on the teacher" if published.has_cpu_seconds else ""
     return (
         f"Teachers of {published.name} (recipe {labels['teacher_recipe']}: "
         f"{RECIPES.get(labels['teacher_recipe'], 'several')}). Success with deterministic actions; {start}"
         f"filled: at any step on {min(episodes)} held-out goals that no stopping rule saw, with Wilson 95 % "
         "intervals; grey: at the last step of the same episodes, which run on after success. Dotted: the gate of "
-        f"{published.gate:g}. Right: environment steps of RL, processor seconds of all work on the teacher. "
+        f"{published.gate:g}. Right: environment steps of RL{cost}. "
         f"Horizon {labels['horizon']}; Meta-World {labels['metaworld']}, MuJoCo {labels['mujoco']}, reward "
         f"{labels['reward_version']}; one run per line."
     )

@@ -70,6 +70,6 @@ def caption(data: Dataset, method: str) -> str:
     which = f" of seed {seeds[0]}" if len(seeds) > 1 else ""
     return (
         f"Experts of {method} at the end of the stream of {data.name}{which}: share of the router's top-k choices "
-        "that fall on each expert (columns, in the order of their birth) while the student acts in held-out "
+        "that fall on each expert (columns, in the order of their birth) while the student acts in "
         "episodes of each task (rows), every step of the episode counted."
     )

@@ -35,10 +35,12 @@ class StreamConfig:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class EvaluationConfig:
-    """Episode counts of the success matrix, per cell."""
+    """Which goals success is measured on, and in how many episodes per cell of the success matrix."""
 
+    goal_set: Literal["held_out", "validation"] = "held_out"
+    """validation: to choose settings by, so that the held-out goals, which reports are about, stay unseen."""
     num_episodes: Annotated[int, Field(ge=1, le=50)] = 50
-    """Diagonal, final row and teachers (held-out goals; the final row on training goals too)."""
+    """Diagonal, final row and teachers; the final row on training goals too."""
     num_episodes_brief: Annotated[int, Field(ge=1, le=50)] = 10
     """Every other cell, and each point of a curve."""
     curve_points: Count = 10

@@ -289,7 +289,7 @@ class Distillation:
         self.trainer.refresh_prototypes()
         outcomes = evaluate_cells(
             make_actor(self.trainer.student, self.config.stream.distinct_tasks),
-            [Cell(task, "held_out", evaluation.num_episodes_brief)],
+            [Cell(task, evaluation.goal_set, evaluation.num_episodes_brief)],
             self.config.stream.horizon,
             self.pool,
             self.comm,
@@ -305,7 +305,7 @@ class Distillation:
             stage=stage,
             step=step,
             task=task,
-            goal_set="held_out",
+            goal_set=evaluation.goal_set,
             episodes=len(outcomes[0]),
             successes=sum(outcome.success for outcome in outcomes[0]),
             **asdict(self.label),

@@ -154,11 +154,11 @@ class _Work:
         clear_shards(self.element.shards)
 
     def evaluate(self, teacher: Teacher) -> None:
-        """Measure success on held-out goals, to the episodes' end, and on training goals, as with students."""
+        """Measure success as with students: to the episodes' end, and on training goals."""
         config, element = self.config, self.element
         num_training = min(config.evaluation.num_episodes, config.teacher.num_training_goals)
         cells = [
-            Cell(element.task, "held_out", config.evaluation.num_episodes, to_the_end=True),
+            Cell(element.task, config.evaluation.goal_set, config.evaluation.num_episodes, to_the_end=True),
             Cell(element.task, "training", num_training),
         ]
         done = 0

@@ -34,8 +34,13 @@ def publish_teachers(run: Run, folder: Path) -> list[Path]:
 
     Raises:
         RunError: if the run holds no teacher at all.
-        ValueError: if no teacher is finished.
+        ValueError: if no teacher is finished, or not by held-out goals.
     """
+    if run.config.evaluation.goal_set != "held_out":
+        raise ValueError(
+            f"{run.root} was evaluated on goals by which its teachers were chosen (evaluation.goal_set = "
+            f"{run.config.evaluation.goal_set!r}); publish a run that reports on held-out ones"
+        )
     finished = [teacher for teacher in run.teachers() if teacher.finished]
     if not finished:
         raise ValueError(f"{run.root} has no finished teacher yet; launch it again to go on")

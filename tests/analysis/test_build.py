@@ -34,6 +34,7 @@ from analysis.figures import (
     fig_usage,
 )
 from analysis.load import load, short_conditions
+from analysis.publish import RESULTS, publish
 from analysis.style import paper_style, stamp
 from analysis.summary import print_summary
 from cpd.results import gather
@@ -216,6 +217,20 @@ def test_results_that_do_not_belong_together_are_refused(tmp_path: Path, run: Ru
     shorter = write_run(tmp_path / "shorter", **{**options, **other})
     with pytest.raises(ValueError, match="different streams"):
         build([run.root, shorter.root], tmp_path / "out")
+    tuning = write_run(tmp_path / "tried", **options, goal_set="validation")
+    with pytest.raises(ValueError, match="validation goals"):
+        build([run.root, tuning.root], tmp_path / "out")
+
+
+def test_results_on_validation_goals_say_so_and_are_kept_apart(tmp_path: Path, run: Run) -> None:
+    options = {"stream": STREAM, "students": {1: RATES}, "teachers": TEACHERS}
+    tried = write_run(tmp_path / "tried", **options, goal_set="validation")
+    assert gather(tried)["students"] == gather(run)["students"], "measured on the goals that there are"
+    build([tried.root])
+    caption = (tried.root / "figures" / "success_matrix.txt").read_text()
+    assert "on validation goals" in caption and "held-out" not in caption
+    with pytest.raises(ValueError, match="tuning/"):
+        publish(tried.root, RESULTS / "tried")
 
 
 def test_partial_runs_get_the_figures_that_their_data_allow(tmp_path: Path, run: Run) -> None:
