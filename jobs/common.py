@@ -23,6 +23,8 @@ from cpd.slurm.job import decline, describe_unfinished, hand_back, is_first_rank
 EXIT_FAILED = 1
 EXIT_USAGE = 2
 EXIT_DEPENDENCY = 3
+#: How long mpiexec is given to pass on what a failing rank has written.
+FORWARDING_SECONDS = 0.5
 #: What an mpiexec tells its ranks about how many of them share this machine.
 LOCAL_SIZE_VARIABLES = ("MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE")
 
@@ -141,5 +143,7 @@ def mpi_guard(element: Element, comm: Comm) -> Iterator[None]:
             sys.stderr.flush()
             if comm.rank and not element.finished and read_status(element.status).state != "failed":
                 overrule(element, "failed", f"rank {comm.rank}: {type(error).__name__}: {error}")
+            # An abort takes mpiexec down with all that it has not passed on yet.
+            time.sleep(FORWARDING_SECONDS)
             comm.abort(EXIT_FAILED)
         raise
