@@ -183,13 +183,14 @@ def markdown(published: PublishedTeachers) -> str:
             f"{t.held_out_last.rate:.2f}",
             f"{t.env_steps:,}",
             f"{t.policy_updates:,}",
-            *([_cpu(t)] if measured else []),
+            *([cpu_text(t)] if measured else []),
         )
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
-def _cpu(teacher: PublishedTeacher) -> str:
+def cpu_text(teacher: PublishedTeacher) -> str:
+    """Its processor seconds as a cell of a table."""
     return "–" if teacher.cpu_seconds is None else f"{teacher.cpu_seconds:,.0f}"
 
 

@@ -10,7 +10,7 @@ from matplotlib.lines import Line2D
 
 from analysis.load import RECIPES, short
 from analysis.style import COLUMN_INCHES, GUIDE, TEACHER_COLOUR, method_colour
-from analysis.teachers import PublishedTeachers
+from analysis.teachers import PublishedTeachers, cpu_text
 
 
 def draw(published: PublishedTeachers) -> Figure:
@@ -31,9 +31,8 @@ def draw(published: PublishedTeachers) -> Figure:
         axes.plot(rate.rate, height, "o", color=colour, zorder=4)
         axes.plot(teacher.held_out_last.rate, height, "|", color=TEACHER_COLOUR, markersize=5, zorder=1)
         axes.text(1.27, height, _steps(teacher.env_steps), fontsize=6.5, ha="right", va="center")
-        cpu = "–" if teacher.cpu_seconds is None else f"{teacher.cpu_seconds:,.0f}"
         if published.has_cpu_seconds:
-            axes.text(1.45, height, cpu, fontsize=6.5, ha="right", va="center")
+            axes.text(1.45, height, cpu_text(teacher), fontsize=6.5, ha="right", va="center")
     top = 0.85
     axes.text(1.27, top, "RL steps", fontsize=6.5, ha="right", va="center", color="#555555")
     if published.has_cpu_seconds:

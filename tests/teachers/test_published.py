@@ -77,7 +77,7 @@ def test_figures_and_scores_are_made_from_the_files_alone(run: Run, tmp_path: Pa
     description = json.loads(run.teachers()[0].policy.with_suffix(".json").read_text())["training"]
     assert (published.env_steps, published.policy_updates) == (1_600, description["policy_updates"])
     (timing,) = (t for t in json.loads((folder / "timings.json").read_text()) if t["role"] == "teacher")
-    assert published.before is None and published.cpu_seconds == timing["cpu_seconds"] > 1.0
+    assert published.before is None and published.cpu_seconds == timing["cpu_seconds"] > 0.0
     assert build_main([str(tmp_path / "kept")]) == 0
     (row,) = csv.DictReader((tmp_path / "kept" / "figures" / "scores.csv").open(newline=""))
     assert (row["folder"], row["teacher_recipe"], row["held_out_episodes"]) == ("mini", "rl", "4")
