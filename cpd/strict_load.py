@@ -92,18 +92,32 @@ def _problem(kind: Any, item: Any) -> str:
     return f"{path}: {message}{given}"
 
 
-def read_toml(path: Path) -> dict[str, Any]:
-    """The tables of a TOML file.
+def read_toml(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The tables of a TOML file, on top of those of the file that it `extends`.
+
+    Args:
+        path: the file. Its `extends` is another one's path from its own folder, the suffix left out.
+        above: files that extend this one, from the first on.
 
     Raises:
-        ConfigError: if it cannot be read or parsed, naming the file and line.
+        ConfigError: if one of them cannot be read or parsed, naming the file and line.
     """
     try:
-        return tomllib.loads(path.read_text())
+        tables = tomllib.loads(path.read_text())
     except OSError as error:
-        raise ConfigError([f"cannot be read: {error.strerror}"], str(path)) from None
+        extended = f" (extended by {above[-1]})" if above else ""
+        raise ConfigError([f"cannot be read: {error.strerror}{extended}"], str(path)) from None
     except tomllib.TOMLDecodeError as error:
         raise ConfigError([f"not valid TOML: {error}"], str(path)) from None
+    base = tables.pop("extends", None)
+    if base is None:
+        return tables
+    if not isinstance(base, str):
+        raise ConfigError([f"extends: the name of one file is expected (given: {base!r})"], str(path))
+    base_path = (path.parent / f"{base}.toml").resolve()
+    if base_path in (chain := (*above, path.resolve())):
+        raise ConfigError([f"extends: {base!r} extends this file in turn"], str(path))
+    return merge(read_toml(base_path, chain), tables)
 
 
 def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:

@@ -247,3 +247,27 @@ def test_merging_nothing_changes_nothing(tables) -> None:
         assert merge(tables, {}) == tables
         assert merge({}, tables) == tables
         assert merge(tables, tables) == tables
+
+
+def test_a_file_lays_its_tables_on_those_of_the_one_it_extends(tmp_path: Path) -> None:
+    (tmp_path / "base.toml").write_text('name = "base"\n[stream]\ntasks = "cw10"\nhorizon = 200\n')
+    (tmp_path / "middle.toml").write_text('extends = "base"\nname = "middle"\nseeds = [3]\n')
+    (tmp_path / "folder").mkdir()
+    top = tmp_path / "folder" / "top.toml"
+    top.write_text('extends = "../middle"\nname = "top"\n[stream]\nhorizon = 500\n')
+    assert read_toml(top) == {"name": "top", "seeds": [3], "stream": {"tasks": "cw10", "horizon": 500}}
+
+
+@pytest.mark.parametrize(
+    ("base", "found"),
+    [
+        ('"none-such"', r"none-such\.toml has a mistake:\n.*cannot be read.*extended by .*recipe\.toml"),
+        ("3", r"extends: the name of one file is expected \(given: 3\)"),
+        ('"recipe"', "extends: 'recipe' extends this file in turn"),
+    ],
+)
+def test_what_cannot_be_extended_is_named(tmp_path: Path, base: str, found: str) -> None:
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(f"extends = {base}\n")
+    with pytest.raises(ConfigError, match=found):
+        read_toml(recipe)
