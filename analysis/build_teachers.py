@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import csv
 import io
+from collections.abc import Mapping
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from analysis.figures import fig_teacher_gain, fig_teacher_panels
+from analysis.figures import fig_teacher_comparison, fig_teacher_gain, fig_teacher_panels
 from analysis.style import paper_style, save
-from analysis.teachers import find_published, load_published, markdown, score_rows
+from analysis.teachers import PublishedTeachers, find_published, load_published, markdown, score_rows
 from cpd.files import write_text
 
 
@@ -21,7 +23,8 @@ def build_teachers(path: Path, out: Path | None = None) -> list[Path]:
         out: where to write to; `figures` in `path` unless told otherwise.
 
     Returns:
-        The files written: two figures and a Markdown table per folder, and one long-form table of all scores.
+        The files written: two figures and a Markdown table per folder, a figure for folders with the same tasks,
+        and one long-form table of all scores.
 
     Raises:
         ValueError: if there are no published teachers, or a file of them is damaged.
@@ -32,6 +35,7 @@ def build_teachers(path: Path, out: Path | None = None) -> list[Path]:
     target = out or path / "figures"
     written: list[Path] = []
     scores: list[dict[str, Any]] = []
+    groups: dict[frozenset[str], dict[str, PublishedTeachers]] = {}
     with paper_style():
         for folder in folders:
             published = load_published(folder)
@@ -41,6 +45,11 @@ def build_teachers(path: Path, out: Path | None = None) -> list[Path]:
             written.append(target / f"{name}_scores.md")
             write_text(written[-1], markdown(published))
             scores += [{"folder": name, **row} for row in score_rows(published)]
+            groups.setdefault(published.tasks, {})[name] = published
+        for group in groups.values():
+            if len(group) > 1:
+                module = fig_teacher_comparison
+                written += save(module.draw(group), target / _comparison(group), module.caption(group))
     text = io.StringIO()
     table = csv.DictWriter(text, list(scores[0]), lineterminator="\n")
     table.writeheader()
@@ -48,3 +57,10 @@ def build_teachers(path: Path, out: Path | None = None) -> list[Path]:
     written.append(target / "scores.csv")
     write_text(written[-1], text.getvalue())
     return written
+
+
+def _comparison(group: Mapping[str, PublishedTeachers]) -> str:
+    """The name of the figure that compares folders: the words that their names begin with, if any, come first."""
+    words = zip(*(name.split("-") for name in group), strict=False)
+    shared = takewhile(lambda position: len(set(position)) == 1, words)
+    return "-".join([*(word for word, *_ in shared), "comparison"])

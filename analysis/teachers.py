@@ -55,6 +55,11 @@ class PublishedTeachers:
     teachers: tuple[PublishedTeacher, ...]
 
     @property
+    def tasks(self) -> frozenset[str]:
+        """What two folders must share to be compared."""
+        return frozenset(teacher.task for teacher in self.teachers)
+
+    @property
     def has_cpu_seconds(self) -> bool:
         """Whether any teacher's processor time was measured."""
         return any(teacher.cpu_seconds is not None for teacher in self.teachers)

@@ -51,6 +51,8 @@ def draw(published: PublishedTeachers) -> Figure:
         ("after RL, held-out", {"marker": "o", "color": colour, "linewidth": 0.8}),
         ("at the last step", {"marker": "|", "linestyle": "", "color": TEACHER_COLOUR}),
     ]
+    if not any(teacher.before for teacher in teachers):
+        styles = styles[1:]
     handles = [Line2D([], [], label=label, **style) for label, style in styles]
     figure.legend(handles=handles, loc="outside upper center", ncols=3, fontsize=6.5)
     return figure

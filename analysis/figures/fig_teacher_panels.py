@@ -31,7 +31,7 @@ def draw(published: PublishedTeachers) -> Figure:
         longest = max(teacher.env_steps for teacher in own)
         axes.set_xlim(-0.04 * longest, 1.08 * longest)
         axes.xaxis.set_major_locator(MaxNLocator(2, steps=[1, 2, 5, 10]))
-        axes.xaxis.set_major_formatter(FuncFormatter(_steps))
+        axes.xaxis.set_major_formatter(FuncFormatter(steps_label))
         axes.axhline(published.gate, color=GUIDE, linewidth=0.6, linestyle=":", zorder=1)
         axes.set_title(short(task), fontsize=6.2, pad=2)
         axes.tick_params(labelsize=6, length=1.8, pad=1.5)
@@ -48,7 +48,7 @@ def draw(published: PublishedTeachers) -> Figure:
     return figure
 
 
-def _steps(count: float, position: int | None) -> str:
+def steps_label(count: float, position: int | None) -> str:
     return f"{count / 1e6:g}M" if count >= 1e6 else f"{count / 1e3:g}k" if count else "0"
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from analysis.build import main as build_main
+from analysis.build_teachers import build_teachers
 from analysis.teachers import find_published, load_published
 from cpd.adoption import published_policy
 from cpd.config import Config
@@ -86,6 +87,15 @@ def test_figures_and_scores_are_made_from_the_files_alone(run: Run, tmp_path: Pa
     assert build_main([str(tmp_path / "kept")]) == 0
     again = {path.name: path.read_bytes() for path in (tmp_path / "kept" / "figures").iterdir()}
     assert again == drawn, "the same bytes at every build"
+
+
+def test_folders_with_the_same_tasks_are_compared(run: Run, tmp_path: Path) -> None:
+    for name in ("push-mini", "push-again"):
+        publish_teachers(run, tmp_path / name)
+    written = build_teachers(tmp_path)
+    assert tmp_path / "figures" / "push-comparison.png" in written
+    text = (tmp_path / "figures" / "push-comparison.txt").read_text()
+    assert "push-again, push-mini learn the same tasks (recipes: push-again: rl, push-mini: rl)" in text
 
 
 def test_an_unfinished_run_or_a_folder_without_teachers_is_named(run: Run, tmp_path: Path) -> None:

@@ -1,0 +1,84 @@
+"""Folders of published teachers side by side: how fast the same tasks are learned with different settings."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from analysis.figures.fig_teacher_panels import steps_label
+from analysis.load import short
+from analysis.style import COLUMN_INCHES, method_line
+from analysis.teachers import PublishedTeacher, PublishedTeachers
+
+
+def draw(groups: Mapping[str, PublishedTeachers]) -> Figure:
+    """A panel per task: success on validation goals over environment steps of RL, a colour per folder.
+
+    Args:
+        groups: published teachers of the same tasks, by the name that the legend has for them.
+    """
+    tasks = list(dict.fromkeys(t.task for published in groups.values() for t in published.teachers))
+    num_columns = min(3 if len(tasks) <= 6 else 4, len(tasks))
+    num_rows = math.ceil(len(tasks) / num_columns)
+    num_legend_rows = math.ceil(len(groups) / 2)
+    figure = Figure(figsize=(COLUMN_INCHES, 0.95 * num_rows + 0.3 + 0.14 * num_legend_rows))
+    grid = figure.subplots(num_rows, num_columns, sharey=True, squeeze=False)
+    for axes, task in zip(grid.flat, tasks, strict=False):
+        _panel(axes, task, groups)
+    grid.flat[0].set_ylim(-0.06, 1.1)
+    grid.flat[0].set_yticks([0, 0.5, 1], ["0", ".5", "1"])
+    for axes in grid.flat[len(tasks) :]:
+        axes.set_visible(False)
+    figure.supxlabel("environment steps of RL", fontsize=7)
+    figure.supylabel("success rate, validation goals", fontsize=7)
+    handles, names = grid.flat[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside upper center", ncols=2, fontsize=6.5)
+    return figure
+
+
+def _panel(axes: Axes, task: str, groups: Mapping[str, PublishedTeachers]) -> None:
+    longest = 0
+    for index, (name, published) in enumerate(groups.items()):
+        own = [teacher for teacher in published.teachers if teacher.task == task]
+        for teacher in own:
+            steps, rates = _validated(teacher)
+            label = name if teacher is own[0] else None
+            axes.plot(steps, rates, label=label, linewidth=0.8, alpha=0.85, **method_line(index))
+            longest = max(longest, teacher.env_steps)
+            end = "x" if teacher.state == "rejected" else "o"
+            axes.plot(steps[-1], rates[-1], end, markersize=2.4, color=method_line(index)["color"], zorder=4)
+    axes.set_xlim(-0.04 * longest, 1.08 * longest)
+    axes.xaxis.set_major_locator(MaxNLocator(2, steps=[1, 2, 5, 10]))
+    axes.xaxis.set_major_formatter(FuncFormatter(steps_label))
+    axes.set_title(short(task), fontsize=6.5, pad=2)
+    axes.tick_params(labelsize=6, length=1.8, pad=1.5)
+    axes.grid(axis="y")
+
+
+def _validated(teacher: PublishedTeacher) -> tuple[Sequence[float], Sequence[float]]:
+    """Success on validation goals over steps, from where RL began; from scratch, from the first validation on."""
+    curve = teacher.curve
+    if teacher.before is None:
+        return curve.validation_steps, curve.validation
+    return (0.0, *curve.validation_steps), (teacher.before.rate, *curve.validation)
+
+
+def caption(groups: Mapping[str, PublishedTeachers]) -> str:
+    """What the figure shows, with its conditions."""
+    some = next(iter(groups.values()))
+    teachers = [teacher for published in groups.values() for teacher in published.teachers]
+    gates = "/".join(dict.fromkeys(f"{published.gate:g}" for published in groups.values()))
+    recipes = ", ".join(f"{name}: {published.labels['teacher_recipe']}" for name, published in groups.items())
+    horizons = "/".join(dict.fromkeys(published.labels["horizon"] for published in groups.values()))
+    seeds = sorted({teacher.seed for teacher in teachers})
+    return (
+        f"How fast {', '.join(groups)} learn the same tasks (recipes: {recipes}): success on validation goals "
+        "with deterministic actions. One line per seed, which begins where it was first validated and ends at a "
+        f"dot where the teacher was admitted, at a cross where it fell short of the gate ({gates}). Axes differ "
+        f"by task. Teacher seeds {', '.join(map(str, seeds))}. Horizon {horizons}; Meta-World "
+        f"{some.labels['metaworld']}, MuJoCo {some.labels['mujoco']}, reward {some.labels['reward_version']}."
+    )
