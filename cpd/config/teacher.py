@@ -11,6 +11,8 @@ from pydantic.dataclasses import dataclass
 from cpd.config.types import Count, NonNegativeFloat, Positive, PositiveFloat, Seeds, Share
 from cpd.strict_load import STRICT
 
+#: Steps after which an episode of Meta-World cannot go on.
+MOST_STEPS = 500
 #: Settings of the PPO learner for which `demo_rl` has its own, named `rl_...`.
 DEMO_RL_SETTINGS = ("hidden_sizes", "init_log_std", "learning_rate", "target_kl")
 #: The same of the SAC learner.
@@ -160,11 +162,17 @@ class TeacherConfig:
     """One teacher per distinct task and seed."""
     max_env_steps: Positive = 1_000_000
     """Budget of training steps in the environment."""
-    horizon: Annotated[int, Field(ge=1, le=500)] = 200
+    horizon: Annotated[int, Field(ge=1, le=MOST_STEPS)] = 200
     """Episode length while training; teachers are judged at the stream's horizon."""
     terminate_on_success: bool = True
     """Whether success ends a training episode, valued as the largest reward for ever after; if not, the episode
     goes on to the horizon, and what the policy does after success is trained, too."""
+    exploring_share: Share = 0.0
+    """Share of training episodes that begin with a random action, held for a while: from other states than the
+    environment's own, where a deceptive reward would lead astray (exploring starts; Sutton and Barto 2018)."""
+    exploring_steps: Positive = 40
+    """Longest time for which that action is held; an action of 1 moves the hand by a centimetre. These steps count
+    as environment steps, but not towards the horizon, and are not learned from."""
     num_training_goals: Positive = 50
     num_validation_goals: Positive = 50
     validate_every: Positive = 3
@@ -189,6 +197,11 @@ class TeacherConfig:
         learner = self.learner_settings
         if self.recipe == "scripted":
             return
+        if self.exploring_share and self.horizon + self.exploring_steps > MOST_STEPS:
+            raise ValueError(
+                f"horizon ({self.horizon}) and exploring_steps ({self.exploring_steps}) together exceed the "
+                f"{MOST_STEPS} steps after which Meta-World's episodes end"
+            )
         if learner.steps_per_env < self.horizon:
             raise ValueError(
                 f"{self.learner}.steps_per_env ({learner.steps_per_env}) is below the training horizon "

@@ -47,6 +47,7 @@ class Batch:
         ends: [S, N] bool, the step is the last of its segment: termination, time limit, or the iteration's end.
         train_success: share of environments whose first episode reached success.
         train_return: mean undiscounted return of these first episodes.
+        start_steps: steps of exploring starts, which are not among the others.
     """
 
     obs: FloatArray
@@ -57,6 +58,7 @@ class Batch:
     ends: npt.NDArray[np.bool_]
     train_success: float
     train_return: float
+    start_steps: int = 0
 
 
 def correlated_noise(
@@ -88,6 +90,41 @@ class GoalDealer:
         return goal
 
 
+@dataclass(frozen=True)
+class ExploringStarts:
+    """Lets a share of episodes begin with a random action, held for a while (Sutton and Barto 2018, section 5.3).
+
+    The states from which they go on are such as the policy itself may never visit.
+    """
+
+    share: float = 0.0
+    longest: int = 1
+    """Most steps for which the action is held; their number is drawn uniformly."""
+
+    def begin(self, envs: VectorEnv, slots: Sequence[int], rngs: Sequence[np.random.Generator]) -> int:
+        """Step the environments of `slots`, fresh from their reset, where chance so decides.
+
+        Args:
+            envs: all environments.
+            slots: those that begin an episode.
+            rngs: one for every environment that is sampled.
+
+        Returns:
+            The number of environment steps taken.
+        """
+        if not self.share:
+            return 0
+        actions = np.zeros((envs.num_envs, 4), np.float32)
+        lengths = np.zeros(envs.num_envs, np.int64)
+        for slot in slots:
+            actions[slot] = rngs[slot].uniform(-1.0, 1.0, 4)
+            is_chosen = rngs[slot].random() < self.share
+            lengths[slot] = is_chosen * rngs[slot].integers(1, self.longest, endpoint=True)
+        for t in range(lengths.max()):
+            envs.step(actions, lengths > t)
+        return int(lengths.sum())
+
+
 def sample(
     policy: MLPPolicy,
     envs: VectorEnv,
@@ -99,6 +136,7 @@ def sample(
     should_stop: Callable[[], bool] = lambda: False,
     slots: range | None = None,
     terminate_on_success: bool = True,
+    starts: ExploringStarts | None = None,
 ) -> Batch | None:
     """Act with exploration noise for an iteration, from fresh resets on, in the first slots of `envs`.
 
@@ -117,6 +155,7 @@ def sample(
         slots: which of the iteration's `num_envs` environments are stepped here; None: all. Noise and goals are
             those of the whole iteration, whoever steps the others.
         terminate_on_success: whether success ends an episode.
+        starts: what may happen before an episode's first step.
 
     Returns:
         The batch; None if `should_stop()` turned true.
@@ -137,7 +176,16 @@ def sample(
     active = np.arange(envs.num_envs) < num_envs
     length = np.zeros(num_envs, np.int64)
 
-    envs.reset(range(num_envs), [dealer.deal(slot) for slot in slots])
+    starts = starts or ExploringStarts()
+    start_rngs = [generator(seed, "starts", iteration, slot) for slot in slots]
+    start_steps = 0
+
+    def begin(ended: Sequence[int]) -> None:
+        nonlocal start_steps
+        envs.reset(ended, [dealer.deal(first + slot) for slot in ended])
+        start_steps += starts.begin(envs, ended, start_rngs)
+
+    begin(range(num_envs))
     for t in range(num_steps):
         if should_stop():
             return None
@@ -151,8 +199,8 @@ def sample(
         length += 1
         ends[t] = (successes[t] & terminate_on_success) | (length == horizon) | (t == num_steps - 1)
         if t < num_steps - 1 and ends[t].any():
-            ended = np.flatnonzero(ends[t])
-            envs.reset(ended, [dealer.deal(first + int(slot)) for slot in ended])
+            ended = np.flatnonzero(ends[t]).tolist()
+            begin(ended)
             length[ended] = 0
     first_end = ends.argmax(axis=0)
     in_first = np.arange(num_steps)[:, None] <= first_end
@@ -165,4 +213,5 @@ def sample(
         ends,
         train_success=float((successes & in_first).any(axis=0).mean()),
         train_return=float((rewards * in_first).sum(axis=0).mean()),
+        start_steps=start_steps,
     )

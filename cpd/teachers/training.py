@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from cpd import checkpoint
-from cpd.comm import Comm, SerialComm
+from cpd.comm import Comm, SerialComm, float_sum
 from cpd.config import Config, PPOConfig, SACConfig
 from cpd.envs.cells import Cell, EnvPool, evaluate_cells
 from cpd.envs.goals import goal_set
@@ -27,7 +27,7 @@ from cpd.teachers.policy import MLPPolicy, Teacher, TeacherActor
 from cpd.teachers.ppo import Learner
 from cpd.teachers.ranks import check_same, float_mean, on_first_rank, own_slots
 from cpd.teachers.sac import SACLearner
-from cpd.teachers.sampling import Batch, sample
+from cpd.teachers.sampling import Batch, ExploringStarts, sample
 from cpd.teachers.warm_start import WarmStart, warm_start
 
 
@@ -58,6 +58,7 @@ class _Progress:
     """Where training stands, beside the learner."""
 
     iteration: int = 0
+    env_steps: int = 0
     passes: int = 0
     """Successive validations, up to now, that reached `stop_success`."""
     best_success: float = -1.0
@@ -146,7 +147,6 @@ class Trainer:
             config.teacher.warm_start.critic_iterations if self._has_demonstrations else 0
         )
         self._steps_per_iteration = settings.num_envs * settings.steps_per_env
-        self._num_iterations = max(1, config.teacher.max_env_steps // self._steps_per_iteration)
         self._goals = goal_set(element.task, "training", config.teacher.num_training_goals)
         self._learner = make_learner(
             settings, element.seed, keep_normalizer=self._has_demonstrations, comm=self._comm
@@ -188,8 +188,10 @@ class Trainer:
         checkpoint.save(self._element.checkpoints, name, state, iteration=self._progress.iteration)
 
     @property
-    def _env_steps(self) -> int:
-        return self._progress.iteration * self._steps_per_iteration
+    def _is_spent(self) -> bool:
+        """Whether the budget has no room for another iteration; there is always one."""
+        steps = self._progress.env_steps
+        return steps > 0 and steps + self._steps_per_iteration > self._config.teacher.max_env_steps
 
     def run(self) -> tuple[MLPPolicy, TrainingSummary]:
         """Train until the stopping rule or the budget ends it.
@@ -204,7 +206,7 @@ class Trainer:
         try:
             if self._has_demonstrations and progress.warm_start is None:
                 self._warm_start()
-            self._session.begin("train", self._num_iterations * self._steps_per_iteration, self._env_steps)
+            self._session.begin("train", self._config.teacher.max_env_steps, progress.env_steps)
             while True:
                 if progress.unrecorded:
                     self._validate_and_record()
@@ -226,7 +228,7 @@ class Trainer:
             learner=self._config.teacher.learner,
             ranks=tuple(progress.ranks),
             iterations=progress.iteration,
-            env_steps=self._env_steps,
+            env_steps=progress.env_steps,
             policy_updates=progress.policy_updates,
             stopped_by="validation" if self._has_passed else "budget",
             selected_iteration=progress.best_iteration,
@@ -279,7 +281,7 @@ class Trainer:
 
     @property
     def _is_over(self) -> bool:
-        return self._has_passed or self._progress.iteration >= self._num_iterations
+        return self._has_passed or self._is_spent
 
     def _iterate(self) -> None:
         """Sample and learn; nothing changes if the job is asked to stop meanwhile."""
@@ -296,6 +298,7 @@ class Trainer:
             should_stop=lambda: self._interrupt.requested,
             slots=self._slots,
             terminate_on_success=teacher.terminate_on_success,
+            starts=ExploringStarts(teacher.exploring_share, teacher.exploring_steps),
         )
         # A rank that was not asked has sampled in vain; all stop where the last iteration ended.
         if self._comm.any(batch is None) or batch is None:
@@ -305,6 +308,7 @@ class Trainer:
         learned = self._learner.update(batch, progress.iteration, critic_only=critic_only)
         check_same([*self._learner.policy.state_dict().values()], self._comm)
         progress.iteration += 1
+        progress.env_steps += self._steps_per_iteration + round(float_sum(self._comm, batch.start_steps))
         if not critic_only:
             progress.policy_updates += self._learner.policy_updates(learned)
         progress.unrecorded = {
@@ -314,7 +318,7 @@ class Trainer:
             "sample_seconds": sampled - start,
             "update_seconds": time.monotonic() - sampled,
         }
-        self._session.advance(self._env_steps)
+        self._session.advance(progress.env_steps)
 
     def _validate_and_record(self) -> None:
         """Finish an iteration: validate if it is due, record, and save now and then."""
@@ -326,7 +330,7 @@ class Trainer:
         is_promising = progress.unrecorded["train_success"] >= teacher.validate_from
         is_due = progress.iteration % teacher.validate_every == 0 and is_promising
         is_due &= progress.policy_updates > 0
-        if is_due or progress.iteration >= self._num_iterations:
+        if is_due or self._is_spent:
             success = self._validate()
             progress.passes = progress.passes + 1 if success >= teacher.stop_success else 0
             if success >= progress.best_success:
@@ -336,12 +340,12 @@ class Trainer:
         if self._metrics:
             self._metrics.append(
                 iteration=progress.iteration,
-                env_steps=self._env_steps,
+                env_steps=progress.env_steps,
                 **progress.unrecorded,
                 validation_success=success,
                 validation_seconds=time.monotonic() - start,
             )
         progress.unrecorded = {}
-        self._session.advance(self._env_steps, success=success, loss=None)
+        self._session.advance(progress.env_steps, success=success, loss=None)
         if progress.iteration % self._config.logging.teacher_checkpoint_every == 0 or self._is_over:
             self._save()

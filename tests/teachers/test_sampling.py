@@ -12,7 +12,7 @@ from cpd.envs.sampler import make_vector_env
 from cpd.envs.task_env import TaskEnv
 from cpd.seeding import generator
 from cpd.teachers.policy import GaussianPolicy
-from cpd.teachers.sampling import Batch, GoalDealer, correlated_noise, sample
+from cpd.teachers.sampling import Batch, ExploringStarts, GoalDealer, correlated_noise, sample
 
 TASK = "drawer-close-v3"
 CONFIG = PPOConfig(hidden_sizes=(8,), num_envs=5, steps_per_env=70, minibatch_size=50)
@@ -29,10 +29,17 @@ class Shover(GaussianPolicy):
             self.net[-1].bias.copy_(torch.tensor([0.0, 1.0, -0.3, 0.0]))
 
 
-def draw(num_workers: int = 1, iteration: int = 0, num_slots: int = 5, should_stop=lambda: False) -> Batch | None:
+def draw(
+    num_workers: int = 1,
+    iteration: int = 0,
+    num_slots: int = 5,
+    should_stop=lambda: False,
+    starts: ExploringStarts | None = None,
+    slots: range | None = None,
+) -> Batch | None:
     goals = goal_set(TASK, "training", 10)
     with make_vector_env([TASK] * num_slots, num_workers) as envs:
-        return sample(Shover(), envs, goals, CONFIG, HORIZON, 1, iteration, should_stop)
+        return sample(Shover(), envs, goals, CONFIG, HORIZON, 1, iteration, should_stop, slots, starts=starts)
 
 
 @pytest.fixture(scope="module")
@@ -119,6 +126,26 @@ def test_without_termination_episodes_outlast_success(batch: Batch) -> None:
     # First episodes are the same up to success, so as many of them succeed; their rewards go on.
     assert found.train_success == batch.train_success > 0
     assert found.train_return > batch.train_return
+
+
+def test_exploring_starts_come_before_episodes_and_depend_on_nothing_else(batch: Batch) -> None:
+    starts = ExploringStarts(0.5, 30)
+    explored = draw(starts=starts)
+    assert explored is not None
+    begins = np.vstack([np.ones((1, 5), np.bool_), explored.ends[:-1]])
+    hands = explored.obs[begins][:, :3]
+    own = batch.obs[0, 0, :3]  # where the environment itself begins
+    is_own = np.linalg.norm(hands - own, axis=1) < 1e-3
+    assert 0 < is_own.sum() < len(hands)
+    assert 0 < explored.start_steps <= 30 * (~is_own).sum()
+    # The action and its length are the environment's own, whoever else begins an episode, and whoever steps it.
+    again = draw(num_workers=2, num_slots=7, starts=starts)
+    assert again is not None
+    assert_equal(explored, again)
+    part = draw(num_slots=3, starts=starts, slots=range(2, 5))
+    assert part is not None
+    assert np.array_equal(part.obs[0], explored.obs[0, 2:])
+    assert batch.start_steps == 0
 
 
 @pytest.mark.parametrize("correlation", [0.0, 0.5, 0.9])

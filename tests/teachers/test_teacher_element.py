@@ -13,10 +13,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from cpd.checkpoint import published
-from cpd.config import Config
+from cpd.config import Config, PPOConfig, TeacherConfig
 from cpd.files import sha256, write_json
 from cpd.interrupt import Interrupt, InterruptedBySignal
 from cpd.lease import Lease, LeaseHeldError, LeaseLostError
@@ -113,6 +114,18 @@ def test_the_products_of_a_teacher(undisturbed: TeacherElement) -> None:
         (goal_set, goal) for goal_set in ("held_out", "training") for goal in range(4)
     ]
     assert all(row.length == 60 and row.success_last is not None for row in episodes if row.goal_set == "held_out")
+
+
+def test_exploring_starts_count_as_environment_steps(tmp_path: Path) -> None:
+    teacher = finish(new_run(tmp_path, **with_teacher(exploring_share=1.0, exploring_steps=20)))
+    counts = [record["env_steps"] for record in read_metrics(teacher.metrics)]
+    added = np.diff([0, *counts])
+    # Two episodes for each of four environments, unless some succeed; what is added to the iteration's 200 varies.
+    assert all(steps >= 200 + 4 for steps in added)
+    assert len(set(added.tolist())) > 1
+    assert 1_200 - 200 - 8 * 20 < counts[-1] <= 1_200 + 8 * 20
+    with pytest.raises(ValueError, match=r"horizon \(490\) and exploring_steps \(20\) together exceed the 500"):
+        TeacherConfig(horizon=490, exploring_share=0.1, exploring_steps=20, ppo=PPOConfig(steps_per_env=500))
 
 
 def test_finished_is_finished(undisturbed: TeacherElement) -> None:
