@@ -7,10 +7,8 @@ from collections.abc import Mapping, Sequence
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from analysis.figures.fig_teacher_panels import steps_label
-from analysis.load import short
+from analysis.figures.fig_teacher_panels import finish, set_axes
 from analysis.style import COLUMN_INCHES, method_line
 from analysis.teachers import PublishedTeacher, PublishedTeachers
 
@@ -29,14 +27,7 @@ def draw(groups: Mapping[str, PublishedTeachers]) -> Figure:
     grid = figure.subplots(num_rows, num_columns, sharey=True, squeeze=False)
     for axes, task in zip(grid.flat, tasks, strict=False):
         _panel(axes, task, groups)
-    grid.flat[0].set_ylim(-0.06, 1.1)
-    grid.flat[0].set_yticks([0, 0.5, 1], ["0", ".5", "1"])
-    for axes in grid.flat[len(tasks) :]:
-        axes.set_visible(False)
-    figure.supxlabel("environment steps of RL", fontsize=7)
-    figure.supylabel("success rate, validation goals", fontsize=7)
-    handles, names = grid.flat[0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside upper center", ncols=2, fontsize=6.5)
+    finish(figure, grid, len(tasks), "success rate, validation goals", num_legend_columns=2)
     return figure
 
 
@@ -46,17 +37,11 @@ def _panel(axes: Axes, task: str, groups: Mapping[str, PublishedTeachers]) -> No
         own = [teacher for teacher in published.teachers if teacher.task == task]
         for teacher in own:
             steps, rates = _validated(teacher)
-            label = name if teacher is own[0] else None
-            axes.plot(steps, rates, label=label, linewidth=0.8, alpha=0.85, **method_line(index))
+            axes.plot(steps, rates, label=name, linewidth=0.8, alpha=0.85, **method_line(index))
             longest = max(longest, teacher.env_steps)
             end = "x" if teacher.state == "rejected" else "o"
             axes.plot(steps[-1], rates[-1], end, markersize=2.4, color=method_line(index)["color"], zorder=4)
-    axes.set_xlim(-0.04 * longest, 1.08 * longest)
-    axes.xaxis.set_major_locator(MaxNLocator(2, steps=[1, 2, 5, 10]))
-    axes.xaxis.set_major_formatter(FuncFormatter(steps_label))
-    axes.set_title(short(task), fontsize=6.5, pad=2)
-    axes.tick_params(labelsize=6, length=1.8, pad=1.5)
-    axes.grid(axis="y")
+    set_axes(axes, task, longest)
 
 
 def _validated(teacher: PublishedTeacher) -> tuple[Sequence[float], Sequence[float]]:

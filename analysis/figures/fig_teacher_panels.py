@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
@@ -27,28 +29,38 @@ def draw(published: PublishedTeachers) -> Figure:
         own = [teacher for teacher in published.teachers if teacher.task == task]
         for teacher in own:
             _curve(axes, teacher)
-        # Budgets differ by an order of magnitude: every panel has an axis of its own.
-        longest = max(teacher.env_steps for teacher in own)
-        axes.set_xlim(-0.04 * longest, 1.08 * longest)
-        axes.xaxis.set_major_locator(MaxNLocator(2, steps=[1, 2, 5, 10]))
-        axes.xaxis.set_major_formatter(FuncFormatter(steps_label))
         axes.axhline(published.gate, color=GUIDE, linewidth=0.6, linestyle=":", zorder=1)
-        axes.set_title(short(task), fontsize=6.2, pad=2)
-        axes.tick_params(labelsize=6, length=1.8, pad=1.5)
-        axes.grid(axis="y")
-    grid.flat[0].set_ylim(-0.06, 1.1)
-    grid.flat[0].set_yticks([0, 0.5, 1], ["0", ".5", "1"])
-    for axes in grid.flat[len(tasks) :]:
-        axes.set_visible(False)
-    figure.supxlabel("environment steps of RL", fontsize=7)
-    figure.supylabel("success rate", fontsize=7)
-    handles, names = grid.flat[0].get_legend_handles_labels()
-    by_name = dict(zip(names, handles, strict=True))  # several seeds repeat them
-    figure.legend(by_name.values(), by_name.keys(), loc="outside upper center", ncols=3, fontsize=6.5)
+        set_axes(axes, task, max(teacher.env_steps for teacher in own))
+    finish(figure, grid, len(tasks), "success rate", num_legend_columns=3)
     return figure
 
 
-def steps_label(count: float, position: int | None) -> str:
+def set_axes(axes: Axes, task: str, longest: int) -> None:
+    """Title and axes of a task's panel, whose longest curve has so many steps."""
+    # Budgets differ by an order of magnitude: every panel has an axis of its own.
+    axes.set_xlim(-0.04 * longest, 1.08 * longest)
+    axes.xaxis.set_major_locator(MaxNLocator(2, steps=[1, 2, 5, 10]))
+    axes.xaxis.set_major_formatter(FuncFormatter(_steps))
+    axes.set_title(short(task), fontsize=6.2, pad=2)
+    axes.tick_params(labelsize=6, length=1.8, pad=1.5)
+    axes.grid(axis="y")
+
+
+def finish(figure: Figure, grid: npt.NDArray[Any], num_panels: int, rate: str, *, num_legend_columns: int) -> None:
+    """What the panels have in common: the axis of the success `rate`, labels, and the legend of the first."""
+    grid.flat[0].set_ylim(-0.06, 1.1)
+    grid.flat[0].set_yticks([0, 0.5, 1], ["0", ".5", "1"])
+    for axes in grid.flat[num_panels:]:
+        axes.set_visible(False)
+    figure.supxlabel("environment steps of RL", fontsize=7)
+    figure.supylabel(rate, fontsize=7)
+    handles, names = grid.flat[0].get_legend_handles_labels()
+    by_name = dict(zip(names, handles, strict=True))  # several seeds repeat them
+    columns = min(num_legend_columns, len(by_name))
+    figure.legend(by_name.values(), by_name.keys(), loc="outside upper center", ncols=columns, fontsize=6.5)
+
+
+def _steps(count: float, position: int | None) -> str:
     return f"{count / 1e6:g}M" if count >= 1e6 else f"{count / 1e3:g}k" if count else "0"
 
 
