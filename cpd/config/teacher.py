@@ -167,6 +167,9 @@ class TeacherConfig:
     terminate_on_success: bool = True
     """Whether success ends a training episode, valued as the largest reward for ever after; if not, the episode
     goes on to the horizon, and what the policy does after success is trained, too."""
+    grasp_bonus: NonNegativeFloat = 0.0
+    """What rewards have added to them in training, times how near a step comes to holding the object (0 to 1):
+    some tasks reward nothing at all until it is held."""
     exploring_share: Share = 0.0
     """Share of training episodes that begin with a random action, held for a while: from other states than the
     environment's own, where a deceptive reward would lead astray (exploring starts; Sutton and Barto 2018)."""

@@ -59,6 +59,8 @@ class VectorEnv(abc.ABC):
         num_envs: N, the number of slots.
         observations: [N, 39] float32, the current observation of each slot; written in place.
         rewards: [N] float64 of each slot's last step, 0 after a reset; written in place.
+        grasps: [N] float64, how near each slot's last step came to holding the object (see `TaskEnv`), 0 after a
+            reset; written in place.
         successes: [N] bool of each slot's last step, not latched, False after a reset; written in place.
     """
 
@@ -68,6 +70,7 @@ class VectorEnv(abc.ABC):
         self._arrays = arrays
         self.observations: npt.NDArray[np.float32] = arrays.observations
         self.rewards: npt.NDArray[np.float64] = arrays.rewards
+        self.grasps: npt.NDArray[np.float64] = arrays.grasps
         self.successes: npt.NDArray[np.bool_] = arrays.successes
 
     def reset(self, slots: Sequence[int] | npt.NDArray[np.integer[Any]], goals: Sequence[Goal]) -> None:

@@ -23,6 +23,7 @@ _ALIGNMENT: Final = 64
 _FIELDS: Final[tuple[tuple[str, Any, tuple[int, ...]], ...]] = (
     ("observations", np.float32, (OBSERVATION_SIZE,)),
     ("rewards", np.float64, ()),
+    ("grasps", np.float64, ()),
     ("successes", np.bool_, ()),
     ("actions", np.float32, (ACTION_SIZE,)),
     ("selected", np.bool_, ()),
@@ -41,6 +42,7 @@ class SlotArrays:
     Attributes:
         observations: [N, 39] float32, the current observation of each slot.
         rewards: [N] float64 of the last step; 0 after a reset.
+        grasps: [N] float64, how near the last step came to holding the object, 0 to 1; 0 after a reset.
         successes: [N] bool of the last step, not latched; False after a reset.
         actions: [N, 4] float32, input of a step.
         selected: [N] bool, the slots that the next step or reset is for.
@@ -50,6 +52,7 @@ class SlotArrays:
 
     observations: npt.NDArray[np.float32]
     rewards: npt.NDArray[np.float64]
+    grasps: npt.NDArray[np.float64]
     successes: npt.NDArray[np.bool_]
     actions: npt.NDArray[np.float32]
     selected: npt.NDArray[np.bool_]
@@ -109,6 +112,7 @@ class SlotGroup:
             except Exception as error:
                 raise _slot_error("resetting", slot, env.task) from error
             arrays.rewards[slot] = 0.0
+            arrays.grasps[slot] = 0.0
             arrays.successes[slot] = False
 
     def step(self) -> None:
@@ -123,6 +127,7 @@ class SlotGroup:
                 raise _slot_error("stepping", slot, env.task) from error
             arrays.observations[slot] = obs
             arrays.rewards[slot] = reward
+            arrays.grasps[slot] = env.grasp
             arrays.successes[slot] = success
 
     def close(self) -> None:

@@ -42,11 +42,11 @@ class Batch:
         obs: [S, N, O] before each step.
         next_obs: [S, N, O] after it, and before any reset.
         actions: [S, N, A] as sampled; executed clipped to [-1, 1].
-        rewards: [S, N], Meta-World's.
+        rewards: [S, N], Meta-World's with the bonus for a grasp.
         terminated: [S, N] bool, the step reached success, and that ended the episode.
         ends: [S, N] bool, the step is the last of its segment: termination, time limit, or the iteration's end.
         train_success: share of environments whose first episode reached success.
-        train_return: mean undiscounted return of these first episodes.
+        train_return: mean undiscounted return of these first episodes, bonus included.
         start_steps: steps of exploring starts, which are not among the others.
     """
 
@@ -137,6 +137,7 @@ def sample(
     slots: range | None = None,
     terminate_on_success: bool = True,
     starts: ExploringStarts | None = None,
+    grasp_bonus: float = 0.0,
 ) -> Batch | None:
     """Act with exploration noise for an iteration, from fresh resets on, in the first slots of `envs`.
 
@@ -156,6 +157,7 @@ def sample(
             those of the whole iteration, whoever steps the others.
         terminate_on_success: whether success ends an episode.
         starts: what may happen before an episode's first step.
+        grasp_bonus: weight in rewards of how near a step comes to holding the object.
 
     Returns:
         The batch; None if `should_stop()` turned true.
@@ -194,7 +196,7 @@ def sample(
         executed[:num_envs] = np.clip(actions[t], -1.0, 1.0)
         envs.step(executed, active)
         next_obs[t] = envs.observations[:num_envs]
-        rewards[t] = envs.rewards[:num_envs]
+        rewards[t] = envs.rewards[:num_envs] + grasp_bonus * envs.grasps[:num_envs]
         successes[t] = envs.successes[:num_envs]
         length += 1
         ends[t] = (successes[t] & terminate_on_success) | (length == horizon) | (t == num_steps - 1)

@@ -299,6 +299,7 @@ class Trainer:
             slots=self._slots,
             terminate_on_success=teacher.terminate_on_success,
             starts=ExploringStarts(teacher.exploring_share, teacher.exploring_steps),
+            grasp_bonus=teacher.grasp_bonus,
         )
         # A rank that was not asked has sampled in vain; all stop where the last iteration ended.
         if self._comm.any(batch is None) or batch is None:

@@ -77,6 +77,7 @@ def test_a_slot_is_a_task_env():
             obs, reward, success = single.step(actions[0])
             np.testing.assert_array_equal(env.observations[0], obs.astype(np.float32))
             assert (env.rewards[0], env.successes[0]) == (reward, success)
+            assert env.grasps[0] == single.grasp > 0.0
 
 
 @pytest.mark.parametrize("num_workers", [1, 2])

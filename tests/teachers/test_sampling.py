@@ -106,6 +106,20 @@ def test_it_is_what_a_single_environment_does(batch: Batch) -> None:
             obs = env.reset(dealer.deal(slot))
 
 
+def test_a_bonus_for_grasps_is_added_to_rewards(batch: Batch) -> None:
+    goals = goal_set(TASK, "training", 10)
+    with make_vector_env([TASK] * 5, 1) as envs:
+        rewarded = sample(Shover(), envs, goals, CONFIG, HORIZON, 1, 0, grasp_bonus=2.0)
+    assert rewarded is not None
+    assert np.array_equal(rewarded.obs, batch.obs)
+    env = TaskEnv(TASK)
+    env.reset(GoalDealer(goals, CONFIG.num_envs, generator(1, "goals", 0)).deal(0))
+    for t in range(20):
+        _, reward, _ = env.step(batch.actions[t, 0].clip(-1, 1))
+        assert rewarded.rewards[t, 0] == np.float32(reward + 2.0 * env.grasp)
+    assert np.ptp(rewarded.rewards[:20, 0] - batch.rewards[:20, 0]) > 0.01
+
+
 def test_train_success_counts_first_episodes_only(batch: Batch) -> None:
     first_end = batch.ends.argmax(axis=0)
     successes = [batch.terminated[first_end[slot], slot] for slot in range(CONFIG.num_envs)]
