@@ -103,7 +103,12 @@ class Student(nn.Module):
 
     @torch.no_grad()
     def initialise(self, generator: torch.Generator) -> None:
-        """Draw the first weights: matrices by fan-in, what feeds the residual stream scaled down by depth."""
+        """Draw the first weights: matrices by fan-in, what feeds the residual stream scaled down by depth.
+
+        The head is no exception, though a smaller one would begin nearer to nothing: it acts on normalised
+        features, so that its weights bound the actions, and where masks freeze it after the first task, it must
+        be able to express what that task had no use for.
+        """
         residual_scale = 1.0 / math.sqrt(2 * self.config.num_layers)
         for name, parameter in self.named_parameters():
             if name.endswith(".bias"):
@@ -112,7 +117,6 @@ class Student(nn.Module):
                 parameter.fill_(1.0)
             elif name.endswith(".weight"):
                 gain = residual_scale if name.endswith(("out.weight", "down.weight")) else 1.0
-                gain = 0.1 if name == "head.weight" else gain
                 parameter.normal_(0.0, gain / math.sqrt(parameter.shape[1]), generator=generator)
             else:
                 parameter.normal_(0.0, 0.02, generator=generator)

@@ -68,4 +68,4 @@ def test_is_of_the_student_not_of_its_error():
     found = fisher(trainer, data, NUM_WINDOWS)
     data.teacher_mean[:] = 0.0
     assert torch.equal(fisher(trainer, data, NUM_WINDOWS), found)
-    assert (found >= 0).all() and (found > 0).float().mean() > 0.7
+    assert (found >= 0).all() and (found > 0).float().mean() > 0.5  # experts that are not chosen have none
