@@ -101,6 +101,23 @@ def test_learns_every_task_and_forgets_none_without_replay():
         before = errors
 
 
+def test_a_frozen_head_expresses_what_the_first_task_had_no_use_for():
+    """The head stays as the first task leaves it; the second one, with saturated actions, comes near them."""
+    trainer = make_trainer(distill=LONG)
+    for stage in range(2):
+        data = stage_data(stage)
+        if stage == 0:
+            data.teacher_mean[:, 3] = 0.0
+        else:
+            data.teacher_mean[:] = np.sign(data.teacher_mean)
+        trainer.begin_stage(data)
+        while trainer.progress.step < trainer.config.distill.steps_per_stage:
+            trainer.train_step()
+        trainer.end_stage(data)
+    found = outputs(trainer, 1)[..., :4].abs().mean((0, 1))
+    assert (found > 0.5).all(), found
+
+
 def test_the_share_asked_for_is_masked_and_moves_not_at_all_or_less():
     for mode in ("hard", "scaled"):
         trainer = make_trainer(
