@@ -44,6 +44,13 @@ class PublishedTeacher:
     """Of all work on it, evaluation and rollouts included; None where not measured."""
     curve: TeacherCurve
 
+    @property
+    def validated(self) -> tuple[Sequence[float], Sequence[float]]:
+        """Steps of RL and success on validation goals there, from where RL began; from scratch, as validated."""
+        if self.before is None:
+            return self.curve.validation_steps, self.curve.validation
+        return (0.0, *self.curve.validation_steps), (self.before.rate, *self.curve.validation)
+
 
 @dataclass(frozen=True)
 class PublishedTeachers:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from analysis.figures.fig_teacher_panels import finish, set_axes
 from analysis.style import COLUMN_INCHES, method_line
-from analysis.teachers import PublishedTeacher, PublishedTeachers
+from analysis.teachers import PublishedTeachers
 
 
 def draw(groups: Mapping[str, PublishedTeachers]) -> Figure:
@@ -36,20 +36,12 @@ def _panel(axes: Axes, task: str, groups: Mapping[str, PublishedTeachers]) -> No
     for index, (name, published) in enumerate(groups.items()):
         own = [teacher for teacher in published.teachers if teacher.task == task]
         for teacher in own:
-            steps, rates = _validated(teacher)
+            steps, rates = teacher.validated
             axes.plot(steps, rates, label=name, linewidth=0.8, alpha=0.85, **method_line(index))
             longest = max(longest, teacher.env_steps)
             end = "x" if teacher.state == "rejected" else "o"
             axes.plot(steps[-1], rates[-1], end, markersize=2.4, color=method_line(index)["color"], zorder=4)
     set_axes(axes, task, longest)
-
-
-def _validated(teacher: PublishedTeacher) -> tuple[Sequence[float], Sequence[float]]:
-    """Success on validation goals over steps, from where RL began; from scratch, from the first validation on."""
-    curve = teacher.curve
-    if teacher.before is None:
-        return curve.validation_steps, curve.validation
-    return (0.0, *curve.validation_steps), (teacher.before.rate, *curve.validation)
 
 
 def caption(groups: Mapping[str, PublishedTeachers]) -> str:

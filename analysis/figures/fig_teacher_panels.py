@@ -69,9 +69,9 @@ def _curve(axes: Axes, teacher: PublishedTeacher) -> None:
     if not np.isnan(curve.training).all():
         steps = np.array(curve.env_steps)
         axes.plot(steps, curve.training, color=colour, alpha=0.3, linewidth=0.6, label="training episodes")
-    steps = np.array((0.0, *curve.validation_steps) if teacher.before else curve.validation_steps)
-    rates = (teacher.before.rate, *curve.validation) if teacher.before else curve.validation
-    axes.plot(steps, rates, color=colour, marker="o", markersize=1.5, linewidth=0.8, label="validation goals")
+    axes.plot(
+        *teacher.validated, color=colour, marker="o", markersize=1.5, linewidth=0.8, label="validation goals"
+    )
     rate = teacher.held_out
     errors = [[rate.rate - rate.low], [rate.high - rate.rate]]
     axes.errorbar(
