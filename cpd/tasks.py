@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+#: Meta-World refuses a 501st step.
+MAX_EPISODE_STEPS = 500
+
 #: All fifty Meta-World v3 tasks in alphabetical order, which is also the `mt50` stream's order.
 #: A test holds this equal to the installed metaworld.
 ALL_TASKS: tuple[str, ...] = (

@@ -14,6 +14,7 @@ from cpd.config.student import DistillConfig, MemoryConfig, ProtectionConfig, St
 from cpd.config.teacher import RolloutConfig, TeacherConfig
 from cpd.config.types import Count, Positive, Seeds, Task, expand_stream
 from cpd.strict_load import STRICT, ConfigError, load, merge, overrides_of, to_dict
+from cpd.tasks import MAX_EPISODE_STEPS
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -22,7 +23,7 @@ class StreamConfig:
 
     tasks: Annotated[tuple[Task, ...], BeforeValidator(expand_stream), Field(min_length=1)]
     """Task names, or the name of a stream: demo, cw10, cw20, mt10, mt50."""
-    horizon: Annotated[int, Field(ge=1, le=500)] = 500
+    horizon: Annotated[int, Field(ge=1, le=MAX_EPISODE_STEPS)] = MAX_EPISODE_STEPS
     """Episode length in environment steps, for rollouts, student and evaluation."""
     reward_version: Literal["v1", "v2"] = "v2"
     """Meta-World's reward functions (not the -v3 suffix of the tasks)."""

@@ -10,9 +10,8 @@ from pydantic.dataclasses import dataclass
 
 from cpd.config.types import Count, NonNegativeFloat, Positive, PositiveFloat, Seeds, Share
 from cpd.strict_load import STRICT
+from cpd.tasks import MAX_EPISODE_STEPS
 
-#: Steps after which an episode of Meta-World cannot go on.
-MOST_STEPS = 500
 #: Settings of the PPO learner for which `demo_rl` has its own, named `rl_...`.
 DEMO_RL_SETTINGS = ("hidden_sizes", "init_log_std", "learning_rate", "target_kl")
 #: The same of the SAC learner.
@@ -162,7 +161,7 @@ class TeacherConfig:
     """One teacher per distinct task and seed."""
     max_env_steps: Positive = 1_000_000
     """Budget of training steps in the environment."""
-    horizon: Annotated[int, Field(ge=1, le=MOST_STEPS)] = 200
+    horizon: Annotated[int, Field(ge=1, le=MAX_EPISODE_STEPS)] = 200
     """Episode length while training; teachers are judged at the stream's horizon."""
     terminate_on_success: bool = True
     """Whether success ends a training episode, valued as the largest reward for ever after; if not, the episode
@@ -200,10 +199,10 @@ class TeacherConfig:
         learner = self.learner_settings
         if self.recipe == "scripted":
             return
-        if self.exploring_share and self.horizon + self.exploring_steps > MOST_STEPS:
+        if self.exploring_share and self.horizon + self.exploring_steps > MAX_EPISODE_STEPS:
             raise ValueError(
                 f"horizon ({self.horizon}) and exploring_steps ({self.exploring_steps}) together exceed the "
-                f"{MOST_STEPS} steps after which Meta-World's episodes end"
+                f"{MAX_EPISODE_STEPS} steps after which Meta-World's episodes end"
             )
         if learner.steps_per_env < self.horizon:
             raise ValueError(

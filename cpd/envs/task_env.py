@@ -13,15 +13,13 @@ from cpd.envs.accelerated import UnverifiedError, accelerated_class
 from cpd.envs.fast_sawyer import FastSawyer
 from cpd.envs.goals import Goal
 from cpd.envs.registry import build_stock, task_class
+from cpd.tasks import MAX_EPISODE_STEPS
 
 OBSERVATION_SIZE: Final = 39
 ACTION_SIZE: Final = 4
 
 #: Where observations tell of the object's position, in metres.
 OBJECT: Final = slice(4, 7)
-
-#: Meta-World refuses a 501st step.
-MAX_EPISODE_STEPS: Final = 500
 
 REWARD_VERSIONS: Final = ("v1", "v2")
 
