@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Final, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -107,7 +107,7 @@ class ExploringStarts:
         Args:
             envs: all environments.
             slots: those that begin an episode.
-            rngs: one for every environment that is sampled.
+            rngs: one for every environment that is sampled; none are needed without a share.
 
         Returns:
             The number of environment steps taken.
@@ -125,6 +125,9 @@ class ExploringStarts:
         return int(lengths.sum())
 
 
+NO_STARTS: Final = ExploringStarts()
+
+
 def sample(
     policy: MLPPolicy,
     envs: VectorEnv,
@@ -136,7 +139,7 @@ def sample(
     should_stop: Callable[[], bool] = lambda: False,
     slots: range | None = None,
     terminate_on_success: bool = True,
-    starts: ExploringStarts | None = None,
+    starts: ExploringStarts = NO_STARTS,
     grasp_bonus: float = 0.0,
 ) -> Batch | None:
     """Act with exploration noise for an iteration, from fresh resets on, in the first slots of `envs`.
@@ -168,6 +171,7 @@ def sample(
         num_steps, config.num_envs, 4, config.noise_correlation, generator(seed, "exploration", iteration)
     )[:, first : slots.stop]
     dealer = GoalDealer(goals, config.num_envs, generator(seed, "goals", iteration))
+    start_rngs = [generator(seed, "starts", iteration, slot) for slot in slots] if starts.share else []
     obs = np.empty((num_steps, num_envs, envs.observations.shape[1]), np.float32)
     next_obs = np.empty_like(obs)
     actions = np.empty((num_steps, num_envs, 4), np.float32)
@@ -177,20 +181,15 @@ def sample(
     executed = np.zeros((envs.num_envs, 4), np.float32)
     active = np.arange(envs.num_envs) < num_envs
     length = np.zeros(num_envs, np.int64)
-
-    starts = starts or ExploringStarts()
-    start_rngs = [generator(seed, "starts", iteration, slot) for slot in slots]
     start_steps = 0
-
-    def begin(ended: Sequence[int]) -> None:
-        nonlocal start_steps
-        envs.reset(ended, [dealer.deal(first + slot) for slot in ended])
-        start_steps += starts.begin(envs, ended, start_rngs)
-
-    begin(range(num_envs))
+    ended: Sequence[int] = range(num_envs)
     for t in range(num_steps):
         if should_stop():
             return None
+        if ended:
+            envs.reset(ended, [dealer.deal(first + slot) for slot in ended])
+            start_steps += starts.begin(envs, ended, start_rngs)
+            length[ended] = 0
         obs[t] = envs.observations[:num_envs]
         actions[t] = policy.explore(obs[t], noise_SNA[t])
         executed[:num_envs] = np.clip(actions[t], -1.0, 1.0)
@@ -200,12 +199,8 @@ def sample(
         successes[t] = envs.successes[:num_envs]
         length += 1
         ends[t] = (successes[t] & terminate_on_success) | (length == horizon) | (t == num_steps - 1)
-        if t < num_steps - 1 and ends[t].any():
-            ended = np.flatnonzero(ends[t]).tolist()
-            begin(ended)
-            length[ended] = 0
-    first_end = ends.argmax(axis=0)
-    in_first = np.arange(num_steps)[:, None] <= first_end
+        ended = np.flatnonzero(ends[t]).tolist()
+    in_first = np.arange(num_steps)[:, None] <= ends.argmax(axis=0)  # steps of first episodes
     return Batch(
         obs,
         next_obs,

@@ -12,7 +12,7 @@ from cpd.envs.sampler import make_vector_env
 from cpd.envs.task_env import TaskEnv
 from cpd.seeding import generator
 from cpd.teachers.policy import GaussianPolicy
-from cpd.teachers.sampling import Batch, ExploringStarts, GoalDealer, correlated_noise, sample
+from cpd.teachers.sampling import NO_STARTS, Batch, ExploringStarts, GoalDealer, correlated_noise, sample
 
 TASK = "drawer-close-v3"
 CONFIG = PPOConfig(hidden_sizes=(8,), num_envs=5, steps_per_env=70, minibatch_size=50)
@@ -34,7 +34,7 @@ def draw(
     iteration: int = 0,
     num_slots: int = 5,
     should_stop=lambda: False,
-    starts: ExploringStarts | None = None,
+    starts: ExploringStarts = NO_STARTS,
     slots: range | None = None,
 ) -> Batch | None:
     goals = goal_set(TASK, "training", 10)
