@@ -59,8 +59,8 @@ class VectorEnv(abc.ABC):
         num_envs: N, the number of slots.
         observations: [N, 39] float32, the current observation of each slot; written in place.
         rewards: [N] float64 of each slot's last step, 0 after a reset; written in place.
-        grasps: [N] float64, how near each slot's last step came to holding the object (see `TaskEnv`), 0 after a
-            reset; written in place.
+        grasps: [N] float64, how near each slot's last step came to holding the object (`TaskEnv.grasp`); written
+            in place while it is wanted, since that takes 3 % of a step.
         successes: [N] bool of each slot's last step, not latched, False after a reset; written in place.
     """
 
@@ -72,6 +72,10 @@ class VectorEnv(abc.ABC):
         self.rewards: npt.NDArray[np.float64] = arrays.rewards
         self.grasps: npt.NDArray[np.float64] = arrays.grasps
         self.successes: npt.NDArray[np.bool_] = arrays.successes
+
+    def want_grasps(self, wanted: bool) -> None:
+        """Whether steps are to fill `grasps` from here on; at first they are not."""
+        self._arrays.wants_grasps[:] = wanted
 
     def reset(self, slots: Sequence[int] | npt.NDArray[np.integer[Any]], goals: Sequence[Goal]) -> None:
         """Start an episode from `goals[i]` in `slots[i]`; other slots are left alone.

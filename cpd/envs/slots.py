@@ -24,6 +24,7 @@ _FIELDS: Final[tuple[tuple[str, Any, tuple[int, ...]], ...]] = (
     ("observations", np.float32, (OBSERVATION_SIZE,)),
     ("rewards", np.float64, ()),
     ("grasps", np.float64, ()),
+    ("wants_grasps", np.bool_, ()),
     ("successes", np.bool_, ()),
     ("actions", np.float32, (ACTION_SIZE,)),
     ("selected", np.bool_, ()),
@@ -42,7 +43,8 @@ class SlotArrays:
     Attributes:
         observations: [N, 39] float32, the current observation of each slot.
         rewards: [N] float64 of the last step; 0 after a reset.
-        grasps: [N] float64, how near the last step came to holding the object, 0 to 1; 0 after a reset.
+        grasps: [N] float64, how near the last step came to holding the object, 0 to 1, where that is wanted.
+        wants_grasps: [N] bool, the slots for which it is.
         successes: [N] bool of the last step, not latched; False after a reset.
         actions: [N, 4] float32, input of a step.
         selected: [N] bool, the slots that the next step or reset is for.
@@ -53,6 +55,7 @@ class SlotArrays:
     observations: npt.NDArray[np.float32]
     rewards: npt.NDArray[np.float64]
     grasps: npt.NDArray[np.float64]
+    wants_grasps: npt.NDArray[np.bool_]
     successes: npt.NDArray[np.bool_]
     actions: npt.NDArray[np.float32]
     selected: npt.NDArray[np.bool_]
@@ -112,7 +115,6 @@ class SlotGroup:
             except Exception as error:
                 raise _slot_error("resetting", slot, env.task) from error
             arrays.rewards[slot] = 0.0
-            arrays.grasps[slot] = 0.0
             arrays.successes[slot] = False
 
     def step(self) -> None:
@@ -127,7 +129,8 @@ class SlotGroup:
                 raise _slot_error("stepping", slot, env.task) from error
             arrays.observations[slot] = obs
             arrays.rewards[slot] = reward
-            arrays.grasps[slot] = env.grasp
+            if arrays.wants_grasps[slot]:
+                arrays.grasps[slot] = env.grasp(obs)
             arrays.successes[slot] = success
 
     def close(self) -> None:

@@ -37,11 +37,6 @@ class TaskEnv:
 
     Raises:
         ValueError: unknown task or reward version.
-
-    Attributes:
-        grasp: how near the last step came to holding the object, 0 to 1: the mean of Meta-World's `grasp_reward`
-            (in its `info`), which is 0 almost everywhere for some tasks, and of the fingers' nearness to the
-            object, `1 - tanh(10 d)` at d metres (as in robosuite; Zhu et al. 2020). 0 after a reset.
     """
 
     def __init__(self, task: str, *, reward_version: str = "v2", accelerated: bool = True) -> None:
@@ -52,7 +47,7 @@ class TaskEnv:
         self._env: Any = _build(task, reward_version, accelerated)
         self._rand_vec_size = int(self._env._random_reset_space.low.size)
         self._has_goal = False
-        self.grasp = 0.0
+        self._grasp_reward = 0.0
 
     def reset(self, goal: Goal) -> npt.NDArray[np.float64]:
         """Start an episode from `goal`.
@@ -78,7 +73,6 @@ class TaskEnv:
             env.__dict__.pop("sawyer_observation_space", None)
         obs, _ = env.reset()
         self._has_goal = True
-        self.grasp = 0.0
         first: npt.NDArray[np.float64] = obs
         return first
 
@@ -103,9 +97,17 @@ class TaskEnv:
                 f"{self.task}: an episode has at most {MAX_EPISODE_STEPS} steps; reset before going on"
             )
         obs, reward, _, _, info = env.step(np.asarray(action, dtype=np.float32))
-        nearness = 1.0 - math.tanh(10.0 * math.dist(obs[OBJECT], env.tcp_center))
-        self.grasp = 0.5 * (float(info["grasp_reward"]) + nearness)
+        self._grasp_reward = float(info["grasp_reward"])
         return obs, float(reward), bool(info["success"])
+
+    def grasp(self, obs: npt.NDArray[np.float64]) -> float:
+        """How near the last step, which returned `obs`, came to holding the object, 0 to 1.
+
+        The mean of Meta-World's `grasp_reward` (in its `info`), which is 0 almost everywhere for some tasks, and of
+        the fingers' nearness to the object, `1 - tanh(10 d)` at d metres (as in robosuite; Zhu et al. 2020).
+        """
+        nearness = 1.0 - math.tanh(10.0 * math.dist(obs[OBJECT], self._env.tcp_center))
+        return 0.5 * (self._grasp_reward + nearness)
 
     @property
     def sawyer(self) -> Any:

@@ -182,6 +182,7 @@ def sample(
     active = np.arange(envs.num_envs) < num_envs
     length = np.zeros(num_envs, np.int64)
     start_steps = 0
+    envs.want_grasps(grasp_bonus > 0)
     ended: Sequence[int] = range(num_envs)
     for t in range(num_steps):
         if should_stop():

@@ -69,6 +69,7 @@ def test_a_slot_is_a_task_env():
     goal = goal_set("hammer-v3", "validation")[4]
     single = TaskEnv("hammer-v3")
     with make_vector_env(["hammer-v3"], 1) as env:
+        env.want_grasps(True)
         env.reset([0], [goal])
         np.testing.assert_array_equal(env.observations[0], single.reset(goal).astype(np.float32))
         for _ in range(30):
@@ -77,7 +78,7 @@ def test_a_slot_is_a_task_env():
             obs, reward, success = single.step(actions[0])
             np.testing.assert_array_equal(env.observations[0], obs.astype(np.float32))
             assert (env.rewards[0], env.successes[0]) == (reward, success)
-            assert env.grasps[0] == single.grasp > 0.0
+            assert env.grasps[0] == single.grasp(obs) > 0.0
 
 
 @pytest.mark.parametrize("num_workers", [1, 2])

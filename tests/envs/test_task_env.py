@@ -54,7 +54,7 @@ def test_it_is_the_multi_task_benchmark(reward_version):
             np.testing.assert_array_equal(obs, got[0])
             assert (reward, bool(info["success"])) == got[1:]
             distance = np.linalg.norm(obs[4:7] - stock.tcp_center)
-            assert env.grasp == pytest.approx(0.5 * (info["grasp_reward"] + 1.0 - np.tanh(10.0 * distance)))
+            assert env.grasp(obs) == pytest.approx(0.5 * (info["grasp_reward"] + 1.0 - np.tanh(10.0 * distance)))
 
 
 def test_types_and_visible_goal():

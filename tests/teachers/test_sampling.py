@@ -115,8 +115,8 @@ def test_a_bonus_for_grasps_is_added_to_rewards(batch: Batch) -> None:
     env = TaskEnv(TASK)
     env.reset(GoalDealer(goals, CONFIG.num_envs, generator(1, "goals", 0)).deal(0))
     for t in range(20):
-        _, reward, _ = env.step(batch.actions[t, 0].clip(-1, 1))
-        assert rewarded.rewards[t, 0] == np.float32(reward + 2.0 * env.grasp)
+        obs, reward, _ = env.step(batch.actions[t, 0].clip(-1, 1))
+        assert rewarded.rewards[t, 0] == np.float32(reward + 2.0 * env.grasp(obs))
     assert np.ptp(rewarded.rewards[:20, 0] - batch.rewards[:20, 0]) > 0.01
 
 
