@@ -103,8 +103,8 @@ class TaskEnv:
     def grasp(self, obs: npt.NDArray[np.float64]) -> float:
         """How near the last step, which returned `obs`, came to holding the object, 0 to 1.
 
-        The mean of Meta-World's `grasp_reward` (in its `info`), which is 0 almost everywhere for some tasks, and of
-        the fingers' nearness to the object, `1 - tanh(10 d)` at d metres (as in robosuite; Zhu et al. 2020).
+        The mean of Meta-World's `grasp_reward` (in its `info`), which is 0 almost everywhere for some tasks, and
+        of the fingers' nearness to the object, `1 - tanh(10 d)` at d metres (as in robosuite; Zhu et al. 2020).
         """
         nearness = 1.0 - math.tanh(10.0 * math.dist(obs[OBJECT], self._env.tcp_center))
         return 0.5 * (self._grasp_reward + nearness)
