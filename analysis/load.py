@@ -19,13 +19,16 @@ from cpd.result_tables import TEACHER, Tables, read_tables
 from cpd.results import gather
 from cpd.runs import Run
 from cpd.summary import MethodMeasures, Summary, summarize
-from cpd.tables import CurveRow, LossRow, RetrievalRow, StageRow, UsageRow
+from cpd.tables import CurveRow, LossRow, RetrievalRow, StageRow, StartRow, UsageRow
 
 RECIPES = {
     "rl": "reinforcement learning from scratch",
     "demo_rl": "reinforcement learning from a capped warm start on demonstrations",
     "scripted": "scripted experts as stand-ins",
 }
+
+#: A task looks like others if more than this share of its episodes begin nearer to one of another task.
+ALIKE = 0.05
 
 
 def short(task: str) -> str:
@@ -64,6 +67,7 @@ class Dataset:
     stages: tuple[StageRow, ...]
     usage: tuple[UsageRow, ...]
     retrieval: tuple[RetrievalRow, ...]
+    starts: tuple[StartRow, ...]
     steps_per_stage: dict[str, int]
     """Optimisation steps of a stage, by method."""
     gate: float
@@ -86,6 +90,21 @@ class Dataset:
     def of_method(self, method: str) -> list[Student]:
         """The students of one method, seed by seed."""
         return [student for student in self.students if student.method == method]
+
+    @property
+    def look_alikes(self) -> dict[str, dict[str, float]]:
+        """Tasks that the first observation does not tell from others: how often it is nearest to each other's."""
+        found: dict[str, dict[str, float]] = {}
+        for task in self.tasks:
+            episodes = sum(row.episodes for row in self.starts if (row.task, row.other) == (task, task))
+            shares = {
+                other: sum(row.nearest for row in self.starts if (row.task, row.other) == (task, other)) / episodes
+                for other in self.tasks
+                if episodes and other != task
+            }
+            if sum(shares.values()) > ALIKE:
+                found[task] = {other: share for other, share in shares.items() if share}
+        return found
 
     def teachers_of(self, task: str) -> list[Rate]:
         """Success of every teacher of a task, seed by seed."""
@@ -157,6 +176,7 @@ def load(folders: Sequence[Path]) -> Dataset:
         stages=tuple(row for t in tables for row in t.stages),
         usage=tuple(row for t in tables for row in t.usage),
         retrieval=tuple(row for t in tables for row in t.retrieval),
+        starts=tuple(dict.fromkeys(row for t in tables for row in t.starts)),
         steps_per_stage={
             method.method: table.method_config(method.method)["distill"]["steps_per_stage"]
             for table, summary in zip(tables, summaries, strict=True)

@@ -35,7 +35,9 @@ class Table:
 def write_tables(folder: Path, data: Dataset, notes: str) -> list[Path]:
     """Write all tables; the conditions stand in every row of a CSV file and under every LaTeX table."""
     written = []
-    for table in (task_table(data), seed_table(data), method_table(data), *matrix_tables(data)):
+    starts = start_table(data)
+    tables = (task_table(data), seed_table(data), method_table(data), *([starts] if starts else []))
+    for table in (*tables, *matrix_tables(data)):
         written += [_write_csv(folder, table, data.labels)]
         if table.tex_rows:
             written += [_write_tex(folder, table, notes), _write_markdown(folder, table, notes)]
@@ -202,6 +204,64 @@ def headline(measure: dict[str, Aggregate], students: Sequence[StudentMeasures],
 def worst_text(measure: dict[str, Aggregate], task: str | None) -> str:
     """`52 (hammer)`: the worst task's mean over seeds, in per cent."""
     return f"{percent(measure['worst_task'].estimate)} ({short(task)})" if measure and task else "–"
+
+
+def start_table(data: Dataset) -> Table | None:
+    """Every method on the tasks that the first observation tells apart, and on the others; None without others."""
+    alike = data.look_alikes
+    groups = {"apart": [task for task in data.tasks if task not in alike], "alike": list(alike)}
+    if not alike:
+        return None
+    rows: list[tuple[Cell, ...]] = []
+    lines: list[tuple[str, ...]] = []
+    for method in data.methods:
+        students = [s.measures for s in data.of_method(method.method) if s.seed in method.seeds]
+        texts: list[str] = []
+        for group, tasks in groups.items():
+            finals, shares = (
+                [mean_of(student, tasks) for student in students] for mean_of in (_mean_final, _mean_recovery)
+            )
+            rows += [
+                (method.method, student.seed, group, len(tasks), *values)
+                for student, *values in zip(students, finals, shares, strict=True)
+            ]
+            texts += [_range_text(finals), _range_text(shares)]
+        lines.append((_escape(method.method), str(len(students)), *texts))
+    named = ", ".join(
+        f"{short(task)} (" + ", ".join(f"{percent(share)} % {short(o)}" for o, share in others.items()) + ")"
+        for task, others in alike.items()
+    )
+    return Table(
+        "table_starts",
+        ("method", "seed", "group", "tasks", "average_performance", "recovery"),
+        tuple(rows),
+        ("Method", "Seeds", "AP apart", "Recovery apart", "AP alike", "Recovery alike"),
+        tuple(lines),
+        f"Average performance (AP) and recovery on {data.name}, in per cent, by whether an episode's first "
+        "observation tells its task apart from the others. Alike are tasks of which many episodes begin nearest "
+        f"to one of another task: {named}. Brackets: range of seeds.",
+    )
+
+
+def _mean_final(student: StudentMeasures, tasks: Sequence[str]) -> float | None:
+    """Average performance over `tasks`; one without a teacher counts 0."""
+    rates = [t.final.rate if t.final and t.teacher else 0.0 for t in student.tasks if t.task in tasks]
+    return sum(rates) / len(rates) if rates else None
+
+
+def _mean_recovery(student: StudentMeasures, tasks: Sequence[str]) -> float | None:
+    """Recovery, at most 1 a task, over those of `tasks` that have it."""
+    shares = [min(1.0, t.recovery) for t in student.tasks if t.task in tasks and t.recovery is not None]
+    return sum(shares) / len(shares) if shares else None
+
+
+def _range_text(values: Sequence[float | None]) -> str:
+    """`93.1 [90.0, 95.2]`: mean and range over seeds, in per cent."""
+    found = [value for value in values if value is not None]
+    if not found:
+        return "–"
+    between = f" [{percent(min(found), 1)}, {percent(max(found), 1)}]" if len(found) > 1 else ""
+    return percent(sum(found) / len(found), 1) + between
 
 
 def matrix_tables(data: Dataset) -> list[Table]:

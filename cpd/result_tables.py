@@ -13,7 +13,7 @@ from typing import Any
 from cpd.files import read_json
 from cpd.provenance import Labels
 from cpd.strict_load import merge
-from cpd.tables import CurveRow, EvaluationRow, LossRow, RetrievalRow, StageRow, UsageRow, read_rows
+from cpd.tables import CurveRow, EvaluationRow, LossRow, RetrievalRow, StageRow, StartRow, UsageRow, read_rows
 
 TEACHER = "teacher"
 HELD_OUT = "held_out"
@@ -48,6 +48,7 @@ class Tables:
     stages: list[StageRow]
     usage: list[UsageRow]
     retrieval: list[RetrievalRow]
+    starts: list[StartRow]
 
     @property
     def stream(self) -> tuple[str, ...]:
@@ -99,6 +100,7 @@ def read_tables(folder: Path) -> Tables:
         rows("stages.csv", StageRow),
         rows("usage.csv", UsageRow),
         rows("retrieval.csv", RetrievalRow),
+        rows("starts.csv", StartRow),
     )
 
 

@@ -11,6 +11,7 @@ results/
   stages.csv            experts, parameters, memory and masks of the students after every stage
   usage.csv             which experts act on which task, at the end of the stream
   retrieval.csv         which task is believed in over an episode, at the end of the stream
+  starts.csv            which tasks look alike when an episode begins
   timings.json          when every element was in which phase (Unix time), its processor seconds
   metrics.json          the measures; every number in it derives from the tables above
 """
@@ -28,6 +29,7 @@ from cpd.files import read_json, write_json, write_text
 from cpd.record import read_metrics, read_status
 from cpd.result_tables import TeacherRow, read_tables
 from cpd.runs import Element, Run, RunError, StudentElement, TeacherElement
+from cpd.starts import start_rows
 from cpd.strict_load import to_dict
 from cpd.summary import summarize
 from cpd.tables import (
@@ -68,6 +70,9 @@ def gather(run: Run) -> dict[str, Any]:
         [({"task": t.task, "seed": t.seed}, read_metrics(t.metrics)) for t in run.teachers()],
     )
     _write_students(run)
+    # What can no longer be worked out is kept as it is.
+    if rows := start_rows(run):
+        write_rows(run.results / "starts.csv", rows)
     write_json(run.results / "timings.json", [_timing(e) for e in run.elements() if e.role != "report"])
     write_json(run.results / "config.json", to_dict(run.config))
     report = {**summarize(read_tables(run.results)).to_json(), "provenance": _provenance(run)}

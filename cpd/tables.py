@@ -166,6 +166,19 @@ class RetrievalRow:
     mujoco: str
 
 
+@dataclass(frozen=True)
+class StartRow:
+    """In how many of a teacher's episodes the first observation is nearest to one of another task."""
+
+    task: str
+    seed: int
+    """Of the teacher."""
+    other: str
+    episodes: int
+    nearest: int
+    """Episodes whose first observation has its nearest neighbour, among those on other goals, in `other`."""
+
+
 def write_rows(path: Path, rows: Sequence[Any]) -> None:
     """Publish `rows`, at least one and all of one dataclass, as a CSV file with a header."""
     assert rows and all(type(row) is type(rows[0]) for row in rows)

@@ -17,7 +17,7 @@ LAYERS = [
     ["cpd.session", "cpd.submission", "cpd.checkpoint", "cpd.metrics"],
     [
         *("cpd.envs", "cpd.shards", "cpd.student", "cpd.memory", "cpd.local_queue", "cpd.slurm"),
-        *("cpd.results", "cpd.result_tables", "cpd.measures", "cpd.summary", "cpd.adoption"),
+        *("cpd.results", "cpd.result_tables", "cpd.measures", "cpd.summary", "cpd.starts", "cpd.adoption"),
     ],
     ["cpd.teachers", "cpd.distill", "cpd.evaluate", "cpd.watch"],
     ["jobs", "analysis"],

@@ -68,9 +68,19 @@ def caption(data: Dataset, method: str) -> str:
     """What the figure shows, without the conditions."""
     seeds = len({row.seed for row in data.retrieval if row.method == method})
     few = len(data.tasks) <= FEW_TASKS
+    alike = (
+        " Look like another when an episode begins: "
+        + ", ".join(
+            f"{short(task)} ({', '.join(short(other) for other in others)})"
+            for task, others in data.look_alikes.items()
+        )
+        + "."
+        if data.look_alikes
+        else ""
+    )
     named = "" if few else f" Named: the {NUM_NAMED} tasks that are recognised least."
     return (
         f"Task belief of {method} on {data.name} at the end of the stream: share of episodes in which "
         "the student, which is told nothing, believes in the right task after so many steps of acting by its own "
-        f"beliefs; {seeds} seed{'s' * (seeds > 1)}; log scale. Episodes run on after success.{named}"
+        f"beliefs; {seeds} seed{'s' * (seeds > 1)}; log scale. Episodes run on after success.{named}{alike}"
     )

@@ -128,6 +128,26 @@ def read_rollouts(folder: Path, *, task: str, labels: Labels, policy_sha256: str
     return _read_all(folder, index)
 
 
+def first_observations(folder: Path) -> tuple[FloatArray, npt.NDArray[np.int64]]:
+    """What the teacher saw first in every episode, [E, 39], and the index of the episode's goal, [E].
+
+    For a look at rollouts that were checked when they were used: hashes and labels are not compared.
+
+    Raises:
+        ShardError: if the index is missing or damaged.
+        OSError: if a shard is missing or not readable.
+    """
+    index = read_index(folder)
+    observations, goals = [], []
+    for entry in index.shards:
+        with h5py.File(folder / entry.file, "r") as file:
+            # Every episode has one observation more than it has steps.
+            first = file["offsets"][:-1] + np.arange(entry.num_episodes)
+            observations.append(file["observations"][:][first])
+            goals.append(file["goal_index"][:])
+    return np.concatenate(observations), np.concatenate(goals)
+
+
 def _check_labels(path: Path, index: ShardIndex, task: str, labels: Labels, policy_sha256: str | None) -> None:
     """Compare the index's labels with what is wanted."""
     attributes = index.attributes
@@ -255,4 +275,12 @@ def _check_layout(path: Path, file: Any, entry: ShardEntry) -> None:
             )
 
 
-__all__ = ["ACTION_SIZE", "OBSERVATION_SIZE", "Rollouts", "ShardError", "read_index", "read_rollouts"]
+__all__ = [
+    "ACTION_SIZE",
+    "OBSERVATION_SIZE",
+    "Rollouts",
+    "ShardError",
+    "first_observations",
+    "read_index",
+    "read_rollouts",
+]
