@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Final, Protocol
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -125,7 +125,43 @@ class ExploringStarts:
         return int(lengths.sum())
 
 
-NO_STARTS: Final = ExploringStarts()
+@dataclass(frozen=True)
+class EpisodeRules:
+    """How a teacher's training episodes begin, what they reward, and when they end."""
+
+    horizon: int
+    """Longest episode in steps."""
+    terminate_on_success: bool = True
+    """Whether success ends an episode."""
+    starts: ExploringStarts = ExploringStarts()
+    """What may happen before an episode's first step."""
+    grasp_bonus: float = 0.0
+    """Weight in rewards of how near a step comes to holding the object."""
+
+
+class _Beginnings:
+    """Begins the episodes of an iteration in the environments `slots` of it; noise and goals are the whole's."""
+
+    def __init__(
+        self,
+        envs: VectorEnv,
+        goals: Sequence[Goal],
+        num_envs: int,
+        slots: range,
+        starts: ExploringStarts,
+        seed: int,
+        iteration: int,
+    ) -> None:
+        self._envs, self._slots, self._starts = envs, slots, starts
+        self._dealer = GoalDealer(goals, num_envs, generator(seed, "goals", iteration))
+        self._rngs = [generator(seed, "starts", iteration, slot) for slot in slots] if starts.share else []
+        self.num_start_steps = 0
+
+    def begin(self, ended: Sequence[int]) -> None:
+        """The next episodes in the environments numbered `ended` here."""
+        if ended:
+            self._envs.reset(ended, [self._dealer.deal(self._slots[slot]) for slot in ended])
+            self.num_start_steps += self._starts.begin(self._envs, ended, self._rngs)
 
 
 def sample(
@@ -133,45 +169,38 @@ def sample(
     envs: VectorEnv,
     goals: Sequence[Goal],
     config: SamplingConfig,
-    horizon: int,
+    rules: EpisodeRules,
     seed: int,
     iteration: int,
-    should_stop: Callable[[], bool] = lambda: False,
+    *,
     slots: range | None = None,
-    terminate_on_success: bool = True,
-    starts: ExploringStarts = NO_STARTS,
-    grasp_bonus: float = 0.0,
+    should_stop: Callable[[], bool] = lambda: False,
 ) -> Batch | None:
     """Act with exploration noise for an iteration, from fresh resets on, in the first slots of `envs`.
 
-    An episode ends after `horizon` steps, and at success unless told otherwise, and the next one starts; the
-    iteration's end cuts all.
+    Where an episode ends the next one starts; the iteration's end cuts all.
 
     Args:
         policy: acts in all environments at once.
         envs: as many slots as are stepped here, or more.
         goals: training goals.
         config: sizes of the iteration.
-        horizon: longest episode.
+        rules: of the episodes.
         seed: of noise and goals.
         iteration: number of the iteration.
-        should_stop: looked at before every step.
         slots: which of the iteration's `num_envs` environments are stepped here; None: all. Noise and goals are
             those of the whole iteration, whoever steps the others.
-        terminate_on_success: whether success ends an episode.
-        starts: what may happen before an episode's first step.
-        grasp_bonus: weight in rewards of how near a step comes to holding the object.
+        should_stop: looked at before every step.
 
     Returns:
         The batch; None if `should_stop()` turned true.
     """
     num_steps, slots = config.steps_per_env, slots or range(config.num_envs)
-    first, num_envs = slots.start, len(slots)
+    num_envs = len(slots)
     noise_SNA = correlated_noise(
         num_steps, config.num_envs, 4, config.noise_correlation, generator(seed, "exploration", iteration)
-    )[:, first : slots.stop]
-    dealer = GoalDealer(goals, config.num_envs, generator(seed, "goals", iteration))
-    start_rngs = [generator(seed, "starts", iteration, slot) for slot in slots] if starts.share else []
+    )[:, slots.start : slots.stop]
+    beginnings = _Beginnings(envs, goals, config.num_envs, slots, rules.starts, seed, iteration)
     obs = np.empty((num_steps, num_envs, envs.observations.shape[1]), np.float32)
     next_obs = np.empty_like(obs)
     actions = np.empty((num_steps, num_envs, 4), np.float32)
@@ -181,25 +210,22 @@ def sample(
     executed = np.zeros((envs.num_envs, 4), np.float32)
     active = np.arange(envs.num_envs) < num_envs
     length = np.zeros(num_envs, np.int64)
-    start_steps = 0
-    envs.want_grasps(grasp_bonus > 0)
+    envs.want_grasps(rules.grasp_bonus > 0)
     ended: Sequence[int] = range(num_envs)
     for t in range(num_steps):
         if should_stop():
             return None
-        if ended:
-            envs.reset(ended, [dealer.deal(first + slot) for slot in ended])
-            start_steps += starts.begin(envs, ended, start_rngs)
-            length[ended] = 0
+        beginnings.begin(ended)
+        length[ended] = 0
         obs[t] = envs.observations[:num_envs]
         actions[t] = policy.explore(obs[t], noise_SNA[t])
         executed[:num_envs] = np.clip(actions[t], -1.0, 1.0)
         envs.step(executed, active)
         next_obs[t] = envs.observations[:num_envs]
-        rewards[t] = envs.rewards[:num_envs] + grasp_bonus * envs.grasps[:num_envs]
+        rewards[t] = envs.rewards[:num_envs] + rules.grasp_bonus * envs.grasps[:num_envs]
         successes[t] = envs.successes[:num_envs]
         length += 1
-        ends[t] = (successes[t] & terminate_on_success) | (length == horizon) | (t == num_steps - 1)
+        ends[t] = (successes[t] & rules.terminate_on_success) | (length == rules.horizon) | (t == num_steps - 1)
         ended = np.flatnonzero(ends[t]).tolist()
     in_first = np.arange(num_steps)[:, None] <= ends.argmax(axis=0)  # steps of first episodes
     return Batch(
@@ -207,9 +233,9 @@ def sample(
         next_obs,
         actions,
         rewards,
-        successes & terminate_on_success,
+        successes & rules.terminate_on_success,
         ends,
         train_success=float((successes & in_first).any(axis=0).mean()),
         train_return=float((rewards * in_first).sum(axis=0).mean()),
-        start_steps=start_steps,
+        start_steps=beginnings.num_start_steps,
     )

@@ -27,7 +27,7 @@ from cpd.teachers.policy import MLPPolicy, Teacher, TeacherActor
 from cpd.teachers.ppo import Learner
 from cpd.teachers.ranks import check_same, float_mean, on_first_rank, own_slots
 from cpd.teachers.sac import SACLearner
-from cpd.teachers.sampling import Batch, ExploringStarts, sample
+from cpd.teachers.sampling import Batch, EpisodeRules, ExploringStarts, sample
 from cpd.teachers.warm_start import WarmStart, warm_start
 
 
@@ -292,14 +292,16 @@ class Trainer:
             self._pool.get(self._element.task),
             self._goals,
             self._settings,
-            teacher.horizon,
+            EpisodeRules(
+                teacher.horizon,
+                teacher.terminate_on_success,
+                ExploringStarts(teacher.exploring_share, teacher.exploring_steps),
+                teacher.grasp_bonus,
+            ),
             self._element.seed,
             progress.iteration,
-            should_stop=lambda: self._interrupt.requested,
             slots=self._slots,
-            terminate_on_success=teacher.terminate_on_success,
-            starts=ExploringStarts(teacher.exploring_share, teacher.exploring_steps),
-            grasp_bonus=teacher.grasp_bonus,
+            should_stop=lambda: self._interrupt.requested,
         )
         # A rank that was not asked has sampled in vain; all stop where the last iteration ended.
         if self._comm.any(batch is None) or batch is None:

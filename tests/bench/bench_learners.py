@@ -38,7 +38,7 @@ from cpd.envs.sampler import VectorEnv, make_vector_env
 from cpd.teachers.policy import TeacherActor
 from cpd.teachers.ppo import Learner
 from cpd.teachers.sac import SACLearner
-from cpd.teachers.sampling import Batch, sample
+from cpd.teachers.sampling import Batch, EpisodeRules, sample
 
 HORIZON, TRAINING_HORIZON = 500, 200
 NUM_GOALS, CHUNK, MOST_FAILURES = 50, 10, 2
@@ -120,7 +120,7 @@ def train_ours(kind: str, task: str, seed: int, clock: Clock, judge: Judge) -> t
     with make_vector_env([task] * config.num_envs, 1) as envs:
         iteration = 0
         while clock.cpu < clock.cap:
-            batch = sample(learner.policy, envs, goals, config, TRAINING_HORIZON, seed, iteration)
+            batch = sample(learner.policy, envs, goals, config, EpisodeRules(TRAINING_HORIZON), seed, iteration)
             assert batch is not None
             learner.update(batch, iteration)
             iteration += 1

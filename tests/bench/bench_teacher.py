@@ -21,7 +21,7 @@ from cpd.config import PPOConfig
 from cpd.envs.goals import goal_set
 from cpd.envs.sampler import VectorEnv, make_vector_env
 from cpd.teachers.ppo import Learner
-from cpd.teachers.sampling import Batch, sample
+from cpd.teachers.sampling import Batch, EpisodeRules, sample
 
 CONFIG = PPOConfig()
 HORIZON = 200
@@ -54,7 +54,9 @@ def measure_workers(task: str, workers: int, iterations: int) -> dict[str, float
     samples, simulators, updates = [], [], []
     with make_vector_env([task] * CONFIG.num_envs, workers) as envs:
         for iteration in range(iterations + 1):
-            seconds, batch = timed(sample, learner.policy, envs, goals, CONFIG, HORIZON, 1, iteration)
+            seconds, batch = timed(
+                sample, learner.policy, envs, goals, CONFIG, EpisodeRules(HORIZON), 1, iteration
+            )
             simulator = simulator_seconds(envs, task, batch)
             update, _ = timed(learner.update, batch, iteration)
             if iteration:

@@ -13,7 +13,7 @@ from cpd.config import PPOConfig
 from cpd.envs.goals import goal_set
 from cpd.envs.sampler import make_vector_env
 from cpd.teachers.ppo import Learner
-from cpd.teachers.sampling import Batch, sample
+from cpd.teachers.sampling import Batch, EpisodeRules, sample
 
 CONFIG = PPOConfig(hidden_sizes=(32, 32), num_envs=8, steps_per_env=50, minibatch_size=100, num_epochs=3)
 
@@ -70,7 +70,7 @@ def test_first_losses() -> None:
     with make_vector_env(["drawer-close-v3"] * 8, 1) as envs:
         for iteration in range(2):
             goals = goal_set("drawer-close-v3", "training", 50)
-            batch = sample(learner.policy, envs, goals, CONFIG, 40, 1, iteration)
+            batch = sample(learner.policy, envs, goals, CONFIG, EpisodeRules(40), 1, iteration)
             assert batch is not None
             found.append(learner.update(batch, iteration))
     for values, golden in zip(found, GOLDEN, strict=True):

@@ -12,11 +12,12 @@ from cpd.envs.sampler import make_vector_env
 from cpd.envs.task_env import TaskEnv
 from cpd.seeding import generator
 from cpd.teachers.policy import GaussianPolicy
-from cpd.teachers.sampling import NO_STARTS, Batch, ExploringStarts, GoalDealer, correlated_noise, sample
+from cpd.teachers.sampling import Batch, EpisodeRules, ExploringStarts, GoalDealer, correlated_noise, sample
 
 TASK = "drawer-close-v3"
 CONFIG = PPOConfig(hidden_sizes=(8,), num_envs=5, steps_per_env=70, minibatch_size=50)
 HORIZON = 40
+RULES = EpisodeRules(HORIZON)
 FIELDS = ("obs", "next_obs", "actions", "rewards", "terminated", "ends")
 
 
@@ -34,12 +35,12 @@ def draw(
     iteration: int = 0,
     num_slots: int = 5,
     should_stop=lambda: False,
-    starts: ExploringStarts = NO_STARTS,
+    rules: EpisodeRules = RULES,
     slots: range | None = None,
 ) -> Batch | None:
     goals = goal_set(TASK, "training", 10)
     with make_vector_env([TASK] * num_slots, num_workers) as envs:
-        return sample(Shover(), envs, goals, CONFIG, HORIZON, 1, iteration, should_stop, slots, starts=starts)
+        return sample(Shover(), envs, goals, CONFIG, rules, 1, iteration, slots=slots, should_stop=should_stop)
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +110,7 @@ def test_it_is_what_a_single_environment_does(batch: Batch) -> None:
 def test_a_bonus_for_grasps_is_added_to_rewards(batch: Batch) -> None:
     goals = goal_set(TASK, "training", 10)
     with make_vector_env([TASK] * 5, 1) as envs:
-        rewarded = sample(Shover(), envs, goals, CONFIG, HORIZON, 1, 0, grasp_bonus=2.0)
+        rewarded = sample(Shover(), envs, goals, CONFIG, EpisodeRules(HORIZON, grasp_bonus=2.0), 1, 0)
     assert rewarded is not None
     assert np.array_equal(rewarded.obs, batch.obs)
     env = TaskEnv(TASK)
@@ -131,7 +132,7 @@ def test_train_success_counts_first_episodes_only(batch: Batch) -> None:
 def test_without_termination_episodes_outlast_success(batch: Batch) -> None:
     goals = goal_set(TASK, "training", 10)
     with make_vector_env([TASK] * 5, 1) as envs:
-        found = sample(Shover(), envs, goals, CONFIG, HORIZON, 1, 0, terminate_on_success=False)
+        found = sample(Shover(), envs, goals, CONFIG, EpisodeRules(HORIZON, terminate_on_success=False), 1, 0)
     assert found is not None
     assert not found.terminated.any()
     ends = np.zeros_like(found.ends)
@@ -143,8 +144,8 @@ def test_without_termination_episodes_outlast_success(batch: Batch) -> None:
 
 
 def test_exploring_starts_come_before_episodes_and_depend_on_nothing_else(batch: Batch) -> None:
-    starts = ExploringStarts(0.5, 30)
-    explored = draw(starts=starts)
+    rules = EpisodeRules(HORIZON, starts=ExploringStarts(0.5, 30))
+    explored = draw(rules=rules)
     assert explored is not None
     begins = np.vstack([np.ones((1, 5), np.bool_), explored.ends[:-1]])
     hands = explored.obs[begins][:, :3]
@@ -153,10 +154,10 @@ def test_exploring_starts_come_before_episodes_and_depend_on_nothing_else(batch:
     assert 0 < is_own.sum() < len(hands)
     assert 0 < explored.start_steps <= 30 * (~is_own).sum()
     # The action and its length are the environment's own, whoever else begins an episode, and whoever steps it.
-    again = draw(num_workers=2, num_slots=7, starts=starts)
+    again = draw(num_workers=2, num_slots=7, rules=rules)
     assert again is not None
     assert_equal(explored, again)
-    part = draw(num_slots=3, starts=starts, slots=range(2, 5))
+    part = draw(num_slots=3, rules=rules, slots=range(2, 5))
     assert part is not None
     assert np.array_equal(part.obs[0], explored.obs[0, 2:])
     assert batch.start_steps == 0
