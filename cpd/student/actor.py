@@ -13,10 +13,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from cpd.student.belief import NEVER
 from cpd.student.student import Student
-
-#: What speaks for a task that is not known.
-NEVER = float("-inf")
 
 
 class StudentActor:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-#: Evidence for tasks that have no prototype yet.
+#: Evidence for a task that is not known.
 NEVER = float("-inf")
 
 
