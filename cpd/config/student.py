@@ -108,6 +108,9 @@ class DistillConfig:
     """continual: one task after another. Two bounds on it, without memory, protection or growth, with as many
     steps and samples: joint, where every stage's batches mix the data of all tasks evenly; and single_task,
     where every stage trains a fresh student, and each task is acted for by the student of its latest stage."""
+    episodes: Literal["successful", "all"] = "successful"
+    """Which of a teacher's episodes are distilled. Those that failed, mostly for the noise in them, are long and
+    full of states from which nothing leads on; where no episode succeeded all are taken."""
     steps_per_stage: Positive = 1_000
     batch_size: Positive = 256
     """Windows per step over all ranks."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -44,14 +44,27 @@ class StageData:
     others: tuple[StageData, ...] = ()
 
     @classmethod
-    def from_rollouts(cls, rollouts: Rollouts, tasks: Sequence[str]) -> StageData:
-        """The part of `rollouts` that distillation uses; `tasks` are the stream's distinct ones."""
+    def from_rollouts(
+        cls, rollouts: Rollouts, tasks: Sequence[str], episodes: Literal["successful", "all"] = "all"
+    ) -> StageData:
+        """The part of `rollouts` that distillation uses.
+
+        Args:
+            rollouts: all that there is.
+            tasks: the stream's distinct ones.
+            episodes: `successful` leaves out those that failed, unless all did.
+        """
+        lengths = np.diff(rollouts.offsets)
+        kept = rollouts.episode_success if episodes == "successful" else np.ones(len(lengths), np.bool_)
+        if not kept.any():
+            kept = np.ones_like(kept)
+        steps = np.repeat(kept, lengths)
         return cls(
             tasks.index(rollouts.task),
-            rollouts.offsets,
-            rollouts.observations,
-            rollouts.teacher_mean,
-            rollouts.teacher_log_std,
+            np.concatenate([[0], np.cumsum(lengths[kept])]),
+            rollouts.observations[steps],
+            rollouts.teacher_mean[steps],
+            rollouts.teacher_log_std[steps],
         )
 
     @property

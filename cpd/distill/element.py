@@ -143,11 +143,13 @@ class Distillation:
 
     def _lesson(self, task: str) -> StageData:
         """What a stage of `task` distils; jointly the data of all teachers, read once."""
-        if self.config.distill.protocol != "joint":
-            return read_stage(self.run, self.admitted[task], self.comm)
+        config = self.config.distill
+        if config.protocol != "joint":
+            return read_stage(self.run, self.admitted[task], self.comm, config.episodes)
         if not self._lessons:
             self._lessons = {
-                name: read_stage(self.run, teacher, self.comm) for name, teacher in self.admitted.items()
+                name: read_stage(self.run, teacher, self.comm, config.episodes)
+                for name, teacher in self.admitted.items()
             }
         others = [lesson for name, lesson in self._lessons.items() if name != task]
         return replace(self._lessons[task], others=tuple(others))

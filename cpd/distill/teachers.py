@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 from cpd.comm import Comm
 from cpd.distill.batches import StageData
@@ -49,8 +50,10 @@ def _names(names: Sequence[str]) -> str:
     return f"{', '.join(names)} {'is' if len(names) == 1 else 'are'}"
 
 
-def read_stage(run: Run, teacher: TeacherElement, comm: Comm) -> StageData:
-    """A teacher's rollouts, read and checked by every rank; a collective.
+def read_stage(
+    run: Run, teacher: TeacherElement, comm: Comm, episodes: Literal["successful", "all"] = "all"
+) -> StageData:
+    """A teacher's rollouts, or `episodes` of them, read and checked by every rank; a collective.
 
     Raises:
         ShardError: if they are not sound or not this teacher's.
@@ -64,4 +67,4 @@ def read_stage(run: Run, teacher: TeacherElement, comm: Comm) -> StageData:
             f"the ranks see different contents of {teacher.shards}: the run directory must lie on a file system "
             "that all nodes share"
         )
-    return StageData.from_rollouts(rollouts, run.config.stream.distinct_tasks)
+    return StageData.from_rollouts(rollouts, run.config.stream.distinct_tasks, episodes)

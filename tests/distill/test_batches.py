@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -12,9 +15,12 @@ from hypothesis import strategies as st
 
 from cpd.comm import SerialComm
 from cpd.config import DistillConfig
-from cpd.distill.batches import BatchSource
+from cpd.distill.batches import BatchSource, StageData
 from cpd.memory.segments import Segments
+from cpd.shards.reader import Rollouts, read_rollouts
+from cpd.shards.writer import ShardWriter
 from tests.distill.synthetic import stage_data
+from tests.shards.test_shards import ATTRIBUTES, LABELS, make_episode
 
 
 @dataclass
@@ -101,3 +107,32 @@ def test_the_probe_holds_the_current_task_alone():
     probe = source(stage_data(1).segments(4)).probe()
     assert len(probe.obs_RLO) == 32
     assert not probe.task_R.any() and not probe.replayed_R.any()
+
+
+def taught(folder: Path, outcomes: Sequence[bool]) -> Rollouts:
+    """Rollouts of episodes of 3, 4, 5 ... steps that succeeded or not."""
+    with ShardWriter(folder, ATTRIBUTES, 6) as writer:
+        for number, success in enumerate(outcomes):
+            episode = make_episode(3 + number, number)
+            episode.successes[:] = False
+            episode.successes[-1] = success
+            writer.append(episode)
+    return read_rollouts(folder, task=ATTRIBUTES.task, labels=LABELS)
+
+
+def test_failed_episodes_are_left_out_whole(tmp_path: Path) -> None:
+    rollouts = taught(tmp_path, [True, False, True])
+    data = StageData.from_rollouts(rollouts, [ATTRIBUTES.task], "successful")
+    assert data.offsets.tolist() == [0, 3, 8]
+    rows = [0, 1, 2, 7, 8, 9, 10, 11]
+    np.testing.assert_array_equal(data.observations, rollouts.observations[rows])
+    np.testing.assert_array_equal(data.teacher_mean, rollouts.teacher_mean[rows])
+    np.testing.assert_array_equal(data.teacher_log_std, rollouts.teacher_log_std[rows])
+
+
+@pytest.mark.parametrize(("outcomes", "episodes"), [([False, False], "successful"), ([True, False], "all")])
+def test_all_episodes_are_distilled_where_none_succeeded_or_if_so_chosen(
+    tmp_path: Path, outcomes: list[bool], episodes: Literal["successful", "all"]
+) -> None:
+    data = StageData.from_rollouts(taught(tmp_path, outcomes), [ATTRIBUTES.task], episodes)
+    assert data.offsets.tolist() == [0, 3, 7]
