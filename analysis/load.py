@@ -292,6 +292,14 @@ def conditions(data: Dataset) -> str:
     )
 
 
+def look_alikes(data: Dataset) -> str:
+    """Which tasks look like which others when an episode begins, and in what share of episodes."""
+    return ", ".join(
+        f"{short(task)} ({', '.join(f'{100 * share:.0f} % {short(other)}' for other, share in others.items())})"
+        for task, others in data.look_alikes.items()
+    )
+
+
 def short_conditions(data: Dataset) -> str:
     """The labels without which no number may be read, for the margin of a figure."""
     labels = data.labels

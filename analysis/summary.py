@@ -9,7 +9,7 @@ from typing import Any, TextIO
 from rich.console import Console
 from rich.table import Table
 
-from analysis.load import Dataset, conditions, load, short
+from analysis.load import Dataset, conditions, load, look_alikes, short
 from analysis.tables import headline, task_cells, worst_text
 from cpd.measures import StudentMeasures
 from cpd.record import clock
@@ -49,6 +49,10 @@ def show(data: Dataset, file: TextIO | None = None) -> None:
         console.print()
     if data.students or data.teacher_rates:
         console.print(conditions(data), style="dim", soft_wrap=True)
+    if data.students and data.look_alikes:
+        console.print(
+            f"told apart by nothing when episodes begin: {look_alikes(data)}", style="dim", soft_wrap=True
+        )
     for line in data.missing:
         console.print(f"note: {line}", style="yellow", soft_wrap=True)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from analysis.load import Dataset, mean_matrix, short
+from analysis.load import Dataset, look_alikes, mean_matrix, short
 from cpd.files import write_text
 from cpd.measures import Estimate, Rate, StudentMeasures, TaskMeasures
 from cpd.metrics import Aggregate
@@ -227,10 +227,6 @@ def start_table(data: Dataset) -> Table | None:
             ]
             texts += [_range_text(finals), _range_text(shares)]
         lines.append((_escape(method.method), str(len(students)), *texts))
-    named = ", ".join(
-        f"{short(task)} (" + ", ".join(f"{percent(share)} % {short(o)}" for o, share in others.items()) + ")"
-        for task, others in alike.items()
-    )
     return Table(
         "table_starts",
         ("method", "seed", "group", "tasks", "average_performance", "recovery"),
@@ -239,7 +235,7 @@ def start_table(data: Dataset) -> Table | None:
         tuple(lines),
         f"Average performance (AP) and recovery on {data.name}, in per cent, by whether an episode's first "
         "observation tells its task apart from the others. Alike are tasks of which many episodes begin nearest "
-        f"to one of another task: {named}. Brackets: range of seeds.",
+        f"to one of another task: {look_alikes(data)}. Brackets: range of seeds.",
     )
 
 

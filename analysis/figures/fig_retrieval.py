@@ -7,7 +7,7 @@ from collections import defaultdict
 import numpy as np
 from matplotlib.figure import Figure
 
-from analysis.load import Dataset, short
+from analysis.load import Dataset, look_alikes, short
 from analysis.style import COLUMN_INCHES, METHOD_COLOURS, method_line
 
 #: With more tasks than this their lines are not told apart, but the worst are named.
@@ -68,16 +68,8 @@ def caption(data: Dataset, method: str) -> str:
     """What the figure shows, without the conditions."""
     seeds = len({row.seed for row in data.retrieval if row.method == method})
     few = len(data.tasks) <= FEW_TASKS
-    alike = (
-        " Look like another when an episode begins: "
-        + ", ".join(
-            f"{short(task)} ({', '.join(short(other) for other in others)})"
-            for task, others in data.look_alikes.items()
-        )
-        + "."
-        if data.look_alikes
-        else ""
-    )
+    alike = look_alikes(data)
+    alike = f" Tasks of which episodes begin like another's: {alike}." if alike else ""
     named = "" if few else f" Named: the {NUM_NAMED} tasks that are recognised least."
     return (
         f"Task belief of {method} on {data.name} at the end of the stream: share of episodes in which "
