@@ -125,15 +125,15 @@ def _stages(student: StudentElement, records: Sequence[Mapping[str, Any]]) -> It
         if path.exists():
             found = read_json(path)
             yield StageRow(
-                student.method,
-                student.seed,
-                stage,
-                found["task"],
-                found["num_experts"],
-                found["num_parameters"],
-                found["memory_steps"],
-                found["memory_bytes"],
-                masked.get(stage),
+                method=student.method,
+                seed=student.seed,
+                stage=stage,
+                task=found["task"],
+                experts=found["num_experts"],
+                parameters=found["num_parameters"],
+                memory_steps=found["memory_steps"],
+                memory_bytes=found["memory_bytes"],
+                masked_share=masked.get(stage),
                 **found["labels"],
             )
 

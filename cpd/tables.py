@@ -1,5 +1,7 @@
 """The long-form tables of results: one dataclass per table, one CSV line per row.
 
+Rows that are results carry the labels of their conditions, in the last columns.
+
 Floats are written so that they read back exactly, flags as 1 and 0, and what was not measured as an empty cell.
 """
 
@@ -8,18 +10,19 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import astuple, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from types import NoneType
 from typing import Any, TypeVar, get_args, get_type_hints
 
 from cpd.files import write_text
+from cpd.provenance import Labels
 
 Row = TypeVar("Row")
 
 
-@dataclass(frozen=True)
-class EvaluationRow:
+@dataclass(frozen=True, kw_only=True)
+class EvaluationRow(Labels):
     """Success of one policy on one task and goal set, with the labels of its conditions."""
 
     method: str
@@ -37,12 +40,6 @@ class EvaluationRow:
     """Episodes in which it was set at the last step; None where episodes ended at success."""
     mean_return: float
     """Undiscounted; comparable only among rows whose episodes ended alike."""
-    teacher_recipe: str
-    horizon: int
-    task_identity: str
-    reward_version: str
-    metaworld: str
-    mujoco: str
 
 
 @dataclass(frozen=True)
@@ -62,8 +59,8 @@ class EpisodeRow:
     episode_return: float
 
 
-@dataclass(frozen=True)
-class CurveRow:
+@dataclass(frozen=True, kw_only=True)
+class CurveRow(Labels):
     """Success of a student on the current task within a stage."""
 
     method: str
@@ -75,12 +72,6 @@ class CurveRow:
     goal_set: str
     episodes: int
     successes: int
-    teacher_recipe: str
-    horizon: int
-    task_identity: str
-    reward_version: str
-    metaworld: str
-    mujoco: str
 
 
 @dataclass(frozen=True)
@@ -101,8 +92,8 @@ class LossRow:
     """Imitation on what is replayed; None where nothing is."""
 
 
-@dataclass(frozen=True)
-class StageRow:
+@dataclass(frozen=True, kw_only=True)
+class StageRow(Labels):
     """What a student is made of and holds after a stage."""
 
     method: str
@@ -118,16 +109,10 @@ class StageRow:
     memory_bytes: int
     masked_share: float | None
     """Share of the parameters that are protected from here on; None for methods without masking."""
-    teacher_recipe: str
-    horizon: int
-    task_identity: str
-    reward_version: str
-    metaworld: str
-    mujoco: str
 
 
-@dataclass(frozen=True)
-class UsageRow:
+@dataclass(frozen=True, kw_only=True)
+class UsageRow(Labels):
     """How often one expert was chosen while a student acted in episodes of one task."""
 
     method: str
@@ -138,16 +123,10 @@ class UsageRow:
     expert: int
     chosen: int
     """Time steps at which it was among the chosen experts; with top-k routing every step counts k times."""
-    teacher_recipe: str
-    horizon: int
-    task_identity: str
-    reward_version: str
-    metaworld: str
-    mujoco: str
 
 
-@dataclass(frozen=True)
-class RetrievalRow:
+@dataclass(frozen=True, kw_only=True)
+class RetrievalRow(Labels):
     """In how many episodes a student that is told nothing believed in the right task, at one step."""
 
     method: str
@@ -158,12 +137,6 @@ class RetrievalRow:
     """Observations seen so far in the episode, from 1."""
     episodes: int
     correct: int
-    teacher_recipe: str
-    horizon: int
-    task_identity: str
-    reward_version: str
-    metaworld: str
-    mujoco: str
 
 
 @dataclass(frozen=True)
@@ -184,8 +157,9 @@ def write_rows(path: Path, rows: Sequence[Any]) -> None:
     assert rows and all(type(row) is type(rows[0]) for row in rows)
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(field.name for field in fields(rows[0]))
-    writer.writerows(map(_cell, astuple(row)) for row in rows)
+    columns = _columns(type(rows[0]))
+    writer.writerow(columns)
+    writer.writerows([_cell(getattr(row, column)) for column in columns] for row in rows)
     write_text(path, text.getvalue())
 
 
@@ -195,7 +169,8 @@ def read_rows(path: Path, kind: type[Row]) -> list[Row]:
     Raises:
         ValueError: if a column or a value is not as `kind` has it, naming the file and the line.
     """
-    parsers = {name: _parser(hint) for name, hint in get_type_hints(kind).items()}
+    hints = get_type_hints(kind)
+    parsers = {name: _parser(hints[name]) for name in _columns(kind)}
     with path.open(newline="") as file:
         reader = csv.reader(file)
         header = next(reader, [])
@@ -205,6 +180,13 @@ def read_rows(path: Path, kind: type[Row]) -> list[Row]:
                 f"{','.join(parsers)}; it was written by another version or damaged: make it anew"
             )
         return list(_parsed(path, kind, parsers, reader))
+
+
+def _columns(kind: type[Any]) -> list[str]:
+    """A row's own fields, then its labels."""
+    names = [field.name for field in fields(kind)]
+    shared = [field.name for field in fields(Labels)] if issubclass(kind, Labels) else []
+    return [name for name in names if name not in shared] + shared
 
 
 def _parsed(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, astuple
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -165,16 +165,16 @@ def _write_watched(evaluation: StudentElement, rates: np.ndarray, final: int, la
     if np.isnan(rates[final + 1]).all():
         return
     tasks = evaluation.config.stream.distinct_tasks
-    head = (evaluation.method, evaluation.seed, final)
+    head = {"method": evaluation.method, "seed": evaluation.seed, "stage": final, **asdict(labels)}
     usage, retrieval = [], []
     for column, task in enumerate(tasks):
         for layer in range(2):
             for expert in range(len(tasks) + 1):
                 chosen = 20_000 if expert == column else 4_000 if expert == len(tasks) else 100 * layer
-                usage.append(UsageRow(*head, task, layer, expert, chosen, *astuple(labels)))
+                usage.append(UsageRow(**head, task=task, layer=layer, expert=expert, chosen=chosen))
         for step in (1, 2, 3, 5, 10, 20, 50, 100, 200, labels.horizon):
             correct = round(50 * min(1.0, 0.3 + 0.07 * column + 0.25 * np.log10(step)))
-            retrieval.append(RetrievalRow(*head, task, step, 50, correct, *astuple(labels)))
+            retrieval.append(RetrievalRow(**head, task=task, step=step, episodes=50, correct=correct))
     write_rows(evaluation.usage_file(final), usage)
     write_rows(evaluation.retrieval_file(final), retrieval)
 
@@ -186,8 +186,9 @@ def _write_cell_files(table: Path, details: Path, cells: Sequence[tuple], labels
             continue
         successes = round(rate * count)
         last = successes if stage is None or goal_set == "training" else None
-        head = (method, seed, stage, task, goal_set)
-        rows.append(EvaluationRow(*head, count, successes, last, 10.0 * rate, **asdict(labels)))
-        episodes += [EpisodeRow(*head, goal, goal < successes, None, 120, 10.0) for goal in range(count)]
+        head = {"method": method, "seed": seed, "stage": stage, "task": task, "goal_set": goal_set}
+        counts = {"episodes": count, "successes": successes, "successes_last": last, "mean_return": 10.0 * rate}
+        rows.append(EvaluationRow(**head, **counts, **asdict(labels)))
+        episodes += [EpisodeRow(*head.values(), goal, goal < successes, None, 120, 10.0) for goal in range(count)]
     write_rows(table, rows)
     write_rows(details, episodes)

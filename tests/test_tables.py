@@ -33,7 +33,16 @@ def test_round_trip(tmp_path_factory: pytest.TempPathFactory, kind: type, data: 
 
 def test_columns_are_the_published_ones(tmp_path: Path) -> None:
     row = EvaluationRow(
-        "moe", 1, None, "push-v3", "held_out", 50, 49, None, 0.1, "rl", 500, "none", "v2", "3", "4"
+        *("rl", 500, "none", "v2", "3", "4"),
+        method="moe",
+        seed=1,
+        stage=None,
+        task="push-v3",
+        goal_set="held_out",
+        episodes=50,
+        successes=49,
+        successes_last=None,
+        mean_return=0.1,
     )
     write_rows(tmp_path / "evaluation.csv", [row])
     assert (tmp_path / "evaluation.csv").read_text() == (
