@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from cpd.config.types import Count, NonNegativeFloat, Positive, PositiveFloat, Share
+from cpd.config.types import Count, EpisodeChoice, NonNegativeFloat, Positive, PositiveFloat, Share
 from cpd.strict_load import STRICT
 
 
@@ -108,7 +108,7 @@ class DistillConfig:
     """continual: one task after another. Two bounds on it, without memory, protection or growth, with as many
     steps and samples: joint, where every stage's batches mix the data of all tasks evenly; and single_task,
     where every stage trains a fresh student, and each task is acted for by the student of its latest stage."""
-    episodes: Literal["successful", "all"] = "successful"
+    episodes: EpisodeChoice = "successful"
     """Which of a teacher's episodes are distilled. Those that failed, mostly for the noise in them, are long and
     full of states from which nothing leads on; where no episode succeeded all are taken."""
     steps_per_stage: Positive = 1_000

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
@@ -40,3 +40,4 @@ def _distinct(values: tuple[int, ...]) -> tuple[int, ...]:
 # Meta-World's custom-mt environments treat seed 0 as unseeded; keep to seeds from 1 everywhere.
 Seeds = Annotated[tuple[Positive, ...], Field(min_length=1), AfterValidator(_distinct)]
 Task = Annotated[str, AfterValidator(_known_task)]
+EpisodeChoice = Literal["successful", "all"]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from cpd.comm import Comm
 from cpd.config import DistillConfig
+from cpd.config.types import EpisodeChoice
 from cpd.distill.losses import floored_log_std
 from cpd.memory.segments import Segments, cut_segments
 from cpd.seeding import generator
@@ -44,9 +45,7 @@ class StageData:
     others: tuple[StageData, ...] = ()
 
     @classmethod
-    def from_rollouts(
-        cls, rollouts: Rollouts, tasks: Sequence[str], episodes: Literal["successful", "all"] = "all"
-    ) -> StageData:
+    def from_rollouts(cls, rollouts: Rollouts, tasks: Sequence[str], episodes: EpisodeChoice = "all") -> StageData:
         """The part of `rollouts` that distillation uses.
 
         Args:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
 from cpd.comm import Comm
+from cpd.config.types import EpisodeChoice
 from cpd.distill.batches import StageData
 from cpd.files import sha256
 from cpd.provenance import labels
@@ -50,9 +50,7 @@ def _names(names: Sequence[str]) -> str:
     return f"{', '.join(names)} {'is' if len(names) == 1 else 'are'}"
 
 
-def read_stage(
-    run: Run, teacher: TeacherElement, comm: Comm, episodes: Literal["successful", "all"] = "all"
-) -> StageData:
+def read_stage(run: Run, teacher: TeacherElement, comm: Comm, episodes: EpisodeChoice = "all") -> StageData:
     """A teacher's rollouts, or `episodes` of them, read and checked by every rank; a collective.
 
     Raises:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import pytest
@@ -15,6 +14,7 @@ from hypothesis import strategies as st
 
 from cpd.comm import SerialComm
 from cpd.config import DistillConfig
+from cpd.config.types import EpisodeChoice
 from cpd.distill.batches import BatchSource, StageData
 from cpd.memory.segments import Segments
 from cpd.shards.reader import Rollouts, read_rollouts
@@ -132,7 +132,7 @@ def test_failed_episodes_are_left_out_whole(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("outcomes", "episodes"), [([False, False], "successful"), ([True, False], "all")])
 def test_all_episodes_are_distilled_where_none_succeeded_or_if_so_chosen(
-    tmp_path: Path, outcomes: list[bool], episodes: Literal["successful", "all"]
+    tmp_path: Path, outcomes: list[bool], episodes: EpisodeChoice
 ) -> None:
     data = StageData.from_rollouts(taught(tmp_path, outcomes), [ATTRIBUTES.task], episodes)
     assert data.offsets.tolist() == [0, 3, 7]
