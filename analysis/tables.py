@@ -14,7 +14,8 @@ import numpy as np
 from analysis.load import Dataset, look_alikes, mean_matrix, short
 from cpd.files import write_text
 from cpd.measures import Estimate, Rate, StudentMeasures, TaskMeasures
-from cpd.metrics import Aggregate
+from cpd.metrics import Aggregate, Floats
+from cpd.summary import finals, shares
 
 Cell = str | int | float | None
 
@@ -215,17 +216,16 @@ def start_table(data: Dataset) -> Table | None:
     rows: list[tuple[Cell, ...]] = []
     lines: list[tuple[str, ...]] = []
     for method in data.methods:
-        students = [s.measures for s in data.of_method(method.method) if s.seed in method.seeds]
+        students = [s for s in data.of_method(method.method) if s.seed in method.seeds]
         texts: list[str] = []
         for group, tasks in groups.items():
-            finals, shares = (
-                [mean_of(student, tasks) for student in students] for mean_of in (_mean_final, _mean_recovery)
-            )
+            columns = [data.tasks.index(task) for task in tasks]
+            performance, recovery = ([_mean(of(s)[columns]) for s in students] for of in (finals, shares))
             rows += [
                 (method.method, student.seed, group, len(tasks), *values)
-                for student, *values in zip(students, finals, shares, strict=True)
+                for student, *values in zip(students, performance, recovery, strict=True)
             ]
-            texts += [_range_text(finals), _range_text(shares)]
+            texts += [_range_text(performance), _range_text(recovery)]
         lines.append((_escape(method.method), str(len(students)), *texts))
     return Table(
         "table_starts",
@@ -239,16 +239,10 @@ def start_table(data: Dataset) -> Table | None:
     )
 
 
-def _mean_final(student: StudentMeasures, tasks: Sequence[str]) -> float | None:
-    """Average performance over `tasks`; one without a teacher counts 0."""
-    rates = [t.final.rate if t.final and t.teacher else 0.0 for t in student.tasks if t.task in tasks]
-    return sum(rates) / len(rates) if rates else None
-
-
-def _mean_recovery(student: StudentMeasures, tasks: Sequence[str]) -> float | None:
-    """Recovery, at most 1 a task, over those of `tasks` that have it."""
-    shares = [min(1.0, t.recovery) for t in student.tasks if t.task in tasks and t.recovery is not None]
-    return sum(shares) / len(shares) if shares else None
+def _mean(values: Floats) -> float | None:
+    """Over those that are defined."""
+    found = values[~np.isnan(values)]
+    return float(found.mean()) if len(found) else None
 
 
 def _range_text(values: Sequence[float | None]) -> str:

@@ -96,9 +96,9 @@ def _method(students: Sequence[Student], tables: Tables, reference: Sequence[Stu
     finished = [s for s in students if s.measures.final_stage is not None]
     stages = [row for row in tables.stages if row.method == students[0].method]
     scores = {
-        "average_performance": [_finals(s) for s in finished],
+        "average_performance": [finals(s) for s in finished],
         "forgetting": [_drops(s) for s in finished],
-        "recovery": [_shares(s) for s in finished],
+        "recovery": [shares(s) for s in finished],
     }
     aggregates: dict[str, dict[str, Aggregate]] = {name: {} for name in scores}
     worst_tasks = {}
@@ -154,7 +154,7 @@ def _areas(students: Sequence[Student]) -> Floats:
     return np.array([[np.nan if area is None else area for area in s.measures.areas] for s in students])
 
 
-def _finals(student: Student) -> Floats:
+def finals(student: Student) -> Floats:
     """(J,) success at the end of the stream, 0 for tasks without an admitted teacher."""
     assert student.measures.final_stage is not None
     return np.where(student.admitted, student.matrix.rates[student.measures.final_stage + 1], 0.0)
@@ -168,7 +168,7 @@ def _drops(student: Student) -> Floats:
     return np.where(own < last, drops, np.nan)
 
 
-def _shares(student: Student) -> Floats:
+def shares(student: Student) -> Floats:
     """(J,) recovery, at most 1, NaN where it is undefined."""
     shares = [np.nan if task.recovery is None else task.recovery for task in student.measures.tasks]
     return np.minimum(shares, 1.0)
