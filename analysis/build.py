@@ -31,7 +31,6 @@ from analysis.style import paper_style, save, stamp
 from analysis.summary import show
 from analysis.tables import write_tables
 from analysis.teachers import find_published
-from cpd.strict_load import ConfigError
 
 EXAMPLES = """examples:
   python -m analysis.build runs/demo                       gather, then draw into runs/demo/figures
@@ -145,7 +144,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         folder = figures_folder(paths, arguments.out)
         data = load_all(paths)
         written = _build(data, folder)
-    except (ValueError, ConfigError) as error:
+    except (ValueError, OSError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2
     show(data)

@@ -70,9 +70,13 @@ class Dataset:
     starts: tuple[StartRow, ...]
     steps_per_stage: dict[str, int]
     """Optimisation steps of a stage, by method."""
+    afresh: frozenset[str]
+    """Methods by which every stage trains a student of its own."""
     gate: float
     teacher_rates: dict[tuple[str, int], Rate]
     """Teachers' success by task and teacher seed."""
+    rejected: frozenset[tuple[str, int]]
+    """Those of them that missed the gate."""
     teacher_curves: tuple[TeacherCurve, ...]
     timings: tuple[dict[str, Any], ...]
     missing: tuple[str, ...]
@@ -105,6 +109,11 @@ class Dataset:
             if sum(shares.values()) > ALIKE:
                 found[task] = {other: share for other, share in shares.items() if share}
         return found
+
+    @property
+    def teacher_scores(self) -> list[float]:
+        """Success of every teacher, 0 for one that missed the gate, as students' tasks without a teacher count."""
+        return [0.0 if key in self.rejected else rate.rate for key, rate in self.teacher_rates.items()]
 
     def teachers_of(self, task: str) -> list[Rate]:
         """Success of every teacher of a task, seed by seed."""
@@ -164,6 +173,11 @@ def load(folders: Sequence[Path]) -> Dataset:
     summaries = [summarize(table) for table in tables]
     _check_alike(tables, summaries)
     first = tables[0]
+    settings = {
+        method.method: table.method_config(method.method)["distill"]
+        for table, summary in zip(tables, summaries, strict=True)
+        for method in summary.methods
+    }
     return Dataset(
         name=" + ".join(dict.fromkeys(s.name for s in summaries)),
         labels=_joined([s.labels for s in summaries]),
@@ -177,13 +191,11 @@ def load(folders: Sequence[Path]) -> Dataset:
         usage=tuple(row for t in tables for row in t.usage),
         retrieval=tuple(row for t in tables for row in t.retrieval),
         starts=tuple(dict.fromkeys(row for t in tables for row in t.starts)),
-        steps_per_stage={
-            method.method: table.method_config(method.method)["distill"]["steps_per_stage"]
-            for table, summary in zip(tables, summaries, strict=True)
-            for method in summary.methods
-        },
+        steps_per_stage={method: distill["steps_per_stage"] for method, distill in settings.items()},
+        afresh=frozenset(m for m, distill in settings.items() if distill["protocol"] == "single_task"),
         gate=first.config["teacher"]["gate"],
         teacher_rates={key: rate for t in tables for key, rate in _teacher_rates(t)},
+        rejected=frozenset((r.task, r.seed) for t in tables for r in t.teachers if r.state == "rejected"),
         teacher_curves=tuple({(c.task, c.seed): c for t in tables for c in _teacher_curves(t)}.values()),
         timings=tuple(entry for t in tables for entry in _timings(t)),
         missing=tuple(dict.fromkeys(line for s in summaries for line in s.missing)),
@@ -215,6 +227,27 @@ def _check_alike(tables: Sequence[Tables], summaries: Sequence[Summary]) -> None
                     "give one run of each method, with all its seeds"
                 )
             seen[method.method] = table.folder
+    _check_same_teachers(tables)
+
+
+def _check_same_teachers(tables: Sequence[Tables]) -> None:
+    """What is drawn together must have learned from the same teachers, admitted by the same gate."""
+    known: dict[tuple[str, int], tuple[Path, Rate]] = {}
+    for table in tables:
+        gate, first = table.config["teacher"]["gate"], tables[0].config["teacher"]["gate"]
+        if gate != first:
+            raise ValueError(
+                f"{table.folder} and {tables[0].folder} admitted teachers by different gates, {gate} and {first}: "
+                "build them one by one"
+            )
+        for (task, seed), rate in _teacher_rates(table):
+            folder, other = known.setdefault((task, seed), (table.folder, rate))
+            if rate != other:
+                raise ValueError(
+                    f"{table.folder} and {folder} have different teachers of {task} (seed {seed}; successes "
+                    f"{rate.successes}/{rate.episodes} and {other.successes}/{other.episodes}): build them one by "
+                    "one"
+                )
 
 
 def _joined(labels: Sequence[dict[str, str]]) -> dict[str, str]:

@@ -8,12 +8,15 @@ from pathlib import Path
 from analysis.load import find_results
 from cpd.files import publish as published_file
 from cpd.result_tables import HELD_OUT, labels, read_tables
+from cpd.results import GATHERED
 
 #: Where published results of real teachers are kept, and below it those of stand-ins.
 RESULTS = Path(__file__).resolve().parent / "results"
 STAND_INS = RESULTS / "stand-ins"
 #: Recipes of teachers that no policy gradient has touched.
-STAND_IN_RECIPES = ("scripted", "imitation")
+STAND_IN_RECIPES = ("scripted",)
+#: What else lies beside published tables.
+OURS = {*GATHERED, "README.md", "figures"}
 #: Folder for results on the goals that settings are chosen by.
 TUNING = "tuning"
 
@@ -45,6 +48,7 @@ def publish(path: Path, folder: Path) -> Path:
     Raises:
         ValueError: if there are no results, or `folder` is not the place for them.
     """
+    _check_free(folder)
     results = find_results(path)
     tables = read_tables(results)
     recipe = labels(tables.evaluations)["teacher_recipe"] or tables.config["teacher"]["recipe"]
@@ -54,13 +58,27 @@ def publish(path: Path, folder: Path) -> Path:
             f"{path} was evaluated on {tables.goal_set} goals, to choose settings by: it belongs in a folder "
             f"{TUNING}/, not beside results on held-out goals"
         )
-    files = [file for pattern in ("*.csv", "*.json") for file in sorted(results.glob(pattern))]
+    files = [results / name for name in sorted(GATHERED) if (results / name).exists()]
     for file in files:
         with published_file(folder / file.name) as temporary:
             shutil.copyfile(file, temporary)
     # Tables that are not there any more must not stay behind: they would be drawn as if they belonged to the rest.
-    names = {file.name for file in files}
-    for file in [*folder.glob("*.csv"), *folder.glob("*.json")]:
-        if file.name not in names:
-            file.unlink()
+    for name in GATHERED - {file.name for file in files}:
+        (folder / name).unlink(missing_ok=True)
     return folder
+
+
+def _check_free(folder: Path) -> None:
+    """Raise ValueError if `folder` holds something else than results that were published there before."""
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is not a folder")
+    if any((folder / part).exists() for part in ("teachers", "students", "policies")):
+        raise ValueError(f"{folder} is a run directory or holds policies; publish to a folder of its own")
+    strangers = [path.name for path in folder.iterdir() if path.name not in OURS]
+    if strangers:
+        raise ValueError(
+            f"{folder} holds what no results consist of ({', '.join(sorted(strangers)[:3])}); publish to a folder "
+            "of its own"
+        )

@@ -182,7 +182,7 @@ def method_table(data: Dataset) -> Table:
         tuple(lines),
         f"Average performance (AP), recovery of the teachers' success and forgetting on {data.name}, in per cent, "
         "each with its worst task. Memory: most time steps stored. Brackets: 95 % intervals, from episode "
-        "counts for a single seed, by stratified bootstrap from five seeds on; the range of seeds between.",
+        "counts for a single seed, by bootstrap over seeds from five on; the range of seeds between.",
     )
 
 

@@ -103,7 +103,12 @@ def load_published(folder: Path) -> PublishedTeachers:
             if path.exists():
                 key = (task, seed)
                 description = read_json(path)
-                curve, row = curves[key], held_out[key]
+                if key not in held_out:
+                    raise ValueError(f"{folder / 'evaluations.csv'} has no held-out row of {task} (seed {seed})")
+                state = "rejected" if key in data.rejected else "admitted"
+                # Teachers that were taken over from published policies have no record of their training.
+                curve = curves.get(key) or TeacherCurve(task, seed, state, (), (), (), ())
+                row = held_out[key]
                 cpu = cpu_seconds.get(f"teachers/{task}/seed-{seed}")
                 found.append(_teacher(description, config, row, curve, cpu))
     return PublishedTeachers(config["name"], data.labels, data.gate, tuple(found))

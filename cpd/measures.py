@@ -180,12 +180,17 @@ def measure_student(tables: Tables, method: str, seed: int) -> Student:
     return Student(method, seed, matrix, successes, episodes, admitted, measures)
 
 
-def rate_before(matrix: SuccessMatrix, stage: int) -> float | None:
+def rate_before(matrix: SuccessMatrix, stage: int, *, afresh: bool = False) -> float | None:
     """Success on a stage's own task just before that stage, None if not measured.
 
     Skipped stages have no row of their own; the row before them still holds.
+
+    Args:
+        matrix: of one student.
+        stage: from 0 on.
+        afresh: whether every stage trains a student of its own, which begins like that of the row before training.
     """
-    measured = [k for k in range(stage + 1) if matrix.episodes[k].any()]
+    measured = [k for k in range(1 if afresh else stage + 1) if matrix.episodes[k].any()]
     return _number(matrix.rates[measured[-1], matrix.tasks.index(matrix.stream[stage])]) if measured else None
 
 
@@ -247,7 +252,8 @@ def _recovery_interval(
 
 
 def _areas(tables: Tables, matrix: SuccessMatrix, method: str, seed: int) -> Iterable[float | None]:
-    length = tables.method_config(method)["distill"]["steps_per_stage"]
+    settings = tables.method_config(method)["distill"]
+    length = settings["steps_per_stage"]
     for stage, task in enumerate(matrix.stream):
         points = sorted(
             (r.step, r.successes / r.episodes)
@@ -257,7 +263,7 @@ def _areas(tables: Tables, matrix: SuccessMatrix, method: str, seed: int) -> Ite
         if not points or points[-1][0] < length:
             yield None
             continue
-        start = rate_before(matrix, stage)
+        start = rate_before(matrix, stage, afresh=settings["protocol"] == "single_task")
         if points[0][0] > 0 and start is not None:
             points.insert(0, (0, start))
         yield metrics.area_under_curve([p[0] for p in points], [p[1] for p in points], length)

@@ -23,7 +23,7 @@ import io
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from cpd.files import read_json, write_json, write_text
 from cpd.record import read_metrics, read_status
@@ -44,6 +44,25 @@ from cpd.tables import (
     write_rows,
 )
 
+#: The files of a results folder; `status.json` is the report's own.
+GATHERED: Final = frozenset(
+    {
+        "config.json",
+        "curves.csv",
+        "episodes.csv",
+        "evaluations.csv",
+        "losses.csv",
+        "metrics.json",
+        "retrieval.csv",
+        "stages.csv",
+        "starts.csv",
+        "status.json",
+        "teacher_curves.csv",
+        "teachers.csv",
+        "timings.json",
+        "usage.csv",
+    }
+)
 #: Points of a loss curve within a stage, at most: enough to see it, few enough to be published.
 LOSS_POINTS = 100
 

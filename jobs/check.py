@@ -36,7 +36,9 @@ def check_teachers(folder: Path, only: Sequence[str], seed: int, num_episodes: i
 
     torch.set_num_threads(1)
     rows = read_rows(folder / "evaluations.csv", EvaluationRow)
-    published = {(row.task, row.seed): row for row in rows if row.goal_set == "held_out"}
+    published = {
+        (row.task, row.seed): row for row in rows if (row.method, row.goal_set) == ("teacher", "held_out")
+    }
     files = sorted((folder / "policies").glob("*.safetensors"))
     found: list[dict[str, object]] = []
     for file in files:
@@ -47,7 +49,9 @@ def check_teachers(folder: Path, only: Sequence[str], seed: int, num_episodes: i
         result = evaluate_by_protocol(
             load_policy(file), task, seed=seed, horizon=labels["horizon"], num_episodes=num_episodes
         )
-        ours = published[task, teacher_seed]
+        ours = published.get((task, teacher_seed))
+        if ours is None:
+            raise ValueError(f"{folder / 'evaluations.csv'} has no held-out row of {task} (seed {teacher_seed})")
         successes = np.array([result.successes, ours.successes])
         episodes = np.array([result.episodes, ours.episodes])
         rates = np.stack([successes / episodes, *wilson(successes, episodes)])

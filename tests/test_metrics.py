@@ -270,13 +270,18 @@ def test_interquartile_mean_by_hand() -> None:
     assert metrics.interquartile_mean(np.array([[0.0, 0.3, 0.6, 0.9, 1.0]])) == pytest.approx(0.6)
 
 
-def test_bootstrap_is_seeded_stratified_and_of_the_right_width() -> None:
+def test_bootstrap_is_seeded_and_draws_seeds_with_all_their_tasks() -> None:
     scores = np.random.default_rng(3).normal(0.5, 0.1, (20, 4))
     first = metrics.over_seeds(scores, metrics.mean_score, 4_000)
     assert first == metrics.over_seeds(scores, metrics.mean_score, 4_000)
-    standard_error = np.sqrt((scores.std(axis=0) ** 2 / len(scores)).sum()) / scores.shape[1]
+    standard_error = scores.mean(axis=1).std() / np.sqrt(len(scores))
     assert first.high - first.low == pytest.approx(2 * 1.96 * standard_error, rel=0.08)
-    # Within a task all seeds agree, so that strata leave no spread whatever the differences between tasks.
+    # All tasks of a seed fare alike: however many they are, they say no more than one.
+    together = np.tile(scores[:, :1], (1, 10))
+    alone = metrics.over_seeds(scores[:, :1], metrics.mean_score, 4_000)
+    every = metrics.over_seeds(together, metrics.mean_score, 4_000)
+    assert (every.low, every.high) == pytest.approx((alone.low, alone.high))
+    # All seeds agree, so that nothing is left to be unsure of, whatever the differences between tasks.
     constant = np.tile([0.0, 0.5, 1.0], (6, 1))
     result = metrics.over_seeds(constant, metrics.mean_score, 100)
     assert result.low == result.high == pytest.approx(0.5)

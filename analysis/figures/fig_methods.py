@@ -46,7 +46,7 @@ def _least(methods: Sequence[MethodMeasures]) -> float:
 
 def _guide(axes: Axes, data: Dataset, measure: str) -> None:
     """Where a student as good as its teachers would be."""
-    rates = [rate.rate for rate in data.teacher_rates.values()]
+    rates = data.teacher_scores
     value = {"average_performance": float(np.mean(rates)) if rates else None, "recovery": 1.0, "forgetting": 0.0}
     found = value[measure]
     if found is not None:
@@ -78,7 +78,7 @@ def caption(data: Dataset) -> str:
     counts = {len(method.seeds) for method in data.methods}
     marks = ["Bars: means; dots: single seeds." if max(counts) > 1 else "Bars: the only seed."]
     if max(counts) >= FEW_SEEDS:
-        marks.append("Lines: stratified bootstrap 95 % intervals over seeds.")
+        marks.append("Lines: bootstrap 95 % intervals over seeds.")
     if 1 in counts:
         marks.append("Lines of single seeds: 95 % intervals from episode counts.")
     if any(1 < count < FEW_SEEDS for count in counts):

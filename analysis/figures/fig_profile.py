@@ -7,8 +7,8 @@ from matplotlib.figure import Figure
 
 from analysis.load import Dataset
 from analysis.style import COLUMN_INCHES, TEACHER_COLOUR, method_line
-from cpd.measures import Student
-from cpd.metrics import Floats, performance_profile
+from cpd.metrics import performance_profile
+from cpd.summary import finals
 
 THRESHOLDS = np.linspace(0.0, 1.0, 101)
 
@@ -20,7 +20,7 @@ def draw(data: Dataset) -> Figure | None:
         return None
     figure = Figure(figsize=(COLUMN_INCHES, 1.75 + 0.14 * -(-(len(methods) + 1) // 3)))
     axes = figure.subplots()
-    rates = np.array([[rate.rate for rate in data.teacher_rates.values()]])
+    rates = np.array([data.teacher_scores])
     if rates.size:
         profile = performance_profile(rates, THRESHOLDS - 1e-9)
         label = f"teacher ({data.labels['teacher_recipe']})"
@@ -28,7 +28,7 @@ def draw(data: Dataset) -> Figure | None:
             THRESHOLDS, profile, where="pre", color=TEACHER_COLOUR, linewidth=1.6, label=label, clip_on=False
         )
     for method in methods:
-        scores = np.array([_finals(s) for s in data.of_method(method) if s.measures.final_stage is not None])
+        scores = np.array([finals(s) for s in data.of_method(method) if s.measures.final_stage is not None])
         # At least, not more than: a run that always succeeds is counted up to 1.
         profile = performance_profile(scores, THRESHOLDS - 1e-9)
         style = method_line(data.method_names.index(method))
@@ -38,12 +38,6 @@ def draw(data: Dataset) -> Figure | None:
     axes.grid()
     figure.legend(loc="outside lower center", ncols=3, fontsize=6.5)
     return figure
-
-
-def _finals(student: Student) -> Floats:
-    """(J,) success at the end, 0 for tasks without an admitted teacher."""
-    assert student.measures.final_stage is not None
-    return np.where(student.admitted, student.matrix.rates[student.measures.final_stage + 1], 0.0)
 
 
 def caption(data: Dataset) -> str:

@@ -87,7 +87,7 @@ def _current_task(axes: Axes, data: Dataset, students: list[Student]) -> None:
         for student in (s for s in students if s.admitted[column]):
             key = (student.method, student.seed, stage, task)
             points = [r for r in data.curves if (r.method, r.seed, r.stage, r.task) == key]
-            start = rate_before(student.matrix, stage)
+            start = rate_before(student.matrix, stage, afresh=student.method in data.afresh)
             if points and points[0].step > 0 and start is not None:
                 line[stage].append(start)
             for row in points:

@@ -39,6 +39,8 @@ def _panel(axes: Axes, task: str, groups: Mapping[str, PublishedTeachers]) -> No
             steps, rates = teacher.validated
             axes.plot(steps, rates, label=name, linewidth=0.8, alpha=0.85, **method_line(index))
             longest = max(longest, teacher.env_steps)
+            if not steps:
+                continue
             end = "x" if teacher.state == "rejected" else "o"
             axes.plot(steps[-1], rates[-1], end, markersize=2.4, color=method_line(index)["color"], zorder=4)
     set_axes(axes, task, longest)

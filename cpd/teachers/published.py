@@ -10,32 +10,31 @@ import shutil
 from pathlib import Path
 
 from cpd.adoption import published_policy
-from cpd.files import publish
+from cpd.files import publish, read_json, write_json
+from cpd.result_tables import TEACHER, read_tables
 from cpd.results import gather
 from cpd.runs import Run
+from cpd.summary import summarize
+from cpd.tables import EpisodeRow, EvaluationRow, read_rows, write_rows
 
-#: The tables that tell of teachers; the others are about students.
-TABLES = (
-    "config.json",
-    "evaluations.csv",
-    "episodes.csv",
-    "teachers.csv",
-    "teacher_curves.csv",
-    "timings.json",
-    "metrics.json",
-)
+#: The tables that tell of teachers alone.
+TABLES = ("config.json", "teachers.csv", "teacher_curves.csv")
 
 
 def publish_teachers(run: Run, folder: Path) -> list[Path]:
-    """Copy a run's tables and the policies of its finished teachers, admitted or rejected, to `folder`.
+    """Copy what a run tells of its finished teachers, admitted or rejected, and their policies to `folder`.
 
     Returns:
         The policy files.
 
     Raises:
         RunError: if the run holds no teacher at all.
-        ValueError: if no teacher is finished, or not by held-out goals.
+        ValueError: if no teacher is finished, or not by held-out goals, or they are stand-ins.
     """
+    if run.config.teacher.recipe == "scripted":
+        raise ValueError(
+            f"{run.root} has scripted stand-ins for teachers, which come with Meta-World: nothing to keep"
+        )
     if run.config.evaluation.goal_set != "held_out":
         raise ValueError(
             f"{run.root} was evaluated on goals by which its teachers were chosen (evaluation.goal_set = "
@@ -44,11 +43,18 @@ def publish_teachers(run: Run, folder: Path) -> list[Path]:
     finished = [teacher for teacher in run.teachers() if teacher.finished]
     if not finished:
         raise ValueError(f"{run.root} has no finished teacher yet; launch it again to go on")
-    gather(run)
+    report = gather(run)
     for name in TABLES:
-        source = run.results / name
-        if source.exists():
-            _copy(source, folder / name)
+        if (run.results / name).exists():
+            _copy(run.results / name, folder / name)
+    evaluations = read_rows(run.results / "evaluations.csv", EvaluationRow)
+    episodes = read_rows(run.results / "episodes.csv", EpisodeRow)
+    write_rows(folder / "evaluations.csv", [row for row in evaluations if row.method == TEACHER])
+    write_rows(folder / "episodes.csv", [row for row in episodes if row.method == TEACHER])
+    timings = [entry for entry in read_json(run.results / "timings.json") if entry["role"] == "teacher"]
+    write_json(folder / "timings.json", timings)
+    measures = summarize(read_tables(folder)).to_json()
+    write_json(folder / "metrics.json", {**measures, "provenance": report["provenance"]})
     published = []
     for teacher in finished:
         target = published_policy(folder, teacher.task, teacher.seed)

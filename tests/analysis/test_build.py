@@ -177,7 +177,7 @@ def test_several_methods_are_summed_up_side_by_side(tmp_path: Path) -> None:
 
 
 def test_two_to_four_seeds_show_every_seed_and_five_an_interval(tmp_path: Path) -> None:
-    for count, phrase in ((3, "the range of the seeds"), (5, "stratified bootstrap")):
+    for count, phrase in ((3, "the range of the seeds"), (5, "bootstrap over seeds")):
         students = {seed: np.clip(RATES - 0.02 * (seed % 3), 0, 1) for seed in range(1, count + 1)}
         run = write_run(tmp_path / f"run{count}", stream=STREAM, students=students, teachers=TEACHERS)
         gather(run)
@@ -187,6 +187,14 @@ def test_two_to_four_seeds_show_every_seed_and_five_an_interval(tmp_path: Path) 
         assert (run.figures / "teacher_student.png") in build([run.root])
         caption = (run.figures / "teacher_student.txt").read_text()
         assert ("Dots: single seeds" in caption) == (count == 3)
+
+
+def test_runs_whose_teachers_differ_are_not_drawn_together(tmp_path: Path) -> None:
+    for method, rate in (("moe", 1.0), ("dense", 0.5)):
+        teachers = dict.fromkeys(STREAM, rate)
+        write_run(tmp_path / method, stream=STREAM, students={1: RATES}, teachers=teachers, method=method)
+    with pytest.raises(ValueError, match=r"different teachers of .*successes 25/50 and 50/50"):
+        build([tmp_path / "moe", tmp_path / "dense"], tmp_path / "out")
 
 
 def test_methods_on_one_stream_are_drawn_together(tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ def test_stand_ins_are_published_and_drawn_among_themselves_only(
         assert main([str(run.root), *arguments]) == 2
         assert "results with stand-ins for teachers (recipe scripted) are kept apart" in capsys.readouterr().err
         assert not places.exists()
-    stale = places / "stand-ins" / "lab" / "gone.csv"
+    stale = places / "stand-ins" / "lab" / "starts.csv"
     stale.parent.mkdir(parents=True)
     stale.touch()
     assert main([str(run.root), "--publish", str(stale.parent)]) == 0
@@ -51,6 +51,17 @@ def test_stand_ins_are_published_and_drawn_among_themselves_only(
     assert main([str(places / "by-hand")]) == 2, "copying by hand does not help"
 
 
+def test_files_that_are_no_results_are_never_touched(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = write_run(tmp_path / "r", stream=STREAMS["demo"], students={1: RATES}, teachers=TEACHERS)
+    paper = tmp_path / "paper"
+    paper.mkdir()
+    (paper / "measurements.csv").write_text("mine")
+    for folder, words in ((paper, "measurements.csv"), (run.root, "is a run directory")):
+        assert main([str(run.root), "--publish", str(folder)]) == 2
+        assert words in capsys.readouterr().err
+    assert (paper / "measurements.csv").read_text() == "mine" and run.config_path.exists()
+
+
 def test_real_teachers_are_not_published_among_stand_ins(places: Path, tmp_path: Path) -> None:
     check_place("rl", places / "cw10")
     check_place("rl", tmp_path / "anywhere")
@@ -59,7 +70,7 @@ def test_real_teachers_are_not_published_among_stand_ins(places: Path, tmp_path:
     with pytest.raises(ValueError, match="is for stand-ins, but these teachers are real"):
         check_place("demo_rl", places / "stand-ins" / "cw10")
     with pytest.raises(ValueError, match="kept apart"):
-        check_place("demo_rl/imitation", places / "cw10")
+        check_place("demo_rl/scripted", places / "cw10")
 
 
 @pytest.mark.parametrize("path", sorted(module.RESULTS.rglob("config.json")), ids=lambda path: path.parent.name)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +25,7 @@ from cpd.files import sha256, write_json
 from cpd.interrupt import Interrupt
 from cpd.runs import Run
 from cpd.strict_load import load, merge, read_toml, to_dict
+from cpd.tables import EvaluationRow, read_rows, write_rows
 from cpd.teachers.element import run_teacher
 from cpd.teachers.policy import TeacherActor, load_policy
 from cpd.teachers.protocol import ProtocolAgent, evaluate_by_protocol
@@ -87,6 +90,23 @@ def test_figures_and_scores_are_made_from_the_files_alone(run: Run, tmp_path: Pa
     assert build_main([str(tmp_path / "kept")]) == 0
     again = {path.name: path.read_bytes() for path in (tmp_path / "kept" / "figures").iterdir()}
     assert again == drawn, "the same bytes at every build"
+
+
+def test_students_of_the_run_and_a_lost_learning_curve_do_no_harm(run: Run, tmp_path: Path) -> None:
+    shutil.copytree(run.root, tmp_path / "mini")
+    copy = Run(tmp_path / "mini")
+    (teacher,) = copy.teachers()
+    teacher.metrics.unlink()  # as with teachers taken over from published policies
+    (own, *_) = read_rows(teacher.evaluation, EvaluationRow)
+    element = copy.evaluations()[0]
+    write_rows(element.row_file(-1), [replace(own, method=element.method, stage=-1, successes=own.episodes)])
+    folder = tmp_path / "kept" / "mini"
+    publish_teachers(copy, folder)
+    assert {row.method for row in read_rows(folder / "evaluations.csv", EvaluationRow)} == {"teacher"}
+    assert {entry["role"] for entry in json.loads((folder / "timings.json").read_text())} == {"teacher"}
+    (published,) = load_published(folder).teachers
+    assert (published.curve.env_steps, published.held_out.successes) == ((), own.successes)
+    assert build_main([str(tmp_path / "kept")]) == 0
 
 
 def test_folders_with_the_same_tasks_are_compared(run: Run, tmp_path: Path) -> None:
