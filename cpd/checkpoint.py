@@ -6,6 +6,7 @@ The state is a nested dict of tensors and plain values, kept with `torch.save` a
 
 from __future__ import annotations
 
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,7 +46,7 @@ def save(folder: Path, name: str, state: dict[str, Any], *, keep: int = 2, **met
 
     Args:
         folder: the element's checkpoints; this process must be its single writer.
-        name: sorts by progress, e.g. `stage-03-step-004000`.
+        name: sorts by progress, by the numbers in it, e.g. `stage-03-step-004000`.
         state: nested dict of tensors and plain values.
         keep: checkpoints that stay.
         meta: further entries of meta.json, for people and for finding one's way.
@@ -64,8 +65,13 @@ def save(folder: Path, name: str, state: dict[str, Any], *, keep: int = 2, **met
 
 def published(folder: Path) -> list[Checkpoint]:
     """All whole checkpoints in `folder`, oldest first."""
-    paths = sorted(path.parent for path in folder.glob("*/meta.json"))
+    paths = sorted((path.parent for path in folder.glob("*/meta.json")), key=_numbers)
     return [Checkpoint(path, read_json(path / "meta.json")) for path in paths]
+
+
+def _numbers(path: Path) -> list[int]:
+    """The numbers in a checkpoint's name, by which it sorts."""
+    return [int(number) for number in re.findall(r"\d+", path.name)]
 
 
 def latest(folder: Path) -> Checkpoint | None:

@@ -34,8 +34,9 @@ def row_cells(config: Config, stage: int, last_stage: int) -> list[Cell]:
     stream, counts = config.stream, config.evaluation
     if stage == last_stage:
         full, tasks = counts.num_episodes, stream.distinct_tasks
+        training = min(full, config.teacher.num_training_goals)
         return [Cell(task, counts.goal_set, full, to_the_end=True) for task in tasks] + [
-            Cell(task, "training", full) for task in tasks
+            Cell(task, "training", training) for task in tasks
         ]
     current = stream.tasks[stage] if stage >= 0 else None
     return [

@@ -29,11 +29,15 @@ class Labels:
 
 
 def labels(config: Config) -> Labels:
-    """The labels of a run's results; with PackNet the identity is `given`, through the mask that acts."""
+    """The labels of a run's results.
+
+    Where the task chooses what acts, PackNet's mask or one of single tasks' students, its identity is `given`.
+    """
+    is_told = config.protection.kind == "packnet" or config.distill.protocol == "single_task"
     return Labels(
         config.teacher.recipe,
         config.stream.horizon,
-        "given" if config.protection.kind == "packnet" else config.student.task_identity,
+        "given" if is_told else config.student.task_identity,
         config.stream.reward_version,
         version("metaworld"),
         version("mujoco"),

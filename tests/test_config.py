@@ -48,12 +48,14 @@ def test_all_mistakes_are_reported_at_once_with_their_paths() -> None:
         ({"student": {"top_k": 9}}, "top_k (9) exceeds num_experts"),
         ({"student": {"width": 63}}, "width (63) is not a multiple"),
         ({"teacher": {"gate": 0.9, "stop_success": 0.5}}, "below the gate"),
-        ({"memory": {"share": 0.0001}, "student": {"context": 4}}, "less than one window"),
+        ({"memory": {"share": 0.0001}, "student": {"context": 4}}, "less than 3 window(s)"),
         ({"seeds": [1, 1]}, "the same seed"),
         ({"seeds": [0]}, "greater than or equal to 1"),
         ({"seeds": []}, "at least 1"),
         ({"distill": {"lr": True}}, "distill.lr"),
         ({"distill": {"steps_per_stage": 1.5}}, "distill.steps_per_stage"),
+        ({"student": {"min_log_std": 1.0, "max_log_std": 0.5}}, "min_log_std (1.0) is not below max_log_std"),
+        ({"memory": {"share": 0.0}}, "memory.share"),
     ],
 )
 def test_impossible_values_and_combinations_are_refused(tables: dict, told: str) -> None:
@@ -133,11 +135,30 @@ def test_settings_without_effect_are_warned_about() -> None:
             ["memory.dpp_candidates has no effect: memory.selection is 'reservoir'"],
         ),
         ({"selection": "dpp", "dpp_candidates": 9}, []),
+        (
+            {"selection": "reservoir", "start_share": 0.2},
+            ["memory.start_share has no effect: memory.selection is 'reservoir'"],
+        ),
         ({"selection": "uniform", "share": 0.2}, []),
     ],
 )
 def test_memory_settings_without_effect_are_warned_about(memory: dict, told: list[str]) -> None:
     assert load(Config, merge(MINIMAL, {"memory": memory}), "recipe").warnings() == told
+
+
+def test_parts_of_the_student_and_of_masks_without_effect_are_warned_about() -> None:
+    tables = {
+        "student": {"task_identity": "onehot", "belief_decay": 0.5, "opening_steps": 7, "demand_threshold": 0.1},
+        "protection": {"mask_mode": "scaled"},
+    }
+    assert load(Config, merge(MINIMAL, tables), "recipe").warnings() == [
+        "student.demand_threshold has no effect: student.expansion is 'per_task'",
+        "student.belief_decay has no effect: student.task_identity is 'onehot'",
+        "protection.mask_mode has no effect: protection.mask_fraction is 1",
+        "student.opening_steps has no effect: experts are open to their own tasks alone",
+    ]
+    (line,) = load(Config, merge(MINIMAL, {"student": {"top_k": 1}}), "recipe").warnings()
+    assert line.startswith("student.top_k = 1 leaves one expert a gate of 1")
 
 
 VARIANTS = {"no-replay": {"memory": {"selection": "none"}}, "wide": {"student": {"width": 128, "num_heads": 8}}}

@@ -65,6 +65,12 @@ def test_checkpoints_are_pruned_and_the_latest_is_found(tmp_path: Path) -> None:
     assert newest is not None and torch.equal(newest.load()["weights"], torch.full((3,), 300.0))
 
 
+def test_checkpoints_are_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+    for stage, step in ((99, 1_000_000), (100, 200), (100, 1_200_000)):
+        save(tmp_path, f"stage-{stage:02d}-step-{step:06d}", {"x": 1}, keep=2, step=step)
+    assert [checkpoint.meta["step"] for checkpoint in published(tmp_path)] == [200, 1_200_000]
+
+
 def test_a_checkpoint_without_its_marker_does_not_exist(tmp_path: Path) -> None:
     save(tmp_path, "step-000001", {"x": 1}, step=1)
     save(tmp_path, "step-000002", {"x": 2}, step=2)

@@ -9,16 +9,25 @@ from cpd.config.student import MemoryConfig, ProtectionConfig, StudentConfig
 if TYPE_CHECKING:
     from cpd.config.experiment import MethodConfig
 
-#: The kinds of protection that look at each of its settings.
-PROTECTION_SETTINGS: Final = {
-    "fisher_windows": ("mask", "ewc"),
-    "mask_experts": ("mask",),
-    "mask_fraction": ("mask",),
-    "mask_mode": ("mask",),
-    "ewc_strength": ("ewc",),
-    "agem_windows": ("agem",),
-    "packnet_retrain_share": ("packnet",),
-}
+#: Section, setting, the setting of that section by which it has an effect, and the values with which it has.
+NEEDS: Final = (
+    ("protection", "fisher_windows", "kind", ("mask", "ewc")),
+    ("protection", "mask_experts", "kind", ("mask",)),
+    ("protection", "mask_fraction", "kind", ("mask",)),
+    ("protection", "mask_mode", "kind", ("mask",)),
+    ("protection", "ewc_strength", "kind", ("ewc",)),
+    ("protection", "agem_windows", "kind", ("agem",)),
+    ("protection", "packnet_retrain_share", "kind", ("packnet",)),
+    ("memory", "share", "selection", ("reservoir", "uniform", "dpp")),
+    ("memory", "dpp_candidates", "selection", ("dpp",)),
+    ("memory", "start_share", "selection", ("uniform", "dpp")),
+    ("student", "experts_per_task", "expansion", ("per_task", "on_demand")),
+    ("student", "demand_threshold", "expansion", ("on_demand",)),
+    ("student", "embedding_size", "task_identity", ("inferred", "given")),
+    ("student", "embedding_width", "task_identity", ("inferred", "given")),
+    ("student", "embedding_temperature", "task_identity", ("inferred", "given")),
+    ("student", "belief_decay", "task_identity", ("inferred",)),
+)
 
 
 def contradictions(config: MethodConfig) -> list[str]:
@@ -50,6 +59,17 @@ def contradictions(config: MethodConfig) -> list[str]:
     return found
 
 
+def _experts_of_growth(student: StudentConfig) -> int:
+    """How many experts a token may choose among for what growth adds."""
+    if student.expansion == "none":
+        return 0
+    return (
+        student.num_experts + student.experts_per_task
+        if student.task_identity == "none"
+        else student.experts_per_task
+    )
+
+
 def without_effect(config: MethodConfig) -> list[str]:
     """Settings that are given but have no effect; each line begins with a setting's dotted path."""
     found, protection = [], config.protection
@@ -65,9 +85,20 @@ def without_effect(config: MethodConfig) -> list[str]:
             for key, is_given in given.items()
             if is_given
         ]
-    for name, kinds in PROTECTION_SETTINGS.items():
-        if protection.kind not in kinds and getattr(protection, name) != getattr(ProtectionConfig(), name):
-            found.append(f"protection.{name} has no effect: protection.kind is {protection.kind!r}")
+    for section, name, chooser, values in NEEDS:
+        own = getattr(config, section)
+        if getattr(own, chooser) not in values and getattr(own, name) != getattr(type(own)(), name):
+            found.append(f"{section}.{name} has no effect: {section}.{chooser} is {getattr(own, chooser)!r}")
+    if protection.kind == "mask" and protection.mask_fraction in (0.0, 1.0):
+        found += [
+            f"protection.{name} has no effect: protection.mask_fraction is {protection.mask_fraction:g}"
+            for name in ("mask_mode", "fisher_windows")
+            if getattr(protection, name) != getattr(ProtectionConfig(), name)
+        ]
+    if config.student.task_identity != "none" and config.student.opening_steps != StudentConfig().opening_steps:
+        found.append("student.opening_steps has no effect: experts are open to their own tasks alone")
+    if config.student.top_k == 1 and max(config.student.num_experts, _experts_of_growth(config.student)) > 1:
+        found.append("student.top_k = 1 leaves one expert a gate of 1: the loss trains no router; 2 or more do")
     distill = config.distill
     everything_masked = protection.kind == "mask" and protection.mask_experts and protection.mask_fraction == 1.0
     if distill.replay_share and everything_masked and config.student.task_identity != "none":

@@ -112,10 +112,12 @@ class Config(MethodConfig):
                 f"evaluation.curve_points ({self.evaluation.curve_points}) exceeds "
                 f"distill.steps_per_stage ({self.distill.steps_per_stage})"
             )
-        if self.memory_steps and self.memory_steps < self.student.context:
+        windows = len(self.stream.distinct_tasks) if self.memory.selection in ("uniform", "dpp") else 1
+        has_memory = self.distill.protocol == "continual" and self.memory.selection != "none"
+        if has_memory and self.memory_steps < windows * self.student.context:
             raise ValueError(
-                f"memory.share = {self.memory.share} gives {self.memory_steps} steps, less than one window "
-                f"(student.context = {self.student.context}); raise it or set memory.selection = 'none'"
+                f"memory.share = {self.memory.share} gives {self.memory_steps} steps, less than {windows} "
+                f"window(s) of student.context = {self.student.context}; raise it or set memory.selection = 'none'"
             )
         if found := contradictions(self):
             raise ValueError("; ".join(found))
@@ -168,12 +170,6 @@ class Config(MethodConfig):
         found = without_effect(self)
         if self.memory.selection == "none" and self.distill.replay_share != DistillConfig().replay_share:
             found.append("distill.replay_share has no effect: memory.selection is 'none'")
-        if self.memory.selection == "none" and self.memory.share != MemoryConfig().share:
-            found.append("memory.share has no effect: memory.selection is 'none'")
-        if self.memory.selection != "dpp" and self.memory.dpp_candidates != MemoryConfig().dpp_candidates:
-            found.append(f"memory.dpp_candidates has no effect: memory.selection is {self.memory.selection!r}")
-        if self.student.expansion == "none" and self.student.experts_per_task != StudentConfig().experts_per_task:
-            found.append("student.experts_per_task has no effect: student.expansion is 'none'")
         opens = self.student.expansion != "none" and self.student.task_identity == "none"
         if opens and self.student.opening_steps > self.distill.steps_per_stage:
             found.append(

@@ -37,8 +37,8 @@ class StudentConfig:
     experts are open to all tasks (task_identity `none`)."""
     task_identity: Literal["inferred", "given", "onehot", "none"] = "inferred"
     """How the policy comes to know the task when it acts. inferred: from the episode's observations alone, by
-    contrastive embedding; given: told, as the prototype of the task; onehot: told, as a number; none: not at all,
-    there is no task in the policy."""
+    contrastive embedding; given: the same student, but told which task's prototype to believe in; onehot: told the
+    task's number, there is no embedding; none: not at all, there is no task in the policy."""
     embedding_size: Positive = 32
     embedding_width: Positive = 128
     """Hidden width of the embedding's encoder."""
@@ -51,6 +51,8 @@ class StudentConfig:
     def __post_init__(self) -> None:
         if self.width % self.num_heads:
             raise ValueError(f"width ({self.width}) is not a multiple of num_heads ({self.num_heads})")
+        if self.min_log_std >= self.max_log_std:
+            raise ValueError(f"min_log_std ({self.min_log_std}) is not below max_log_std ({self.max_log_std})")
         if self.top_k > self.num_experts:
             raise ValueError(f"top_k ({self.top_k}) exceeds num_experts ({self.num_experts})")
         if self.expansion != "none" and self.task_identity != "none" and self.top_k > self.experts_per_task:
@@ -69,7 +71,7 @@ class MemoryConfig:
     or chosen to be unlike each other (greedy MAP of a determinantal point process)."""
     start_share: Share = 0.5
     """uniform and dpp: share of each task's segments that open an episode: by these a task is recognised."""
-    share: Share = 0.1
+    share: Annotated[float, Field(gt=0.0, le=1.0)] = 0.1
     """Budget as a share of the whole stream's data (distinct tasks x rollouts.num_steps)."""
     dpp_candidates: Annotated[int, Field(ge=1, le=5_000)] = 2_000
     """Segments of a task between which `dpp` chooses; of more, this many are drawn evenly over its rollouts."""
@@ -86,8 +88,9 @@ class ProtectionConfig:
     mask_experts: bool = True
     """mask: the experts and the router rows of earlier tasks do not move at all."""
     mask_fraction: Share = 1.0
-    """mask: share of the parameters common to all tasks that is protected after a stage, the most important ones
-    by accumulated Fisher information first. 1: what is common is learned with the first task."""
+    """mask: share of the parameters common to all tasks that is protected after a stage, of those that have had a
+    part in a task the most important ones by accumulated Fisher information. 1: all that is common, which is
+    learned with the first task."""
     mask_mode: Literal["hard", "scaled"] = "hard"
     """mask: protected parameters do not move; or by the less the more important they are."""
     fisher_windows: Positive = 256

@@ -125,10 +125,11 @@ class Batch(NamedTuple):
 class BatchSource:
     """The batches of one stage.
 
-    A row from the current task (jointly: of all tasks) is the window that ends with a step drawn uniformly from
-    all of them, so that every step is seen with its full past and windows at an episode's start are short ones,
-    as when acting. A row from memory is a whole segment, drawn uniformly; with rehearsal, the mixture of its
-    observations with those of another segment of its task, in uniform proportions, over the steps that both have.
+    A row from the current task is the window that ends with a step drawn uniformly from all of the task's, so
+    that every step is seen with its full past and windows at an episode's start are short ones, as when acting;
+    jointly, a task is drawn first. A row from memory is a whole segment, drawn uniformly; with rehearsal, the
+    mixture of its observations with those of another segment of its task, in uniform proportions, over the steps
+    that both have.
     """
 
     def __init__(
@@ -150,6 +151,7 @@ class BatchSource:
         first_row = np.cumsum([memory.num_steps, *(lesson.num_steps for lesson in lessons)])
         starts = [lesson.window_starts(context) + row for lesson, row in zip(lessons, first_row[:-1], strict=True)]
         self._window_start = np.concatenate(starts)
+        self._lesson_begins, self._lesson_sizes = first_row[:-1] - first_row[0], np.diff(first_row)
         self._window_length = np.arange(first_row[0], first_row[-1]) - self._window_start + 1
         # One table for memory and current data, so that a batch is one gather.
         columns = [
@@ -178,7 +180,7 @@ class BatchSource:
         """The global batch of `step`, rows from memory first."""
         rng = generator(self._seed, "batch", self._stage, step)
         replayed = rng.integers(max(len(self._memory_start), 1), size=self._num_replayed)
-        current = rng.integers(len(self._window_start), size=self._config.batch_size - self._num_replayed)
+        current = self._current_rows(rng, self._config.batch_size - self._num_replayed)
         start = np.concatenate([self._memory_start[replayed], self._window_start[current]])
         length = np.concatenate([self._memory_length[replayed], self._window_length[current]])
         if not (self._config.rehearsal and self._num_replayed):
@@ -191,6 +193,16 @@ class BatchSource:
         weight[: self._num_replayed] = rng.random(self._num_replayed)
         length[: self._num_replayed] = np.minimum(length[: self._num_replayed], self._memory_length[other])
         return Windows(start, length, Mixture(partner, weight))
+
+    def _current_rows(self, rng: np.random.Generator, num_rows: int) -> npt.NDArray[np.int64]:
+        """Numbers of steps of the stage's data, every task's as often in the mean, however many it has."""
+        if len(self._lesson_sizes) == 1:
+            rows: npt.NDArray[np.int64] = rng.integers(len(self._window_start), size=num_rows)
+            return rows
+        lesson = rng.integers(len(self._lesson_sizes), size=num_rows)
+        rows = self._lesson_begins[lesson]
+        rows += np.floor(rng.random(num_rows) * self._lesson_sizes[lesson]).astype(np.int64)
+        return rows
 
     def batch(self, step: int) -> Batch:
         """This rank's rows, `rank::size`, of the global batch of `step`."""
@@ -211,8 +223,7 @@ class BatchSource:
 
     def sample(self, num_windows: int, purpose: str) -> Batch:
         """This rank's rows of `num_windows` windows of the current task, drawn for `purpose` alone."""
-        rng = generator(self._seed, purpose, self._stage)
-        rows = rng.integers(len(self._window_start), size=num_windows)
+        rows = self._current_rows(generator(self._seed, purpose, self._stage), num_windows)
         return self._gather(Windows(self._window_start[rows], self._window_length[rows]), 0)
 
     def _gather(self, windows: Windows, num_replayed: int) -> Batch:

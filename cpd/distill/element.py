@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from typing import Any
@@ -98,7 +97,6 @@ class Distillation:
         self.curves: list[CurveRow] = []
         self._lessons: dict[str, StageData] = {}
         self.pool = EnvPool(element.config.stream.reward_version)
-        self._seconds = 0.0
         self._loss: float | None = None
         self._saved = ""
         metrics_size = self._resume()
@@ -185,9 +183,7 @@ class Distillation:
     def _step(self, step: int) -> None:
         """One optimisation step, recorded now and then."""
         due = (step + 1) % self.config.logging.metrics_every == 0 or step == 0
-        start = time.perf_counter()
         report = self.trainer.train_step(due)
-        self._seconds += time.perf_counter() - start
         if report:
             self._record_step(report)
         self.session.advance(self._steps_done(), loss=self._loss)
@@ -196,8 +192,6 @@ class Distillation:
         if self.log is None:
             return
         progress, tasks = self.trainer.progress, self.config.stream.distinct_tasks
-        # Steps since the last record had about as many tokens as this one.
-        steps = self.config.logging.metrics_every if progress.step > 1 else 1
         values: dict[str, float | int | str | None] = {
             "stage": progress.stage,
             "step": progress.step,
@@ -212,13 +206,12 @@ class Distillation:
             "grad_norm": report.grad_norm,
             "lr": report.lr,
             "memory_steps": self.trainer.memory.num_steps,
-            "tokens_per_second": steps * report.num_tokens / self._seconds,
         }
         values |= {f"imitation.{tasks[task]}": value for task, value in report.by_task.items()}
         for layer, shares in enumerate(report.expert_shares):
             values |= {f"expert_share.{layer}.{expert}": share for expert, share in enumerate(shares)}
         self.log.append(**values)
-        self._seconds, self._loss = 0.0, report.loss
+        self._loss = report.loss
 
     def _record(self, **values: float | int | str | None) -> None:
         if self.log:

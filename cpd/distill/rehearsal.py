@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import torch
 from torch import Tensor
@@ -25,6 +26,11 @@ class Rehearsal:
             parameter.grad = None
             parameter.requires_grad_(False)
         self._std_floor = std_floor
+
+    def close_experts(self, num_last: int) -> None:
+        """Leave out the last `num_last` experts of every layer, if any."""
+        if num_last:
+            self._student.set_logit_offset(num_last, -math.inf)
 
     def relabel(self, batch: Batch) -> Batch:
         """The batch with the copy's Gaussian, mean clipped and deviation floored, on its replayed rows."""

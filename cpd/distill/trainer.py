@@ -65,7 +65,6 @@ class StepReport:
     lr: float
     expert_shares: list[list[float]]
     """Each expert's share of the assignments, by layer."""
-    num_tokens: int
 
 
 @dataclass
@@ -86,6 +85,17 @@ class Progress:
     """Stages without an admitted teacher."""
 
 
+def _batches(config: Config) -> dict[str, int]:
+    """Rows of every kind of batch that the ranks share, by the setting that tells them."""
+    protection = config.protection
+    found = {"distill.batch_size": config.distill.batch_size}
+    if protection.kind == "agem":
+        found["protection.agem_windows"] = protection.agem_windows
+    if protection.kind == "ewc" or (protection.kind == "mask" and 0.0 < protection.mask_fraction < 1.0):
+        found["protection.fisher_windows"] = protection.fisher_windows
+    return found
+
+
 class Trainer:
     """One rank's copy of the student and all that training changes. Every method is a collective."""
 
@@ -93,13 +103,13 @@ class Trainer:
         """Draw the first weights, the same on every rank.
 
         Raises:
-            ValueError: if a batch has fewer rows than there are ranks.
+            ValueError: if a batch of any kind has fewer rows than there are ranks.
         """
-        if config.distill.batch_size < comm.size:
-            raise ValueError(
-                f"distill.batch_size = {config.distill.batch_size} is less than the {comm.size} ranks; give fewer "
-                "ranks or larger batches"
-            )
+        for name, rows in _batches(config).items():
+            if rows < comm.size:
+                raise ValueError(
+                    f"{name} = {rows} is less than the {comm.size} ranks; give fewer ranks or larger batches"
+                )
         self.config, self.seed, self.comm, self.device = config, seed, comm, device
         self._start_afresh()
         self.memory = ReplayMemory(make_selection(config.memory, seed), config.memory_steps)
@@ -182,9 +192,8 @@ class Trainer:
         """Make the student ready for a task that it has not met: experts for it, or a reason to do without."""
         config, progress, student = self.config.student, self.progress, self.student
         decisions: list[GrowthDecision] = []
-        # Learning all tasks at once, a student without tasks has nothing that experts could be new to.
-        joint = self.config.distill.protocol == "joint"
-        if progress.seen and config.expansion != "none" and (student.is_conditioned or not joint):
+        # Learning all tasks at once, there is nothing that experts could be new to.
+        if progress.seen and config.expansion != "none" and self.config.distill.protocol != "joint":
             assert self._source is not None
             found = probe(student, self._source.probe(), self._token_loss, progress.seen, self.comm)
             num_new, reason = config.experts_per_task, "every new task gets experts"
@@ -212,8 +221,10 @@ class Trainer:
         return loss(out.mean_BLA, out.log_std_BLA, batch.teacher_mean_RLA, batch.teacher_log_std_RLA)
 
     def _rehearse(self, values: Tensor) -> None:
-        """From now on replayed rows are labelled by the student with the parameters `values`."""
+        """From now on replayed rows are labelled by the student that the stage found, with parameters `values`."""
         self._rehearsal = Rehearsal(self.student, values, self.flat, self.config.distill.std_floor)
+        # Resumed in the middle of the stage, the student has the experts that were added to it partly open.
+        self._rehearsal.close_experts(self.progress.num_opening)
 
     def refresh_prototypes(self) -> None:
         """Bring the prototypes up to date with the encoder; before the student acts in the middle of a stage."""
@@ -345,7 +356,6 @@ class Trainer:
             grad_norm=grad_norm,
             lr=lr,
             expert_shares=terms.shares_LE.tolist(),
-            num_tokens=batch.num_tokens,
         )
 
     def state(self) -> dict[str, Any]:

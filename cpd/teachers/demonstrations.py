@@ -22,7 +22,7 @@ from cpd.interrupt import Interrupt, InterruptedBySignal
 from cpd.seeding import generator
 from cpd.shards.schema import ACTION_SIZE
 from cpd.teachers.policy import FloatArray, Teacher
-from cpd.teachers.sampling import Batch
+from cpd.teachers.sampling import Batch, EpisodeRules, rewarded
 from cpd.teachers.scripted import ScriptedPolicy
 
 
@@ -142,17 +142,18 @@ class Demonstrator:
             if not running.any():
                 return
 
-    def transitions(self, *, terminate_on_success: bool = True) -> list[Batch]:
+    def transitions(self, rules: EpisodeRules) -> list[Batch]:
         """The transitions of the demonstrations, with their goals and noise, each up to its success.
 
         Args:
-            terminate_on_success: whether success counts as the end, beyond which nothing is estimated.
+            rules: of training, for what success means and what is rewarded; the horizon is the demonstrations'.
 
         Returns:
             A batch [1, M] per step and chunk of episodes.
         """
         executed = np.zeros((self.envs.num_envs, ACTION_SIZE), np.float32)
         batches, envs = [], self.envs
+        envs.want_grasps(rules.grasp_bonus > 0)
         for numbers in self._begin(0, self.config.num_demonstrations):
             noise_NTA = np.stack(
                 [demonstration_noise(number, self.horizon, self.config, self.seed) for number in numbers]
@@ -170,8 +171,8 @@ class Demonstrator:
                         obs=obs_MO[None],
                         next_obs=envs.observations[rows][None],
                         actions=executed[rows][None],
-                        rewards=envs.rewards[rows].astype(np.float32)[None],
-                        terminated=envs.successes[rows][None] & terminate_on_success,
+                        rewards=rewarded(envs, rules.grasp_bonus)[rows][None],
+                        terminated=envs.successes[rows][None] & rules.terminate_on_success,
                         ends=np.ones((1, len(rows)), np.bool_),
                         train_success=0.0,
                         train_return=0.0,

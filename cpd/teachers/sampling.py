@@ -139,6 +139,11 @@ class EpisodeRules:
     """Weight in rewards of how near a step comes to holding the object."""
 
 
+def rewarded(envs: VectorEnv, grasp_bonus: float) -> npt.NDArray[np.float32]:
+    """[N] rewards of the last step, with the bonus, for which grasps must be wanted (`VectorEnv.want_grasps`)."""
+    return (envs.rewards + grasp_bonus * envs.grasps).astype(np.float32)
+
+
 class _Beginnings:
     """Begins the episodes of an iteration in the environments `slots` of it; noise and goals are the whole's."""
 
@@ -222,7 +227,7 @@ def sample(
         executed[:num_envs] = np.clip(actions[t], -1.0, 1.0)
         envs.step(executed, active)
         next_obs[t] = envs.observations[:num_envs]
-        rewards[t] = envs.rewards[:num_envs] + rules.grasp_bonus * envs.grasps[:num_envs]
+        rewards[t] = rewarded(envs, rules.grasp_bonus)[:num_envs]
         successes[t] = envs.successes[:num_envs]
         length += 1
         ends[t] = (successes[t] & rules.terminate_on_success) | (length == rules.horizon) | (t == num_steps - 1)

@@ -189,9 +189,10 @@ class Trainer:
 
     @property
     def _is_spent(self) -> bool:
-        """Whether the budget has no room for another iteration; there is always one."""
-        steps = self._progress.env_steps
-        return steps > 0 and steps + self._steps_per_iteration > self._config.teacher.max_env_steps
+        """Whether the budget has no room for another iteration; there is always one that moves the policy."""
+        progress = self._progress
+        no_room = progress.env_steps + self._steps_per_iteration > self._config.teacher.max_env_steps
+        return progress.policy_updates > 0 and no_room
 
     def run(self) -> tuple[MLPPolicy, TrainingSummary]:
         """Train until the stopping rule or the budget ends it.
@@ -258,7 +259,7 @@ class Trainer:
             )
             transitions = []
             if isinstance(self._learner, SACLearner):
-                transitions = demonstrator.transitions(terminate_on_success=teacher.terminate_on_success)
+                transitions = demonstrator.transitions(self._rules)
             return done, policy.state_dict(), transitions
 
         done, state, transitions = on_first_rank(self._comm, work)
@@ -283,21 +284,22 @@ class Trainer:
     def _is_over(self) -> bool:
         return self._has_passed or self._is_spent
 
+    @property
+    def _rules(self) -> EpisodeRules:
+        teacher = self._config.teacher
+        starts = ExploringStarts(teacher.exploring_share, teacher.exploring_steps)
+        return EpisodeRules(teacher.horizon, teacher.terminate_on_success, starts, teacher.grasp_bonus)
+
     def _iterate(self) -> None:
         """Sample and learn; nothing changes if the job is asked to stop meanwhile."""
-        teacher, progress = self._config.teacher, self._progress
+        progress = self._progress
         start = time.monotonic()
         batch = sample(
             self._learner.policy,
             self._pool.get(self._element.task),
             self._goals,
             self._settings,
-            EpisodeRules(
-                teacher.horizon,
-                teacher.terminate_on_success,
-                ExploringStarts(teacher.exploring_share, teacher.exploring_steps),
-                teacher.grasp_bonus,
-            ),
+            self._rules,
             self._element.seed,
             progress.iteration,
             slots=self._slots,

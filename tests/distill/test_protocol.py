@@ -62,6 +62,17 @@ class TestJoint:
             obs = batch.obs_RLO[batch.task_R == task].reshape(-1, 39)
             assert all(one.numpy().tobytes() in known for one in obs)
 
+    def test_tasks_with_more_data_come_no_more_often(self):
+        trainer = of("joint", batch_size=3_000)
+        trainer.begin_stage(replace(stage_data(0, 40), others=(stage_data(1, 4), stage_data(2, 12))))
+        assert torch.bincount(trainer.source.batch(0).task_R).tolist() == pytest.approx([1_000] * 3, rel=0.1)
+
+    def test_a_student_that_knows_of_tasks_does_not_grow_either(self):
+        trainer = make_trainer(distill={**SHORT, "protocol": "joint"})
+        assert trainer.begin_stage(lesson(trainer, 0)) == []
+        trainer.train_step()
+        assert trainer.student.num_experts == trainer.config.student.num_experts
+
     def test_learns_all_tasks_without_growth_or_memory(self):
         trainer = of("joint", **LONG)
         train(trainer)

@@ -173,7 +173,12 @@ def test_a_skipped_stage_is_recorded_and_changes_nothing():
 #: Everything that a checkpoint must hold: while an expert opens; belief, masks and rehearsal; importance.
 SHORT = {
     "plain": {**PLAIN, "student": {**PLAIN["student"], "opening_steps": 12}},
-    "default": {"distill": {"rehearsal": True}},
+    "default": {"distill": {"rehearsal": True, "replay_share": 0.5}},
+    "rehearsed": {
+        **PLAIN,
+        "student": {**PLAIN["student"], "opening_steps": 12},
+        "distill": {**PLAIN["distill"], "rehearsal": True},
+    },
     "scaled": {"protection": {"mask_fraction": 0.5, "mask_mode": "scaled"}, "distill": {"weight_decay": 0.1}},
 }
 

@@ -23,6 +23,7 @@ from cpd.record import read_metrics
 from cpd.runs import TeacherElement
 from cpd.teachers.demonstrations import Demonstrator
 from cpd.teachers.policy import SquashedPolicy, load_policy
+from cpd.teachers.sampling import EpisodeRules
 from cpd.teachers.training import make_learner
 from tests.conftest import ROOT
 from tests.teachers.test_teacher_element import KILLED, finish, new_run, products
@@ -112,7 +113,9 @@ def test_demonstrations_are_whole_transitions() -> None:
     goals = goal_set(task, "training", 10)
     config = TeacherConfig().warm_start
     with make_vector_env([task] * 25, 1) as envs:
-        batches = Demonstrator(task, goals, envs, config, horizon, 1, Interrupt()).transitions()
+        batches = Demonstrator(task, goals, envs, config, horizon, 1, Interrupt()).transitions(
+            EpisodeRules(horizon)
+        )
     assert sum(int(batch.terminated.sum()) for batch in batches) > 0.8 * config.num_demonstrations
     for before, after in itertools.pairwise(batches[:30]):  # one chunk
         going_on = before.next_obs[~before.terminated]
