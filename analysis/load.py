@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -146,7 +147,7 @@ def spread(rates: Sequence[Rate | None]) -> Spread | None:
 
 
 def find_results(path: Path) -> Path:
-    """The results folder that `path` is or holds; a run's is gathered first.
+    """The results folder that `path` is or holds; a run's is gathered first, if it may be written.
 
     Raises:
         ValueError: if there is none.
@@ -155,7 +156,10 @@ def find_results(path: Path) -> Path:
         raise ValueError(f"{path} is not a directory; give a run directory, or one with gathered results")
     if any((path / part).is_dir() for part in ("teachers", "students")):
         run = Run(path)
-        gather(run)
+        if os.access(run.root, os.W_OK):
+            gather(run)
+        elif not (run.results / "teachers.csv").exists():
+            raise ValueError(f"{path} may only be read, and holds no gathered results: its owner makes them")
         return run.results
     for folder in (path / "results", path):
         if (folder / "teachers.csv").exists() and (folder / "config.json").exists():

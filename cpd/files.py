@@ -26,7 +26,7 @@ def publish(path: Path, sync: bool = True) -> Iterator[Path]:
     try:
         yield temporary
         if sync:
-            with temporary.open("rb+") as file:
+            with temporary.open("rb") as file:
                 os.fsync(file.fileno())
         temporary.replace(path)
     finally:
@@ -71,6 +71,11 @@ def sha256(path: Path) -> str:
     """Hexadecimal SHA-256 of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def is_temporary(path: Path) -> bool:
+    """Whether a writer keeps, or was killed while it kept, `path` in place of a file that it was to publish."""
+    return path.name.startswith(".") and path.name.endswith(TEMPORARY_SUFFIX)
 
 
 def sweep_temporaries(folder: Path) -> None:

@@ -109,7 +109,10 @@ class Lease:
     def _create(self) -> None:
         # A link publishes the whole contents at once and fails if the number exists, on NFS too.
         temporary = self._attempts / f".{socket.gethostname()}.{os.getpid()}.tmp"
-        temporary.write_text(json.dumps(asdict(Holder.current())))
+        with temporary.open("w") as file:
+            json.dump(asdict(Holder.current()), file)
+            file.flush()
+            os.fsync(file.fileno())
         try:
             os.link(temporary, self._file)
         finally:
@@ -157,7 +160,10 @@ def current_holder(attempts: Path) -> tuple[Holder | None, int]:
     if not numbers:
         return None, 0
     path = attempts / f"{numbers[-1]:04d}.json"
-    holder = Holder(**json.loads(path.read_text()))
+    try:
+        holder = Holder(**json.loads(path.read_text()))
+    except (ValueError, TypeError):
+        return None, numbers[-1]  # half of it was lost with the machine's power, and its writer too
     if holder.released:
         return None, numbers[-1]
     if holder.host == socket.gethostname():
@@ -168,10 +174,13 @@ def current_holder(attempts: Path) -> tuple[Holder | None, int]:
 
 
 def _age_seconds(path: Path) -> float:
-    """Age of a file by the file server's own clock, which hosts need not share."""
+    """Age of a file by the file server's own clock, which hosts need not share; where only reading, by ours."""
     probe = path.with_name(f".{socket.gethostname()}.{os.getpid()}.now")
-    probe.touch()
     try:
+        probe.touch()
         return probe.stat().st_mtime - path.stat().st_mtime
+    except OSError:
+        return time.time() - path.stat().st_mtime
     finally:
-        probe.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            probe.unlink(missing_ok=True)

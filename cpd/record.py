@@ -76,8 +76,11 @@ class StatusRecord:
 
 
 def read_status(path: Path) -> StatusRecord:
-    """The record in `path`, or an empty one if there is none yet."""
-    return StatusRecord(**read_json(path)) if path.exists() else StatusRecord()
+    """The record in `path`, or an empty one if there is none yet, or none that can be read: it is for display."""
+    try:
+        return StatusRecord(**read_json(path)) if path.exists() else StatusRecord()
+    except (ValueError, TypeError):
+        return StatusRecord()
 
 
 class Status:

@@ -149,9 +149,14 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
         parts = key.split(".")
         # Not in the labels of variants, which are the user's own.
         *sections, last = [p if parts[:i] == ["variants"] else p.replace("-", "_") for i, p in enumerate(parts)]
-        table = tables
+        table: Any = tables
         for section in sections:
-            table = table.setdefault(section, {})
+            table = table.setdefault(section, {}) if isinstance(table, dict) else None
+        if not isinstance(table, dict) or isinstance(table.get(last), dict):
+            problems.append(
+                f"--{key}: given both as a value and as a table of settings; name one setting at a time"
+            )
+            continue
         table[last] = value
     if problems:
         raise ConfigError(problems, "the command line")

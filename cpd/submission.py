@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -135,9 +137,14 @@ def log_name(run: Run, job_id: str) -> str:
 
 
 def ask_to_stop(element: Element) -> bool:
-    """Ask the process on this machine that writes `element` to save and stop; False if none does yet."""
+    """Ask the process on this machine that writes `element` to save and stop; False if none does yet.
+
+    One on another machine is at work for somebody else, and is left alone.
+    """
     holder, _ = current_holder(element.path / "attempts")
     if holder is None:
         return False
-    os.kill(holder.process, signal.SIGTERM)
+    if holder.host == socket.gethostname():
+        with contextlib.suppress(ProcessLookupError):  # it has just ended
+            os.kill(holder.process, signal.SIGTERM)
     return True

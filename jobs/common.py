@@ -53,6 +53,16 @@ def parser_with_examples(prog: str, description: str, examples: Sequence[str]) -
     )
 
 
+def element_parser(prog: str, description: str, examples: Sequence[str]) -> argparse.ArgumentParser:
+    """The same for a verb that does the work of one element: `RUN_DIR [--index I]`."""
+    parser = parser_with_examples(prog, description, examples)
+    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="the run's directory")
+    parser.add_argument(
+        "--index", type=int, help="which element of the role's array (default: the Slurm array task, else 0)"
+    )
+    return parser
+
+
 def chosen_element(run: Run, role: Role, index: int | None) -> Element:
     """The element of `role` that the command line, or the Slurm array task, names.
 
@@ -75,18 +85,15 @@ def element_main(
     work: Callable[[Run, Element, Interrupt], None],
     needs_all: bool = True,
 ) -> int:
-    """Parse `RUN_DIR [--index I]`, do `work` on that element unless it is finished, turn errors into exit codes.
+    """Do `work` on the element that the command line names, unless it is finished; turn errors into exit codes.
 
-    With `needs_all`, an element of which something that it depends on is not finished is not started.
+    `parser` is one of `element_parser`'s. With `needs_all`, an element of which something that it depends on is
+    not finished is not started.
 
     Returns:
         0: done (or rejected); 75: saved and stopped as asked, try again; 3: something that it needs is not
         finished; 2: a user's mistake; 1: failed.
     """
-    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="the run's directory")
-    parser.add_argument(
-        "--index", type=int, help="which element of the role's array (default: the Slurm array task, else 0)"
-    )
     arguments = parser.parse_args(argv)
     try:
         run = Run(arguments.run_dir)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from cpd.comm import connect
 from cpd.interrupt import Interrupt
 from cpd.runs import Element, Run, StudentElement
-from jobs.common import element_main, element_tell, mpi_guard, parser_with_examples
+from jobs.common import element_main, element_parser, element_tell, mpi_guard
 
 
 def work(run: Run, element: Element, interrupt: Interrupt, partial: bool = False) -> None:
@@ -25,7 +25,7 @@ def work(run: Run, element: Element, interrupt: Interrupt, partial: bool = False
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line of `python -m jobs.distill`; returns the exit code."""
-    parser = parser_with_examples(
+    parser = element_parser(
         "jobs.distill",
         "Distil a run's teachers into one student. Under mpiexec or srun the work is shared by all ranks; the "
         "number of ranks may change from one attempt to the next.",
@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--partial", action="store_true", help="learn as far as there are teachers, if not all are finished"
     )
-    partial = parser.parse_known_args(argv)[0].partial
+    partial = parser.parse_args(argv).partial
     return element_main("student", parser, argv, functools.partial(work, partial=partial), needs_all=not partial)
 
 

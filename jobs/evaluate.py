@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from cpd.comm import connect
 from cpd.interrupt import Interrupt
 from cpd.runs import Element, Run, StudentElement
-from jobs.common import element_main, element_tell, mpi_guard, parser_with_examples
+from jobs.common import element_main, element_parser, element_tell, mpi_guard
 
 
 def work(run: Run, element: Element, interrupt: Interrupt) -> None:
@@ -23,7 +23,7 @@ def work(run: Run, element: Element, interrupt: Interrupt) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line of `python -m jobs.evaluate`; returns the exit code."""
-    parser = parser_with_examples(
+    parser = element_parser(
         "jobs.evaluate",
         "Measure a student after every stage on every task of its stream, on held-out goals. Rows that were "
         "measured already are kept.",
@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--partial", action="store_true", help="measure what there is, if the student is still learning"
     )
-    partial = parser.parse_known_args(argv)[0].partial
+    partial = parser.parse_args(argv).partial
     return element_main("evaluation", parser, argv, work, needs_all=not partial)
 
 

@@ -14,7 +14,7 @@ from rich.live import Live
 
 from cpd.adoption import AdoptionError, adopt, find_adoptions
 from cpd.config import Config, continued, differences
-from cpd.files import read_json, write_json
+from cpd.files import is_temporary, read_json, write_json
 from cpd.interrupt import EXIT_INTERRUPTED, Interrupt
 from cpd.lease import Lease, LeaseHeldError
 from cpd.ledger import ledger
@@ -36,10 +36,13 @@ from cpd.strict_load import (
     suggestion,
     to_dict,
 )
+from cpd.submission import VERBS
 from jobs.chain import Choice, ImaginedRun, cancel_chain, dry_run, submit_chain
 from jobs.common import EXIT_FAILED, EXIT_USAGE, parser_with_examples, tell
 from jobs.status import log_tail, run_status, status_table
 
+#: What may be left of a run directory that was begun and not made: it is begun again.
+BEGUN = ("launcher", "provenance.json", "profile.json")
 RECIPES = Path(__file__).resolve().parent / "recipes"
 #: Seconds between plain lines of progress where the output is no terminal.
 LINE_SECONDS = 15.0
@@ -94,8 +97,19 @@ def load_recipe(name: str, overrides: Sequence[str]) -> Config:
     return load(Config, merge(read_toml(path), parse_overrides(overrides)), str(path))
 
 
+def check_place(root: Path) -> None:
+    """Raise RunError if `root` holds something else than a run, or the beginnings of one."""
+    if root.is_dir() and not (root / "config.json").exists():
+        strangers = [path.name for path in root.iterdir() if path.name not in BEGUN and not is_temporary(path)]
+        if strangers:
+            raise RunError(
+                f"{root} exists and is no run directory (it holds {', '.join(sorted(strangers)[:3])}); choose "
+                "another --run-dir"
+            )
+
+
 def prepare(root: Path, config: Config, profile: Profile) -> Run:
-    """Make the run directory, or check that the one there is of the same experiment.
+    """Make the run directory, or check that the one there is of the same experiment; for its single launcher.
 
     Raises:
         ConfigError: if settings that affect results differ from what `root` holds.
@@ -116,8 +130,6 @@ def prepare(root: Path, config: Config, profile: Profile) -> Run:
         if len(config.methods) > len(old.config.methods):
             old.report().complete.unlink(missing_ok=True)  # it has yet to tell of the variants that are new
     else:
-        if root.exists() and any(root.iterdir()):
-            raise RunError(f"{root} exists and is no run directory; choose another --run-dir")
         write_json(root / "provenance.json", provenance())
     write_json(root / "profile.json", to_dict(profile))
     # Its teachers are taken over before anything starts: only the name of where they come from is kept.
@@ -127,24 +139,24 @@ def prepare(root: Path, config: Config, profile: Profile) -> Run:
     return run
 
 
-def describe(config: Config, profile: Profile, root: Path) -> list[str]:
-    """What would run, in words."""
-    num_teachers = len(config.stream.distinct_tasks) * len(config.teacher.seeds)
-    num_students = len(config.methods) * len(config.seeds)
-    counts = {"teacher": num_teachers, "student": num_students, "evaluation": num_students, "report": 1}
+def describe(run: Run, profile: Profile, chosen: Sequence[Element]) -> list[str]:
+    """What of `chosen` would run on this machine, in words."""
+    config, root = run.config, run.root
     lines = [
-        f"run directory   {root}{' (exists: finished elements are skipped)' if root.exists() else ''}",
+        f"run directory   {root}{' (exists: finished elements are skipped)' if run.config_path.exists() else ''}",
         f"stream          {', '.join(config.stream.tasks)}",
         *(
             f"method          {method}: {own.memory_steps} stored steps ({own.memory.selection})"
             for method, own in ((method, config.of_method(method)) for method in config.methods)
         ),
     ]
-    for role, count in counts.items():
-        given = profile.resources(role)  # type: ignore[arg-type]
-        lines.append(f"{role:<15} {count} x {given.ranks} rank(s) x {given.cpus} core(s)")
-    where = f"{profile.usable_cores} cores of this machine" if profile.cluster == "local" else "Slurm"
-    return [*lines, f"executed on     {where}"]
+    for role in VERBS:
+        own = [element.finished for element in chosen if element.role == role]
+        given = profile.resources(role)
+        finished = f" ({sum(own)} finished)" if any(own) else ""
+        if own:
+            lines.append(f"{role:<15} {len(own)} x {given.ranks} rank(s) x {given.cpus} core(s){finished}")
+    return [*lines, f"executed on     {profile.usable_cores} cores of this machine"]
 
 
 def execute(run: Run, profile: Profile, interrupt: Interrupt, elements: Sequence[Element]) -> bool:
@@ -218,19 +230,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         if profile.cluster == "local" and (choice.retry_failed or arguments.cancel):
             raise ConfigError(["--retry-failed and --cancel are for Slurm profiles"], "the command line")
         # Also before anything is created, so that a mistake leaves nothing behind.
+        check_place(root)
         found = find_adoptions(ImaginedRun(root, config), source) if (source := adopted_from(config)) else []
+        run: Run = ImaginedRun(root, config, found)
+        chosen = run.select(choice.only)
         if arguments.dry_run:
-            run: Run = ImaginedRun(root, config, found)
             on_slurm = profile.cluster == "slurm"
-            lines = dry_run(run, profile, choice) if on_slurm else describe(config, profile, root)
+            lines = dry_run(run, profile, choice) if on_slurm else describe(run, profile, chosen)
             lines += [f"{adoption.teacher.name}: {adoption.summary}" for adoption in found]
             print("\n".join([*lines, *(f"warning: {problem}" for problem in complaints(root, config, profile))]))
             return 0
         problems = complaints(root, config, profile)
         if problems:
             raise RunError("; ".join(problems))
-        run = prepare(root, config, profile)
         with Lease(root / "launcher").acquire():
+            run = prepare(root, config, profile)
             for adoption in adopt(run, source) if source else []:
                 tell(f"{adoption.teacher.name}: {adoption.summary}")
             if arguments.prepare:

@@ -9,7 +9,7 @@ from cpd.comm import SerialComm
 from cpd.interrupt import Interrupt
 from cpd.runs import Element, Run
 from cpd.session import session
-from jobs.common import element_main, element_tell, parser_with_examples
+from jobs.common import element_main, element_parser, element_tell
 
 
 def work(run: Run, element: Element, interrupt: Interrupt) -> None:
@@ -27,7 +27,7 @@ def work(run: Run, element: Element, interrupt: Interrupt) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line of `python -m jobs.report`; returns the exit code."""
-    parser = parser_with_examples(
+    parser = element_parser(
         "jobs.report",
         "Gather a finished run's results and draw its figures, once; `python -m analysis.build` does the same as "
         "often as you like, also for a run that is still going.",

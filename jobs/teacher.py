@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from cpd.comm import asked_size, connect
 from cpd.interrupt import Interrupt
 from cpd.runs import Element, Run, TeacherElement
-from jobs.common import available_cpus, element_main, element_tell, mpi_guard, parser_with_examples
+from jobs.common import available_cpus, element_main, element_parser, element_tell, mpi_guard
 
 
 def work(run: Run, element: Element, interrupt: Interrupt) -> None:
@@ -38,7 +38,7 @@ def work(run: Run, element: Element, interrupt: Interrupt) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line of `python -m jobs.teacher`; returns the exit code."""
-    parser = parser_with_examples(
+    parser = element_parser(
         "jobs.teacher",
         "Train one teacher with RL, evaluate it on held-out goals, and write its rollouts to shards. "
         "A finished teacher is left as it is; an interrupted one goes on where it stopped. Under mpiexec or srun "

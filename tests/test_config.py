@@ -109,6 +109,15 @@ def test_malformed_overrides_are_all_named() -> None:
     assert len(caught.value.problems) == 3
 
 
+def test_a_section_is_no_value() -> None:
+    for arguments in (
+        ["--stream", "cw10", "--stream.horizon", "200"],
+        ["--stream.horizon", "200", "--stream", "cw10"],
+    ):
+        with pytest.raises(ConfigError, match="given both as a value and as a table of settings"):
+            parse_overrides(arguments)
+
+
 def test_differences_name_what_affects_results_only() -> None:
     old = load(Config, MINIMAL, "recipe")
     new = load(Config, merge(MINIMAL, {"distill": {"lr": 0.5}, "logging": {"metrics_every": 7}}), "recipe")

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
+import jobs.distill
+import jobs.evaluate
+import jobs.report
+import jobs.teacher
 from cpd.config import Config
 from cpd.lease import Lease
 from cpd.profile import load_profile
@@ -135,7 +140,40 @@ def test_a_second_launcher_is_refused(tmp_path: Path, capsys: pytest.CaptureFixt
     prepared(tmp_path)
     with Lease(tmp_path / "launcher").acquire():
         assert main([str(MINIATURE), "--run-dir", str(tmp_path)]) == 2
-    assert "is being written by process" in capsys.readouterr().err
+        assert "is being written by process" in capsys.readouterr().err
+        before = {path: path.read_bytes() for path in tmp_path.rglob("*.json")}
+        # Nor does one change anything that comes with settings which are allowed.
+        assert main([str(MINIATURE), "--run-dir", str(tmp_path), "--variants.wide.student.width", "64"]) == 2
+        assert before == {path: path.read_bytes() for path in tmp_path.rglob("*.json")}
+
+
+def test_a_launch_that_was_killed_as_it_began_goes_on(tmp_path: Path) -> None:
+    (tmp_path / "launcher" / "attempts").mkdir(parents=True)
+    (tmp_path / "launcher" / "attempts" / "0001.json").touch()  # its contents were lost with the machine's power
+    (tmp_path / "provenance.json").write_text("{}")
+    (tmp_path / ".config.json.7.tmp").touch()
+    assert main([str(MINIATURE), "--run-dir", str(tmp_path), "--prepare"]) == 0
+    assert Run(tmp_path).config.name == "miniature"
+
+
+def test_a_dry_run_is_of_what_was_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    launch = [str(MINIATURE), "--run-dir", str(tmp_path / "run"), "--dry-run", "--only"]
+    assert main([*launch, "teachers"]) == 0
+    told = capsys.readouterr().out
+    assert "teacher         2 x 1 rank(s)" in told and "student" not in told.partition("method")[2]
+    assert main([*launch, "teachers/typo"]) == 2
+    assert main([*launch[:-2], "--only", "teachers/typo"]) == 2
+    assert "has no such element" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("verb", [jobs.teacher, jobs.distill, jobs.evaluate, jobs.report])
+def test_help_tells_all_arguments(verb: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        verb.main(["--help"])
+    told = capsys.readouterr().out
+    assert "RUN_DIR" in told and "--index" in told
+    assert ("--partial" in told) == (verb in (jobs.distill, jobs.evaluate))
 
 
 def test_a_run_directory_holds_no_absolute_path(tmp_path: Path) -> None:

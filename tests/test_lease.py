@@ -16,6 +16,8 @@ import pytest
 
 from cpd import lease as lease_module
 from cpd.lease import Lease, LeaseHeldError, LeaseLostError, current_holder
+from cpd.runs import Element
+from cpd.submission import ask_to_stop
 
 HOLD = (
     "import sys, time; from pathlib import Path; from cpd.lease import Lease\n"
@@ -97,6 +99,37 @@ def test_a_holder_on_another_host_lives_by_its_heartbeat(tmp_path: Path) -> None
     foreign_holder(tmp_path / "stale", age_seconds=lease_module.STALE_SECONDS + 10)
     with Lease(tmp_path / "stale") as lease:
         assert lease.number == 2
+
+
+def test_an_attempt_that_lost_its_contents_is_nobody_s(tmp_path: Path) -> None:
+    with Lease(tmp_path):
+        pass
+    (tmp_path / "attempts" / "0002.json").touch()
+    with Lease(tmp_path) as lease:
+        assert lease.number == 3
+
+
+def test_a_holder_s_age_is_told_where_only_reading_is_allowed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    foreign_holder(tmp_path, age_seconds=10)
+
+    def refuse(path: Path, *arguments: object) -> None:
+        raise PermissionError(path)
+
+    monkeypatch.setattr(Path, "touch", refuse)
+    holder, number = current_holder(tmp_path / "attempts")
+    assert holder is not None and number == 1
+
+
+def test_who_writes_on_another_host_is_not_asked_to_stop_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(os, "kill", lambda process, number: asked.append(process))
+    foreign_holder(tmp_path, age_seconds=10)
+    assert ask_to_stop(Element("report", 0, tmp_path, "results"))
+    assert not asked
 
 
 def contend(folder: Path, start: float, results: multiprocessing.Queue) -> None:

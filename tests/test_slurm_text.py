@@ -177,6 +177,12 @@ def test_several_teachers_share_a_job_where_jobs_are_few(make_run) -> None:
     assert [element.name for element in first.elements] == [teacher.name for teacher in run.teachers()]
     with pytest.raises(PlanError, match=r"max_submitted \(3\) leaves no room"):
         plan(run, profile(max_submitted=3), NOTHING)
+    for teacher in run.teachers():
+        teacher.path.mkdir(parents=True)
+        teacher.complete.touch()
+    assert len(plan(run, profile(max_submitted=3), NOTHING)) == 3
+    with pytest.raises(PlanError, match=r"max_submitted \(2\) leaves too little room for 3 other jobs"):
+        plan(run, profile(max_submitted=2), NOTHING)
 
 
 def test_students_learn_while_teachers_train(make_run) -> None:

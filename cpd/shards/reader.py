@@ -25,6 +25,7 @@ from cpd.shards.schema import (
     ShardEntry,
     ShardError,
     ShardIndex,
+    remedy,
 )
 
 
@@ -92,12 +93,12 @@ def read_index(folder: Path) -> ShardIndex:
     path = folder / INDEX_NAME
     if not path.exists():
         raise ShardError(
-            f"{folder} has no {INDEX_NAME}: its rollouts are missing or were not finished; launch the run again"
+            f"{folder} has no {INDEX_NAME}: its rollouts are missing or were not finished; {remedy(folder)}"
         )
     try:
         data = read_json(path)
     except ValueError as error:
-        raise ShardError(f"{error}, with the shards beside it, and launch the run again") from None
+        raise ShardError(f"{path} is damaged; {remedy(folder)}") from error
     return ShardIndex.from_dict(data, path)
 
 
@@ -120,9 +121,7 @@ def read_rollouts(folder: Path, *, task: str, labels: Labels, policy_sha256: str
     listed = {entry.file for entry in index.shards}
     for path in sorted(folder.glob(SHARD_PATTERN)):
         if path.name not in listed:
-            raise ShardError(
-                f"{path} is stale: {INDEX_NAME} does not list it; remove it, or remove {folder} and launch again"
-            )
+            raise ShardError(f"{path} is stale: {INDEX_NAME} does not list it; remove it, or {remedy(folder)}")
     for entry in index.shards:
         _check_file(folder, entry, index)
     return _read_all(folder, index)
@@ -164,27 +163,26 @@ def _check_labels(path: Path, index: ShardIndex, task: str, labels: Labels, poli
         if found != value:
             raise ShardError(
                 f"{path}: these rollouts are foreign: {name} is {found!r}, but {value!r} is wanted; "
-                f"collect them with the present settings: remove {path.parent} and launch again"
+                + remedy(path.parent)
             )
     if policy_sha256 is not None and attributes.policy_sha256 != policy_sha256:
         raise ShardError(
             f"{path}: these rollouts are stale: they were collected by policy {attributes.policy_sha256[:12]}, "
-            f"but the teacher's policy is now {policy_sha256[:12]}; remove {path.parent} and launch again"
+            f"but the teacher's policy is now {policy_sha256[:12]}; {remedy(path.parent)}"
         )
 
 
 def _check_file(folder: Path, entry: ShardEntry, index: ShardIndex) -> None:
     """Raise ShardError unless the shard is the one that the index describes."""
     path = folder / entry.file
-    remedy = f"remove {folder} and launch the run again to collect the rollouts anew"
     if not path.is_file():
-        raise ShardError(f"{path} is missing, but {INDEX_NAME} lists it; {remedy}")
+        raise ShardError(f"{path} is missing, but {INDEX_NAME} lists it; {remedy(folder)}")
     if sha256(path) == entry.sha256:
         return
     num_bytes = path.stat().st_size
     if num_bytes < entry.num_bytes:
-        raise ShardError(f"{path} is truncated: {num_bytes} bytes instead of {entry.num_bytes}; {remedy}")
-    raise ShardError(f"{path} {_difference(path, index)}; {remedy}")
+        raise ShardError(f"{path} is truncated: {num_bytes} bytes instead of {entry.num_bytes}; {remedy(folder)}")
+    raise ShardError(f"{path} {_difference(path, index)}; {remedy(folder)}")
 
 
 def _difference(path: Path, index: ShardIndex) -> str:

@@ -47,6 +47,11 @@ class ShardError(ValueError):
     """Rollouts that are damaged, missing, stale, or another teacher's; the message says which and what to do."""
 
 
+def remedy(folder: Path) -> str:
+    """What to do about a teacher's shards that cannot be used; one that counts as complete collects no more."""
+    return f"remove {folder} and {folder.parent / 'COMPLETE'}, and launch again to collect the rollouts anew"
+
+
 def shard_name(number: int) -> str:
     """File name of shard `number`, from 0."""
     return f"shard-{number:05d}.h5"
@@ -179,7 +184,7 @@ class ShardIndex:
             if version != SCHEMA_VERSION:
                 raise ShardError(
                     f"{path}: shards of schema version {version}, but this code reads version {SCHEMA_VERSION}; "
-                    f"remove {path.parent} and launch again to collect them anew"
+                    + remedy(path.parent)
                 )
             index = cls(
                 ShardAttributes(**data["attributes"]),
@@ -187,10 +192,9 @@ class ShardIndex:
             )
             counts = (data["num_steps"], data["num_episodes"])
         except (KeyError, TypeError) as error:
-            raise ShardError(f"{path} is damaged: {error}; remove {path.parent} and launch again") from None
+            raise ShardError(f"{path} is damaged: {error}; {remedy(path.parent)}") from None
         if counts != (index.num_steps, index.num_episodes):
             raise ShardError(
-                f"{path} is damaged: its totals {counts} are not the sums over its shards; "
-                f"remove {path.parent} and launch again"
+                f"{path} is damaged: its totals {counts} are not the sums over its shards; " + remedy(path.parent)
             )
         return index

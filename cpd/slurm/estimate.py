@@ -136,7 +136,8 @@ def complaints(root: Path, config: Config, profile: Profile) -> list[str]:
         found.append(f"{folder} is not writable; choose another --run-dir")
     size, _ = disk(config)
     free = shutil.disk_usage(folder).free
-    if free < size:
+    # A run that has begun holds part of it already, and cannot go elsewhere.
+    if free < size and not (root / "config.json").exists():
         found.append(
             f"the run will take about {gigabytes(size)}, but {folder} has {gigabytes(free)} left; choose another "
             "--run-dir"
