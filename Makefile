@@ -16,7 +16,7 @@ help: ## show the targets
 setup: ## create the environment and install the pinned packages
 	@sh .ci/setup "$(PYTHON)" "$(VENV)"
 
-demo: setup ## the whole pipeline on real Meta-World in ten minutes, no cluster needed
+demo: setup ## the whole pipeline on real Meta-World in four to eight minutes, no cluster needed
 	@$(PY) -m jobs.launch demo --profile local
 
 test: setup ## all tests but the slow ones

@@ -75,9 +75,8 @@ def summary(run: Run, profile: Profile, submissions: Sequence[Submission], found
     expected = costs(run, profile, elements)
     for cost in expected:
         basis = "measured in this run" if cost.is_measured else "estimated"
-        most = "at most " if cost.role == "teacher" and not cost.is_measured else ""
         lines.append(
-            f"  {cost.role:<11} {cost.count} x {cost.cores} core(s), {most}{clock(cost.seconds)} each ({basis}; "
+            f"  {cost.role:<11} {cost.count} x {cost.cores} core(s), about {clock(cost.seconds)} each ({basis}; "
             f"limit {clock(60 * cost.minutes_limit)}, then requeued)"
         )
     size, files = disk(run.config)
