@@ -2,15 +2,15 @@
 
 An L-ensemble gives a set Y of candidates a probability proportional to det(L_Y), where L = diag(q) S diag(q) with
 qualities q and similarities S (Kulesza & Taskar 2012, "Determinantal point processes for machine learning").
-There are two ways to take k of N candidates: `greedy_map` grows a likely set item by item and returns the order;
-`sample_k_dpp` draws a set of k exactly in proportion to det(L_Y). Scaling all qualities alike changes neither.
+`greedy_map` grows a likely set of k of N candidates item by item and returns the order, so that every prefix is
+the choice for its size. Scaling all qualities alike changes nothing.
 
 Dimensions: N candidates, D features, k chosen, b chosen since the last look at all candidates.
 """
 
 from __future__ import annotations
 
-from typing import Final, Literal
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +21,6 @@ from cpd.memory.dpp_kernel import (
     IndexArray,
     Similarity,
     checked_features,
-    linear_similarity,
     median_bandwidth,
     rbf_similarity,
 )
@@ -30,8 +29,6 @@ from cpd.memory.dpp_kernel import (
 RANK_TOLERANCE: Final = 1e-10
 #: Residual variances closer than this are equal up to rounding, and the lowest index wins.
 TIE_TOLERANCE: Final = 1e-12
-#: Exact sampling decomposes an N x N matrix: 200 MB each for it and its eigenvectors at this size.
-MAX_SAMPLED_CANDIDATES: Final = 5_000
 #: Candidates that greedy selection keeps up to date at every step, and the steps after which it looks at all.
 NUM_CONTENDERS: Final = 1_024
 MAX_BLOCK: Final = 64
@@ -88,72 +85,29 @@ def greedy_map(similarity: Similarity, quality: npt.ArrayLike, num_items: int) -
     return np.array(order, np.int64)
 
 
-def sample_k_dpp(
-    similarity: Similarity, quality: npt.ArrayLike, num_items: int, generator: np.random.Generator
-) -> IndexArray:
-    """Draw a set of exactly `num_items` with probability det(L_Y) / e_k (Kulesza & Taskar 2012, algorithm 8).
-
-    Eigenvectors of L are chosen by elementary symmetric polynomials of the eigenvalues, then items from the
-    projection that they span. A linear kernel without jitter is decomposed in its dual form, D x D.
-
-    Args:
-        similarity: between the N candidates; N at most `MAX_SAMPLED_CANDIDATES`, except in the dual form.
-        quality: [N], positive.
-        num_items: k.
-        generator: draws the set.
-
-    Returns:
-        [k] distinct indices, in the order of drawing, which means nothing.
-
-    Raises:
-        ValueError: the kernel's rank is less than `num_items`, there are too many candidates, or the arguments
-            do not fit.
-    """
-    weight = _checked_quality(quality, similarity, num_items)
-    if num_items == 0:
-        return np.zeros(0, np.int64)
-    values, vectors, basis = _decompose(similarity, weight)
-    if len(values) < num_items:
-        raise _rank_error(similarity, len(values), num_items)
-    picked = _sample_eigenvectors(np.log(values), num_items, generator)
-    span = vectors[:, picked] if basis is None else np.linalg.qr(basis @ vectors[:, picked])[0]
-
-    factor = _Factor(Similarity("linear", span), num_items)
-    chosen: list[int] = []
-    for _ in range(num_items):
-        mass = np.maximum(factor.residual, 0.0)
-        chosen.append(int(generator.choice(len(mass), p=mass / mass.sum())))
-        factor.add(chosen[-1])
-    return np.array(chosen, np.int64)
-
-
 def select(
     features: npt.ArrayLike,
     quality: npt.ArrayLike,
     num_items: int,
     generator: np.random.Generator,
     *,
-    kernel: Literal["linear", "rbf"] = "rbf",
-    inference: Literal["greedy", "k_dpp"] = "greedy",
     bandwidth: float | None = None,
-    jitter: float | None = None,
+    jitter: float = RBF_JITTER,
     limit: int | None = None,
 ) -> IndexArray:
-    """Choose `num_items` of N candidates: pre-selection, kernel and inference in one call.
+    """Choose `num_items` of N candidates: `preselect`, `rbf_similarity` and `greedy_map` in one call.
 
     Args:
         features: [N, D], in stream order.
         quality: [N], positive.
         num_items: k.
-        generator: draws pre-selection, bandwidth rows and the k-DPP, in this order.
-        kernel: see `linear_similarity` and `rbf_similarity`.
-        inference: see `greedy_map` and `sample_k_dpp`.
-        bandwidth: of the RBF kernel; None: `median_bandwidth` of the pre-selected.
-        jitter: None: the kernel's default, 0 for `linear` and `RBF_JITTER` for `rbf`.
+        generator: draws pre-selection and bandwidth rows, in this order.
+        bandwidth: None: `median_bandwidth` of the pre-selected.
+        jitter: see `rbf_similarity`.
         limit: candidates left by `preselect`; None keeps all.
 
     Returns:
-        [k] indices into `features`; for `greedy` in the order of choice.
+        [k] indices into `features`, in the order of choice.
 
     Raises:
         ValueError: as the functions named above.
@@ -167,32 +121,9 @@ def select(
         return np.zeros(0, np.int64)
     left = np.arange(len(raw)) if limit is None else preselect(len(raw), limit, generator)
     raw = raw[left]
-    if kernel == "linear":
-        similarity = linear_similarity(raw, 0.0 if jitter is None else jitter)
-    else:
-        width = median_bandwidth(raw, generator) if bandwidth is None else bandwidth
-        similarity = rbf_similarity(raw, width, RBF_JITTER if jitter is None else jitter)
-    if inference == "greedy":
-        return left[greedy_map(similarity, quality_N[left], num_items)]
-    return left[sample_k_dpp(similarity, quality_N[left], num_items, generator)]
-
-
-def log_elementary_symmetric(log_values: npt.ArrayLike, degree: int) -> FloatArray:
-    """Logarithms of the elementary symmetric polynomials e_l of the first n values, [degree + 1, N + 1].
-
-    e_l(n) = e_l(n - 1) + value_n e_(l-1)(n - 1) (Kulesza & Taskar 2012, algorithm 7), in logarithms because
-    e_l overflows float64 within a few hundred values.
-
-    Args:
-        log_values: [N].
-        degree: the highest l.
-    """
-    logs = np.asarray(log_values, np.float64)
-    table = np.full((len(logs) + 1, degree + 1), -np.inf)
-    table[:, 0] = 0.0
-    for n, log_value in enumerate(logs, start=1):
-        np.logaddexp(table[n - 1, 1:], log_value + table[n - 1, :-1], out=table[n, 1:])
-    return table.T
+    width = median_bandwidth(raw, generator) if bandwidth is None else bandwidth
+    similarity = rbf_similarity(raw, width, jitter)
+    return left[greedy_map(similarity, quality_N[left], num_items)]
 
 
 class _Factor:
@@ -276,51 +207,10 @@ def _next_items(factor: _Factor, weight: FloatArray, count: int) -> tuple[IndexA
     return contenders[chosen], np.tril(part.rows[factor.size : part.size, chosen].T)
 
 
-def _decompose(similarity: Similarity, weight: FloatArray) -> tuple[FloatArray, FloatArray, FloatArray | None]:
-    """The eigenvalues of L above zero and their eigenvectors; in the dual form also what maps these to L's."""
-    num_candidates, num_features = similarity.features.shape
-    basis = None
-    if similarity.kind == "linear" and not similarity.jitter and num_features < num_candidates:
-        basis = weight[:, None] * similarity.features
-        values, vectors = np.linalg.eigh(basis.T @ basis)
-    elif num_candidates <= MAX_SAMPLED_CANDIDATES:
-        values, vectors = np.linalg.eigh(similarity.matrix() * np.outer(weight, weight))
-    else:
-        raise ValueError(
-            f"exact k-DPP sampling takes at most {MAX_SAMPLED_CANDIDATES} candidates, not {num_candidates}: "
-            "pre-select some of them (limit), or use greedy selection"
-        )
-    if similarity.jitter:
-        # The jitter keeps every eigenvalue at least this large, though rounding may have swallowed it.
-        least = similarity.jitter * float(weight.min()) ** 2
-        return np.maximum(values, max(least, float(np.finfo(np.float64).tiny))), vectors, basis
-    kept = values > values[-1] * num_candidates * np.finfo(np.float64).eps
-    return values[kept], vectors[:, kept], basis
-
-
-def _sample_eigenvectors(log_values: FloatArray, count: int, generator: np.random.Generator) -> list[int]:
-    """`count` positions, a set J with probability proportional to the product of its values."""
-    table = log_elementary_symmetric(log_values, count)
-    log_uniform = -generator.standard_exponential(len(log_values))
-    chosen: list[int] = []
-    for n in range(len(log_values), 0, -1):
-        left = count - len(chosen)
-        if left == 0:
-            break
-        # Exactly 0 once all that are left are needed, so that the count is always met.
-        log_probability = log_values[n - 1] + table[left - 1, n - 1] - table[left, n]
-        if log_uniform[n - 1] <= log_probability:
-            chosen.append(n - 1)
-    assert len(chosen) == count
-    return chosen
-
-
 def _rank_error(similarity: Similarity, rank: int, num_items: int) -> ValueError:
-    remedy = "use the rbf kernel, or a jitter" if similarity.kind == "linear" else "use a jitter"
-    if similarity.jitter:
-        remedy = "use a larger jitter"
+    remedy = "use a larger jitter" if similarity.jitter else "use a jitter"
     return ValueError(
-        f"the {similarity.kind} kernel of {len(similarity)} candidates with jitter {similarity.jitter:g} has "
+        f"the RBF kernel of {len(similarity)} candidates with jitter {similarity.jitter:g} has "
         f"numerical rank {rank}, which cannot give {num_items} items: {remedy}, or ask for at most {rank}"
     )
 

@@ -1,4 +1,4 @@
-"""Similarity kernels between candidates for replay, and the features they compare.
+"""The RBF kernel between candidates for replay, and the features that it compares.
 
 Dimensions: N candidates, D features.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Final, Literal
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
@@ -26,15 +26,13 @@ BANDWIDTH_ROWS: Final = 1_000
 
 @dataclass(frozen=True)
 class Similarity:
-    """The matrix S [N, N], by its columns: it is formed only where `matrix` is called.
+    """The matrix S [N, N] of exp(-|x - y|^2 / 2), by its columns: it is formed only where `matrix` is called.
 
     Attributes:
-        kind: `linear` is x.y and `rbf` exp(-|x - y|^2 / 2), between the rows of `features`.
-        features: [N, D]; of unit length for `linear`, in units of the bandwidth for `rbf`.
+        features: [N, D], the rows x and y, in units of the bandwidth.
         jitter: added to the diagonal.
     """
 
-    kind: Literal["linear", "rbf"]
     features: FloatArray
     jitter: float = 0.0
 
@@ -45,13 +43,11 @@ class Similarity:
     @cached_property
     def diagonal(self) -> FloatArray:
         """[N], with the jitter."""
-        return (self._squares if self.kind == "linear" else np.ones(len(self))) + self.jitter
+        return np.ones(len(self)) + self.jitter
 
     def rows(self, items: Sequence[int] | IndexArray) -> FloatArray:
         """[len(items), N], without the jitter."""
         products: FloatArray = self.features[items] @ self.features.T
-        if self.kind == "linear":
-            return products
         products -= 0.5 * self._squares
         products -= 0.5 * self._squares[items, None]
         return np.exp(np.minimum(products, 0.0, out=products), out=products)
@@ -64,7 +60,7 @@ class Similarity:
 
     def take(self, items: IndexArray) -> Similarity:
         """The same kernel between some of the candidates."""
-        return Similarity(self.kind, self.features[items], self.jitter)
+        return Similarity(self.features[items], self.jitter)
 
     @cached_property
     def _squares(self) -> FloatArray:
@@ -96,26 +92,6 @@ def standardise(observations: npt.ArrayLike, centre: npt.ArrayLike, scale: npt.A
     return (raw - centre_D) / scale_D
 
 
-def linear_similarity(features: npt.ArrayLike, jitter: float = 0.0) -> Similarity:
-    """The cosine between features: rank D at most, unless there is jitter.
-
-    Args:
-        features: [N, D], no row all zero.
-        jitter: 0, or at least `MIN_JITTER`.
-
-    Raises:
-        ValueError: a row is zero or not finite, or the jitter too small.
-    """
-    raw = checked_features(features)
-    norm = np.linalg.norm(raw, axis=1, keepdims=True)
-    if (norm == 0).any():
-        raise ValueError(
-            f"features[{int(np.argmin(norm))}] is all zero and has no direction: use the rbf kernel, or add a "
-            "constant feature"
-        )
-    return Similarity("linear", raw / norm, _checked_jitter(jitter))
-
-
 def rbf_similarity(features: npt.ArrayLike, bandwidth: float, jitter: float = RBF_JITTER) -> Similarity:
     """exp(-|x - y|^2 / (2 bandwidth^2)): of full rank as long as no two candidates coincide, or with jitter.
 
@@ -131,7 +107,7 @@ def rbf_similarity(features: npt.ArrayLike, bandwidth: float, jitter: float = RB
     if not bandwidth > 0:
         raise ValueError(f"bandwidth = {bandwidth} must be positive")
     # Distances come from inner products, which lose fewer digits near the origin.
-    return Similarity("rbf", (raw - raw.mean(axis=0)) / bandwidth, _checked_jitter(jitter))
+    return Similarity((raw - raw.mean(axis=0)) / bandwidth, _checked_jitter(jitter))
 
 
 def median_bandwidth(features: npt.ArrayLike, generator: np.random.Generator) -> float:

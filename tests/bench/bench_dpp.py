@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from cpd.memory.dpp import greedy_map, preselect, sample_k_dpp, select
-from cpd.memory.dpp_kernel import Similarity, linear_similarity, median_bandwidth, rbf_similarity
+from cpd.memory.dpp import greedy_map, preselect, select
+from cpd.memory.dpp_kernel import Similarity, median_bandwidth, rbf_similarity
 
 NUM_TASKS = 10
 EPISODE = 100
@@ -157,34 +157,6 @@ def bench_large(features: np.ndarray, num_items: int, num_repeats: int) -> dict[
     return {**rows, "same": same}
 
 
-def bench_sampling(sizes: list[tuple[str, int, int]], num_repeats: int) -> list[dict[str, Any]]:
-    """Exact k-DPP sampling, beside greedy selection from the same candidates."""
-    print(f"\n{'k-DPP, D = 39':24s}{'sample s':>10s}{'greedy s':>10s}{'ratio':>8s}")
-    rows = []
-    for kernel, num_candidates, num_items in sizes:
-        features = trajectories(num_candidates, 39)
-        rng = np.random.default_rng(0)
-        similarity = (
-            linear_similarity(features)
-            if kernel == "linear"
-            else rbf_similarity(features, median_bandwidth(features, rng))
-        )
-        arguments = similarity, qualities(num_candidates), num_items
-        seconds, _ = best_seconds(
-            {
-                "sample": lambda a=arguments: sample_k_dpp(*a, np.random.default_rng(0)),
-                "greedy": lambda a=arguments: greedy_map(*a),
-            },
-            num_repeats,
-        )
-        print(
-            f"{f'{kernel}, {num_items} of {num_candidates}':24s}{seconds['sample']:10.3f}{seconds['greedy']:10.3f}"
-            f"{seconds['sample'] / seconds['greedy']:8.1f}"
-        )
-        rows.append({"kernel": kernel, "num_candidates": num_candidates, "num_items": num_items, **seconds})
-    return rows
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="smaller sets and one repeat")
@@ -192,9 +164,6 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the raw figures here")
     arguments = parser.parse_args()
     num_steps, num_items, num_repeats = (10_000, 200, 1) if arguments.quick else (50_000, 500, 3)
-    sizes = [("rbf", 500, 50), ("rbf", 1_000, 100), ("linear", num_steps, 30)]
-    if not arguments.quick:
-        sizes[2:2] = [("rbf", 2_000, 200), ("rbf", 4_000, 400)]
 
     results: dict[str, Any] = {"small": bench_small(num_repeats), "large": {}}
     sources = {f"synthetic, D = {d}": trajectories(num_steps, d) for d in (39, 64)}
@@ -205,7 +174,6 @@ def main() -> None:
     for name, features in sources.items():
         print(f"\n{name}", end="")
         results["large"][name] = bench_large(features, min(num_items, len(features) // 10), num_repeats)
-    results["sampling"] = bench_sampling(sizes, 1)
     if arguments.json:
         arguments.json.write_text(json.dumps(results, indent=1) + "\n")
 

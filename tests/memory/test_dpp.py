@@ -12,27 +12,18 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from cpd.memory import dpp
-from cpd.memory.dpp import greedy_map, log_elementary_symmetric, preselect, sample_k_dpp, select
-from cpd.memory.dpp_kernel import (
-    Similarity,
-    linear_similarity,
-    median_bandwidth,
-    rbf_similarity,
-    standardise,
-)
+from cpd.memory.dpp import greedy_map, preselect, select
+from cpd.memory.dpp_kernel import Similarity, median_bandwidth, rbf_similarity, standardise
 from cpd.student.observations import observation_scaling
 
-KERNELS = ("linear", "rbf")
 seeds = st.integers(0, 2**32 - 1)
 
 
-def draw(seed: int, num_candidates: int, num_features: int, kernel: str) -> tuple[Similarity, np.ndarray]:
+def draw(seed: int, num_candidates: int, num_features: int) -> tuple[Similarity, np.ndarray]:
     """Random candidates with qualities from 1/3 to 3."""
     rng = np.random.default_rng(seed)
     features = rng.normal(size=(num_candidates, num_features))
     quality = 3.0 ** rng.uniform(-1, 1, num_candidates)
-    if kernel == "linear":
-        return linear_similarity(features), quality
     return rbf_similarity(features, median_bandwidth(features, rng)), quality
 
 
@@ -41,7 +32,7 @@ def dense_kernel(similarity: Similarity, quality: np.ndarray) -> np.ndarray:
     x, n = similarity.features, len(similarity)
 
     def entry(a: np.ndarray, b: np.ndarray) -> float:
-        return float(a @ b) if similarity.kind == "linear" else math.exp(-((a - b) ** 2).sum() / 2)
+        return math.exp(-((a - b) ** 2).sum() / 2)
 
     similarities = np.array([[entry(x[i], x[j]) for j in range(n)] for i in range(n)])
     similarities += similarity.jitter * np.eye(n)
@@ -66,28 +57,19 @@ def naive_greedy(kernel: np.ndarray, num_items: int) -> tuple[list[int], float]:
     return chosen, closest
 
 
-def subset_probabilities(kernel: np.ndarray, num_items: int) -> dict[tuple[int, ...], float]:
-    """The k-DPP's distribution, by all determinants."""
-    subsets = list(combinations(range(len(kernel)), num_items))
-    weights = np.array([np.linalg.det(kernel[np.ix_(s, s)]) for s in subsets])
-    return dict(zip(subsets, weights / weights.sum(), strict=True))
-
-
-@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("seed", range(8))
-def test_greedy_is_the_argmax_of_the_gain_at_every_step(kernel: str, seed: int) -> None:
-    similarity, quality = draw(seed, 40, 16, kernel)
+def test_greedy_is_the_argmax_of_the_gain_at_every_step(seed: int) -> None:
+    similarity, quality = draw(seed, 40, 16)
     expected, closest = naive_greedy(dense_kernel(similarity, quality), 14)
     assert closest > 1e-9
     assert greedy_map(similarity, quality, 14).tolist() == expected
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize(("num_contenders", "max_block"), [(1, 1), (4, 3), (30, 64), (200, 5)])
 def test_looking_at_few_contenders_changes_nothing(
-    monkeypatch: pytest.MonkeyPatch, kernel: str, num_contenders: int, max_block: int
+    monkeypatch: pytest.MonkeyPatch, num_contenders: int, max_block: int
 ) -> None:
-    similarity, quality = draw(3, 150, 40, kernel)
+    similarity, quality = draw(3, 150, 40)
     expected, closest = naive_greedy(dense_kernel(similarity, quality), 20)
     assert closest > 1e-9
     monkeypatch.setattr(dpp, "NUM_CONTENDERS", num_contenders)
@@ -96,7 +78,7 @@ def test_looking_at_few_contenders_changes_nothing(
 
 
 def test_greedy_over_thousands_equals_greedy_over_the_whole_matrix() -> None:
-    similarity, quality = draw(11, 1300, 12, "rbf")
+    similarity, quality = draw(11, 1300, 12)
     kernel = similarity.matrix() * np.outer(quality, quality)
     variance, chosen = np.diag(kernel).copy(), []
     for _ in range(100):  # Gaussian elimination of the chosen one's row
@@ -111,7 +93,7 @@ def test_greedy_over_thousands_equals_greedy_over_the_whole_matrix() -> None:
 def test_greedy_comes_close_to_the_likeliest_set() -> None:
     shortfalls, hits = [], 0
     for seed in range(20):
-        similarity, quality = draw(seed, 10, 5, "rbf")
+        similarity, quality = draw(seed, 10, 5)
         kernel = dense_kernel(similarity, quality)
         best = max(log_det(kernel, list(s)) for s in combinations(range(10), 4))
         shortfalls.append(best - log_det(kernel, greedy_map(similarity, quality, 4).tolist()))
@@ -122,9 +104,9 @@ def test_greedy_comes_close_to_the_likeliest_set() -> None:
 
 
 @settings(deadline=None, max_examples=25)
-@given(seed=seeds, kernel=st.sampled_from(KERNELS), shorter=st.integers(0, 10), longer=st.integers(0, 10))
-def test_a_prefix_is_the_choice_for_a_smaller_budget(seed: int, kernel: str, shorter: int, longer: int) -> None:
-    similarity, quality = draw(seed, 25, 10, kernel)
+@given(seed=seeds, shorter=st.integers(0, 10), longer=st.integers(0, 10))
+def test_a_prefix_is_the_choice_for_a_smaller_budget(seed: int, shorter: int, longer: int) -> None:
+    similarity, quality = draw(seed, 25, 10)
     shorter, longer = sorted((shorter, longer))
     order = greedy_map(similarity, quality, longer)
     assert order.dtype == np.int64 and len(set(order.tolist())) == longer
@@ -132,9 +114,9 @@ def test_a_prefix_is_the_choice_for_a_smaller_budget(seed: int, kernel: str, sho
 
 
 @settings(deadline=None, max_examples=25)
-@given(seed=seeds, kernel=st.sampled_from(KERNELS))
-def test_the_order_of_the_candidates_does_not_matter(seed: int, kernel: str) -> None:
-    similarity, quality = draw(seed, 20, 9, kernel)
+@given(seed=seeds)
+def test_the_order_of_the_candidates_does_not_matter(seed: int) -> None:
+    similarity, quality = draw(seed, 20, 9)
     order, closest = naive_greedy(dense_kernel(similarity, quality), 8)
     assume(closest > 1e-8)
     permutation = np.random.default_rng(seed).permutation(20)
@@ -143,13 +125,11 @@ def test_the_order_of_the_candidates_does_not_matter(seed: int, kernel: str) -> 
 
 
 @settings(deadline=None, max_examples=25)
-@given(seed=seeds, kernel=st.sampled_from(KERNELS), exponent=st.floats(-100, 100))
-def test_scaling_all_qualities_changes_nothing(seed: int, kernel: str, exponent: float) -> None:
-    similarity, quality = draw(seed, 20, 9, kernel)
+@given(seed=seeds, exponent=st.floats(-100, 100))
+def test_scaling_all_qualities_changes_nothing(seed: int, exponent: float) -> None:
+    similarity, quality = draw(seed, 20, 9)
     scaled = quality * 10.0**exponent
     assert np.array_equal(greedy_map(similarity, quality, 8), greedy_map(similarity, scaled, 8))
-    samples = [sample_k_dpp(similarity, q, 8, np.random.default_rng(seed)) for q in (quality, scaled)]
-    assert np.array_equal(*samples)
 
 
 @settings(deadline=None, max_examples=25)
@@ -166,7 +146,6 @@ def test_copies_come_after_all_distinct_candidates(seed: int, copies: list[int])
 
 def test_ties_go_to_the_lowest_index() -> None:
     corners = np.eye(6)
-    assert greedy_map(linear_similarity(corners), np.ones(6), 6).tolist() == [0, 1, 2, 3, 4, 5]
     assert greedy_map(rbf_similarity(corners, 1.0), np.ones(6), 6).tolist() == [0, 1, 2, 3, 4, 5]
     twice = np.concatenate([corners, corners])[::-1]
     assert greedy_map(rbf_similarity(twice, 1.0), np.ones(12), 6).tolist() == [0, 1, 2, 3, 4, 5]
@@ -184,7 +163,7 @@ def test_quality_and_diversity_by_hand() -> None:
 
 def test_the_full_matrix_is_never_formed() -> None:
     num_candidates, num_features, num_items = 20_000, 8, 10
-    similarity, quality = draw(0, num_candidates, num_features, "rbf")
+    similarity, quality = draw(0, num_candidates, num_features)
     tracemalloc.start()
     greedy_map(similarity, quality, num_items)
     _, peak = tracemalloc.get_traced_memory()
@@ -192,86 +171,13 @@ def test_the_full_matrix_is_never_formed() -> None:
     assert peak < 8 * num_candidates * (4 * num_items + num_features + 20) < 8 * num_candidates**2 / 50
 
 
-def assert_frequencies(
-    similarity: Similarity, quality: np.ndarray, num_items: int, exact: dict[tuple[int, ...], float], seed: int
-) -> None:
-    """Pearson's statistic over all sets (those expected fewer than five times as one), and every inclusion."""
-    rng, num_samples = np.random.default_rng(seed), 2000
-    counts = dict.fromkeys(exact, 0)
-    for _ in range(num_samples):
-        counts[tuple(sorted(sample_k_dpp(similarity, quality, num_items, rng).tolist()))] += 1
-    expected, observed = num_samples * np.array(list(exact.values())), np.array(list(counts.values()))
-    rare = expected < 5
-    if rare.any():
-        expected = np.append(expected[~rare], expected[rare].sum())
-        observed = np.append(observed[~rare], observed[rare].sum())
-    freedom = len(expected) - 1
-    assert freedom >= 10 and expected.max() > 5 * np.median(expected)  # far from uniform
-    # Wilson & Hilferty's approximation of the quantile at p = .001.
-    critical = freedom * (1 - 2 / (9 * freedom) + 3.09 * math.sqrt(2 / (9 * freedom))) ** 3
-    assert ((observed - expected) ** 2 / expected).sum() < critical
-    for item in range(len(quality)):
-        inclusion = sum(p for subset, p in exact.items() if item in subset)
-        share = sum(n for subset, n in counts.items() if item in subset) / num_samples
-        assert abs(share - inclusion) < 3.5 * math.sqrt(inclusion * (1 - inclusion) / num_samples)
-
-
-@pytest.mark.parametrize("kernel", KERNELS)
-def test_k_dpp_sets_have_their_exact_frequencies(kernel: str) -> None:
-    similarity, quality = draw(5, 7, 5, kernel)
-    exact = subset_probabilities(dense_kernel(similarity, quality), 3)
-    assert_frequencies(similarity, quality, 3, exact, seed=17)
-
-
-def test_the_dual_form_samples_the_same_distribution() -> None:
-    """Four features of nine candidates take the dual form; with a jitter, too small to matter, they do not."""
-    dual, quality = draw(2, 9, 4, "linear")
-    exact = subset_probabilities(dense_kernel(dual, quality), 2)
-    assert_frequencies(dual, quality, 2, exact, seed=3)
-    assert_frequencies(Similarity("linear", dual.features, 1e-9), quality, 2, exact, seed=4)
-
-
-@settings(deadline=None, max_examples=50)
-@given(data=st.data(), seed=seeds, kernel=st.sampled_from(KERNELS), spread=st.floats(0, 3))
-def test_a_sample_always_has_k_distinct_items(data: st.DataObject, seed: int, kernel: str, spread: float) -> None:
-    num_candidates = data.draw(st.integers(1, 60))
-    num_features = data.draw(st.integers(1, 12))
-    rank = num_candidates if kernel == "rbf" else min(num_candidates, num_features)
-    num_items = data.draw(st.integers(0, min(rank, 20)))
-    similarity, _ = draw(seed, num_candidates, num_features, kernel)
-    rng = np.random.default_rng(seed)
-    chosen = sample_k_dpp(similarity, 10 ** rng.uniform(-spread, spread, num_candidates), num_items, rng)
-    assert chosen.dtype == np.int64 and len(set(chosen.tolist())) == len(chosen) == num_items
-
-
-def test_large_samples_neither_overflow_nor_repeat() -> None:
-    rng = np.random.default_rng(0)
-    features = rng.normal(size=(700, 39))
-    chosen = sample_k_dpp(rbf_similarity(features, 0.5), np.full(700, 1e3), 300, rng)
-    assert len(set(chosen.tolist())) == 300
-
-
-def test_sampled_sets_are_more_diverse_than_uniform_ones() -> None:
+def test_greedy_sets_are_more_diverse_than_uniform_ones() -> None:
     rng = np.random.default_rng(8)
-    similarity, _ = draw(8, 200, 3, "rbf")
+    similarity, _ = draw(8, 200, 3)
     quality = np.ones(200)
     kernel = similarity.matrix()
-    ours = [log_det(kernel, sample_k_dpp(similarity, quality, 8, rng).tolist()) for _ in range(20)]
     uniform = [log_det(kernel, rng.choice(200, 8, replace=False).tolist()) for _ in range(20)]
-    assert np.mean(ours) > np.mean(uniform) + 1
-    assert log_det(kernel, greedy_map(similarity, quality, 8).tolist()) > np.mean(ours)
-
-
-def test_elementary_symmetric_polynomials() -> None:
-    values = np.array([0.3, 2.0, 5.0, 0.01, 7.0])
-    table = np.exp(log_elementary_symmetric(np.log(values), 5))
-    for degree in range(6):
-        for n in range(6):
-            expected = sum(math.prod(s) for s in combinations(values[:n].tolist(), degree))
-            assert table[degree, n] == pytest.approx(expected, rel=1e-12)
-    large = log_elementary_symmetric(np.zeros(3000), 400)  # all ones: binomial coefficients, far beyond float64
-    expected_log = math.lgamma(3001) - math.lgamma(401) - math.lgamma(2601)
-    assert large[400, 3000] == pytest.approx(expected_log, rel=1e-10)
+    assert log_det(kernel, greedy_map(similarity, quality, 8).tolist()) > max(uniform) + 1
 
 
 def test_preselection_takes_one_of_every_stretch() -> None:
@@ -327,38 +233,25 @@ def test_standardise_with_the_students_constants() -> None:
         standardise(observations, centre, np.where(np.arange(39) == 3, 0.0, 1.0))
 
 
-@pytest.mark.parametrize("inference", ["greedy", "k_dpp"])
-def test_select_is_its_parts_in_a_row(inference: str) -> None:
+def test_select_is_its_parts_in_a_row() -> None:
     data = np.random.default_rng(6)
     features, quality = data.normal(size=(2500, 6)).astype(np.float32), data.uniform(1, 2, 2500)
-    chosen = select(features, quality, 12, np.random.default_rng(1), inference=inference, limit=300)  # type: ignore[arg-type]
+    chosen = select(features, quality, 12, np.random.default_rng(1), limit=300)
     rng = np.random.default_rng(1)
     left = preselect(2500, 300, rng)
     similarity = rbf_similarity(features[left], median_bandwidth(features[left], rng))
-    if inference == "greedy":
-        parts = greedy_map(similarity, quality[left], 12)
-    else:
-        parts = sample_k_dpp(similarity, quality[left], 12, rng)
-    assert np.array_equal(chosen, left[parts])
+    assert np.array_equal(chosen, left[greedy_map(similarity, quality[left], 12)])
 
 
-@pytest.mark.parametrize("inference", ["greedy", "k_dpp"])
-def test_a_rank_too_low_is_an_error_with_a_remedy(inference: str) -> None:
+def test_a_rank_too_low_is_an_error_with_a_remedy() -> None:
     rng = np.random.default_rng(0)
-    features, quality = rng.normal(size=(50, 7)), np.ones(50)
-
-    def run(num_items: int, rows: np.ndarray = features, **settings: object) -> np.ndarray:
-        return select(rows, quality[: len(rows)], num_items, rng, inference=inference, **settings)  # type: ignore[arg-type]
-
-    assert len(run(7, kernel="linear")) == 7
-    with pytest.raises(ValueError, match="rank 7, which cannot give 8 items: use the rbf kernel, or a jitter"):
-        run(8, kernel="linear")
-    assert len(run(8, kernel="linear", jitter=1e-3)) == 8
-    assert len(run(40, kernel="rbf", jitter=0)) == 40
-    copies = np.repeat(features[:5], 2, axis=0)
+    features = rng.normal(size=(50, 7))
+    assert len(select(features, np.ones(50), 40, rng, jitter=0)) == 40
+    copies, ones = np.repeat(features[:5], 2, axis=0), np.ones(10)
+    assert len(select(copies, ones, 5, rng, jitter=0)) == 5
     with pytest.raises(ValueError, match="rank 5, which cannot give 6 items: use a jitter, or ask for at most 5"):
-        run(6, rows=copies, jitter=0)
-    assert len(set(run(6, rows=copies).tolist())) == 6
+        select(copies, ones, 6, rng, jitter=0)
+    assert len(set(select(copies, ones, 6, rng).tolist())) == 6
 
 
 def test_mistakes_are_named() -> None:
@@ -370,13 +263,11 @@ def test_mistakes_are_named() -> None:
     with pytest.raises(ValueError, match=r"quality\[4\] = -1.0"):
         greedy_map(similarity, np.where(np.arange(20) == 4, -1.0, 1.0), 3)
     with pytest.raises(ValueError, match=r"quality has shape \(19,\)"):
-        sample_k_dpp(similarity, ones[1:], 3, rng)
+        greedy_map(similarity, ones[1:], 3)
     with pytest.raises(ValueError, match=r"features\[2\] holds a value that is not finite"):
         rbf_similarity(np.where(np.arange(20)[:, None] == 2, np.nan, features), 1.0)
     with pytest.raises(ValueError, match=r"shape \[N, D\]"):
-        linear_similarity(features[0])
-    with pytest.raises(ValueError, match=r"features\[6\] is all zero"):
-        linear_similarity(np.where(np.arange(20)[:, None] == 6, 0.0, features))
+        rbf_similarity(features[0], 1.0)
     with pytest.raises(ValueError, match="jitter = 1e-12 must be 0 or at least 1e-09"):
         rbf_similarity(features, 1.0, 1e-12)
     with pytest.raises(ValueError, match=r"bandwidth = 0\.0"):
@@ -385,13 +276,10 @@ def test_mistakes_are_named() -> None:
         preselect(20, 0, rng)
     with pytest.raises(ValueError, match="limit = 4 leaves fewer candidates than the 5"):
         select(features, ones, 5, rng, limit=4)
-    with pytest.raises(ValueError, match="at most 5000 candidates, not 6000: pre-select"):
-        sample_k_dpp(rbf_similarity(rng.normal(size=(6000, 2)), 1.0), np.ones(6000), 3, rng)
 
 
 def test_nothing_wanted() -> None:
     rng = np.random.default_rng(0)
     similarity = rbf_similarity(rng.normal(size=(4, 2)), 1.0)
     assert greedy_map(similarity, np.ones(4), 0).tolist() == []
-    assert sample_k_dpp(similarity, np.ones(4), 0, rng).tolist() == []
     assert select(np.zeros((0, 3)), np.zeros(0), 0, rng).tolist() == []
