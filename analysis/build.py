@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -32,6 +33,11 @@ from analysis.summary import show
 from analysis.tables import write_tables
 from analysis.teachers import find_published
 
+#: Files that a build makes, or has made of other data.
+OWN = re.compile(
+    r"((success_matrix|usage|retrieval)(_.+)?|stream|losses|masks|methods|profile|transfer|finals|teacher_student"
+    r"|teacher_curves|table_(tasks|seeds|methods|starts))\.(pdf|png|txt|csv|tex|md)"
+)
 EXAMPLES = """examples:
   python -m analysis.build runs/demo                       gather, then draw into runs/demo/figures
   python -m analysis.build analysis/results/demo           draw again from published results
@@ -86,7 +92,12 @@ def _build(data: Dataset, folder: Path) -> list[Path]:
             if figure is not None:
                 stamp(figure, short_conditions(data))
                 written += save(figure, folder / name, f"{caption} {notes}")
-    return written + write_tables(folder, data, notes)
+    written += write_tables(folder, data, notes)
+    # What was drawn of fewer methods, say, must not stand beside what is drawn of more.
+    for path in set(folder.iterdir()) - set(written):
+        if OWN.fullmatch(path.name):
+            path.unlink()
+    return written
 
 
 def _figures(data: Dataset) -> Iterable[tuple[str, Draw, str]]:

@@ -93,8 +93,12 @@ class Dataset:
         return tuple(dict.fromkeys(student.method for student in self.students))
 
     def of_method(self, method: str) -> list[Student]:
-        """The students of one method, seed by seed."""
-        return [student for student in self.students if student.method == method]
+        """The students of one method, seed by seed: those evaluated to the stream's end, or all while none is.
+
+        So all of a method's numbers are of the same seeds, however far the others have come.
+        """
+        own = [student for student in self.students if student.method == method]
+        return [student for student in own if student.measures.final_stage is not None] or own
 
     @property
     def look_alikes(self) -> dict[str, dict[str, float]]:

@@ -87,7 +87,8 @@ def _method_table(data: Dataset) -> Table:
 
 def _title(data: Dataset, method: str) -> str:
     seeds = [str(student.seed) for student in data.of_method(method)]
-    brackets = "Wilson 95 % interval" if len(seeds) == 1 else "range of seeds"
+    several = len(seeds) > 1 or len({seed for _, seed in data.teacher_rates}) > 1
+    brackets = "Wilson 95 % interval of one run, range of several" if several else "Wilson 95 % interval"
     return f"{data.name} · {method} · seed{'s' * (len(seeds) > 1)} {', '.join(seeds)} · success in % [{brackets}]"
 
 

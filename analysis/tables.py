@@ -65,7 +65,8 @@ def task_table(data: Dataset) -> Table:
         ("Task", "Teacher", "Own stage", "Final", "Forgetting", "Recovery"),
         tuple(_task_tex(data)),
         f"Success in per cent by task on {data.name}: teachers, the student after the task's own stage and at the "
-        "end of the stream. Brackets: Wilson 95 % intervals of single runs; with several seeds, their range.",
+        "end of the stream. Brackets: Wilson 95 % intervals of single runs; with several seeds, their range. The "
+        "recovery of a task may exceed 100 here; it counts as 100 in means.",
     )
 
 

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from multiprocessing.synchronize import Barrier, Event
 from pathlib import Path
 
 import pytest
@@ -132,11 +133,11 @@ def test_who_writes_on_another_host_is_not_asked_to_stop_here(
     assert not asked
 
 
-def contend(folder: Path, start: float, results: multiprocessing.Queue) -> None:
-    time.sleep(max(0.0, start - time.time()))
+def contend(folder: Path, ready: Barrier, all_told: Event, results: multiprocessing.Queue) -> None:
+    ready.wait()
     try:
         results.put(Lease(folder).acquire().number)
-        time.sleep(1.5)
+        all_told.wait(60)  # so that nobody comes after it has let go
     except LeaseHeldError:
         results.put(0)
 
@@ -144,11 +145,13 @@ def contend(folder: Path, start: float, results: multiprocessing.Queue) -> None:
 def test_of_many_contenders_one_wins(tmp_path: Path) -> None:
     context = multiprocessing.get_context("forkserver")
     results: multiprocessing.Queue = context.Queue()
-    start = time.time() + 1.5
-    processes = [context.Process(target=contend, args=(tmp_path, start, results)) for _ in range(6)]
+    ready, all_told = context.Barrier(6), context.Event()
+    arguments = (tmp_path, ready, all_told, results)
+    processes = [context.Process(target=contend, args=arguments) for _ in range(6)]
     for process in processes:
         process.start()
-    numbers = sorted(results.get(timeout=30) for _ in processes)
+    numbers = sorted(results.get(timeout=60) for _ in processes)
+    all_told.set()
     for process in processes:
         process.join()
     assert numbers == [0, 0, 0, 0, 0, 1]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -11,7 +9,7 @@ from matplotlib.figure import Figure
 from analysis.load import Dataset
 from analysis.style import COLUMN_INCHES, GUIDE, method_colour
 from cpd.measures import Estimate
-from cpd.metrics import FEW_SEEDS
+from cpd.metrics import FEW_SEEDS, Aggregate
 from cpd.summary import MethodMeasures
 
 MEASURES = {"average_performance": "average\nperformance", "recovery": "recovery", "forgetting": "forgetting"}
@@ -28,7 +26,7 @@ def draw(data: Dataset) -> Figure:
         for row, method in enumerate(methods):
             _method(axes, data, method, measure, row)
         axes.set_title(title, fontsize=7, linespacing=0.95)
-        axes.set_xlim(_least(methods) if measure == "forgetting" else 0.0, 1)
+        axes.set_xlim(_least(data) if measure == "forgetting" else 0.0, 1)
         axes.set_xticks([0, 0.5, 1], ["0", ".5", "1"])
         axes.tick_params(axis="y", length=0)
         axes.spines["left"].set_visible(False)
@@ -38,10 +36,22 @@ def draw(data: Dataset) -> Figure:
     return figure
 
 
-def _least(methods: Sequence[MethodMeasures]) -> float:
-    """Where the axis of forgetting begins: left of all gains, which there seldom are."""
-    values = [value for m in methods if "mean" in m.forgetting for value in m.forgetting["mean"].per_seed]
+def _least(data: Dataset) -> float:
+    """Where the axis of forgetting begins: left of all that is drawn."""
+    found = [(m, m.forgetting["mean"]) for m in data.methods if "mean" in m.forgetting]
+    values = [value for _, mean in found for value in mean.per_seed]
+    values += [low for method, _ in found if (low := _interval(data, method, "forgetting")[0]) is not None]
     return min(-0.05, 1.1 * min(values, default=0.0))
+
+
+def _interval(data: Dataset, method: MethodMeasures, measure: str) -> tuple[float | None, float | None]:
+    """From seeds or, of a single one, from its episodes."""
+    if len(method.seeds) == 1:
+        (student,) = [s for s in data.of_method(method.method) if s.seed in method.seeds]
+        estimate: Estimate = getattr(student.measures, measure)
+        return estimate.low, estimate.high
+    found: Aggregate = getattr(method, measure)["mean"]
+    return found.low, found.high
 
 
 def _guide(axes: Axes, data: Dataset, measure: str) -> None:
@@ -58,11 +68,7 @@ def _method(axes: Axes, data: Dataset, method: MethodMeasures, measure: str, row
     if found is None:
         axes.text(0.02, row, "not finished", size=5.5, style="italic", va="center", color=GUIDE)
         return
-    low, high = found.low, found.high
-    if len(method.seeds) == 1:
-        (student,) = [s for s in data.of_method(method.method) if s.seed in method.seeds]
-        estimate: Estimate = getattr(student.measures, measure)
-        low, high = estimate.low, estimate.high
+    low, high = _interval(data, method, measure)
     axes.barh(row, found.estimate, 0.72, color=method_colour(0), alpha=0.35, linewidth=0)
     if low is not None and high is not None:
         axes.plot([low, high], [row, row], color="black", linewidth=0.8, zorder=3)

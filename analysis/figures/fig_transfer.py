@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 from matplotlib.figure import Figure
 
@@ -37,8 +39,16 @@ def draw(data: Dataset) -> Figure | None:
     for (row, column), value in np.ndenumerate(gains):
         if not np.isnan(value) and num_columns <= 25:
             colour = "white" if abs(value) > 0.6 else "black"
-            text = f"{round(value, digits) + 0.0:.{digits}f}".replace("0.", ".").replace("-", "\N{MINUS SIGN}")
-            axes.text(column, row, text, size=5.5, color=colour, ha="center", va="center", in_layout=False)
+            axes.text(
+                column,
+                row,
+                number(value, digits),
+                size=5.5,
+                color=colour,
+                ha="center",
+                va="center",
+                in_layout=False,
+            )
     axes.axvline(num_columns - 1.5, color="black", linewidth=0.8)
     axes.set_xticks(
         range(num_columns), [*(short(task) for task in data.stream), "mean"], rotation=90, fontsize=size
@@ -52,6 +62,12 @@ def draw(data: Dataset) -> Figure | None:
     bar.ax.tick_params(labelsize=6, length=2, pad=1)
     bar.outline.set_visible(False)
     return figure
+
+
+def number(value: float, digits: int) -> str:
+    """A gain without the zero before the point."""
+    text = re.sub(r"^(-?)0\.", r"\1.", f"{round(value, digits) + 0.0:.{digits}f}")
+    return text.replace("-", "\N{MINUS SIGN}")
 
 
 def caption(data: Dataset) -> str:

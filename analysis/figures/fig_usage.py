@@ -54,7 +54,8 @@ def _shares(data: Dataset, method: str) -> Floats | None:
     if not rows:
         return None
     rows = [row for row in rows if row.seed == rows[0].seed]
-    rows = [row for row in rows if row.stage == max(row.stage for row in rows)]
+    last = max(row.stage for row in rows)
+    rows = [row for row in rows if row.stage == last]
     size = 1 + max(row.layer for row in rows), len(data.tasks), 1 + max(row.expert for row in rows)
     counts = np.zeros(size)
     for row in rows:

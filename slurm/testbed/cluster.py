@@ -32,6 +32,8 @@ PACKAGES = {
     "mariadb-install-db": "mariadb-server",
 }
 START_SECONDS = 60.0
+#: Lies in the state of a cluster of ours: only such a folder is ever removed.
+MARKER = "test-cluster"
 SYSTEM_FOLDERS = ("/usr/sbin", "/usr/bin", "/sbin", "/bin")
 
 
@@ -209,14 +211,15 @@ class Testbed:
         self.wait_for(lambda: self.is_idle(settings.num_nodes), "all nodes idle")
 
     def _make_state(self, settings: Settings) -> None:
-        if self.state.exists() and any(self.state.iterdir()) and not (self.state / "log").is_dir():
-            raise TestbedError(f"{self.state} exists and is no test cluster; choose another --state")
+        if self.state.exists() and any(self.state.iterdir()) and not (self.state / MARKER).is_file():
+            raise TestbedError(f"{self.state} exists and is no test cluster; choose another --state, or remove it")
         shutil.rmtree(self.state, ignore_errors=True)
         try:
             # Nobody else may read the credentials of the database or of munge.
             self.state.mkdir(mode=0o700, parents=True)
         except OSError as error:
             raise TestbedError(f"{self.state} cannot be made: {error.strerror}; choose another --state") from None
+        (self.state / MARKER).touch()
         per_node = [f"{kind}-{node}" for node in settings.nodes for kind in ("spool", "tmp")]
         for folder in ("log", "controller", *per_node):
             (self.state / folder).mkdir()

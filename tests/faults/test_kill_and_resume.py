@@ -21,6 +21,7 @@ from cpd.runs import Element, Run
 from tests.conftest import MINIATURE, ROOT
 
 TIMEOUT = 240.0
+pytestmark = pytest.mark.timeout(900)  # several of these waits, one after another
 
 
 def start(root: Path) -> subprocess.Popen[str]:
@@ -34,7 +35,10 @@ def start(root: Path) -> subprocess.Popen[str]:
 
 def finish(root: Path) -> str:
     process = start(root)
-    output, _ = process.communicate(timeout=TIMEOUT)
+    try:
+        output, _ = process.communicate(timeout=TIMEOUT)
+    finally:
+        process.kill()
     assert process.returncode == 0, output
     return output
 
@@ -89,7 +93,10 @@ def kill_at_work(element: Element, launcher: subprocess.Popen[str], phase: str =
     process = holder_of(element)
     if element.finished or process is None:
         return False
-    os.kill(process, signal.SIGKILL)
+    try:
+        os.kill(process, signal.SIGKILL)
+    except ProcessLookupError:  # it has ended in between
+        return False
     return True
 
 
@@ -158,7 +165,7 @@ def test_a_finished_run_is_left_alone(undisturbed: Run) -> None:
 
 
 def test_a_failing_element_is_named_with_its_log_and_blocks_only_what_needs_it(
-    undisturbed: Run, tmp_path: Path
+    undisturbed: Run, tmp_path: Path, launcher_guard: list[subprocess.Popen[str]]
 ) -> None:
     root = tmp_path / "run"
     shutil.copytree(undisturbed.root, root)
@@ -172,6 +179,7 @@ def test_a_failing_element_is_named_with_its_log_and_blocks_only_what_needs_it(
     content[len(content) // 2] ^= 1
     shard.write_bytes(content)
     process = start(root)
+    launcher_guard.append(process)
     output, _ = process.communicate(timeout=TIMEOUT)
     assert process.returncode == 1
     assert f"FAILED {student.name}" in output

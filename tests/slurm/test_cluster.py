@@ -111,6 +111,7 @@ def test_foreign_folders_are_left_alone(tmp_path: Path) -> None:
     if missing_packages():
         pytest.skip(missing_packages())
     (tmp_path / "thesis.tex").write_text("precious")
+    (tmp_path / "log").mkdir()
     with pytest.raises(TestbedError, match="is no test cluster"):
         Testbed(tmp_path).up(Settings(state=tmp_path))
     assert (tmp_path / "thesis.tex").exists()

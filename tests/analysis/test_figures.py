@@ -1,0 +1,140 @@
+"""What figures plot, against rates that a test chooses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+
+from analysis.build import build
+from analysis.figures import fig_methods, fig_profile, fig_stream, fig_success_matrix, fig_transfer, fig_usage
+from analysis.load import Dataset, conditions, load
+from analysis.style import paper_style
+from analysis.tables import task_cells, write_tables
+from cpd.measures import rate_before
+from cpd.metrics import SuccessMatrix
+from cpd.results import gather
+from cpd.tasks import STREAMS
+from tests.synthetic_run import write_run
+
+STREAM = STREAMS["demo"]
+RATES = np.array([[0.1, 0.0, 0.0], [0.9, 0.1, 0.0], [0.7, 0.8, 0.2], [0.5, 0.9, 0.96]])
+TEACHERS = dict(zip(STREAM, (1.0, 0.9, 0.8), strict=True))
+RESULTS = Path(__file__).resolve().parents[2] / "analysis" / "results"
+PUBLISHED = sorted(path.parent for path in RESULTS.rglob("stages.csv"))
+
+
+def made(root: Path, **over: object) -> Dataset:
+    settings = {"stream": STREAM, "students": {1: RATES}, "teachers": TEACHERS, **over}
+    run = write_run(root, **settings)  # type: ignore[arg-type]
+    gather(run)
+    return load([run.results])
+
+
+def texts(figure: Figure, axes: int) -> list[str]:
+    return [text.get_text() for text in figure.axes[axes].texts]
+
+
+def test_the_success_matrix_is_that_of_the_students_and_outlines_every_task_s_own_stage(tmp_path: Path) -> None:
+    figure = fig_success_matrix.draw(made(tmp_path / "r"), "moe")
+    assert texts(figure, 0) == [f"{100 * rate:.0f}" for rate in RATES.flat]
+    assert texts(figure, 1) == ["100", "90", "80"]
+    outlines = [patch.get_xy() for patch in figure.axes[0].patches]
+    assert outlines == [(stage - 0.5, stage + 0.5) for stage in range(3)]
+
+
+def test_only_seeds_that_came_to_the_end_are_averaged(tmp_path: Path) -> None:
+    unfinished = RATES * 0.2
+    unfinished[3] = np.nan
+    data = made(tmp_path / "r", students={1: RATES, 2: unfinished})
+    assert [student.seed for student in data.of_method("moe")] == [1]
+    assert texts(fig_success_matrix.draw(data, "moe"), 0) == [f"{100 * rate:.0f}" for rate in RATES.flat]
+    assert "mean of" not in fig_success_matrix.caption(data, "moe")
+    ongoing = made(tmp_path / "s", students={1: unfinished, 2: unfinished})
+    assert [student.seed for student in ongoing.of_method("moe")] == [1, 2]
+
+
+def test_lines_over_the_stream_are_means_of_rows(tmp_path: Path) -> None:
+    axes = fig_stream.draw(made(tmp_path / "r")).axes[0]
+    lines = {line.get_label(): line for line in axes.lines}
+    assert lines["mean of all tasks"].get_ydata() == pytest.approx(RATES.mean(axis=1))
+    assert lines["mean of tasks so far"].get_ydata() == pytest.approx([0.9, 0.75, RATES[3].mean()])
+
+
+def test_bars_of_methods_are_the_measures_and_no_line_is_cut_off(tmp_path: Path) -> None:
+    gaining = np.array([[0.1, 0.0, 0.0], [0.5, 0.1, 0.0], [0.7, 0.6, 0.2], [0.8, 0.7, 0.8]])
+    data = made(tmp_path / "r", variants={"gaining": {1: gaining}})
+    with paper_style():
+        figure = fig_methods.draw(data)
+    widths = [[patch.get_width() for patch in axes.patches] for axes in figure.axes]
+    assert widths[0] == pytest.approx([RATES[3].mean(), gaining[3].mean()])
+    assert widths[1] == pytest.approx([np.mean([0.5, 1, 1]), np.mean([0.8, 0.7 / 0.9, 1])])
+    assert widths[2] == pytest.approx([np.mean([0.4, -0.1]), np.mean([-0.3, -0.1])])
+    for axes in figure.axes:
+        low, high = axes.get_xlim()
+        drawn = [x for line in axes.lines for x in line.get_xdata()]
+        assert low <= min(drawn) and (max(drawn) <= high or high == 1)
+
+
+def test_rejected_teachers_count_as_0_where_teachers_are_the_measure(tmp_path: Path) -> None:
+    rates = np.where(np.arange(3) == 1, 0.0, RATES)
+    teachers = {task: rate for task, rate in TEACHERS.items() if task != STREAM[1]}
+    data = made(tmp_path / "r", students={1: rates}, teachers=teachers, variants={"b": {1: rates}})
+    assert data.teacher_scores == [1.0, 0.0, 0.8]
+    measured = [student.measures.tasks[1] for student in data.of_method("moe")]
+    assert task_cells(data, STREAM[1], measured)[0].endswith("rejected")
+    figure = fig_profile.draw(data)
+    assert figure is not None
+    steps = figure.axes[0].lines[0].get_ydata()
+    assert [steps[0], steps[50], steps[100]] == pytest.approx([1, 2 / 3, 1 / 3])
+
+
+def test_usage_is_the_share_of_every_task_s_choices(tmp_path: Path) -> None:
+    data = made(tmp_path / "r")
+    shares = fig_usage._shares(data, "moe")
+    assert shares is not None
+    for layer, column, expert in np.ndindex(shares.shape):
+        own = [row for row in data.usage if (row.layer, row.task) == (layer, STREAM[column])]
+        chosen = sum(row.chosen for row in own if row.expert == expert)
+        assert shares[layer, column, expert] == pytest.approx(chosen / sum(row.chosen for row in own))
+
+
+def test_numbers_of_transfer_keep_their_zeros() -> None:
+    assert [fig_transfer.number(value, 2) for value in (-10.67, -0.5, 0.07, 0.0)] == [
+        "\N{MINUS SIGN}10.67",
+        "\N{MINUS SIGN}.50",
+        ".07",
+        ".00",
+    ]
+
+
+def test_a_student_that_every_stage_trains_afresh_begins_like_the_first() -> None:
+    episodes = np.full((4, 2), 10)
+    matrix = SuccessMatrix(("a", "b", "a"), ("a", "b"), np.array([[1, 0], [9, 0], [9, 8], [7, 8]]), episodes)
+    assert rate_before(matrix, 2) == 0.9
+    assert rate_before(matrix, 2, afresh=True) == 0.1
+
+
+def test_figures_of_what_is_no_longer_there_are_removed_and_nothing_else(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "r", stream=STREAM, students={1: RATES}, teachers=TEACHERS)
+    out = tmp_path / "out"
+    build([run.root], out)
+    (out / "notes.txt").write_text("mine")
+    assert (out / "success_matrix.pdf").exists()
+    more = write_run(
+        tmp_path / "s", stream=STREAM, students={1: RATES}, teachers=TEACHERS, variants={"b": {1: RATES}}
+    )
+    build([more.root], out)
+    assert not list(out.glob("success_matrix.*")) and (out / "success_matrix_b.pdf").exists()
+    assert (out / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("folder", PUBLISHED, ids=lambda path: str(path.relative_to(RESULTS)))
+def test_published_tables_are_what_their_raw_data_give(folder: Path, tmp_path: Path) -> None:
+    data = load([folder])
+    written = write_tables(tmp_path, data, conditions(data))
+    assert written
+    for path in written:
+        assert path.read_bytes() == (folder / "figures" / path.name).read_bytes(), path.name
