@@ -284,7 +284,7 @@ class Testbed:
     def down(self) -> list[str]:
         """End all jobs and daemons and whatever they left; returns what had to be killed. Harmless if not up."""
         if "slurmctld" in self.daemons():
-            self._cancel_all()
+            self.cancel_all()
         daemons = self.daemons()
         # The accounting and munge last: the others talk to them until the end.
         order = sorted(daemons, key=lambda name: ("slurm", "mariadb", "munge").index(_family(name)))
@@ -297,8 +297,8 @@ class Testbed:
         self._pid_file.unlink(missing_ok=True)
         return [str(process) for process in stubborn]
 
-    def _cancel_all(self, seconds: float = 3.0) -> None:
-        # Jobs that ask for time to save are not given it: the cluster and its queue are about to be gone.
+    def cancel_all(self, seconds: float = 3.0) -> None:
+        """End all jobs, which are given no time to save, and wait for as long at most until they have left."""
         self.command("scancel", "--signal=KILL", f"--user={user_name()}", "--full", check=False)
         self.command("scancel", f"--user={user_name()}", check=False)
         deadline = time.monotonic() + seconds

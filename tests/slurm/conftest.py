@@ -54,6 +54,17 @@ def strict() -> Iterator[Workbench]:
     yield from start("cpds", enforce_memory=True, gpus=2)
 
 
+@pytest.fixture(autouse=True)
+def _nothing_left(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A test that fails leaves no jobs behind, on which the next one would wait in vain."""
+    yield
+    for name in ("bench", "forgetful", "accounted", "strict"):
+        if name in request.fixturenames:
+            workbench: Workbench = request.getfixturevalue(name)
+            if workbench.slurm("squeue", "-h"):
+                workbench.testbed.cancel_all(60.0)
+
+
 @pytest.fixture(scope="session")
 def finished(bench: Workbench, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that went through the whole chain undisturbed."""
