@@ -15,7 +15,7 @@ from analysis.load import Dataset, look_alikes, mean_matrix, short
 from cpd.files import write_text
 from cpd.measures import Estimate, Rate, StudentMeasures, TaskMeasures
 from cpd.metrics import Aggregate, Floats
-from cpd.summary import finals, shares
+from cpd.summary import finals, interval, shares
 
 Cell = str | int | float | None
 
@@ -192,11 +192,8 @@ def headline(measure: dict[str, Aggregate], students: Sequence[StudentMeasures],
     if "mean" not in measure:
         return "–"
     mean = measure["mean"]
-    low, high = mean.low, mean.high
-    if len(students) == 1:
-        estimate: Estimate = getattr(students[0], name)
-        low, high = estimate.low, estimate.high
-    elif low is None:
+    low, high = interval(mean, students, name)
+    if low is None and len(students) > 1:
         low, high = min(mean.per_seed), max(mean.per_seed)
     if low is None or high is None:
         return percent(mean.estimate, 1)

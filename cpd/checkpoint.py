@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from cpd.files import TEMPORARY_SUFFIX, publish, read_json, sha256, sweep_temporaries, write_json
+from cpd.files import is_temporary, publish, read_json, sha256, sweep_temporaries, write_json
 
 
 class CheckpointError(ValueError):
@@ -88,5 +88,5 @@ def prune(folder: Path, keep: int) -> None:
             # Unmark first, so that a half-removed checkpoint is never taken for a whole one.
             (path / "meta.json").unlink(missing_ok=True)
             shutil.rmtree(path, ignore_errors=True)
-        elif path.name.endswith(TEMPORARY_SUFFIX):
+        elif is_temporary(path):
             path.unlink(missing_ok=True)

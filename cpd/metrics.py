@@ -25,27 +25,21 @@ FEW_SEEDS = 5
 
 
 class Counted(Protocol):
-    """What a row of a long-form table tells a success matrix."""
+    """What a row of a long-form table tells a success matrix: successes in so many episodes of a task.
+
+    The stage is the last one distilled before; -1: none; None: the row is a teacher's.
+    """
 
     @property
-    def stage(self) -> int | None:
-        """The last stage distilled before, -1: none, None: of a teacher."""
-
+    def stage(self) -> int | None: ...
     @property
-    def task(self) -> str:
-        """The task acted in."""
-
+    def task(self) -> str: ...
     @property
-    def goal_set(self) -> str:
-        """Which goals."""
-
+    def goal_set(self) -> str: ...
     @property
-    def episodes(self) -> int:
-        """Episodes acted."""
-
+    def episodes(self) -> int: ...
     @property
-    def successes(self) -> int:
-        """Successful ones among them."""
+    def successes(self) -> int: ...
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from cpd import metrics
-from cpd.measures import Student, measure_student
+from cpd.measures import Estimate, Student, StudentMeasures, measure_student
 from cpd.metrics import Aggregate, Bools, Floats
 from cpd.result_tables import TEACHER, Tables, labels
 
@@ -152,6 +152,16 @@ def _forward_transfer(students: Sequence[Student], reference: Sequence[Student])
 def _areas(students: Sequence[Student]) -> Floats:
     """(N, K) areas under the curves, NaN where not measured."""
     return np.array([[np.nan if area is None else area for area in s.measures.areas] for s in students])
+
+
+def interval(
+    mean: Aggregate, students: Sequence[StudentMeasures], measure: str
+) -> tuple[float | None, float | None]:
+    """95 % interval of a method's mean: by seeds (None for two to four) or, of one, by episodes."""
+    if len(students) == 1:
+        estimate: Estimate = getattr(students[0], measure)
+        return estimate.low, estimate.high
+    return mean.low, mean.high
 
 
 def finals(student: Student) -> Floats:

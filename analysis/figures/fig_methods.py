@@ -8,9 +8,8 @@ from matplotlib.figure import Figure
 
 from analysis.load import Dataset
 from analysis.style import COLUMN_INCHES, GUIDE, method_colour
-from cpd.measures import Estimate
-from cpd.metrics import FEW_SEEDS, Aggregate
-from cpd.summary import MethodMeasures
+from cpd.metrics import FEW_SEEDS
+from cpd.summary import MethodMeasures, interval
 
 MEASURES = {"average_performance": "average\nperformance", "recovery": "recovery", "forgetting": "forgetting"}
 
@@ -45,13 +44,8 @@ def _least(data: Dataset) -> float:
 
 
 def _interval(data: Dataset, method: MethodMeasures, measure: str) -> tuple[float | None, float | None]:
-    """From seeds or, of a single one, from its episodes."""
-    if len(method.seeds) == 1:
-        (student,) = [s for s in data.of_method(method.method) if s.seed in method.seeds]
-        estimate: Estimate = getattr(student.measures, measure)
-        return estimate.low, estimate.high
-    found: Aggregate = getattr(method, measure)["mean"]
-    return found.low, found.high
+    students = [student.measures for student in data.of_method(method.method)]
+    return interval(getattr(method, measure)["mean"], students, measure)
 
 
 def _guide(axes: Axes, data: Dataset, measure: str) -> None:

@@ -59,17 +59,6 @@ def contradictions(config: MethodConfig) -> list[str]:
     return found
 
 
-def _experts_of_growth(student: StudentConfig) -> int:
-    """How many experts a token may choose among for what growth adds."""
-    if student.expansion == "none":
-        return 0
-    return (
-        student.num_experts + student.experts_per_task
-        if student.task_identity == "none"
-        else student.experts_per_task
-    )
-
-
 def without_effect(config: MethodConfig) -> list[str]:
     """Settings that are given but have no effect; each line begins with a setting's dotted path."""
     found, protection = [], config.protection
@@ -89,15 +78,17 @@ def without_effect(config: MethodConfig) -> list[str]:
         own = getattr(config, section)
         if getattr(own, chooser) not in values and getattr(own, name) != getattr(type(own)(), name):
             found.append(f"{section}.{name} has no effect: {section}.{chooser} is {getattr(own, chooser)!r}")
-    if protection.kind == "mask" and protection.mask_fraction in (0.0, 1.0):
+    if protection.kind == "mask" and not protection.needs_importance:
         found += [
             f"protection.{name} has no effect: protection.mask_fraction is {protection.mask_fraction:g}"
             for name in ("mask_mode", "fisher_windows")
             if getattr(protection, name) != getattr(ProtectionConfig(), name)
         ]
-    if config.student.task_identity != "none" and config.student.opening_steps != StudentConfig().opening_steps:
+    student = config.student
+    if student.task_identity != "none" and student.opening_steps != StudentConfig().opening_steps:
         found.append("student.opening_steps has no effect: experts are open to their own tasks alone")
-    if config.student.top_k == 1 and max(config.student.num_experts, _experts_of_growth(config.student)) > 1:
+    added_are_alone = student.task_identity != "none" and student.experts_per_task == 1
+    if student.top_k == 1 and not (student.num_experts == 1 and (student.expansion == "none" or added_are_alone)):
         found.append("student.top_k = 1 leaves one expert a gate of 1: the loss trains no router; 2 or more do")
     distill = config.distill
     everything_masked = protection.kind == "mask" and protection.mask_experts and protection.mask_fraction == 1.0

@@ -102,6 +102,11 @@ class ProtectionConfig:
     packnet_retrain_share: Share = 0.3
     """Share of a stage's steps after PackNet has pruned."""
 
+    @property
+    def needs_importance(self) -> bool:
+        """Whether it goes by how much parameters have mattered."""
+        return self.kind == "ewc" or (self.kind == "mask" and 0.0 < self.mask_fraction < 1.0)
+
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class DistillConfig:

@@ -17,20 +17,22 @@ from cpd.student.student import Student
 class Rehearsal:
     """A frozen copy of the student, which labels the rows that are replayed."""
 
-    def __init__(self, student: Student, values: Tensor, flat: FlatParameters, std_floor: float) -> None:
-        """A copy of `student` with the parameters `values`, laid out as `flat`."""
+    def __init__(
+        self, student: Student, values: Tensor, flat: FlatParameters, std_floor: float, num_opening: int
+    ) -> None:
+        """A copy of `student` with `values` for parameters, laid out as `flat`, its last `num_opening` closed.
+
+        Resumed in the middle of a stage, `student` has those that the stage added partly open.
+        """
         self.values = values
         self._student = copy.deepcopy(student)
         for name, parameter in self._student.named_parameters():
             parameter.data = values[flat.slots[name]].view(parameter.shape)
             parameter.grad = None
             parameter.requires_grad_(False)
+        if num_opening:
+            self._student.set_logit_offset(num_opening, -math.inf)
         self._std_floor = std_floor
-
-    def close_experts(self, num_last: int) -> None:
-        """Leave out the last `num_last` experts of every layer, if any."""
-        if num_last:
-            self._student.set_logit_offset(num_last, -math.inf)
 
     def relabel(self, batch: Batch) -> Batch:
         """The batch with the copy's Gaussian, mean clipped and deviation floored, on its replayed rows."""

@@ -91,7 +91,7 @@ def _batches(config: Config) -> dict[str, int]:
     found = {"distill.batch_size": config.distill.batch_size}
     if protection.kind == "agem":
         found["protection.agem_windows"] = protection.agem_windows
-    if protection.kind == "ewc" or (protection.kind == "mask" and 0.0 < protection.mask_fraction < 1.0):
+    if protection.needs_importance:
         found["protection.fisher_windows"] = protection.fisher_windows
     return found
 
@@ -222,9 +222,8 @@ class Trainer:
 
     def _rehearse(self, values: Tensor) -> None:
         """From now on replayed rows are labelled by the student that the stage found, with parameters `values`."""
-        self._rehearsal = Rehearsal(self.student, values, self.flat, self.config.distill.std_floor)
-        # Resumed in the middle of the stage, the student has the experts that were added to it partly open.
-        self._rehearsal.close_experts(self.progress.num_opening)
+        std_floor, num_opening = self.config.distill.std_floor, self.progress.num_opening
+        self._rehearsal = Rehearsal(self.student, values, self.flat, std_floor, num_opening)
 
     def refresh_prototypes(self) -> None:
         """Bring the prototypes up to date with the encoder; before the student acts in the middle of a stage."""

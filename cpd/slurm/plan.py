@@ -135,18 +135,16 @@ def _arrays(
     teachers: list[Element], profile: Profile, others: int
 ) -> list[tuple[tuple[tuple[Element, ...], ...], int]]:
     """The teachers' arrays, each within the site's limits, and how many of its jobs may run at a time."""
-    size = 1
-    if profile.max_submitted:
-        room = profile.max_submitted - others
-        if room < min(len(teachers), 1):
-            beside = "no room for teachers beside" if teachers else "too little room for"
-            raise PlanError(
-                f"max_submitted ({profile.max_submitted}) leaves {beside} {others} other jobs; raise it, or "
-                "submit part of the run by --only"
-            )
-        size = -(-len(teachers) // max(room, 1))
+    room = profile.max_submitted - others if profile.max_submitted else len(teachers)
+    if room < min(len(teachers), 1):
+        beside = "no room for teachers beside" if teachers else "too little room for"
+        raise PlanError(
+            f"max_submitted ({profile.max_submitted}) leaves {beside} {others} other jobs; raise it, or submit "
+            "part of the run by --only"
+        )
     if not teachers:
         return []
+    size = -(-len(teachers) // room)
     tasks = [tuple(teachers[i : i + size]) for i in range(0, len(teachers), size)]
     longest = profile.max_array_size
     chunks = [tuple(tasks[i : i + longest]) for i in range(0, len(tasks), longest)]

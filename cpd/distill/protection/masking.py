@@ -54,7 +54,7 @@ class Masking(Protection):
 
     def end_stage(self, trainer: Trainer, data: StageData) -> None:
         """Add the stage's importance to what was accumulated."""
-        if 0.0 < self.config.protection.mask_fraction < 1.0:
+        if self.config.protection.needs_importance:
             found = fisher(trainer, data, self.config.protection.fisher_windows)
             self._importance = found if self._importance is None else self._importance + found
 
