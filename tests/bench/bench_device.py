@@ -1,0 +1,126 @@
+"""What an accelerator brings, or costs: distillation, acting and SAC on the CPU and on CUDA, side by side.
+
+    OMP_NUM_THREADS=1 python -m tests.bench.bench_device [--batch-sizes 256 4096] [--json PATH] [recipe.toml]
+
+The student is the recipe's (default: cw10) at its third stage, with memory; data are synthetic. Medians over
+calls, in wall milliseconds, devices in turn, and the CPU with the recipe's number of threads. Such networks are small
+for an accelerator: each of its operations is short, and what counts is how many there are. PPO is not here: it
+runs on the CPU everywhere (see `cpd.teachers.ppo`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from cpd.comm import SerialComm
+from cpd.config import Config, SACConfig
+from cpd.distill.trainer import Trainer
+from cpd.strict_load import load, merge, read_toml
+from cpd.student.actor import StudentActor
+from cpd.teachers.sac import SACLearner
+from cpd.teachers.sampling import Batch
+from jobs.launch import RECIPES
+from tests.distill.synthetic import stage_data
+
+CALLS, STAGES, EPISODE_STEPS = 60, 3, 100
+
+
+def trained(config: Config, device: torch.device) -> Trainer:
+    """A trainer in its third stage, with experts of three tasks and a memory of two."""
+    trainer = Trainer(config, 1, SerialComm(), device)
+    for task in range(STAGES):
+        data = stage_data(task, config.rollouts.num_steps // EPISODE_STEPS, EPISODE_STEPS)
+        trainer.begin_stage(data)
+        trainer.train_step()
+        if task < STAGES - 1:
+            trainer.end_stage(data)
+    return trainer
+
+
+def acting(config: Config, trainer: Trainer, num_envs: int) -> Callable[[], Any]:
+    """One step of `num_envs` episodes at once, past the student's context."""
+    actor = StudentActor(trainer.student, config.stream.distinct_tasks)
+    actor.reset(config.stream.tasks[0], num_envs)
+    obs_BO = np.repeat(stage_data(0, 1, 10).observations[:1], num_envs, axis=0)
+    return lambda: actor.act(obs_BO)
+
+
+def sac_update(batch_size: int, device: torch.device) -> Callable[[], Any]:
+    """One iteration of SAC: its gradient steps."""
+    config = SACConfig(batch_size=batch_size)
+    learner, rng = SACLearner(config, 1, device=device), np.random.default_rng(1)
+    shape = (config.steps_per_env, config.num_envs)
+    batch = Batch(
+        obs=rng.normal(size=(*shape, 39)).astype(np.float32),
+        next_obs=rng.normal(size=(*shape, 39)).astype(np.float32),
+        actions=np.tanh(rng.normal(size=(*shape, 4))).astype(np.float32),
+        rewards=rng.random(shape).astype(np.float32),
+        terminated=np.zeros(shape, np.bool_),
+        ends=np.zeros(shape, np.bool_),
+        train_success=0.0,
+        train_return=0.0,
+    )
+    return lambda: learner.update(batch, 0)
+
+
+def medians(calls: dict[str, Callable[[], Any]], num_calls: int) -> dict[str, float]:
+    """Median wall milliseconds of each call, the contestants in turn; devices are waited for."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for index in range(num_calls + 3):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            if index >= 3:
+                times[name].append((time.perf_counter() - start) * 1e3)
+    return {name: statistics.median(found) for name, found in times.items()}
+
+
+def main() -> None:
+    """Time everything on every device there is."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe", nargs="?", type=Path, default=RECIPES / "cw10.toml")
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[256, 4096])
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    devices = {"cpu": torch.device("cpu")}
+    if torch.cuda.is_available():
+        devices["cuda"] = torch.device("cuda", 0)
+        print(f"cuda is {torch.cuda.get_device_name(0)}, torch {torch.__version__}")
+    else:
+        print("there is no CUDA device here: the CPU alone is timed")
+
+    results: dict[str, dict[str, float]] = {}
+
+    def compare(name: str, make: Callable[[torch.device], Callable[[], Any]], num_calls: int = CALLS) -> None:
+        results[name] = found = medians({label: make(device) for label, device in devices.items()}, num_calls)
+        line = ", ".join(f"{label} {milliseconds:8.2f} ms" for label, milliseconds in found.items())
+        ratio = f", cpu / cuda {found['cpu'] / found['cuda']:5.2f}" if "cuda" in found else ""
+        print(f"  {name:36s} {line}{ratio}", flush=True)
+
+    raw = read_toml(arguments.recipe)
+    for batch_size in arguments.batch_sizes:
+        config = load(Config, merge(raw, {"distill": {"batch_size": batch_size}}), str(arguments.recipe))
+        torch.set_num_threads(config.torch_threads)
+        compare(f"distillation step, {batch_size} windows", lambda on, c=config: trained(c, on).train_step)
+    config = load(Config, raw, str(arguments.recipe))
+    for num_envs in (10, 50):
+        compare(f"act, {num_envs} episodes", lambda on, n=num_envs: acting(config, trained(config, on), n))
+    for batch_size in (64, 256):
+        compare(f"SAC iteration, batches of {batch_size}", lambda on, n=batch_size: sac_update(n, on), 3)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(results, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
