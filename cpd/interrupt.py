@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from types import FrameType
 
 from cpd.lease import is_alive, start_ticks
@@ -16,6 +17,8 @@ from cpd.lease import is_alive, start_ticks
 LAUNCHER_VARIABLE = "CPD_LAUNCHER"
 #: What a job exits with after saving because it was asked to stop (EX_TEMPFAIL: try again).
 EXIT_INTERRUPTED = 75
+#: Between two looks at whether the launcher lives.
+WATCH_SECONDS = 0.5
 
 
 class InterruptedBySignal(RuntimeError):
@@ -23,20 +26,24 @@ class InterruptedBySignal(RuntimeError):
 
 
 class Interrupt:
-    """The stop flag of this process."""
+    """The stop flag of this process.
+
+    A plain attribute, and no `threading.Event`: a second signal may come while the first is handled, and an event's
+    lock, which the first then holds, would never be given.
+    """
 
     def __init__(self) -> None:
-        self._event = threading.Event()
+        self._requested = False
         self.signal_number = 0
 
     @property
     def requested(self) -> bool:
         """Whether the job should save and stop."""
-        return self._event.is_set()
+        return self._requested
 
     def request(self) -> None:
         """Ask to stop, as a signal would."""
-        self._event.set()
+        self._requested = True
 
     def install(self) -> Interrupt:
         """Handle SIGTERM, SIGINT, SIGUSR1 and SIGUSR2, and watch the launcher; call in the main thread."""
@@ -49,14 +56,13 @@ class Interrupt:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.signal_number = number
-        self._event.set()
+        self._requested = True
 
     def _watch(self, launcher: str) -> None:
         process, ticks = (int(part) for part in launcher.split(":"))
-        while is_alive(process, ticks):
-            if self._event.wait(0.5):
-                return
-        self._event.set()
+        while is_alive(process, ticks) and not self._requested:
+            time.sleep(WATCH_SECONDS)
+        self._requested = True
 
 
 def launcher_identity() -> str:
