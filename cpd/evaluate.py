@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from functools import partial
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from cpd.comm import Comm
 from cpd.config import Config
-from cpd.envs.cells import Cell, EnvPool, evaluate_cells
+from cpd.envs.cells import TASKS_PER_PASS, Cell, EnvPool, evaluate_cells
 from cpd.envs.episodes import Actor, Outcome
 from cpd.interrupt import Interrupt, InterruptedBySignal
 from cpd.provenance import Labels, labels
 from cpd.runs import Run, StudentElement
 from cpd.session import Session, session
-from cpd.student.packed_actor import make_actor
 from cpd.student.student import Student, load_student
+from cpd.student.taskwise_actor import TaskwiseActor, make_actor
 from cpd.tables import EpisodeRow, EvaluationRow, write_rows
 from cpd.watch import Watch
 
@@ -89,26 +86,6 @@ def evaluation_rows(
     return rows, episodes
 
 
-class _OwnStudents:
-    """Acts for each task with the student that was trained on it alone; satisfies `cpd.envs.episodes.Actor`."""
-
-    def __init__(self, students: Mapping[str, Callable[[], Actor]]) -> None:
-        """`students` make the actor of each task, which happens at most once."""
-        self._students, self._made = students, dict[str, Actor]()
-        self._task = ""
-
-    def reset(self, task: str, num_envs: int) -> None:
-        """Begin `num_envs` fresh episodes of `task`."""
-        self._task = task
-        if task not in self._made:
-            self._made[task] = self._students[task]()
-        self._made[task].reset(task, num_envs)
-
-    def act(self, obs_BO: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-        """The actions of the task's own student."""
-        return self._made[self._task].act(obs_BO)
-
-
 def _make_actor(element: StudentElement, model: Student, stages: Sequence[int]) -> Actor:
     """What row `stages[-1]` of the success matrix measures.
 
@@ -128,11 +105,12 @@ def _make_actor(element: StudentElement, model: Student, stages: Sequence[int]) 
     own = dict.fromkeys(stream.distinct_tasks, stages[0])
     own |= {stream.tasks[stage]: stage for stage in stages if stage >= 0}
 
-    def make(stage: int) -> Actor:
+    def own_actor(task: str) -> Actor:
+        stage = own[task]
         there = model if stage == stages[-1] else load_student(element.stage_policy(stage)).to(device)
         return make_actor(there, stream.distinct_tasks)
 
-    return _OwnStudents({task: partial(make, stage) for task, stage in own.items()})
+    return TaskwiseActor(own_actor)
 
 
 def run_evaluation(
@@ -195,6 +173,7 @@ def _fill_rows(
                 config.stream.horizon,
                 pool,
                 comm,
+                tasks_per_pass=1 if acting is watch else TASKS_PER_PASS,  # what it sees is told by task
                 should_stop=lambda: interrupt.requested,
                 advance=advance,
             )

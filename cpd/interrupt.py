@@ -28,8 +28,8 @@ class InterruptedBySignal(RuntimeError):
 class Interrupt:
     """The stop flag of this process.
 
-    A plain attribute, and no `threading.Event`: a second signal may come while the first is handled, and an event's
-    lock, which the first then holds, would never be given.
+    A plain attribute, and no `threading.Event`: a second signal may come while the first is handled, and an
+    event's lock, which the first then holds, would never be given.
     """
 
     def __init__(self) -> None:

@@ -45,10 +45,11 @@ class Watch:
         self._retrieved: dict[tuple[str, int], tuple[int, int]] = {}
         """By task and step the episodes, and those in which the right task was believed."""
 
-    def reset(self, task: str, num_envs: int) -> None:
-        """Fresh episodes begin."""
-        self._task, self._step = task, 0
-        self._actor.reset(task, num_envs)
+    def reset(self, tasks: Sequence[str]) -> None:
+        """Fresh episodes begin, all of one task."""
+        (self._task,) = set(tasks)
+        self._step = 0
+        self._actor.reset(tasks)
 
     def act(self, obs_BO: FloatArray) -> FloatArray:
         """The actor's actions."""

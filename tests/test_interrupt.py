@@ -14,7 +14,7 @@ from cpd.interrupt import LAUNCHER_VARIABLE, Interrupt
 from cpd.lease import start_ticks
 from tests.conftest import ROOT
 
-# Another signal comes at every call made while one is being handled, which a lock in the handler would not survive.
+# Another signal comes at every call made while one is handled, which a lock in the handler would not survive.
 SIGNALS_WITHIN_SIGNALS = """
 import signal, sys
 from cpd.interrupt import Interrupt

@@ -39,8 +39,8 @@ def test_a_watched_student_acts_the_same_and_every_step_counts_top_k_times() -> 
     watch = Watch(model, StudentActor(model, TASKS), TASKS, horizon=9)
     alone = StudentActor(model, TASKS)
     for task in ("b-v3", "a-v3", "b-v3"):
-        watch.reset(task, 5)
-        alone.reset(task, 5)
+        watch.reset([task] * 5)
+        alone.reset([task] * 5)
         for obs in observations(7):
             np.testing.assert_array_equal(watch.act(obs), alone.act(obs))
     usage, retrieval = watch.rows(SerialComm(), **COMMON)
@@ -61,7 +61,7 @@ class Believer:
     def __init__(self) -> None:
         self.believed: list[np.ndarray] = []
 
-    def reset(self, task: str, num_envs: int) -> None:
+    def reset(self, tasks: list[str]) -> None:
         self.believed = []
 
     def act(self, obs_BO: np.ndarray) -> np.ndarray:
@@ -73,7 +73,7 @@ def test_beliefs_are_compared_with_the_task_at_the_recorded_steps() -> None:
     watch = Watch(student(), Believer(), TASKS, horizon=9)  # type: ignore[arg-type]
     watch._believes = True
     for task in ("b-v3", "a-v3", "b-v3"):
-        watch.reset(task, 5)
+        watch.reset([task] * 5)
         for obs in observations(9):
             watch.act(obs)
     _, rows = watch.rows(SerialComm(), **COMMON)

@@ -21,8 +21,8 @@ from cpd.provenance import labels
 from cpd.record import MetricsLog
 from cpd.runs import Run, StudentElement, TeacherElement
 from cpd.session import Session, session
-from cpd.student.packed_actor import make_actor
 from cpd.student.student import save_student
+from cpd.student.taskwise_actor import make_actor
 from cpd.tables import CurveRow, write_rows
 
 #: Episodes per forward pass of a curve's evaluation: few, so that several ranks have something to do.

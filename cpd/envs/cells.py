@@ -10,8 +10,12 @@ from cpd.envs.episodes import Actor, Outcome, run_episodes
 from cpd.envs.goals import Goal, Split, goal_set
 from cpd.envs.sampler import VectorEnv, make_vector_env
 
-#: Episodes per forward pass. A chunk's composition is fixed, so results do not depend on the number of ranks.
+#: Episodes of a task per forward pass. What a pass is made of is fixed, so results do not depend on the number of
+#: ranks.
 CHUNK = 25
+#: Tasks per forward pass. A small network's pass takes about as long for a hundred episodes as for ten, but passes
+#: are what ranks share, so they must not be too few.
+TASKS_PER_PASS = 4
 
 
 class Cell(NamedTuple):
@@ -47,6 +51,34 @@ class EnvPool:
         self._envs.clear()
 
 
+class _Chunk(NamedTuple):
+    """Episodes of one cell that act together."""
+
+    cell: int
+    """Its position."""
+    goals: tuple[Goal, ...]
+
+
+def _passes(cells: Sequence[Cell], chunk: int, tasks_per_pass: int) -> list[list[_Chunk]]:
+    """All episodes, in chunks of one task, which share a pass with those of other tasks where they can."""
+    passes: list[list[_Chunk]] = []
+    for index, cell in enumerate(cells):
+        goals = goal_set(cell.task, cell.goal_set, cell.num_episodes)
+        for start in range(0, len(goals), chunk):
+            for members in passes:
+                others = [cells[member.cell] for member in members]
+                if (
+                    len(others) < tasks_per_pass
+                    and others[0].to_the_end == cell.to_the_end
+                    and all(other.task != cell.task for other in others)
+                ):
+                    break
+            else:
+                passes.append(members := [])
+            members.append(_Chunk(index, goals[start : start + chunk]))
+    return passes
+
+
 def evaluate_cells(
     actor: Actor,
     cells: Sequence[Cell],
@@ -55,6 +87,7 @@ def evaluate_cells(
     comm: Comm,
     *,
     chunk: int = CHUNK,
+    tasks_per_pass: int = TASKS_PER_PASS,
     should_stop: Callable[[], bool] = lambda: False,
     advance: Callable[[int], None] = lambda episodes: None,
 ) -> list[list[Outcome]] | None:
@@ -66,32 +99,27 @@ def evaluate_cells(
         horizon: steps per episode.
         pool: this rank's environments.
         comm: the ranks that share the work.
-        chunk: episodes per forward pass, at most `CHUNK`.
+        chunk: episodes of a task per forward pass, at most `CHUNK`.
+        tasks_per_pass: how many tasks act in one pass, at most.
         should_stop: looked at after every step.
         advance: told the number of episodes this rank has just finished.
 
     Returns:
         For each cell its outcomes in goal order, on every rank; None if any rank was asked to stop.
     """
-    chunks: list[tuple[int, tuple[Goal, ...]]] = []
-    for index, cell in enumerate(cells):
-        goals = goal_set(cell.task, cell.goal_set, cell.num_episodes)
-        chunks += [(index, goals[start : start + chunk]) for start in range(0, len(goals), chunk)]
     found: list[tuple[int, Outcome]] = []
-    for index, goals in share_of(comm, chunks):
-        cell = cells[index]
+    for chunks in share_of(comm, _passes(cells, chunk, tasks_per_pass)):
         outcomes = run_episodes(
             actor,
-            pool.get(cell.task),
-            goals,
+            [(pool.get(cells[index].task), goals) for index, goals in chunks],
             horizon,
-            stop_at_success=not cell.to_the_end,
+            stop_at_success=not cells[chunks[0].cell].to_the_end,
             should_stop=should_stop,
         )
         if not outcomes:
             break
-        found += [(index, outcome) for outcome in outcomes]
-        advance(len(outcomes))
+        found += [(index, outcome) for (index, _), own in zip(chunks, outcomes, strict=True) for outcome in own]
+        advance(sum(map(len, outcomes)))
     if comm.any(should_stop()):
         return None
     by_cell: list[list[Outcome]] = [[] for _ in cells]

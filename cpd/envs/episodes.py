@@ -15,8 +15,8 @@ from cpd.envs.sampler import VectorEnv
 class Actor(Protocol):
     """A policy that acts in many episodes at once, and may remember each one's past."""
 
-    def reset(self, task: str, num_envs: int) -> None:
-        """Forget all: `num_envs` fresh episodes of `task` begin. Only a student that is told may use `task`."""
+    def reset(self, tasks: Sequence[str]) -> None:
+        """Forget all: fresh episodes begin, one for each name. Only a student that is told may use the names."""
 
     def act(self, obs_BO: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         """Deterministic actions `[B, A]`, clipped to [-1, 1], for the episodes' current observations `[B, O]`."""
@@ -34,55 +34,92 @@ class Outcome(NamedTuple):
     episode_return: float
 
 
+class Lane:
+    """Episodes of one task under way, one per goal, in the first slots of an environment."""
+
+    def __init__(self, envs: VectorEnv, goals: Sequence[Goal]) -> None:
+        """Begin them; at most `envs.num_envs`."""
+        assert 0 < len(goals) <= envs.num_envs
+        self.goals = goals
+        self._envs = envs
+        envs.reset(range(len(goals)), goals)
+        self._running = np.arange(envs.num_envs) < len(goals)
+        self._actions = np.zeros((envs.num_envs, 4), dtype=np.float32)
+        self._success = np.zeros(len(goals), dtype=bool)
+        self._length = np.zeros(len(goals), dtype=np.int64)
+        self._return = np.zeros(len(goals))
+
+    @property
+    def observations(self) -> npt.NDArray[np.float32]:
+        """[goals, 39], those of ended episodes as they were at their end."""
+        return self._envs.observations[: len(self.goals)]
+
+    @property
+    def is_running(self) -> bool:
+        """Whether any episode is."""
+        return bool(self._running.any())
+
+    def step(self, actions_BA: npt.NDArray[np.float32], stop_at_success: bool) -> None:
+        """Act in what still runs."""
+        if not self.is_running:
+            return
+        num_goals = len(self.goals)
+        self._actions[:num_goals] = actions_BA
+        self._envs.step(self._actions, self._running)
+        live = self._running[:num_goals]
+        self._success |= live & self._envs.successes[:num_goals]
+        self._length += live
+        self._return += np.where(live, self._envs.rewards[:num_goals], 0.0)
+        if stop_at_success:
+            self._running[:num_goals] &= ~self._success
+
+    def outcomes(self, stop_at_success: bool) -> list[Outcome]:
+        """In the goals' order."""
+        last = self._envs.successes
+        return [
+            Outcome(
+                goal.index,
+                bool(self._success[i]),
+                None if stop_at_success and self._success[i] else bool(last[i]),
+                int(self._length[i]),
+                float(self._return[i]),
+            )
+            for i, goal in enumerate(self.goals)
+        ]
+
+
 def run_episodes(
     actor: Actor,
-    envs: VectorEnv,
-    goals: Sequence[Goal],
+    parts: Sequence[tuple[VectorEnv, Sequence[Goal]]],
     horizon: int,
     *,
     stop_at_success: bool = True,
     should_stop: Callable[[], bool] = lambda: False,
-) -> list[Outcome]:
-    """One episode per goal, all of one task, `len(goals) <= envs.num_envs`, in lock-step from the first step on.
+) -> list[list[Outcome]]:
+    """One episode per goal, in lock-step from the first step on.
 
     The batch that the actor sees keeps its composition until all are done (finished episodes stay with their last
     observation), so that results depend on the goals alone and not on how work was split over processes.
 
+    Args:
+        actor: the policy.
+        parts: environments with goals for their first slots, all of one task; no environment twice.
+        horizon: steps per episode.
+        stop_at_success: whether an episode ends at its first success.
+        should_stop: looked at before every step.
+
     Returns:
-        Outcomes in the goals' order; an empty list if `should_stop()` turned true.
+        For each part its outcomes in the goals' order; an empty list if `should_stop()` turned true.
     """
-    num_goals = len(goals)
-    assert 0 < num_goals <= envs.num_envs
-    slots = np.arange(num_goals)
-    envs.reset(slots, goals)
-    actor.reset(goals[0].task, num_goals)
-    running = np.zeros(envs.num_envs, dtype=bool)
-    running[:num_goals] = True
-    success = np.zeros(num_goals, dtype=bool)
-    length = np.zeros(num_goals, dtype=np.int64)
-    total = np.zeros(num_goals)
-    actions = np.zeros((envs.num_envs, 4), dtype=np.float32)
+    lanes = [Lane(envs, goals) for envs, goals in parts]
+    actor.reset([goal.task for lane in lanes for goal in lane.goals])
+    ends = np.cumsum([len(lane.goals) for lane in lanes])[:-1]
     for _ in range(horizon):
         if should_stop():
             return []
-        actions[:num_goals] = actor.act(envs.observations[:num_goals])
-        envs.step(actions, running)
-        live = running[:num_goals]
-        success |= live & envs.successes[:num_goals]
-        length += live
-        total += np.where(live, envs.rewards[:num_goals], 0.0)
-        if stop_at_success:
-            running[:num_goals] &= ~success
-            if not running.any():
-                break
-    last = envs.successes[:num_goals]
-    return [
-        Outcome(
-            goal.index,
-            bool(success[i]),
-            None if stop_at_success and success[i] else bool(last[i]),
-            int(length[i]),
-            float(total[i]),
-        )
-        for i, goal in enumerate(goals)
-    ]
+        actions_BA = actor.act(np.concatenate([lane.observations for lane in lanes]))
+        for lane, own_actions_BA in zip(lanes, np.split(actions_BA, ends), strict=True):
+            lane.step(own_actions_BA, stop_at_success)
+        if not any(lane.is_running for lane in lanes):
+            break
+    return [lane.outcomes(stop_at_success) for lane in lanes]

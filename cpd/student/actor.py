@@ -37,11 +37,11 @@ class StudentActor:
         self.believed: list[npt.NDArray[np.int64]] = []
         """For every step since the reset the tasks acted for, [B], told or believed; empty if unconditioned."""
 
-    def reset(self, task: str, num_envs: int) -> None:
-        """Begin `num_envs` fresh episodes of `task`, which is looked at only if the student is told.
+    def reset(self, tasks: Sequence[str]) -> None:
+        """Begin a fresh episode of each of `tasks`, which are looked at only if the student is told.
 
         Raises:
-            ValueError: if the student is told the task but does not know `task`.
+            ValueError: if the student is told the task but does not know one of `tasks`.
         """
         student = self._student
         self._history.clear()
@@ -49,11 +49,12 @@ class StudentActor:
         self._told_B, self._evidence_BK, self._weight = None, None, 1.0
         if student.config.task_identity == "inferred":
             never_K = torch.where(student.known_K, 0.0, NEVER).to(student.dtype)
-            self._evidence_BK = never_K.repeat(num_envs, 1)
+            self._evidence_BK = never_K.repeat(len(tasks), 1)
         elif student.is_conditioned:
-            if task not in self._tasks:
-                raise ValueError(f"this student knows {', '.join(self._tasks)}, but not {task}")
-            self._told_B = torch.full((num_envs,), self._tasks.index(task), device=student.device)
+            for task in tasks:
+                if task not in self._tasks:
+                    raise ValueError(f"this student knows {', '.join(self._tasks)}, but not {task}")
+            self._told_B = torch.tensor([self._tasks.index(task) for task in tasks], device=student.device)
 
     @torch.no_grad()
     def act(self, obs_BO: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:

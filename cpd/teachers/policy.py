@@ -189,7 +189,7 @@ class TeacherActor:
     def __init__(self, teacher: Teacher) -> None:
         self._teacher = teacher
 
-    def reset(self, task: str, num_envs: int) -> None:
+    def reset(self, tasks: Sequence[str]) -> None:
         """Nothing to forget."""
 
     def act(self, obs_BO: FloatArray) -> FloatArray:

@@ -3,9 +3,9 @@
     OMP_NUM_THREADS=1 python -m tests.bench.bench_device [--batch-sizes 256 4096] [--json PATH] [recipe.toml]
 
 The student is the recipe's (default: cw10) at its third stage, with memory; data are synthetic. Medians over
-calls, in wall milliseconds, devices in turn, and the CPU with the recipe's number of threads. Such networks are small
-for an accelerator: each of its operations is short, and what counts is how many there are. PPO is not here: it
-runs on the CPU everywhere (see `cpd.teachers.ppo`).
+calls, in wall milliseconds, devices in turn, and the CPU with the recipe's number of threads. Such networks are
+small for an accelerator: each of its operations is short, and what counts is how many there are. PPO is not here:
+it runs on the CPU everywhere (see `cpd.teachers.ppo`).
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def trained(config: Config, device: torch.device) -> Trainer:
 def acting(config: Config, trainer: Trainer, num_envs: int) -> Callable[[], Any]:
     """One step of `num_envs` episodes at once, past the student's context."""
     actor = StudentActor(trainer.student, config.stream.distinct_tasks)
-    actor.reset(config.stream.tasks[0], num_envs)
+    actor.reset(config.stream.tasks[:1] * num_envs)
     obs_BO = np.repeat(stage_data(0, 1, 10).observations[:1], num_envs, axis=0)
     return lambda: actor.act(obs_BO)
 

@@ -66,7 +66,7 @@ def main() -> None:
         student(batch.obs_RLO, task_B=batch.task_R, valid_BL=batch.valid_RL)
 
     actor = StudentActor(student, config.stream.distinct_tasks)
-    actor.reset(config.stream.tasks[0], 5)
+    actor.reset(config.stream.tasks[:1] * 5)
     obs_BO = batch.obs_RLO[:5, 0].float().numpy()
     times = {
         "step": median_milliseconds(trainer.train_step),

@@ -21,7 +21,7 @@ import os
 import platform
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -86,7 +86,7 @@ class Judge:
         goals = goal_set(self.task, "validation", NUM_GOALS)
         failures = 0
         for start in range(0, NUM_GOALS, CHUNK):
-            outcomes = run_episodes(actor, self.envs, goals[start : start + CHUNK], HORIZON)
+            (outcomes,) = run_episodes(actor, [(self.envs, goals[start : start + CHUNK])], HORIZON)
             failures += sum(not outcome.success for outcome in outcomes)
             if failures > MOST_FAILURES:
                 # Those not looked at count as failures.
@@ -141,7 +141,7 @@ class TheirActor:
     def __init__(self, model: Any) -> None:
         self._model = model
 
-    def reset(self, task: str, num_envs: int) -> None:
+    def reset(self, tasks: Sequence[str]) -> None:
         """Nothing to forget."""
 
     def act(self, obs_BO: np.ndarray) -> np.ndarray:

@@ -172,7 +172,7 @@ def test_the_task_is_recognised_from_few_stored_steps():
         data = stage_data(task, num_episodes=40)
         opening = data.observations[data.offsets[12:-1]]
         actor = StudentActor(trainer.student, TASKS)
-        actor.reset("", len(opening))
+        actor.reset([""] * len(opening))
         actor.act(opening)
         right += int((actor.believed[-1] == task).sum())
     assert right > 0.9 * 3 * 28

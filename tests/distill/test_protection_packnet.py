@@ -11,8 +11,8 @@ from cpd.distill.trainer import Trainer
 from cpd.provenance import labels
 from cpd.strict_load import ConfigError
 from cpd.student.actor import StudentActor
-from cpd.student.packed_actor import PackedActor, make_actor
 from cpd.student.student import load_student, save_student
+from cpd.student.taskwise_actor import TaskwiseActor, make_actor
 from tests.distill.synthetic import stage_data
 from tests.distill.test_trainer import TASKS, make_config, make_trainer, mean_error, through_a_file, train
 
@@ -136,14 +136,14 @@ def test_the_file_tells_who_owns_what(tmp_path):
     save_student(path, trainer.student, {})
     loaded = load_student(path)
     actor, wanted = make_actor(loaded, TASKS), make_actor(trainer.student, TASKS)
-    assert isinstance(actor, PackedActor)
+    assert isinstance(actor, TaskwiseActor)
     assert loaded.packing.owners.keys() == trainer.flat.slots.keys()
     obs = stage_data(0).observations[:5]
     said = []
     for task in range(3):
         own = StudentActor(Viewed(trainer, task).student, TASKS)
         for one in (actor, wanted, own):
-            one.reset(TASKS[task], 5)
+            one.reset([TASKS[task]] * 5)
         found = actor.act(obs)
         np.testing.assert_array_equal(found, wanted.act(obs))
         np.testing.assert_array_equal(found, own.act(obs))
@@ -151,7 +151,7 @@ def test_the_file_tells_who_owns_what(tmp_path):
     assert not np.array_equal(said[0], said[1])
     np.testing.assert_array_equal(said[1], said[2])  # the third has no stage yet: nothing is left out
     with pytest.raises(ValueError, match="not for reach-v3"):
-        actor.reset("reach-v3", 1)
+        actor.reset(["reach-v3"])
 
 
 @pytest.mark.parametrize("until", [10, 16, 20, 36])

@@ -58,30 +58,30 @@ def knowing(*tasks: int, **over):
 class TestBelief:
     def test_is_of_the_task_whose_prototype_is_nearest(self):
         actor = StudentActor(knowing(0, 1, 2), TASKS)
-        actor.reset("nobody-tells-it", 3)
+        actor.reset(["nobody-tells-it"] * 3)
         actor.act(torch.cat([observations(1, seed=seed) for seed in (2, 0, 1)]).float().numpy())
         assert actor.believed[-1].tolist() == [2, 0, 1]
 
     def test_never_is_of_a_task_that_is_not_known(self):
         actor = StudentActor(knowing(0, 2), TASKS)
-        actor.reset("", 1)
+        actor.reset([""] * 1)
         actor.act(observations(1, seed=1).float().numpy())
         assert actor.believed[-1].tolist() in ([0], [2])
         blank = StudentActor(knowing(), TASKS)
-        blank.reset("", 2)
+        blank.reset([""] * 2)
         assert np.isfinite(blank.act(observations(2).float().numpy())).all()
 
     def test_is_held_against_later_observations_that_speak_less(self):
         """Evidence of 0.9^t: one observation of another task does not turn a belief that five have made."""
         actor = StudentActor(knowing(0, 1), TASKS)
-        actor.reset("", 1)
+        actor.reset([""] * 1)
         for seed in (0, 0, 0, 0, 0, 1):
             actor.act(observations(1, seed=seed).float().numpy())
         assert actor.believed[-1].tolist() == [0]
 
     def test_turns_where_evidence_adds_up(self):
         actor = StudentActor(knowing(0, 1, belief_decay=1.0), TASKS)
-        actor.reset("", 1)
+        actor.reset([""] * 1)
         for seed in (0, 1, 1, 1, 1):
             actor.act(observations(1, seed=seed).float().numpy())
         assert actor.believed[0].tolist() == [0] and actor.believed[-1].tolist() == [1]
@@ -89,7 +89,7 @@ class TestBelief:
     def test_starts_afresh_with_every_episode(self):
         actor = StudentActor(knowing(0, 1), TASKS)
         for seed in (0, 1):
-            actor.reset("", 1)
+            actor.reset([""] * 1)
             actor.act(observations(1, seed=seed).float().numpy())
             assert actor.believed[-1].tolist() == [seed] and len(actor.believed) == 1
 
@@ -99,12 +99,12 @@ class TestBelief:
         actions = []
         for task in TASKS[:2]:
             actor = StudentActor(student, TASKS)
-            actor.reset(task, 2)
+            actor.reset([task] * 2)
             actions.append(actor.act(obs))
         np.testing.assert_array_equal(*actions)
         for position, task in enumerate(TASKS):
             told = StudentActor(make_student(task_identity="given"), TASKS)
-            told.reset(task, 2)
+            told.reset([task] * 2)
             told.act(obs)
             assert told.believed[-1].tolist() == [position] * 2
 
@@ -112,10 +112,10 @@ class TestBelief:
         student = knowing(0, 1, 2)
         obs = torch.stack([observations(6, seed=seed) for seed in (0, 1, 2)]).float().numpy()
         together = StudentActor(student, TASKS)
-        together.reset("", 3)
+        together.reset([""] * 3)
         alone = [StudentActor(student, TASKS) for _ in range(3)]
         for actor in alone:
-            actor.reset("", 1)
+            actor.reset([""] * 1)
         for step in range(6):
             mixed = together.act(obs[:, step])
             single = np.concatenate([actor.act(obs[row : row + 1, step]) for row, actor in enumerate(alone)])

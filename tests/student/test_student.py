@@ -99,7 +99,7 @@ class TestActor:
         student = make_student(dtype=torch.float32)
         obs = observations(3, 9, dtype=torch.float32)
         actor = StudentActor(student, TASKS)
-        actor.reset(TASKS[0], 3)
+        actor.reset([TASKS[0]] * 3)
         for step in range(9):
             action = actor.act(obs[:, step].numpy())
             with torch.no_grad():
@@ -112,10 +112,10 @@ class TestActor:
         student = make_student()
         obs = observations(4, 7).float().numpy()
         together = StudentActor(student, TASKS)
-        together.reset(TASKS[0], 4)
+        together.reset([TASKS[0]] * 4)
         alone = [StudentActor(student, TASKS) for _ in range(4)]
         for row, actor in enumerate(alone):
-            actor.reset(TASKS[row % 3], 1)
+            actor.reset([TASKS[row % 3]] * 1)
         for step in range(7):
             mixed = together.act(obs[:, step])
             single = np.concatenate([actor.act(obs[row : row + 1, step]) for row, actor in enumerate(alone)])
@@ -124,9 +124,9 @@ class TestActor:
     def test_reset_forgets(self):
         student, obs = make_student(), observations(2, 3).float().numpy()
         actor = StudentActor(student, TASKS)
-        actor.reset(TASKS[0], 2)
+        actor.reset([TASKS[0]] * 2)
         first = [actor.act(obs[:, step]) for step in range(3)]
-        actor.reset(TASKS[1], 2)
+        actor.reset([TASKS[1]] * 2)
         again = [actor.act(obs[:, step]) for step in range(3)]
         np.testing.assert_array_equal(first, again)
 
@@ -134,7 +134,7 @@ class TestActor:
         student, obs = make_student(), observations(2, 3).float().numpy()
         actors = [StudentActor(student, TASKS) for _ in range(2)]
         for actor in actors:
-            actor.reset(TASKS[0], 2)
+            actor.reset([TASKS[0]] * 2)
         buffer = np.empty_like(obs[:, 0])
         for step in range(3):
             buffer[:] = obs[:, step]
@@ -151,14 +151,14 @@ class TestActor:
                     student.task.mul_(100)
             actor = StudentActor(student, TASKS)
             for task in TASKS[:2]:
-                actor.reset(task, 2)
+                actor.reset([task] * 2)
                 actions[identity, task] = actor.act(obs)
         np.testing.assert_array_equal(actions["none", TASKS[0]], actions["none", TASKS[1]])
         assert np.abs(actions["onehot", TASKS[0]] - actions["onehot", TASKS[1]]).max() > 1e-3
 
     def test_onehot_refuses_a_task_it_was_not_told_of(self):
         with pytest.raises(ValueError, match="reach-v3"):
-            StudentActor(make_student(task_identity="onehot"), TASKS).reset("reach-v3", 1)
+            StudentActor(make_student(task_identity="onehot"), TASKS).reset(["reach-v3"])
 
 
 class TestFile:

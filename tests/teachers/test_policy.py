@@ -77,7 +77,7 @@ def test_the_actor_clips_and_the_distribution_does_not() -> None:
     assert distribution.log_std.shape == distribution.raw_mean.shape == (50, 4)
     assert (distribution.log_std == policy.log_std_A.detach().numpy()).all()
     actor = TeacherActor(policy)
-    actor.reset("push-v3", 50)
+    actor.reset(["push-v3"] * 50)
     actions = actor.act(obs)
     assert actions.dtype == np.float32
     assert np.array_equal(actions, distribution.raw_mean.clip(-1, 1))
@@ -127,7 +127,7 @@ def test_the_scripted_stand_in(tmp_path: Path) -> None:
     assert loaded.std_source == "assumed"
     goals = goal_set("drawer-close-v3", "validation", 3)
     with make_vector_env(["drawer-close-v3"] * 3, 1) as envs:
-        outcomes = run_episodes(TeacherActor(loaded), envs, goals, 200)
+        (outcomes,) = run_episodes(TeacherActor(loaded), [(envs, goals)], 200)
         obs = envs.observations.copy()
     assert all(outcome.success for outcome in outcomes)
     distribution = loaded.distribution(obs)

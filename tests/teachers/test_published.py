@@ -141,7 +141,9 @@ def test_meta_world_s_evaluation_agrees_with_ours_episode_for_episode() -> None:
     outcomes = [
         outcome
         for start in (0, 25)
-        for outcome in run_episodes(TeacherActor(expert), pool.get("reach-v3"), goals[start : start + 25], horizon)
+        for outcome in run_episodes(
+            TeacherActor(expert), [(pool.get("reach-v3"), goals[start : start + 25])], horizon
+        )[0]
     ]
     pool.close()
     assert 0 < theirs.successes < theirs.episodes == 50

@@ -1,0 +1,94 @@
+"""Evaluation in cells: every episode once, whatever acts beside it."""
+
+from __future__ import annotations
+
+from itertools import groupby
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cpd.comm import SerialComm
+from cpd.envs.cells import CHUNK, TASKS_PER_PASS, Cell, EnvPool, _passes, evaluate_cells
+from cpd.student.taskwise_actor import TaskwiseActor
+from cpd.teachers.policy import TeacherActor
+from cpd.teachers.scripted import ScriptedPolicy
+
+TASKS = ("reach-v3", "drawer-close-v3", "window-close-v3", "push-v3", "button-press-v3")
+CELLS = st.builds(
+    Cell, st.sampled_from(TASKS), st.sampled_from(["validation", "held_out"]), st.integers(1, 60), st.booleans()
+)
+
+
+@settings(deadline=None)  # goals are drawn at the first use
+@given(st.lists(CELLS, min_size=1, max_size=8, unique_by=lambda cell: cell[:2]))
+def test_passes_hold_every_episode_once_and_no_task_twice(cells: list[Cell]) -> None:
+    passes = _passes(cells, CHUNK, TASKS_PER_PASS)
+    for chunks in passes:
+        members = [cells[chunk.cell] for chunk in chunks]
+        assert len({cell.task for cell in members}) == len(members) <= TASKS_PER_PASS
+        assert len({cell.to_the_end for cell in members}) == 1
+        assert all(0 < len(chunk.goals) <= CHUNK for chunk in chunks)
+    found = sorted((chunk.cell, goal.index) for chunks in passes for chunk in chunks for goal in chunk.goals)
+    assert found == [(index, goal) for index, cell in enumerate(cells) for goal in range(cell.num_episodes)]
+
+
+def test_tasks_of_a_row_share_passes() -> None:
+    brief = [Cell(task, "held_out", 10) for task in TASKS]
+    assert [len(chunks) for chunks in _passes(brief, CHUNK, TASKS_PER_PASS)] == [4, 1]
+    assert [len(chunks) for chunks in _passes(brief, CHUNK, 1)] == [1] * 5
+
+
+@pytest.mark.parametrize("to_the_end", [False, True])
+def test_episodes_end_as_they_do_with_their_task_alone(to_the_end: bool) -> None:
+    cells = [
+        Cell(task, "held_out", number, to_the_end) for task, number in zip(TASKS[:3], (3, 30, 2), strict=True)
+    ]
+    cells.append(Cell(TASKS[0], "validation", 2, to_the_end))
+    pool = EnvPool("v2")
+
+    def found(tasks_per_pass: int) -> list[list[tuple]]:
+        experts = TaskwiseActor(lambda task: TeacherActor(ScriptedPolicy(task, 0.1)))
+        outcomes = evaluate_cells(experts, cells, 60, pool, SerialComm(), tasks_per_pass=tasks_per_pass)
+        assert outcomes is not None
+        return [[tuple(outcome) for outcome in own] for own in outcomes]
+
+    together = found(4)
+    assert together == found(1)
+    pool.close()
+    assert [[outcome[0] for outcome in own] for own in together] == [
+        list(range(cell.num_episodes)) for cell in cells
+    ]
+    lengths = {outcome[3] for own in together for outcome in own}
+    assert lengths == {60} if to_the_end else len(lengths) > 3
+
+
+class Recorder:
+    """Acts with a constant, and keeps what it is asked."""
+
+    def __init__(self, value: float) -> None:
+        self.value, self.tasks, self.seen = value, [""], np.zeros(0)
+
+    def reset(self, tasks: list[str]) -> None:
+        self.tasks = list(tasks)
+
+    def act(self, obs_BO: np.ndarray) -> np.ndarray:
+        self.seen = obs_BO
+        return np.full((len(obs_BO), 4), self.value, np.float32)
+
+
+@given(st.lists(st.sampled_from("abc"), min_size=1, max_size=9))
+def test_each_task_s_own_actor_sees_its_own_rows(tasks: list[str]) -> None:
+    made: dict[str, Recorder] = {}
+    actor = TaskwiseActor(lambda task: made.setdefault(task, Recorder(float(ord(task)))))
+    obs = np.arange(len(tasks), dtype=np.float32)[:, None].repeat(39, axis=1)
+    for _ in range(2):
+        actor.reset(tasks)
+        actions = actor.act(obs)
+        assert actions.shape == (len(tasks), 4)
+        assert actions[:, 0].tolist() == [ord(task) for task in tasks]
+    assert made.keys() == set(tasks)
+    for task, rows in groupby(sorted(range(len(tasks)), key=lambda row: tasks[row]), key=lambda row: tasks[row]):
+        assert made[task].seen[:, 0].tolist() == list(rows)
+        assert set(made[task].tasks) == {task}
