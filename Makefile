@@ -7,7 +7,7 @@ export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-slow test-slurm test-slurm-slow check format miniature slurm-up slurm-down slurm-demo clean
-.PHONY: bench-env bench-teacher bench-moe bench-distill bench-ddp bench-dpp bench-slurm
+.PHONY: bench-env bench-teacher bench-moe bench-distill bench-ddp bench-device bench-dpp bench-slurm
 SLURM_STATE ?= /tmp/cpd-slurm-$(shell id -u)
 
 help: ## show the targets
@@ -76,6 +76,9 @@ bench-distill: setup ## a distillation step
 
 bench-ddp: setup ## two ranks against torch's DistributedDataParallel, and weak scaling
 	$(PY) -m tests.bench.bench_ddp
+
+bench-device: setup ## distillation, acting and SAC on the CPU and on CUDA
+	$(PY) -m tests.bench.bench_device
 
 bench-dpp: setup ## DPP selection against the published algorithm
 	$(PY) -m tests.bench.bench_dpp

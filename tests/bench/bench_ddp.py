@@ -1,11 +1,13 @@
 """Training throughput per rank against torch's DistributedDataParallel with gloo, and weak scaling.
 
-    python -m tests.bench.bench_ddp [--ranks 2] [--batch-size 128] [recipe.toml]
+    python -m tests.bench.bench_ddp [--ranks 2] [--batch-size 256] [recipe.toml]
 
 starts that many ranks on this machine. All in one job, one thread a rank, alternating in short blocks, so that
-whatever else the machine does meets all alike. A block counts as much as its fastest tenth of the steps, and the
-blocks as much as their median. Wanted are as many free cores as ranks: on a busy machine ranks that wait for their
-turn on a core wait for each other too, and MPI, which does not sleep while it waits, loses more by it than gloo.
+whatever else the machine does meets all alike. A block counts as much as its median step (and, in a column of its
+own, as its mean, which other work on the machine moves most), and of the blocks' ratios the median is told. Not
+the fastest steps: both ranks must be lucky at once for those. Wanted are as many free cores as ranks: on a busy
+machine ranks that wait for their turn on a core wait for each other too, and MPI, which does not sleep while it
+waits, loses more by it than gloo.
 
 - ours: the trainer's step on the global batch, over MPI.
 - DDP: the same student on the same rows with the same losses under DistributedDataParallel (one bucket, gradients
@@ -19,6 +21,7 @@ turn on a core wait for each other too, and MPI, which does not sleep while it w
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -111,14 +114,14 @@ def ddp_step(config: Config, comm: Comm) -> Callable[[], Any]:
     return step
 
 
-def milliseconds(step: Callable[[], Any], steps: int) -> float:
-    """The wall time of a step that the rest of the machine did not disturb much: the lower decile."""
+def milliseconds(step: Callable[[], Any], steps: int) -> list[float]:
+    """The wall times of a block's steps."""
     times = []
     for _ in range(steps):
         start = time.perf_counter()
         step()
         times.append((time.perf_counter() - start) * 1e3)
-    return statistics.quantiles(times, n=10)[0]
+    return times
 
 
 def asleep_until(flag: Path) -> None:
@@ -127,14 +130,16 @@ def asleep_until(flag: Path) -> None:
         time.sleep(0.002)
 
 
-def measure(comm: Comm, config: Config, alone_config: Config, blocks: int, steps: int) -> dict[str, list[float]]:
-    """Milliseconds of a step, block by block."""
+def measure(
+    comm: Comm, config: Config, alone_config: Config, blocks: int, steps: int
+) -> dict[str, list[list[float]]]:
+    """Milliseconds of every step, block by block."""
     folder = comm.broadcast(Path(tempfile.mkdtemp()) if comm.rank == 0 else None)
     assert folder is not None
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=comm.rank, world_size=comm.size)
     ours, ddp = started_trainer(config, comm).train_step, ddp_step(config, comm)
     serial = started_trainer(alone_config, SerialComm()).train_step
-    times: dict[str, list[float]] = {"ours": [], "DDP": [], "alone": [], "beside": []}
+    times: dict[str, list[list[float]]] = {"ours": [], "DDP": [], "alone": [], "beside": []}
     for block in range(blocks):
         for name, step in (("ours", ours), ("DDP", ddp), ("beside", serial)):
             comm.barrier()
@@ -154,7 +159,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", nargs="?", type=Path, default=RECIPES / "demo.toml")
     parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--batch-size", type=int, default=128, help="windows per step and rank")
+    parser.add_argument("--batch-size", type=int, help="windows per step and rank (default: the recipe's)")
     parser.add_argument("--blocks", type=int, default=15)
     parser.add_argument("--steps", type=int, default=30, help="per block")
     parser.add_argument("--json", type=Path)
@@ -166,25 +171,26 @@ def main() -> None:
     comm = connect()
     torch.set_num_threads(1)
 
-    def config(batch_size: int) -> Config:
-        # No schedule that ends within the measurement.
-        distill = {"batch_size": batch_size, "steps_per_stage": 100_000}
-        tables = merge(read_toml(arguments.recipe), {**PLAIN, "distill": distill})
-        return load(Config, tables, str(arguments.recipe))
+    # No schedule that ends within the measurement.
+    tables = merge(read_toml(arguments.recipe), {**PLAIN, "distill": {"steps_per_stage": 100_000}})
 
+    def config(batch_size: int) -> Config:
+        return load(Config, merge(tables, {"distill": {"batch_size": batch_size}}), str(arguments.recipe))
+
+    num_windows = arguments.batch_size or load(Config, tables, str(arguments.recipe)).distill.batch_size
     times = measure(
         comm,
-        config(arguments.batch_size * comm.size),
-        config(arguments.batch_size),
+        config(num_windows * comm.size),
+        config(num_windows),
         arguments.blocks,
         arguments.steps,
     )
     if comm.rank:
         return
-    median = {name: statistics.median(values) for name, values in times.items()}
-    tokens = arguments.batch_size * config(1).student.context
-    print(f"{comm.size} ranks, {arguments.batch_size} windows ({tokens} tokens) a rank and step")
-    for name, value in median.items():
+    tokens = num_windows * config(num_windows).student.context
+    print(f"{comm.size} ranks, {num_windows} windows ({tokens} tokens) a rank and step")
+    for name, block_times in times.items():
+        value = statistics.median(itertools.chain(*block_times))
         print(f"  {name:7s} {value:8.2f} ms a step  {tokens / value * 1e3:9.0f} tokens/s and rank")
     pairs = {
         "throughput of ours / DDP": ("DDP", "ours"),
@@ -193,11 +199,15 @@ def main() -> None:
         "communication's part, beside / ours": ("beside", "ours"),
     }
     ratios = {
-        text: statistics.median(a / b for a, b in zip(times[over], times[under], strict=True))
+        text: [
+            statistics.median(typical(a) / typical(b) for a, b in zip(times[over], times[under], strict=True))
+            for typical in (statistics.median, statistics.mean)
+        ]
         for text, (over, under) in pairs.items()
     }
-    for text, ratio in ratios.items():
-        print(f"  {ratio:5.2f}  {text} (median over {arguments.blocks} blocks)")
+    print(f"by median and by mean step, of {arguments.blocks} blocks:")
+    for text, (by_median, by_mean) in ratios.items():
+        print(f"  {by_median:5.2f} {by_mean:5.2f}  {text}")
     if arguments.json:
         record = {"ranks": comm.size, "tokens": tokens, "milliseconds": times, "ratios": ratios}
         arguments.json.write_text(json.dumps(record, indent=2) + "\n")

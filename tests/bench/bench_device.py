@@ -119,7 +119,9 @@ def main() -> None:
     for batch_size in (64, 256):
         compare(f"SAC iteration, batches of {batch_size}", lambda on, n=batch_size: sac_update(n, on), 3)
     if arguments.json:
-        arguments.json.write_text(json.dumps(results, indent=2) + "\n")
+        cuda = torch.cuda.get_device_name(0) if "cuda" in devices else None
+        record = {"cuda": cuda, "torch": torch.__version__, "milliseconds": results}
+        arguments.json.write_text(json.dumps(record, indent=2) + "\n")
 
 
 if __name__ == "__main__":
