@@ -27,7 +27,7 @@ from analysis.figures import (
     fig_usage,
 )
 from analysis.load import Dataset, conditions, find_results, load, short_conditions
-from analysis.publish import check_place, publish
+from analysis.publish import check_stand_ins_place, publish
 from analysis.style import paper_style, save, stamp
 from analysis.summary import show
 from analysis.tables import write_tables
@@ -83,7 +83,7 @@ def figures_folder(paths: Sequence[Path], out: Path | None) -> Path:
 
 
 def _build(data: Dataset, folder: Path) -> list[Path]:
-    check_place(data.labels["teacher_recipe"], folder)
+    check_stand_ins_place(data.labels["teacher_recipe"], folder)
     notes = conditions(data)
     written: list[Path] = []
     with paper_style():

@@ -21,7 +21,7 @@ OURS = {*GATHERED, "README.md", "figures"}
 TUNING = "tuning"
 
 
-def check_place(teacher_recipe: str, folder: Path) -> None:
+def check_stand_ins_place(teacher_recipe: str, folder: Path) -> None:
     """Raise ValueError if results with such teachers may not be kept, or drawn, in `folder`.
 
     Args:
@@ -52,7 +52,7 @@ def publish(path: Path, folder: Path) -> Path:
     results = find_results(path)
     tables = read_tables(results)
     recipe = labels(tables.evaluations)["teacher_recipe"] or tables.config["teacher"]["recipe"]
-    check_place(recipe, folder)
+    check_stand_ins_place(recipe, folder)
     if tables.goal_set != HELD_OUT and folder.resolve().is_relative_to(RESULTS) and TUNING not in folder.parts:
         raise ValueError(
             f"{path} was evaluated on {tables.goal_set} goals, to choose settings by: it belongs in a folder "

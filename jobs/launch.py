@@ -97,7 +97,7 @@ def load_recipe(name: str, overrides: Sequence[str]) -> Config:
     return load(Config, merge(read_toml(path), parse_overrides(overrides)), str(path))
 
 
-def check_place(root: Path) -> None:
+def check_run_dir(root: Path) -> None:
     """Raise RunError if `root` holds something else than a run, or the beginnings of one."""
     if root.is_dir() and not (root / "config.json").exists():
         strangers = [path.name for path in root.iterdir() if path.name not in BEGUN and not is_temporary(path)]
@@ -230,7 +230,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if profile.cluster == "local" and (choice.retry_failed or arguments.cancel):
             raise ConfigError(["--retry-failed and --cancel are for Slurm profiles"], "the command line")
         # Also before anything is created, so that a mistake leaves nothing behind.
-        check_place(root)
+        check_run_dir(root)
         found = find_adoptions(ImaginedRun(root, config), source) if (source := adopted_from(config)) else []
         run: Run = ImaginedRun(root, config, found)
         chosen = run.select(choice.only)

@@ -92,7 +92,9 @@ def without_effect(config: MethodConfig) -> list[str]:
         found.append("student.top_k = 1 leaves one expert a gate of 1: the loss trains no router; 2 or more do")
     distill = config.distill
     everything_masked = protection.kind == "mask" and protection.mask_experts and protection.mask_fraction == 1.0
-    if distill.replay_share and everything_masked and config.student.task_identity != "none":
+    if distill.replay_share and config.memory.selection == "none":
+        found.append("distill.replay_share has no effect: memory.selection is 'none'")
+    elif distill.replay_share and everything_masked and config.student.task_identity != "none":
         found.append("distill.replay_share has no effect: all that earlier tasks use is masked")
     if distill.rehearsal and not distill.replay_share:
         found.append("distill.rehearsal has no effect: distill.replay_share is 0")

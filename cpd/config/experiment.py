@@ -168,8 +168,6 @@ class Config(MethodConfig):
     def _own_warnings(self) -> list[str]:
         """The warnings about everything but the variants; each begins with a setting's dotted path."""
         found = without_effect(self)
-        if self.memory.selection == "none" and self.distill.replay_share != DistillConfig().replay_share:
-            found.append("distill.replay_share has no effect: memory.selection is 'none'")
         opens = self.student.expansion != "none" and self.student.task_identity == "none"
         if opens and self.student.opening_steps > self.distill.steps_per_stage:
             found.append(

@@ -11,7 +11,7 @@ import pytest
 
 from analysis import publish as module
 from analysis.build import main
-from analysis.publish import check_place
+from analysis.publish import check_stand_ins_place
 from cpd.files import read_json
 from cpd.tasks import STREAMS
 from tests.synthetic_run import LABELS, write_run
@@ -63,16 +63,16 @@ def test_files_that_are_no_results_are_never_touched(tmp_path: Path, capsys: pyt
 
 
 def test_real_teachers_are_not_published_among_stand_ins(places: Path, tmp_path: Path) -> None:
-    check_place("rl", places / "cw10")
-    check_place("rl", tmp_path / "anywhere")
-    check_place("scripted", tmp_path / "anywhere")
-    check_place("", places / "stand-ins")
+    check_stand_ins_place("rl", places / "cw10")
+    check_stand_ins_place("rl", tmp_path / "anywhere")
+    check_stand_ins_place("scripted", tmp_path / "anywhere")
+    check_stand_ins_place("", places / "stand-ins")
     with pytest.raises(ValueError, match="is for stand-ins, but these teachers are real"):
-        check_place("demo_rl", places / "stand-ins" / "cw10")
+        check_stand_ins_place("demo_rl", places / "stand-ins" / "cw10")
     with pytest.raises(ValueError, match="kept apart"):
-        check_place("demo_rl/scripted", places / "cw10")
+        check_stand_ins_place("demo_rl/scripted", places / "cw10")
 
 
 @pytest.mark.parametrize("path", sorted(module.RESULTS.rglob("config.json")), ids=lambda path: path.parent.name)
 def test_committed_results_are_where_they_belong(path: Path) -> None:
-    check_place(read_json(path)["teacher"]["recipe"], path.parent)
+    check_stand_ins_place(read_json(path)["teacher"]["recipe"], path.parent)
