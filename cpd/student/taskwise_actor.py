@@ -20,10 +20,12 @@ class TaskwiseActor:
         self._make = make
         self._made: dict[str, Actor] = {}
         self._rows: dict[str, npt.NDArray[np.intp]] = {}
+        self._order_B = np.zeros(0, np.intp)
 
     def reset(self, tasks: Sequence[str]) -> None:
         """Begin a fresh episode of each of `tasks`."""
         self._rows = {task: np.flatnonzero(np.array(tasks) == task) for task in dict.fromkeys(tasks)}
+        self._order_B = np.argsort(np.concatenate(list(self._rows.values())))
         for task, rows in self._rows.items():
             if task not in self._made:
                 self._made[task] = self._make(task)
@@ -32,8 +34,7 @@ class TaskwiseActor:
     def act(self, obs_BO: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         """The actions `[B, A]` of each task's own actor."""
         parts = [self._made[task].act(obs_BO[rows]) for task, rows in self._rows.items()]
-        order_B = np.argsort(np.concatenate(list(self._rows.values())))
-        return np.concatenate(parts)[order_B]
+        return np.concatenate(parts)[self._order_B]
 
 
 def make_actor(student: Student, tasks: Sequence[str]) -> Actor:

@@ -47,23 +47,11 @@ from cpd.distill.trainer import Trainer
 from cpd.strict_load import load, merge, read_toml
 from cpd.submission import MPIEXEC_ENVIRONMENT, mpi_command
 from jobs.launch import RECIPES
-from tests.distill.synthetic import stage_data
+from tests.distill.synthetic import third_stage
 
+CPU = torch.device("cpu")
 #: The losses that a plain torch program would have too: nothing but the student's own.
 PLAIN = {"student": {"task_identity": "none"}, "protection": {"kind": "none"}}
-
-
-def started_trainer(config: Config, comm: Comm) -> Trainer:
-    """A trainer in its third stage, with experts added and memory filled."""
-    trainer = Trainer(config, 1, comm, torch.device("cpu"))
-    episodes = config.rollouts.num_steps // 100
-    for task in range(2):
-        trainer.begin_stage(stage_data(task, episodes, 100))
-        trainer.train_step()
-        trainer.end_stage(stage_data(task, episodes, 100))
-    trainer.begin_stage(stage_data(2, episodes, 100))
-    trainer.train_step()
-    return trainer
 
 
 class LocalLoss(nn.Module):
@@ -94,7 +82,7 @@ class LocalLoss(nn.Module):
 
 def ddp_step(config: Config, comm: Comm) -> Callable[[], Any]:
     """A training step of the same student under DistributedDataParallel."""
-    trainer = started_trainer(config, comm)
+    trainer = third_stage(config, comm, CPU)
     for parameter in trainer.student.parameters():  # no views of the flat vector: torch's own way
         parameter.data, parameter.grad = parameter.data.clone(), None
     wrapped = DistributedDataParallel(LocalLoss(trainer), gradient_as_bucket_view=True)
@@ -137,8 +125,8 @@ def measure(
     folder = comm.broadcast(Path(tempfile.mkdtemp()) if comm.rank == 0 else None)
     assert folder is not None
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=comm.rank, world_size=comm.size)
-    ours, ddp = started_trainer(config, comm).train_step, ddp_step(config, comm)
-    serial = started_trainer(alone_config, SerialComm()).train_step
+    ours, ddp = third_stage(config, comm, CPU).train_step, ddp_step(config, comm)
+    serial = third_stage(alone_config, SerialComm(), CPU).train_step
     times: dict[str, list[list[float]]] = {"ours": [], "DDP": [], "alone": [], "beside": []}
     for block in range(blocks):
         for name, step in (("ours", ours), ("DDP", ddp), ("beside", serial)):

@@ -29,21 +29,9 @@ from cpd.student.actor import StudentActor
 from cpd.teachers.sac import SACLearner
 from cpd.teachers.sampling import Batch
 from jobs.launch import RECIPES
-from tests.distill.synthetic import stage_data
+from tests.distill.synthetic import stage_data, third_stage
 
-CALLS, STAGES, EPISODE_STEPS = 60, 3, 100
-
-
-def trained(config: Config, device: torch.device) -> Trainer:
-    """A trainer in its third stage, with experts of three tasks and a memory of two."""
-    trainer = Trainer(config, 1, SerialComm(), device)
-    for task in range(STAGES):
-        data = stage_data(task, config.rollouts.num_steps // EPISODE_STEPS, EPISODE_STEPS)
-        trainer.begin_stage(data)
-        trainer.train_step()
-        if task < STAGES - 1:
-            trainer.end_stage(data)
-    return trainer
+CALLS = 60
 
 
 def acting(config: Config, trainer: Trainer, num_envs: int) -> Callable[[], Any]:
@@ -112,10 +100,16 @@ def main() -> None:
     for batch_size in arguments.batch_sizes:
         config = load(Config, merge(raw, {"distill": {"batch_size": batch_size}}), str(arguments.recipe))
         torch.set_num_threads(config.torch_threads)
-        compare(f"distillation step, {batch_size} windows", lambda on, c=config: trained(c, on).train_step)
+        compare(
+            f"distillation step, {batch_size} windows",
+            lambda on, c=config: third_stage(c, SerialComm(), on).train_step,
+        )
     config = load(Config, raw, str(arguments.recipe))
     for num_envs in (10, 50):
-        compare(f"act, {num_envs} episodes", lambda on, n=num_envs: acting(config, trained(config, on), n))
+        compare(
+            f"act, {num_envs} episodes",
+            lambda on, n=num_envs: acting(config, third_stage(config, SerialComm(), on), n),
+        )
     for batch_size in (64, 256):
         compare(f"SAC iteration, batches of {batch_size}", lambda on, n=batch_size: sac_update(n, on), 3)
     if arguments.json:

@@ -21,11 +21,10 @@ import torch
 
 from cpd.comm import connect
 from cpd.config import Config
-from cpd.distill.trainer import Trainer
 from cpd.strict_load import load, merge, read_toml
 from cpd.student.actor import StudentActor
 from jobs.launch import RECIPES
-from tests.distill.synthetic import stage_data
+from tests.distill.synthetic import third_stage
 
 STEPS = 60
 
@@ -51,15 +50,8 @@ def main() -> None:
     config = load(Config, merge(read_toml(arguments.recipe), over), str(arguments.recipe))
     torch.set_num_threads(config.torch_threads)
     comm = connect()
-    trainer = Trainer(config, 1, comm, torch.device("cpu"))
-    episodes = config.rollouts.num_steps // 100
-    for task in range(2):
-        trainer.begin_stage(stage_data(task, episodes, 100))
-        trainer.train_step()
-        trainer.end_stage(stage_data(task, episodes, 100))
-    trainer.begin_stage(stage_data(2 % len(config.stream.distinct_tasks), episodes, 100))
-    source, student = trainer._source, trainer.student
-    assert source is not None
+    trainer = third_stage(config, comm, torch.device("cpu"))
+    source, student = trainer.source, trainer.student
     batch = source.batch(0)
 
     def forward() -> None:

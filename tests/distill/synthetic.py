@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
+import torch
 
+from cpd.comm import Comm
+from cpd.config import Config
 from cpd.distill.batches import StageData
+from cpd.distill.trainer import Trainer
 from cpd.provenance import labels
 from cpd.runs import Run, StudentElement
 from cpd.seeding import generator
@@ -36,6 +40,18 @@ def stage_data(task: int, num_episodes: int = 12, length: int = 25) -> StageData
         np.concatenate([mean for _, mean in parts]),
         np.full((sum(lengths), 4), -2.0, np.float32),
     )
+
+
+def third_stage(config: Config, comm: Comm, device: torch.device) -> Trainer:
+    """A trainer in its third stage, with experts of three tasks and a full memory of two; for benchmarks."""
+    trainer, episodes = Trainer(config, 1, comm, device), config.rollouts.num_steps // 100
+    for task in range(3):
+        data = stage_data(task % len(config.stream.distinct_tasks), episodes, 100)
+        trainer.begin_stage(data)
+        trainer.train_step()
+        if task < 2:
+            trainer.end_stage(data)
+    return trainer
 
 
 def write_teachers(run: Run, element: StudentElement, num_episodes: int = 12, length: int = 25) -> None:
