@@ -16,6 +16,7 @@ waits, loses more by it than gloo.
 - alone: one rank's step with as many rows, while the others sleep; for weak scaling.
 - beside: the same on all ranks at once, without a word between them: what they take from each other in memory
   bandwidth and by heat, which no communication library can give back.
+- slowest: of those, every step's slowest rank: what they would wait for each other if communication took no time.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -139,6 +141,8 @@ def measure(
             flag.touch()
         asleep_until(flag)
     dist.destroy_process_group()
+    ranks = comm.gather(times["beside"])
+    times["slowest"] = [np.max(block, axis=0).tolist() for block in zip(*ranks, strict=True)]
     return times
 
 
@@ -183,8 +187,9 @@ def main() -> None:
     pairs = {
         "throughput of ours / DDP": ("DDP", "ours"),
         "weak scaling, alone / ours": ("alone", "ours"),
-        "of which without communication, alone / beside": ("alone", "beside"),
-        "communication's part, beside / ours": ("beside", "ours"),
+        "  for sharing the machine, alone / beside": ("alone", "beside"),
+        "  for waiting for the slowest, beside / slowest": ("beside", "slowest"),
+        "  for communication, slowest / ours": ("slowest", "ours"),
     }
     ratios = {
         text: [
