@@ -19,8 +19,9 @@ setup: ## create the environment and install the pinned packages
 demo: setup ## the whole pipeline on real Meta-World in four to eight minutes, no cluster needed
 	@$(PY) -m jobs.launch demo --profile local
 
+# By file: what a file's tests share is made once. Four at most, since the tests under MPI want cores of their own.
 test: setup ## all tests but the slow ones
-	$(PY) -m pytest
+	$(PY) -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 test-slow: setup ## the slow tests
 	$(PY) -m pytest -m 'slow and not slurm'
