@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
-from analysis.figures.fig_stream import label_style
+from analysis.figures.fig_stream import behind, label_style
+from analysis.figures.small_multiples import MOST_LINES, small_multiples
 from analysis.load import Dataset, short
-from analysis.style import COLUMN_INCHES, PAGE_INCHES, method_line
+from analysis.style import ACCENT, COLUMN_INCHES, PAGE_INCHES, method_colour, method_line
 
 PARTS = {"current": "loss, current task", "replay": "loss, replay"}
 
@@ -21,6 +24,8 @@ def draw(data: Dataset) -> Figure | None:
     methods = [method for method in data.method_names if any(row.method == method for row in data.losses)]
     if not methods:
         return None
+    if len(methods) > MOST_LINES:
+        return _panels(data, methods)
     parts = [part for part in PARTS if any(getattr(row, part) is not None for row in data.losses)]
     num_stages = len(data.stream)
     wide = num_stages > 6
@@ -32,7 +37,7 @@ def draw(data: Dataset) -> Figure | None:
     panels = figure.subplots(len(parts), 1, sharex=True, squeeze=False)[:, 0]
     for axes, part in zip(panels, parts, strict=True):
         for method in methods:
-            _lines(axes, data, method, part)
+            _lines(axes, data, method, part, method, method_line(data.method_names.index(method)))
         for stage in range(1, num_stages):
             axes.axvline(stage, color="#d4d4d4", linewidth=0.5, zorder=0)
         axes.set_ylabel(PARTS[part], fontsize=7)
@@ -59,21 +64,44 @@ def draw(data: Dataset) -> Figure | None:
     return figure
 
 
+def _panels(data: Dataset, methods: list[str]) -> Figure:
+    """Both parts of every method's loss, with the first's on the current task behind them."""
+
+    def both(axes: Axes, method: str) -> None:
+        for part, colour in (("current", method_colour(0)), ("replay", ACCENT)):
+            _lines(axes, data, method, part, PARTS[part].removeprefix("loss, "), {"color": colour})
+
+    figure, panels = small_multiples(
+        methods,
+        both,
+        lambda axes: _lines(axes, data, methods[0], "current", methods[0], {"color": "#b5b5b5"}),
+        ("stages done", "loss"),
+    )
+    num_stages = len(data.stream)
+    panels[0].set(xlim=(0, num_stages), yscale="log")
+    panels[0].set_xticks(range(0, num_stages + 1, 5 if num_stages <= 25 else 10))
+    panels[0].yaxis.set_major_locator(LogLocator())
+    panels[0].yaxis.set_major_formatter("{x:g}")
+    panels[0].yaxis.set_minor_locator(NullLocator())
+    for axes in panels:
+        axes.grid()
+    return figure
+
+
 def _decades(axes: Axes) -> float:
     """How many powers of ten the axis spans."""
     low, high = axes.get_ylim()
     return float(np.log10(high / low))
 
 
-def _lines(axes: Axes, data: Dataset, method: str, part: str) -> None:
+def _lines(axes: Axes, data: Dataset, method: str, part: str, name: str, style: Mapping[str, Any]) -> None:
     """One line per stage, since losses jump between them."""
     values: dict[int, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
     for row in data.losses:
         value = getattr(row, part)
         if row.method == method and value is not None and value > 0:
             values[row.stage][row.step].append(value)
-    style = method_line(data.method_names.index(method))
-    label: str | None = method
+    label: str | None = name
     for stage, points in sorted(values.items()):
         steps = sorted(points)
         xs = [stage + step / data.steps_per_stage[method] for step in steps]
@@ -88,5 +116,5 @@ def caption(data: Dataset) -> str:
     return (
         f"Distillation losses over the stream of {data.name} (log scale): divergence from the current task's "
         "teacher, and on what is replayed of earlier tasks (nothing in the first stage, or without a memory), as "
-        f"each method's recipe defines it.{seeds}"
+        f"each method's recipe defines it.{behind(data)}{seeds}"
     )

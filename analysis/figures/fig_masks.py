@@ -3,31 +3,32 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from analysis.figures.small_multiples import MOST_LINES, small_multiples
 from analysis.load import Dataset
-from analysis.style import COLUMN_INCHES, method_line
+from analysis.style import COLUMN_INCHES, TEACHER_COLOUR, method_colour, method_line
+
+Shares = dict[int, list[float]]
+"""Stages done to the masked shares of all seeds."""
 
 
 def draw(data: Dataset) -> Figure | None:
     """X: stages done; y: share of the parameters that are masked, per method; None if no method masks."""
-    values: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for row in data.stages:
-        if row.masked_share is not None:
-            values[row.method][row.stage + 1].append(row.masked_share)
+    values = _shares(data)
     if not values:
         return None
+    if len(values) > MOST_LINES:
+        return _panels(data, values)
     figure = Figure(figsize=(COLUMN_INCHES, 1.6 + 0.14 * -(-len(values) // 3)))
     axes = figure.subplots()
-    for method, stages in values.items():
-        xs = sorted(stages)
+    for method, shares in values.items():
         style = method_line(data.method_names.index(method) if method in data.method_names else 0)
-        means = [float(np.mean(stages[x])) for x in xs]
-        axes.plot(xs, means, marker="o", markersize=2.5, label=method, clip_on=False, **style)
-        for x in xs if any(len(found) > 1 for found in stages.values()) else ():
-            axes.plot([x] * len(stages[x]), stages[x], ".", markersize=2, color=style["color"], clip_on=False)
+        _line(axes, shares, {**style, "markersize": 2.5}, method)
     num_stages = len(data.stream)
     axes.set(xlim=(0, num_stages), ylim=(0, 1), xlabel="stages done", ylabel="masked parameters (share)")
     axes.set_xticks(range(0, num_stages + 1, 1 if num_stages <= 20 else 5))
@@ -36,10 +37,50 @@ def draw(data: Dataset) -> Figure | None:
     return figure
 
 
+def _shares(data: Dataset) -> dict[str, Shares]:
+    """Of every method that masks."""
+    values: dict[str, Shares] = defaultdict(lambda: defaultdict(list))
+    for row in data.stages:
+        if row.masked_share is not None:
+            values[row.method][row.stage + 1].append(row.masked_share)
+    return values
+
+
+def _panels(data: Dataset, values: dict[str, Shares]) -> Figure:
+    """Every method that masks, with the first of them behind it."""
+    first = next(iter(values))
+    own: dict[str, Any] = {"color": method_colour(0), "linewidth": 0.9, "markersize": 1.6}
+    behind = {**own, "color": TEACHER_COLOUR, "linewidth": 1.4}
+    figure, panels = small_multiples(
+        list(values),
+        lambda axes, method: _line(axes, values[method], own, "each method"),
+        lambda axes: _line(axes, values[first], behind, first),
+        ("stages done", "masked parameters (share)"),
+    )
+    num_stages = len(data.stream)
+    panels[0].set(xlim=(0, num_stages), ylim=(0, 1))
+    panels[0].set_xticks(range(0, num_stages + 1, 5 if num_stages <= 25 else 10))
+    panels[0].set_yticks([0, 0.5, 1], ["0", ".5", "1"])
+    for axes in panels:
+        axes.grid()
+    return figure
+
+
+def _line(axes: Axes, shares: Shares, style: dict[str, Any], label: str) -> None:
+    """The mean over seeds, and every seed as a small dot where there are several."""
+    xs = sorted(shares)
+    axes.plot(xs, [float(np.mean(shares[x])) for x in xs], marker="o", label=label, clip_on=False, **style)
+    if any(len(found) > 1 for found in shares.values()):
+        for x in xs:
+            axes.plot([x] * len(shares[x]), shares[x], ".", markersize=2, color=style["color"], clip_on=False)
+
+
 def caption(data: Dataset) -> str:
     """What the figure shows, without the conditions."""
+    masking = list(_shares(data))
+    grey = f" Grey: {masking[0]}." if len(masking) > MOST_LINES else ""
     dots = " Small dots: single seeds." if len(data.students) > len(data.method_names) else ""
     return (
         f"Parameter masking over the stream of {data.name}: share of the student's parameters that later stages "
-        f"may not change, or only a little, after every stage.{dots}"
+        f"may not change, or only a little, after every stage.{grey}{dots}"
     )

@@ -9,8 +9,17 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from analysis.figures.small_multiples import MOST_LINES, small_multiples
 from analysis.load import Dataset, short
-from analysis.style import ACCENT, COLUMN_INCHES, PAGE_INCHES, SECOND_ACCENT, method_colour, method_line
+from analysis.style import (
+    ACCENT,
+    COLUMN_INCHES,
+    PAGE_INCHES,
+    SECOND_ACCENT,
+    TEACHER_COLOUR,
+    method_colour,
+    method_line,
+)
 from cpd.measures import Student, rate_before
 
 Line = dict[float, list[float]]
@@ -19,6 +28,8 @@ Line = dict[float, list[float]]
 
 def draw(data: Dataset) -> Figure:
     """X: stages done. One method: its current task and averages; several: their average performance."""
+    if len(data.method_names) > MOST_LINES:
+        return _panels(data)
     num_stages = len(data.stream)
     size, rotation = label_style(num_stages)
     longest = max(len(short(task)) for task in data.stream)
@@ -65,11 +76,38 @@ def draw(data: Dataset) -> Figure:
     return figure
 
 
+def _panels(data: Dataset) -> Figure:
+    """Every method's average performance, with that of the first behind it."""
+    first, *_ = data.method_names
+
+    def average(axes: Axes, method: str, style: dict[str, Any], label: str) -> None:
+        _average(axes, data.of_method(method), "average_by_stage", style, "o", 1.6, label)
+
+    figure, panels = small_multiples(
+        data.method_names,
+        lambda axes, method: average(axes, method, {"color": method_colour(0), "linewidth": 0.9}, "each method"),
+        lambda axes: average(axes, first, {"color": TEACHER_COLOUR, "linewidth": 1.4}, first),
+        ("stages done", "success, mean of all tasks"),
+    )
+    num_stages = len(data.stream)
+    panels[0].set(xlim=(0, num_stages), ylim=(-0.06, 1.06))
+    panels[0].set_xticks(range(0, num_stages + 1, 5 if num_stages <= 25 else 10))
+    panels[0].set_yticks([0, 0.5, 1], ["0", ".5", "1"])
+    for axes in panels:
+        axes.grid()
+    return figure
+
+
 def label_style(num_stages: int) -> tuple[float, float]:
     """Size and rotation of the tasks' names above a stream at which neighbours do not touch."""
     if num_stages <= 3:
         return 7.0, 0
     return (7.0, 35) if num_stages <= 12 else (6.0, 45) if num_stages <= 25 else (5.2, 60)
+
+
+def behind(data: Dataset) -> str:
+    """The caption's sentence on what stands behind every method where each has a panel."""
+    return f" Grey: {data.method_names[0]}." if len(data.method_names) > MOST_LINES else ""
 
 
 def _stage_names(data: Dataset, gap: str) -> list[str]:
@@ -126,7 +164,7 @@ def caption(data: Dataset) -> str:
     if len(data.methods) > 1:
         return (
             f"Average performance of {', '.join(m.method for m in data.methods)} over the stream of {data.name}, "
-            f"over all tasks, those to come included.{dots}"
+            f"over all tasks, those to come included.{behind(data)}{dots}"
         )
     length = data.steps_per_stage[data.methods[0].method]
     return (

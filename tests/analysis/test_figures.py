@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 
 from analysis.build import build
 from analysis.figures import fig_methods, fig_profile, fig_stream, fig_success_matrix, fig_transfer, fig_usage
+from analysis.figures.small_multiples import MOST_LINES
 from analysis.load import Dataset, conditions, load
 from analysis.style import paper_style
 from analysis.tables import task_cells, write_tables
@@ -61,6 +62,18 @@ def test_lines_over_the_stream_are_means_of_rows(tmp_path: Path) -> None:
     lines = {line.get_label(): line for line in axes.lines}
     assert lines["mean of all tasks"].get_ydata() == pytest.approx(RATES.mean(axis=1))
     assert lines["mean of tasks so far"].get_ydata() == pytest.approx([0.9, 0.75, RATES[3].mean()])
+
+
+def test_more_methods_than_colours_have_a_panel_each(tmp_path: Path) -> None:
+    rates = {f"part-{i}": np.round(RATES * (1 - i / 10), 1) for i in range(1, MOST_LINES + 1)}
+    data = made(tmp_path / "r", variants={name: {1: values} for name, values in rates.items()})
+    panels = [axes for axes in fig_stream.draw(data).axes if axes.get_visible()]
+    assert [axes.get_title() for axes in panels] == ["moe", *rates]
+    for axes, values in zip(panels, [RATES, *rates.values()], strict=True):
+        lines = {line.get_label(): line.get_ydata() for line in axes.lines}
+        assert lines["moe"] == pytest.approx(RATES.mean(axis=1))
+        assert lines["each method"] == pytest.approx(values.mean(axis=1))
+    assert "Grey: moe." in fig_stream.caption(data)
 
 
 def test_bars_of_methods_are_the_measures_and_no_line_is_cut_off(tmp_path: Path) -> None:
