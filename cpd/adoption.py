@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from cpd.config import Config, changes
-from cpd.files import publish, read_json, sha256, write_json
+from cpd.files import copy, publish, read_json, sha256, write_json
 from cpd.provenance import labels
 from cpd.record import State, StatusRecord
 from cpd.runs import Run, TeacherElement, teacher_element
@@ -29,6 +29,8 @@ from cpd.strict_load import load, to_dict
 
 #: Settings that make a teacher, but for those that do not change what a trained policy is.
 MAKING = ("stream.", "teacher.")
+#: What a stand-in has for a standard deviation is part of its policy.
+MAKING_STAND_INS = (*MAKING, "rollouts.assumed_std:")
 LATER = ("stream.tasks", "teacher.seeds", "teacher.gate", "teacher.on_rejected")
 
 
@@ -80,13 +82,19 @@ def find_adoptions(run: Run, folder: Path) -> list[Adoption]:
     if folder.resolve() == run.root.resolve():
         raise AdoptionError(f"teachers_from = {str(folder)!r} is the run itself")
     changed = _changed_settings(folder, run.config)
-    wrong = [f"  {line}" for line in changed if line.startswith(MAKING) and not line.startswith(LATER)]
+    making = MAKING_STAND_INS if run.config.teacher.recipe == "scripted" else MAKING
+    wrong = [f"  {line}" for line in changed if line.startswith(making) and not line.startswith(LATER)]
     if wrong:
         raise AdoptionError(
             f"the teachers in {folder} were made with other settings (theirs -> ours); copy theirs into the "
             "recipe, or train anew:\n" + "\n".join(wrong)
         )
-    found = [_adoption(teacher, folder, changed, run.config) for teacher in untouched]
+    try:
+        found = [_adoption(teacher, folder, changed, run.config) for teacher in untouched]
+    except AdoptionError:
+        raise
+    except ValueError as error:  # an index or a description that cannot be read
+        raise AdoptionError(str(error)) from None
     if all(adoption.policy is None for adoption in found) and len(untouched) == len(run.teachers()):
         names = ", ".join(f"{t.task} seed {t.seed}" for t in untouched)
         raise AdoptionError(f"{folder} holds none of the finished teachers that are wanted: {names}")
@@ -94,7 +102,7 @@ def find_adoptions(run: Run, folder: Path) -> list[Adoption]:
 
 
 def adopt(run: Run, folder: Path) -> list[Adoption]:
-    """Take over what there is, the markers last, and enter it into provenance.json; see `find_adoptions`.
+    """Take over what there is, enter it into provenance.json, and set the markers last; see `find_adoptions`.
 
     Doing it again after it was interrupted completes it.
     """
@@ -108,6 +116,9 @@ def adopt(run: Run, folder: Path) -> list[Adoption]:
         record = read_json(path) if path.exists() else {}
         before = record.get("teachers", {})
         write_json(path, {**record, "teachers": {**before, **taken}})
+    for adoption in found:
+        if adoption.source and adoption.marker:
+            copy(adoption.source.path / adoption.marker, adoption.teacher.path / adoption.marker)
     return found
 
 
@@ -189,23 +200,21 @@ def _take_over(adoption: Adoption, policy: Path, name: str) -> dict[str, Any]:
         path = source.shards / INDEX_NAME
         for entry in ShardIndex.from_dict(read_json(path), path).shards:
             _link(source.shards / entry.file, teacher.shards / entry.file)
-        _copy(path, teacher.shards / INDEX_NAME)
+        copy(path, teacher.shards / INDEX_NAME)
         record["rollouts_sha256"] = sha256(path)
     if source and adoption.evaluation:
-        _copy(source.episodes, teacher.episodes)
-        _copy(source.evaluation, teacher.evaluation)
+        copy(source.episodes, teacher.episodes)
+        copy(source.evaluation, teacher.evaluation)
         record["evaluation_sha256"] = sha256(source.evaluation)
     if source and source.metrics.exists():
-        _copy(source.metrics, teacher.metrics)
+        copy(source.metrics, teacher.metrics)
     _link(policy, teacher.policy)
-    _copy(policy.with_suffix(".json"), teacher.policy.with_suffix(".json"))
+    copy(policy.with_suffix(".json"), teacher.policy.with_suffix(".json"))
     success = read_json(policy.with_suffix(".json")).get("training", {}).get("validation_success")
     states: dict[str, State] = {"COMPLETE": "done", "REJECTED": "rejected"}
     state = states.get(adoption.marker, "waiting")
     status = StatusRecord(state=state, success=success, message=f"taken over from {name}")
     write_json(teacher.status, asdict(status))
-    if source and adoption.marker:
-        _copy(source.path / adoption.marker, teacher.path / adoption.marker)
     return record
 
 
@@ -216,8 +225,3 @@ def _link(source: Path, target: Path) -> None:
             os.link(source, temporary)
         except OSError:
             shutil.copyfile(source, temporary)
-
-
-def _copy(source: Path, target: Path) -> None:
-    with publish(target) as temporary:
-        shutil.copyfile(source, temporary)

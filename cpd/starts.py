@@ -42,6 +42,8 @@ def start_rows(run: Run) -> list[StartRow]:
         admitted = [teacher for teacher in teachers if teacher.complete.exists()]
         if not all(teacher.finished for teacher in teachers):
             return []
+        if not admitted:
+            continue
         try:
             starts = {teacher.task: _read(teacher) for teacher in admitted}
         except (ShardError, OSError):

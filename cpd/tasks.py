@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+#: Of all of Meta-World's tasks.
+OBSERVATION_SIZE = 39
+ACTION_SIZE = 4
 #: Meta-World refuses a 501st step.
 MAX_EPISODE_STEPS = 500
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from contextlib import closing
 
 from cpd.comm import asked_size, connect
 from cpd.interrupt import Interrupt
@@ -17,23 +18,12 @@ def work(run: Run, element: Element, interrupt: Interrupt) -> None:
 
     assert isinstance(element, TeacherElement)
     num_workers, num_ranks = available_cpus(), asked_size()
-    pool = env_pool(run.config, num_workers, num_ranks)
-    try:
+    with closing(env_pool(run.config, num_workers, num_ranks)) as pool:
         if num_ranks > 1 and num_workers > 1:
             pool.get(element.task)  # starts the workers: once MPI is up, nothing may fork
         comm = connect()
         with mpi_guard(element, comm):
-            run_teacher(
-                run,
-                element,
-                num_workers=num_workers,
-                interrupt=interrupt,
-                tell=element_tell(element),
-                comm=comm,
-                pool=pool,
-            )
-    finally:
-        pool.close()
+            run_teacher(run, element, pool, interrupt=interrupt, tell=element_tell(element), comm=comm)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -19,7 +19,7 @@ from cpd.interrupt import Interrupt
 from cpd.record import read_status
 from cpd.runs import Run, TeacherElement
 from cpd.strict_load import load, merge, read_toml, to_dict
-from cpd.teachers.element import run_teacher
+from cpd.teachers.element import env_pool, run_teacher
 from jobs.launch import main
 from tests.conftest import MINIATURE
 
@@ -42,7 +42,7 @@ def make(root: Path, **over: Any) -> Run:
 
 
 def finish(run: Run, teacher: TeacherElement) -> None:
-    run_teacher(run, teacher, num_workers=1, interrupt=Interrupt(), tell=lambda line: None)
+    run_teacher(run, teacher, env_pool(run.config, 1), interrupt=Interrupt(), tell=lambda line: None)
 
 
 @pytest.fixture(scope="module")
@@ -119,6 +119,24 @@ def test_an_interrupted_take_over_is_completed(finished: Path, tmp_path: Path) -
     assert contents(run.root / "teachers") == whole
 
 
+def test_a_take_over_that_ends_before_its_record_is_recorded_by_the_next(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make(tmp_path / "new")
+
+    def killed(path: Path, data: Any, sync: bool = True) -> None:
+        if path.name == "provenance.json":
+            raise KeyboardInterrupt
+        write_json(path, data, sync)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("cpd.adoption.write_json", killed)
+        adopt(run, finished)
+    adopt(run, finished)
+    assert all(teacher.finished for teacher in run.teachers())
+    assert set(read_json(run.root / "provenance.json")["teachers"]) == {t.name for t in run.teachers()}
+
+
 def test_settings_that_come_after_training_may_differ_and_only_their_part_is_done_anew(
     finished: Path, tmp_path: Path
 ) -> None:
@@ -186,6 +204,7 @@ def test_published_policies_spare_the_training(finished: Path, tmp_path: Path) -
         ({"stream": {"horizon": 50}}, "stream.horizon: 60 -> 50"),
         ({"teacher": {"horizon": 50}}, "teacher.horizon: 40 -> 50"),
         ({"teacher": {"recipe": "rl"}}, "teacher.recipe: 'scripted' -> 'rl'"),
+        ({"rollouts": {"assumed_std": 0.2}}, "rollouts.assumed_std: 0.1 -> 0.2"),
     ],
 )
 def test_other_settings_of_training_are_refused_by_name(
@@ -212,6 +231,7 @@ def damage(path: Path) -> None:
         (lambda t: (t.shards / "shard-00000.h5").unlink(), r"shard-00000\.h5 is missing"),
         (lambda t: relabel(t, "mujoco", "2.0"), r"other conditions: mujoco is '2\.0' there"),
         (lambda t: t.policy.with_suffix(".json").unlink(), "has no description"),
+        (lambda t: (t.shards / "index.json").write_text("{"), r"index\.json"),
     ],
 )
 def test_files_that_are_not_what_their_records_say_are_refused(

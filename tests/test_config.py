@@ -56,6 +56,7 @@ def test_all_mistakes_are_reported_at_once_with_their_paths() -> None:
         ({"distill": {"steps_per_stage": 1.5}}, "distill.steps_per_stage"),
         ({"student": {"min_log_std": 1.0, "max_log_std": 0.5}}, "min_log_std (1.0) is not below max_log_std"),
         ({"memory": {"share": 0.0}}, "memory.share"),
+        ({"teacher": {"sac": {"updates_per_step": 4e-4}}}, "gives no gradient step in an iteration of 1000 env"),
     ],
 )
 def test_impossible_values_and_combinations_are_refused(tables: dict, told: str) -> None:

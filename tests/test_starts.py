@@ -77,6 +77,14 @@ def test_nothing_is_said_before_all_teachers_are_finished(run: Run) -> None:
     assert start_rows(run) == []
 
 
+def test_where_no_teacher_was_admitted_there_is_nothing_to_compare(run: Run) -> None:
+    for teacher in run.teachers():
+        teacher.complete.unlink()
+        teacher.rejected.touch()
+    assert start_rows(run) == []
+    gather(run)
+
+
 def test_tasks_that_look_alike_are_reported_apart(run: Run) -> None:
     gather(run)
     data = load([run.results])

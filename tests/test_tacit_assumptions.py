@@ -8,7 +8,7 @@ import pytest
 from metaworld.env_dict import ALL_V3_ENVIRONMENTS
 from metaworld.policies import ENV_POLICY_MAP
 
-from cpd.tasks import ALL_TASKS
+from cpd.tasks import ACTION_SIZE, ALL_TASKS, OBSERVATION_SIZE
 
 # Meta-World, MuJoCo and Gymnasium ---------------------------------------------------------------------------
 
@@ -83,7 +83,8 @@ def test_observations_are_float64_and_actions_float32(mt1):
     env = make_env(mt1)
     assert env.reset()[0].dtype == np.float64
     assert env.action_space.dtype == np.float32
-    assert env.reset()[0].shape == (39,)
+    assert env.reset()[0].shape == (OBSERVATION_SIZE,)
+    assert env.action_space.shape == (ACTION_SIZE,)
 
 
 def test_the_two_reward_versions_differ(mt1):

@@ -104,6 +104,11 @@ class SACConfig:
                 f"learning_starts ({self.learning_starts}) exceeds buffer_size ({self.buffer_size}): "
                 "learning would never start"
             )
+        if round(self.num_envs * self.steps_per_env * self.updates_per_step) < 1:
+            raise ValueError(
+                f"updates_per_step ({self.updates_per_step}) gives no gradient step in an iteration of "
+                f"{self.num_envs * self.steps_per_env} env steps: learning would never end"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

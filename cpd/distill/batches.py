@@ -21,7 +21,7 @@ from cpd.distill.losses import floored_log_std
 from cpd.memory.segments import Segments, cut_segments
 from cpd.seeding import generator
 from cpd.shards.reader import Rollouts
-from cpd.shards.schema import ACTION_SIZE, OBSERVATION_SIZE
+from cpd.tasks import ACTION_SIZE, OBSERVATION_SIZE
 
 
 @dataclass(frozen=True)

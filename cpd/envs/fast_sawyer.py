@@ -19,8 +19,8 @@ from metaworld.utils.reward_utils import hamacher_product
 from cpd.envs.fast_math import clip_ufunc, norm, tolerance
 from cpd.envs.registry import SharedModel, grow_framebuffer, shared_model
 from cpd.envs.reset_cache import RESET_CACHE, Attributes, ResetState
+from cpd.tasks import OBSERVATION_SIZE
 
-_OBS_SIZE = 39
 _FRAME_SIZE = 18
 _WRIST_QUATERNION = np.array([1.0, 0.0, 1.0, 0.0])
 _POSITION_STAGE = int(mujoco.mjtStage.mjSTAGE_POS)
@@ -253,7 +253,7 @@ class FastSawyer(SawyerXYZEnv):
 
     def _get_obs(self) -> npt.NDArray[np.float64]:
         frame = self._get_curr_obs_combined_no_goal()
-        obs = np.empty(_OBS_SIZE)
+        obs = np.empty(OBSERVATION_SIZE)
         obs[:18] = frame
         obs[18:36] = self._prev_obs
         obs[36:] = 0.0 if self._partially_observable else self._get_pos_goal()

@@ -7,7 +7,6 @@ of that environment depends on where it runs.
 from __future__ import annotations
 
 import abc
-import itertools
 import json
 import mmap
 import os
@@ -26,7 +25,7 @@ import numpy.typing as npt
 from cpd.envs import worker
 from cpd.envs.goals import Goal
 from cpd.envs.slots import MAX_RAND_VEC_SIZE, SlotArrays, SlotError, SlotGroup
-from cpd.envs.task_env import ACTION_SIZE
+from cpd.tasks import ACTION_SIZE
 
 _CLOSE_TIMEOUT_S: Final = 10.0
 
@@ -179,8 +178,8 @@ class _ProcessVectorEnv(VectorEnv):
         with tempfile.TemporaryFile(dir=_shared_memory_directory()) as file:
             file.truncate(size)
             super().__init__(tasks, SlotArrays(len(tasks), mmap.mmap(file.fileno(), size)))
-            bounds = np.linspace(0, len(tasks), num_workers + 1).astype(int)
-            self._slots = [range(int(a), int(b)) for a, b in itertools.pairwise(bounds)]
+            # In turn: callers that use fewer slots than there are use the first, and all workers should have some.
+            self._slots = [range(i, len(tasks), num_workers) for i in range(num_workers)]
             self._workers = [
                 _start_worker(self.tasks, slots, reward_version, file.fileno()) for slots in self._slots
             ]
@@ -191,7 +190,7 @@ class _ProcessVectorEnv(VectorEnv):
         if not self._end.alive:
             raise ValueError("this vector environment is closed")
         selected = self._arrays.selected
-        busy = [i for i, slots in enumerate(self._slots) if selected[slots.start : slots.stop].any()]
+        busy = [i for i, slots in enumerate(self._slots) if selected[slots.start :: slots.step].any()]
         try:
             for i in busy:
                 stream = self._workers[i].stdin
@@ -218,7 +217,8 @@ class _ProcessVectorEnv(VectorEnv):
     def _fail(self, index: int, answer: bytes) -> None:
         """Close everything and raise what went wrong in worker `index`."""
         process, slots = self._workers[index], self._slots[index]
-        names = ", ".join(sorted(set(self.tasks[slots.start : slots.stop])))
+        names = ", ".join(sorted({self.tasks[slot] for slot in slots}))
+        which = f"slots {', '.join(map(str, slots))}"
         message = ""
         if answer == worker.FAILED:
             stream = process.stdout
@@ -227,9 +227,9 @@ class _ProcessVectorEnv(VectorEnv):
             message = _read_exactly(stream.fileno(), worker.LENGTH.unpack(header)[0]).decode()
         self.close()
         if message:
-            raise SlotError(f"worker {index} (slots {slots.start}-{slots.stop - 1}): {message}")
+            raise SlotError(f"worker {index} ({which}): {message}")
         raise SlotError(
-            f"worker {index} (slots {slots.start}-{slots.stop - 1}: {names}) died with exit status "
+            f"worker {index} ({which}: {names}) died with exit status "
             f"{process.returncode}; a negative status is the signal that killed it"
         )
 

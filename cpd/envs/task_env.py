@@ -15,9 +15,6 @@ from cpd.envs.goals import Goal
 from cpd.envs.registry import build_stock, task_class
 from cpd.tasks import MAX_EPISODE_STEPS
 
-OBSERVATION_SIZE: Final = 39
-ACTION_SIZE: Final = 4
-
 #: Where observations tell of the object's position, in metres.
 OBJECT: Final = slice(4, 7)
 

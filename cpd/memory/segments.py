@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cpd.shards.schema import ACTION_SIZE, OBSERVATION_SIZE
+from cpd.tasks import ACTION_SIZE, OBSERVATION_SIZE
 
 Array = npt.NDArray[Any]
 

@@ -13,11 +13,9 @@ import numpy.typing as npt
 from cpd.files import read_json, sha256
 from cpd.provenance import Labels
 from cpd.shards.schema import (
-    ACTION_SIZE,
     ATTRIBUTE_NAMES,
     EPISODE_FIELDS,
     INDEX_NAME,
-    OBSERVATION_SIZE,
     SCHEMA_VERSION,
     SHARD_PATTERN,
     STEP_FIELDS,
@@ -27,6 +25,7 @@ from cpd.shards.schema import (
     ShardIndex,
     remedy,
 )
+from cpd.tasks import OBSERVATION_SIZE
 
 
 @dataclass(frozen=True)
@@ -227,7 +226,7 @@ def _read_all(folder: Path, index: ShardIndex) -> Rollouts:
         next_step, next_episode = step + entry.num_steps, episode + entry.num_episodes
         with h5py.File(path, "r") as file:
             if reason := _foreign_label(file, index):
-                raise ShardError(f"{path} {reason}; remove {folder} and launch the run again")
+                raise ShardError(f"{path} {reason}; {remedy(folder)}")
             _check_layout(path, file, entry)
             own_offsets = file["offsets"][:]
             for name, array in steps.items():
@@ -269,16 +268,5 @@ def _check_layout(path: Path, file: Any, entry: ShardEntry) -> None:
             found = "nothing" if dataset is None else f"{dataset.dtype} {dataset.shape}"
             raise ShardError(
                 f"{path} is foreign: {name} is {found}, but schema version {SCHEMA_VERSION} and {INDEX_NAME} "
-                f"want {dtype} {shape}; remove {path.parent} and launch the run again"
+                f"want {dtype} {shape}; {remedy(path.parent)}"
             )
-
-
-__all__ = [
-    "ACTION_SIZE",
-    "OBSERVATION_SIZE",
-    "Rollouts",
-    "ShardError",
-    "first_observations",
-    "read_index",
-    "read_rollouts",
-]

@@ -15,11 +15,10 @@ from typing import Any, Final, Literal
 import numpy as np
 import numpy.typing as npt
 
+from cpd.tasks import ACTION_SIZE, OBSERVATION_SIZE
+
 #: Raised whenever fields or their meaning change; a reader takes its own version only.
 SCHEMA_VERSION: Final = 1
-
-OBSERVATION_SIZE: Final = 39
-ACTION_SIZE: Final = 4
 
 FloatArray = npt.NDArray[np.float32]
 

@@ -19,13 +19,13 @@ from torch import Tensor, nn
 
 from cpd.config import StudentConfig
 from cpd.files import publish, read_json, write_json
-from cpd.shards.schema import ACTION_SIZE, OBSERVATION_SIZE
 from cpd.strict_load import load, to_dict
 from cpd.student.belief import TaskEncoder
 from cpd.student.moe import MoE, RouterStats
 from cpd.student.observations import observation_scaling
 from cpd.student.packing import Packing
 from cpd.student.transformer import Block
+from cpd.tasks import ACTION_SIZE, OBSERVATION_SIZE
 
 
 class StudentOutput(NamedTuple):

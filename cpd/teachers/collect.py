@@ -19,7 +19,8 @@ from cpd.envs.goals import Goal
 from cpd.envs.sampler import VectorEnv
 from cpd.interrupt import Interrupt, InterruptedBySignal
 from cpd.seeding import derive, generator
-from cpd.shards.schema import ACTION_SIZE, OBSERVATION_SIZE, Episode
+from cpd.shards.schema import Episode
+from cpd.tasks import ACTION_SIZE, OBSERVATION_SIZE
 from cpd.teachers.policy import FloatArray, Teacher
 
 

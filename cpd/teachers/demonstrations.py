@@ -20,7 +20,7 @@ from cpd.envs.goals import Goal
 from cpd.envs.sampler import VectorEnv
 from cpd.interrupt import Interrupt, InterruptedBySignal
 from cpd.seeding import generator
-from cpd.shards.schema import ACTION_SIZE
+from cpd.tasks import ACTION_SIZE
 from cpd.teachers.policy import FloatArray, Teacher
 from cpd.teachers.sampling import Batch, EpisodeRules, rewarded
 from cpd.teachers.scripted import ScriptedPolicy

@@ -33,12 +33,11 @@ from cpd.teachers.training import Trainer, validate
 def run_teacher(
     run: Run,
     element: TeacherElement,
+    pool: EnvPool,
     *,
-    num_workers: int,
     interrupt: Interrupt,
     tell: Callable[[str], None],
     comm: Comm | None = None,
-    pool: EnvPool | None = None,
 ) -> None:
     """Bring one teacher to its end: COMPLETE with shards, or REJECTED if it missed the gate; a collective.
 
@@ -47,11 +46,10 @@ def run_teacher(
     Args:
         run: the run directory.
         element: one of `run.teachers()`.
-        num_workers: processes of this rank to step environments in; results do not depend on it.
+        pool: this rank's environments, from `env_pool`; results do not depend on its number of workers.
         interrupt: the stop flag, looked at after every environment step.
         tell: receives plain lines of progress.
         comm: the ranks that train together; None: this process alone.
-        pool: what `env_pool` made, where environments had to be there before; it is closed in the end.
 
     Raises:
         LeaseHeldError: if another process is working on this teacher.
@@ -60,24 +58,21 @@ def run_teacher(
         ValueError: if the learner cannot be shared by so many ranks.
     """
     comm = comm or SerialComm()
-    pool = pool or env_pool(run.config, num_workers, comm.size)
-    try:
-        if comm.broadcast(element.finished):
-            tell(f"{element.name} is finished")
-            return
-        torch.set_num_threads(run.config.torch_threads)
-        with session(element, comm, tell) as current:
-            if current.is_writer:
-                sweep_temporaries(element.path)
-            _Work(run.config, element, pool, interrupt, current, comm).finish()
-    finally:
-        pool.close()
+    if comm.broadcast(element.finished):
+        tell(f"{element.name} is finished")
+        return
+    torch.set_num_threads(run.config.torch_threads)
+    with session(element, comm, tell) as current:
+        if current.is_writer:
+            sweep_temporaries(element.path)
+        _Work(run.config, element, pool, interrupt, current, comm).finish()
 
 
 def env_pool(config: Config, num_workers: int, num_ranks: int = 1) -> EnvPool:
-    """Environments for one of `num_ranks` ranks, not made yet.
+    """Environments for one of `num_ranks` ranks, in `num_workers` processes, not made yet.
 
-    Under MPI, those that live in other processes are to be made before it starts: nothing may fork afterwards.
+    They are to be closed in the end. Under MPI, those that live in other processes are to be made before it
+    starts: nothing may fork afterwards.
     """
     num_envs = -(-config.teacher.learner_settings.num_envs // num_ranks)
     return EnvPool(config.stream.reward_version, num_workers, num_envs)

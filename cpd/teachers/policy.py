@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from cpd.files import publish, read_json, sha256, write_json
-from cpd.shards.schema import ACTION_SIZE, OBSERVATION_SIZE
+from cpd.tasks import ACTION_SIZE, OBSERVATION_SIZE
 from cpd.teachers.statistics import RunningMoments
 
 FloatArray = npt.NDArray[np.float32]
@@ -251,7 +251,10 @@ def read_tensors(path: Path, *kinds: str) -> tuple[dict[str, Tensor], dict[str, 
     description_path = path.with_suffix(".json")
     for file in (path, description_path):
         if not file.exists():
-            raise ValueError(f"{file} is missing; launch the run again to make the teacher")
+            raise ValueError(
+                f"{file} is missing; remove what there is of {description_path} and {path.parent / 'COMPLETE'}, "
+                "and launch again to train the teacher anew"
+            )
     description = read_json(description_path)
     found = description.get("architecture", {}).get("kind")
     if found not in kinds:

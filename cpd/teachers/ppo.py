@@ -24,15 +24,13 @@ from torch import Tensor, nn
 from cpd.comm import Comm, SerialComm
 from cpd.config import PPOConfig
 from cpd.seeding import derive, generator
-from cpd.shards.schema import OBSERVATION_SIZE
+from cpd.tasks import OBSERVATION_SIZE
 from cpd.teachers.advantages import gae
 from cpd.teachers.policy import GaussianPolicy, gaussian_log_prob, mlp
 from cpd.teachers.ranks import largest, own_slots, reduce_gradients, spread
-from cpd.teachers.sampling import Batch
+from cpd.teachers.sampling import LARGEST_REWARD, Batch
 from cpd.teachers.statistics import RunningMoments
 
-#: Meta-World's v2 rewards lie in [0, 10]; the v1 ones do not, for which the bound grows with what was seen.
-LARGEST_REWARD: Final = 10.0
 #: Means may leave [-1, 1] by this much before the penalty sets in.
 MEAN_MARGIN: Final = 0.2
 MIN_VALUE_STD: Final = 1e-2

@@ -6,11 +6,10 @@ A folder of published teachers holds the long-form tables of `cpd.results`, the 
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 from cpd.adoption import published_policy
-from cpd.files import publish, read_json, write_json
+from cpd.files import copy, read_json, write_json
 from cpd.result_tables import TEACHER, read_tables
 from cpd.results import gather
 from cpd.runs import Run
@@ -46,7 +45,9 @@ def publish_teachers(run: Run, folder: Path) -> list[Path]:
     report = gather(run)
     for name in TABLES:
         if (run.results / name).exists():
-            _copy(run.results / name, folder / name)
+            copy(run.results / name, folder / name)
+        else:
+            (folder / name).unlink(missing_ok=True)
     evaluations = read_rows(run.results / "evaluations.csv", EvaluationRow)
     episodes = read_rows(run.results / "episodes.csv", EpisodeRow)
     write_rows(folder / "evaluations.csv", [row for row in evaluations if row.method == TEACHER])
@@ -58,12 +59,11 @@ def publish_teachers(run: Run, folder: Path) -> list[Path]:
     published = []
     for teacher in finished:
         target = published_policy(folder, teacher.task, teacher.seed)
-        _copy(teacher.policy, target)
-        _copy(teacher.policy.with_suffix(".json"), target.with_suffix(".json"))
+        copy(teacher.policy, target)
+        copy(teacher.policy.with_suffix(".json"), target.with_suffix(".json"))
         published.append(target)
+    # What an earlier publication left would pass for policies that this config.json made.
+    for stale in set((folder / "policies").glob("*.safetensors")) - set(published):
+        stale.unlink()
+        stale.with_suffix(".json").unlink(missing_ok=True)
     return published
-
-
-def _copy(source: Path, target: Path) -> None:
-    with publish(target) as temporary:
-        shutil.copyfile(source, temporary)

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from cpd.shards.schema import ACTION_SIZE, OBSERVATION_SIZE
+from cpd.tasks import ACTION_SIZE, OBSERVATION_SIZE
 from cpd.teachers.sampling import Batch
 
 _WIDTHS: Final = {

@@ -19,14 +19,12 @@ from torch import Tensor
 
 from cpd.config import SACConfig
 from cpd.seeding import derive, generator
-from cpd.shards.schema import ACTION_SIZE, OBSERVATION_SIZE
+from cpd.tasks import ACTION_SIZE, OBSERVATION_SIZE
 from cpd.teachers.policy import OBSERVATION_CLIP, SquashedPolicy
 from cpd.teachers.replay import ReplayBuffer
-from cpd.teachers.sac_networks import NUM_CRITICS, Actor, Critics
-from cpd.teachers.sampling import Batch
+from cpd.teachers.sac_networks import NUM_CRITICS, Actions, Actor, Critics
+from cpd.teachers.sampling import LARGEST_REWARD, Batch
 
-#: Meta-World's v2 rewards lie in [0, 10]; for the v1 ones, the bound grows with what was seen.
-LARGEST_REWARD: Final = 10.0
 #: Gradient steps between two looks at the losses, which cost more than they tell.
 STEPS_PER_LOOK: Final = 25
 
@@ -106,7 +104,8 @@ class SACLearner:
 
         Returns:
             For the record: `policy_updates`, `updates`, and, as means over looks, `policy_loss`, `value_loss`,
-            `value` (of replayed actions), `alpha`, `entropy` (nats).
+            `value` (of replayed actions), `alpha`, `entropy` (nats); no `policy_loss` where the policy was not
+            learned.
         """
         config = self.config
         self.remember(batch)
@@ -127,9 +126,9 @@ class SACLearner:
                 looks += [told] if told is not None else []
                 num_policy_updates += learns_policy
         names = ("policy_loss", "value_loss", "value", "alpha", "entropy")
-        means = torch.stack(looks).mean(dim=0).tolist() if looks else [0.0] * len(names)
+        means = torch.stack(looks).nanmean(dim=0).tolist() if looks else [0.0] * len(names)
         counts = {"policy_updates": float(num_policy_updates), "updates": float(num_updates)}
-        return {**counts, **dict(zip(names, means, strict=True))}
+        return {**counts, **{name: mean for name, mean in zip(names, means, strict=True) if not math.isnan(mean)}}
 
     def policy_updates(self, learned: dict[str, float]) -> int:
         """Gradient steps on the policy in what `update` returned."""
@@ -183,7 +182,7 @@ class SACLearner:
             is_smaller_B = chosen_EB[0] <= chosen_EB[1]
             grad_EM[0, num_rows:] = is_smaller_B * (-1.0 / num_rows)
             grad_EM[1, num_rows:] = ~is_smaller_B * (-1.0 / num_rows)
-        told = self._look(value_EM, error_EB, drawn, alpha) if look else None
+        told = self._look(value_EM, error_EB, drawn, alpha, learns_policy) if look else None
         grad_actions_BA = self._critics.backward(activations, grad_EM.unsqueeze(-1), num_rows)
         if learns_policy:
             own = type(drawn)(*(part[:num_rows] for part in drawn))
@@ -194,12 +193,17 @@ class SACLearner:
         self._critics.track(config.target_rate)
         return told
 
-    def _look(self, value_EM: Tensor, error_EB: Tensor, drawn: Any, alpha: Tensor) -> Tensor:
-        """`[5]`: policy loss, value loss, value, temperature, entropy."""
+    def _look(
+        self, value_EM: Tensor, error_EB: Tensor, drawn: Actions, alpha: Tensor, learns_policy: bool
+    ) -> Tensor:
+        """`[5]`: policy loss (NaN unless the policy is learned), value loss, value, temperature, entropy."""
         num_rows = error_EB.shape[1]
         entropy = -drawn.log_prob_M[:num_rows].mean()
         value_loss = 0.5 * error_EB.square().mean()
         value = value_EM[:, :num_rows].mean()
-        policy_loss = -alpha * entropy - value_EM[:, -num_rows:].amin(dim=0).mean()
+        if learns_policy:  # else the only values are those of replayed actions
+            policy_loss = -alpha * entropy - value_EM[:, -num_rows:].amin(dim=0).mean()
+        else:
+            policy_loss = torch.full_like(entropy, math.nan)
         assert len(value_EM) == NUM_CRITICS
         return torch.stack((policy_loss, value_loss, value, alpha, entropy))

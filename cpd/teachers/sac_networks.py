@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from cpd.shards.schema import ACTION_SIZE, OBSERVATION_SIZE
+from cpd.tasks import ACTION_SIZE, OBSERVATION_SIZE
 from cpd.teachers.policy import SquashedPolicy
 
 NUM_CRITICS = 2

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Final, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +16,9 @@ from cpd.envs.goals import Goal
 from cpd.envs.sampler import VectorEnv
 from cpd.seeding import generator
 from cpd.teachers.policy import FloatArray, MLPPolicy
+
+#: Meta-World's v2 rewards lie in [0, 10]; with the v1 ones, or a bonus, the bound grows with what was seen.
+LARGEST_REWARD: Final = 10.0
 
 
 class SamplingConfig(Protocol):

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from metaworld.policies import ENV_POLICY_MAP
 
-from cpd.shards.schema import ACTION_SIZE
+from cpd.tasks import ACTION_SIZE
 from cpd.teachers.policy import Distribution, FloatArray, publish_tensors, read_tensors
 
 

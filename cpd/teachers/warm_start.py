@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from cpd.config import WarmStartConfig
 from cpd.seeding import generator
-from cpd.shards.schema import OBSERVATION_SIZE
+from cpd.tasks import OBSERVATION_SIZE
 from cpd.teachers.demonstrations import Demonstrator, Labelled
 from cpd.teachers.policy import MLPPolicy
 

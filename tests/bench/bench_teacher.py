@@ -10,10 +10,13 @@ travel, absolute figures do not.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import statistics
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -47,28 +50,43 @@ def simulator_seconds(envs: VectorEnv, task: str, batch: Batch) -> float:
     return time.perf_counter() - start
 
 
-def measure_workers(task: str, workers: int, iterations: int) -> dict[str, float]:
-    """Fastest iteration's times, after a first one that fills caches."""
-    learner = Learner(CONFIG, seed=1)
+class Iteration(NamedTuple):
+    """Seconds of an iteration's parts."""
+
+    sample: float
+    simulator: float
+    update: float
+
+
+def measure(task: str, workers: Sequence[int], iterations: int) -> dict[int, list[Iteration]]:
+    """By number of workers, whose iterations take turns; the first, which fills caches, is left out."""
     goals = goal_set(task, "training", 50)
-    samples, simulators, updates = [], [], []
-    with make_vector_env([task] * CONFIG.num_envs, workers) as envs:
+    learners = {count: Learner(CONFIG, seed=1) for count in workers}
+    found: dict[int, list[Iteration]] = {count: [] for count in workers}
+    with contextlib.ExitStack() as stack:
+        all_envs = {
+            count: stack.enter_context(make_vector_env([task] * CONFIG.num_envs, count)) for count in workers
+        }
         for iteration in range(iterations + 1):
-            seconds, batch = timed(
-                sample, learner.policy, envs, goals, CONFIG, EpisodeRules(HORIZON), 1, iteration
-            )
-            simulator = simulator_seconds(envs, task, batch)
-            update, _ = timed(learner.update, batch, iteration)
-            if iteration:
-                samples.append(seconds)
-                simulators.append(simulator)
-                updates.append(update)
-    sampling, simulator, update = min(samples), min(simulators), min(updates)
+            for count, envs in all_envs.items():
+                learner = learners[count]
+                sampling, batch = timed(
+                    sample, learner.policy, envs, goals, CONFIG, EpisodeRules(HORIZON), 1, iteration
+                )
+                simulator = simulator_seconds(envs, task, batch)
+                update, _ = timed(learner.update, batch, iteration)
+                found[count].append(Iteration(sampling, simulator, update))
+    return {count: times[1:] for count, times in found.items()}
+
+
+def summary(times: Sequence[Iteration]) -> dict[str, float]:
+    """The fastest of every part; the simulator's share is the median of the iterations' own."""
+    sampling, simulator, update = (min(parts) for parts in zip(*times, strict=True))
     return {
         "sample_seconds": sampling,
         "simulator_seconds": simulator,
         "update_seconds": update,
-        "simulator_share": simulator / (sampling + update),
+        "simulator_share": statistics.median(t.simulator / (t.sample + t.update) for t in times),
         "env_steps_per_second": CONFIG.num_envs * CONFIG.steps_per_env / (sampling + update),
     }
 
@@ -82,8 +100,8 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     results: dict[str, Any] = {"task": arguments.task}
-    for workers in arguments.workers:
-        found = measure_workers(arguments.task, workers, arguments.iterations)
+    for workers, times in measure(arguments.task, arguments.workers, arguments.iterations).items():
+        found = summary(times)
         results[f"workers_{workers}"] = found
         print(f"{workers} worker(s): " + ", ".join(f"{name} {value:.3g}" for name, value in found.items()))
     if arguments.json:

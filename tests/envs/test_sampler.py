@@ -149,10 +149,15 @@ def test_a_killed_worker_is_reported():
         env.reset(range(3), goals_for(tasks, 0))
         pids = worker_pids(env)
         os.kill(pids[1], signal.SIGKILL)
-        with pytest.raises(SlotError, match=r"worker 1 \(slots 1-1: push-v3\) died with exit status -9"):
+        with pytest.raises(SlotError, match=r"worker 1 \(slots 1: push-v3\) died with exit status -9"):
             for _ in range(100):
                 env.step(np.zeros((3, 4), np.float32))
         assert wait_until_gone(pids)
+
+
+def test_the_first_slots_are_spread_over_all_workers():
+    with make_vector_env(["reach-v3"] * 5, 3) as env:
+        assert [list(slots) for slots in env._slots] == [[0, 3], [1, 4], [2]]
 
 
 def test_workers_leave_signals_to_their_parent():

@@ -13,7 +13,7 @@ from cpd.comm import Comm, connect
 from cpd.config import PPOConfig
 from cpd.interrupt import Interrupt, InterruptedBySignal
 from cpd.runs import Run
-from cpd.teachers.element import run_teacher
+from cpd.teachers.element import env_pool, run_teacher
 from cpd.teachers.ppo import Learner
 from cpd.teachers.ranks import check_same, own_slots
 from cpd.teachers.sampling import Batch
@@ -70,7 +70,8 @@ def main() -> int:
     # Only the last rank is asked, as when a signal reaches one process.
     interrupt = AskedAfter(int(sys.argv[3])) if comm.rank == comm.size - 1 else Interrupt()
     try:
-        run_teacher(run, run.teachers()[0], num_workers=1, interrupt=interrupt, tell=lambda line: None, comm=comm)
+        pool = env_pool(run.config, 1, comm.size)
+        run_teacher(run, run.teachers()[0], pool, interrupt=interrupt, tell=lambda line: None, comm=comm)
     except InterruptedBySignal:
         return 75
     return 0

@@ -16,20 +16,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cpd.envs.task_env import ACTION_SIZE as ENV_ACTION_SIZE
-from cpd.envs.task_env import OBSERVATION_SIZE as ENV_OBSERVATION_SIZE
 from cpd.files import sha256, write_json
 from cpd.provenance import Labels
 from cpd.shards.reader import read_index, read_rollouts
 from cpd.shards.schema import (
-    ACTION_SIZE,
     INDEX_NAME,
-    OBSERVATION_SIZE,
     Episode,
     ShardAttributes,
     ShardError,
 )
 from cpd.shards.writer import ShardWriter, clear_shards
+from cpd.tasks import ACTION_SIZE, OBSERVATION_SIZE
 
 ATTRIBUTES = ShardAttributes(
     task="push-v3",
@@ -76,10 +73,6 @@ def write(folder: Path, lengths: list[int], shard_steps: int = 1000, **labels: o
 def read(folder: Path, **wanted: object):
     arguments = {"task": "push-v3", "labels": LABELS, "policy_sha256": "ab" * 32} | wanted
     return read_rollouts(folder, **arguments)
-
-
-def test_sizes_are_those_of_the_environment() -> None:
-    assert (OBSERVATION_SIZE, ACTION_SIZE) == (ENV_OBSERVATION_SIZE, ENV_ACTION_SIZE)
 
 
 @settings(max_examples=25, deadline=None)

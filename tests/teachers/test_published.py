@@ -26,7 +26,7 @@ from cpd.interrupt import Interrupt
 from cpd.runs import Run
 from cpd.strict_load import load, merge, read_toml, to_dict
 from cpd.tables import EvaluationRow, read_rows, write_rows
-from cpd.teachers.element import run_teacher
+from cpd.teachers.element import env_pool, run_teacher
 from cpd.teachers.policy import TeacherActor, load_policy
 from cpd.teachers.protocol import ProtocolAgent, evaluate_by_protocol
 from cpd.teachers.published import publish_teachers
@@ -56,7 +56,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     tables = merge(read_toml(MINIATURE), {"name": "mini", "stream": {"tasks": ["drawer-close-v3"]}})
     write_json(root / "config.json", to_dict(load(Config, tables, "test")))
     found = Run(root)
-    run_teacher(found, found.teachers()[0], num_workers=1, interrupt=Interrupt(), tell=lambda line: None)
+    pool = env_pool(found.config, 1)
+    run_teacher(found, found.teachers()[0], pool, interrupt=Interrupt(), tell=lambda line: None)
     return found
 
 
@@ -71,6 +72,15 @@ def test_a_published_policy_is_the_run_s_and_acts_alike(run: Run, tmp_path: Path
     before = {path: path.read_bytes() for path in (tmp_path / "kept").rglob("*") if path.is_file()}
     assert publish_teachers(run, tmp_path / "kept") == [file]
     assert before == {path: path.read_bytes() for path in (tmp_path / "kept").rglob("*") if path.is_file()}
+
+
+def test_publishing_again_leaves_nothing_of_what_is_no_longer_there(run: Run, tmp_path: Path) -> None:
+    (file,) = publish_teachers(run, tmp_path / "kept")
+    stale = published_policy(tmp_path / "kept", "push-v3", 7)
+    for suffix in (".safetensors", ".json"):
+        stale.with_suffix(suffix).write_bytes(file.with_suffix(suffix).read_bytes())
+    publish_teachers(run, tmp_path / "kept")
+    assert sorted((tmp_path / "kept" / "policies").iterdir()) == [file.with_suffix(".json"), file]
 
 
 def test_figures_and_scores_are_made_from_the_files_alone(run: Run, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from cpd.shards.reader import read_rollouts
 from cpd.strict_load import load, merge, read_toml, to_dict
 from cpd.tables import EpisodeRow, EvaluationRow, read_rows
 from cpd.teachers import element as element_module
-from cpd.teachers.element import run_teacher
+from cpd.teachers.element import env_pool, run_teacher
 from tests.conftest import MINIATURE, ROOT
 
 #: Six iterations of four environments and fifty steps, validated after every second one.
@@ -50,7 +51,8 @@ def with_teacher(**changes: Any) -> dict[str, Any]:
 
 def finish(run: Run, interrupt: Interrupt | None = None, num_workers: int = 1) -> TeacherElement:
     teacher = run.teachers()[0]
-    run_teacher(run, teacher, num_workers=num_workers, interrupt=interrupt or Interrupt(), tell=lambda line: None)
+    with closing(env_pool(run.config, num_workers)) as pool:
+        run_teacher(run, teacher, pool, interrupt=interrupt or Interrupt(), tell=lambda line: None)
     return teacher
 
 
@@ -162,9 +164,9 @@ import sys
 from pathlib import Path
 from cpd.interrupt import Interrupt
 from cpd.runs import Run
-from cpd.teachers.element import run_teacher
+from cpd.teachers.element import env_pool, run_teacher
 run = Run(Path(sys.argv[1]))
-run_teacher(run, run.teachers()[0], num_workers=1, interrupt=Interrupt(), tell=print)
+run_teacher(run, run.teachers()[0], env_pool(run.config, 1), interrupt=Interrupt(), tell=print)
 """
 
 

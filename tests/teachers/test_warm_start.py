@@ -22,7 +22,7 @@ from cpd.runs import Run, TeacherElement
 from cpd.shards.reader import read_index
 from cpd.strict_load import ConfigError, load, merge, read_toml, to_dict
 from cpd.teachers.demonstrations import Demonstrator, Labelled, demonstration_noise
-from cpd.teachers.element import run_teacher
+from cpd.teachers.element import env_pool, run_teacher
 from cpd.teachers.policy import GaussianPolicy
 from cpd.teachers.warm_start import Cloner, WarmStart, warm_start
 from tests.conftest import MINIATURE
@@ -159,7 +159,7 @@ def new_run(root: Path, **over: Any) -> Run:
 
 def finish(run: Run, interrupt: Interrupt | None = None) -> TeacherElement:
     teacher = run.teachers()[0]
-    run_teacher(run, teacher, num_workers=1, interrupt=interrupt or Interrupt(), tell=lambda line: None)
+    run_teacher(run, teacher, env_pool(run.config, 1), interrupt=interrupt or Interrupt(), tell=lambda line: None)
     return teacher
 
 

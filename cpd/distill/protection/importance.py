@@ -12,7 +12,7 @@ from torch import Tensor
 from cpd.distill.batches import BatchSource, StageData
 from cpd.memory.segments import Segments
 from cpd.seeding import generator
-from cpd.shards.schema import ACTION_SIZE
+from cpd.tasks import ACTION_SIZE
 
 if TYPE_CHECKING:
     from cpd.distill.trainer import Trainer
