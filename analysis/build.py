@@ -64,7 +64,8 @@ def build(paths: Sequence[Path], out: Path | None = None) -> list[Path]:
     Raises:
         ValueError: if a path holds no results, or the paths do not belong in one figure.
     """
-    return _build(load_all(paths), figures_folder(paths, out))
+    folder = figures_folder(paths, out)
+    return _build(load_all(paths), folder, sweep=out is None)
 
 
 def load_all(paths: Sequence[Path]) -> Dataset:
@@ -75,6 +76,8 @@ def load_all(paths: Sequence[Path]) -> Dataset:
 def figures_folder(paths: Sequence[Path], out: Path | None) -> Path:
     """Where the figures go."""
     if out is not None:
+        if (out / "config.json").exists():
+            raise ValueError(f"--out {out} is a folder of results: choose one for figures, e.g. {out / 'figures'}")
         return out
     if len(paths) != 1:
         raise ValueError("several directories need --out DIR, the folder for their common figures")
@@ -82,7 +85,8 @@ def figures_folder(paths: Sequence[Path], out: Path | None) -> Path:
     return (path.parent if path.name == "results" else path) / "figures"
 
 
-def _build(data: Dataset, folder: Path) -> list[Path]:
+def _build(data: Dataset, folder: Path, *, sweep: bool) -> list[Path]:
+    """Draw into `folder`; with `sweep`, which is for folders of ours alone, remove what was drawn there before."""
     check_stand_ins_place(data.labels["teacher_recipe"], folder)
     notes = conditions(data)
     written: list[Path] = []
@@ -94,7 +98,7 @@ def _build(data: Dataset, folder: Path) -> list[Path]:
                 written += save(figure, folder / name, f"{caption} {notes}")
     written += write_tables(folder, data, notes)
     # What was drawn of fewer methods, say, must not stand beside what is drawn of more.
-    for path in set(folder.iterdir()) - set(written):
+    for path in set(folder.iterdir()) - set(written) if sweep else ():
         if OWN.fullmatch(path.name):
             path.unlink()
     return written
@@ -154,7 +158,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             paths = [publish(paths[0], arguments.publish)]
         folder = figures_folder(paths, arguments.out)
         data = load_all(paths)
-        written = _build(data, folder)
+        written = _build(data, folder, sweep=arguments.out is None)
     except (ValueError, OSError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2

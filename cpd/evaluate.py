@@ -10,6 +10,7 @@ import torch
 
 from cpd.comm import Comm
 from cpd.config import Config
+from cpd.device import choose_device
 from cpd.envs.cells import TASKS_PER_PASS, Cell, EnvPool, evaluate_cells
 from cpd.envs.episodes import Actor, Outcome
 from cpd.interrupt import Interrupt, InterruptedBySignal
@@ -157,7 +158,7 @@ def _fill_rows(
         current.advance(min(done, total))
 
     pool = EnvPool(config.stream.reward_version)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = choose_device(comm)
     for stage in todo:
         model = load_student(student.stage_policy(stage)).to(device)
         cells = sorted(row_cells(config, stage, stages[-1]), key=lambda cell: not cell.to_the_end)

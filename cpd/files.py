@@ -14,6 +14,10 @@ from typing import Any
 TEMPORARY_SUFFIX = ".tmp"
 
 
+class DamagedFileError(ValueError):
+    """A file of ours that something else has damaged or removed; names it."""
+
+
 @contextlib.contextmanager
 def publish(path: Path, sync: bool = True) -> Iterator[Path]:
     """Yield a temporary sibling of `path` to write to; on leaving, sync it and rename it to `path`.
@@ -66,12 +70,14 @@ def read_json(path: Path) -> Any:
     """The contents of a JSON file.
 
     Raises:
-        ValueError: if it is not JSON, naming the file.
+        DamagedFileError: if it is not JSON.
     """
     try:
         return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not valid JSON ({error}); it was damaged from outside: remove it") from None
+    except ValueError as error:  # not JSON, or not even text
+        raise DamagedFileError(
+            f"{path} is not valid JSON ({error}); it was damaged from outside: put it back, or remove it"
+        ) from None
 
 
 def sha256(path: Path) -> str:

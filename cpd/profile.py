@@ -15,7 +15,10 @@ from cpd.runs import Role
 from cpd.strict_load import STRICT, ConfigError, load, read_toml, suggestion
 
 #: Options of sbatch on which the suite itself relies.
-RESERVED = ("array", "dependency", "error", "job-name", "open-mode", "output", "signal")
+RESERVED = (
+    *("array", "cpus-per-task", "dependency", "error", "job-name", "nodes", "ntasks", "ntasks-per-node"),
+    *("open-mode", "output", "signal", "time"),
+)
 
 
 def _not_reserved(options: dict[str, str | int | bool]) -> dict[str, str | int | bool]:
@@ -23,7 +26,7 @@ def _not_reserved(options: dict[str, str | int | bool]) -> dict[str, str | int |
         if key.startswith("-") or "_" in key:
             raise ValueError(f"{key!r}: write an option of sbatch in full and without dashes, e.g. 'mail-type'")
         if key in RESERVED:
-            raise ValueError(f"{key!r} is set by the launcher and cannot be chosen")
+            raise ValueError(f"{key!r} is set by the launcher, from a role's resources where there are such")
     return options
 
 

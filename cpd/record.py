@@ -125,7 +125,7 @@ class Status:
         record.rate = (done - self._phase_first) / elapsed if elapsed > 0 else 0.0
         if force or now - self._last_write >= WRITE_SECONDS:
             self._last_write = now
-            self._write()
+            self._write(sync=False)  # nothing but a display depends on it
         if now - self._last_line >= LINE_SECONDS:
             self._last_line = now
             self._tell(progress_line(record))
@@ -134,13 +134,13 @@ class Status:
         """Leave the job in `state` with a last message."""
         self.advance(self.record.done, force=True, **values)
         self.record.state, self.record.message, self.record.rate = state, message, 0.0
-        self._write()
+        self._write(sync=True)
         self._tell(f"{state}{f': {message}' if message else ''}")
 
-    def _write(self) -> None:
+    def _write(self, *, sync: bool) -> None:
         self.record.updated = time.time()
         self.record.cpu_seconds = self._cpu_base + cpu_seconds()
-        write_json(self.path, asdict(self.record))
+        write_json(self.path, asdict(self.record), sync)
 
 
 def cpu_seconds() -> float:

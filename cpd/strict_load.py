@@ -25,6 +25,7 @@ class ConfigError(ValueError):
 
     def __init__(self, problems: Sequence[str], source: str) -> None:
         self.problems = list(problems)
+        self.source = source
         lines = "\n".join(f"  {problem}" for problem in problems)
         count = f"{len(problems)} mistakes" if len(problems) > 1 else "a mistake"
         super().__init__(f"{source} has {count}:\n{lines}")
@@ -106,7 +107,8 @@ def read_toml(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
         tables = tomllib.loads(path.read_text())
     except OSError as error:
         extended = f" (extended by {above[-1]})" if above else ""
-        raise ConfigError([f"cannot be read: {error.strerror}{extended}"], str(path)) from None
+        hint = f"; extends: the base's path from there, the suffix left out{extended}" if above else ""
+        raise ConfigError([f"cannot be read: {error.strerror}{hint}"], str(path)) from None
     except tomllib.TOMLDecodeError as error:
         raise ConfigError([f"not valid TOML: {error}"], str(path)) from None
     base = tables.pop("extends", None)

@@ -101,17 +101,21 @@ def submit_chain(run: Run, profile: Profile, choice: Choice) -> None:
     submissions = plan(run, profile, found, choice.only, choice.retry_failed)
     if not submissions:
         tell(f"{run.root}: nothing to submit ({len(found.active)} elements in the queue)")
-    for _ in range(MAX_ROUNDS):
+    for round_number in range(1, MAX_ROUNDS + 1):
         if not submissions:
             break
         numbers, late = submit(run, profile, submissions, found)
         for submission in submissions:
             tell(_submitted_line(submission, numbers[submission.name]))
         print("\n".join(summary(run, profile, submissions, found)))
-        if choice.only or not late:
+        if not late:
+            break
+        if choice.only or round_number == MAX_ROUNDS:
+            names = ", ".join(element.name for element in late)
+            tell(f"these will give up, since what they waited for had just ended; launch again: {names}")
             break
         names = ", ".join(withdraw(run, late))
-        tell(f"withdrawn, since what it waited for had just ended, and submitted anew: {names}")
+        tell(f"withdrawn, since what it waited for had just ended, to be submitted anew: {names}")
         found = survey(run, profile)
         submissions = plan(run, profile, found, choice.only, choice.retry_failed)
     if all(element.finished for element in run.elements()):

@@ -35,11 +35,18 @@ def check_teachers(folder: Path, only: Sequence[str], seed: int, num_episodes: i
     from cpd.teachers.protocol import evaluate_by_protocol
 
     torch.set_num_threads(1)
+    if num_episodes < 1:
+        raise ValueError(f"--episodes {num_episodes}: at least one is needed")
+    if not (folder / "evaluations.csv").exists():
+        raise ValueError(f"{folder} has no evaluations.csv: it is not what `python -m jobs.publish` writes")
     rows = read_rows(folder / "evaluations.csv", EvaluationRow)
     published = {
         (row.task, row.seed): row for row in rows if (row.method, row.goal_set) == ("teacher", "held_out")
     }
     files = sorted((folder / "policies").glob("*.safetensors"))
+    there = {read_json(file.with_suffix(".json"))["task"] for file in files}
+    if unknown := [task for task in only if task not in there]:
+        raise ValueError(f"{folder} has no policy of {', '.join(unknown)} (it has {', '.join(sorted(there))})")
     found: list[dict[str, object]] = []
     for file in files:
         description = read_json(file.with_suffix(".json"))
@@ -80,7 +87,7 @@ def check_teachers(folder: Path, only: Sequence[str], seed: int, num_episodes: i
             f"{'agrees' if agrees else 'DISAGREES'}"
         )
     if not found:
-        raise ValueError(f"{folder} has no policy {'of ' + ', '.join(only) if only else 'in policies/'}")
+        raise ValueError(f"{folder} has no policies: it is not what `python -m jobs.publish` writes")
     if table:
         with table.open("w", newline="") as stream:
             writer = csv.DictWriter(stream, list(found[0]), lineterminator="\n")

@@ -23,6 +23,11 @@ from cpd.slurm.job import decline, describe_unfinished, hand_back, is_first_rank
 EXIT_FAILED = 1
 EXIT_USAGE = 2
 EXIT_DEPENDENCY = 3
+EXIT_CTRL_C = 130
+#: What all verbs have in common.
+EXIT_CODES = """exit codes:
+  0 done; 1 failed; 2 a mistake in the command, settings or files; 3 something that it needs is not finished;
+  75 saved and stopped as asked, or Slurm does not answer: try again"""
 #: How long mpiexec is given to pass on what a failing rank has written.
 FORWARDING_SECONDS = 0.5
 #: What an mpiexec tells its ranks about how many of them share this machine.
@@ -44,11 +49,11 @@ def available_cpus() -> int:
 
 
 def parser_with_examples(prog: str, description: str, examples: Sequence[str]) -> argparse.ArgumentParser:
-    """An argument parser whose help ends with examples."""
+    """An argument parser whose help ends with examples and exit codes."""
     return argparse.ArgumentParser(
         prog=f"python -m {prog}",
         description=description,
-        epilog="examples:\n" + "\n".join(f"  {example}" for example in examples),
+        epilog="examples:\n" + "\n".join(f"  {example}" for example in examples) + f"\n\n{EXIT_CODES}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
 

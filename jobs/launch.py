@@ -14,18 +14,17 @@ from rich.live import Live
 
 from cpd.adoption import AdoptionError, adopt, find_adoptions
 from cpd.config import Config, continued, differences
-from cpd.files import is_temporary, read_json, write_json
+from cpd.files import DamagedFileError, is_temporary, read_json, write_json
 from cpd.interrupt import EXIT_INTERRUPTED, Interrupt
 from cpd.lease import Lease, LeaseHeldError
-from cpd.ledger import ledger
 from cpd.local_queue import LocalQueue
 from cpd.profile import Profile, load_profile
 from cpd.provenance import code_version, provenance
 from cpd.record import progress_line, read_status
-from cpd.runs import Element, Run, RunError
+from cpd.runs import Element, Run, RunError, StudentElement
 from cpd.slurm.estimate import complaints
 from cpd.slurm.plan import PlanError
-from cpd.slurm.states import SchedulerError
+from cpd.slurm.states import NoSchedulerError, SchedulerError
 from cpd.strict_load import (
     ConfigError,
     load,
@@ -39,8 +38,10 @@ from cpd.strict_load import (
 from cpd.submission import VERBS
 from jobs.chain import Choice, ImaginedRun, cancel_chain, dry_run, submit_chain
 from jobs.common import EXIT_FAILED, EXIT_USAGE, parser_with_examples, tell
-from jobs.status import log_tail, run_status, status_table
+from jobs.status import print_failures, run_status, status_table
 
+#: What the user can mend, told in a line.
+MISTAKES = (AdoptionError, ConfigError, DamagedFileError, LeaseHeldError, NoSchedulerError, PlanError, RunError)
 #: What may be left of a run directory that was begun and not made: it is begun again.
 BEGUN = ("launcher", "provenance.json", "profile.json")
 RECIPES = Path(__file__).resolve().parent / "recipes"
@@ -120,7 +121,11 @@ def prepare(root: Path, config: Config, profile: Profile) -> Run:
         changed = differences(old.config, config)
         if changed:
             raise ConfigError(
-                [*changed, "use another --run-dir, or remove this one to start over"],
+                [
+                    *changed,
+                    f"use another --run-dir (with --teachers-from {root} its teachers are taken over where the "
+                    "settings that made them agree), or remove this one to start over",
+                ],
                 f"{root} holds a run with other settings, and",
             )
         started_with = read_json(root / "provenance.json")["code"]
@@ -142,12 +147,13 @@ def prepare(root: Path, config: Config, profile: Profile) -> Run:
 def describe(run: Run, profile: Profile, chosen: Sequence[Element]) -> list[str]:
     """What of `chosen` would run on this machine, in words."""
     config, root = run.config, run.root
+    methods = dict.fromkeys(element.method for element in chosen if isinstance(element, StudentElement))
     lines = [
         f"run directory   {root}{' (exists: finished elements are skipped)' if run.config_path.exists() else ''}",
         f"stream          {', '.join(config.stream.tasks)}",
         *(
             f"method          {method}: {own.memory_steps} stored steps ({own.memory.selection})"
-            for method, own in ((method, config.of_method(method)) for method in config.methods)
+            for method, own in ((method, config.of_method(method)) for method in methods)
         ),
     ]
     for role in VERBS:
@@ -174,8 +180,8 @@ def execute(run: Run, profile: Profile, interrupt: Interrupt, elements: Sequence
     else:
         queue = LocalQueue(run, profile, interrupt, elements, PlainProgress(run))
         finished = queue.execute()
-    for element in queue.failed:
-        tell_failure(run, element.name, read_status(element.status).message)
+    names = [element.name for element in queue.failed]
+    print_failures(console, run, [row for row in run_status(run) if row.element in names])
     return finished
 
 
@@ -201,17 +207,6 @@ class PlainProgress:
                 tell(f"{row.element}: {progress_line(read_status(self._run.root / row.element / 'status.json'))}")
 
 
-def tell_failure(run: Run, name: str, message: str) -> None:
-    """Name a failed element, the end of its log, and what to do."""
-    entries = ledger(run).get(name, [])
-    tell(f"FAILED {name}: {message or 'its job ended without a word'}")
-    if entries and entries[-1].log:
-        log = run.root / entries[-1].log
-        for line in log_tail(log):
-            print(f"    {line}")
-        tell(f"its whole log: {log}; once the cause is mended, the same command goes on")
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line of `python -m jobs.launch`; returns the exit code."""
     parser = build_parser()
@@ -229,11 +224,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         choice = Choice(arguments.only, arguments.retry_failed)
         if profile.cluster == "local" and (choice.retry_failed or arguments.cancel):
             raise ConfigError(["--retry-failed and --cancel are for Slurm profiles"], "the command line")
+        if arguments.cancel:
+            cancel_chain(Run(root), profile, choice)
+            return 0
         # Also before anything is created, so that a mistake leaves nothing behind.
         check_run_dir(root)
         found = find_adoptions(ImaginedRun(root, config), source) if (source := adopted_from(config)) else []
         run: Run = ImaginedRun(root, config, found)
         chosen = run.select(choice.only)
+        if profile.cluster == "local" and not arguments.prepare:
+            check_needs(run, chosen)
         if arguments.dry_run:
             on_slurm = profile.cluster == "slurm"
             lines = dry_run(run, profile, choice) if on_slurm else describe(run, profile, chosen)
@@ -249,16 +249,17 @@ def main(argv: Sequence[str] | None = None) -> int:
                 tell(f"{adoption.teacher.name}: {adoption.summary}")
             if arguments.prepare:
                 tell(f"{root} is ready")
-            elif arguments.cancel:
-                cancel_chain(run, profile, choice)
             elif profile.cluster == "slurm":
                 submit_chain(run, profile, choice)
             else:
                 return conclude(run, profile, choice.only)
             return 0
-    except (ConfigError, RunError, AdoptionError, LeaseHeldError, PlanError, SchedulerError) as error:
+    except MISTAKES as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return EXIT_USAGE
+    except SchedulerError as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return EXIT_INTERRUPTED
 
 
 def adopted_from(config: Config) -> Path | None:
@@ -272,35 +273,38 @@ def load_both(recipe: str, overrides: Sequence[str], profile: str) -> tuple[Conf
     Raises:
         ConfigError: the mistakes of both together.
     """
-    problems: list[str] = []
+    errors: list[ConfigError] = []
     config = found = None
     try:
         config = load_recipe(recipe, overrides)
     except ConfigError as error:
-        problems += error.problems
+        errors.append(error)
     try:
         found = load_profile(profile)
     except ConfigError as error:
-        problems += error.problems
+        errors.append(error)
     if config is None or found is None:
+        problems = [f"{error.source}: {problem}" for error in errors for problem in error.problems]
         raise ConfigError(problems, f"launching {recipe!r} with profile {profile!r}")
     return config, found
 
 
-def conclude(run: Run, profile: Profile, only: Sequence[str] = ()) -> int:
-    """Execute what is missing, of everything or of what `only` names, then print the summary of a finished run.
-
-    Raises:
-        RunError: if a name is unknown, or something named needs what is neither finished nor named.
-    """
-    interrupt = Interrupt().install()
-    unfinished = [element for element in run.select(only) if not element.finished]
+def check_needs(run: Run, elements: Sequence[Element]) -> None:
+    """Raise RunError if one of `elements` needs what is neither finished nor among them."""
+    unfinished = [element for element in elements if not element.finished]
     for element in unfinished:
         lacking = [e.name for e in run.dependencies(element) if not e.finished and e not in unfinished]
         if lacking:
             raise RunError(
-                f"{element.name} needs {', '.join(lacking)}: finish that first, or name it by --only too"
+                f"{element.name} needs {', '.join(lacking)}: finish that first, name it by --only too, or take "
+                "over finished teachers by --teachers-from"
             )
+
+
+def conclude(run: Run, profile: Profile, only: Sequence[str] = ()) -> int:
+    """Execute what is missing, of everything or of what `only` names, then print the summary of a finished run."""
+    interrupt = Interrupt().install()
+    unfinished = [element for element in run.select(only) if not element.finished]
     if unfinished:
         tell(f"{run.root}: {len(unfinished)} of {len(run.elements())} elements to do")
         finished = execute(run, profile, interrupt, unfinished)

@@ -20,7 +20,7 @@ from cpd.record import StatusRecord, clock, number, read_status
 from cpd.runs import Element, Run
 from cpd.slurm.states import REMEDIES, JobState, state_told_by
 from cpd.slurm.view import QueueView
-from jobs.common import EXIT_FAILED, EXIT_USAGE, parser_with_examples
+from jobs.common import EXIT_CTRL_C, EXIT_FAILED, EXIT_USAGE, parser_with_examples
 
 #: Columns from which a terminal shows everything.
 WIDE = 120
@@ -29,7 +29,7 @@ BAR_WIDTH = 8
 MANY_JOBS = 60
 #: How much of the end of a log is read.
 TAIL_BYTES = 16_384
-#: Looks at a run of which nothing is in the queue any more, after which watching it ends.
+#: Looks at a run on which nobody is at work any more, after which watching it ends.
 IDLE_LOOKS = 5
 STYLES = {
     "waiting": "dim",
@@ -235,7 +235,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--watch",
         action="store_true",
-        help="redraw every second until all is finished (exit code 0) or nothing is left in the queue (1)",
+        help="redraw every second until all is finished (exit code 0), nobody is at work (1), or Ctrl-C (130)",
     )
     parser.add_argument("--json", action="store_true", help="for programs: a list of objects")
     arguments = parser.parse_args(argv)
@@ -248,7 +248,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.json:
         print(json.dumps([asdict(row) for row in rows], indent=2))
     elif arguments.watch:
-        return 0 if watch(run) else EXIT_FAILED
+        return watch(run)
     else:
         console = Console()
         console.print(status_table(run, rows, console.width))
@@ -262,11 +262,11 @@ def print_failures(console: Console, run: Run, rows: Sequence[ElementStatus]) ->
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
-def watch(run: Run) -> bool:
-    """Redraw the table until every element is finished, no job is left in Slurm's queue, or the user stops it.
+def watch(run: Run) -> int:
+    """Redraw the table until every element is finished, nobody is at work or in the queue, or the user stops it.
 
     Returns:
-        Whether nothing ended before its time.
+        The exit code.
     """
     console, view, idle = Console(), QueueView(), 0
     with Live(console=console, auto_refresh=False) as live:
@@ -276,14 +276,17 @@ def watch(run: Run) -> bool:
                 live.update(status_table(run, rows, console.width), refresh=True)
                 # A while, since a job that was just submitted may not show at once.
                 waiting = any(row.state in ("queued", "starting", "running") for row in rows)
-                idle = idle + 1 if not waiting and any(row.job for row in rows) else 0
+                idle = 0 if waiting else idle + 1
                 if all(element.finished for element in run.elements()) or idle > IDLE_LOOKS:
                     break
                 time.sleep(1.0)
         except KeyboardInterrupt:
-            return True
+            return EXIT_CTRL_C
     print_failures(console, run, rows)
-    return all(element.finished for element in run.elements())
+    if all(element.finished for element in run.elements()):
+        return 0
+    console.print("nobody is at work on this run: launch it again to go on")
+    return EXIT_FAILED
 
 
 if __name__ == "__main__":

@@ -95,10 +95,27 @@ def test_a_part_of_a_run_is_executed_here_only_if_it_is_there_and_can_be(
 ) -> None:
     recipe = tmp_path / "recipe.toml"
     recipe.write_text(MINIATURE.read_text() + "\n[variants.ewc]\nmemory.selection = 'none'\n")
-    assert main([str(recipe), "--run-dir", str(tmp_path / "run"), "--only", name]) == 2
+    command = [str(recipe), "--run-dir", str(tmp_path / "run"), "--only", name]
+    assert main([*command, "--dry-run"]) == 2
+    assert main(command) == 2
+    assert not (tmp_path / "run").exists()
     error = capsys.readouterr().err
     assert told in error
     assert ("  students/ewc/seed-1/evaluation" in error) == (name == "students/ews"), "the list of what there is"
+
+
+def test_there_is_nothing_to_cancel_where_no_run_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = [str(MINIATURE), "--profile", "testbed", "--run-dir", str(tmp_path / "typo"), "--cancel"]
+    assert main(command) == 2
+    assert "typo" in capsys.readouterr().err
+    assert not (tmp_path / "typo").exists()
+
+
+def test_a_damaged_run_is_told_in_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = prepared(tmp_path)
+    run.config_path.write_text("{")
+    assert main([str(MINIATURE), "--run-dir", str(run.root)]) == 2
+    assert "config.json is not valid JSON" in capsys.readouterr().err
 
 
 def test_added_variants_come_after_those_that_are_there_and_call_for_a_new_report(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS = [
     ["cpd.tasks", "cpd.strict_load", "cpd.config", "cpd.files", "cpd.seeding", "cpd.runs", "cpd.lease"],
     ["cpd.interrupt", "cpd.provenance", "cpd.tables", "cpd.record", "cpd.comm", "cpd.ledger", "cpd.profile"],
-    ["cpd.session", "cpd.submission", "cpd.checkpoint", "cpd.metrics"],
+    ["cpd.session", "cpd.submission", "cpd.checkpoint", "cpd.device", "cpd.metrics"],
     [
         *("cpd.envs", "cpd.shards", "cpd.student", "cpd.memory", "cpd.local_queue", "cpd.slurm"),
         *("cpd.results", "cpd.result_tables", "cpd.measures", "cpd.summary", "cpd.starts", "cpd.adoption"),

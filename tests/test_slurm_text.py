@@ -17,7 +17,7 @@ from cpd.runs import Run, RunError
 from cpd.slurm.plan import PlanError, Submission, plan, texts
 from cpd.slurm.states import JobState
 from cpd.slurm.survey import Survey
-from cpd.strict_load import load
+from cpd.strict_load import ConfigError, load
 from jobs.launch import main
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -90,6 +90,16 @@ def test_gpus_are_per_rank(make_run) -> None:
     assert not [key for key in options(chain["teacher-1"]) if key.startswith("g")]
     gres = tell(make_run("b"), profile(student={"sbatch": {"gres": "gpu:a100:1"}}))
     assert options(gres["student-2"])["gres"] == "gpu:a100:1"
+
+
+def test_further_options_take_the_place_of_the_launchers_own(make_run) -> None:
+    given = {"gpus-per-node": "a100:1", "mem-per-cpu": "4G"}
+    text = tell(make_run(), profile(student={"gpus": 1, "sbatch": given}))["student-2"]
+    assert re.findall(r"--gpus-per-node=(\S+)", text) == ["a100:1"]
+    assert not re.findall(r"--mem=", text) and "--mem-per-cpu=4G" in text
+    for key in ("cpus-per-task", "ntasks-per-node", "time"):
+        with pytest.raises(ConfigError, match=f"'{key}' is set by the launcher"):
+            profile(sbatch={key: 4})
 
 
 def test_jobs_are_told_to_save_and_come_back(make_run) -> None:
@@ -256,6 +266,7 @@ def test_only_what_failed(make_run) -> None:
     Status(drawer.status).finish("failed", "ValueError: x")
     window.path.mkdir(parents=True)
     window.complete.touch()
+    assert plan(run, profile(), NOTHING, ["teachers/window-close-v3"], retry_failed=True) == []
     again = plan(run, profile(), NOTHING, retry_failed=True)
     assert [s.elements[0].name for s in again] == [
         drawer.name,
@@ -263,6 +274,20 @@ def test_only_what_failed(make_run) -> None:
         "students/moe/seed-1/evaluation",
         "results",
     ]
+
+
+def test_what_was_never_submitted_has_not_failed(make_run) -> None:
+    run: Run = make_run()
+    for number, teacher in enumerate(run.teachers()):
+        append(run, [entry(run, teacher.name, str(number))])
+        teacher.path.mkdir(parents=True)
+        Status(teacher.status).finish("done")
+        teacher.complete.touch()
+    assert plan(run, profile(), NOTHING, retry_failed=True) == []
+    append(run, [entry(run, "students/moe/seed-1", "7")])
+    Status(run.students()[0].status).finish("failed", "killed")
+    at_work = active(run, "students/moe/seed-1")
+    assert plan(run, profile(), at_work, retry_failed=True) == []
 
 
 def entry(run: Run, path: str, job: str, **more: Any) -> LedgerEntry:

@@ -62,6 +62,21 @@ def test_the_table_fits_the_terminal(make_run, width: int) -> None:
     )
 
 
+def test_watching_a_run_on_which_nobody_works_ends(
+    make_run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = make_run()
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    assert main([str(run.root), "--watch"]) == 1
+    assert "nobody is at work on this run" in capsys.readouterr().out
+
+    def interrupt(seconds: float) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("time.sleep", interrupt)
+    assert main([str(run.root), "--watch"]) == 130
+
+
 def test_no_run_is_told_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(tmp_path)]) == 2
     assert "is not a run directory" in capsys.readouterr().err

@@ -11,6 +11,7 @@ import torch
 
 from cpd.checkpoint import latest, save
 from cpd.comm import Comm
+from cpd.device import choose_device
 from cpd.distill.batches import StageData
 from cpd.distill.schedule import curve_steps
 from cpd.distill.teachers import admitted_teachers, read_stage
@@ -66,13 +67,6 @@ def run_student(
             current.check()
             element.complete.touch()
         current.finish("done", distillation.summary())
-
-
-def choose_device(comm: Comm) -> torch.device:
-    """This rank's accelerator if there is any, else the CPU."""
-    if torch.cuda.is_available():
-        return torch.device("cuda", comm.rank % torch.cuda.device_count())
-    return torch.device("cpu")
 
 
 class Distillation:

@@ -17,6 +17,8 @@ from cpd.profile import Profile, Resources
 from cpd.runs import Element, Role, Run
 from cpd.submission import ElementJob
 
+#: Other ways to ask sbatch for memory, which excludes them.
+MEMORY_OPTIONS = {"mem-per-cpu", "mem-per-gpu"}
 #: Enough for every restart of a job: giving up is our own decision (`Profile.max_timeouts`).
 MANY_TIMEOUTS = 10**6
 
@@ -120,7 +122,9 @@ def with_further_options(parameters: dict[str, Any], profile: Profile, role: Rol
         options["kill-on-invalid-dep"] = "yes"
     options |= {**profile.sbatch, **profile.resources(role).sbatch}
     unwanted = {key for key, value in options.items() if value is False or value == ""}
-    kept = {key: None if key.replace("_", "-") in unwanted else value for key, value in parameters.items()}
+    # Given twice, the one that comes last would count, and not which is last.
+    taken = {*options, *(["mem"] if options.keys() & MEMORY_OPTIONS else [])}
+    kept = {key: None if key.replace("_", "-") in taken else value for key, value in parameters.items()}
     return kept | {"additional_parameters": {k: v for k, v in options.items() if k not in unwanted}}
 
 

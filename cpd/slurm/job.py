@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 from cpd.comm import Comm
 from cpd.files import read_json, write_json
+from cpd.interrupt import LAUNCHER_VARIABLE
 from cpd.profile import Profile
 from cpd.record import read_status
 from cpd.runs import Element, Run
@@ -74,7 +75,8 @@ def hand_back(run: Run, element: Element, comm: Comm, tell: Callable[[str], None
     queue, since the first to leave would take the others with it.
     """
     job = slurm_job()
-    if not job:
+    # Within a job, a launcher with a local profile has children, which may not requeue what is not theirs.
+    if not job or LAUNCHER_VARIABLE in os.environ:
         return
     comm.barrier()
     if comm.rank == 0:

@@ -68,7 +68,7 @@ def plan(
     """
     wanted = [
         element
-        for element in _chosen(run, only, retry_failed)
+        for element in _chosen(run, found, only, retry_failed)
         if not (element.finished or element.name in found.active or element.name in found.held)
     ]
     promised = {*found.active, *(element.name for element in wanted)}
@@ -118,14 +118,17 @@ def _overlapping(run: Run, wanted: Sequence[Element], needs: dict[str, list[Elem
     return found + _in_turn([element for element in wanted if element.role == "report"], needs)
 
 
-def _chosen(run: Run, only: Sequence[str], retry_failed: bool) -> list[Element]:
+def _chosen(run: Run, found: Survey, only: Sequence[str], retry_failed: bool) -> list[Element]:
     elements = run.select(only)
     if retry_failed:
-        entries = ledger(run)
+        # Whoever was submitted and neither finished nor waits for something nor is at work has failed.
+        tried = ledger(run).keys() - found.active.keys() - found.held.keys()
         again: set[str] = set()
         for element in elements:
-            tried = element.name in entries and read_status(element.status).state != "waiting"
-            if tried or any(needed.name in again for needed in run.dependencies(element)):
+            failed = (
+                element.name in tried and not element.finished and read_status(element.status).state != "waiting"
+            )
+            if failed or any(needed.name in again for needed in run.dependencies(element)):
                 again.add(element.name)
         elements = [element for element in elements if element.name in again]
     return elements

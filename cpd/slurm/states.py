@@ -40,6 +40,10 @@ class SchedulerError(RuntimeError):
     """Slurm cannot be asked."""
 
 
+class NoSchedulerError(SchedulerError):
+    """There is no Slurm here."""
+
+
 @dataclass(frozen=True)
 class JobState:
     """One job, or one element of an array, as Slurm tells."""
@@ -76,12 +80,13 @@ def run_command(words: Sequence[str], seconds: float = COMMAND_SECONDS) -> str:
     """Output of one of Slurm's commands.
 
     Raises:
-        SchedulerError: if it is not installed, fails, or does not answer in time.
+        NoSchedulerError: if it is not installed.
+        SchedulerError: if it fails, or does not answer in time.
     """
     try:
         done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=seconds)
     except FileNotFoundError:
-        raise SchedulerError(
+        raise NoSchedulerError(
             f"{words[0]} not found: this machine is no login node of a Slurm cluster. `--profile local` needs "
             "none; `python -m slurm.testbed up` starts one on this machine"
         ) from None

@@ -10,12 +10,12 @@ import time
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from cpd import checkpoint
 from cpd.comm import Comm, SerialComm, float_sum
 from cpd.config import Config, PPOConfig, SACConfig
+from cpd.device import choose_device
 from cpd.envs.cells import Cell, EnvPool, evaluate_cells
 from cpd.envs.goals import goal_set
 from cpd.interrupt import Interrupt, InterruptedBySignal
@@ -108,8 +108,7 @@ def make_learner(
             f"teacher.learner = 'sac' runs on one rank, not on {comm.size}: set ranks = 1 for teachers in the "
             "profile, or take the learner 'ppo'"
         )
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return SACLearner(settings, seed, keep_normalizer=keep_normalizer, device=device)
+    return SACLearner(settings, seed, keep_normalizer=keep_normalizer, device=choose_device(comm))
 
 
 class Trainer:

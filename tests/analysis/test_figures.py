@@ -131,17 +131,21 @@ def test_a_student_that_every_stage_trains_afresh_begins_like_the_first() -> Non
 
 
 def test_figures_of_what_is_no_longer_there_are_removed_and_nothing_else(tmp_path: Path) -> None:
-    run = write_run(tmp_path / "r", stream=STREAM, students={1: RATES}, teachers=TEACHERS)
-    out = tmp_path / "out"
-    build([run.root], out)
-    (out / "notes.txt").write_text("mine")
-    assert (out / "success_matrix.pdf").exists()
-    more = write_run(
-        tmp_path / "s", stream=STREAM, students={1: RATES}, teachers=TEACHERS, variants={"b": {1: RATES}}
+    run = write_run(
+        tmp_path / "r", stream=STREAM, students={1: RATES}, teachers=TEACHERS, variants={"b": {1: RATES}}
     )
-    build([more.root], out)
-    assert not list(out.glob("success_matrix.*")) and (out / "success_matrix_b.pdf").exists()
-    assert (out / "notes.txt").read_text() == "mine"
+    own, theirs = run.root / "figures", tmp_path / "paper"
+    for folder in (own, theirs):
+        folder.mkdir()
+        for name in ("success_matrix.pdf", "notes.txt"):
+            (folder / name).write_text("before")
+    build([run.root])
+    assert not list(own.glob("success_matrix.*")) and (own / "success_matrix_b.pdf").exists()
+    assert (own / "notes.txt").exists()
+    build([run.root], theirs)
+    assert (theirs / "success_matrix.pdf").exists(), "a folder of the user's is not swept"
+    with pytest.raises(ValueError, match="is a folder of results"):
+        build([run.root], run.root)
 
 
 @pytest.mark.parametrize("folder", PUBLISHED, ids=lambda path: str(path.relative_to(RESULTS)))

@@ -136,6 +136,18 @@ def test_an_unfinished_run_or_a_folder_without_teachers_is_named(run: Run, tmp_p
     assert check_main([str(tmp_path)]) == 2
 
 
+def test_a_check_of_what_is_not_there_is_refused_before_anything_acts(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    publish_teachers(run, tmp_path / "kept")
+    for arguments, told in (
+        (["--only", "drawer-close-v3", "--only", "puhs-v3"], "has no policy of puhs-v3 (it has drawer-close-v3)"),
+        (["--episodes", "0"], "at least one is needed"),
+    ):
+        assert check_main([str(tmp_path / "kept"), *arguments]) == 2
+        assert told in capsys.readouterr().err
+
+
 def test_meta_world_draws_our_held_out_goals_from_the_seed_that_is_the_default() -> None:
     assert FIRST_SEEDS["held_out"] == HELD_OUT_SEED
     with pytest.raises(ValueError, match="seed must be at least 1"):
