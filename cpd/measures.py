@@ -83,7 +83,7 @@ class StudentMeasures:
     average_by_stage: tuple[float | None, ...]
     """Average performance over all tasks after stages -1 … K-1."""
     average_seen_by_stage: tuple[float | None, ...]
-    """The same over the tasks distilled so far."""
+    """The same over the tasks whose stage has passed; 0 counts for those without an admitted teacher."""
     forgetting: Estimate
     forgetting_over_all: float | None
     forgetting_max_based: float | None
@@ -142,6 +142,8 @@ def measure_student(tables: Tables, method: str, seed: int) -> Student:
     )
     own = metrics.own_stages(matrix.stream)
     share = metrics.recovery(row, teacher_rates, admitted)
+    reported = [row for row in rows if row.goal_set == tables.goal_set]
+    training = metrics.success_matrix(rows, matrix.stream, "training")
     measures = StudentMeasures(
         method=method,
         seed=seed,
@@ -169,8 +171,8 @@ def measure_student(tables: Tables, method: str, seed: int) -> Student:
                 before=_cell(matrix, -1, j),
                 own=_cell(matrix, int(own[j]), j) if admitted[j] else None,
                 final=_cell(matrix, final, j),
-                final_last=_last_step([r for r in rows if r.goal_set == tables.goal_set], final, task),
-                final_training=_cell(metrics.success_matrix(rows, matrix.stream, "training"), final, j),
+                final_last=_last_step(reported, final, task),
+                final_training=_cell(training, final, j),
                 forgetting=_number(lost.per_task[j]),
                 recovery=_number(share.per_task[j]),
             )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from cpd.config.student import MemoryConfig, ProtectionConfig, StudentConfig
+from cpd.config.student import DistillConfig, MemoryConfig, ProtectionConfig, StudentConfig
 
 if TYPE_CHECKING:
     from cpd.config.experiment import MethodConfig
@@ -59,6 +59,14 @@ def contradictions(config: MethodConfig) -> list[str]:
     return found
 
 
+def _chooses_experts(student: StudentConfig) -> bool:
+    """Whether tokens may ever have more experts to choose from than they take."""
+    if student.expansion != "none" and student.task_identity == "none":
+        return True
+    sizes = [student.num_experts, *([] if student.expansion == "none" else [student.experts_per_task])]
+    return max(sizes) > student.top_k
+
+
 def without_effect(config: MethodConfig) -> list[str]:
     """Settings that are given but have no effect; each line begins with a setting's dotted path."""
     found, protection = [], config.protection
@@ -90,6 +98,8 @@ def without_effect(config: MethodConfig) -> list[str]:
     added_are_alone = student.task_identity != "none" and student.experts_per_task == 1
     if student.top_k == 1 and not (student.num_experts == 1 and (student.expansion == "none" or added_are_alone)):
         found.append("student.top_k = 1 leaves one expert a gate of 1: the loss trains no router; 2 or more do")
+    if not _chooses_experts(student) and config.distill.load_balance_coef != DistillConfig().load_balance_coef:
+        found.append("distill.load_balance_coef has no effect: no group has more than student.top_k experts")
     distill = config.distill
     everything_masked = protection.kind == "mask" and protection.mask_experts and protection.mask_fraction == 1.0
     if distill.replay_share and config.memory.selection == "none":

@@ -146,5 +146,6 @@ class DistillConfig:
     std_floor: PositiveFloat = 0.1
     """Least standard deviation of the teacher that the loss sees."""
     load_balance_coef: NonNegativeFloat = 0.01
+    """Has no effect where every group has `top_k` experts, as with the default settings: there is no choice."""
     router_z_coef: NonNegativeFloat = 1e-3
     precision: Literal["float32", "float64"] = "float32"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import asdict, replace
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -219,7 +219,7 @@ class Distillation:
         elif step % logging.checkpoint_every == 0:
             self._save_checkpoint()
 
-    def _stop(self) -> None:
+    def _stop(self) -> NoReturn:
         self._save_checkpoint()
         progress = self.trainer.progress
         raise InterruptedBySignal(
@@ -287,7 +287,6 @@ class Distillation:
         )
         if outcomes is None:
             self._stop()
-            return
         row = CurveRow(
             method=self.element.method,
             seed=self.element.seed,

@@ -118,8 +118,9 @@ class FlatParameters:
 class AdamW:
     """Adam with decoupled weight decay (Loshchilov and Hutter 2019) on flat parameters that may grow.
 
-    Bias correction (Kingma and Ba 2015, algorithm 1) goes by each parameter's own age, so that those that
-    growth adds start like those of a fresh optimiser.
+    Bias correction (Kingma and Ba 2015, algorithm 1) goes by the updates since a parameter was added, so that
+    those that growth adds start like those of a fresh optimiser. As in torch, updates in which a gradient was 0
+    count too: the task encoder, for which the first stage has no use, and a task's vector start with larger steps.
     """
 
     def __init__(self, flat: FlatParameters, weight_decay: float = 0.0) -> None:

@@ -42,7 +42,8 @@ class GrowthDecision:
     stage: int
     task: int
     nearest_task: int
-    """The known task whose experts serve the new one best; new experts are copies of these."""
+    """The known task whose experts serve the new one best, of which new experts are copies; the first one where
+    the student is not conditioned on tasks, so that all share their experts."""
     probe_loss: float
     """The new task's loss under them."""
     reason: str

@@ -39,8 +39,8 @@ class LossTerms(NamedTuple):
     load_balance: Tensor
     router_z: Tensor
     contrast: Tensor
-    shares_LE: Tensor
-    """Each open expert's share of the global batch's assignments, by layer; the same on every rank."""
+    counts_LE: Tensor
+    """Assignments to each open expert, by layer."""
 
 
 @dataclass(frozen=True)
@@ -194,8 +194,7 @@ class Trainer:
         decisions: list[GrowthDecision] = []
         # Learning all tasks at once, there is nothing that experts could be new to.
         if progress.seen and config.expansion != "none" and self.config.distill.protocol != "joint":
-            assert self._source is not None
-            found = probe(student, self._source.probe(), self._token_loss, progress.seen, self.comm)
+            found = probe(student, self.source.probe(), self._token_loss, progress.seen, self.comm)
             num_new, reason = config.experts_per_task, "every new task gets experts"
             if config.expansion == "on_demand":
                 lacking = found.loss > config.demand_threshold
@@ -288,15 +287,9 @@ class Trainer:
         config = self.config.distill
         out = self.student(batch.obs_RLO, task_B=batch.task_R, valid_BL=batch.valid_RL)
         distance_RL = batch.valid_RL * self._token_loss(out, batch)
-        shares_LE = self._expert_shares(out, batch)
         # Sums over this rank's tokens, divided by the global count: the sum over ranks is the global mean.
         imitation = distance_RL.sum() / batch.num_tokens
-        balance = load_balance_loss(
-            torch.stack([stats.prob_sums_E for stats in out.stats]),
-            shares_LE,
-            batch.num_tokens,
-            self.student.moes[0].group_E[: shares_LE.shape[1]],
-        )
+        balance = self._balance(out, batch)
         router_z = router_z_loss(torch.stack([stats.z_square_sum for stats in out.stats]), batch.num_tokens)
         contrastive = self._contrastive_loss() if contrast else self.flat.values.new_zeros(())
         total = imitation + config.load_balance_coef * balance + config.router_z_coef * router_z
@@ -304,8 +297,9 @@ class Trainer:
         self.flat.grads.zero_()
         total.backward()  # type: ignore[no-untyped-call]
         self.flat.reduce_grads(self.comm)
+        counts_LE = torch.stack([stats.counts_E for stats in out.stats])
         return LossTerms(
-            distance_RL.detach(), balance.detach(), router_z.detach(), contrastive.detach(), shares_LE
+            distance_RL.detach(), balance.detach(), router_z.detach(), contrastive.detach(), counts_LE
         )
 
     def _contrastive_loss(self) -> Tensor:
@@ -317,26 +311,41 @@ class Trainer:
         temperature = self.config.student.embedding_temperature
         return info_nce(self.student.embedding(obs_NO), task_N, temperature) / self.comm.size
 
-    def _expert_shares(self, out: StudentOutput, batch: Batch) -> Tensor:
-        """[layers, E] each open expert's share of the global batch's assignments."""
+    def _balance(self, out: StudentOutput, batch: Batch) -> Tensor:
+        """This rank's part of the load balance loss; where tokens have no choice, of its constant value, 1.
+
+        Not worked out then: the experts' global shares take a collective, for which all ranks would wait in the
+        middle of every step.
+        """
+        if not self.student.chooses_experts:
+            return self.flat.values.new_tensor(1.0 / self.comm.size)
         counts_LE = torch.stack([stats.counts_E for stats in out.stats]).cpu()
         self.comm.all_reduce_sum(counts_LE.numpy())
-        return counts_LE.to(self.device, self.student.dtype) / (batch.num_tokens * self.config.student.top_k)
+        shares_LE = counts_LE.to(self.device, self.student.dtype) / (batch.num_tokens * self.config.student.top_k)
+        return load_balance_loss(
+            torch.stack([stats.prob_sums_E for stats in out.stats]),
+            shares_LE,
+            batch.num_tokens,
+            self.student.moes[0].group_E[: shares_LE.shape[1]],
+        )
 
     def _report(self, batch: Batch, terms: LossTerms, grad_norm: float, lr: float) -> StepReport:
         """Sum what this rank saw over all ranks."""
         num_tasks = self.student.num_tasks
-        # Distances and tokens by (replayed or not, task), then load balance, z-loss and contrast.
+        # Distances and tokens by (replayed or not, task); load balance, z-loss, contrast; the experts' counts.
         cell_R = batch.task_R + num_tasks * batch.replayed_R.long()
         sums = [
             torch.bincount(cell_R, weights=values, minlength=2 * num_tasks)
             for values in (terms.distance_RL.sum(1), batch.valid_RL.sum(1))
         ]
         scalar_terms = torch.stack([terms.load_balance, terms.router_z, terms.contrast])
-        totals = torch.cat([*sums, scalar_terms]).double().cpu().numpy()
+        counts_M = terms.counts_LE.flatten()
+        totals = torch.cat([*sums, scalar_terms, counts_M]).double().cpu().numpy()
         self.comm.all_reduce_sum(totals)
-        distance, tokens = totals[: 4 * num_tasks].reshape(2, 2, num_tasks)
-        load_balance, z, contrast = (float(term) for term in totals[-3:])
+        cells, rest = np.split(totals, [4 * num_tasks])
+        distance, tokens = cells.reshape(2, 2, num_tasks)
+        load_balance, z, contrast = (float(term) for term in rest[:3])
+        shares_LE = rest[3:].reshape(terms.counts_LE.shape) / (batch.num_tokens * self.config.student.top_k)
         config = self.config.distill
         imitation = float(distance.sum() / tokens.sum())
         task_distance, task_tokens = distance.sum(0), tokens.sum(0)
@@ -354,7 +363,7 @@ class Trainer:
             by_task={int(t): float(task_distance[t] / task_tokens[t]) for t in np.flatnonzero(task_tokens)},
             grad_norm=grad_norm,
             lr=lr,
-            expert_shares=terms.shares_LE.tolist(),
+            expert_shares=shares_LE.tolist(),
         )
 
     def state(self) -> dict[str, Any]:

@@ -41,7 +41,7 @@ class StudentActor:
         """Begin a fresh episode of each of `tasks`, which are looked at only if the student is told.
 
         Raises:
-            ValueError: if the student is told the task but does not know one of `tasks`.
+            ValueError: if the student is told the task, and its stream lacks one of `tasks`.
         """
         student = self._student
         self._history.clear()
@@ -53,7 +53,7 @@ class StudentActor:
         elif student.is_conditioned:
             for task in tasks:
                 if task not in self._tasks:
-                    raise ValueError(f"this student knows {', '.join(self._tasks)}, but not {task}")
+                    raise ValueError(f"this student's stream has {', '.join(self._tasks)}, but not {task}")
             self._told_B = torch.tensor([self._tasks.index(task) for task in tasks], device=student.device)
 
     @torch.no_grad()

@@ -1,6 +1,7 @@
 """A mixture-of-experts feed-forward block that can grow.
 
-Dimensions: N tokens, D width, E open experts, k experts chosen per token, G groups of experts.
+Dimensions: N tokens, D width, E open experts, P of them present, whom some token may choose, k experts chosen per
+token.
 """
 
 from __future__ import annotations
@@ -98,39 +99,47 @@ class MoE(nn.Module):
         if num_open == 1:
             return self.experts[0](x_ND), None if valid_N is None else _dense_stats(valid_N)
         if group_N is None:
-            logits_NE = F.linear(x_ND, torch.stack(list(self.router)[:num_open]))
+            present = list(range(num_open))
+            logits_NP = F.linear(x_ND, self._rows(present))
         else:
-            logits_NE = self._logits_by_group(x_ND, group_N)
+            present, logits_NP = self._logits_by_group(x_ND, group_N)
         if any(offsets[:num_open]):
-            logits_NE = logits_NE + self.logit_offset[:num_open]
-        top_logits_Nk, chosen_Nk = logits_NE.topk(self.top_k, dim=-1)
-        y_ND = mix_experts(x_ND, top_logits_Nk.softmax(-1), chosen_Nk, *self._matrices(num_open))
-        return y_ND, None if valid_N is None else _stats(logits_NE, chosen_Nk, valid_N)
+            logits_NP = logits_NP + self.logit_offset[present]
+        top_logits_Nk, chosen_Nk = logits_NP.topk(self.top_k, dim=-1)
+        y_ND = mix_experts(x_ND, top_logits_Nk.softmax(-1), chosen_Nk, *self._matrices(present))
+        if valid_N is None:
+            return y_ND, None
+        stats = _stats(logits_NP, chosen_Nk, valid_N)
+        return y_ND, stats if group_N is None else _for_all(stats, present, num_open)
 
-    def _logits_by_group(self, x_ND: Tensor, group_N: Tensor) -> Tensor:
-        """Every token's logits for the experts of its group, -inf for all others.
+    def _logits_by_group(self, x_ND: Tensor, group_N: Tensor) -> tuple[list[int], Tensor]:
+        """The experts of all groups that there are tokens of, and every token's logits for them, `[N, P]`.
 
-        A product for each group: in one for all experts, rounding would depend on how many there are, and a new
-        group would move the outputs of the others.
+        Logits for experts of another group than the token's are -inf. A product for each group: in one for all
+        experts, rounding would depend on how many there are, and a new group would move the outputs of the others.
         """
-        logits_NE = x_ND.new_full((len(x_ND), self.num_experts), -math.inf)
-        group_E, groups = self.group_E.tolist(), torch.unique(group_N).tolist()
+        groups = torch.unique(group_N).tolist()
+        group_P = [(expert, group) for expert, group in enumerate(self.group_E.tolist()) if group in groups]
+        present = [expert for expert, _ in group_P]
+        if len(groups) == 1:
+            return present, F.linear(x_ND, self._rows(present))
+        logits_NP = x_ND.new_full((len(x_ND), len(present)), -math.inf)
         for group in groups:
-            members = [expert for expert, own in enumerate(group_E) if own == group]
-            rows_GD = torch.stack([self.router[expert] for expert in members])
-            if len(groups) == 1:
-                logits_NE[:, members] = F.linear(x_ND, rows_GD)
-            else:
-                tokens = (group_N == group).nonzero()
-                logits_NE[tokens, torch.tensor(members, device=tokens.device)] = F.linear(
-                    x_ND[tokens.squeeze(1)], rows_GD
-                )
-        return logits_NE
+            places = [place for place, (_, own) in enumerate(group_P) if own == group]
+            tokens = (group_N == group).nonzero()
+            logits_NP[tokens, torch.tensor(places, device=tokens.device)] = F.linear(
+                x_ND[tokens.squeeze(1)], self._rows([present[place] for place in places])
+            )
+        return present, logits_NP
 
-    def _matrices(self, num_open: int) -> tuple[list[Tensor], list[Tensor]]:
-        """The first and the second matrices of the open experts."""
-        experts = [expert for expert in self.experts if isinstance(expert, Expert)][:num_open]
-        return [expert.up.weight for expert in experts], [expert.down.weight for expert in experts]
+    def _rows(self, experts: list[int]) -> Tensor:
+        """The router's rows of some experts."""
+        return torch.stack([self.router[expert] for expert in experts])
+
+    def _matrices(self, experts: list[int]) -> tuple[list[Tensor], list[Tensor]]:
+        """The first and the second matrices of some experts."""
+        found = [expert for expert in (self.experts[number] for number in experts) if isinstance(expert, Expert)]
+        return [expert.up.weight for expert in found], [expert.down.weight for expert in found]
 
 
 def _dense_stats(valid_N: Tensor) -> RouterStats:
@@ -139,15 +148,25 @@ def _dense_stats(valid_N: Tensor) -> RouterStats:
     return RouterStats(tokens_1, tokens_1, tokens_1.new_zeros(()))
 
 
+def _for_all(stats: RouterStats, present: list[int], num_experts: int) -> RouterStats:
+    """Statistics of all experts from those of the `present` ones."""
+    places = torch.tensor(present, device=stats.counts_E.device)
+    zeros_E = stats.prob_sums_E.new_zeros(num_experts)
+    return RouterStats(
+        zeros_E.index_copy(0, places, stats.counts_E),
+        zeros_E.index_copy(0, places, stats.prob_sums_E),
+        stats.z_square_sum,
+    )
+
+
 def _stats(logits_NE: Tensor, chosen_Nk: Tensor, valid_N: Tensor) -> RouterStats:
-    num_open = logits_NE.shape[1]
     weights = valid_N.repeat_interleave(chosen_Nk.shape[1])
     log_probs_NE = logits_NE.log_softmax(-1)
     # logsumexp, which log_softmax has worked out already; at a chosen expert, since others may be at -inf.
     first_N1 = chosen_Nk[:, :1]
     z_N = (logits_NE.gather(1, first_N1) - log_probs_NE.gather(1, first_N1)).squeeze(1)
     return RouterStats(
-        torch.bincount(chosen_Nk.reshape(-1), weights=weights, minlength=num_open).detach(),
+        torch.bincount(chosen_Nk.reshape(-1), weights=weights, minlength=logits_NE.shape[1]).detach(),
         valid_N @ log_probs_NE.exp(),
         valid_N @ z_N.square(),
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -105,6 +106,8 @@ class Student(nn.Module):
     def initialise(self, generator: torch.Generator) -> None:
         """Draw the first weights: matrices by fan-in, what feeds the residual stream scaled down by depth.
 
+        So is the task encoder's output, whose scale does not count, since it is normalised.
+
         The head is no exception, though a smaller one would begin nearer to nothing: it acts on normalised
         features, so that its weights bound the actions, and where masks freeze it after the first task, it must
         be able to express what that task had no use for.
@@ -147,6 +150,12 @@ class Student(nn.Module):
     def device(self) -> torch.device:
         """Where the parameters are."""
         return self.head.weight.device
+
+    @property
+    def chooses_experts(self) -> bool:
+        """Whether tokens have more experts to choose from than they take; else nothing is there to balance."""
+        sizes = Counter(self.moes[0].group_E.tolist()).values() if self.task is not None else [self.num_experts]
+        return max(sizes) > self.config.top_k
 
     def set_logit_offset(self, num_new: int, offset: float) -> None:
         """Set the router's offset of the last `num_new` experts of every layer."""

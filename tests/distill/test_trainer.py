@@ -299,3 +299,28 @@ class TestSchedules:
         assert curve_steps(4, 1000) == [250, 500, 750, 1000]
         assert curve_steps(3, 10) == [3, 7, 10]
         assert curve_steps(0, 10) == []
+
+
+class CountingComm(SerialComm):
+    """Counts collectives."""
+
+    def __init__(self) -> None:
+        self.num_sums = 0
+
+    def all_reduce_sum(self, array) -> None:
+        self.num_sums += 1
+
+
+@pytest.mark.parametrize(("num_experts", "num_sums"), [(2, 0), (3, 1)])
+def test_only_where_experts_are_chosen_their_balance_is_worked_out(num_experts: int, num_sums: int) -> None:
+    student = {"num_experts": num_experts, "experts_per_task": num_experts, "top_k": 2}
+    comm = CountingComm()
+    trainer = Trainer(make_config(student=student), 1, comm, torch.device("cpu"))
+    trainer.begin_stage(stage_data(0))
+    comm.num_sums = 0
+    trainer.train_step()
+    assert comm.num_sums == num_sums
+    report = trainer.train_step(report=True)
+    assert report is not None
+    assert (report.load_balance == 1.0) == (num_sums == 0)
+    assert [sum(shares) for shares in report.expert_shares] == pytest.approx([1.0, 1.0])

@@ -47,7 +47,7 @@ class PackNet(Protection):
         if not len(self._owner):
             self._owner = torch.full_like(trainer.flat.values, FREE, dtype=torch.int16)
         self._owner[self._owner == FREE] = progress.stage
-        self._latest_stage[self._task(trainer)] = progress.stage
+        self._latest_stage[trainer.present_task] = progress.stage
         self._is_pruned = False
         self._follow_owners(trainer)
 
@@ -86,14 +86,8 @@ class PackNet(Protection):
         """Make the mask of updates, and tell the student who owns what."""
         flat = trainer.flat
         self._mask = (self._owner == trainer.progress.stage).to(flat.values)
-        shapes = {name: parameter.shape for name, parameter in trainer.student.named_parameters()}
-        owners = {name: self._owner[slot].view(shapes[name]) for name, slot in flat.slots.items()}
+        owners = {name: self._owner[slot].view(flat.shapes[name]) for name, slot in flat.slots.items()}
         trainer.student.packing = Packing(owners, self._latest_stage)
-
-    def _task(self, trainer: Trainer) -> int:
-        """Position of the stage's task among the distinct ones."""
-        stream = self.config.stream
-        return stream.distinct_tasks.index(stream.tasks[trainer.progress.stage])
 
     def report(self) -> dict[str, float]:
         """The share of all parameters that have no owner yet."""
