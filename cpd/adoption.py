@@ -7,7 +7,9 @@ points outside.
 
 What made the teachers must agree: the settings in `teacher` and `stream` except seeds, gate and tasks, and the
 versions of the simulator. Settings that only come later may differ: then the policy is taken over, and the
-teacher's own job evaluates it or collects its rollouts anew. A teacher that is not there is trained as usual.
+teacher's own job evaluates it or collects its rollouts anew. A teacher that is not there is trained as usual, and so
+is, where the budget of environment steps is another one, a teacher whose training that budget ended or would end:
+for all others it makes no difference.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ from cpd.strict_load import load, to_dict
 MAKING = ("stream.", "teacher.")
 #: What a stand-in has for a standard deviation is part of its policy.
 MAKING_STAND_INS = (*MAKING, "rollouts.assumed_std:")
-LATER = ("stream.tasks", "teacher.seeds", "teacher.gate", "teacher.on_rejected")
+LATER = ("stream.tasks", "teacher.seeds", "teacher.gate", "teacher.on_rejected", "teacher.max_env_steps:")
 
 
 class AdoptionError(ValueError):
@@ -51,12 +53,16 @@ class Adoption:
     rollouts: bool = False
     marker: str = ""
     """`COMPLETE` or `REJECTED` where nothing is left to do."""
+    lacks_budget: bool = False
+    """Whether it is there, but would have trained longer, or less, within the budget that this run has."""
 
     @property
     def summary(self) -> str:
         """One line on what becomes of the teacher."""
         if self.policy is None:
-            return "not there, trained as usual"
+            return (
+                "trained anew, since the budget is another" if self.lacks_budget else "not there, trained as usual"
+            )
         if self.marker:
             return f"taken over as it is ({'admitted' if self.marker == 'COMPLETE' else 'rejected'})"
         left = [] if self.evaluation else ["evaluated"]
@@ -144,11 +150,15 @@ def _adoption(teacher: TeacherElement, folder: Path, changed: Sequence[str], our
     published = published_policy(folder, teacher.task, teacher.seed)
     if published.exists():
         _check_policy(published, teacher, ours)
+        if _depends_on_budget(published, changed, ours):
+            return Adoption(teacher, lacks_budget=True)
         return Adoption(teacher, published)
     source = teacher_element(folder, teacher.index, teacher.task, teacher.seed)
     if not source.finished:
         return Adoption(teacher)
     _check_policy(source.policy, teacher, ours)
+    if _depends_on_budget(source.policy, changed, ours):
+        return Adoption(teacher, lacks_budget=True)
 
     def same(settings: str) -> bool:
         return not any(line.startswith(settings) for line in changed)
@@ -179,6 +189,14 @@ def _check_policy(policy: Path, teacher: TeacherElement, ours: Config) -> None:
     ]
     if wrong:
         raise AdoptionError(f"{policy} was made under other conditions: {'; '.join(wrong)}; train anew")
+
+
+def _depends_on_budget(policy: Path, changed: Sequence[str], ours: Config) -> bool:
+    """Whether budgets differ, and training ended with theirs, or would have ended before with ours."""
+    training = read_json(policy.with_suffix(".json")).get("training", {})
+    is_other = any(line.startswith("teacher.max_env_steps:") for line in changed)
+    ended = training.get("stopped_by") == "budget" or training.get("env_steps", 0) > ours.teacher.max_env_steps
+    return is_other and ended
 
 
 def _check_shards(source: TeacherElement) -> None:

@@ -178,6 +178,24 @@ def test_a_teacher_that_is_not_there_is_trained_as_usual(other: Path, tmp_path: 
     assert adopt(make(tmp_path / "newest"), other)[0].summary == "taken over as it is (rejected)"
 
 
+def test_another_budget_concerns_only_teachers_whose_training_it_ends(other: Path, tmp_path: Path) -> None:
+    endings = ({"stopped_by": "validation", "env_steps": 3_000}, {"stopped_by": "budget", "env_steps": 5_000})
+    for teacher, ending in zip(Run(other).teachers(), endings, strict=True):
+        path = teacher.policy.with_suffix(".json")
+        description = read_json(path)
+        write_json(path, {**description, "training": {**description["training"], **ending}})
+
+    def told(budget: int) -> list[str]:
+        run = make(tmp_path / str(budget), teacher={"max_env_steps": budget})
+        return [adoption.summary for adoption in find_adoptions(run, other)]
+
+    ours, theirs = "taken over as it is (admitted)", "trained anew, since the budget is another"
+    assert told(load(Config, tables(), "test").teacher.max_env_steps) == [ours, ours]
+    assert told(20_000) == [ours, theirs]
+    with pytest.raises(AdoptionError, match="none of the finished teachers that are wanted"):
+        told(2_000)
+
+
 def test_published_policies_spare_the_training(finished: Path, tmp_path: Path) -> None:
     folder = tmp_path / "published"
     folder.mkdir()
