@@ -7,8 +7,8 @@ points outside.
 
 What made the teachers must agree: the settings in `teacher` and `stream` except seeds, gate and tasks, and the
 versions of the simulator. Settings that only come later may differ: then the policy is taken over, and the
-teacher's own job evaluates it or collects its rollouts anew. A teacher that is not there is trained as usual, and so
-is, where the budget of environment steps is another one, a teacher whose training that budget ended or would end:
+teacher's own job evaluates it or collects its rollouts anew. A teacher that is not there is trained as usual. So
+is, where the budget of environment steps is another one, a teacher whose training that budget ended or would end;
 for all others it makes no difference.
 """
 
