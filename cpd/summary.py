@@ -192,11 +192,14 @@ def _missing(tables: Tables, students: Sequence[Student]) -> Iterable[str]:
         elif teacher.state != "admitted":
             yield f"{who} is not finished ({teacher.state})"
     found = {(student.method, student.seed) for student in students}
-    expected = [(method, seed) for method in tables.methods for seed in tables.config["seeds"]]
+    seen = {method for method, _ in found}
+    if unseen := [method for method in tables.methods if method not in seen]:
+        yield f"no student of {', '.join(unseen)} has been evaluated"
     yield from (
         f"student {method} (seed {seed}) has not been evaluated"
-        for method, seed in expected
-        if (method, seed) not in found
+        for method in tables.methods
+        for seed in tables.config["seeds"]
+        if method in seen and (method, seed) not in found
     )
     for student in students:
         who = f"student {student.method} (seed {student.seed})"

@@ -248,7 +248,7 @@ def test_partial_runs_get_the_figures_that_their_data_allow(tmp_path: Path, run:
     assert "stream.pdf" not in names
     text = io.StringIO()
     print_summary(run.results, text)
-    assert "student moe (seed 1) has not been evaluated" in text.getvalue()
+    assert "no student of moe has been evaluated" in text.getvalue()
     rates = RATES.copy()
     rates[3] = np.nan
     unfinished = write_run(tmp_path / "unfinished", stream=STREAM, students={1: rates}, teachers=TEACHERS)
