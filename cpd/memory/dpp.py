@@ -91,7 +91,6 @@ def select(
     num_items: int,
     generator: np.random.Generator,
     *,
-    bandwidth: float | None = None,
     jitter: float = RBF_JITTER,
     limit: int | None = None,
 ) -> IndexArray:
@@ -102,7 +101,6 @@ def select(
         quality: [N], positive.
         num_items: k.
         generator: draws pre-selection and bandwidth rows, in this order.
-        bandwidth: None: `median_bandwidth` of the pre-selected.
         jitter: see `rbf_similarity`.
         limit: candidates left by `preselect`; None keeps all.
 
@@ -121,8 +119,7 @@ def select(
         return np.zeros(0, np.int64)
     left = np.arange(len(raw)) if limit is None else preselect(len(raw), limit, generator)
     raw = raw[left]
-    width = median_bandwidth(raw, generator) if bandwidth is None else bandwidth
-    similarity = rbf_similarity(raw, width, jitter)
+    similarity = rbf_similarity(raw, median_bandwidth(raw, generator), jitter)
     return left[greedy_map(similarity, quality_N[left], num_items)]
 
 
