@@ -24,7 +24,7 @@ from cpd.record import progress_line, read_status
 from cpd.runs import Element, Run, RunError, StudentElement
 from cpd.slurm.estimate import complaints
 from cpd.slurm.plan import PlanError
-from cpd.slurm.states import NoSchedulerError, SchedulerError
+from cpd.slurm.states import NoSchedulerError, SchedulerError, SubmissionRefusedError
 from cpd.strict_load import (
     ConfigError,
     load,
@@ -41,7 +41,16 @@ from jobs.common import EXIT_FAILED, EXIT_USAGE, parser_with_examples, tell
 from jobs.status import print_failures, run_status, status_table
 
 #: What the user can mend, told in a line.
-MISTAKES = (AdoptionError, ConfigError, DamagedFileError, LeaseHeldError, NoSchedulerError, PlanError, RunError)
+MISTAKES = (
+    AdoptionError,
+    ConfigError,
+    DamagedFileError,
+    LeaseHeldError,
+    NoSchedulerError,
+    PlanError,
+    RunError,
+    SubmissionRefusedError,
+)
 #: What may be left of a run directory that was begun and not made: it is begun again.
 BEGUN = ("launcher", "provenance.json", "profile.json")
 RECIPES = Path(__file__).resolve().parent / "recipes"

@@ -12,7 +12,7 @@ from cpd.runs import Element, Run
 from cpd.session import mark
 from cpd.slurm.executor import element_work, executor, outside_of_jobs
 from cpd.slurm.plan import Submission, dependency, note
-from cpd.slurm.states import SchedulerError, run_command
+from cpd.slurm.states import SchedulerError, SubmissionRefusedError, run_command
 from cpd.slurm.survey import Survey, look, survey
 from cpd.submission import log_name
 
@@ -27,7 +27,7 @@ def submit(
         started when they found what they need ended: they are about to end without having done anything.
 
     Raises:
-        SchedulerError: if sbatch refuses; what was submitted before stays, and launching again goes on.
+        SubmissionRefusedError: if sbatch refuses; what was submitted before stays, and launching again goes on.
     """
     jobs = {name: own[-1].job for name, own in found.active.items()}
     arrays: dict[str, list[str]] = {}
@@ -57,7 +57,7 @@ def _submit_one(run: Run, profile: Profile, submission: Submission, wait_for: st
             mark(element, "waiting", "sbatch refused it")
         # submitit wraps sbatch's own words into many others.
         lines = [line.partition("error: ")[2] for line in str(error).splitlines() if "sbatch: error: " in line]
-        raise SchedulerError(f"sbatch refused {submission.name}: {'; '.join(lines) or error}") from error
+        raise SubmissionRefusedError(f"sbatch refused {submission.name}: {'; '.join(lines) or error}") from error
     numbers = [handle.job_id for handle in handles]
     append(run, _entries(submission, numbers, [log_name(run, number) for number in numbers]))
     return str(numbers[0]).partition("_")[0]

@@ -44,6 +44,10 @@ class NoSchedulerError(SchedulerError):
     """There is no Slurm here."""
 
 
+class SubmissionRefusedError(SchedulerError):
+    """sbatch does not take a job as it was asked for."""
+
+
 @dataclass(frozen=True)
 class JobState:
     """One job, or one element of an array, as Slurm tells."""
