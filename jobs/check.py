@@ -6,7 +6,9 @@ import csv
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+from cpd.files import read_json
 from jobs.common import EXIT_FAILED, EXIT_USAGE, parser_with_examples, tell
 
 #: The first seed of the held-out goals: Meta-World draws the very same ones from it.
@@ -28,7 +30,6 @@ def check_teachers(folder: Path, only: Sequence[str], seed: int, num_episodes: i
     import numpy as np
     import torch
 
-    from cpd.files import read_json
     from cpd.metrics import difference_interval, wilson
     from cpd.tables import EvaluationRow, read_rows
     from cpd.teachers.policy import load_policy
@@ -37,22 +38,14 @@ def check_teachers(folder: Path, only: Sequence[str], seed: int, num_episodes: i
     torch.set_num_threads(1)
     if num_episodes < 1:
         raise ValueError(f"--episodes {num_episodes}: at least one is needed")
-    if not (folder / "evaluations.csv").exists():
-        raise ValueError(f"{folder} has no evaluations.csv: it is not what `python -m jobs.publish` writes")
+    policies = _policies(folder, only)
     rows = read_rows(folder / "evaluations.csv", EvaluationRow)
     published = {
         (row.task, row.seed): row for row in rows if (row.method, row.goal_set) == ("teacher", "held_out")
     }
-    files = sorted((folder / "policies").glob("*.safetensors"))
-    there = {read_json(file.with_suffix(".json"))["task"] for file in files}
-    if unknown := [task for task in only if task not in there]:
-        raise ValueError(f"{folder} has no policy of {', '.join(unknown)} (it has {', '.join(sorted(there))})")
     found: list[dict[str, object]] = []
-    for file in files:
-        description = read_json(file.with_suffix(".json"))
+    for file, description in policies:
         task, teacher_seed, labels = description["task"], description["seed"], description["labels"]
-        if only and task not in only:
-            continue
         result = evaluate_by_protocol(
             load_policy(file), task, seed=seed, horizon=labels["horizon"], num_episodes=num_episodes
         )
@@ -86,14 +79,25 @@ def check_teachers(folder: Path, only: Sequence[str], seed: int, num_episodes: i
             f"Meta-World's evaluation, published {ours.successes}/{ours.episodes}: "
             f"{'agrees' if agrees else 'DISAGREES'}"
         )
-    if not found:
-        raise ValueError(f"{folder} has no policies: it is not what `python -m jobs.publish` writes")
     if table:
         with table.open("w", newline="") as stream:
             writer = csv.DictWriter(stream, list(found[0]), lineterminator="\n")
             writer.writeheader()
             writer.writerows(found)
     return all(row["agrees"] for row in found)
+
+
+def _policies(folder: Path, only: Sequence[str]) -> list[tuple[Path, dict[str, Any]]]:
+    """The policy files of the tasks `only` names, or of all, with their descriptions."""
+    files = sorted((folder / "policies").glob("*.safetensors"))
+    if not files or not (folder / "evaluations.csv").exists():
+        what = "no policies, or no evaluations.csv"
+        raise ValueError(f"{folder} is not what `python -m jobs.publish` writes: {what}")
+    policies = [(file, read_json(file.with_suffix(".json"))) for file in files]
+    there = {description["task"] for _, description in policies}
+    if unknown := [task for task in only if task not in there]:
+        raise ValueError(f"{folder} has no policy of {', '.join(unknown)} (it has {', '.join(sorted(there))})")
+    return [(file, description) for file, description in policies if not only or description["task"] in only]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -11,8 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
-from analysis.figures.fig_stream import behind, label_style
-from analysis.figures.small_multiples import MOST_LINES, small_multiples
+from analysis.figures.fig_stream import label_style
+from analysis.figures.small_multiples import MOST_LINES, behind, set_stages, small_multiples
 from analysis.load import Dataset, short
 from analysis.style import ACCENT, COLUMN_INCHES, PAGE_INCHES, method_colour, method_line
 
@@ -21,7 +21,7 @@ PARTS = {"current": "loss, current task", "replay": "loss, replay"}
 
 def draw(data: Dataset) -> Figure | None:
     """X: stages done; one panel per part of the loss, one line per method; None without records."""
-    methods = [method for method in data.method_names if any(row.method == method for row in data.losses)]
+    methods = _methods(data)
     if not methods:
         return None
     if len(methods) > MOST_LINES:
@@ -64,6 +64,12 @@ def draw(data: Dataset) -> Figure | None:
     return figure
 
 
+def _methods(data: Dataset) -> list[str]:
+    """Those with records, in the data's order."""
+    recorded = {row.method for row in data.losses}
+    return [method for method in data.method_names if method in recorded]
+
+
 def _panels(data: Dataset, methods: list[str]) -> Figure:
     """Both parts of every method's loss, with the first's on the current task behind them."""
 
@@ -77,14 +83,11 @@ def _panels(data: Dataset, methods: list[str]) -> Figure:
         lambda axes: _lines(axes, data, methods[0], "current", methods[0], {"color": "#b5b5b5"}),
         ("stages done", "loss"),
     )
-    num_stages = len(data.stream)
-    panels[0].set(xlim=(0, num_stages), yscale="log")
-    panels[0].set_xticks(range(0, num_stages + 1, 5 if num_stages <= 25 else 10))
+    panels[0].set_yscale("log")
+    set_stages(panels[0], len(data.stream))
     panels[0].yaxis.set_major_locator(LogLocator())
     panels[0].yaxis.set_major_formatter("{x:g}")
     panels[0].yaxis.set_minor_locator(NullLocator())
-    for axes in panels:
-        axes.grid()
     return figure
 
 
@@ -116,5 +119,5 @@ def caption(data: Dataset) -> str:
     return (
         f"Distillation losses over the stream of {data.name} (log scale): divergence from the current task's "
         "teacher, and on what is replayed of earlier tasks (nothing in the first stage, or without a memory), as "
-        f"each method's recipe defines it.{behind(data)}{seeds}"
+        f"each method's recipe defines it.{behind(_methods(data))}{seeds}"
     )

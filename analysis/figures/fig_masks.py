@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from analysis.figures.small_multiples import MOST_LINES, small_multiples
+from analysis.figures.small_multiples import MOST_LINES, behind, set_rates, set_stages, small_multiples
 from analysis.load import Dataset
 from analysis.style import COLUMN_INCHES, TEACHER_COLOUR, method_colour, method_line
 
@@ -50,19 +50,16 @@ def _panels(data: Dataset, values: dict[str, Shares]) -> Figure:
     """Every method that masks, with the first of them behind it."""
     first = next(iter(values))
     own: dict[str, Any] = {"color": method_colour(0), "linewidth": 0.9, "markersize": 1.6}
-    behind = {**own, "color": TEACHER_COLOUR, "linewidth": 1.4}
+    grey = {**own, "color": TEACHER_COLOUR, "linewidth": 1.4}
     figure, panels = small_multiples(
         list(values),
         lambda axes, method: _line(axes, values[method], own, "each method"),
-        lambda axes: _line(axes, values[first], behind, first),
+        lambda axes: _line(axes, values[first], grey, first),
         ("stages done", "masked parameters (share)"),
     )
-    num_stages = len(data.stream)
-    panels[0].set(xlim=(0, num_stages), ylim=(0, 1))
-    panels[0].set_xticks(range(0, num_stages + 1, 5 if num_stages <= 25 else 10))
-    panels[0].set_yticks([0, 0.5, 1], ["0", ".5", "1"])
-    for axes in panels:
-        axes.grid()
+    panels[0].set_ylim(0, 1)
+    set_stages(panels[0], len(data.stream))
+    set_rates(panels[0])
     return figure
 
 
@@ -77,10 +74,8 @@ def _line(axes: Axes, shares: Shares, style: dict[str, Any], label: str) -> None
 
 def caption(data: Dataset) -> str:
     """What the figure shows, without the conditions."""
-    masking = list(_shares(data))
-    grey = f" Grey: {masking[0]}." if len(masking) > MOST_LINES else ""
     dots = " Small dots: single seeds." if len(data.students) > len(data.method_names) else ""
     return (
         f"Parameter masking over the stream of {data.name}: share of the student's parameters that later stages "
-        f"may not change, or only a little, after every stage.{grey}{dots}"
+        f"may not change, or only a little, after every stage.{behind(list(_shares(data)))}{dots}"
     )

@@ -9,7 +9,7 @@ import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from analysis.figures.small_multiples import MOST_LINES, small_multiples
+from analysis.figures.small_multiples import MOST_LINES, set_rates, small_multiples
 from analysis.load import Dataset
 from analysis.style import COLUMN_INCHES, TEACHER_COLOUR, method_colour, method_line
 from cpd.metrics import performance_profile
@@ -47,10 +47,8 @@ def _panels(data: Dataset, methods: list[str]) -> Figure:
         (SUCCESS, SHARE),
     )
     panels[0].set(xlim=(0, 1), ylim=(0, 1.04))
-    for set_ticks in (panels[0].set_xticks, panels[0].set_yticks):
-        set_ticks([0, 0.5, 1], ["0", ".5", "1"])
-    for axes in panels:
-        axes.grid()
+    panels[0].set_xticks([0, 0.5, 1], ["0", ".5", "1"])
+    set_rates(panels[0])
     return figure
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from analysis.figures.small_multiples import MOST_LINES, small_multiples
+from analysis.figures.small_multiples import MOST_LINES, behind, set_rates, set_stages, small_multiples
 from analysis.load import Dataset, short
 from analysis.style import (
     ACCENT,
@@ -89,12 +89,9 @@ def _panels(data: Dataset) -> Figure:
         lambda axes: average(axes, first, {"color": TEACHER_COLOUR, "linewidth": 1.4}, first),
         ("stages done", "success, mean of all tasks"),
     )
-    num_stages = len(data.stream)
-    panels[0].set(xlim=(0, num_stages), ylim=(-0.06, 1.06))
-    panels[0].set_xticks(range(0, num_stages + 1, 5 if num_stages <= 25 else 10))
-    panels[0].set_yticks([0, 0.5, 1], ["0", ".5", "1"])
-    for axes in panels:
-        axes.grid()
+    panels[0].set_ylim(-0.06, 1.06)
+    set_stages(panels[0], len(data.stream))
+    set_rates(panels[0])
     return figure
 
 
@@ -103,11 +100,6 @@ def label_style(num_stages: int) -> tuple[float, float]:
     if num_stages <= 3:
         return 7.0, 0
     return (7.0, 35) if num_stages <= 12 else (6.0, 45) if num_stages <= 25 else (5.2, 60)
-
-
-def behind(data: Dataset) -> str:
-    """The caption's sentence on what stands behind every method where each has a panel."""
-    return f" Grey: {data.method_names[0]}." if len(data.method_names) > MOST_LINES else ""
 
 
 def _stage_names(data: Dataset, gap: str) -> list[str]:
@@ -164,7 +156,7 @@ def caption(data: Dataset) -> str:
     if len(data.methods) > 1:
         return (
             f"Average performance of {', '.join(m.method for m in data.methods)} over the stream of {data.name}, "
-            f"over all tasks, those to come included.{behind(data)}{dots}"
+            f"over all tasks, those to come included.{behind(data.method_names)}{dots}"
         )
     length = data.steps_per_stage[data.methods[0].method]
     return (

@@ -41,6 +41,7 @@ def small_multiples(
         line(axes, method)
         axes.set_title(method, fontsize=6.5, pad=2.5)
         axes.tick_params(labelsize=6, length=1.8, pad=1.5)
+        axes.grid()
     for axes in grid.flat[len(methods) :]:
         axes.set_visible(False)
     for axes in panels[-num_columns:]:  # the lowest of every column
@@ -52,3 +53,19 @@ def small_multiples(
     }
     figure.legend(by_name.values(), by_name.keys(), loc="outside upper center", ncols=4, fontsize=6.5)
     return figure, panels
+
+
+def set_stages(axes: Axes, num_stages: int) -> None:
+    """Let the x axis of narrow panels run over the stages of a stream."""
+    axes.set_xlim(0, num_stages)
+    axes.set_xticks(range(0, num_stages + 1, 5 if num_stages <= 25 else 10))
+
+
+def set_rates(axes: Axes) -> None:
+    """Let the y axis of low panels tell rates."""
+    axes.set_yticks([0, 0.5, 1], ["0", ".5", "1"])
+
+
+def behind(methods: Sequence[str]) -> str:
+    """The caption's sentence on the method that stands behind all others, where each has a panel."""
+    return f" Grey: {methods[0]}." if len(methods) > MOST_LINES else ""
