@@ -20,6 +20,7 @@ from torch import Tensor
 from cpd.config import SACConfig
 from cpd.seeding import derive, generator
 from cpd.tasks import ACTION_SIZE, OBSERVATION_SIZE
+from cpd.teachers.graphed import Graphed
 from cpd.teachers.policy import OBSERVATION_CLIP, SquashedPolicy
 from cpd.teachers.replay import ReplayBuffer
 from cpd.teachers.sac_networks import NUM_CRITICS, Actions, Actor, Critics
@@ -51,6 +52,7 @@ class SACLearner:
         self.config = config
         self.seed = seed
         self.device = device or torch.device("cpu")
+        self._is_graphed = self.device.type == "cuda"
         self._keep_normalizer = keep_normalizer
         weights = torch.Generator().manual_seed(derive(seed, "weights"))
         bounds = (config.min_log_std, config.max_log_std)
@@ -59,11 +61,19 @@ class SACLearner:
         self._critics = Critics(config.hidden_sizes, weights, self.device)
         self.replay = ReplayBuffer(config.buffer_size, self.device)
         self.largest_reward = LARGEST_REWARD
-        self._actor_optimizer = torch.optim.Adam([self._actor.values], lr=config.learning_rate, fused=True)
-        self._critic_optimizer = torch.optim.Adam([self._critics.values], lr=config.learning_rate, fused=True)
+        self._actor_optimizer, self._critic_optimizer = (
+            torch.optim.Adam([values], lr=config.learning_rate, fused=True, capturable=self._is_graphed)
+            for values in (self._actor.values, self._critics.values)
+        )
         batch, size = config.batch_size, OBSERVATION_SIZE + ACTION_SIZE
-        # Rows of states and actions: those replayed, those replayed with new actions, the following states.
+        # What a step reads, always in the same place. Rows of states and actions: those replayed, those replayed
+        # with new actions, the following states; noise for the latter two.
         self._inputs = torch.zeros((3 * batch, size), device=self.device)
+        self._noise = torch.zeros((2 * batch, ACTION_SIZE), device=self.device)
+        self._rows = torch.zeros(batch, dtype=torch.int64, device=self.device)
+        self._mean, self._scale = torch.zeros((2, OBSERVATION_SIZE), device=self.device)
+        self._success_value = torch.zeros((), device=self.device)
+        self._graphed_step = Graphed(self._step, self.device)
 
     def state(self) -> dict[str, Any]:
         """Everything that the next update depends on."""
@@ -89,6 +99,10 @@ class SACLearner:
         self.largest_reward = state["largest_reward"]
         self._actor_optimizer.load_state_dict(state["actor_optimizer"])
         self._critic_optimizer.load_state_dict(state["critic_optimizer"])
+        for optimizer in (self._actor_optimizer, self._critic_optimizer):
+            # The checkpoint may come from a machine of another kind.
+            optimizer.param_groups[0]["capturable"] = self._is_graphed
+        self._graphed_step.forget()
 
     @torch.no_grad()
     def remember(self, batch: Batch) -> None:
@@ -117,12 +131,14 @@ class SACLearner:
             drawn = generator(self.seed, "replayed", iteration).integers(self.replay.size, size=shape)
             rows_UB = torch.from_numpy(drawn).to(self.device)
             noise = torch.Generator(self.device).manual_seed(derive(self.seed, "drawn-actions", iteration))
-            mean_O = self.policy.normalizer.mean.float()
-            scale_O = self.policy.normalizer.std.float().reciprocal()
+            self._mean.copy_(self.policy.normalizer.mean)
+            self._scale.copy_(self.policy.normalizer.std.float().reciprocal())
+            self._success_value.fill_(self.largest_reward * config.reward_scale / (1 - config.gamma))
             for index in range(num_updates):
                 learns_policy = not critic_only and index % config.policy_delay == 0
-                look = index % STEPS_PER_LOOK == 0
-                told = self._step(rows_UB[index], mean_O, scale_O, noise, learns_policy, look)
+                self._rows.copy_(rows_UB[index])
+                self._noise[0 if learns_policy else config.batch_size :].normal_(generator=noise)
+                told = self._graphed_step(learns_policy, index % STEPS_PER_LOOK == 0)
                 looks += [told] if told is not None else []
                 num_policy_updates += learns_policy
         names = ("policy_loss", "value_loss", "value", "alpha", "entropy")
@@ -134,40 +150,29 @@ class SACLearner:
         """Gradient steps on the policy in what `update` returned."""
         return int(learned["policy_updates"])
 
-    def _step(
-        self,
-        rows_B: Tensor,
-        mean_O: Tensor,
-        scale_O: Tensor,
-        noise: torch.Generator,
-        learns_policy: bool,
-        look: bool,
-    ) -> Tensor | None:
+    def _step(self, learns_policy: bool, look: bool) -> Tensor | None:
         """One gradient step on the critics, and on the policy if it `learns_policy`; the losses if to `look`."""
-        config, tables, inputs = self.config, self.replay.tables, self._inputs
+        config, tables, inputs, rows_B = self.config, self.replay.tables, self._inputs, self._rows
         num_rows, split = len(rows_B), OBSERVATION_SIZE
         obs_BO, next_obs_BO = tables["obs"].index_select(0, rows_B), tables["next_obs"].index_select(0, rows_B)
         states = inputs[:, :split]
-        torch.sub(obs_BO, mean_O, out=states[:num_rows])
-        torch.sub(next_obs_BO, mean_O, out=states[2 * num_rows :])
-        states.mul_(scale_O).clamp_(-OBSERVATION_CLIP, OBSERVATION_CLIP)
+        torch.sub(obs_BO, self._mean, out=states[:num_rows])
+        torch.sub(next_obs_BO, self._mean, out=states[2 * num_rows :])
+        states.mul_(self._scale).clamp_(-OBSERVATION_CLIP, OBSERVATION_CLIP)
         states[num_rows : 2 * num_rows] = states[:num_rows]
         inputs[:num_rows, split:] = tables["actions"].index_select(0, rows_B)
 
         # New actions at the replayed states, where the actor learns, and at those that follow them.
         first = num_rows if learns_policy else 2 * num_rows
         hidden = self._actor.forward(states[first:])
-        drawn = self._actor.draw(
-            hidden[-1], torch.randn((len(hidden[-1]), ACTION_SIZE), generator=noise, device=self.device)
-        )
+        drawn = self._actor.draw(hidden[-1], self._noise[first - num_rows :])
         inputs[first:, split:] = drawn.actions_MA
         alpha = self._actor.log_alpha.exp()
 
         next_value_B = self._critics.target_values(inputs[2 * num_rows :]).amin(dim=0)
         next_value_B.sub_(alpha * drawn.log_prob_M[-num_rows:])
         terminated_B = tables["terminated"].index_select(0, rows_B).squeeze(1)
-        success_value = self.largest_reward * config.reward_scale / (1 - config.gamma)
-        next_value_B.lerp_(torch.full_like(next_value_B, success_value), terminated_B)
+        next_value_B.lerp_(self._success_value.expand_as(next_value_B), terminated_B)
         reward_B = tables["rewards"].index_select(0, rows_B).squeeze(1)
         target_B = next_value_B.mul_(config.gamma).add_(reward_B, alpha=config.reward_scale)
 

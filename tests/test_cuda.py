@@ -1,0 +1,125 @@
+"""On an accelerator: what the CPU does to rounding, resumption, and a whole student element.
+
+Skipped where no device is visible.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from cpd.comm import SerialComm
+from cpd.distill.element import run_student
+from cpd.distill.trainer import Trainer
+from cpd.interrupt import Interrupt
+from cpd.student.actor import StudentActor
+from cpd.tables import CurveRow, read_rows
+from cpd.teachers.sac import SACLearner
+from tests.distill.synthetic import stage_data, write_teachers
+from tests.distill.test_trainer import SHORT, make_short, through_a_file, train
+from tests.teachers.test_sac import CONFIG as SAC
+from tests.teachers.test_sac import synthetic_batch, weights
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device is visible")
+CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+
+
+def make(name: str, device: torch.device) -> Trainer:
+    return Trainer(make_short(name).config, 1, SerialComm(), device)
+
+
+@pytest.fixture(scope="module", params=sorted(SHORT))
+def trained(request) -> tuple[str, Trainer]:
+    """A short run of three stages on the accelerator, in float64."""
+    trainer = make(request.param, CUDA)
+    train(trainer)
+    return request.param, trainer
+
+
+def test_distillation_learns_what_it_learns_on_the_cpu(trained) -> None:
+    name, found = trained
+    wanted = make(name, CPU)
+    train(wanted)
+    assert found.flat.values.device == CUDA
+    assert found.student.num_experts == wanted.student.num_experts
+    assert [decision.sources for decision in found.progress.growth] == [
+        decision.sources for decision in wanted.progress.growth
+    ]
+    torch.testing.assert_close(found.flat.values.cpu(), wanted.flat.values, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("until", [10, 25, 30])
+def test_resuming_equals_going_on(trained, until: int) -> None:
+    name, wanted = trained
+    first, resumed = make(name, CUDA), make(name, CUDA)
+    train(first, until=until)
+    resumed.restore(through_a_file(first.state()))
+    train(resumed)
+    torch.testing.assert_close(resumed.flat.values, wanted.flat.values, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(
+        resumed.optimizer.second_moment, wanted.optimizer.second_moment, rtol=1e-6, atol=1e-15
+    )
+
+
+def test_acts_as_on_the_cpu(trained) -> None:
+    _, trainer = trained
+    tasks, observations = trainer.config.stream.distinct_tasks, stage_data(1).observations
+    acted = []
+    for student in (trainer.student, copy.deepcopy(trainer.student).to(CPU)):
+        actor = StudentActor(student, tasks)
+        actor.reset(tasks)
+        acted.append(np.stack([actor.act(observations[[step, step + 30, step + 60]]) for step in range(20)]))
+    np.testing.assert_allclose(acted[0], acted[1], atol=1e-6)
+
+
+@pytest.mark.parametrize("policy_delay", [1, 2])
+def test_recorded_steps_of_sac_learn_what_plain_ones_do(policy_delay: int) -> None:
+    config = dataclasses.replace(SAC, policy_delay=policy_delay)
+    recorded, plain = (SACLearner(config, 1, device=CUDA) for _ in range(2))
+    plain._graphed_step._records = False
+    for iteration in range(6):
+        # Critics alone at first, and a reward above all before: what a graph must not have taken for constant.
+        batch, critic_only = synthetic_batch(iteration), iteration < 2
+        batch.rewards[0, 0] = 11.0 + iteration
+        batch.terminated[0, 0] = True
+        learned, wanted = (
+            learner.update(batch, iteration, critic_only=critic_only) for learner in (recorded, plain)
+        )
+        assert learned == pytest.approx(wanted, rel=1e-4, abs=1e-5)
+    assert len(recorded._graphed_step._graphs) >= 2 and not plain._graphed_step._graphs
+    torch.testing.assert_close(weights(recorded), weights(plain), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("device", [CPU, CUDA])
+def test_sac_resumes_wherever_its_checkpoint_comes_from(device: torch.device) -> None:
+    straight, resumed = SACLearner(SAC, 1, device=device), SACLearner(SAC, 1, device=CUDA)
+    for iteration in range(3):
+        straight.update(synthetic_batch(iteration), iteration)
+        resumed.update(synthetic_batch(9), iteration)
+    resumed.load_state(through_a_file(straight.state()))
+    torch.testing.assert_close(weights(resumed).cpu(), weights(straight).cpu(), rtol=0, atol=0)
+    for iteration in range(3, 6):
+        learned = resumed.update(synthetic_batch(iteration), iteration)
+        straight.update(synthetic_batch(iteration), iteration)
+    assert weights(resumed).device == CUDA and resumed.replay.tables["obs"].device == CUDA
+    assert learned["updates"] > 0 and all(np.isfinite(list(learned.values())))
+    if device == CUDA:  # noise drawn on another device is another
+        torch.testing.assert_close(weights(resumed), weights(straight), rtol=1e-4, atol=1e-5)
+
+
+def test_a_student_element_trains_and_acts_in_real_environments(make_run) -> None:
+    run = make_run(stream={"horizon": 20}, distill={"batch_size": 16})
+    element = run.students()[0]
+    write_teachers(run, element)
+    lines: list[str] = []
+    run_student(run, element, SerialComm(), interrupt=Interrupt(), tell=lines.append)
+    assert element.complete.exists()
+    assert [row.episodes for row in read_rows(element.curves, CurveRow)] == [2, 2, 2, 2]
+    losses = [line for line in map(json.loads, element.metrics.open()) if "step" in line]
+    assert np.isfinite([line["loss"] for line in losses]).all()
+    assert losses[-1]["imitation"] < losses[0]["imitation"]
