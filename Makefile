@@ -19,9 +19,10 @@ setup: ## create the environment and install the pinned packages
 demo: setup ## the whole pipeline on real Meta-World in four to eight minutes, no cluster needed
 	@$(PY) -m jobs.launch demo --profile local
 
-# By file: what a file's tests share is made once. Four at most, since the tests under MPI want cores of their own.
+# By file: what a file's tests share is made once. In the order of the files, since those with few tests take longest.
+# Four at most, since the tests under MPI want cores of their own.
 test: setup ## all tests but the slow ones
-	$(PY) -m pytest -n auto --maxprocesses 4 --dist loadfile
+	$(PY) -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 test-slow: setup ## the slow tests
 	$(PY) -m pytest -m 'slow and not slurm'
@@ -29,7 +30,7 @@ test-slow: setup ## the slow tests
 test-slurm: setup ## the tests against a real Slurm that is started on this machine
 	$(PY) -m pytest tests/slurm -rs -m 'slurm and not slow'
 
-test-slurm-slow: setup ## the long ones: everything goes wrong in one run, and time limits
+test-slurm-slow: setup ## the long ones: everything goes wrong in one run, time limits, rarer settings
 	$(PY) -m pytest tests/slurm -rs -m 'slurm and slow'
 
 check: setup ## lint and types

@@ -96,6 +96,7 @@ def test_a_retried_teacher_is_waited_for(bench: Workbench, tmp_path: Path) -> No
     bench.assert_done(root)
 
 
+@pytest.mark.slow
 def test_learning_while_teachers_train_gives_the_same_student(
     finished: Path, bench: Workbench, tmp_path: Path
 ) -> None:

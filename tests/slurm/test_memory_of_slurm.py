@@ -29,6 +29,7 @@ def test_forgotten_jobs_are_judged_by_what_they_left(forgetful: Workbench, tmp_p
     assert "4 of 5 elements (1 finished, 0 in the queue)" in forgetful.launch(root, *LASTING, "--dry-run")
 
 
+@pytest.mark.slow
 def test_preemption_by_the_jobs_own_signal(finished: Path, taught: Path, forgetful: Workbench) -> None:
     forgetful.launch(taught, *LONG)
     forgetful.until(taught, STUDENT, 60)

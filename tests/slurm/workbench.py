@@ -24,7 +24,7 @@ from slurm.testbed.cluster import Testbed
 ROOT = Path(__file__).resolve().parent.parent.parent
 MINIATURE = ROOT / "tests" / "recipes" / "miniature.toml"
 #: Long enough for a student to be disturbed several times, on a fast machine too.
-LONG = ("--distill.steps_per_stage", "400")
+LONG = ("--distill.steps_per_stage", "300")
 #: Teachers that train for long enough to be met at work.
 LASTING = ("--teacher.max_env_steps", "8000")
 DRAWER, WINDOW = "teachers/drawer-close-v3/seed-1", "teachers/window-close-v3/seed-1"
