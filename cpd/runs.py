@@ -13,6 +13,7 @@ A run is a set of elements, each one job's worth of work with a folder of its ow
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -236,8 +237,12 @@ class Run:
         elements = self.elements()
         for name in names:
             if not any(matches(element, name) for element in elements):
-                listing = "\n".join(f"  {element.name}" for element in elements)
-                raise RunError(f"--only {name}: {self.root} has no such element; it has\n{listing}")
+                folders = dict.fromkeys("/".join(element.name.split("/")[:2]) for element in elements)
+                known = folders if name.count("/") < 2 else [element.name for element in elements]
+                close = difflib.get_close_matches(name.rstrip("/"), known, n=2, cutoff=0.6)
+                nearest = f"; did you mean {' or '.join(close)}?" if close else "."
+                listing = "\n".join(f"  {folder}" for folder in folders)
+                raise RunError(f"--only {name}: {self.root} has no such element{nearest} It has\n{listing}")
         return [e for e in elements if not names or any(matches(e, name) for name in names)]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from collections.abc import Sequence
@@ -13,31 +12,23 @@ from rich.console import Console
 from rich.live import Live
 
 from cpd.adoption import AdoptionError, adopt, find_adoptions
-from cpd.config import Config, continued, differences
-from cpd.files import DamagedFileError, is_temporary, read_json, write_json
+from cpd.config import Config, continued
+from cpd.files import DamagedFileError, read_json, write_json
 from cpd.interrupt import EXIT_INTERRUPTED, Interrupt
 from cpd.lease import Lease, LeaseHeldError
 from cpd.local_queue import LocalQueue
-from cpd.profile import Profile, load_profile
+from cpd.profile import Profile
 from cpd.provenance import code_version, provenance
 from cpd.record import progress_line, read_status
 from cpd.runs import Element, Run, RunError, StudentElement
 from cpd.slurm.estimate import complaints
 from cpd.slurm.plan import PlanError
 from cpd.slurm.states import NoSchedulerError, SchedulerError, SubmissionRefusedError
-from cpd.strict_load import (
-    ConfigError,
-    load,
-    merge,
-    parse_overrides,
-    read_toml,
-    setting_lines,
-    suggestion,
-    to_dict,
-)
+from cpd.strict_load import ConfigError, setting_lines, to_dict
 from cpd.submission import VERBS
 from jobs.chain import Choice, ImaginedRun, cancel_chain, dry_run, submit_chain
-from jobs.common import EXIT_FAILED, EXIT_USAGE, parser_with_examples, tell
+from jobs.common import EXIT_FAILED, EXIT_USAGE, tell
+from jobs.options import build_parser, check_options, check_run_dir, check_same, load_both
 from jobs.status import print_failures, run_status, status_table
 
 #: What the user can mend, told in a line.
@@ -51,92 +42,20 @@ MISTAKES = (
     RunError,
     SubmissionRefusedError,
 )
-#: What may be left of a run directory that was begun and not made: it is begun again.
-BEGUN = ("launcher", "provenance.json", "profile.json")
-RECIPES = Path(__file__).resolve().parent / "recipes"
 #: Seconds between plain lines of progress where the output is no terminal.
 LINE_SECONDS = 15.0
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """The command line; settings (`--section.key VALUE`) are taken from what it leaves over."""
-    parser = parser_with_examples(
-        "jobs.launch",
-        "Launch an experiment, or go on with it: finished elements are skipped, and the same command resumes.",
-        [
-            "python -m jobs.launch demo",
-            "python -m jobs.launch demo --profile local --dry-run",
-            "python -m jobs.launch cw10 --profile generic --dry-run    # every sbatch text, and what it will cost",
-            "python -m jobs.launch cw10 --profile generic --only teachers/push-v3",
-            "python -m jobs.launch my-recipe.toml --run-dir runs/trial --distill.lr 5e-4 --seeds '[1, 2, 3]'",
-            "python -m jobs.launch ablation --teachers-from runs/cw10 --only students/ewc",
-            "python -m jobs.launch --settings          # every setting with its default",
-        ],
-    )
-    parser.add_argument("recipe", nargs="?", help="a recipe of jobs/recipes by name, or a .toml file")
-    parser.add_argument(
-        "--profile", default="local", help="a profile of slurm/profiles, or a .toml file (default: local)"
-    )
-    parser.add_argument("--run-dir", type=Path, help="the run's directory (default: runs/<name of the recipe>)")
-    parser.add_argument("--dry-run", action="store_true", help="tell what would run; create and start nothing")
-    parser.add_argument("--prepare", action="store_true", help="make the run directory and start nothing")
-    parser.add_argument(
-        "--only",
-        action="append",
-        default=[],
-        metavar="NAME",
-        help="only an element, or a folder of them such as students/ewc; repeatable",
-    )
-    slurm = parser.add_argument_group("with a Slurm profile")
-    slurm.add_argument("--retry-failed", action="store_true", help="only what failed, and what depends on it")
-    slurm.add_argument("--cancel", action="store_true", help="cancel the run's jobs (running ones save first)")
-    parser.add_argument("--settings", action="store_true", help="list every setting, its default and meaning")
-    return parser
-
-
-def load_recipe(name: str, overrides: Sequence[str]) -> Config:
-    """The configuration of a recipe with overrides on top.
-
-    Raises:
-        ConfigError: with all mistakes of both.
-    """
-    path = Path(name) if name.endswith(".toml") else RECIPES / f"{name}.toml"
-    if not path.exists():
-        known = sorted(file.stem for file in RECIPES.glob("*.toml"))
-        raise ConfigError([f"unknown recipe {name!r}{suggestion(name, known)}"], "the command line")
-    return load(Config, merge(read_toml(path), parse_overrides(overrides)), str(path))
-
-
-def check_run_dir(root: Path) -> None:
-    """Raise RunError if `root` holds something else than a run, or the beginnings of one."""
-    if root.is_dir() and not (root / "config.json").exists():
-        strangers = [path.name for path in root.iterdir() if path.name not in BEGUN and not is_temporary(path)]
-        if strangers:
-            raise RunError(
-                f"{root} exists and is no run directory (it holds {', '.join(sorted(strangers)[:3])}); choose "
-                "another --run-dir"
-            )
 
 
 def prepare(root: Path, config: Config, profile: Profile) -> Run:
     """Make the run directory, or check that the one there is of the same experiment; for its single launcher.
 
     Raises:
-        ConfigError: if settings that affect results differ from what `root` holds.
+        RunError: if settings that affect results differ from what `root` holds.
     """
     config_path = root / "config.json"
     if config_path.exists():
+        check_same(root, config)
         old = Run(root)
-        changed = differences(old.config, config)
-        if changed:
-            raise ConfigError(
-                [
-                    *changed,
-                    f"use another --run-dir (with --teachers-from {root} its teachers are taken over where the "
-                    "settings that made them agree), or remove this one to start over",
-                ],
-                f"{root} holds a run with other settings, and",
-            )
         started_with = read_json(root / "provenance.json")["code"]
         if started_with != code_version():
             tell(f"note: {root} was begun with code {started_with}, this is {code_version()}")
@@ -226,7 +145,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.recipe is None:
         parser.error("which recipe? e.g. `python -m jobs.launch demo`")
     try:
-        config, profile = load_both(arguments.recipe, overrides, arguments.profile)
+        check_options(parser, overrides)
+        config, profile = load_both(arguments.recipe, overrides, arguments.profile or "local")
         root = arguments.run_dir or Path("runs") / config.name
         for warning in config.warnings():
             tell(f"warning: {warning}")
@@ -237,7 +157,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             cancel_chain(Run(root), profile, choice)
             return 0
         # Also before anything is created, so that a mistake leaves nothing behind.
-        check_run_dir(root)
+        check_run_dir(root, config, arguments.profile)
         found = find_adoptions(ImaginedRun(root, config), source) if (source := adopted_from(config)) else []
         run: Run = ImaginedRun(root, config, found)
         chosen = run.select(choice.only)
@@ -274,28 +194,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 def adopted_from(config: Config) -> Path | None:
     """Where teachers are to be taken over from, if anywhere."""
     return Path(config.teachers_from) if config.teachers_from else None
-
-
-def load_both(recipe: str, overrides: Sequence[str], profile: str) -> tuple[Config, Profile]:
-    """Recipe and profile.
-
-    Raises:
-        ConfigError: the mistakes of both together.
-    """
-    errors: list[ConfigError] = []
-    config = found = None
-    try:
-        config = load_recipe(recipe, overrides)
-    except ConfigError as error:
-        errors.append(error)
-    try:
-        found = load_profile(profile)
-    except ConfigError as error:
-        errors.append(error)
-    if config is None or found is None:
-        problems = [f"{error.source}: {problem}" for error in errors for problem in error.problems]
-        raise ConfigError(problems, f"launching {recipe!r} with profile {profile!r}")
-    return config, found
 
 
 def check_needs(run: Run, elements: Sequence[Element]) -> None:

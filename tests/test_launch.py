@@ -14,9 +14,9 @@ import jobs.teacher
 from cpd.config import Config
 from cpd.lease import Lease
 from cpd.profile import load_profile
-from cpd.runs import Run
-from cpd.strict_load import ConfigError
-from jobs.launch import load_recipe, main, prepare
+from cpd.runs import Run, RunError
+from jobs.launch import main, prepare
+from jobs.options import load_recipe
 from tests.conftest import MINIATURE
 
 
@@ -49,6 +49,10 @@ def test_mistakes_of_recipe_overrides_and_profile_are_told_together(
         (["nowhere.toml"], "nowhere.toml"),
         (["demo", "--stream.tasks", "['hamer-v3']"], "did you mean 'hammer-v3'"),
         (["demo", "stray"], "'stray'"),
+        (["demo", "--distill.lr", "x"], "the command line: --distill.lr: "),
+        (["demo", "--dryrun"], "unknown option --dryrun; did you mean '--dry-run'"),
+        (["demo", "--onyl", "teachers"], "unknown option --onyl; did you mean '--only'"),
+        (["--distill.lr", "5e-4", "demo"], "the recipe comes before the settings"),
     ],
 )
 def test_a_mistake_is_named_and_nothing_is_created(
@@ -101,7 +105,7 @@ def test_a_part_of_a_run_is_executed_here_only_if_it_is_there_and_can_be(
     assert not (tmp_path / "run").exists()
     error = capsys.readouterr().err
     assert told in error
-    assert ("  students/ewc/seed-1/evaluation" in error) == (name == "students/ews"), "the list of what there is"
+    assert ("\n  students/ewc\n" in error) == (name == "students/ews"), "the list of what there is"
 
 
 def test_there_is_nothing_to_cancel_where_no_run_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -127,16 +131,19 @@ def test_added_variants_come_after_those_that_are_there_and_call_for_a_new_repor
     more = prepared(tmp_path, "--variants.a.student.width", "48", "--variants.b.student.width", "64")
     assert [student.method for student in more.students()] == ["moe", "b", "a"]
     assert not more.report().complete.exists()
-    with pytest.raises(ConfigError, match=r"variants\.a: .* -> None"):
+    with pytest.raises(RunError, match=r"variants\.a: not asked for"):
         prepared(tmp_path, "--variants.b.student.width", "64")
 
 
-def test_other_settings_are_refused_by_name(tmp_path: Path) -> None:
+def test_other_settings_are_refused_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     prepared(tmp_path)
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(RunError) as caught:
         prepared(tmp_path, "--distill.lr", "0.5", "--seeds", "[2]")
     assert "distill.lr: 0.003 -> 0.5" in str(caught.value)
     assert "seeds: [1] -> [2]" in str(caught.value)
+    # And foretold.
+    assert main([str(MINIATURE), "--run-dir", str(tmp_path), "--distill.lr", "0.5", "--dry-run"]) == 2
+    assert "distill.lr: 0.003 -> 0.5" in capsys.readouterr().err
     config: Config = Run(tmp_path).config
     assert config.distill.lr == 0.003
 
@@ -144,6 +151,31 @@ def test_other_settings_are_refused_by_name(tmp_path: Path) -> None:
 def test_logging_settings_may_change(tmp_path: Path) -> None:
     prepared(tmp_path)
     assert prepared(tmp_path, "--logging.metrics_every", "99").config.logging.metrics_every == 99
+
+
+def test_what_cannot_become_a_run_is_told_before_anything_is_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    published = Path(__file__).resolve().parent.parent / "analysis" / "results" / "demo"
+    before = sorted(published.rglob("*"))
+    file = tmp_path / "file"
+    file.touch()
+    for path, told in ((published, "holds published results, not a run"), (file, "is no directory")):
+        for last in ("--dry-run", "--prepare"):
+            assert main(["demo", "--run-dir", str(path), last]) == 2
+            assert told in capsys.readouterr().err
+    assert sorted(published.rglob("*")) == before
+
+
+def test_a_run_begun_on_slurm_does_not_go_on_here_unasked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = [str(MINIATURE), "--run-dir", str(tmp_path / "run")]
+    assert main([*command, "--profile", "testbed", "--prepare"]) == 0
+    assert main([*command, "--prepare"]) == 2
+    assert "was begun with a Slurm profile" in capsys.readouterr().err
+    assert main([*command, "--profile", "local", "--prepare"]) == 0
+    assert main([*command, "--prepare"]) == 0
 
 
 def test_a_foreign_directory_is_not_taken_for_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -22,7 +22,8 @@ from cpd.slurm.job import describe_unfinished, is_stuck, slurm_job, unfinished_d
 from cpd.slurm.states import JobState, state_told_by
 from cpd.slurm.survey import slurm_entries, standing
 from cpd.strict_load import load
-from jobs.launch import load_recipe, prepare
+from jobs.launch import prepare
+from jobs.options import load_recipe
 from tests.conftest import MINIATURE
 
 ROOT = Path(__file__).resolve().parent.parent

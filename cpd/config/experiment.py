@@ -192,8 +192,11 @@ def differences(old: Config, new: Config) -> list[str]:
     """The settings that affect results and differ, as `dotted.path: old -> new`; variants may be added freely."""
     without = ("logging", "teachers_from")
     before, after = ({k: v for k, v in to_dict(c).items() if k not in without} for c in (old, new))
-    after["variants"] = {label: own for label, own in after["variants"].items() if label in before["variants"]}
-    return changes(before, after)
+    gone = [f"variants.{label}: not asked for" for label in before["variants"] if label not in after["variants"]]
+    both = set(before["variants"]) & set(after["variants"])
+    for tables in (before, after):
+        tables["variants"] = {label: own for label, own in tables["variants"].items() if label in both}
+    return [*changes(before, after), *gone]
 
 
 def changes(old: Any, new: Any, path: str = "") -> list[str]:

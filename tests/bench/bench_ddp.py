@@ -48,7 +48,7 @@ from cpd.distill.schedule import learning_rate
 from cpd.distill.trainer import Trainer
 from cpd.strict_load import load, merge, read_toml
 from cpd.submission import MPIEXEC_ENVIRONMENT, mpi_command
-from jobs.launch import RECIPES
+from jobs.options import RECIPES
 from tests.distill.synthetic import third_stage
 
 CPU = torch.device("cpu")

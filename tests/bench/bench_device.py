@@ -28,7 +28,7 @@ from cpd.strict_load import load, merge, read_toml
 from cpd.student.actor import StudentActor
 from cpd.teachers.sac import SACLearner
 from cpd.teachers.sampling import Batch
-from jobs.launch import RECIPES
+from jobs.options import RECIPES
 from tests.distill.synthetic import stage_data, third_stage
 
 CALLS = 60

@@ -23,7 +23,7 @@ from cpd.comm import connect
 from cpd.config import Config
 from cpd.strict_load import load, merge, read_toml
 from cpd.student.actor import StudentActor
-from jobs.launch import RECIPES
+from jobs.options import RECIPES
 from tests.distill.synthetic import third_stage
 
 STEPS = 60
