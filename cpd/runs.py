@@ -216,6 +216,10 @@ class Run:
         """The gathering of results and the drawing of figures."""
         return Element("report", 0, self.results, "results")
 
+    def is_trained(self, teacher: TeacherElement) -> bool:
+        """Whether there is nothing left to train, though perhaps to evaluate."""
+        return teacher.policy.exists()
+
     def dependencies(self, element: Element) -> list[Element]:
         """The elements that must be finished before `element` can start."""
         if isinstance(element, StudentElement) and element.role == "student":

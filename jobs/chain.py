@@ -38,11 +38,16 @@ class ImaginedRun(Run):
         """Nothing is read or written; teachers that would be taken over as they are count as finished."""
         self.root = root
         self.__dict__["config"] = config
+        self._policies = {a.teacher.name for a in adoptions if a.policy}
         self._elsewhere = {a.teacher.name: a.source.path for a in adoptions if a.source and a.marker}
 
     def teachers(self) -> list[TeacherElement]:
         """Those that would be taken over lie where they are now."""
         return [replace(t, path=self._elsewhere.get(t.name, t.path)) for t in super().teachers()]
+
+    def is_trained(self, teacher: TeacherElement) -> bool:
+        """Also those whose policy would be taken over."""
+        return teacher.name in self._policies or super().is_trained(teacher)
 
 
 def dry_run(run: Run, profile: Profile, choice: Choice) -> list[str]:

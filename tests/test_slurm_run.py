@@ -136,6 +136,14 @@ def test_costs_and_disk(make_run) -> None:
     drawer.complete.touch()
     measured = costs(run, profile(), run.elements()[1:])[0]
     assert (measured.count, measured.seconds, measured.is_measured) == (1, 42.0, True)
+    # Where a policy is there, nothing is left to train.
+    other: Run = make_run("trained")
+    before, *_ = costs(other, profile(), other.teachers())
+    for teacher in other.teachers():
+        teacher.path.mkdir(parents=True)
+        teacher.policy.touch()
+    after, *_ = costs(other, profile(), other.teachers())
+    assert 0 < after.seconds < before.seconds
     size, files = disk(run.config)
     bigger, more = disk(make_run("b", seeds=[1, 2], rollouts={"num_steps": 6000}).config)
     assert 1e6 < size < bigger < 1e8

@@ -16,7 +16,7 @@ from pathlib import Path
 from cpd.config import Config
 from cpd.profile import Profile
 from cpd.record import read_status
-from cpd.runs import Element, Role, Run, StudentElement
+from cpd.runs import Element, Role, Run, StudentElement, TeacherElement
 
 #: Environment steps a second and core, PPO's updates included (demo's three tasks).
 TRAINING_RATE = 1_200.0
@@ -58,11 +58,22 @@ def costs(run: Run, profile: Profile, elements: Sequence[Element]) -> list[Cost]
     for role in dict.fromkeys(element.role for element in elements):
         given = profile.resources(role)
         of_role = [element for element in elements if element.role == role]
-        core_seconds = [expected[_method(run, element)][role] for element in of_role]
+        core_seconds = [expected[_method(run, element)][role] - _spared(run, element) for element in of_role]
         measured = _measured_seconds(run, role)
         seconds = statistics.mean(measured or [value / given.total_cpus for value in core_seconds])
         found.append(Cost(role, len(of_role), given.total_cpus, seconds, bool(measured), given.minutes))
     return found
+
+
+def _spared(run: Run, element: Element) -> float:
+    """Core seconds of training that need not be done, since the teacher's policy is there, or taken over."""
+    is_trained = isinstance(element, TeacherElement) and run.is_trained(element)
+    return _training_core_seconds(run.config) if is_trained else 0.0
+
+
+def _training_core_seconds(config: Config) -> float:
+    """Of one teacher, at most."""
+    return config.teacher.max_env_steps / TRAINING_RATE if config.teacher.recipe != "scripted" else 0.0
 
 
 def _method(run: Run, element: Element) -> str:
@@ -76,12 +87,13 @@ def expected_core_seconds(config: Config) -> dict[Role, float]:
     full, brief = config.evaluation.num_episodes, config.evaluation.num_episodes_brief
     cells = len(tasks) * (distinct * brief + full) + 2 * distinct * full
     per_episode = EPISODE_SECONDS * config.stream.horizon / 500
-    teacher = config.teacher.max_env_steps / TRAINING_RATE if config.teacher.recipe != "scripted" else 0.0
     size = config.student.width * config.student.num_layers / 128
     steps = len(tasks) * config.distill.steps_per_stage * config.distill.batch_size * config.student.context / 4
     curves = len(tasks) * config.evaluation.curve_points * brief
     return {
-        "teacher": teacher + 2 * full * per_episode + config.rollouts.num_steps / TRAINING_RATE,
+        "teacher": _training_core_seconds(config)
+        + 2 * full * per_episode
+        + config.rollouts.num_steps / TRAINING_RATE,
         "student": steps * WINDOW_SECONDS * size + curves * per_episode,
         "evaluation": cells * per_episode,
         "report": 15.0,
