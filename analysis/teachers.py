@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from analysis.load import TeacherCurve, load
-from cpd.files import read_json
+from cpd.files import DamagedFileError, read_json
 from cpd.measures import Rate
 from cpd.metrics import wilson
 from cpd.result_tables import HELD_OUT
@@ -96,6 +96,7 @@ def load_published(folder: Path) -> PublishedTeachers:
     rows = read_rows(folder / "evaluations.csv", EvaluationRow)
     held_out = {(row.task, row.seed): row for row in rows if row.method == "teacher" and row.goal_set == HELD_OUT}
     cpu_seconds = {entry["element"]: entry.get("cpu_seconds") for entry in read_json(folder / "timings.json")}
+    goals = config["teacher"]["num_validation_goals"]
     found = []
     for task in dict.fromkeys(config["stream"]["tasks"]):
         for seed in config["teacher"]["seeds"]:
@@ -110,20 +111,25 @@ def load_published(folder: Path) -> PublishedTeachers:
                 curve = curves.get(key) or TeacherCurve(task, seed, state, (), (), (), ())
                 row = held_out[key]
                 cpu = cpu_seconds.get(f"teachers/{task}/seed-{seed}")
-                found.append(_teacher(description, config, row, curve, cpu))
+                try:
+                    found.append(_teacher(description, goals, row, curve, cpu))
+                except KeyError as error:
+                    raise DamagedFileError(
+                        f"{path} lacks {error}: it does not describe a policy; publish the run again "
+                        "(`python -m jobs.publish`)"
+                    ) from None
     return PublishedTeachers(config["name"], data.labels, data.gate, tuple(found))
 
 
 def _teacher(
     description: dict[str, Any],
-    config: dict[str, Any],
+    goals: int,
     row: EvaluationRow,
     curve: TeacherCurve,
     cpu_seconds: float | None,
 ) -> PublishedTeacher:
     training = description["training"]
     start = training["warm_start"]
-    goals = config["teacher"]["num_validation_goals"]
     assert row.successes_last is not None
     return PublishedTeacher(
         task=row.task,

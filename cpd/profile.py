@@ -150,4 +150,4 @@ def load_profile(name: str) -> Profile:
     if not path.exists():
         known = sorted(file.stem for file in PROFILES.glob("*.toml"))
         raise ConfigError([f"unknown profile {name!r}{suggestion(name, known)}"], "--profile")
-    return load(Profile, read_toml(path), str(path))
+    return load(Profile, read_toml(path, shipped=PROFILES), str(path))

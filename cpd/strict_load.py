@@ -12,12 +12,14 @@ import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import is_dataclass
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from typing_extensions import TypedDict, is_typeddict
 
 STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+#: Stands in `problems` for the path of a mistake of several settings together, and is not shown.
+WHOLE = "(whole)"
 
 
 class ConfigError(ValueError):
@@ -26,7 +28,7 @@ class ConfigError(ValueError):
     def __init__(self, problems: Sequence[str], source: str) -> None:
         self.problems = list(problems)
         self.source = source
-        lines = "\n".join(f"  {problem}" for problem in problems)
+        lines = "\n".join(f"  {problem.removeprefix(f'{WHOLE}: ')}" for problem in problems)
         count = f"{len(problems)} mistakes" if len(problems) > 1 else "a mistake"
         super().__init__(f"{source} has {count}:\n{lines}")
 
@@ -52,7 +54,8 @@ def load(kind: type[T], data: Mapping[str, Any], source: str) -> T:
         # By way of JSON, since its strict mode still takes a list for a tuple.
         return TypeAdapter(kind).validate_json(json.dumps(data), strict=True)
     except ValidationError as error:
-        problems = [line for item in error.errors(include_url=False) for line in _problems(kind, item)]
+        items = error.errors(include_url=False)
+        problems = [line for item in items if not _follows(item, items) for line in _problems(kind, item)]
         raise ConfigError(problems, source) from None
 
 
@@ -64,6 +67,13 @@ def overrides_of(kind: Any) -> Any:
     made = make(f"{kind.__name__}Overrides", entries, total=False)
     made.__pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
     return made
+
+
+def _follows(item: Any, items: Sequence[Any]) -> bool:
+    """Whether one of pydantic's errors only follows from others: it does not count a list's wrong entries."""
+    where = item["loc"]
+    inside = (other["loc"] for other in items if len(other["loc"]) > len(where))
+    return item["type"] == "too_short" and any(location[: len(where)] == where for location in inside)
 
 
 def _problems(kind: Any, item: Any) -> list[str]:
@@ -79,7 +89,7 @@ def _members(owner: Any) -> Mapping[str, Any]:
 
 def _problem(kind: Any, item: Any) -> str:
     location = [part for part in item["loc"] if part != "__root__"]
-    path = ".".join(str(part) for part in location) or "(whole)"
+    path = ".".join(str(part) for part in location) or WHOLE
     if item["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
         owner = kind
         for part in location[:-1]:
@@ -90,25 +100,45 @@ def _problem(kind: Any, item: Any) -> str:
         return f"{path}: required, but not given"
     message = item["msg"].removeprefix("Value error, ")
     given = "" if item["type"] == "value_error" else f" (given: {item['input']!r})"
-    return f"{path}: {message}{given}"
+    return f"{path}: {message}{given}{_remedy(item)}"
 
 
-def read_toml(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+def _remedy(item: Any) -> str:
+    """What to write in place of a value of a wrong type, where pydantic's words leave that open."""
+    if item["type"] in ("tuple_type", "list_type") and not isinstance(item["input"], dict):
+        return f"; write a list: {listed(item['input'])}"
+    return "; write true or false" if item["type"] == "bool_type" else ""
+
+
+def listed(value: Any) -> list[Any]:
+    """The list that was meant by a value which is none: by `1,2`, `1 2` and `[a]` without its quotes, too."""
+    if not isinstance(value, str):
+        return [value]
+    text = value.strip("[] ")
+    # Not at the spaces of words, which may be a single command.
+    parts = text.split(",") if "," in text or any(map(str.isalpha, text)) else text.split()
+    return [_toml_value(part.strip()) for part in parts if part.strip()]
+
+
+def read_toml(path: Path, above: tuple[Path, ...] = (), *, shipped: Path | None = None) -> dict[str, Any]:
     """The tables of a TOML file, on top of those of the file that it `extends`.
 
     Args:
-        path: the file. Its `extends` is another one's path from its own folder, the suffix left out.
+        path: the file. Its `extends` is another one's path from its own folder; the suffix may be left out.
         above: files that extend this one, from the first on.
+        shipped: a folder in which the name of a file to extend is looked for if there is none such beside `path`.
 
     Raises:
         ConfigError: if one of them cannot be read or parsed, naming the file and line.
     """
     try:
-        tables = tomllib.loads(path.read_text())
+        tables = tomllib.loads(path.read_bytes().decode())
     except OSError as error:
-        extended = f" (extended by {above[-1]})" if above else ""
-        hint = f"; extends: the base's path from there, the suffix left out{extended}" if above else ""
-        raise ConfigError([f"cannot be read: {error.strerror}{hint}"], str(path)) from None
+        raise ConfigError([f"cannot be read: {error.strerror}"], str(path)) from None
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        told = f"byte {error.object[error.start]:#04x} at position {error.start} (line {line})"
+        raise ConfigError([f"not UTF-8: {told}; save the file as UTF-8"], str(path)) from None
     except tomllib.TOMLDecodeError as error:
         raise ConfigError([f"not valid TOML: {error}"], str(path)) from None
     base = tables.pop("extends", None)
@@ -116,10 +146,37 @@ def read_toml(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
         return tables
     if not isinstance(base, str):
         raise ConfigError([f"extends: the name of one file is expected (given: {base!r})"], str(path))
-    base_path = (path.parent / f"{base}.toml").resolve()
+    base_path = _base_path(path, base, shipped)
     if base_path in (chain := (*above, path.resolve())):
         raise ConfigError([f"extends: {base!r} extends this file in turn"], str(path))
-    return merge(read_toml(base_path, chain), tables)
+    return merge(read_toml(base_path, chain, shipped=shipped), tables)
+
+
+def _base_path(path: Path, base: str, shipped: Path | None) -> Path:
+    """The file that `path` extends by the name of `base`: beside it, or else in the folder `shipped`."""
+    name = f"{base.removesuffix('.toml')}.toml"
+    beside = (path.parent / name).resolve()
+    if beside.exists():
+        return beside
+    known = sorted(file.stem for file in shipped.glob("*.toml")) if shipped else []
+    if shipped and base.removesuffix(".toml") in known:
+        return (shipped / name).resolve()
+    neither = f", nor is it a name in {shipped}{suggestion(base, known)}" if shipped else ""
+    raise ConfigError(
+        [
+            f"extends: {base!r}: there is no {beside}{neither}; write the path of the file to extend, relative to "
+            "the folder of this one"
+        ],
+        str(path),
+    )
+
+
+def _toml_value(text: str) -> Any:
+    """What `text` is as a value in TOML; itself if it is none."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
 
 
 def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
@@ -144,10 +201,6 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
                 problems.append(f"--{key}: a value is missing")
                 continue
             text = queue.pop(0)
-        try:
-            value = tomllib.loads(f"value = {text}")["value"]
-        except tomllib.TOMLDecodeError:
-            value = text
         parts = key.split(".")
         # Not in the labels of variants, which are the user's own.
         *sections, last = [p if parts[:i] == ["variants"] else p.replace("-", "_") for i, p in enumerate(parts)]
@@ -159,7 +212,7 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
                 f"--{key}: given both as a value and as a table of settings; name one setting at a time"
             )
             continue
-        table[last] = value
+        table[last] = _toml_value(text)
     if problems:
         raise ConfigError(problems, "the command line")
     return tables
@@ -181,7 +234,7 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def setting_lines(kind: Any, prefix: str = "") -> list[str]:
-    """Every setting as `--dotted.key  default  meaning`, for help."""
+    """Every setting as `--dotted.key  default  meaning`, for help; the meaning ends with the values allowed."""
     lines = []
     for name, info in kind.__pydantic_fields__.items():
         if hasattr(info.annotation, "__pydantic_fields__"):
@@ -189,6 +242,8 @@ def setting_lines(kind: Any, prefix: str = "") -> list[str]:
         else:
             value = None if info.is_required() else info.get_default(call_default_factory=True)
             default = "(required)" if info.is_required() else repr(value)
-            meaning = " ".join((info.description or "").split())
+            choices = get_args(info.annotation) if get_origin(info.annotation) is Literal else ()
+            allowed = f" One of {', '.join(map(str, choices))}." if choices else ""
+            meaning = " ".join(f"{info.description or ''}{allowed}".split())
             lines.append(f"  --{prefix + name:<36} {default:<16} {meaning}".rstrip())
     return lines

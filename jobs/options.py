@@ -12,7 +12,7 @@ from cpd.config import Config, differences
 from cpd.files import is_temporary, read_json
 from cpd.profile import Profile, load_profile
 from cpd.runs import Run, RunError
-from cpd.strict_load import ConfigError, load, merge, parse_overrides, read_toml, suggestion
+from cpd.strict_load import WHOLE, ConfigError, load, merge, parse_overrides, read_toml, suggestion
 from jobs.common import parser_with_examples
 
 RECIPES = Path(__file__).resolve().parent / "recipes"
@@ -88,7 +88,7 @@ def load_recipe(name: str, overrides: Sequence[str]) -> Config:
         raise ConfigError([f"{name}: {problem}{hint}"], COMMAND_LINE)
     given = parse_overrides(overrides)
     try:
-        return load(Config, merge(read_toml(path), given), str(path))
+        return load(Config, merge(read_toml(path, shipped=RECIPES), given), str(path))
     except ConfigError as error:
         if error.source != str(path):
             raise
@@ -171,6 +171,6 @@ def load_both(recipe: str, overrides: Sequence[str], profile: str) -> tuple[Conf
     except ConfigError as error:
         errors.append(error)
     if config is None or found is None:
-        problems = [f"{error.source}: {problem}" for error in errors for problem in error.problems]
+        problems = [f"{e.source}: {problem.removeprefix(f'{WHOLE}: ')}" for e in errors for problem in e.problems]
         raise ConfigError(problems, f"launching {recipe!r} with profile {profile!r}")
     return config, found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -24,6 +25,10 @@ from jobs.common import EXIT_CTRL_C, EXIT_FAILED, EXIT_USAGE, parser_with_exampl
 
 #: Columns from which a terminal shows everything.
 WIDE = 120
+#: Columns that it takes beside the names of the elements, the least of its log included.
+BESIDE_NAMES = 75
+#: Columns where there is no terminal: as many as the rows need.
+UNLIMITED = 10_000
 BAR_WIDTH = 8
 #: An element may have several jobs in the queue; the last so many are looked through for one that has started.
 MANY_JOBS = 60
@@ -156,7 +161,7 @@ def log_tail(path: Path, num_lines: int = 12) -> list[str]:
 def status_table(run: Run, rows: Sequence[ElementStatus], width: int = 120) -> Table:
     """The rows for a terminal of `width` columns; a narrow one is spared rate, bar, loss and log."""
     finished = sum(row.state in ("done", "rejected") for row in rows)
-    is_wide = width >= WIDE
+    is_wide = width >= max(WIDE, BESIDE_NAMES + max((len(row.element) for row in rows), default=0))
     table = Table(
         title=f"{run.root}: {finished} of {len(rows)} elements finished",
         title_justify="left",
@@ -165,7 +170,8 @@ def status_table(run: Run, rows: Sequence[ElementStatus], width: int = 120) -> T
         pad_edge=False,
         header_style="bold",
     )
-    table.add_column("element", no_wrap=True)
+    # Only what may wrap gives way where columns are scarce: names are still legible then, states are not.
+    table.add_column("element", no_wrap=is_wide, overflow="fold")
     table.add_column("state", no_wrap=True)
     table.add_column("progress", no_wrap=True)
     for name in ("rate", "left", "loss", "success", "time") if is_wide else ("left", "success", "time"):
@@ -250,10 +256,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     elif arguments.watch:
         return watch(run)
     else:
-        console = Console()
+        console = console_for_table()
         console.print(status_table(run, rows, console.width))
         print_failures(console, run, rows)
     return 0
+
+
+def console_for_table() -> Console:
+    """A console as wide as its terminal, or as COLUMNS says; else, as for a file, wide enough for everything."""
+    has_width = sys.stdout.isatty() or "COLUMNS" in os.environ
+    return Console(width=None if has_width else UNLIMITED)
 
 
 def print_failures(console: Console, run: Run, rows: Sequence[ElementStatus]) -> None:
@@ -268,7 +280,7 @@ def watch(run: Run) -> int:
     Returns:
         The exit code.
     """
-    console, view, idle = Console(), QueueView(), 0
+    console, view, idle = console_for_table(), QueueView(), 0
     with Live(console=console, auto_refresh=False) as live:
         try:
             while True:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from cpd.config import Config, MethodConfig, continued, differences
 from cpd.strict_load import ConfigError, load, merge, parse_overrides, read_toml, setting_lines, to_dict
 from cpd.tasks import STREAMS
-from jobs.launch import RECIPES
+from jobs.options import RECIPES
 
 MINIMAL = {"name": "x", "stream": {"tasks": "demo"}}
 
@@ -52,6 +52,11 @@ def test_all_mistakes_are_reported_at_once_with_their_paths() -> None:
         ({"seeds": [1, 1]}, "the same seed"),
         ({"seeds": [0]}, "greater than or equal to 1"),
         ({"seeds": []}, "at least 1"),
+        ({"seeds": "1,2,3"}, "(given: '1,2,3'); write a list: [1, 2, 3]"),
+        ({"seeds": 4}, "; write a list: [4]"),
+        ({"variants_only": "yes"}, "; write true or false"),
+        ({"stream": {"tasks": "window-close-v3"}}, "no stream; write a list of tasks: ['window-close-v3']"),
+        ({"stream": {"tasks": "[push-v3]"}}, "no stream; write a list of tasks: ['push-v3']"),
         ({"distill": {"lr": True}}, "distill.lr"),
         ({"distill": {"steps_per_stage": 1.5}}, "distill.steps_per_stage"),
         ({"student": {"min_log_std": 1.0, "max_log_std": 0.5}}, "min_log_std (1.0) is not below max_log_std"),
@@ -61,6 +66,16 @@ def test_all_mistakes_are_reported_at_once_with_their_paths() -> None:
 )
 def test_impossible_values_and_combinations_are_refused(tables: dict, told: str) -> None:
     assert told in "\n".join(problems(merge(MINIMAL, tables)))
+
+
+def test_a_wrong_entry_of_a_list_is_one_mistake() -> None:
+    (line,) = problems({**MINIMAL, "seeds": [-1]})
+    assert line.startswith("seeds.0: ")
+
+
+def test_a_mistake_of_several_settings_is_told_without_a_path() -> None:
+    with pytest.raises(ConfigError, match=r"has a mistake:\n  memory\.share = 0\.0001 gives"):
+        load(Config, {**MINIMAL, "memory": {"share": 0.0001}, "student": {"context": 4}}, "recipe.toml")
 
 
 def test_a_required_value_has_no_default() -> None:
@@ -271,6 +286,7 @@ def test_every_setting_is_listed() -> None:
     lines = "\n".join(setting_lines(Config))
     assert "--teacher.ppo.gae_lambda" in lines and "0.95" in lines and "(required)" in lines
     assert "--variants  " in lines and "Undefined" not in lines
+    assert ". One of none, per_task, on_demand.\n" in lines
 
 
 @given(st.recursive(st.integers(), lambda inner: st.dictionaries(st.sampled_from("abc"), inner), max_leaves=8))
@@ -293,7 +309,11 @@ def test_a_file_lays_its_tables_on_those_of_the_one_it_extends(tmp_path: Path) -
 @pytest.mark.parametrize(
     ("base", "found"),
     [
-        ('"none-such"', r"none-such\.toml has a mistake:\n.*cannot be read.*extended by .*recipe\.toml"),
+        (
+            '"none-such"',
+            r"recipe\.toml has a mistake:\n  extends: 'none-such': there is no .*/none-such\.toml; write",
+        ),
+        ('"none-such.toml"', r"there is no .*/none-such\.toml; write the path of the file to extend, relative to"),
         ("3", r"extends: the name of one file is expected \(given: 3\)"),
         ('"recipe"', "extends: 'recipe' extends this file in turn"),
     ],
@@ -302,4 +322,31 @@ def test_what_cannot_be_extended_is_named(tmp_path: Path, base: str, found: str)
     recipe = tmp_path / "recipe.toml"
     recipe.write_text(f"extends = {base}\n")
     with pytest.raises(ConfigError, match=found):
+        read_toml(recipe)
+
+
+def test_a_shipped_file_may_be_extended_from_everywhere_by_its_name(tmp_path: Path) -> None:
+    shipped = tmp_path / "shipped"
+    shipped.mkdir()
+    (shipped / "base.toml").write_text('name = "base"\nseeds = [3]\n')
+    recipe = tmp_path / "mine.toml"
+    for name in ("base", "base.toml", "shipped/base", "shipped/base.toml"):
+        recipe.write_text(f'extends = "{name}"\nname = "mine"\n')
+        assert read_toml(recipe, shipped=shipped) == {"name": "mine", "seeds": [3]}
+    recipe.write_text('extends = "bsae"\n')
+    with pytest.raises(
+        ConfigError, match=r"mine\.toml has .*\n.*nor is it a name in .*shipped; did you mean 'base'"
+    ):
+        read_toml(recipe, shipped=shipped)
+    recipe.write_text('extends = "base"\n')
+    (tmp_path / "base.toml").write_text('name = "beside"\n')
+    assert read_toml(recipe, shipped=shipped) == {"name": "beside"}
+
+
+def test_a_file_in_another_encoding_is_named_with_the_byte(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_bytes('# one\nname = "Stra\u00dfe"\n'.encode("latin-1"))
+    with pytest.raises(
+        ConfigError, match=r"recipe\.toml has .*\n.*not UTF-8: byte 0xdf at position 18 \(line 2\)"
+    ):
         read_toml(recipe)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from cpd.config.sizes import dense_expert_width, final_num_experts
-from jobs.launch import load_recipe
+from jobs.options import load_recipe
 
 ABLATIONS = ("ablation", "lab_ablation")
 

@@ -62,6 +62,28 @@ def test_the_table_fits_the_terminal(make_run, width: int) -> None:
     )
 
 
+@pytest.mark.parametrize("width", [60, 80, 120, 180])
+def test_long_names_are_folded_and_nothing_is_cut_off(make_run, width: int) -> None:
+    run: Run = make_run(stream={"tasks": "demo"}, variants={"a-variant-with-quite-a-long-name-of-its-own": {}})
+    console = Console(width=width, record=True, file=io.StringIO())
+    console.print(status_table(run, run_status(run), width))
+    text = console.export_text()
+    assert "…" not in text
+    assert "waiting" in text and "progress" in text and "success" in text
+
+
+def test_a_file_gets_a_line_for_every_element(
+    make_run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
+    run: Run = make_run(variants={"a-variant-with-quite-a-long-name-of-its-own": {}})
+    Status(run.teachers()[0].status).finish("stopped", "a long story " * 20)
+    assert main([str(run.root)]) == 0
+    title, _, *lines = capsys.readouterr().out.splitlines()
+    assert str(run.root) in title
+    assert [line.split()[0] for line in lines] == [element.name for element in run.elements()]
+
+
 def test_watching_a_run_on_which_nobody_works_ends(
     make_run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

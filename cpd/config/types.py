@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
-from cpd.strict_load import suggestion
+from cpd.strict_load import listed, suggestion
 from cpd.tasks import ALL_TASKS, STREAMS
 
 Positive = Annotated[int, Field(ge=1)]
@@ -20,6 +20,9 @@ def expand_stream(value: object) -> object:
     """Replace the name of a stream (`"cw10"`) by its list of tasks."""
     if isinstance(value, str):
         if value not in STREAMS:
+            tasks = listed(value)
+            if len(tasks) > 1 or value.startswith("[") or value in ALL_TASKS:
+                raise ValueError(f"{value!r} is no stream; write a list of tasks: {tasks}")
             raise ValueError(f"unknown stream {value!r}{suggestion(value, STREAMS)}")
         return STREAMS[value]
     return tuple(value) if isinstance(value, list) else value

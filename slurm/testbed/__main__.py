@@ -11,6 +11,13 @@ from slurm.testbed.cluster import Testbed, TestbedError, default_state
 from slurm.testbed.conf import PARTITION, URGENT_PARTITION, Settings
 
 
+def at_least_one(text: str) -> int:
+    """A number of things of which a cluster needs one."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: a whole number from 1 on is needed")
+    return int(text)
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(
@@ -27,8 +34,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("verb", choices=("up", "down", "status"))
     parser.add_argument("--state", type=Path, default=default_state(), help="its folder (default: %(default)s)")
     up = parser.add_argument_group("for up")
-    up.add_argument("--nodes", type=int, default=2, help="virtual nodes (default: %(default)s)")
-    up.add_argument("--cpus", type=int, default=4, help="CPUs that each claims to have (default: %(default)s)")
+    up.add_argument("--nodes", type=at_least_one, default=2, help="virtual nodes (default: %(default)s)")
+    up.add_argument(
+        "--cpus", type=at_least_one, default=4, help="CPUs of each, as it claims (default: %(default)s)"
+    )
     up.add_argument(
         "--munge",
         action="store_true",
