@@ -76,13 +76,23 @@ def load_all(paths: Sequence[Path]) -> Dataset:
 def figures_folder(paths: Sequence[Path], out: Path | None) -> Path:
     """Where the figures go."""
     if out is not None:
-        if (out / "config.json").exists():
-            raise ValueError(f"--out {out} is a folder of results: choose one for figures, e.g. {out / 'figures'}")
+        _check_out(out)
         return out
     if len(paths) != 1:
         raise ValueError("several directories need --out DIR, the folder for their common figures")
     path = paths[0].resolve()
     return (path.parent if path.name == "results" else path) / "figures"
+
+
+def _check_out(out: Path) -> None:
+    """Raise ValueError if no figures may, or can, be written to `out`."""
+    file = next((place for place in (out, *out.parents) if place.exists() and not place.is_dir()), None)
+    if file is not None:
+        raise ValueError(
+            f"--out {out} names a file{'' if file == out else f' ({file})'}: give a folder for figures"
+        )
+    if (out / "config.json").exists():
+        raise ValueError(f"--out {out} is a folder of results: choose one for figures, e.g. {out / 'figures'}")
 
 
 def _build(data: Dataset, folder: Path, *, sweep: bool) -> list[Path]:
@@ -147,7 +157,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     arguments = parser.parse_args(argv)
     try:
+        if arguments.out is not None:
+            _check_out(arguments.out)
         if len(arguments.paths) == 1 and arguments.paths[0].is_dir() and find_published(arguments.paths[0]):
+            if arguments.publish is not None:
+                raise ValueError(
+                    f"--publish copies results of students, and {arguments.paths[0]} holds published teachers: "
+                    "`python -m jobs.publish RUN_DIR FOLDER` publishes those of a run"
+                )
             written = build_teachers(arguments.paths[0], arguments.out)
             print(f"{len(written)} files in {written[0].parent}")
             return 0

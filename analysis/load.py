@@ -30,6 +30,8 @@ RECIPES = {
 
 #: A task looks like others if more than this share of its episodes begin nearer to one of another task.
 ALIKE = 0.05
+#: Folders that a message names, at most.
+MOST_NAMED = 12
 
 
 def short(task: str) -> str:
@@ -158,6 +160,8 @@ def find_results(path: Path) -> Path:
     """
     if not path.is_dir():
         raise ValueError(f"{path} is not a directory; give a run directory, or one with gathered results")
+    if not any((folder / "config.json").exists() for folder in (path, path / "results")):
+        _refuse_collection(path)
     if any((path / part).is_dir() for part in ("teachers", "students")):
         run = Run(path)
         if os.access(run.root, os.W_OK):
@@ -169,6 +173,24 @@ def find_results(path: Path) -> Path:
         if (folder / "teachers.csv").exists() and (folder / "config.json").exists():
             return folder
     raise ValueError(f"{path} holds neither a run (config.json, teachers/, students/) nor gathered results")
+
+
+def _refuse_collection(path: Path) -> None:
+    """Raise ValueError if what can be built lies in folders of `path`, or in folders of those; names some."""
+    configs = sorted([*path.glob("*/config.json"), *path.glob("*/*/config.json")])
+    found = [
+        config.parent.relative_to(path).as_posix()
+        for config in configs
+        if any((config.parent / part).exists() for part in ("teachers.csv", "teachers", "students"))
+        # A run stands for its own results.
+        and not (config.parent.name == "results" and (config.parent.parent / "config.json").exists())
+    ]
+    if found:
+        rest = f" and {len(found) - MOST_NAMED} more" if len(found) > MOST_NAMED else ""
+        raise ValueError(
+            f"{path} holds no results itself, but its folders do: {', '.join(found[:MOST_NAMED])}{rest}; give one "
+            f"of them, e.g. {path / found[0]}"
+        )
 
 
 def load(folders: Sequence[Path]) -> Dataset:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from analysis.load import find_results
 from cpd.files import publish as published_file
-from cpd.result_tables import HELD_OUT, labels, read_tables
+from cpd.result_tables import HELD_OUT, TEACHER, Tables, labels, read_tables
 from cpd.results import GATHERED
+from cpd.summary import summarize
+from cpd.tables import EvaluationRow, read_rows
+from cpd.teachers.published import check_place
 
 #: Where published results of real teachers are kept, and below it those of stand-ins.
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -46,11 +51,12 @@ def publish(path: Path, folder: Path) -> Path:
         `folder`, which everything can be rebuilt from offline.
 
     Raises:
-        ValueError: if there are no results, or `folder` is not the place for them.
+        ValueError: if there are no results, or `folder` is not the place for them, or holds others or more.
     """
-    _check_free(folder)
     results = find_results(path)
     tables = read_tables(results)
+    _check_free(folder, tables.config)
+    _check_no_less(tables, folder)
     recipe = labels(tables.evaluations)["teacher_recipe"] or tables.config["teacher"]["recipe"]
     check_stand_ins_place(recipe, folder)
     if tables.goal_set != HELD_OUT and folder.resolve().is_relative_to(RESULTS) and TUNING not in folder.parts:
@@ -68,17 +74,32 @@ def publish(path: Path, folder: Path) -> Path:
     return folder
 
 
-def _check_free(folder: Path) -> None:
-    """Raise ValueError if `folder` holds something else than results that were published there before."""
+def _check_free(folder: Path, config: Mapping[str, Any]) -> None:
+    """Raise ValueError if `folder` holds something else than results of this experiment, published before."""
     if not folder.exists():
         return
-    if not folder.is_dir():
-        raise ValueError(f"{folder} is not a folder")
-    if any((folder / part).exists() for part in ("teachers", "students", "policies")):
-        raise ValueError(f"{folder} is a run directory or holds policies; publish to a folder of its own")
+    if (folder / "policies").exists():
+        raise ValueError(f"{folder} holds policies; publish {config['name']!r} to a folder of its own")
+    check_place(folder, config, GATHERED)
     strangers = [path.name for path in folder.iterdir() if path.name not in OURS]
     if strangers:
         raise ValueError(
             f"{folder} holds what no results consist of ({', '.join(sorted(strangers)[:3])}); publish to a folder "
             "of its own"
         )
+
+
+def _check_no_less(tables: Tables, folder: Path) -> None:
+    """Raise ValueError if results without any student would replace some with students."""
+    before = folder / "evaluations.csv"
+    if _has_students(tables.evaluations) or not before.exists():
+        return
+    if _has_students(read_rows(before, EvaluationRow)):
+        raise ValueError(
+            f"{tables.folder} has no evaluated student yet ({'; '.join(summarize(tables).missing[-3:])}), but the "
+            f"results published in {folder} have: finish the run first, or choose another folder"
+        )
+
+
+def _has_students(rows: Iterable[EvaluationRow]) -> bool:
+    return any(row.method != TEACHER for row in rows)

@@ -6,18 +6,29 @@ A folder of published teachers holds the long-form tables of `cpd.results`, the 
 
 from __future__ import annotations
 
+import textwrap
+from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Any
 
-from cpd.adoption import published_policy
+from cpd.adoption import LATER, published_policy
+from cpd.config import changes
 from cpd.files import copy, read_json, write_json
 from cpd.result_tables import TEACHER, read_tables
-from cpd.results import gather
+from cpd.results import GATHERED, gather
 from cpd.runs import Run
+from cpd.strict_load import to_dict
 from cpd.summary import summarize
 from cpd.tables import EpisodeRow, EvaluationRow, read_rows, write_rows
 
 #: The tables that tell of teachers alone.
 TABLES = ("config.json", "teachers.csv", "teacher_curves.csv")
+#: All that publishing writes, or removes.
+WRITTEN = frozenset({*TABLES, "evaluations.csv", "episodes.csv", "timings.json", "metrics.json", "policies"})
+#: What a run directory is known by.
+RUN_PARTS = ("teachers", "students", "provenance.json")
+#: What an experiment is known by, whatever else its configuration says.
+IDENTITY = ("name:", "stream:", "stream.tasks:", "teacher:")
 
 
 def publish_teachers(run: Run, folder: Path) -> list[Path]:
@@ -28,7 +39,8 @@ def publish_teachers(run: Run, folder: Path) -> list[Path]:
 
     Raises:
         RunError: if the run holds no teacher at all.
-        ValueError: if no teacher is finished, or not by held-out goals, or they are stand-ins.
+        ValueError: if no teacher is finished, or not by held-out goals, or they are stand-ins, or `folder` holds
+            something else than what was published of this experiment before.
     """
     if run.config.teacher.recipe == "scripted":
         raise ValueError(
@@ -42,6 +54,7 @@ def publish_teachers(run: Run, folder: Path) -> list[Path]:
     finished = [teacher for teacher in run.teachers() if teacher.finished]
     if not finished:
         raise ValueError(f"{run.root} has no finished teacher yet; launch it again to go on")
+    _check_free(run, folder)
     report = gather(run)
     for name in TABLES:
         if (run.results / name).exists():
@@ -67,3 +80,74 @@ def publish_teachers(run: Run, folder: Path) -> list[Path]:
         stale.unlink()
         stale.with_suffix(".json").unlink(missing_ok=True)
     return published
+
+
+def _check_free(run: Run, folder: Path) -> None:
+    config = to_dict(run.config)
+    check_place(folder, config, WRITTEN)
+    others = sorted(name for name in GATHERED - WRITTEN if (folder / name).exists())
+    if others:
+        raise ValueError(
+            f"{folder} holds results of students ({', '.join(others[:3])}), which the teachers of "
+            f"{config['name']!r} would spoil: choose a folder of their own"
+        )
+
+
+def check_place(folder: Path, config: Mapping[str, Any], written: Collection[str]) -> None:
+    """Raise ValueError if publishing to `folder` would overwrite anything but the same experiment's results.
+
+    Args:
+        folder: where to publish; it need not exist.
+        config: the configuration of what is to be published.
+        written: the names of what publishing writes or removes.
+    """
+    name = config["name"]
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is not a folder: choose another place for {name!r}")
+    place = folder.resolve()
+    for root in (place, place.parent) if place.name == "results" else (place,):
+        part = next((part for part in RUN_PARTS if (root / part).exists()), None)
+        if part:
+            raise ValueError(
+                f"{folder} {'is' if root == place else 'belongs to'} a run directory (there is {root / part}): "
+                f"choose a folder of its own for what is published of {name!r}"
+            )
+    if (folder / "config.json").exists():
+        _check_same_experiment(folder / "config.json", config)
+        return
+    found = sorted(file for file in written if (folder / file).exists())
+    if found:
+        raise ValueError(
+            f"{folder} has no config.json, so nobody knows what its {', '.join(found[:3])} are of, and publishing "
+            f"{name!r} would overwrite them: choose a folder of its own"
+        )
+
+
+def _check_same_experiment(path: Path, ours: Mapping[str, Any]) -> None:
+    """Raise ValueError unless the published config.json at `path` is of `ours`, or of a shorter version of it."""
+    theirs = read_json(path)
+    if not isinstance(theirs, dict):
+        raise ValueError(
+            f"{path} is not a configuration: choose another folder for what is published of {ours['name']!r}"
+        )
+    parts = ("name", "stream", "teacher")
+    differing = [
+        line
+        for line in changes({part: theirs.get(part) for part in parts}, {part: ours[part] for part in parts})
+        # What one of them says nothing of was no setting yet.
+        if line.startswith(IDENTITY)
+        or not (line.startswith(LATER) or ": None -> " in line or line.endswith(" -> None"))
+    ]
+    if not differing:
+        # Seeds and steps may be added; with fewer, teachers that are kept there would be lost.
+        before, now = theirs["teacher"], ours["teacher"]
+        fewer_seeds = not set(before.get("seeds", ())) <= set(now["seeds"])
+        if fewer_seeds or before.get("max_env_steps", 0) > now["max_env_steps"]:
+            lines = changes(before, now, "teacher")
+            differing = [line for line in lines if line.startswith(("teacher.seeds:", "teacher.max_env_steps:"))]
+    if differing:
+        shown = "; ".join(textwrap.shorten(line, 160, placeholder=" ...") for line in differing[:3])
+        raise ValueError(
+            f"{path.parent} holds published results of another experiment, {theirs.get('name')!r}, which those of "
+            f"{ours['name']!r} would replace; they differ (there -> here) in {shown}: choose a folder of its own"
+        )

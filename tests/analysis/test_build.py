@@ -263,6 +263,20 @@ def test_command_line_explains_a_wrong_path(tmp_path: Path, capsys: pytest.Captu
     assert "is not a directory" in capsys.readouterr().err
     assert main([str(tmp_path)]) == 2
     assert "holds neither a run" in capsys.readouterr().err
+    (tmp_path / "file").touch()
+    for out in (tmp_path / "file", tmp_path / "file" / "figures"):
+        assert main([str(tmp_path), "--out", str(out)]) == 2
+        assert f"--out {out} names a file" in capsys.readouterr().err
+
+
+def test_a_folder_of_results_is_told_from_results(
+    tmp_path: Path, run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for folder in (tmp_path / "teachers" / "inner", tmp_path / "outer"):
+        publish(run.root, folder)
+    assert main([str(tmp_path)]) == 2
+    told = f"{tmp_path} holds no results itself, but its folders do: demo, outer, teachers/inner; give one"
+    assert told in capsys.readouterr().err
 
 
 def stream_of(length: int) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ import pytest
 
 from analysis import publish as module
 from analysis.build import main
-from analysis.publish import check_stand_ins_place
+from analysis.publish import check_stand_ins_place, publish
 from cpd.files import read_json
 from cpd.tasks import STREAMS
 from tests.synthetic_run import LABELS, write_run
@@ -40,7 +40,7 @@ def test_stand_ins_are_published_and_drawn_among_themselves_only(
         assert "results with stand-ins for teachers (recipe scripted) are kept apart" in capsys.readouterr().err
         assert not places.exists()
     stale = places / "stand-ins" / "lab" / "starts.csv"
-    stale.parent.mkdir(parents=True)
+    assert main([str(run.root), "--publish", str(stale.parent)]) == 0
     stale.touch()
     assert main([str(run.root), "--publish", str(stale.parent)]) == 0
     assert not stale.exists()
@@ -60,6 +60,48 @@ def test_files_that_are_no_results_are_never_touched(tmp_path: Path, capsys: pyt
         assert main([str(run.root), "--publish", str(folder)]) == 2
         assert words in capsys.readouterr().err
     assert (paper / "measurements.csv").read_text() == "mine" and run.config_path.exists()
+
+
+def test_results_of_another_experiment_are_never_overwritten(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = {"students": {1: RATES}, "teachers": TEACHERS}
+    run = write_run(tmp_path / "r", stream=STREAMS["demo"], **options)
+    kept = publish(run.root, tmp_path / "kept")
+    before = {path.name: path.read_bytes() for path in kept.iterdir()}
+    named = write_run(tmp_path / "named", stream=STREAMS["demo"], **options)
+    turned = write_run(tmp_path / "turned" / "r", stream=STREAMS["demo"][::-1], **options)
+    for other, told in ((named, "name: 'r' -> 'named'"), (turned, "stream.tasks: ")):
+        assert main([str(other.root), "--publish", str(kept)]) == 2
+        error = capsys.readouterr().err
+        assert f"{kept} holds published results of another experiment, 'r'" in error and told in error
+    (tmp_path / "unknown").mkdir()
+    (tmp_path / "unknown" / "losses.csv").write_text("mine")
+    assert main([str(run.root), "--publish", str(tmp_path / "unknown")]) == 2
+    assert "nobody knows what its losses.csv" in capsys.readouterr().err
+    assert before == {path.name: path.read_bytes() for path in kept.iterdir()}
+
+
+def test_results_without_students_do_not_replace_some_with_students(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = {"stream": STREAMS["demo"], "teachers": TEACHERS}
+    whole = write_run(tmp_path / "whole" / "r", **options, students={1: RATES})
+    partial = RATES.copy()
+    partial[3] = np.nan
+    begun = write_run(tmp_path / "begun" / "r", **options, students={1: partial})
+    none = write_run(tmp_path / "none" / "r", **options, students={1: RATES})
+    shutil.rmtree(none.root / "students")
+    kept = tmp_path / "kept"
+    publish(none.root, kept)
+    publish(none.root, kept)
+    publish(whole.root, kept)
+    before = (kept / "evaluations.csv").read_bytes()
+    assert main([str(none.root), "--publish", str(kept)]) == 2
+    assert "has no evaluated student yet (no student of moe has been evaluated)" in capsys.readouterr().err
+    assert (kept / "evaluations.csv").read_bytes() == before
+    publish(begun.root, kept)
+    assert (kept / "evaluations.csv").read_bytes() != before, "some students are as good as all"
 
 
 def test_real_teachers_are_not_published_among_stand_ins(places: Path, tmp_path: Path) -> None:

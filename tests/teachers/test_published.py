@@ -9,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -81,6 +82,84 @@ def test_publishing_again_leaves_nothing_of_what_is_no_longer_there(run: Run, tm
         stale.with_suffix(suffix).write_bytes(file.with_suffix(suffix).read_bytes())
     publish_teachers(run, tmp_path / "kept")
     assert sorted((tmp_path / "kept" / "policies").iterdir()) == [file.with_suffix(".json"), file]
+
+
+def renewed(run: Run, root: Path, **tables: Any) -> Run:
+    """A copy of the run whose frozen configuration says something else."""
+    shutil.copytree(run.root, root)
+    write_json(root / "config.json", merge(to_dict(run.config), tables))
+    return Run(root)
+
+
+def test_results_of_another_experiment_are_never_overwritten(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kept = tmp_path / "kept"
+    publish_teachers(run, kept)
+    before = {path: path.read_bytes() for path in kept.rglob("*") if path.is_file()}
+    steps = run.config.teacher.max_env_steps
+    changes: dict[str, tuple[dict[str, Any], str]] = {
+        "named": ({"name": "other"}, "name: 'mini' -> 'other'"),
+        "stream": ({"stream": {"tasks": ["push-v3", "drawer-close-v3"]}}, "stream.tasks: ['drawer-close-v3'] -> "),
+        "noisy": ({"teacher": {"ppo": {"noise_correlation": 0.25}}}, "teacher.ppo.noise_correlation: "),
+        "cheaper": ({"teacher": {"max_env_steps": steps - 1}}, f"teacher.max_env_steps: {steps} -> {steps - 1}"),
+    }
+    for label, (tables, told) in changes.items():
+        other = renewed(run, tmp_path / label, **tables)
+        assert publish_main([str(other.root), str(kept)]) == 2
+        error = capsys.readouterr().err
+        assert f"{kept} holds published results of another experiment, 'mini'" in error and told in error
+        assert "choose a folder of its own" in error
+    assert before == {path: path.read_bytes() for path in kept.rglob("*") if path.is_file()}
+
+
+def test_a_longer_version_of_the_same_experiment_is_published_over_it(run: Run, tmp_path: Path) -> None:
+    publish_teachers(run, tmp_path / "kept")
+    more = {"seeds": [*run.config.teacher.seeds, 7], "max_env_steps": 2 * run.config.teacher.max_env_steps}
+    longer = renewed(run, tmp_path / "longer", teacher=more)
+    config = json.loads((tmp_path / "kept" / "config.json").read_text())
+    del config["teacher"]["exploring_steps"]  # as if it had not been a setting yet
+    write_json(tmp_path / "kept" / "config.json", config)
+    assert publish_main([str(longer.root), str(tmp_path / "kept")]) == 0
+    published = json.loads((tmp_path / "kept" / "config.json").read_text())["teacher"]
+    assert published["max_env_steps"] == more["max_env_steps"]
+
+
+def test_runs_and_unknown_files_are_not_published_over(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = renewed(run, tmp_path / "other", name="other")
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun" / "provenance.json").touch()
+    (tmp_path / "tables").mkdir()
+    (tmp_path / "tables" / "metrics.json").write_text("mine")
+    (tmp_path / "file").touch()
+    publish_teachers(run, tmp_path / "students")
+    (tmp_path / "students" / "losses.csv").write_text("mine")
+    for folder, told in (
+        (other.root, "is a run directory"),
+        (run.root, "is a run directory"),
+        (run.results, "belongs to a run directory"),
+        (tmp_path / "begun", "provenance.json"),
+        (tmp_path / "tables", "nobody knows what its metrics.json"),
+        (tmp_path / "file", "is not a folder"),
+        (tmp_path / "students", "holds results of students (losses.csv)"),
+    ):
+        assert publish_main([str(run.root), str(folder)]) == 2
+        error = capsys.readouterr().err
+        assert told in error and str(folder) in error and "'mini'" in error
+    assert (tmp_path / "tables" / "metrics.json").read_text() == "mine"
+
+
+def test_building_does_not_publish_teachers(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    publish_teachers(run, tmp_path / "kept" / "mini")
+    for path in (tmp_path / "kept", tmp_path / "kept" / "mini"):
+        assert build_main([str(path), "--publish", str(tmp_path / "again")]) == 2
+        assert "python -m jobs.publish" in capsys.readouterr().err
+    assert not (tmp_path / "again").exists()
+    (tmp_path / "file").touch()
+    assert build_main([str(tmp_path / "kept"), "--out", str(tmp_path / "file")]) == 2
+    assert "names a file" in capsys.readouterr().err
 
 
 def test_figures_and_scores_are_made_from_the_files_alone(run: Run, tmp_path: Path) -> None:
