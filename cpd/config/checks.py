@@ -105,7 +105,10 @@ def without_effect(config: MethodConfig) -> list[str]:
     if distill.replay_share and config.memory.selection == "none":
         found.append("distill.replay_share has no effect: memory.selection is 'none'")
     elif distill.replay_share and everything_masked and config.student.task_identity != "none":
-        found.append("distill.replay_share has no effect: all that earlier tasks use is masked")
+        found.append(
+            "distill.replay_share takes rows from the present task and gives them to none: all that earlier tasks "
+            "use is masked"
+        )
     if distill.rehearsal and not distill.replay_share:
         found.append("distill.rehearsal has no effect: distill.replay_share is 0")
     return found

@@ -172,7 +172,7 @@ class Config(MethodConfig):
         if opens and self.student.opening_steps > self.distill.steps_per_stage:
             found.append(
                 f"student.opening_steps ({self.student.opening_steps}) exceeds distill.steps_per_stage "
-                f"({self.distill.steps_per_stage}): a stage ends before its experts are wholly open"
+                f"({self.distill.steps_per_stage}): experts are wholly open at the end of their stage only"
             )
         found += [f"teacher.{line}" for line in self.teacher.warnings()]
         return found

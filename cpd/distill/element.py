@@ -214,7 +214,9 @@ class Distillation:
     def _save_if_due(self) -> None:
         """Save now and then; save and stop if any rank was asked to."""
         step, logging = self.trainer.progress.step, self.config.logging
-        if step % logging.agree_every == 0 and self.comm.any(self.interrupt.requested):
+        # At a stage's end, too: there may be fewer steps in it than between two looks.
+        due = step % logging.agree_every == 0 or step == self.config.distill.steps_per_stage
+        if due and self.comm.any(self.interrupt.requested):
             self._stop()
         elif step % logging.checkpoint_every == 0:
             self._save_checkpoint()

@@ -79,6 +79,15 @@ class TestBelief:
             actor.act(observations(1, seed=seed).float().numpy())
         assert actor.believed[-1].tolist() == [0]
 
+    def test_later_evidence_counts_ever_less(self):
+        """With 0.5^t all that follows weighs less than the first observation; with 1 it outweighs it."""
+        for decay, believed in ((0.4, 0), (1.0, 1)):
+            actor = StudentActor(knowing(0, 1, belief_decay=decay), TASKS)
+            actor.reset([""] * 1)
+            for seed in (0, 1, 1, 1):
+                actor.act(observations(1, seed=seed).float().numpy())
+            assert actor.believed[-1].tolist() == [believed]
+
     def test_turns_where_evidence_adds_up(self):
         actor = StudentActor(knowing(0, 1, belief_decay=1.0), TASKS)
         actor.reset([""] * 1)

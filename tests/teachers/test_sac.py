@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import math
 from dataclasses import replace
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from cpd.config import SACConfig
+from cpd.seeding import derive, generator
 from cpd.teachers.policy import SquashedPolicy
 from cpd.teachers.replay import ReplayBuffer
 from cpd.teachers.sac import SACLearner
@@ -222,3 +224,62 @@ def test_settings_that_cannot_work_are_refused() -> None:
         SACConfig(learning_starts=10, buffer_size=5)
     with pytest.raises(ValueError, match="init_log_std"):
         SACConfig(init_log_std=7.0)
+
+
+def test_an_update_is_the_published_one() -> None:
+    """One update's gradients, targets and temperature against autograd on the losses of Haarnoja et al. (2018)."""
+    config = replace(CONFIG, updates_per_step=0.01, gamma=0.9, reward_scale=0.3, init_alpha=0.2, target_rate=0.05)
+    learner = SACLearner(config, 1)
+    terminated = np.random.default_rng(5).random((25, 4)) < 0.3
+    for iteration in range(2):
+        learner.update(synthetic_batch(iteration, terminated=terminated), iteration)
+    actor, critics = learner._actor, learner._critics
+    with torch.no_grad():  # targets that differ from their critics
+        critics.values.add_(0.1 * torch.randn(critics.values.shape, generator=torch.Generator().manual_seed(9)))
+    values, targets, net = critics.values.clone(), critics.targets.clone(), copy.deepcopy(learner.policy.net)
+    alpha = actor.log_alpha.exp().clone()
+    learner.update(synthetic_batch(7, terminated=terminated), 2)
+
+    num_rows = config.batch_size
+    drawn = generator(1, "replayed", 2).integers(learner.replay.size, size=(1, num_rows))
+    rows = {name: table[torch.from_numpy(drawn)[0]] for name, table in learner.replay.tables.items()}
+    noise = torch.zeros(2 * num_rows, 4).normal_(
+        generator=torch.Generator().manual_seed(derive(1, "drawn-actions", 2))
+    )
+
+    def act(obs: Tensor, own_noise: Tensor) -> tuple[Tensor, Tensor]:
+        mean, raw = net(learner.policy.normalize(obs)).chunk(2, 1)
+        std = raw.clamp(config.min_log_std, config.max_log_std).exp()
+        unsquashed = mean + std * own_noise
+        log_prob = torch.distributions.Normal(mean, std).log_prob(unsquashed)
+        return unsquashed.tanh(), (log_prob - torch.log(1 - unsquashed.tanh() ** 2 + 1e-12)).sum(1)
+
+    def value(vector: Tensor, obs: Tensor, actions: Tensor) -> Tensor:
+        hidden = torch.cat([learner.policy.normalize(obs), actions], 1).expand(2, len(obs), -1)
+        *inner, (weight, bias) = critics._layers(vector)
+        for own_weight, own_bias in inner:
+            hidden = (hidden @ own_weight + own_bias).relu()
+        return (hidden @ weight + bias).squeeze(-1)
+
+    with torch.no_grad():
+        next_actions, next_log_prob = act(rows["next_obs"], noise[num_rows:])
+        next_value = value(targets, rows["next_obs"], next_actions).min(0).values - alpha * next_log_prob
+        ever_after = learner.largest_reward * config.reward_scale / (1 - config.gamma)
+        ended = rows["terminated"].squeeze(1)
+        target = config.reward_scale * rows["rewards"].squeeze(1)
+        target += config.gamma * torch.where(ended > 0, torch.full_like(next_value, ever_after), next_value)
+    vector = values.clone().requires_grad_()
+    critic_loss = 0.5 * (value(vector, rows["obs"], rows["actions"]) - target).square().mean(1).sum()
+    (critic_grad,) = torch.autograd.grad(critic_loss, vector)
+    actions, log_prob = act(rows["obs"], noise[:num_rows])
+    actor_loss = (alpha * log_prob - value(values, rows["obs"], actions).min(0).values).mean()
+    actor_grad = torch.cat([grad.flatten() for grad in torch.autograd.grad(actor_loss, list(net.parameters()))])
+    assert 0 < ended.mean() < 1
+    assert critics.values.grad is not None and actor.values.grad is not None
+    torch.testing.assert_close(critics.values.grad, critic_grad, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(actor.values.grad[:-1], actor_grad, rtol=1e-3, atol=1e-5)
+    # The temperature's own loss, by its logarithm: entropy is drawn to the target.
+    wanted = -(log_prob.mean() + 4 * config.target_entropy)
+    torch.testing.assert_close(actor.values.grad[-1], wanted.detach(), rtol=1e-4, atol=1e-5)
+    moved = targets + config.target_rate * (critics.values - targets)
+    torch.testing.assert_close(critics.targets, moved)
