@@ -16,6 +16,7 @@ def wait_until_forgotten(bench: Workbench) -> None:
     bench.wait(lambda: not bench.slurm("squeue", "-h", "-t", "all"), "no job remembered", 90)
 
 
+@pytest.mark.slow
 def test_forgotten_jobs_are_judged_by_what_they_left(forgetful: Workbench, tmp_path: Path) -> None:
     root = tmp_path / "run"
     forgetful.launch(root, *LASTING)
