@@ -64,14 +64,10 @@ def check_options(parser: argparse.ArgumentParser, left_over: Sequence[str]) -> 
     settings = [f"--{field.name}" for field in dataclasses.fields(Config)]
     options = [name for action in parser._actions for name in action.option_strings if name.startswith("--")]
     words = [word.partition("=")[0] for word in left_over if word.startswith("--")]
-    unknown = [word for word in words if "." not in word and word.replace("-", "_") not in _keys(settings)]
+    unknown = [w for w in words if "." not in w and f"--{w[2:].replace('-', '_')}" not in settings]
     if unknown:
         known = [*options, *settings]
         raise ConfigError([f"unknown option {word}{suggestion(word, known)}" for word in unknown], COMMAND_LINE)
-
-
-def _keys(options: Sequence[str]) -> set[str]:
-    return {option.replace("-", "_") for option in options}
 
 
 def load_recipe(name: str, overrides: Sequence[str]) -> Config:

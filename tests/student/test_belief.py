@@ -80,7 +80,7 @@ class TestBelief:
         assert actor.believed[-1].tolist() == [0]
 
     def test_later_evidence_counts_ever_less(self):
-        """With 0.5^t all that follows weighs less than the first observation; with 1 it outweighs it."""
+        """With 0.4^t all that follows weighs less than the first observation; with 1 it outweighs it."""
         for decay, believed in ((0.4, 0), (1.0, 1)):
             actor = StudentActor(knowing(0, 1, belief_decay=decay), TASKS)
             actor.reset([""] * 1)
