@@ -78,24 +78,26 @@ def grow(
 ) -> GrowthDecision:
     """Add `num_new` experts to every layer, or none, for a new task.
 
-    They copy the experts that serve the new task best as `found`, the j-th new one the j-th most used: what serves
-    the new task best so far is what should be refined for it. In a student with tasks they are a group of their
-    own, which no other task's tokens meet. In a student without, they are closed at first. Without new experts
-    the task shares those of the nearest one.
+    They copy the experts that serve the new task best as `found`, the j-th new one the j-th most used, and from the
+    first again once all are copied: what serves the new task best so far is what should be refined for it. In a
+    student with tasks they are a group of their own, which no other task's tokens meet. In a student without, they
+    are closed at first. Without new experts the task shares those of the nearest one.
 
     Returns:
         What was done; the same on every rank.
     """
+    nearest_group = int(student.group_K[found.task])
     if student.task is not None:
         student.task[task] = student.task[found.task]
-        student.group_K[task] = student.group_K[found.task]
+        student.group_K[task] = nearest_group
         if num_new:
             student.group_K[task] = int(student.moes[0].group_E.max()) + 1
     group = int(student.group_K[task])
     sources = []
     for layer, (moe, counts_E) in enumerate(zip(student.moes, found.counts_LE, strict=True)):
-        ranking = np.argsort(-counts_E, kind="stable")
-        sources.append([int(ranking[j % len(ranking)]) for j in range(num_new)])
+        serving_E = moe.group_E.numpy(force=True) == nearest_group  # all, in a student without tasks
+        ranking = [int(expert) for expert in np.argsort(-counts_E, kind="stable") if serving_E[expert]]
+        sources.append([ranking[j % len(ranking)] for j in range(num_new)])
         for j, source in enumerate(sources[-1]):
             row = moe.router[source].detach()
             noise = generator(seed, "growth", stage, layer, j).standard_normal(len(row))
