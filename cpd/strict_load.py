@@ -51,8 +51,8 @@ def load(kind: type[T], data: Mapping[str, Any], source: str) -> T:
         ConfigError: with every mistake, each as dotted path, what is wrong, and a suggestion.
     """
     try:
-        # By way of JSON, since its strict mode still takes a list for a tuple.
-        return TypeAdapter(kind).validate_json(json.dumps(data), strict=True)
+        # By way of JSON, since its strict mode still takes a list for a tuple; dates, which JSON has not, as text.
+        return TypeAdapter(kind).validate_json(json.dumps(data, default=str), strict=True)
     except ValidationError as error:
         items = error.errors(include_url=False)
         problems = [line for item in items if not _follows(item, items) for line in _problems(kind, item)]

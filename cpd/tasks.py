@@ -7,6 +7,8 @@ OBSERVATION_SIZE = 39
 ACTION_SIZE = 4
 #: Meta-World refuses a 501st step.
 MAX_EPISODE_STEPS = 500
+#: Of each goal set: the seeds of fifty that it may draw from end where the next set's begin.
+MAX_GOALS = 50_000
 
 #: All fifty Meta-World v3 tasks in alphabetical order, which is also the `mt50` stream's order.
 #: A test holds this equal to the installed metaworld.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,14 @@ def test_all_mistakes_are_reported_at_once_with_their_paths() -> None:
         ({"student": {"min_log_std": 1.0, "max_log_std": 0.5}}, "min_log_std (1.0) is not below max_log_std"),
         ({"memory": {"share": 0.0}}, "memory.share"),
         ({"teacher": {"sac": {"updates_per_step": 4e-4}}}, "gives no gradient step in an iteration of 1000 env"),
+        (
+            {"teacher": {"num_training_goals": 50_001}},
+            "teacher.num_training_goals: Input should be less than or equal",
+        ),
+        ({"teacher": {"ppo": {"num_envs": 1, "steps_per_env": 1, "minibatch_size": 1}}}, "must be 2 or more"),
+        ({"stream": {"horizon": datetime.date(2026, 1, 31)}}, "stream.horizon: Input should be a valid integer"),
+        ({"student": {"task_identity": "none", "expansion": "none"}}, "would have nothing to train"),
+        ({"student": {"task_identity": "none", "expansion": "on_demand"}}, "would have nothing to train"),
     ],
 )
 def test_impossible_values_and_combinations_are_refused(tables: dict, told: str) -> None:
@@ -169,6 +178,14 @@ def test_settings_without_effect_are_warned_about() -> None:
 )
 def test_memory_settings_without_effect_are_warned_about(memory: dict, told: list[str]) -> None:
     assert load(Config, merge(MINIMAL, {"memory": memory}), "recipe").warnings() == told
+
+
+def test_masks_that_leave_little_to_train_are_warned_about() -> None:
+    tables = merge(MINIMAL, {"student": {"expansion": "none"}})
+    (warning,) = load(Config, tables, "recipe").warnings()
+    assert "nothing but its task vector to train" in warning
+    for more in ({"protection": {"mask_fraction": 0.5}}, {"stream": {"tasks": ["push-v3"]}}):
+        assert load(Config, merge(tables, more), "recipe").warnings() == []
 
 
 def test_parts_of_the_student_and_of_masks_without_effect_are_warned_about() -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Final
 from cpd.config.student import DistillConfig, MemoryConfig, ProtectionConfig, StudentConfig
 
 if TYPE_CHECKING:
-    from cpd.config.experiment import MethodConfig
+    from cpd.config.experiment import Config
 
 #: Section, setting, the setting of that section by which it has an effect, and the values with which it has.
 NEEDS: Final = (
@@ -30,7 +30,7 @@ NEEDS: Final = (
 )
 
 
-def contradictions(config: MethodConfig) -> list[str]:
+def contradictions(config: Config) -> list[str]:
     """Settings that cannot stand together, one line each, with what to do."""
     found = []
     if config.protection.kind == "agem":
@@ -56,7 +56,26 @@ def contradictions(config: MethodConfig) -> list[str]:
             for key, value, reason in wanted
             if value != "none"
         ]
+    student = config.student
+    if _masks_everything(config) and student.task_identity == "none" and student.expansion != "per_task":
+        found.append(
+            f"student.expansion = {student.expansion!r} with student.task_identity = 'none': a task without "
+            "experts of its own would have nothing to train, since all is masked that earlier tasks use; set "
+            "protection.mask_fraction below 1, protection.mask_experts = false, or student.expansion = 'per_task'"
+        )
     return found
+
+
+def _masks_everything(config: Config) -> bool:
+    """Whether a new task may train what is its own alone."""
+    protection = config.protection
+    return (
+        config.distill.protocol == "continual"
+        and len(config.stream.distinct_tasks) > 1
+        and protection.kind == "mask"
+        and protection.mask_experts
+        and protection.mask_fraction == 1.0
+    )
 
 
 def _chooses_experts(student: StudentConfig) -> bool:
@@ -67,7 +86,7 @@ def _chooses_experts(student: StudentConfig) -> bool:
     return max(sizes) > student.top_k
 
 
-def without_effect(config: MethodConfig) -> list[str]:
+def without_effect(config: Config) -> list[str]:
     """Settings that are given but have no effect; each line begins with a setting's dotted path."""
     found, protection = [], config.protection
     if config.distill.protocol != "continual":
@@ -101,13 +120,18 @@ def without_effect(config: MethodConfig) -> list[str]:
     if not _chooses_experts(student) and config.distill.load_balance_coef != DistillConfig().load_balance_coef:
         found.append("distill.load_balance_coef has no effect: no group has more than student.top_k experts")
     distill = config.distill
-    everything_masked = protection.kind == "mask" and protection.mask_experts and protection.mask_fraction == 1.0
     if distill.replay_share and config.memory.selection == "none":
         found.append("distill.replay_share has no effect: memory.selection is 'none'")
-    elif distill.replay_share and everything_masked and config.student.task_identity != "none":
+    elif distill.replay_share and _masks_everything(config) and config.student.task_identity != "none":
         found.append(
             "distill.replay_share takes rows from the present task and gives them to none: all that earlier tasks "
             "use is masked"
+        )
+    if _masks_everything(config) and config.student.expansion == "none":
+        found.append(
+            "student.expansion = 'none' leaves a new task's policy nothing but its task vector to train: all "
+            "is masked that the first task uses; protection.mask_fraction below 1, or protection.mask_experts = "
+            "false, lets more of it move"
         )
     if distill.rehearsal and not distill.replay_share:
         found.append("distill.rehearsal has no effect: distill.replay_share is 0")

@@ -10,12 +10,14 @@ from pydantic.dataclasses import dataclass
 
 from cpd.config.types import Count, NonNegativeFloat, Positive, PositiveFloat, Seeds, Share
 from cpd.strict_load import STRICT
-from cpd.tasks import MAX_EPISODE_STEPS
+from cpd.tasks import MAX_EPISODE_STEPS, MAX_GOALS
 
 #: Settings of the PPO learner for which `demo_rl` has its own, named `rl_...`.
 DEMO_RL_SETTINGS = ("hidden_sizes", "init_log_std", "learning_rate", "target_kl")
 #: The same of the SAC learner.
 DEMO_RL_SAC_SETTINGS = ("hidden_sizes", "init_log_std")
+
+NumGoals = Annotated[int, Field(ge=1, le=MAX_GOALS)]
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -49,6 +51,10 @@ class PPOConfig:
     """Weight of the penalty on action means beyond +-1.2."""
 
     def __post_init__(self) -> None:
+        if self.num_envs * self.steps_per_env < 2:
+            raise ValueError(
+                "num_envs x steps_per_env must be 2 or more: a single sample's advantage has no scale"
+            )
         if self.minibatch_size > self.num_envs * self.steps_per_env:
             raise ValueError(
                 f"minibatch_size ({self.minibatch_size}) exceeds the samples of an iteration, "
@@ -180,8 +186,8 @@ class TeacherConfig:
     exploring_steps: Positive = 40
     """Longest time for which that action is held; an action of 1 moves the hand by a centimetre. These steps count
     as environment steps, but not towards the horizon, and are not learned from."""
-    num_training_goals: Positive = 50
-    num_validation_goals: Positive = 50
+    num_training_goals: NumGoals = 50
+    num_validation_goals: NumGoals = 50
     validate_every: Positive = 3
     """Iterations between evaluations on validation goals."""
     validate_from: Share = 0.5

@@ -78,8 +78,8 @@ def grow(
 ) -> GrowthDecision:
     """Add `num_new` experts to every layer, or none, for a new task.
 
-    They copy the experts that serve the new task best as `found`, the j-th new one the j-th most used, and from the
-    first again once all are copied: what serves the new task best so far is what should be refined for it. In a
+    They copy the experts that serve the new task best as `found`, the j-th new one the j-th most used, and once
+    all are copied the first again: what serves the new task best so far is what should be refined for it. In a
     student with tasks they are a group of their own, which no other task's tokens meet. In a student without, they
     are closed at first. Without new experts the task shares those of the nearest one.
 

@@ -182,11 +182,7 @@ class Trainer:
     def _rest(self) -> None:
         """Leave out of the stage's work what its mask holds in place as a whole."""
         self.flat.let_rest(self.protection.update_mask(self))
-        if not self.flat.awake:
-            raise ValueError(
-                f"the masks leave nothing to train at stage {self.progress.stage}: without experts of its own a "
-                "task needs protection.mask_fraction below 1, or protection.mask_experts = false"
-            )
+        assert self.flat.awake
 
     def _learn_of(self, task: int) -> list[GrowthDecision]:
         """Make the student ready for a task that it has not met: experts for it, or a reason to do without."""

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cpd.envs.registry import build_stock, task_class
+from cpd.tasks import MAX_GOALS
 
 Split = Literal["training", "validation", "held_out"]
 
@@ -24,8 +25,6 @@ GOALS_PER_SEED: Final = 50
 
 #: The first MT1 seed of each split; further blocks of fifty use the seeds that follow.
 FIRST_SEEDS: Final[dict[str, int]] = {"training": 1, "validation": 1001, "held_out": 2001}
-
-_MAX_GOALS: Final = 1000 * GOALS_PER_SEED
 
 
 class Goal(NamedTuple):
@@ -61,8 +60,8 @@ def goal_set(task: str, split: Split, num_goals: int = 50) -> tuple[Goal, ...]:
     """
     if split not in get_args(Split):
         raise ValueError(f"unknown goal split {split!r}: choose one of {', '.join(get_args(Split))}")
-    if not 1 <= num_goals <= _MAX_GOALS:
-        raise ValueError(f"num_goals must lie between 1 and {_MAX_GOALS}, got {num_goals}")
+    if not 1 <= num_goals <= MAX_GOALS:
+        raise ValueError(f"num_goals must lie between 1 and {MAX_GOALS}, got {num_goals}")
     num_blocks = -(-num_goals // GOALS_PER_SEED)
     return _disjoint_splits(task, num_blocks)[split][:num_goals]
 

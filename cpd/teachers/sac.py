@@ -119,7 +119,7 @@ class SACLearner:
         Returns:
             For the record: `policy_updates`, `updates`, and, as means over looks, `policy_loss`, `value_loss`,
             `value` (of replayed actions), `alpha`, `entropy` (nats); no `policy_loss` where the policy was not
-            learned.
+            learned, and none of these before learning starts.
         """
         config = self.config
         self.remember(batch)
@@ -135,14 +135,16 @@ class SACLearner:
             self._scale.copy_(self.policy.normalizer.std.float().reciprocal())
             self._success_value.fill_(self.largest_reward * config.reward_scale / (1 - config.gamma))
             for index in range(num_updates):
-                learns_policy = not critic_only and index % config.policy_delay == 0
+                # Counted over iterations, all of which have as many steps.
+                is_policys_turn = (iteration * num_updates + index) % config.policy_delay == 0
+                learns_policy = not critic_only and is_policys_turn
                 self._rows.copy_(rows_UB[index])
                 self._noise[0 if learns_policy else config.batch_size :].normal_(generator=noise)
                 told = self._graphed_step(learns_policy, index % STEPS_PER_LOOK == 0)
                 looks += [told] if told is not None else []
                 num_policy_updates += learns_policy
         names = ("policy_loss", "value_loss", "value", "alpha", "entropy")
-        means = torch.stack(looks).nanmean(dim=0).tolist() if looks else [0.0] * len(names)
+        means = torch.stack(looks).nanmean(dim=0).tolist() if looks else [math.nan] * len(names)
         counts = {"policy_updates": float(num_policy_updates), "updates": float(num_updates)}
         return {**counts, **{name: mean for name, mean in zip(names, means, strict=True) if not math.isnan(mean)}}
 

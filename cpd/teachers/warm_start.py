@@ -109,17 +109,26 @@ class _Search:
         """A round of cloning; ends the search where the target is reached or cannot be approached further."""
         end = self.cloner.num_steps + self.config.num_cloning_steps
         kept = self.cloner.state()
+        beyond = -1  # where the cap was exceeded: the same steps on the same data lead to the same weights
         while not self.is_over and self.cloner.num_steps < end:
-            loss = self.cloner.run(data, min(self.increment, end - self.cloner.num_steps))
+            num_steps = min(self.increment, end - self.cloner.num_steps)
+            if self.cloner.num_steps + num_steps == beyond:
+                self._halve()
+                continue
+            loss = self.cloner.run(data, num_steps)
             success = self.validate()
             self.highest = max(self.highest, success)
             if success > self.config.success_cap:
+                beyond = self.cloner.num_steps
                 self.cloner.load_state(kept)
-                self.increment //= 2
-                self.is_over = self.increment == 0
+                self._halve()
                 continue
             kept, self.success, self.loss = self.cloner.state(), success, loss
             self.is_over = success >= self.config.success_target
+
+    def _halve(self) -> None:
+        self.increment //= 2
+        self.is_over = self.increment == 0
 
 
 def warm_start(policy: MLPPolicy, demonstrator: Demonstrator, validate: Callable[[], float]) -> WarmStart:
