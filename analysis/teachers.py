@@ -8,11 +8,21 @@ from pathlib import Path
 from typing import Any
 
 from analysis.load import TeacherCurve, load
-from cpd.files import DamagedFileError, read_json
+from cpd.files import read_json
 from cpd.measures import Rate
 from cpd.metrics import wilson
 from cpd.result_tables import HELD_OUT
 from cpd.tables import EvaluationRow, read_rows
+from cpd.teachers.published import read_description
+
+#: What is read of a policy's description; `warm_start` is null from scratch.
+DESCRIPTION = tuple(
+    f"training.{entry}"
+    for entry in (
+        *("warm_start", "validation_success", "env_steps", "selected_iteration", "iterations"),
+        *("policy_updates", "stopped_by"),
+    )
+)
 
 
 @dataclass(frozen=True)
@@ -103,7 +113,7 @@ def load_published(folder: Path) -> PublishedTeachers:
             path = folder / "policies" / f"{task}-seed-{seed}.json"
             if path.exists():
                 key = (task, seed)
-                description = read_json(path)
+                description = read_description(path, DESCRIPTION)
                 if key not in held_out:
                     raise ValueError(f"{folder / 'evaluations.csv'} has no held-out row of {task} (seed {seed})")
                 state = "rejected" if key in data.rejected else "admitted"
@@ -111,13 +121,7 @@ def load_published(folder: Path) -> PublishedTeachers:
                 curve = curves.get(key) or TeacherCurve(task, seed, state, (), (), (), ())
                 row = held_out[key]
                 cpu = cpu_seconds.get(f"teachers/{task}/seed-{seed}")
-                try:
-                    found.append(_teacher(description, goals, row, curve, cpu))
-                except KeyError as error:
-                    raise DamagedFileError(
-                        f"{path} lacks {error}: it does not describe a policy; publish the run again "
-                        "(`python -m jobs.publish`)"
-                    ) from None
+                found.append(_teacher(description, goals, row, curve, cpu))
     return PublishedTeachers(config["name"], data.labels, data.gate, tuple(found))
 
 

@@ -139,6 +139,15 @@ class Profile:
         """Cores that a local run may fill."""
         return self.cores or len(os.sched_getaffinity(0))
 
+    def warnings(self) -> list[str]:
+        """Settings that this machine does not bear out."""
+        there = len(os.sched_getaffinity(0))
+        if self.cluster == "slurm" or self.cores <= there:
+            return []
+        return [
+            f"the profile's cores ({self.cores}) exceed the {there} that this process may use: they will be shared"
+        ]
+
 
 def load_profile(name: str) -> Profile:
     """The profile called `name` in slurm/profiles, or in the file `name` if it ends in .toml.

@@ -13,7 +13,6 @@ A run is a set of elements, each one job's worth of work with a folder of its ow
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -22,7 +21,7 @@ from typing import Literal
 
 from cpd.config import Config
 from cpd.files import read_json
-from cpd.strict_load import load
+from cpd.strict_load import load, nearest
 
 Role = Literal["teacher", "student", "evaluation", "report"]
 
@@ -243,10 +242,9 @@ class Run:
             if not any(matches(element, name) for element in elements):
                 folders = dict.fromkeys("/".join(element.name.split("/")[:2]) for element in elements)
                 known = folders if name.count("/") < 2 else [element.name for element in elements]
-                close = difflib.get_close_matches(name.rstrip("/"), known, n=2, cutoff=0.6)
-                nearest = f"; did you mean {' or '.join(close)}?" if close else "."
+                likely = nearest(name.rstrip("/"), known) or "."
                 listing = "\n".join(f"  {folder}" for folder in folders)
-                raise RunError(f"--only {name}: {self.root} has no such element{nearest} It has\n{listing}")
+                raise RunError(f"--only {name}: {self.root} has no such element{likely} It has\n{listing}")
         return [e for e in elements if not names or any(matches(e, name) for name in names)]
 
 

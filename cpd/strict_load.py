@@ -33,12 +33,16 @@ class ConfigError(ValueError):
         super().__init__(f"{source} has {count}:\n{lines}")
 
 
+def nearest(word: str, known: Iterable[str]) -> str:
+    """`; did you mean 'x'?` for the one or two nearest known words; empty if there are none like it."""
+    close = difflib.get_close_matches(word, list(known), n=2, cutoff=0.6)
+    return "; did you mean " + " or ".join(repr(match) for match in close) + "?" if close else ""
+
+
 def suggestion(word: str, known: Iterable[str]) -> str:
-    """`; did you mean 'x'?` for the nearest known words, and all of them if they are few enough to read."""
+    """The nearest known words, and all of them if they are few enough to read."""
     known = list(known)
-    close = difflib.get_close_matches(word, known, n=2, cutoff=0.6)
-    nearest = "; did you mean " + " or ".join(repr(match) for match in close) + "?" if close else ""
-    return nearest + (f" (known: {', '.join(known)})" if len(known) <= 30 else "")
+    return nearest(word, known) + (f" (known: {', '.join(known)})" if len(known) <= 30 else "")
 
 
 T = TypeVar("T")

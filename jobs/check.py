@@ -8,11 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cpd.files import DamagedFileError, read_json
+from cpd.teachers.published import read_description
 from jobs.common import EXIT_FAILED, EXIT_USAGE, parser_with_examples, tell
 
 #: The first seed of the held-out goals: Meta-World draws the very same ones from it.
 HELD_OUT_SEED = 2001
+#: What the check reads of a policy's description.
+DESCRIPTION = ("task", "seed", "labels.horizon", "labels.teacher_recipe")
 
 
 def check_teachers(folder: Path, only: Sequence[str], seed: int, num_episodes: int, table: Path | None) -> bool:
@@ -93,25 +95,11 @@ def _policies(folder: Path, only: Sequence[str]) -> list[tuple[Path, dict[str, A
     if not files or not (folder / "evaluations.csv").exists():
         what = "no policies, or no evaluations.csv"
         raise ValueError(f"{folder} is not what `python -m jobs.publish` writes: {what}")
-    policies = [(file, _description(file.with_suffix(".json"))) for file in files]
+    policies = [(file, read_description(file.with_suffix(".json"), DESCRIPTION)) for file in files]
     there = {description["task"] for _, description in policies}
     if unknown := [task for task in only if task not in there]:
         raise ValueError(f"{folder} has no policy of {', '.join(unknown)} (it has {', '.join(sorted(there))})")
     return [(file, description) for file, description in policies if not only or description["task"] in only]
-
-
-def _description(path: Path) -> dict[str, Any]:
-    """What lies beside a policy, with all that the check reads of it."""
-    description: dict[str, Any] = read_json(path)
-    missing = [key for key in ("task", "seed", "labels") if key not in description]
-    if "labels" not in missing:
-        missing += [f"labels.{key}" for key in ("horizon", "teacher_recipe") if key not in description["labels"]]
-    if missing:
-        raise DamagedFileError(
-            f"{path} lacks {', '.join(missing)}: it does not describe a policy; publish the run again "
-            "(`python -m jobs.publish`)"
-        )
-    return description
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -11,6 +11,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from cpd.comm import Comm, connect
 from cpd.interrupt import EXIT_INTERRUPTED, Interrupt, InterruptedBySignal
@@ -46,6 +47,18 @@ def available_cpus() -> int:
         return int(given)
     neighbours = max(int(os.environ.get(name) or 1) for name in LOCAL_SIZE_VARIABLES)
     return max(1, len(os.sched_getaffinity(0)) // neighbours)
+
+
+def exit_quietly(main: Callable[[], int]) -> NoReturn:
+    """Exit with `main`'s code; without a traceback, as by SIGPIPE, where a `head` has stopped reading."""
+    try:
+        code = main()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # The interpreter flushes once more on its way out.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 128 + signal.SIGPIPE
+    sys.exit(code)
 
 
 def parser_with_examples(prog: str, description: str, examples: Sequence[str]) -> argparse.ArgumentParser:

@@ -27,7 +27,7 @@ from cpd.slurm.states import NoSchedulerError, SchedulerError, SubmissionRefused
 from cpd.strict_load import ConfigError, setting_lines, to_dict
 from cpd.submission import VERBS
 from jobs.chain import Choice, ImaginedRun, cancel_chain, dry_run, submit_chain
-from jobs.common import EXIT_FAILED, EXIT_USAGE, tell
+from jobs.common import EXIT_FAILED, EXIT_USAGE, exit_quietly, tell
 from jobs.options import build_parser, check_options, check_run_dir, check_same, load_both
 from jobs.status import print_failures, run_status, status_table
 
@@ -148,7 +148,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_options(parser, overrides)
         config, profile = load_both(arguments.recipe, overrides, arguments.profile or "local")
         root = arguments.run_dir or Path("runs") / config.name
-        for warning in config.warnings():
+        for warning in (*config.warnings(), *profile.warnings()):
             tell(f"warning: {warning}")
         choice = Choice(arguments.only, arguments.retry_failed)
         if profile.cluster == "local" and (choice.retry_failed or arguments.cancel):
@@ -229,4 +229,4 @@ def conclude(run: Run, profile: Profile, only: Sequence[str] = ()) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_quietly(main)

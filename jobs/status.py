@@ -21,7 +21,7 @@ from cpd.record import StatusRecord, clock, number, read_status
 from cpd.runs import Element, Run
 from cpd.slurm.states import REMEDIES, JobState, state_told_by
 from cpd.slurm.view import QueueView
-from jobs.common import EXIT_CTRL_C, EXIT_FAILED, EXIT_USAGE, parser_with_examples
+from jobs.common import EXIT_CTRL_C, EXIT_FAILED, EXIT_USAGE, exit_quietly, parser_with_examples
 
 #: Columns from which a terminal shows everything.
 WIDE = 120
@@ -302,4 +302,4 @@ def watch(run: Run) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_quietly(main)

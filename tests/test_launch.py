@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -214,6 +217,19 @@ def test_a_dry_run_is_of_what_was_asked_for(tmp_path: Path, capsys: pytest.Captu
     assert main([*launch[:-2], "--only", "teachers/typo"]) == 2
     assert "has no such element" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_a_reader_that_stops_reading_is_no_failure_to_tell_of() -> None:
+    launch = subprocess.Popen(
+        [sys.executable, "-m", "jobs.launch", "--settings"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert launch.stdout and launch.stderr
+    launch.stdout.close()
+    assert launch.stderr.read() == ""
+    assert launch.wait() == 128 + signal.SIGPIPE
 
 
 @pytest.mark.parametrize("verb", [jobs.teacher, jobs.distill, jobs.evaluate, jobs.report])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import fields
 from pathlib import Path
 
@@ -65,6 +66,13 @@ def test_an_unknown_profile_is_refused_with_the_known_ones(tmp_path: Path) -> No
         load_profile("gemeric")
     with pytest.raises(ConfigError, match="unknown profile"):
         load_profile(str(tmp_path / "none.toml"))
+
+
+def test_more_cores_than_there_are_are_warned_of() -> None:
+    there = len(os.sched_getaffinity(0))
+    assert load(Profile, {"cluster": "local", "cores": there}, "test").warnings() == []
+    (warning,) = load(Profile, {"cluster": "local", "cores": there + 1}, "test").warnings()
+    assert f"cores ({there + 1}) exceed the {there}" in warning
 
 
 def test_every_role_has_resources() -> None:

@@ -250,7 +250,7 @@ def test_only_some_elements(make_run) -> None:
         drawer
     ]
     assert len(plan(run, profile(), NOTHING, only=["teachers/"])) == 1
-    with pytest.raises(RunError, match=r"has no such element; did you mean teachers/drawer-close-v3\? It has\n"):
+    with pytest.raises(RunError, match=r"has no such element; did you mean 'teachers/drawer-close-v3'\? It has\n"):
         plan(run, profile(), NOTHING, only=["teachers/drawer"])
     with pytest.raises(
         PlanError, match=r"seed-1 needs teachers/window-close-v3/seed-1, which is neither finished"

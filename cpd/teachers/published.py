@@ -7,13 +7,13 @@ A folder of published teachers holds the long-form tables of `cpd.results`, the 
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from cpd.adoption import LATER, published_policy
 from cpd.config import changes
-from cpd.files import copy, read_json, write_json
+from cpd.files import DamagedFileError, copy, read_json, write_json
 from cpd.result_tables import TEACHER, read_tables
 from cpd.results import GATHERED, gather
 from cpd.runs import Run
@@ -80,6 +80,32 @@ def publish_teachers(run: Run, folder: Path) -> list[Path]:
         stale.unlink()
         stale.with_suffix(".json").unlink(missing_ok=True)
     return published
+
+
+def read_description(path: Path, needed: Iterable[str]) -> dict[str, Any]:
+    """What lies beside a policy.
+
+    Args:
+        path: the policy's `.json`.
+        needed: entries that must be there, those of a table in it as `table.entry`.
+
+    Raises:
+        DamagedFileError: if any is not.
+    """
+    description: dict[str, Any] = read_json(path)
+    missing: list[str] = []
+    for key in needed:
+        value: Any = description
+        for part in key.split("."):
+            value = value.get(part, missing) if isinstance(value, dict) else missing
+        if value is missing:
+            missing.append(key)
+    if missing:
+        raise DamagedFileError(
+            f"{path} lacks {', '.join(missing)}: it does not describe a policy; publish the run again "
+            "(`python -m jobs.publish`)"
+        )
+    return description
 
 
 def _check_free(run: Run, folder: Path) -> None:
