@@ -70,11 +70,12 @@ def mpi_command(ranks: int, command: list[str]) -> list[str]:
 
 @dataclass
 class ElementJob(submitit.helpers.Checkpointable):
-    """What submitit pickles: a job knows its run, role and place, and reads everything else from the run."""
+    """What submitit pickles: a job knows its run and element, and reads everything else from the run."""
 
     root: str
     role: Role
-    index: int
+    element: str
+    """By name, since its number changes when a run gets more seeds."""
     resources: Resources
     partial: bool = False
     """Whether to do what can be done while something that the element needs is not finished."""
@@ -82,7 +83,7 @@ class ElementJob(submitit.helpers.Checkpointable):
     @property
     def arguments(self) -> list[str]:
         """The command line of the verb."""
-        return [self.root, "--index", str(self.index), *(["--partial"] if self.partial else [])]
+        return [self.root, self.element, *(["--partial"] if self.partial else [])]
 
     def __call__(self) -> None:
         """Do the work; under srun every rank is started by Slurm, on one machine by mpiexec."""
@@ -116,7 +117,7 @@ def local_executor(run: Run) -> Any:
 def submit_local(run: Run, element: Element, resources: Resources) -> Any:
     """Start the job of one element here and enter it in the ledger; returns submitit's job."""
     mark_queued(element)
-    job = local_executor(run).submit(ElementJob(str(run.root.resolve()), element.role, element.index, resources))
+    job = local_executor(run).submit(ElementJob(str(run.root.resolve()), element.role, element.name, resources))
     enter(run, element, job.job_id, log_file(run, job.job_id))
     return job
 

@@ -72,28 +72,37 @@ def parser_with_examples(prog: str, description: str, examples: Sequence[str]) -
 
 
 def element_parser(prog: str, description: str, examples: Sequence[str]) -> argparse.ArgumentParser:
-    """The same for a verb that does the work of one element: `RUN_DIR [--index I]`."""
+    """The same for a verb that does the work of one element: `RUN_DIR [ELEMENT]`, or `RUN_DIR --index I`."""
     parser = parser_with_examples(prog, description, examples)
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="the run's directory")
+    parser.add_argument("element", nargs="?", metavar="ELEMENT", help="its name, as `jobs.status` shows it")
     parser.add_argument(
         "--index", type=int, help="which element of the role's array (default: the Slurm array task, else 0)"
     )
     return parser
 
 
-def chosen_element(run: Run, role: Role, index: int | None) -> Element:
-    """The element of `role` that the command line, or the Slurm array task, names.
+def chosen_element(run: Run, role: Role, name: str | None, index: int | None) -> Element:
+    """The element of `role` that the command line names, by name or number, or else the Slurm array task.
 
     Raises:
         ValueError: if there is no such element, naming those that there are.
     """
     elements = [element for element in run.elements() if element.role == role]
+    if name is not None and index is not None:
+        raise ValueError(f"{name} and --index {index}: name one element, in one way")
     if index is None:
         index = int(os.environ.get("SLURM_ARRAY_TASK_ID", 0))
-    if not 0 <= index < len(elements):
-        listing = "\n".join(f"  {element.index}: {element.name}" for element in elements)
-        raise ValueError(f"--index {index}: {run.root} has no such {role}; it has\n{listing}")
-    return elements[index]
+    # An evaluation may go by the name of its student.
+    named = [e for e in elements if name is not None and e.name.removesuffix("/evaluation") == _plain(name)]
+    if named or (name is None and 0 <= index < len(elements)):
+        return named[0] if named else elements[index]
+    listing = "\n".join(f"  {element.index}: {element.name}" for element in elements)
+    raise ValueError(f"{name or f'--index {index}'}: {run.root} has no such {role}; it has\n{listing}")
+
+
+def _plain(name: str) -> str:
+    return name.rstrip("/").removesuffix("/evaluation")
 
 
 def element_main(
@@ -115,7 +124,7 @@ def element_main(
     arguments = parser.parse_args(argv)
     try:
         run = Run(arguments.run_dir)
-        element = chosen_element(run, role, arguments.index)
+        element = chosen_element(run, role, arguments.element, arguments.index)
     except ValueError as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return EXIT_USAGE

@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "number of ranks may change from one attempt to the next.",
         [
             "mpiexec -n 2 python -m jobs.distill runs/demo",
-            "srun --mpi=pmi2 -n 8 python -m jobs.distill runs/cw10 --index 1   # the second student seed",
+            "srun --mpi=pmi2 -n 8 python -m jobs.distill runs/cw10 students/moe/seed-2",
         ],
     )
     parser.add_argument(

@@ -27,7 +27,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         "jobs.evaluate",
         "Measure a student after every stage on every task of its stream, on held-out goals. Rows that were "
         "measured already are kept.",
-        ["mpiexec -n 2 python -m jobs.evaluate runs/demo", "python -m jobs.evaluate runs/demo --index 1"],
+        [
+            "mpiexec -n 2 python -m jobs.evaluate runs/demo",
+            "python -m jobs.evaluate runs/cw10 students/moe/seed-2",
+        ],
     )
     parser.add_argument(
         "--partial", action="store_true", help="measure what there is, if the student is still learning"

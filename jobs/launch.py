@@ -60,8 +60,8 @@ def prepare(root: Path, config: Config, profile: Profile) -> Run:
         if started_with != code_version():
             tell(f"note: {root} was begun with code {started_with}, this is {code_version()}")
         config = continued(old.config, config)
-        if len(config.methods) > len(old.config.methods):
-            old.report().complete.unlink(missing_ok=True)  # it has yet to tell of the variants that are new
+        if len(config.methods) * len(config.seeds) > len(old.students()):
+            old.report().complete.unlink(missing_ok=True)  # it has yet to tell of those that are new
     else:
         write_json(root / "provenance.json", provenance())
     write_json(root / "profile.json", to_dict(profile))

@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "A finished teacher is left as it is; an interrupted one goes on where it stopped. Under mpiexec or srun "
         "the ranks share the environments of every iteration and learn the same (PPO only).",
         [
-            "python -m jobs.teacher runs/demo --index 2",
+            "python -m jobs.teacher runs/demo teachers/drawer-close-v3/seed-1",
             "srun python -m jobs.teacher runs/cw10   # in a job array",
             "mpiexec -n 2 python -m jobs.teacher runs/cw10 --index 0   # two ranks share the environments",
         ],

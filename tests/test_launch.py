@@ -16,8 +16,10 @@ import jobs.report
 import jobs.teacher
 from cpd.config import Config
 from cpd.lease import Lease
-from cpd.profile import load_profile
+from cpd.profile import Resources, load_profile
 from cpd.runs import Run, RunError
+from cpd.submission import ElementJob
+from jobs.common import chosen_element
 from jobs.launch import main, prepare
 from jobs.options import load_recipe
 from tests.conftest import MINIATURE
@@ -136,6 +138,37 @@ def test_added_variants_come_after_those_that_are_there_and_call_for_a_new_repor
     assert not more.report().complete.exists()
     with pytest.raises(RunError, match=r"variants\.a: not asked for"):
         prepared(tmp_path, "--variants.b.student.width", "64")
+
+
+def test_added_seeds_join_the_students_that_are_there(tmp_path: Path) -> None:
+    first = prepared(tmp_path, "--variants.b.student.width", "64", "--seeds", "[3]")
+    job = ElementJob(str(tmp_path), "student", "students/b/seed-3", Resources())
+    number = first.students()[1].index
+    more = prepared(tmp_path, "--variants.b.student.width", "64", "--seeds", "[3, 1]")
+    assert [student.name for student in more.students() if student.method == "b"] == [
+        "students/b/seed-3",
+        "students/b/seed-1",
+    ]
+    task = more.config.stream.tasks[0]
+    assert more.teacher_of(task, 3) == first.teacher_of(task, 3)
+    # Jobs that are in the queue already find their own element, whose number is another's now.
+    assert chosen_element(more, "student", job.arguments[1], None).name == "students/b/seed-3"
+    assert chosen_element(more, "student", None, number).name != "students/b/seed-3"
+    for others in ("[3]", "[1, 3]"):
+        with pytest.raises(RunError, match="seeds: "):
+            prepared(tmp_path, "--variants.b.student.width", "64", "--seeds", others)
+
+
+def test_an_element_goes_by_its_name_or_its_number(tmp_path: Path) -> None:
+    run = prepared(tmp_path, "--seeds", "[1, 2]")
+    for name in ("students/moe/seed-2", "students/moe/seed-2/", "students/moe/seed-2/evaluation"):
+        assert chosen_element(run, "evaluation", name, None) == chosen_element(run, "evaluation", None, 1)
+    with pytest.raises(
+        ValueError, match=r"students/moe/seed-3: .* no such student; it has\n  0: students/moe/seed-1"
+    ):
+        chosen_element(run, "student", "students/moe/seed-3", None)
+    with pytest.raises(ValueError, match="in one way"):
+        chosen_element(run, "student", "students/moe/seed-2", 0)
 
 
 def test_other_settings_are_refused_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -189,13 +189,18 @@ def _mentions(tables: Mapping[str, Any], warning: str) -> bool:
 
 
 def differences(old: Config, new: Config) -> list[str]:
-    """The settings that affect results and differ, as `dotted.path: old -> new`; variants may be added freely."""
+    """The settings that affect results and differ, as `dotted.path: old -> new`.
+
+    Variants may be added freely, and student seeds behind those that there are.
+    """
     without = ("logging", "teachers_from")
     before, after = ({k: v for k, v in to_dict(c).items() if k not in without} for c in (old, new))
     gone = [f"variants.{label}: not asked for" for label in before["variants"] if label not in after["variants"]]
     both = set(before["variants"]) & set(after["variants"])
     for tables in (before, after):
         tables["variants"] = {label: own for label, own in tables["variants"].items() if label in both}
+    if new.seeds[: len(old.seeds)] == old.seeds:
+        after["seeds"] = before["seeds"]
     return [*changes(before, after), *gone]
 
 
@@ -208,6 +213,6 @@ def changes(old: Any, new: Any, path: str = "") -> list[str]:
 
 
 def continued(old: Config, new: Config) -> Config:
-    """`new` with the variants that `old` has in their old places, since jobs know elements by their places."""
+    """`new` with the variants that `old` has in their old places, so that what is added comes last."""
     order = dict.fromkeys([*old.variants, *new.variants])
     return replace(new, variants={label: new.variants[label] for label in order})

@@ -68,7 +68,7 @@ class BundleJob(submitit.helpers.Checkpointable):
 def element_work(run: Run, task: Sequence[Element], resources: Resources, partial: bool = False) -> Any:
     """What submitit pickles for one job: an element's work, or that of several."""
     root = str(run.root.resolve())
-    jobs = tuple(ElementJob(root, element.role, element.index, resources, partial) for element in task)
+    jobs = tuple(ElementJob(root, element.role, element.name, resources, partial) for element in task)
     return jobs[0] if len(jobs) == 1 else BundleJob(jobs)
 
 
