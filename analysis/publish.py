@@ -51,7 +51,8 @@ def publish(path: Path, folder: Path) -> Path:
         `folder`, which everything can be rebuilt from offline.
 
     Raises:
-        ValueError: if there are no results, or `folder` is not the place for them, or holds others or more.
+        ValueError: if there are no results, or `folder` is not the place for them, or holds those of another
+            experiment, or of students that these do not have.
     """
     results = find_results(path)
     tables = read_tables(results)
@@ -90,16 +91,22 @@ def _check_free(folder: Path, config: Mapping[str, Any]) -> None:
 
 
 def _check_no_less(tables: Tables, folder: Path) -> None:
-    """Raise ValueError if results without any student would replace some with students."""
+    """Raise ValueError if students whose results are published would be lost."""
     before = folder / "evaluations.csv"
-    if _has_students(tables.evaluations) or not before.exists():
+    if not before.exists():
         return
-    if _has_students(read_rows(before, EvaluationRow)):
+    lost = _students(read_rows(before, EvaluationRow)) - _students(tables.evaluations)
+    if lost:
+        named = ", ".join(f"{method} (seed {seed})" for method, seed in sorted(lost)[:3])
+        rest = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
+        missing = "; ".join(summarize(tables).missing[-3:])
         raise ValueError(
-            f"{tables.folder} has no evaluated student yet ({'; '.join(summarize(tables).missing[-3:])}), but the "
-            f"results published in {folder} have: finish the run first, or choose another folder"
+            f"the results published in {folder} have students that {tables.folder} has not: {named}{rest}"
+            f"{f' ({missing})' if missing else ''}; finish the run first, or publish to a folder of its own "
+            "(`python -m analysis.build DIR DIR --out FIGURES` draws several side by side)"
         )
 
 
-def _has_students(rows: Iterable[EvaluationRow]) -> bool:
-    return any(row.method != TEACHER for row in rows)
+def _students(rows: Iterable[EvaluationRow]) -> set[tuple[str, int]]:
+    """Method and seed of each."""
+    return {(row.method, row.seed) for row in rows if row.method != TEACHER}

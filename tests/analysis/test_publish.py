@@ -82,14 +82,13 @@ def test_results_of_another_experiment_are_never_overwritten(
     assert before == {path.name: path.read_bytes() for path in kept.iterdir()}
 
 
-def test_results_without_students_do_not_replace_some_with_students(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_students_that_are_published_are_not_lost(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = {"stream": STREAMS["demo"], "teachers": TEACHERS}
     whole = write_run(tmp_path / "whole" / "r", **options, students={1: RATES})
     partial = RATES.copy()
     partial[3] = np.nan
     begun = write_run(tmp_path / "begun" / "r", **options, students={1: partial})
+    other_seed = write_run(tmp_path / "other" / "r", **options, students={2: RATES})
     none = write_run(tmp_path / "none" / "r", **options, students={1: RATES})
     shutil.rmtree(none.root / "students")
     kept = tmp_path / "kept"
@@ -98,7 +97,10 @@ def test_results_without_students_do_not_replace_some_with_students(
     publish(whole.root, kept)
     before = (kept / "evaluations.csv").read_bytes()
     assert main([str(none.root), "--publish", str(kept)]) == 2
-    assert "has no evaluated student yet (no student of moe has been evaluated)" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "has not: moe (seed 1) (" in error and "no student of moe has been evaluated" in error
+    assert main([str(other_seed.root), "--publish", str(kept)]) == 2
+    assert "has not: moe (seed 1); finish" in capsys.readouterr().err
     assert (kept / "evaluations.csv").read_bytes() == before
     publish(begun.root, kept)
     assert (kept / "evaluations.csv").read_bytes() != before, "some students are as good as all"
