@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from cpd.envs.goals import goal_set
 from cpd.envs.sampler import make_vector_env
 from cpd.teachers.ppo import Learner
 from cpd.teachers.sampling import Batch, EpisodeRules, sample
+from tests.teachers.test_advantages import by_definition
 
 CONFIG = PPOConfig(hidden_sizes=(32, 32), num_envs=8, steps_per_env=50, minibatch_size=100, num_epochs=3)
 
@@ -167,3 +169,95 @@ def test_it_learns_a_one_step_problem() -> None:
         actions = (mean + np.exp(log_std) * batch.actions.reshape(-1, 4)).reshape(batch.actions.shape)
         learner.update(replace(batch, actions=actions, rewards=-10 * distance(batch.obs, actions)), iteration)
     assert error() < 0.7 * before
+
+
+def test_advantages_and_targets_are_the_published_ones() -> None:
+    """Estimated with the values of before, at observations whose statistics know the batch already."""
+    config = replace(CONFIG, gamma=0.9, gae_lambda=0.8, reward_scale=0.3)
+    learner = Learner(config, seed=1)
+    first, batch = synthetic_batch(0), synthetic_batch(1)
+    terminated = batch.ends & (np.random.default_rng(2).random(batch.ends.shape) < 0.5)
+    batch = replace(batch, terminated=terminated, obs=2 * batch.obs + 1)
+    learner.update(first, 0)
+    value_mean, value_std = (float(moment) for moment in (learner.value_moments.mean, learner.value_moments.std))
+    samples, explained = learner._prepare(batch)
+
+    seen = np.concatenate([first.obs, batch.obs]).reshape(-1, 39).astype(np.float64)
+
+    def normalized(obs: np.ndarray) -> torch.Tensor:
+        deviation = (obs.reshape(-1, 39) - seen.mean(axis=0)) / seen.std(axis=0)
+        return torch.from_numpy(deviation.clip(-8, 8).astype(np.float32))
+
+    def values(obs: np.ndarray) -> np.ndarray:
+        found = learner.value_net(normalized(obs)).detach().numpy().reshape(batch.rewards.shape)
+        return found.astype(np.float64) * value_std + value_mean
+
+    next_values = np.where(terminated, 10.0 * 0.3 / (1 - 0.9), values(batch.next_obs))
+    advantages = by_definition(0.3 * batch.rewards, values(batch.obs), next_values, batch.ends, 0.9, 0.8)
+    targets = advantages + values(batch.obs)
+    close = partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-3)
+    close(samples.obs_BO, normalized(batch.obs))
+    close(samples.advantages_B, (advantages.ravel() - advantages.mean()) / advantages.std())
+    mean, std = learner.value_moments.mean.numpy(), learner.value_moments.std.numpy()
+    # Half of what the moments know by now are this batch's targets.
+    close(mean, (value_mean + targets.mean()) / 2)
+    close(std, np.sqrt((value_std**2 + targets.var()) / 2 + (value_mean - targets.mean()) ** 2 / 4))
+    close(samples.targets_B, (targets.ravel() - mean) / std)
+    close(explained, 1 - advantages.var() / targets.var())
+    normal = torch.distributions.Normal(learner.policy.net(normalized(batch.obs)), learner.policy.log_std_A.exp())
+    actions = torch.from_numpy(batch.actions).reshape(-1, 4)
+    close(samples.old_log_prob_B, normal.log_prob(actions).sum(dim=1).detach())
+
+
+@pytest.mark.parametrize("max_grad_norm", [1e9, 0.02])
+def test_a_gradient_is_that_of_the_published_loss(max_grad_norm: float) -> None:
+    """Away from the old policy; clipped surrogate, value loss, entropy bonus and penalty of means, by autograd."""
+    config = replace(CONFIG, clip_ratio=0.1, entropy_coef=0.05, mean_penalty=0.3, learning_rate=1e-9)
+    learner = Learner(replace(config, max_grad_norm=max_grad_norm), seed=1)
+    samples, _ = learner._prepare(synthetic_batch())
+    generator = torch.Generator().manual_seed(2)
+    last, log_std = learner.policy.net[-1], learner.policy.log_std_A
+    with torch.no_grad():
+        last.weight.add_(0.1 * torch.randn(last.weight.shape, generator=generator))
+        last.bias.copy_(torch.tensor([1.3, -1.1, 0.2, 0.0]))
+        log_std.add_(0.1 * torch.randn(4, generator=generator))
+    learned = learner._step(samples, critic_only=False)
+    found = [parameter.grad.clone() for parameter in learner.parameters()]
+
+    mean = learner.policy.net(samples.obs_BO)
+    log_prob = torch.distributions.Normal(mean, log_std.exp()).log_prob(samples.actions_BA).sum(dim=1)
+    ratio, advantages = (log_prob - samples.old_log_prob_B).exp(), samples.advantages_B
+    is_clipped = torch.where(advantages > 0, ratio > 1.1, ratio < 0.9)
+    surrogate = torch.where(is_clipped, torch.where(advantages > 0, 1.1, 0.9), ratio) * advantages
+    outside = (mean - mean.clamp(-1.2, 1.2)).square().sum(dim=1)
+    entropy = torch.distributions.Normal(torch.zeros(4), log_std.exp()).entropy().sum()
+    error = (learner.value_net(samples.obs_BO).squeeze(1) - samples.targets_B).abs()
+    value_loss = torch.where(error < 1, 0.5 * error.square(), error - 0.5).mean()
+    loss = -surrogate.mean() + 0.3 * outside.mean() - 0.05 * entropy + value_loss
+    wanted = list(torch.autograd.grad(loss, list(learner.parameters())))
+    for share in (is_clipped[advantages > 0], is_clipped[advantages < 0], outside > 0, error > 1):
+        assert 0.05 < float(share.double().mean()) < 0.95
+
+    num_of_policy = len(list(learner.policy.parameters()))
+    norms = []
+    for grads in (wanted[:num_of_policy], wanted[num_of_policy:]):  # bounded apart
+        norms.append(float(torch.cat([grad.flatten() for grad in grads]).norm()))
+        for grad in grads:
+            grad.mul_(min(1.0, max_grad_norm / norms[-1]))
+    for grad, reference in zip(found, wanted, strict=True):
+        torch.testing.assert_close(grad, reference, rtol=1e-3, atol=1e-6)
+    assert min(norms) > 0.02
+    assert learned["grad_norm"] == pytest.approx(norms[0], rel=1e-3)
+    assert learned["kl"] == pytest.approx(float((ratio - 1 - ratio.log()).mean().detach()), rel=1e-3)
+    assert learned["policy_loss"] == pytest.approx(float(-surrogate.mean().detach()), rel=1e-3)
+    assert learned["value_loss"] == pytest.approx(float(value_loss.detach()), rel=1e-3)
+
+
+def test_observation_statistics_stay_put_where_the_policy_was_cloned() -> None:
+    for keep_normalizer, count in ((True, 30), (False, 30 + CONFIG.num_envs * CONFIG.steps_per_env)):
+        learner = Learner(CONFIG, seed=1, keep_normalizer=keep_normalizer)
+        learner.policy.normalizer.update(torch.randn(30, 39, generator=torch.Generator().manual_seed(1)))
+        before = learner.policy.normalizer.mean.clone()
+        learner.update(synthetic_batch(), 0)
+        assert learner.policy.normalizer.count == count
+        assert torch.equal(learner.policy.normalizer.mean, before) == keep_normalizer
