@@ -7,6 +7,7 @@ from dataclasses import fields, replace
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,6 +18,7 @@ from cpd.envs.task_env import TaskEnv
 from cpd.interrupt import Interrupt, InterruptedBySignal
 from cpd.shards.schema import Episode
 from cpd.teachers.collect import collect, plan_episode
+from cpd.teachers.policy import SquashedPolicy
 from cpd.teachers.scripted import ScriptedPolicy
 
 TASK = "drawer-close-v3"
@@ -107,6 +109,24 @@ def test_labels_are_the_clean_teacher_and_actions_carry_the_noise(episodes: list
             inside = np.abs(episode.actions) < 1
             assert noise[inside].std() == pytest.approx(scale, rel=0.5)
     assert kinds == {0.0, 0.2, 0.8}
+
+
+def test_labels_of_a_squashed_policy_are_in_the_space_of_actions() -> None:
+    """Its spread there varies with the state: little is left of it where the mean is near a bound."""
+    teacher = SquashedPolicy((8,), -1.0, generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        teacher.net[-1].weight *= 200
+    config = replace(CONFIG, num_steps=150, steps_after_success=0)
+    with make_vector_env([TASK] * 3, 1) as envs:
+        found = list(collect(teacher, envs, goal_set(TASK, "training", GOALS), config, 60, 1, Interrupt()))
+    for episode in found:
+        obs = torch.from_numpy(episode.observations[:-1])
+        mean, log_std = teacher.net(teacher.normalize(obs)).detach().numpy().astype(np.float64).T.reshape(2, 4, -1)
+        wanted = log_std.clip(-5, 2) + np.log(1 - np.tanh(mean) ** 2)
+        np.testing.assert_allclose(episode.teacher_raw_mean.T, np.tanh(mean), atol=1e-5)
+        np.testing.assert_allclose(episode.teacher_log_std.T, wanted, atol=1e-3)
+        assert np.array_equal(episode.teacher_mean, episode.teacher_raw_mean)
+    assert np.ptp(found[0].teacher_log_std) > 0.5
 
 
 def test_it_is_what_a_single_environment_does(episodes: list[Episode]) -> None:

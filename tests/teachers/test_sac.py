@@ -135,6 +135,18 @@ def test_a_critic_step_leaves_the_policy_as_it_is() -> None:
     assert learner.policy.normalizer.count == 0
 
 
+@pytest.mark.parametrize("critic_only", [False, True])
+def test_observation_statistics_stay_put_where_the_policy_was_cloned(critic_only: bool) -> None:
+    for keep_normalizer, count in ((True, 30), (False, 230)):
+        learner = SACLearner(CONFIG, seed=1, keep_normalizer=keep_normalizer)
+        learner.policy.normalizer.update(torch.randn(30, 39, generator=torch.Generator().manual_seed(1)))
+        before = learner.policy.normalizer.mean.clone()
+        learner.remember(synthetic_batch(0))
+        learner.update(synthetic_batch(1), 0, critic_only=critic_only)
+        assert learner.policy.normalizer.count == count
+        assert torch.equal(learner.policy.normalizer.mean, before) == keep_normalizer
+
+
 def test_the_policy_may_learn_more_rarely() -> None:
     learner = SACLearner(replace(CONFIG, policy_delay=3), seed=1)
     # Every third of 20 steps an iteration, counted from the first one on.
