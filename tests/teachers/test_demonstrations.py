@@ -1,0 +1,152 @@
+"""What the scripted expert shows: who acts, whose actions are the labels, and where its episodes end."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from cpd.config import WarmStartConfig
+from cpd.envs.goals import Goal, goal_set
+from cpd.envs.sampler import VectorEnv, make_vector_env
+from cpd.envs.task_env import TaskEnv
+from cpd.interrupt import Interrupt
+from cpd.teachers.demonstrations import Demonstrator, Labelled, demonstration_noise
+from cpd.teachers.policy import FloatArray, GaussianPolicy
+from cpd.teachers.sampling import Batch, EpisodeRules
+from cpd.teachers.scripted import ScriptedPolicy
+
+TASK = "drawer-close-v3"
+HORIZON = 100
+NUM_GOALS = 10
+CONFIG = WarmStartConfig(num_demonstrations=4, num_dagger_episodes=3, steps_after_success=5)
+
+
+def demonstrator(envs: VectorEnv, config: WarmStartConfig = CONFIG, horizon: int = HORIZON) -> Demonstrator:
+    return Demonstrator(TASK, goal_set(TASK, "training", NUM_GOALS), envs, config, horizon, 1, Interrupt())
+
+
+def shown(config: WarmStartConfig = CONFIG) -> Labelled:
+    with make_vector_env([TASK] * 25, 1) as envs:
+        return demonstrator(envs, config).gather(0)
+
+
+def replayed(
+    rules: EpisodeRules, horizon: int = HORIZON, config: WarmStartConfig = CONFIG, task: str = TASK
+) -> list[Batch]:
+    goals = goal_set(task, "training", NUM_GOALS)
+    with make_vector_env([task] * 25, 1) as envs:
+        return Demonstrator(task, goals, envs, config, horizon, 1, Interrupt()).transitions(rules)
+
+
+def goals_of(first_obs_NO: FloatArray) -> list[Goal]:
+    """The training goals whose episodes begin with these observations."""
+    env = TaskEnv(TASK)
+    goals = {env.reset(goal).astype(np.float32).tobytes(): goal for goal in goal_set(TASK, "training", NUM_GOALS)}
+    return [goals[obs_O.tobytes()] for obs_O in first_obs_NO]
+
+
+def expert(obs_O: FloatArray) -> FloatArray:
+    return ScriptedPolicy(TASK, 1.0).distribution(obs_O[None]).raw_mean[0].clip(-1, 1)
+
+
+def pusher() -> GaussianPolicy:
+    """Moves somewhere, beyond the bounds of actions too, but closes no drawer."""
+    policy = GaussianPolicy((8,), -2.0, torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        policy.net[-1].weight *= 100
+        policy.net[-1].bias.copy_(torch.tensor([0.5, -1.5, 0.2, 0.0]))
+    return policy
+
+
+def test_in_demonstrations_the_expert_acts_with_noise_and_its_clean_actions_are_the_labels() -> None:
+    found = shown()
+    episodes = []
+    for number, goal in enumerate(goals_of(found.obs_BO[: CONFIG.num_demonstrations])):
+        env, rows, left = TaskEnv(TASK), [], HORIZON
+        noise = demonstration_noise(number, HORIZON, CONFIG, 1)
+        obs = env.reset(goal).astype(np.float32)
+        for t in range(HORIZON):
+            label = expert(obs)
+            rows.append((obs, label))
+            following, _, success = env.step((label + noise[t]).clip(-1, 1))
+            obs = following.astype(np.float32)
+            left = min(left - 1, CONFIG.steps_after_success) if success else left - 1
+            if left == 0:
+                break
+        episodes.append(rows)
+    assert any(len(rows) < HORIZON for rows in episodes)
+    # Step by step, the episodes that are still running.
+    wanted = [rows[t] for t in range(HORIZON) for rows in episodes if t < len(rows)]
+    assert np.array_equal(found.obs_BO, np.array([obs for obs, _ in wanted]))
+    assert np.array_equal(found.labels_BA, np.array([label for _, label in wanted]))
+
+
+def test_in_dagger_rounds_the_clones_clean_actions_are_executed_and_the_experts_are_the_labels() -> None:
+    clone = pusher()
+    with make_vector_env([TASK] * 25, 1) as envs:
+        found = demonstrator(envs).gather(1, clone)
+    obs_TNO = found.obs_BO.reshape(HORIZON, CONFIG.num_dagger_episodes, 39)
+    labels_TNA = found.labels_BA.reshape(HORIZON, CONFIG.num_dagger_episodes, 4)
+    means_TNA = np.array([clone.distribution(obs_NO).raw_mean for obs_NO in obs_TNO])
+    assert 0.1 < (np.abs(means_TNA) > 1).mean() < 0.9
+    for slot, goal in enumerate(goals_of(obs_TNO[0])):
+        env = TaskEnv(TASK)
+        obs = env.reset(goal)
+        for t in range(HORIZON):
+            assert np.array_equal(obs_TNO[t, slot], obs.astype(np.float32))
+            assert np.array_equal(labels_TNA[t, slot], expert(obs_TNO[t, slot]))
+            obs, _, success = env.step(means_TNA[t, slot].clip(-1, 1))
+            assert not success
+
+
+def test_rounds_deal_goals_in_orders_of_their_own() -> None:
+    config = replace(CONFIG, num_dagger_episodes=NUM_GOALS)
+    with make_vector_env([TASK] * 25, 1) as envs:
+        found = [demonstrator(envs, config, 1).gather(number, pusher()) for number in (1, 2)]
+    first, second = ([goal.index for goal in goals_of(labelled.obs_BO)] for labelled in found)
+    assert sorted(first) == sorted(second) == list(range(NUM_GOALS))
+    assert first != second
+
+
+def test_demonstrations_go_on_after_success_for_as_long_as_configured() -> None:
+    lengths = [len(shown(replace(CONFIG, steps_after_success=steps)).obs_BO) for steps in (0, 1, 7, HORIZON)]
+    succeeded = lengths[1] - lengths[0]
+    assert 0 < succeeded <= CONFIG.num_demonstrations
+    assert lengths[2] - lengths[0] == 7 * succeeded
+    assert lengths[3] == CONFIG.num_demonstrations * HORIZON
+
+
+@pytest.mark.parametrize("terminate_on_success", [True, False])
+def test_a_replayed_demonstration_ends_at_success_which_is_terminal_only_where_it_ends_episodes(
+    terminate_on_success: bool,
+) -> None:
+    batches = replayed(EpisodeRules(HORIZON, terminate_on_success=terminate_on_success))
+    up_to_success, one_more = (len(shown(replace(CONFIG, steps_after_success=steps)).obs_BO) for steps in (0, 1))
+    assert sum(batch.rewards.size for batch in batches) == up_to_success
+    terminated = sum(int(batch.terminated.sum()) for batch in batches)
+    assert terminated == (one_more - up_to_success if terminate_on_success else 0)
+
+
+def test_replayed_demonstrations_are_what_a_single_environment_does() -> None:
+    task, bonus, horizon = "pick-place-v3", 2.0, 60
+    config = replace(CONFIG, num_demonstrations=1)
+    batches = replayed(EpisodeRules(horizon, grasp_bonus=bonus), horizon, config, task)
+    noise = demonstration_noise(0, horizon, config, 1)
+    env, teacher, grasps = TaskEnv(task), ScriptedPolicy(task, 1.0), []
+    goals = goal_set(task, "training", NUM_GOALS)
+    (goal,) = (goal for goal in goals if np.array_equal(env.reset(goal).astype(np.float32), batches[0].obs[0, 0]))
+    obs = env.reset(goal)
+    for t, batch in enumerate(batches):
+        assert np.array_equal(batch.obs[0, 0], obs.astype(np.float32))
+        label = teacher.distribution(batch.obs[0]).raw_mean[0].clip(-1, 1)
+        assert np.array_equal(batch.actions[0, 0], (label + noise[t]).clip(-1, 1))
+        obs, reward, success = env.step(batch.actions[0, 0])
+        grasps.append(env.grasp(obs))
+        assert np.array_equal(batch.next_obs[0, 0], obs.astype(np.float32))
+        assert batch.rewards[0, 0] == np.float32(reward + bonus * grasps[-1])
+        assert batch.terminated[0, 0] == success
+        assert batch.ends.all()
+    assert max(grasps) > 0.1
