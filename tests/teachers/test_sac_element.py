@@ -106,6 +106,8 @@ def test_a_warm_start_fills_the_buffer(tmp_path: Path) -> None:
     # Demonstrations, forty steps each at this horizon, and the first iteration: enough to learn from at once.
     assert records[0]["updates"] == 40 and records[0]["policy_updates"] == 0
     assert training["policy_updates"] == 200
+    # Neither replayed demonstrations nor what RL sees move the statistics with which the policy was cloned.
+    assert load_policy(teacher.policy).normalizer.count == training["warm_start"]["demonstration_env_steps"]
 
 
 def test_demonstrations_are_whole_transitions() -> None:

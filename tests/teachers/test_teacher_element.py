@@ -30,7 +30,9 @@ from cpd.shards.reader import read_rollouts
 from cpd.strict_load import load, merge, read_toml, to_dict
 from cpd.tables import EpisodeRow, EvaluationRow, read_rows
 from cpd.teachers import element as element_module
+from cpd.teachers import training as training_module
 from cpd.teachers.element import env_pool, run_teacher
+from cpd.teachers.policy import load_policy
 from tests.conftest import MINIATURE, ROOT
 
 #: Six iterations of four environments and fifty steps, validated after every second one.
@@ -208,6 +210,30 @@ def test_training_stops_after_successive_passes(tmp_path: Path) -> None:
     training = json.loads(teacher.policy.with_suffix(".json").read_text())["training"]
     assert training["stopped_by"] == "validation"
     assert training["iterations"] == training["selected_iteration"] == 4
+
+
+def test_a_failed_validation_starts_the_count_of_passes_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rates = iter([1.0, 0.6, 0.8, 0.7, 0.9])
+    monkeypatch.setattr(training_module, "validate", lambda *arguments: next(rates))
+    changes = {"validate_every": 1, "stop_success": 0.7, "stop_passes": 3}
+    teacher = finish(new_run(tmp_path, **with_teacher(**changes)))
+    training = json.loads(teacher.policy.with_suffix(".json").read_text())["training"]
+    assert not list(rates)
+    assert (training["stopped_by"], training["iterations"]) == ("validation", 5)
+    assert (training["selected_iteration"], training["validation_success"]) == (1, 1.0)
+
+
+def test_the_last_of_the_best_policies_is_selected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rates = iter([0.2, 0.6, 0.4, 0.6, 0.5, 0.1])
+    monkeypatch.setattr(training_module, "validate", lambda *arguments: next(rates))
+    teacher = finish(new_run(tmp_path, **with_teacher(validate_every=1)))
+    training = json.loads(teacher.policy.with_suffix(".json").read_text())["training"]
+    assert (training["stopped_by"], training["iterations"]) == ("budget", 6)
+    assert (training["selected_iteration"], training["validation_success"]) == (4, 0.6)
+    # Trained from scratch, it normalises with what it has seen up to then: 200 steps in each iteration.
+    assert load_policy(teacher.policy).normalizer.count == 4 * 200
 
 
 def test_hopeless_policies_are_validated_at_the_end_only(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from cpd.shards.reader import read_index
 from cpd.strict_load import ConfigError, load, merge, read_toml, to_dict
 from cpd.teachers.demonstrations import Demonstrator, Labelled, demonstration_noise
 from cpd.teachers.element import env_pool, run_teacher
-from cpd.teachers.policy import GaussianPolicy
+from cpd.teachers.policy import GaussianPolicy, load_policy
 from cpd.teachers.warm_start import Cloner, WarmStart, warm_start
 from tests.conftest import MINIATURE
 
@@ -146,6 +147,38 @@ def test_where_every_increment_overshoots_the_last_policy_below_the_cap_stays() 
     assert all(torch.equal(a, b) for a, b in zip(policy.parameters(), fresh_policy().parameters(), strict=True))
 
 
+def test_success_at_the_cap_is_kept_and_at_the_target_ends_cloning() -> None:
+    config = replace(CONFIG, success_target=0.7, success_cap=0.7)
+    rates = iter([0.0, 0.7])
+    done, policy = started(lambda: next(rates), config)
+    assert (done.validation_success, done.highest_success, done.cloning_steps) == (0.7, 0.7, 20)
+    assert done.cloning_loss > 0
+    assert not torch.equal(policy.net[0].weight, fresh_policy().net[0].weight)
+
+
+def test_a_policy_that_succeeds_untrained_is_not_cloned() -> None:
+    done, policy = started(lambda: 0.5)
+    assert (done.validation_success, done.cloning_steps, done.dagger_rounds, done.cloning_loss) == (0.5, 0, 0, 0.0)
+    assert all(torch.equal(a, b) for a, b in zip(policy.parameters(), fresh_policy().parameters(), strict=True))
+
+
+def test_an_increment_stays_as_small_as_the_cap_has_made_it() -> None:
+    rates = iter([0.0, 0.8, 0.1, 0.2, 0.3, 0.4, *[0.45] * 4])
+    # 20 steps are taken back; 10 at a time make the round's 40, and again those of the DAgger round.
+    done, _ = started(lambda: next(rates))
+    assert (done.validation_success, done.cloning_steps, done.dagger_rounds) == (0.45, 80, 1)
+    assert not list(rates)
+
+
+def test_the_statistics_are_those_of_the_demonstrations_whatever_follows(demonstrations: Labelled) -> None:
+    done, policy = started(lambda: 0.3)
+    count, obs = len(demonstrations.obs_BO), demonstrations.obs_BO.astype(np.float64)
+    assert done.demonstration_env_steps == count + CONFIG.num_dagger_episodes * HORIZON
+    assert policy.normalizer.count == count
+    np.testing.assert_allclose(policy.normalizer.mean.numpy(), obs.mean(axis=0), rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(policy.normalizer.std.numpy(), obs.std(axis=0).clip(1e-3), rtol=1e-6)
+
+
 def test_dagger_rounds_follow_where_the_target_is_not_reached() -> None:
     done, _ = started(lambda: 0.3)
     assert (done.dagger_rounds, done.cloning_steps, done.validation_success) == (1, 80, 0.3)
@@ -189,6 +222,18 @@ def test_the_record_tells_success_before_and_after_rl(undisturbed: TeacherElemen
     assert training["policy_updates"] == updates > 0
     assert training["env_steps"] == 520 * len(records)
     assert read_index(undisturbed.shards).attributes.teacher_recipe == "demo_rl"
+
+
+def test_rl_leaves_the_statistics_with_which_the_policy_was_cloned(undisturbed: TeacherElement) -> None:
+    config = Run(undisturbed.path.parents[2]).config.teacher
+    goals = goal_set(undisturbed.task, "training", config.num_training_goals)
+    with make_vector_env([undisturbed.task] * 25, 1) as envs:
+        found = Demonstrator(
+            undisturbed.task, goals, envs, config.warm_start, HORIZON, undisturbed.seed, Interrupt()
+        ).gather(0)
+    normalizer = load_policy(undisturbed.policy).normalizer
+    assert normalizer.count == len(found.obs_BO)
+    np.testing.assert_allclose(normalizer.mean.numpy(), found.obs_BO.astype(np.float64).mean(axis=0), atol=1e-9)
 
 
 class AfterWarmStart(Interrupt):
