@@ -111,6 +111,20 @@ def test_labels_are_the_clean_teacher_and_actions_carry_the_noise(episodes: list
     assert kinds == {0.0, 0.2, 0.8}
 
 
+def test_episodes_follow_their_plans_one_after_another(episodes: list[Episode]) -> None:
+    goals = goal_set(TASK, "training", GOALS)
+    exceeds = False
+    for number, episode in enumerate(episodes):
+        plan = plan_episode(number, goals, CONFIG, 1)
+        assert (episode.goal_index, episode.seed) == (plan.goal.index, plan.seed)
+        assert (episode.noise_scale == np.float32(plan.noise_scale)).all()
+        # Noise is added to what the teacher would execute, not to a mean far beyond the bounds.
+        noise = plan.noise(HORIZON)[: len(episode)]
+        assert np.array_equal(episode.actions, (episode.teacher_mean + noise).clip(-1, 1))
+        exceeds |= bool((np.abs(episode.teacher_raw_mean) > 1.5).any())
+    assert exceeds
+
+
 def test_labels_of_a_squashed_policy_are_in_the_space_of_actions() -> None:
     """Its spread there varies with the state: little is left of it where the mean is near a bound."""
     teacher = SquashedPolicy((8,), -1.0, generator=torch.Generator().manual_seed(3))

@@ -224,6 +224,20 @@ def test_the_buffer_is_a_ring_of_the_newest() -> None:
     assert all(torch.equal(buffer.tables[name], other.tables[name]) for name in buffer.tables)
 
 
+def test_a_row_of_the_buffer_is_one_transition_with_its_action_as_executed() -> None:
+    buffer = ReplayBuffer(150, CPU)
+    terminated = np.random.default_rng(1).random((CONFIG.steps_per_env, CONFIG.num_envs)) < 0.5
+    batch = synthetic_batch(terminated=terminated)
+    batch = replace(batch, actions=3 * batch.actions)
+    buffer.add(synthetic_batch(1))
+    buffer.add(batch)
+    rows = torch.from_numpy((100 + np.arange(100)) % 150)
+    for name in ("obs", "next_obs", "rewards", "terminated", "actions"):
+        wanted = getattr(batch, name).reshape(100, -1).astype(np.float32)
+        wanted = wanted.clip(-1, 1) if name == "actions" else wanted
+        assert np.array_equal(buffer.tables[name][rows].numpy(), wanted), name
+
+
 def test_a_batch_larger_than_the_buffer_keeps_its_end() -> None:
     buffer = ReplayBuffer(30, CPU)
     batch = synthetic_batch()

@@ -183,3 +183,55 @@ def test_goals_are_dealt_evenly(num_goals: int, num_envs: int) -> None:
     assert len(set(first)) == min(num_goals, num_envs)
     walk = [first[0], *(dealer.deal(0).index for _ in range(num_goals - 1))]
     assert sorted(walk) == list(range(num_goals))
+
+
+def test_walks_through_the_goals_do_not_meet_before_all_are_dealt() -> None:
+    dealer = GoalDealer(goal_set(TASK, "training", 12), 4, np.random.default_rng(0))
+    assert sorted(dealer.deal(slot).index for _ in range(3) for slot in range(4)) == list(range(12))
+
+
+def test_actions_are_the_policys_with_correlated_noise_and_are_not_clipped(batch: Batch) -> None:
+    mean, log_std = Shover().distribution(batch.obs.reshape(-1, 39))
+    noise = ((batch.actions.reshape(-1, 4) - mean) / np.exp(log_std)).reshape(batch.actions.shape)
+    assert noise.std() == pytest.approx(1.0, abs=0.1)
+    assert np.corrcoef(noise[1:].ravel(), noise[:-1].ravel())[0, 1] == pytest.approx(0.5, abs=0.1)
+    assert batch.actions.max() > 1.5
+
+
+class Steps:
+    """In the place of an environment with many slots: what it is told to do."""
+
+    def __init__(self, num_envs: int) -> None:
+        self.num_envs = num_envs
+        self.actions: list[np.ndarray] = []
+        self.active: list[np.ndarray] = []
+
+    def step(self, actions: np.ndarray, active: np.ndarray) -> None:
+        self.actions.append(actions.copy())
+        self.active.append(active.copy())
+
+
+def test_exploring_starts_hold_any_action_for_up_to_the_longest_time_in_their_share_of_episodes() -> None:
+    envs, rngs = Steps(800), [np.random.default_rng(seed) for seed in range(800)]
+    num_steps = ExploringStarts(0.25, 4).begin(envs, range(0, 800, 2), rngs)  # type: ignore[arg-type]
+    lengths = np.sum(envs.active, axis=0)
+    assert num_steps == lengths.sum()
+    assert not lengths[1::2].any(), "those that begin no episode"
+    counts = np.bincount(lengths[::2], minlength=5)
+    assert len(counts) == 5
+    assert counts[0] / 400 == pytest.approx(0.75, abs=0.07)
+    assert counts[1:].min() > 10
+    for length, active in enumerate(envs.active):
+        assert np.array_equal(active, lengths > length), "without a break, from the reset on"
+    chosen = lengths > 0
+    assert all(np.array_equal(actions, envs.actions[0]) for actions in envs.actions)
+    assert np.abs(envs.actions[0]).max() <= 1.0
+    np.testing.assert_allclose(envs.actions[0][chosen].mean(axis=0), 0.0, atol=0.25)
+    np.testing.assert_allclose(envs.actions[0][chosen].std(axis=0), 3**-0.5, atol=0.1)
+
+
+def test_exploring_starts_differ_between_iterations() -> None:
+    rules = EpisodeRules(HORIZON, starts=ExploringStarts(1.0, 30))
+    first, second = (draw(rules=rules, iteration=iteration) for iteration in (0, 1))
+    assert first is not None and second is not None
+    assert (np.linalg.norm(first.obs[0, :, :3] - second.obs[0, :, :3], axis=1) > 1e-3).all()
