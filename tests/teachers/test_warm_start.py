@@ -163,8 +163,9 @@ def test_a_policy_that_succeeds_untrained_is_not_cloned() -> None:
 
 
 def test_an_increment_stays_as_small_as_the_cap_has_made_it() -> None:
-    rates = iter([0.0, 0.8, 0.1, 0.2, 0.3, 0.4, *[0.45] * 4])
-    # 20 steps are taken back; 10 at a time make the round's 40, and again those of the DAgger round.
+    # From 10 steps on five at a time, since 20 were too many, and two from 15 on, also in the DAgger round.
+    ends = [20, 10, 15, *range(17, 40, 2), *range(40, 81, 2)]
+    rates = iter([0.0, 0.8, *[0.45] * (len(ends) - 1)])
     done, _ = started(lambda: next(rates))
     assert (done.validation_success, done.cloning_steps, done.dagger_rounds) == (0.45, 80, 1)
     assert not list(rates)
