@@ -1,0 +1,187 @@
+"""Growth: which known task serves a new one best, what is copied for it, and how copies are set apart."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from cpd.comm import SerialComm
+from cpd.distill.batches import Batch
+from cpd.distill.growth import ROW_NOISE, GrowthDecision, Probe, grow, probe
+from cpd.distill.losses import LOSSES
+from cpd.student.student import Student, StudentOutput
+from tests.student.test_student import make_student, observations
+
+LENGTHS = (5, 3, 1, 4)
+
+
+def token_loss(out: StudentOutput, batch: Batch) -> torch.Tensor:
+    return LOSSES["mse"](out.mean_BLA, out.log_std_BLA, batch.teacher_mean_RLA, batch.teacher_log_std_RLA)
+
+
+def student_of(*sizes: int, **over) -> Student:
+    """A student of as many known tasks, each with a group of so many experts in every layer."""
+    student = make_student(**{"num_experts": sum(sizes), "task_identity": "onehot", **over})
+    group = torch.arange(len(sizes))
+    student.group_K[: len(sizes)] = group
+    for moe in student.moes:
+        moe.group_E[:] = group.repeat_interleave(torch.tensor(sizes))
+    return student
+
+
+def batch_of(student: Student, task: int) -> Batch:
+    """Windows of different lengths that are taught what the student does as `task`; their padding is not."""
+    obs = observations(len(LENGTHS), 5)
+    task_B = torch.full((len(LENGTHS),), task)
+    with torch.no_grad():
+        out = student(obs, task_B=task_B)
+    valid = (torch.arange(5) < torch.tensor(LENGTHS)[:, None]).double()
+    mean = torch.where(valid.bool()[..., None], out.mean_BLA, 1e3 * (1 + torch.arange(4.0)))
+    return Batch(obs, mean, out.log_std_BLA, valid, task_B, torch.zeros(len(LENGTHS)), sum(LENGTHS))
+
+
+class TestProbe:
+    @pytest.mark.parametrize("best", [0, 1, 2])
+    def test_tells_the_task_with_the_least_loss_and_what_it_uses(self, best):
+        student = student_of(3, 3, 3)
+        batch = batch_of(student, best)
+        for known in ([0, 1, 2], [2, 1, 0], [1, 2, 0]):
+            found = probe(student, batch, token_loss, known, SerialComm())
+            assert (found.task, found.loss) == (best, pytest.approx(0.0, abs=1e-20))
+            others = found.counts_LE.copy()
+            others[:, 3 * best : 3 * best + 3] = 0
+            assert not others.any()
+            np.testing.assert_array_equal(found.counts_LE, counts_as(student, batch, best))
+
+    def test_looks_at_known_tasks_alone(self):
+        student = student_of(3, 3, 3)
+        batch = batch_of(student, 1)
+        assert probe(student, batch, token_loss, [0, 2], SerialComm()).task in (0, 2)
+        assert probe(student, batch, token_loss, [2], SerialComm()).task == 2
+
+    def test_padding_counts_neither_as_loss_nor_as_use(self):
+        student = student_of(3, 3)
+        batch = batch_of(student, 0)
+        found = probe(student, batch, token_loss, [1], SerialComm())
+        losses = []
+        for row, length in enumerate(LENGTHS):
+            with torch.no_grad():
+                out = student(batch.obs_RLO[row : row + 1, :length], task_B=torch.tensor([1]))
+            losses += (out.mean_BLA[0] - batch.teacher_mean_RLA[row, :length]).square().sum(-1).tolist()
+        assert len(losses) == batch.num_tokens
+        assert found.loss == pytest.approx(np.mean(losses))
+        assert found.counts_LE.sum(1).tolist() == [2 * batch.num_tokens] * 2
+
+    def test_a_student_without_tasks_is_looked_at_once(self):
+        student = make_student()
+        batch = batch_of(make_student(seed=2), 0)
+        found = probe(student, batch, token_loss, [2, 1], SerialComm())
+        assert found.task == 0 and found.loss > 0
+        assert found.counts_LE.sum(1).tolist() == [2 * batch.num_tokens] * 2
+
+
+def counts_as(student: Student, batch: Batch, task: int) -> np.ndarray:
+    """[layers, experts] assignments of the batch's steps, one window after another, seen as `task`."""
+    total = np.zeros((len(student.moes), student.num_experts))
+    for row, length in enumerate(LENGTHS):
+        with torch.no_grad():
+            out = student(
+                batch.obs_RLO[row : row + 1, :length],
+                task_B=torch.tensor([task]),
+                valid_BL=torch.ones(1, length, dtype=torch.float64),
+            )
+        total += np.stack([stats.counts_E.numpy() for stats in out.stats])
+    return total
+
+
+def grown(student: Student, counts: list[list[int]], nearest: int, **over) -> GrowthDecision:
+    found = Probe(nearest, 0.25, np.array(counts, np.float64))
+    return grow(student, found, **{"seed": 1, "stage": 2, "task": 2, "num_new": 4, "reason": "why", **over})
+
+
+class TestGrow:
+    #: By layer, of a group of two and one of three; what the first group's experts have is not the new task's.
+    COUNTS = ([9, 0, 2, 5, 0], [0, 9, 4, 0, 7])
+
+    def test_copies_the_nearest_tasks_experts_by_use_and_begins_again_when_all_are_copied(self):
+        student = student_of(2, 3)
+        decision = grown(student, self.COUNTS, nearest=1)
+        assert decision.sources == [[3, 2, 4, 3], [4, 2, 3, 4]]
+        for moe, sources in zip(student.moes, decision.sources, strict=True):
+            assert moe.num_experts == 9
+            for copy, source in zip(moe.experts[5:], sources, strict=True):
+                assert torch.equal(copy.up.weight, moe.experts[source].up.weight)
+                assert torch.equal(copy.down.weight, moe.experts[source].down.weight)
+
+    @pytest.mark.parametrize("nearest", [0, 1])
+    def test_the_copies_are_a_new_group_and_open(self, nearest):
+        student = student_of(2, 3)
+        decision = grown(student, self.COUNTS, nearest)
+        assert decision.group == 2 and student.group_K.tolist() == [0, 1, 2]
+        for moe in student.moes:
+            assert moe.group_E.tolist() == [0, 0, 1, 1, 1, 2, 2, 2, 2]
+            assert not moe.logit_offset.any()
+
+    @pytest.mark.parametrize("nearest", [0, 1])
+    @pytest.mark.parametrize("num_new", [0, 2])
+    def test_the_task_begins_with_the_nearest_ones_vector(self, nearest, num_new):
+        student = student_of(2, 3)
+        before = student.task.detach().clone()
+        grown(student, self.COUNTS, nearest, num_new=num_new)
+        assert torch.equal(student.task[2], before[nearest])
+        assert torch.equal(student.task[:2], before[:2])
+
+    @pytest.mark.parametrize("nearest", [0, 1])
+    def test_without_new_experts_the_nearest_tasks_group_is_shared(self, nearest):
+        student = student_of(2, 3)
+        decision = grown(student, self.COUNTS, nearest, num_new=0)
+        assert decision == GrowthDecision(2, 2, nearest, 0.25, "why", 0, [[], []], nearest)
+        assert student.group_K.tolist() == [0, 1, nearest]
+        assert student.num_experts == 5
+
+    def test_without_tasks_all_experts_are_copied_from_and_copies_are_closed(self):
+        student = make_student(num_experts=3)
+        decision = grown(student, [[1, 3, 2], [2, 0, 7]], nearest=0)
+        assert decision.sources == [[1, 2, 0, 1], [2, 0, 1, 2]]
+        assert decision.group == 0 and not student.group_K.any()
+        for moe in student.moes:
+            assert not moe.group_E.any()
+            assert moe.logit_offset.tolist() == [0.0] * 3 + [-np.inf] * 4
+
+
+class TestRowNoise:
+    """Copies of one expert differ in their router rows alone."""
+
+    @staticmethod
+    def noises(**over) -> list[np.ndarray]:
+        """By layer and copy, how its router row departs from its source's, relative to the source's scale."""
+        student = student_of(2, width=512, expert_width=4)
+        rows = [row for moe in student.moes for row in moe.router]
+        with torch.no_grad():
+            for scale, row in zip((1.0, 50.0, 0.1, 7.0), rows, strict=True):
+                row.mul_(scale)
+        decision = grown(student, [[1, 2], [2, 1]], nearest=0, **over)
+        found = []
+        for moe, sources in zip(student.moes, decision.sources, strict=True):
+            for copy, source in zip(moe.router[2:], sources, strict=True):
+                row = moe.router[source].detach()
+                found.append(((copy - row) / row.square().mean().sqrt()).detach().numpy())
+        return found
+
+    def test_is_a_small_share_of_the_row_it_moves(self):
+        noises = self.noises()
+        assert len(noises) == 8
+        assert 0.0 < ROW_NOISE < 0.5
+        for noise in noises:
+            assert noise.std() == pytest.approx(ROW_NOISE, rel=0.15)
+            assert abs(noise.mean()) < 0.2 * ROW_NOISE
+
+    def test_is_its_own_in_every_layer_and_copy_seed_and_stage(self):
+        noises = [*self.noises(), *self.noises(seed=2), *self.noises(stage=1)]
+        correlation = np.corrcoef(noises) - np.eye(len(noises))
+        assert np.abs(correlation).max() < 0.3
+
+    def test_is_the_same_whenever_it_is_drawn(self):
+        for left, right in zip(self.noises(), self.noises(), strict=True):
+            np.testing.assert_array_equal(left, right)
