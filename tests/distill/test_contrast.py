@@ -1,0 +1,203 @@
+"""What the task embedding learns from, and that prototypes keep up with it."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from cpd.checkpoint import latest
+from cpd.comm import SerialComm
+from cpd.config import DistillConfig
+from cpd.distill.batches import StageData
+from cpd.distill.contrast import ContrastSource, prototypes_from_memory
+from cpd.distill.element import run_student
+from cpd.distill.teachers import read_stage
+from cpd.distill.trainer import Trainer
+from cpd.interrupt import Interrupt, InterruptedBySignal
+from cpd.memory.segments import Segments
+from cpd.student.observations import observation_scaling
+from cpd.student.student import Student
+from tests.distill.synthetic import stage_data, write_teachers
+from tests.distill.test_trainer import make_trainer, train
+from tests.student.test_student import make_student
+
+
+def memory_of(steps_by_task: dict[int, int]) -> Segments:
+    """The first steps of tasks, each a segment of its own."""
+    parts = [stage_data(task).segments(1).take(np.arange(steps)) for task, steps in steps_by_task.items()]
+    return Segments.concatenate([Segments.empty(), *parts])
+
+
+def source_of(data: StageData, memory: Segments, **over) -> ContrastSource:
+    config = DistillConfig(**{"precision": "float64", "contrast_noise": 0.0, **over})
+    return ContrastSource(data, memory, config, 1, 2, torch.device("cpu"))
+
+
+def drawn(source: ContrastSource, task: int, step: int = 0) -> np.ndarray:
+    obs_NO, task_N = source.batch(step)
+    return obs_NO[task_N == task].numpy()
+
+
+def places(obs_NO: np.ndarray, data: StageData) -> np.ndarray:
+    """At which step of `data` each of the observations is; an error if one is nowhere."""
+    known = {row.astype(np.float64).tobytes(): step for step, row in enumerate(data.observations)}
+    return np.array([known[row.tobytes()] for row in obs_NO])
+
+
+class TestBatch:
+    def test_is_none_while_there_is_but_one_task(self):
+        assert source_of(stage_data(0), Segments.empty()).batch(0) is None
+        assert source_of(stage_data(0), memory_of({0: 5})).batch(0) is None
+
+    def test_half_of_a_present_tasks_observations_open_an_episode(self):
+        data = stage_data(2)
+        steps = places(drawn(source_of(data, memory_of({0: 5}), contrast_batch_size=400), 2), data)
+        opens = np.isin(steps, data.offsets[:-1])
+        assert len(steps) == 200
+        assert set(steps[opens]) == set(data.offsets[:-1])
+        assert 100 <= opens.sum() < 115, "the others come from all steps: one in 24 opens an episode"
+        assert (np.bincount(steps[~opens] * 10 // data.num_steps, minlength=10) > 0).all()
+
+    def test_an_earlier_tasks_are_mixtures_of_two_that_are_stored_of_it(self):
+        memory = memory_of({0: 3, 1: 3})
+        source = source_of(stage_data(2), memory, contrast_batch_size=600)
+        for task, stored in memory.observations_by_task().items():
+            stored = stored.astype(np.float64)
+            rows = drawn(source, task)
+            assert len(rows) == 200
+            found = []
+            for first, second in ((0, 1), (0, 2), (1, 2)):
+                edge = stored[second] - stored[first]
+                share = (rows - stored[first]) @ edge / (edge @ edge)
+                gap = np.abs(rows - stored[first] - share[:, None] * edge).max(1)
+                between = (gap < 1e-9) & (share > 1e-6) & (share < 1 - 1e-6)
+                found.append(between)
+                # Two of three stored ones are drawn in two of nine cases.
+                assert between.sum() == pytest.approx(200 * 2 / 9, abs=20)
+                assert np.histogram(share[between], 4, (0, 1))[0].min() > 0
+            alike = np.abs(rows[:, None] - stored).max(2).min(1) < 1e-9
+            assert (np.sum(found, 0) + alike == 1).all()
+
+    def test_a_task_that_comes_again_is_drawn_from_its_data_alone(self):
+        data = stage_data(0)
+        source = source_of(data, memory_of({0: 5, 1: 5}), contrast_batch_size=100)
+        obs, task = source.batch(0)
+        assert torch.bincount(task).tolist() == [50, 50]
+        places(obs[task == 0].numpy(), data)
+
+    def test_every_task_has_a_positive_in_the_smallest_batch(self):
+        _, task = source_of(stage_data(2), memory_of({0: 5, 1: 5}), contrast_batch_size=1).batch(0)
+        assert torch.bincount(task).tolist() == [2, 2, 2]
+
+    @pytest.mark.parametrize("noise", [0.05, 0.4])
+    def test_noise_is_in_the_students_scaling_and_each_numbers_own(self, noise):
+        """Of tasks with one observation each, so that all that varies is the noise."""
+        data = stage_data(2, num_episodes=1, length=1)
+        source = source_of(data, memory_of({0: 1}), contrast_batch_size=2_000, contrast_noise=noise)
+        for task, only in ((0, stage_data(0).observations[0]), (2, data.observations[0])):
+            rows = drawn(source, task)
+            scaled = (rows - only) / observation_scaling()[1]
+            np.testing.assert_allclose(scaled.std(0), noise, rtol=0.15)
+            assert np.abs(scaled.mean(0)).max() < 0.15 * noise
+            assert np.abs(np.corrcoef(scaled.T) - np.eye(39)).max() < 0.2
+            assert not np.array_equal(rows, drawn(source, task, step=1))
+
+    def test_without_noise_observations_are_as_they_were(self):
+        data = stage_data(2, num_episodes=1, length=1)
+        source = source_of(data, memory_of({0: 1}), contrast_batch_size=20)
+        for task, only in ((0, stage_data(0).observations[0]), (2, data.observations[0])):
+            np.testing.assert_allclose(drawn(source, task), np.tile(only, (10, 1)), rtol=0, atol=1e-15)
+
+
+def prototype(student: Student, obs_NO: np.ndarray) -> torch.Tensor:
+    """The direction of the mean embedding."""
+    with torch.no_grad():
+        embedded = [student.embedding(torch.from_numpy(row[None]).to(student.dtype))[0] for row in obs_NO]
+    return F.normalize(torch.stack(embedded).mean(0), dim=0)
+
+
+def assert_remembered(student: Student, memory: Segments, tasks: set[int]) -> None:
+    """The prototypes of `tasks`, and of no others that the memory holds, are those of what it holds."""
+    held = memory.observations_by_task()
+    assert tasks == set(held)
+    for task, obs_NO in held.items():
+        torch.testing.assert_close(student.prototypes_KZ[task], prototype(student, obs_NO))
+
+
+class TestPrototypes:
+    def test_from_memory_each_is_of_its_own_tasks_observations(self):
+        student, memory = make_student(task_identity="inferred"), memory_of({0: 7, 2: 4})
+        student.prototypes_KZ[:] = 5.0
+        prototypes_from_memory(student, memory)
+        assert_remembered(student, memory, {0, 2})
+        assert (student.prototypes_KZ[1] == 5.0).all()
+
+    def test_within_a_stage_the_present_tasks_is_of_its_data_and_the_others_are_of_memory(self):
+        student, memory = make_student(task_identity="inferred"), memory_of({0: 7, 1: 4})
+        data = stage_data(0, num_episodes=30)
+        source_of(data, memory).refresh_prototypes(student)
+        openings = prototype(student, data.observations[data.offsets[:-1]])
+        wanted = student.prototypes_KZ[0]
+        torch.testing.assert_close(student.prototypes_KZ[1], prototype(student, memory.observations_by_task()[1]))
+        torch.testing.assert_close(wanted.norm(), torch.tensor(1.0, dtype=student.dtype))
+        assert wanted @ prototype(student, data.observations) > 0.98 > wanted @ student.prototypes_KZ[1]
+        assert wanted @ openings > 0.98
+        assert not student.prototypes_KZ[2].any()
+
+    def test_at_a_stages_end_all_are_of_what_memory_holds_then_as_the_encoder_is_then(self):
+        trainer = make_trainer(distill={"steps_per_stage": 15})
+        for stage in range(3):
+            train(trainer, until=15 * (stage + 1))
+            assert_remembered(trainer.student, trainer.memory.segments, set(range(stage + 1)))
+
+    def test_refreshed_within_a_stage_they_follow_the_encoder(self):
+        trainer = make_trainer(distill={"steps_per_stage": 30})
+        train(trainer, until=45)
+        stale = trainer.student.prototypes_KZ.clone()
+        assert stale[0].any() and not stale[1].any()
+        trainer.refresh_prototypes()
+        fresh = trainer.student.prototypes_KZ
+        kept = trainer.memory.segments.observations_by_task()[0]
+        torch.testing.assert_close(fresh[0], prototype(trainer.student, kept))
+        assert not torch.allclose(fresh[0], stale[0])
+        assert fresh[1] @ prototype(trainer.student, stage_data(1).observations) > 0.98
+
+    def test_without_a_memory_the_present_tasks_is_left_as_its_data_make_it(self):
+        trainer = make_trainer(memory={"selection": "none"}, distill={"steps_per_stage": 10})
+        train(trainer, until=10)
+        found = trainer.student.prototypes_KZ
+        assert found[0] @ prototype(trainer.student, stage_data(0).observations) > 0.98
+        assert not found[1:].any()
+
+
+def test_curves_are_measured_with_prototypes_of_the_encoder_as_it_is(make_run):
+    """Stopped in the midst of a curve's first episode: what is saved is what it acts with."""
+
+    class AskedInTheEpisode(Interrupt):
+        looks = 0
+
+        @property
+        def requested(self) -> bool:
+            self.looks += 1
+            return self.looks > 40  # one look per step of the stage, and then the episode's
+
+    run = make_run(
+        distill={"batch_size": 16},
+        evaluation={"curve_points": 1, "num_episodes_brief": 1},
+        logging={"checkpoint_every": 1_000},
+    )
+    element = run.students()[0]
+    write_teachers(run, element)
+    with pytest.raises(InterruptedBySignal, match="stage 0, step 40"):
+        run_student(run, element, SerialComm(), interrupt=AskedInTheEpisode(), tell=lambda line: None)
+    state = latest(element.checkpoints).load()
+    assert not state["curves"]
+    trainer = Trainer(element.config, element.seed, SerialComm(), torch.device("cpu"))
+    trainer.restore(state["trainer"])
+    saved = trainer.student.prototypes_KZ.clone()
+    teacher = run.teacher_of("drawer-close-v3", element.seed)
+    trainer.begin_stage(read_stage(run, teacher, SerialComm(), element.config.distill.episodes))
+    trainer.refresh_prototypes()
+    assert saved[0].any() and torch.equal(saved, trainer.student.prototypes_KZ)
