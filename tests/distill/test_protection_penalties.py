@@ -135,6 +135,34 @@ class TestAGEM:
         assert reference.replayed_R.all() and len(reference.task_R) == 16 and not reference.task_R.any()
         assert not torch.equal(reference.obs_RLO, trainer.source.reference(4, 16).obs_RLO)
 
+    def test_memorys_gradient_is_of_its_imitation_alone_and_so_the_encoders_stays_as_it_is(self):
+        student = {"expansion": "none", "task_identity": "inferred", "num_experts": 4}
+        distill = {**SHORT, "replay_share": 0.0, "contrast_batch_size": 32}
+        trainer = make_trainer(**with_agem(distill=distill, student=student))
+        train(trainer, until=26)
+        flat = trainer.flat
+        encoder = torch.cat(
+            [torch.arange(s.start, s.stop) for n, s in flat.slots.items() if n.startswith("encoder.")]
+        )
+        num_projected = 0
+        for _ in range(8):
+            step = trainer.progress.step
+            with_contrast = trainer.gradient(trainer.source.batch(step))
+            plain = flat.grads.clone()
+            without = trainer.gradient(trainer.source.reference(step, 16), contrast=False)
+            reference = flat.grads.clone()
+            assert with_contrast.contrast > 0 and without.contrast == 0
+            assert plain[encoder].any() and not reference[encoder].any()
+            product = float(plain @ reference)
+            taken_out = min(product, 0.0) / float(reference @ reference) * reference
+            flat.grads.copy_(plain)
+            trainer.protection.adjust_gradient(trainer)
+            torch.testing.assert_close(flat.grads, plain - taken_out)
+            assert torch.equal(flat.grads[encoder], plain[encoder])
+            num_projected += product < 0
+            trainer.train_step()
+        assert num_projected > 0
+
     @pytest.mark.parametrize(
         "over, remedy",
         [
