@@ -109,6 +109,67 @@ def test_the_probe_holds_the_current_task_alone():
     assert not probe.task_R.any() and not probe.replayed_R.any()
 
 
+def test_the_probe_and_the_reference_are_drawn_apart_from_the_batches():
+    one = source(stage_data(1).segments(4), replay_share=0.5)
+    assert not torch.equal(one.probe().obs_RLO[:16], one.batch(0).obs_RLO[16:])
+    assert not torch.equal(source().probe().obs_RLO, source().batch(0).obs_RLO)
+    assert not torch.equal(one.reference(0, 16).obs_RLO, one.batch(0).obs_RLO[:16])
+
+
+class TestRehearsalMixtures:
+    """Of a memory in which the segments of two tasks, one with three times as many, lie one among another."""
+
+    MEMORY = Segments.concatenate([stage_data(1).segments(4), stage_data(2, num_episodes=4).segments(4)])
+    MEMORY = MEMORY.take(np.random.default_rng(0).permutation(len(MEMORY)))
+
+    def mixed(self) -> BatchSource:
+        return source(self.MEMORY, batch_size=800, replay_share=0.5, rehearsal=True)
+
+    def segments(self) -> tuple[np.ndarray, np.ndarray]:
+        """Of every replayed row the number of its segment, and of the one that is mixed into it."""
+        windows = self.mixed().windows(3)
+        numbers = {start: number for number, start in enumerate(self.MEMORY.start.tolist())}
+        own, other = windows.start[:400], windows.mixture.start[:400]
+        return np.array([numbers[start] for start in own]), np.array([numbers[start] for start in other])
+
+    def test_two_segments_of_one_task_are_mixed_and_all_of_them_are(self):
+        own, other = self.segments()
+        np.testing.assert_array_equal(self.MEMORY.task[own], self.MEMORY.task[other])
+        # 400 draws among about 80 and 26 segments of the two tasks.
+        for task in (1, 2):
+            candidates = np.flatnonzero(self.MEMORY.task == task)
+            drawn = other[self.MEMORY.task[own] == task]
+            assert len(np.unique(drawn)) > 0.9 * len(candidates)
+        assert (own != other).mean() > 0.9
+
+    def test_observations_are_their_weighted_mean_over_the_steps_that_both_have(self):
+        batch, weight = self.mixed().batch(3), self.mixed().windows(3).mixture.weight
+        memory, lengths = self.MEMORY, set()
+        assert np.histogram(weight[:400], 4, (0, 1))[0].min() > 60
+        for row, (own, other) in enumerate(zip(*self.segments(), strict=True)):
+            length = min(memory.length[own], memory.length[other])
+            lengths.add((int(memory.length[own]), int(memory.length[other])))
+            assert batch.valid_RL[row].tolist() == [1.0] * length + [0.0] * (4 - length)
+            left, right = (
+                memory.observations[memory.start[one] : memory.start[one] + length].astype(np.float64)
+                for one in (own, other)
+            )
+            wanted = weight[row] * left + (1.0 - weight[row]) * right
+            np.testing.assert_allclose(batch.obs_RLO[row, :length], wanted, rtol=0, atol=1e-12)
+            assert batch.task_R[row] == memory.task[own]
+        assert {(4, 4), (4, 1), (1, 4)} <= lengths
+        assert batch.num_tokens == batch.valid_RL.sum()
+
+    def test_rows_of_the_current_task_are_left_as_they_are(self):
+        batch = self.mixed().batch(3)
+        known = {row.astype(np.float64).tobytes() for row in stage_data(0).observations}
+        assert all(obs.numpy().tobytes() in known for obs in batch.obs_RLO[400:].reshape(-1, 39))
+
+    def test_without_rehearsal_nothing_is_mixed(self):
+        assert source(self.MEMORY, replay_share=0.5).windows(3).mixture is None
+        assert source(rehearsal=True).windows(3).mixture is None
+
+
 def taught(folder: Path, outcomes: Sequence[bool]) -> Rollouts:
     """Rollouts of episodes of 3, 4, 5 ... steps that succeeded or not."""
     with ShardWriter(folder, ATTRIBUTES, 6) as writer:
