@@ -127,3 +127,9 @@ def test_mj_forward_after_the_steps_is_part_of_the_dynamics(mt1):
     env.data.ctrl[:] = (1, -1)
     mujoco.mj_forward(env.model, env.data)
     assert (env.data.qacc_warmstart != warm_start).any()
+
+
+def test_a_short_seed_sequence_is_padded_with_zeros():
+    """So that streams of one name need paths of one length."""
+    state = [np.random.SeedSequence(words).generate_state(4).tolist() for words in ([7, 1], [7, 1, 0], [7, 1, 1])]
+    assert state[0] == state[1] != state[2]
