@@ -106,7 +106,7 @@ def execute(run: Run, profile: Profile, interrupt: Interrupt, elements: Sequence
             finished = queue.execute()
             draw()
     else:
-        queue = LocalQueue(run, profile, interrupt, elements, PlainProgress(run))
+        queue = LocalQueue(run, profile, interrupt, elements, PlainProgress(run, elements))
         finished = queue.execute()
     names = [element.name for element in queue.failed]
     print_failures(console, run, [row for row in run_status(run) if row.element in names])
@@ -114,11 +114,12 @@ def execute(run: Run, profile: Profile, interrupt: Interrupt, elements: Sequence
 
 
 class PlainProgress:
-    """Tells changes of state at once and progress now and then, a line each."""
+    """Tells changes of state of some elements at once, and their progress now and then, a line each."""
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: Run, elements: Sequence[Element]) -> None:
         self._run = run
-        self._states: dict[str, str] = {}
+        names = {element.name for element in elements}
+        self._states = {row.element: row.state for row in run_status(run) if row.element in names}
         self._last = time.monotonic()
 
     def __call__(self) -> None:
@@ -127,8 +128,9 @@ class PlainProgress:
         if due:
             self._last = time.monotonic()
         for row in run_status(self._run):
-            known = self._states.get(row.element, "waiting")
-            if row.state != known:
+            if row.element not in self._states:
+                continue
+            if row.state != self._states[row.element]:
                 self._states[row.element] = row.state
                 tell(f"{row.element}: {row.state}{f' ({row.message})' if row.message else ''}")
             elif due and row.state == "running":
