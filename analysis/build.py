@@ -12,6 +12,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from analysis.build_teachers import build_teachers
+from analysis.captions import conditions, short_conditions
 from analysis.figures import (
     fig_finals,
     fig_losses,
@@ -26,7 +27,7 @@ from analysis.figures import (
     fig_transfer,
     fig_usage,
 )
-from analysis.load import Dataset, conditions, find_results, load, short_conditions
+from analysis.load import Dataset, find_results, load
 from analysis.publish import check_stand_ins_place, publish
 from analysis.style import paper_style, save, stamp
 from analysis.summary import show

@@ -19,14 +19,8 @@ from cpd.record import read_status
 from cpd.result_tables import TEACHER, Tables, read_tables
 from cpd.results import gather
 from cpd.runs import Run
-from cpd.summary import MethodMeasures, Summary, summarize
+from cpd.summary import MethodMeasures, Summary, summarize, without_students
 from cpd.tables import CurveRow, LossRow, RetrievalRow, StageRow, StartRow, UsageRow
-
-RECIPES = {
-    "rl": "reinforcement learning from scratch",
-    "demo_rl": "reinforcement learning from a capped warm start on demonstrations",
-    "scripted": "scripted experts as stand-ins",
-}
 
 #: A task looks like others if more than this share of its episodes begin nearer to one of another task.
 ALIKE = 0.05
@@ -228,7 +222,18 @@ def load(folders: Sequence[Path]) -> Dataset:
         rejected=frozenset((r.task, r.seed) for t in tables for r in t.teachers if r.state == "rejected"),
         teacher_curves=tuple({(c.task, c.seed): c for t in tables for c in _teacher_curves(t)}.values()),
         timings=tuple(entry for t in tables for entry in _timings(t)),
-        missing=tuple(dict.fromkeys(line for s in summaries for line in s.missing)),
+        missing=tuple(_missing(summaries)),
+    )
+
+
+def _missing(summaries: Sequence[Summary]) -> Iterable[str]:
+    """What is missing in all of them together: a method's students may be in one alone."""
+    yield from dict.fromkeys(
+        line for s in summaries for line in s.missing if line not in without_students(s.unseen)
+    )
+    seen = {method.method for s in summaries for method in s.methods}
+    yield from without_students(
+        [m for m in dict.fromkeys(m for s in summaries for m in s.unseen) if m not in seen]
     )
 
 
@@ -281,7 +286,8 @@ def _check_same_teachers(tables: Sequence[Tables]) -> None:
 
 
 def _joined(labels: Sequence[dict[str, str]]) -> dict[str, str]:
-    return {key: "/".join(dict.fromkeys(label[key] for label in labels)) for key in labels[0]}
+    parts = {key: [part for label in labels for part in label[key].split("/")] for key in labels[0]}
+    return {key: "/".join(dict.fromkeys(values)) for key, values in parts.items()}
 
 
 def _differences(left: dict[str, str], right: dict[str, str]) -> str:
@@ -339,56 +345,3 @@ def mean_matrix(students: Sequence[Student]) -> Floats:
     with np.errstate(invalid="ignore"):
         mean: Floats = np.where(measured, rates, 0.0).sum(axis=0) / measured.sum(axis=0)
     return mean
-
-
-def conditions(data: Dataset) -> str:
-    """The labels of the results as one sentence, for captions and the notes of tables."""
-    labels = data.labels
-    recipe = "/".join(RECIPES.get(part, part) for part in labels["teacher_recipe"].split("/"))
-    seeds = ", ".join(map(str, dict.fromkeys(s.seed for s in data.students))) or "none"
-    teacher_seeds = ", ".join(map(str, sorted({seed for _, seed in data.teacher_rates}))) or "none"
-    return (
-        f"Teachers: {recipe} (recipe {labels['teacher_recipe']}), seeds {teacher_seeds}. Student seeds {seeds}; "
-        f"task identity: {labels['task_identity']}. Horizon {labels['horizon']} steps; "
-        f"Meta-World {labels['metaworld']}, MuJoCo {labels['mujoco']}, reward {labels['reward_version']}. "
-        f"Deterministic policies on {data.goals} goals; success is the flag at any step. {episodes_per_cell(data)}"
-    )
-
-
-def look_alikes(data: Dataset) -> str:
-    """Which tasks look like which others when an episode begins, and in what share of episodes."""
-    return ", ".join(
-        f"{short(task)} ({', '.join(f'{100 * share:.0f} % {short(other)}' for other, share in others.items())})"
-        for task, others in data.look_alikes.items()
-    )
-
-
-def short_conditions(data: Dataset) -> str:
-    """The labels without which no number may be read, for the margin of a figure."""
-    labels = data.labels
-    recipe, horizon, identity = labels["teacher_recipe"], labels["horizon"], labels["task_identity"]
-    return f"teachers: {recipe}   T = {horizon}   task identity: {identity}"
-
-
-def episodes_per_cell(data: Dataset) -> str:
-    """How many episodes stand behind a cell of the success matrix."""
-    own: set[int] = set()
-    rest: set[int] = set()
-    for student in data.students:
-        episodes = student.matrix.episodes
-        full = np.zeros_like(episodes, bool)
-        for stage, task in enumerate(student.matrix.stream):
-            full[stage + 1, student.matrix.tasks.index(task)] = True
-        if student.measures.final_stage is not None:
-            full[student.measures.final_stage + 1] = True
-        own |= set(episodes[full & (episodes > 0)].tolist())
-        rest |= set(episodes[~full & (episodes > 0)].tolist())
-    teachers = {rate.episodes for rate in data.teacher_rates.values()}
-
-    def span(counts: set[int]) -> str:
-        return "–".join(str(count) for count in sorted({min(counts), max(counts)})) if counts else "no"
-
-    return (
-        f"Episodes per cell: {span(own)} on the diagonal and in the final row, {span(rest)} elsewhere, "
-        f"{span(teachers)} for teachers."
-    )

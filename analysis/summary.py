@@ -9,7 +9,8 @@ from typing import Any, TextIO
 from rich.console import Console
 from rich.table import Table
 
-from analysis.load import Dataset, conditions, load, look_alikes, short
+from analysis.captions import conditions, look_alikes
+from analysis.load import Dataset, load, short
 from analysis.tables import headline, task_cells, worst_text
 from cpd.measures import StudentMeasures
 from cpd.record import clock

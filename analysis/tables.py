@@ -11,7 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from analysis.load import Dataset, look_alikes, mean_matrix, short
+from analysis.captions import look_alikes
+from analysis.load import Dataset, mean_matrix, short
 from cpd.files import write_text
 from cpd.measures import Estimate, Rate, StudentMeasures, TaskMeasures
 from cpd.metrics import Aggregate, Floats

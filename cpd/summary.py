@@ -63,6 +63,8 @@ class Summary:
     methods: tuple[MethodMeasures, ...]
     missing: tuple[str, ...]
     """What has not been done or measured, one sentence each."""
+    unseen: tuple[str, ...]
+    """Methods without any evaluated student, of which `missing` tells in one sentence."""
 
     def to_json(self) -> dict[str, Any]:
         """The measures as plain values, for metrics.json."""
@@ -89,6 +91,7 @@ def summarize(tables: Tables) -> Summary:
         students=students,
         methods=tuple(_method([s for s in students if s.method == m], tables, reference) for m in methods),
         missing=tuple(_missing(tables, students)),
+        unseen=tuple(method for method in tables.methods if method not in methods),
     )
 
 
@@ -184,6 +187,11 @@ def shares(student: Student) -> Floats:
     return np.minimum(shares, 1.0)
 
 
+def without_students(methods: Sequence[str]) -> list[str]:
+    """The sentence about methods without any evaluated student, if there are any."""
+    return [f"no student of {', '.join(methods)} has been evaluated"] if methods else []
+
+
 def _missing(tables: Tables, students: Sequence[Student]) -> Iterable[str]:
     for teacher in tables.teachers:
         who = f"teacher {teacher.task} (seed {teacher.seed})"
@@ -193,8 +201,7 @@ def _missing(tables: Tables, students: Sequence[Student]) -> Iterable[str]:
             yield f"{who} is not finished ({teacher.state})"
     found = {(student.method, student.seed) for student in students}
     seen = {method for method, _ in found}
-    if unseen := [method for method in tables.methods if method not in seen]:
-        yield f"no student of {', '.join(unseen)} has been evaluated"
+    yield from without_students([method for method in tables.methods if method not in seen])
     yield from (
         f"student {method} (seed {seed}) has not been evaluated"
         for method in tables.methods

@@ -8,7 +8,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from analysis.load import RECIPES, short
+from analysis.captions import RECIPES
+from analysis.load import short
 from analysis.style import COLUMN_INCHES, GUIDE, TEACHER_COLOUR, method_colour
 from analysis.teachers import PublishedTeachers, cpu_text
 

@@ -18,7 +18,8 @@ import pytest
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from analysis.build import build, main
+from analysis.build import build, load_all, main
+from analysis.captions import short_conditions
 from analysis.figures import (
     fig_finals,
     fig_losses,
@@ -33,7 +34,7 @@ from analysis.figures import (
     fig_transfer,
     fig_usage,
 )
-from analysis.load import load, short_conditions
+from analysis.load import _joined, load
 from analysis.publish import RESULTS, publish
 from analysis.style import paper_style, stamp
 from analysis.summary import print_summary
@@ -210,6 +211,20 @@ def test_methods_on_one_stream_are_drawn_together(tmp_path: Path) -> None:
     assert [row["method"] for row in rows] == ["moe", "dense"]
     with pytest.raises(ValueError, match="--out"):
         build(paths)
+
+
+def test_what_one_of_several_runs_has_is_missing_in_none(tmp_path: Path) -> None:
+    """Two runs of one recipe, each with students of some of its methods."""
+    options = {"stream": STREAM, "teachers": TEACHERS, "variants": {"a": {1: RATES}, "b": {}}}
+    left = write_run(tmp_path / "left", **options, students={1: RATES})
+    right = write_run(tmp_path / "right", **options, students={1: RATES})
+    shutil.rmtree(left.root / "students" / "a")
+    shutil.rmtree(right.root / "students" / "moe")
+    data = load_all([left.root, right.root])
+    assert [line for line in data.missing if "no student" in line] == ["no student of b has been evaluated"]
+    assert _joined([{"task_identity": "inferred/none"}, {"task_identity": "none"}]) == {
+        "task_identity": "inferred/none"
+    }
 
 
 def test_results_that_do_not_belong_together_are_refused(tmp_path: Path, run: Run) -> None:

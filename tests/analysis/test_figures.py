@@ -9,9 +9,10 @@ import pytest
 from matplotlib.figure import Figure
 
 from analysis.build import build
+from analysis.captions import conditions
 from analysis.figures import fig_methods, fig_profile, fig_stream, fig_success_matrix, fig_transfer, fig_usage
 from analysis.figures.small_multiples import MOST_LINES
-from analysis.load import Dataset, conditions, load
+from analysis.load import Dataset, load
 from analysis.style import paper_style
 from analysis.tables import task_cells, write_tables
 from cpd.measures import rate_before

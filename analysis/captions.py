@@ -1,0 +1,66 @@
+"""The words of captions that do not depend on the figure: under which conditions results were made."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from analysis.load import Dataset, short
+
+RECIPES = {
+    "rl": "reinforcement learning from scratch",
+    "demo_rl": "reinforcement learning from a capped warm start on demonstrations",
+    "scripted": "scripted experts as stand-ins",
+}
+
+
+def conditions(data: Dataset) -> str:
+    """The labels of the results as one sentence, for captions and the notes of tables."""
+    labels = data.labels
+    recipe = "/".join(RECIPES.get(part, part) for part in labels["teacher_recipe"].split("/"))
+    seeds = ", ".join(map(str, dict.fromkeys(s.seed for s in data.students))) or "none"
+    teacher_seeds = ", ".join(map(str, sorted({seed for _, seed in data.teacher_rates}))) or "none"
+    return (
+        f"Teachers: {recipe} (recipe {labels['teacher_recipe']}), seeds {teacher_seeds}. Student seeds {seeds}; "
+        f"task identity: {labels['task_identity']}. Horizon {labels['horizon']} steps; "
+        f"Meta-World {labels['metaworld']}, MuJoCo {labels['mujoco']}, reward {labels['reward_version']}. "
+        f"Deterministic policies on {data.goals} goals; success is the flag at any step. {episodes_per_cell(data)}"
+    )
+
+
+def look_alikes(data: Dataset) -> str:
+    """Which tasks look like which others when an episode begins, and in what share of episodes."""
+    return ", ".join(
+        f"{short(task)} ({', '.join(f'{100 * share:.0f} % {short(other)}' for other, share in others.items())})"
+        for task, others in data.look_alikes.items()
+    )
+
+
+def short_conditions(data: Dataset) -> str:
+    """The labels without which no number may be read, for the margin of a figure."""
+    labels = data.labels
+    recipe, horizon, identity = labels["teacher_recipe"], labels["horizon"], labels["task_identity"]
+    return f"teachers: {recipe}   T = {horizon}   task identity: {identity}"
+
+
+def episodes_per_cell(data: Dataset) -> str:
+    """How many episodes stand behind a cell of the success matrix."""
+    own: set[int] = set()
+    rest: set[int] = set()
+    for student in data.students:
+        episodes = student.matrix.episodes
+        full = np.zeros_like(episodes, bool)
+        for stage, task in enumerate(student.matrix.stream):
+            full[stage + 1, student.matrix.tasks.index(task)] = True
+        if student.measures.final_stage is not None:
+            full[student.measures.final_stage + 1] = True
+        own |= set(episodes[full & (episodes > 0)].tolist())
+        rest |= set(episodes[~full & (episodes > 0)].tolist())
+    teachers = {rate.episodes for rate in data.teacher_rates.values()}
+
+    def span(counts: set[int]) -> str:
+        return "–".join(str(count) for count in sorted({min(counts), max(counts)})) if counts else "no"
+
+    return (
+        f"Episodes per cell: {span(own)} on the diagonal and in the final row, {span(rest)} elsewhere, "
+        f"{span(teachers)} for teachers."
+    )
