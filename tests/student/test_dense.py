@@ -60,6 +60,7 @@ def test_growth_of_a_dense_student_changes_no_output_by_a_single_bit():
 def test_learns_and_leaves_its_router_alone():
     trainer = make_trainer(
         student={**DENSE, "task_identity": "none", "width": 32},
+        protection={"kind": "none"},
         distill={"steps_per_stage": 60, "lr": 5e-3, "weight_decay": 0.1},
     )
     routers = [moe.router[0].detach().clone() for moe in trainer.student.moes]
