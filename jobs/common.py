@@ -72,37 +72,33 @@ def parser_with_examples(prog: str, description: str, examples: Sequence[str]) -
 
 
 def element_parser(prog: str, description: str, examples: Sequence[str]) -> argparse.ArgumentParser:
-    """The same for a verb that does the work of one element: `RUN_DIR [ELEMENT]`, or `RUN_DIR --index I`."""
+    """The same for a verb that does the work of one element: `RUN_DIR [ELEMENT]`."""
     parser = parser_with_examples(prog, description, examples)
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="the run's directory")
-    parser.add_argument("element", nargs="?", metavar="ELEMENT", help="its name, as `jobs.status` shows it")
     parser.add_argument(
-        "--index", type=int, help="which element of the role's array (default: the Slurm array task, else 0)"
+        "element",
+        nargs="?",
+        metavar="ELEMENT",
+        help="its name, as `jobs.status` shows it, or its number in the role's array (default: the Slurm array "
+        "task, else 0)",
     )
     return parser
 
 
-def chosen_element(run: Run, role: Role, name: str | None, index: int | None) -> Element:
-    """The element of `role` that the command line names, by name or number, or else the Slurm array task.
+def chosen_element(run: Run, role: Role, asked: str | None) -> Element:
+    """The element of `role` that the command line asks for, by name or number, or else the Slurm array task.
 
     Raises:
         ValueError: if there is no such element, naming those that there are.
     """
     elements = [element for element in run.elements() if element.role == role]
-    if name is not None and index is not None:
-        raise ValueError(f"{name} and --index {index}: name one element, in one way")
-    if index is None:
-        index = int(os.environ.get("SLURM_ARRAY_TASK_ID", 0))
-    # An evaluation may go by the name of its student.
-    named = [e for e in elements if name is not None and e.name.removesuffix("/evaluation") == _plain(name)]
-    if named or (name is None and 0 <= index < len(elements)):
-        return named[0] if named else elements[index]
+    asked = asked or os.environ.get("SLURM_ARRAY_TASK_ID", "0")
+    for element in elements:
+        # An evaluation may go by the name of its student.
+        if asked.rstrip("/") in (str(element.index), element.name, element.name.removesuffix("/evaluation")):
+            return element
     listing = "\n".join(f"  {element.index}: {element.name}" for element in elements)
-    raise ValueError(f"{name or f'--index {index}'}: {run.root} has no such {role}; it has\n{listing}")
-
-
-def _plain(name: str) -> str:
-    return name.rstrip("/").removesuffix("/evaluation")
+    raise ValueError(f"{asked}: {run.root} has no such {role}; it has\n{listing}")
 
 
 def element_main(
@@ -124,7 +120,7 @@ def element_main(
     arguments = parser.parse_args(argv)
     try:
         run = Run(arguments.run_dir)
-        element = chosen_element(run, role, arguments.element, arguments.index)
+        element = chosen_element(run, role, arguments.element)
     except ValueError as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return EXIT_USAGE

@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         [
             "python -m jobs.teacher runs/demo teachers/drawer-close-v3/seed-1",
             "srun python -m jobs.teacher runs/cw10   # in a job array",
-            "mpiexec -n 2 python -m jobs.teacher runs/cw10 --index 0   # two ranks share the environments",
+            "mpiexec -n 2 python -m jobs.teacher runs/cw10 0   # two ranks share the environments",
         ],
     )
     return element_main("teacher", parser, argv, work)

@@ -152,23 +152,26 @@ def test_added_seeds_join_the_students_that_are_there(tmp_path: Path) -> None:
     task = more.config.stream.tasks[0]
     assert more.teacher_of(task, 3) == first.teacher_of(task, 3)
     # Jobs that are in the queue already find their own element, whose number is another's now.
-    assert chosen_element(more, "student", job.arguments[1], None).name == "students/b/seed-3"
-    assert chosen_element(more, "student", None, number).name != "students/b/seed-3"
+    assert chosen_element(more, "student", job.arguments[1]).name == "students/b/seed-3"
+    assert chosen_element(more, "student", str(number)).name != "students/b/seed-3"
     for others in ("[3]", "[1, 3]"):
         with pytest.raises(RunError, match="seeds: "):
             prepared(tmp_path, "--variants.b.student.width", "64", "--seeds", others)
 
 
-def test_an_element_goes_by_its_name_or_its_number(tmp_path: Path) -> None:
+def test_an_element_goes_by_its_name_or_its_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = prepared(tmp_path, "--seeds", "[1, 2]")
-    for name in ("students/moe/seed-2", "students/moe/seed-2/", "students/moe/seed-2/evaluation"):
-        assert chosen_element(run, "evaluation", name, None) == chosen_element(run, "evaluation", None, 1)
-    with pytest.raises(
-        ValueError, match=r"students/moe/seed-3: .* no such student; it has\n  0: students/moe/seed-1"
-    ):
-        chosen_element(run, "student", "students/moe/seed-3", None)
-    with pytest.raises(ValueError, match="in one way"):
-        chosen_element(run, "student", "students/moe/seed-2", 0)
+    second = run.evaluations()[1]
+    for asked in ("students/moe/seed-2", "students/moe/seed-2/", "students/moe/seed-2/evaluation", "1"):
+        assert chosen_element(run, "evaluation", asked) == second
+    assert chosen_element(run, "student", None) == run.students()[0]
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "1")
+    assert chosen_element(run, "evaluation", None) == second
+    for asked in ("students/moe/seed-3", "2", "-1"):
+        with pytest.raises(
+            ValueError, match=rf"{asked}: .* no such student; it has\n  0: students/moe/seed-1\n  1: "
+        ):
+            chosen_element(run, "student", asked)
 
 
 def test_other_settings_are_refused_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -270,7 +273,7 @@ def test_help_tells_all_arguments(verb: ModuleType, capsys: pytest.CaptureFixtur
     with pytest.raises(SystemExit):
         verb.main(["--help"])
     told = capsys.readouterr().out
-    assert "RUN_DIR" in told and "--index" in told
+    assert "RUN_DIR [ELEMENT]" in told
     assert ("--partial" in told) == (verb in (jobs.distill, jobs.evaluate))
 
 
