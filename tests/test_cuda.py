@@ -81,7 +81,7 @@ def test_acts_as_on_the_cpu(trained) -> None:
 def test_recorded_steps_of_sac_learn_what_plain_ones_do(policy_delay: int) -> None:
     config = dataclasses.replace(SAC, policy_delay=policy_delay)
     recorded, plain = (SACLearner(config, 1, device=CUDA) for _ in range(2))
-    plain._graphed_step._records = False
+    plain._graphed_step.records = False
     for iteration in range(6):
         # Critics alone at first, and a reward above all before: what a graph must not have taken for constant.
         batch, critic_only = synthetic_batch(iteration), iteration < 2

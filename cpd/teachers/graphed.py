@@ -22,14 +22,15 @@ class Graphed:
     """
 
     def __init__(self, function: Callable[..., Tensor | None], device: torch.device) -> None:
+        #: Whether it records; optimisers that the function steps must be `capturable` then.
+        self.records = device.type == "cuda"
         self._function = function
-        self._records = device.type == "cuda"
         self._met: set[tuple[bool, ...]] = set()
         self._graphs: dict[tuple[bool, ...], tuple[torch.cuda.CUDAGraph, Tensor | None]] = {}
 
     def __call__(self, *flags: bool) -> Tensor | None:
         """The function's result for these flags."""
-        if not self._records or flags not in self._met:
+        if not self.records or flags not in self._met:
             self._met.add(flags)
             return self._function(*flags)
         if flags not in self._graphs:

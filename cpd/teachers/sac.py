@@ -52,7 +52,6 @@ class SACLearner:
         self.config = config
         self.seed = seed
         self.device = device or torch.device("cpu")
-        self._is_graphed = self.device.type == "cuda"
         self._keep_normalizer = keep_normalizer
         weights = torch.Generator().manual_seed(derive(seed, "weights"))
         bounds = (config.min_log_std, config.max_log_std)
@@ -61,8 +60,9 @@ class SACLearner:
         self._critics = Critics(config.hidden_sizes, weights, self.device)
         self.replay = ReplayBuffer(config.buffer_size, self.device)
         self.largest_reward = LARGEST_REWARD
+        self._graphed_step = Graphed(self._step, self.device)
         self._actor_optimizer, self._critic_optimizer = (
-            torch.optim.Adam([values], lr=config.learning_rate, fused=True, capturable=self._is_graphed)
+            torch.optim.Adam([values], lr=config.learning_rate, fused=True, capturable=self._graphed_step.records)
             for values in (self._actor.values, self._critics.values)
         )
         batch, size = config.batch_size, OBSERVATION_SIZE + ACTION_SIZE
@@ -73,7 +73,6 @@ class SACLearner:
         self._rows = torch.zeros(batch, dtype=torch.int64, device=self.device)
         self._mean, self._scale = torch.zeros((2, OBSERVATION_SIZE), device=self.device)
         self._success_value = torch.zeros((), device=self.device)
-        self._graphed_step = Graphed(self._step, self.device)
 
     def state(self) -> dict[str, Any]:
         """Everything that the next update depends on."""
@@ -101,7 +100,7 @@ class SACLearner:
         self._critic_optimizer.load_state_dict(state["critic_optimizer"])
         for optimizer in (self._actor_optimizer, self._critic_optimizer):
             # The checkpoint may come from a machine of another kind.
-            optimizer.param_groups[0]["capturable"] = self._is_graphed
+            optimizer.param_groups[0]["capturable"] = self._graphed_step.records
         self._graphed_step.forget()
 
     @torch.no_grad()
