@@ -243,6 +243,20 @@ def test_every_method_has_a_chain_of_its_own_over_the_same_teachers(make_run) ->
     assert (first.elements, second.needs) == ([run.students()[3]], (run.students()[3],))
 
 
+def test_seeds_that_join_a_chain_are_submitted_beside_what_is_in_the_queue(make_run) -> None:
+    variants = {"ewc": {"memory": {"selection": "none"}}}
+    queued = active(begun := make_run(variants=variants), *(element.name for element in begun.elements()))
+    run: Run = make_run("grown", seeds=[1, 2], variants=variants)
+    submissions = plan(run, profile(), queued)
+    assert [submission.elements[0].name for submission in submissions] == [
+        "students/moe/seed-2",
+        "students/ewc/seed-2",
+        "students/moe/seed-2/evaluation",
+        "students/ewc/seed-2/evaluation",
+    ]
+    assert all(submission.needs == tuple(run.teachers()) for submission in submissions[:2])
+
+
 def test_only_some_elements(make_run) -> None:
     run: Run = make_run()
     drawer = run.teachers()[0].name
