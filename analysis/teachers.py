@@ -16,12 +16,10 @@ from cpd.tables import EvaluationRow, read_rows
 from cpd.teachers.published import read_description
 
 #: What is read of a policy's description; `warm_start` is null from scratch.
-DESCRIPTION = tuple(
-    f"training.{entry}"
-    for entry in (
-        *("warm_start", "validation_success", "env_steps", "selected_iteration", "iterations"),
-        *("policy_updates", "stopped_by"),
-    )
+DESCRIPTION = (
+    *("training.warm_start.validation_success", "training.warm_start.demonstration_env_steps"),
+    *("training.validation_success", "training.env_steps", "training.selected_iteration", "training.iterations"),
+    *("training.policy_updates", "training.stopped_by"),
 )
 
 

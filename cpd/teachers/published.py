@@ -87,25 +87,26 @@ def read_description(path: Path, needed: Iterable[str]) -> dict[str, Any]:
 
     Args:
         path: the policy's `.json`.
-        needed: entries that must be there, those of a table in it as `table.entry`.
+        needed: entries that must be there, those of a table in it, unless that is null, as `table.entry`.
 
     Raises:
         DamagedFileError: if any is not.
     """
     description: dict[str, Any] = read_json(path)
-    missing: list[str] = []
-    for key in needed:
-        value: Any = description
-        for part in key.split("."):
-            value = value.get(part, missing) if isinstance(value, dict) else missing
-        if value is missing:
-            missing.append(key)
+    missing = [key for key in needed if _lacks(description, key)]
     if missing:
         raise DamagedFileError(
             f"{path} lacks {', '.join(missing)}: it does not describe a policy; publish the run again "
             "(`python -m jobs.publish`)"
         )
     return description
+
+
+def _lacks(table: Any, key: str) -> bool:
+    name, _, rest = key.partition(".")
+    if not isinstance(table, dict) or name not in table:
+        return True
+    return bool(rest) and table[name] is not None and _lacks(table[name], rest)
 
 
 def _check_free(run: Run, folder: Path) -> None:

@@ -22,7 +22,7 @@ from cpd.config import Config
 from cpd.envs.cells import EnvPool
 from cpd.envs.episodes import run_episodes
 from cpd.envs.goals import FIRST_SEEDS, goal_set
-from cpd.files import sha256, write_json
+from cpd.files import DamagedFileError, sha256, write_json
 from cpd.interrupt import Interrupt
 from cpd.runs import Run
 from cpd.strict_load import load, merge, read_toml, to_dict
@@ -30,7 +30,7 @@ from cpd.tables import EvaluationRow, read_rows, write_rows
 from cpd.teachers.element import env_pool, run_teacher
 from cpd.teachers.policy import TeacherActor, load_policy
 from cpd.teachers.protocol import ProtocolAgent, evaluate_by_protocol
-from cpd.teachers.published import publish_teachers
+from cpd.teachers.published import publish_teachers, read_description
 from cpd.teachers.scripted import ScriptedPolicy
 from jobs.check import HELD_OUT_SEED
 from jobs.check import main as check_main
@@ -291,3 +291,13 @@ def test_a_committed_policy_passes_meta_world_s_evaluation(tmp_path: Path) -> No
     assert check_main([str(EASIEST.parents[1]), "--only", task, "--csv", str(table)]) == 0
     (row,) = csv.DictReader(table.open(newline=""))
     assert row["successes"] == row["published_successes"], "the same goals, so the same episodes"
+
+
+def test_what_a_description_lacks_is_named_but_for_the_entries_of_a_table_that_is_null(tmp_path: Path) -> None:
+    path, needed = tmp_path / "policy.json", ("seed", "training.warm_start.success", "training.steps")
+    for training in ({"warm_start": {"success": 0.5}, "steps": 1}, {"warm_start": None, "steps": 1}):
+        path.write_text(json.dumps({"seed": 1, "training": training}))
+        assert read_description(path, needed)["training"] == training
+    path.write_text(json.dumps({"training": {"warm_start": {}}}))
+    with pytest.raises(DamagedFileError, match=r"lacks seed, training\.warm_start\.success, training\.steps: it"):
+        read_description(path, needed)
