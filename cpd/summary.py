@@ -84,14 +84,15 @@ def summarize(tables: Tables) -> Summary:
     students = tuple(measure_student(tables, method, seed) for method, seed in keys)
     methods = dict.fromkeys(student.method for student in students)
     reference = [student for student in students if student.method == SINGLE_TASK]
+    unseen = tuple(method for method in tables.methods if method not in methods)
     return Summary(
         name=tables.config["name"],
         labels=labels(tables.evaluations),
         stream=tables.stream,
         students=students,
         methods=tuple(_method([s for s in students if s.method == m], tables, reference) for m in methods),
-        missing=tuple(_missing(tables, students)),
-        unseen=tuple(method for method in tables.methods if method not in methods),
+        missing=tuple(_missing(tables, students, unseen)),
+        unseen=unseen,
     )
 
 
@@ -192,7 +193,7 @@ def without_students(methods: Sequence[str]) -> list[str]:
     return [f"no student of {', '.join(methods)} has been evaluated"] if methods else []
 
 
-def _missing(tables: Tables, students: Sequence[Student]) -> Iterable[str]:
+def _missing(tables: Tables, students: Sequence[Student], unseen: Sequence[str]) -> Iterable[str]:
     for teacher in tables.teachers:
         who = f"teacher {teacher.task} (seed {teacher.seed})"
         if teacher.state == "rejected":
@@ -200,13 +201,12 @@ def _missing(tables: Tables, students: Sequence[Student]) -> Iterable[str]:
         elif teacher.state != "admitted":
             yield f"{who} is not finished ({teacher.state})"
     found = {(student.method, student.seed) for student in students}
-    seen = {method for method, _ in found}
-    yield from without_students([method for method in tables.methods if method not in seen])
+    yield from without_students(unseen)
     yield from (
         f"student {method} (seed {seed}) has not been evaluated"
         for method in tables.methods
         for seed in tables.config["seeds"]
-        if method in seen and (method, seed) not in found
+        if method not in unseen and (method, seed) not in found
     )
     for student in students:
         who = f"student {student.method} (seed {student.seed})"
