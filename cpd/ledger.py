@@ -10,7 +10,7 @@ import json
 import os
 import time
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import BinaryIO, Literal
 
@@ -23,7 +23,6 @@ class LedgerEntry:
 
     element: str
     role: Role
-    index: int
     job: str
     """Number of the job; empty for a submission of which only the intention is known."""
     log: str
@@ -40,9 +39,7 @@ class LedgerEntry:
 
 def enter(run: Run, element: Element, job_id: str, log: Path) -> None:
     """Append a submission on this machine to the ledger."""
-    entry = LedgerEntry(
-        element.name, element.role, element.index, job_id, str(log.relative_to(run.root)), time.time()
-    )
+    entry = LedgerEntry(element.name, element.role, job_id, str(log.relative_to(run.root)), time.time())
     append(run, [entry])
 
 
@@ -65,10 +62,11 @@ def _last_byte(file: BinaryIO) -> bytes:
 def ledger(run: Run) -> dict[str, list[LedgerEntry]]:
     """All submissions by element name, oldest first; the second line of a submission replaces its first."""
     entries: dict[str, list[LedgerEntry]] = {}
+    known = {field.name for field in fields(LedgerEntry)}  # ledgers of other versions may hold more
     if run.ledger.exists():
         for line in run.ledger.read_text().splitlines():
             try:
-                entry = LedgerEntry(**json.loads(line))
+                entry = LedgerEntry(**{key: value for key, value in json.loads(line).items() if key in known})
             except json.JSONDecodeError:
                 continue  # cut off by a kill; what it announced was not submitted yet
             earlier = entries.setdefault(entry.element, [])

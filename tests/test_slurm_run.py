@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from pathlib import Path
@@ -35,7 +36,7 @@ def profile(**over: Any) -> Profile:
 
 def entry(run: Run, path: str, job: str, **more: Any) -> LedgerEntry:
     element = next(element for element in run.elements() if element.name == path)
-    return LedgerEntry(path, element.role, element.index, job, "", 0.0, cluster="slurm", **more)
+    return LedgerEntry(path, element.role, job, "", 0.0, cluster="slurm", **more)
 
 
 def test_the_second_line_of_a_submission_replaces_its_first(make_run) -> None:
@@ -46,6 +47,14 @@ def test_the_second_line_of_a_submission_replaces_its_first(make_run) -> None:
         file.write('{"element": "results", "ro')  # killed here
     append(run, [entry(run, "results", "", name="a-2")])
     assert [(e.job, e.name) for e in ledger(run)["results"]] == [("12", "a-1"), ("", "a-2")]
+
+
+def test_what_a_ledger_of_another_version_holds_beyond_ours_is_passed_over(make_run) -> None:
+    run: Run = make_run()
+    append(run, [entry(run, "results", "12")])
+    line = json.loads(run.ledger.read_text())
+    run.ledger.write_text(json.dumps({**line, "index": 4}) + "\n")
+    assert ledger(run)["results"] == [entry(run, "results", "12")]
 
 
 def test_where_elements_stand(make_run, monkeypatch: pytest.MonkeyPatch) -> None:

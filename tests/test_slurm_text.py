@@ -306,7 +306,7 @@ def test_what_was_never_submitted_has_not_failed(make_run) -> None:
 
 def entry(run: Run, path: str, job: str, **more: Any) -> LedgerEntry:
     element = next(element for element in run.elements() if element.name == path)
-    return LedgerEntry(path, element.role, element.index, job, "", 0.0, cluster="slurm", **more)
+    return LedgerEntry(path, element.role, job, "", 0.0, cluster="slurm", **more)
 
 
 def test_names_are_unique_in_ledger_and_queue(make_run) -> None:

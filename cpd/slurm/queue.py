@@ -69,7 +69,6 @@ def _entries(submission: Submission, numbers: list[str], logs: list[str]) -> lis
         LedgerEntry(
             element=element.name,
             role=element.role,
-            index=element.index,
             job=numbers[place],
             log=logs[place],
             time=now,
