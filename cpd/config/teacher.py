@@ -183,9 +183,12 @@ class TeacherConfig:
     exploring_share: Share = 0.0
     """Share of training episodes that begin with a random action, held for a while: from other states than the
     environment's own, where a deceptive reward would lead astray (exploring starts; Sutton and Barto 2018)."""
+    exploring_rate: Share = 0.0
+    """Chance per step that the hand is led astray amidst an episode, by a random action that is held for a while;
+    the fingers hold what they hold. These steps count towards the horizon."""
     exploring_steps: Positive = 40
-    """Longest time for which that action is held; an action of 1 moves the hand by a centimetre. These steps count
-    as environment steps, but not towards the horizon, and are not learned from."""
+    """Longest time for which such actions are held; an action of 1 moves the hand by a centimetre. These steps
+    count as environment steps and are not learned from; those of starts do not count towards the horizon."""
     num_training_goals: NumGoals = 50
     num_validation_goals: NumGoals = 50
     validate_every: Positive = 3

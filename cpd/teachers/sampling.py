@@ -50,7 +50,7 @@ class Batch:
         ends: [S, N] bool, the step is the last of its segment: termination, time limit, or the iteration's end.
         train_success: share of environments whose first episode reached success.
         train_return: mean undiscounted return of these first episodes, bonus included.
-        start_steps: steps of exploring starts, which are not among the others.
+        exploring_steps: steps of exploring starts and excursions, which are not among the others.
     """
 
     obs: FloatArray
@@ -61,7 +61,7 @@ class Batch:
     ends: npt.NDArray[np.bool_]
     train_success: float
     train_return: float
-    start_steps: int = 0
+    exploring_steps: int = 0
 
 
 def correlated_noise(
@@ -94,13 +94,17 @@ class GoalDealer:
 
 
 @dataclass(frozen=True)
-class ExploringStarts:
-    """Lets a share of episodes begin with a random action, held for a while (Sutton and Barto 2018, section 5.3).
+class Exploring:
+    """Leads episodes to states that the policy itself may never visit: a random action is held for a while.
 
-    The states from which they go on are such as the policy itself may never visit.
+    At the start of an episode (exploring starts; Sutton and Barto 2018, section 5.3), or amidst it (an excursion),
+    where the fingers do what the policy wants of them, without noise, so that what they hold is carried along.
     """
 
     share: float = 0.0
+    """Of episodes that begin so."""
+    rate: float = 0.0
+    """Excursions per step."""
     longest: int = 1
     """Most steps for which the action is held; their number is drawn uniformly."""
 
@@ -123,9 +127,41 @@ class ExploringStarts:
             actions[slot] = rngs[slot].uniform(-1.0, 1.0, 4)
             is_chosen = rngs[slot].random() < self.share
             lengths[slot] = is_chosen * rngs[slot].integers(1, self.longest, endpoint=True)
-        for t in range(lengths.max()):
-            envs.step(actions, lengths > t)
+        _hold(envs, actions, lengths)
         return int(lengths.sum())
+
+    def stray(
+        self,
+        envs: VectorEnv,
+        left_N: npt.NDArray[np.int64],
+        efforts_N: npt.NDArray[np.float32],
+        rngs: Sequence[np.random.Generator],
+    ) -> npt.NDArray[np.int64]:
+        """Step environments amidst their episodes, where chance so decides.
+
+        Args:
+            envs: N environments or more.
+            left_N: most steps that each may take; none strays without any.
+            efforts_N: of the fingers meanwhile, clipped to [-1, 1].
+            rngs: one for every environment.
+
+        Returns:
+            [N] the number of steps that each has taken.
+        """
+        actions = np.zeros((envs.num_envs, 4), np.float32)
+        lengths = np.zeros(envs.num_envs, np.int64)
+        for slot, rng in enumerate(rngs):
+            if rng.random() < self.rate and left_N[slot] > 0:
+                actions[slot] = [*rng.uniform(-1.0, 1.0, 3), np.clip(efforts_N[slot], -1.0, 1.0)]
+                lengths[slot] = min(left_N[slot], rng.integers(1, self.longest, endpoint=True))
+        _hold(envs, actions, lengths)
+        return lengths[: len(rngs)]
+
+
+def _hold(envs: VectorEnv, actions: npt.NDArray[np.float32], lengths: npt.NDArray[np.int64]) -> None:
+    """Repeat every environment's action for its number of steps."""
+    for t in range(lengths.max()):
+        envs.step(actions, lengths > t)
 
 
 @dataclass(frozen=True)
@@ -136,8 +172,8 @@ class EpisodeRules:
     """Longest episode in steps."""
     terminate_on_success: bool = True
     """Whether success ends an episode."""
-    starts: ExploringStarts = ExploringStarts()
-    """What may happen before an episode's first step."""
+    exploring: Exploring = Exploring()
+    """What leads them astray on purpose."""
     grasp_bonus: float = 0.0
     """Weight in rewards of how near a step comes to holding the object."""
 
@@ -147,8 +183,11 @@ def rewarded(envs: VectorEnv, grasp_bonus: float) -> npt.NDArray[np.float32]:
     return (envs.rewards + grasp_bonus * envs.grasps).astype(np.float32)
 
 
-class _Beginnings:
-    """Begins the episodes of an iteration in the environments `slots` of it; noise and goals are the whole's."""
+class _Episodes:
+    """Begins the episodes of an iteration in the environments `slots` of it, and leads them astray.
+
+    Chance and goals are the whole iteration's.
+    """
 
     def __init__(
         self,
@@ -156,20 +195,36 @@ class _Beginnings:
         goals: Sequence[Goal],
         num_envs: int,
         slots: range,
-        starts: ExploringStarts,
+        rules: EpisodeRules,
         seed: int,
         iteration: int,
     ) -> None:
-        self._envs, self._slots, self._starts = envs, slots, starts
+        self._envs, self._slots, self._rules = envs, slots, rules
         self._dealer = GoalDealer(goals, num_envs, generator(seed, "goals", iteration))
-        self._rngs = [generator(seed, "starts", iteration, slot) for slot in slots] if starts.share else []
-        self.num_start_steps = 0
+        exploring = rules.exploring
+        self._start_rngs = [generator(seed, "starts", iteration, slot) for slot in slots if exploring.share]
+        self._stray_rngs = [generator(seed, "excursions", iteration, slot) for slot in slots if exploring.rate]
+        self.lengths_N = np.zeros(len(slots), np.int64)
+        self.num_exploring_steps = 0
 
     def begin(self, ended: Sequence[int]) -> None:
         """The next episodes in the environments numbered `ended` here."""
         if ended:
             self._envs.reset(ended, [self._dealer.deal(self._slots[slot]) for slot in ended])
-            self.num_start_steps += self._starts.begin(self._envs, ended, self._rngs)
+            self.num_exploring_steps += self._rules.exploring.begin(self._envs, ended, self._start_rngs)
+            self.lengths_N[ended] = 0
+
+    def stray(self, policy: MLPPolicy) -> npt.NDArray[np.bool_]:
+        """[N] which episodes were led astray; none reaches its end meanwhile."""
+        num_envs = len(self._slots)
+        if not self._rules.exploring.rate:
+            return np.zeros(num_envs, np.bool_)
+        wanted_NA = policy.explore(self._envs.observations[:num_envs], np.zeros((num_envs, 4), np.float32))
+        left_N = np.where(self.lengths_N > 0, self._rules.horizon - 1 - self.lengths_N, 0)
+        strayed_N = self._rules.exploring.stray(self._envs, left_N, wanted_NA[:, 3], self._stray_rngs)
+        self.lengths_N += strayed_N
+        self.num_exploring_steps += int(strayed_N.sum())
+        return strayed_N > 0
 
 
 def sample(
@@ -208,23 +263,22 @@ def sample(
     noise_SNA = correlated_noise(
         num_steps, config.num_envs, 4, config.noise_correlation, generator(seed, "exploration", iteration)
     )[:, slots.start : slots.stop]
-    beginnings = _Beginnings(envs, goals, config.num_envs, slots, rules.starts, seed, iteration)
+    episodes = _Episodes(envs, goals, config.num_envs, slots, rules, seed, iteration)
     obs = np.empty((num_steps, num_envs, envs.observations.shape[1]), np.float32)
     next_obs = np.empty_like(obs)
     actions = np.empty((num_steps, num_envs, 4), np.float32)
     rewards = np.empty((num_steps, num_envs), np.float32)
     successes = np.zeros((num_steps, num_envs), np.bool_)
-    ends = np.zeros_like(successes)
+    ends, astray = np.zeros_like(successes), np.zeros_like(successes)
     executed = np.zeros((envs.num_envs, 4), np.float32)
     active = np.arange(envs.num_envs) < num_envs
-    length = np.zeros(num_envs, np.int64)
     envs.want_grasps(rules.grasp_bonus > 0)
     ended: Sequence[int] = range(num_envs)
     for t in range(num_steps):
         if should_stop():
             return None
-        beginnings.begin(ended)
-        length[ended] = 0
+        episodes.begin(ended)
+        astray[t - 1] = episodes.stray(policy)  # at t = 0, where all begin, none is
         obs[t] = envs.observations[:num_envs]
         actions[t] = policy.explore(obs[t], noise_SNA[t])
         executed[:num_envs] = np.clip(actions[t], -1.0, 1.0)
@@ -232,8 +286,9 @@ def sample(
         next_obs[t] = envs.observations[:num_envs]
         rewards[t] = rewarded(envs, rules.grasp_bonus)[:num_envs]
         successes[t] = envs.successes[:num_envs]
-        length += 1
-        ends[t] = (successes[t] & rules.terminate_on_success) | (length == rules.horizon) | (t == num_steps - 1)
+        episodes.lengths_N += 1
+        is_late = episodes.lengths_N == rules.horizon
+        ends[t] = (successes[t] & rules.terminate_on_success) | is_late | (t == num_steps - 1)
         ended = np.flatnonzero(ends[t]).tolist()
     in_first = np.arange(num_steps)[:, None] <= ends.argmax(axis=0)  # steps of first episodes
     return Batch(
@@ -242,8 +297,8 @@ def sample(
         actions,
         rewards,
         successes & rules.terminate_on_success,
-        ends,
+        ends | astray,
         train_success=float((successes & in_first).any(axis=0).mean()),
         train_return=float((rewards * in_first).sum(axis=0).mean()),
-        start_steps=beginnings.num_start_steps,
+        exploring_steps=episodes.num_exploring_steps,
     )

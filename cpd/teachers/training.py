@@ -27,7 +27,7 @@ from cpd.teachers.policy import MLPPolicy, Teacher, TeacherActor
 from cpd.teachers.ppo import Learner
 from cpd.teachers.ranks import check_same, float_mean, on_first_rank, own_slots
 from cpd.teachers.sac import SACLearner
-from cpd.teachers.sampling import Batch, EpisodeRules, ExploringStarts, sample
+from cpd.teachers.sampling import Batch, EpisodeRules, Exploring, sample
 from cpd.teachers.warm_start import WarmStart, warm_start
 
 
@@ -286,8 +286,8 @@ class Trainer:
     @property
     def _rules(self) -> EpisodeRules:
         teacher = self._config.teacher
-        starts = ExploringStarts(teacher.exploring_share, teacher.exploring_steps)
-        return EpisodeRules(teacher.horizon, teacher.terminate_on_success, starts, teacher.grasp_bonus)
+        exploring = Exploring(teacher.exploring_share, teacher.exploring_rate, teacher.exploring_steps)
+        return EpisodeRules(teacher.horizon, teacher.terminate_on_success, exploring, teacher.grasp_bonus)
 
     def _iterate(self) -> None:
         """Sample and learn; nothing changes if the job is asked to stop meanwhile."""
@@ -312,7 +312,7 @@ class Trainer:
         learned = self._learner.update(batch, progress.iteration, critic_only=critic_only)
         check_same([*self._learner.policy.state_dict().values()], self._comm)
         progress.iteration += 1
-        progress.env_steps += self._steps_per_iteration + round(float_sum(self._comm, batch.start_steps))
+        progress.env_steps += self._steps_per_iteration + round(float_sum(self._comm, batch.exploring_steps))
         if not critic_only:
             progress.policy_updates += self._learner.policy_updates(learned)
         progress.unrecorded = {

@@ -12,7 +12,7 @@ from cpd.envs.sampler import make_vector_env
 from cpd.envs.task_env import TaskEnv
 from cpd.seeding import generator
 from cpd.teachers.policy import GaussianPolicy
-from cpd.teachers.sampling import Batch, EpisodeRules, ExploringStarts, GoalDealer, correlated_noise, sample
+from cpd.teachers.sampling import Batch, EpisodeRules, Exploring, GoalDealer, correlated_noise, sample
 
 TASK = "drawer-close-v3"
 CONFIG = PPOConfig(hidden_sizes=(8,), num_envs=5, steps_per_env=70, minibatch_size=50)
@@ -144,7 +144,7 @@ def test_without_termination_episodes_outlast_success(batch: Batch) -> None:
 
 
 def test_exploring_starts_come_before_episodes_and_depend_on_nothing_else(batch: Batch) -> None:
-    rules = EpisodeRules(HORIZON, starts=ExploringStarts(0.5, 30))
+    rules = EpisodeRules(HORIZON, exploring=Exploring(share=0.5, longest=30))
     explored = draw(rules=rules)
     assert explored is not None
     begins = np.vstack([np.ones((1, 5), np.bool_), explored.ends[:-1]])
@@ -152,7 +152,7 @@ def test_exploring_starts_come_before_episodes_and_depend_on_nothing_else(batch:
     own = batch.obs[0, 0, :3]  # where the environment itself begins
     is_own = np.linalg.norm(hands - own, axis=1) < 1e-3
     assert 0 < is_own.sum() < len(hands)
-    assert 0 < explored.start_steps <= 30 * (~is_own).sum()
+    assert 0 < explored.exploring_steps <= 30 * (~is_own).sum()
     # The action and its length are the environment's own, whoever else begins an episode, and whoever steps it.
     again = draw(num_workers=2, num_slots=7, rules=rules)
     assert again is not None
@@ -160,7 +160,37 @@ def test_exploring_starts_come_before_episodes_and_depend_on_nothing_else(batch:
     part = draw(num_slots=3, rules=rules, slots=range(2, 5))
     assert part is not None
     assert np.array_equal(part.obs[0], explored.obs[0, 2:])
-    assert batch.start_steps == 0
+    assert batch.exploring_steps == 0
+
+
+def test_excursions_cut_segments_and_count_towards_the_horizon() -> None:
+    rules = EpisodeRules(HORIZON, exploring=Exploring(rate=0.05, longest=12))
+    strayed = draw(rules=rules)
+    assert strayed is not None
+    num_excursions = 0
+    for slot in range(CONFIG.num_envs):
+        own_steps = 0  # of an episode
+        for t in range(CONFIG.steps_per_env - 1):
+            own_steps += 1
+            assert own_steps <= HORIZON
+            hand, next_hand = strayed.next_obs[t, slot, :3], strayed.obs[t + 1, slot, :3]
+            is_same = np.array_equal(strayed.next_obs[t, slot], strayed.obs[t + 1, slot])
+            assert is_same == (not strayed.ends[t, slot])
+            if np.linalg.norm(next_hand - strayed.obs[0, slot, :3]) < 1e-3:  # where the environment itself begins
+                own_steps = 0
+            elif not is_same:
+                num_excursions += 1
+                assert 0 < np.linalg.norm(next_hand - hand) < 12 * 0.03
+                # The last 18 components are what was seen a step earlier: on the way, not before it.
+                assert not np.array_equal(strayed.obs[t + 1, slot, 18:36], strayed.next_obs[t, slot, 18:36])
+    assert num_excursions > 5
+    assert num_excursions <= strayed.exploring_steps <= 12 * num_excursions
+    again = draw(num_workers=2, num_slots=7, rules=rules)
+    assert again is not None
+    assert_equal(strayed, again)
+    part = draw(num_slots=2, rules=rules, slots=range(3, 5))
+    assert part is not None
+    assert np.array_equal(part.obs, strayed.obs[:, 3:])
 
 
 @pytest.mark.parametrize("correlation", [0.0, 0.5, 0.9])
@@ -213,7 +243,7 @@ class Steps:
 
 def test_exploring_starts_hold_any_action_for_up_to_the_longest_time_in_their_share_of_episodes() -> None:
     envs, rngs = Steps(800), [np.random.default_rng(seed) for seed in range(800)]
-    num_steps = ExploringStarts(0.25, 4).begin(envs, range(0, 800, 2), rngs)  # type: ignore[arg-type]
+    num_steps = Exploring(share=0.25, longest=4).begin(envs, range(0, 800, 2), rngs)  # type: ignore[arg-type]
     lengths = np.sum(envs.active, axis=0)
     assert num_steps == lengths.sum()
     assert not lengths[1::2].any(), "those that begin no episode"
@@ -230,8 +260,28 @@ def test_exploring_starts_hold_any_action_for_up_to_the_longest_time_in_their_sh
     np.testing.assert_allclose(envs.actions[0][chosen].std(axis=0), 3**-0.5, atol=0.1)
 
 
+def test_excursions_come_at_their_rate_hold_the_fingers_and_never_outlast_what_is_left() -> None:
+    envs, rngs = Steps(1000), [np.random.default_rng(seed) for seed in range(900)]
+    left, efforts = np.arange(900) % 6, np.linspace(-1, 1, 900).astype(np.float32)
+    lengths = Exploring(rate=0.25, longest=4).stray(envs, left, efforts, rngs)  # type: ignore[arg-type]
+    active = np.array(envs.active)
+    assert np.array_equal(lengths, active.sum(axis=0)[:900])
+    assert not active[:, 900:].any()
+    assert (lengths <= left).all(), "nor where none are left"
+    strayed = lengths > 0
+    assert strayed[left > 0].mean() == pytest.approx(0.25, abs=0.05)
+    counts = np.bincount(lengths[left >= 4], minlength=5)
+    assert counts[1:].min() > 10
+    assert len(counts) == 5
+    assert all(np.array_equal(actions, envs.actions[0]) for actions in envs.actions)
+    executed = envs.actions[0][:900][strayed]
+    assert np.array_equal(executed[:, 3], efforts[strayed])
+    np.testing.assert_allclose(executed[:, :3].mean(axis=0), 0.0, atol=0.15)
+    np.testing.assert_allclose(executed[:, :3].std(axis=0), 3**-0.5, atol=0.1)
+
+
 def test_exploring_starts_differ_between_iterations() -> None:
-    rules = EpisodeRules(HORIZON, starts=ExploringStarts(1.0, 30))
+    rules = EpisodeRules(HORIZON, exploring=Exploring(share=1.0, longest=30))
     first, second = (draw(rules=rules, iteration=iteration) for iteration in (0, 1))
     assert first is not None and second is not None
     assert (np.linalg.norm(first.obs[0, :, :3] - second.obs[0, :, :3], axis=1) > 1e-3).all()
