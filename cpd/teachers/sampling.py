@@ -47,7 +47,8 @@ class Batch:
         actions: [S, N, A] as sampled; executed clipped to [-1, 1].
         rewards: [S, N], Meta-World's with the bonus for a grasp.
         terminated: [S, N] bool, the step reached success, and that ended the episode.
-        ends: [S, N] bool, the step is the last of its segment: termination, time limit, or the iteration's end.
+        ends: [S, N] bool, the step is the last of its segment: termination, time limit, an excursion, or the
+            iteration's end.
         train_success: share of environments whose first episode reached success.
         train_return: mean undiscounted return of these first episodes, bonus included.
         exploring_steps: steps of exploring starts and excursions, which are not among the others.
