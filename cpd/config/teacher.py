@@ -180,6 +180,9 @@ class TeacherConfig:
     grasp_bonus: NonNegativeFloat = 0.0
     """What rewards have added to them in training, times how near a step comes to holding the object (0 to 1):
     some tasks reward nothing at all until it is held."""
+    reward_convexity: NonNegativeFloat = 0.0
+    """c in r + c r^2, which takes the place of Meta-World's reward r (0 to 10) in training: what is still to be
+    had weighs more against what might be lost; a policy whose noise may drop an object dares to move it."""
     exploring_share: Share = 0.0
     """Share of training episodes that begin with a random action, held for a while: from other states than the
     environment's own, where a deceptive reward would lead astray (exploring starts; Sutton and Barto 2018)."""

@@ -171,7 +171,7 @@ class Demonstrator:
                         obs=obs_MO[None],
                         next_obs=envs.observations[rows][None],
                         actions=executed[rows][None],
-                        rewards=rewarded(envs, rules.grasp_bonus)[rows][None],
+                        rewards=rewarded(envs, rules)[rows][None],
                         terminated=envs.successes[rows][None] & rules.terminate_on_success,
                         ends=np.ones((1, len(rows)), np.bool_),
                         train_success=0.0,

@@ -17,7 +17,7 @@ from cpd.envs.sampler import VectorEnv
 from cpd.seeding import generator
 from cpd.teachers.policy import FloatArray, MLPPolicy
 
-#: Meta-World's v2 rewards lie in [0, 10]; with the v1 ones, or a bonus, the bound grows with what was seen.
+#: Meta-World's v2 rewards lie in [0, 10]; with what training adds to them, the bound grows with what was seen.
 LARGEST_REWARD: Final = 10.0
 
 
@@ -45,12 +45,12 @@ class Batch:
         obs: [S, N, O] before each step.
         next_obs: [S, N, O] after it, and before any reset.
         actions: [S, N, A] as sampled; executed clipped to [-1, 1].
-        rewards: [S, N], Meta-World's with the bonus for a grasp.
+        rewards: [S, N], Meta-World's with what training adds to them (`rewarded`).
         terminated: [S, N] bool, the step reached success, and that ended the episode.
         ends: [S, N] bool, the step is the last of its segment: termination, time limit, an excursion, or the
             iteration's end.
         train_success: share of environments whose first episode reached success.
-        train_return: mean undiscounted return of these first episodes, bonus included.
+        train_return: mean undiscounted return of these first episodes, in `rewards`.
         exploring_steps: steps of exploring starts and excursions, which are not among the others.
     """
 
@@ -177,11 +177,17 @@ class EpisodeRules:
     """What leads them astray on purpose."""
     grasp_bonus: float = 0.0
     """Weight in rewards of how near a step comes to holding the object."""
+    reward_convexity: float = 0.0
+    """Weight in rewards of the square of Meta-World's."""
 
 
-def rewarded(envs: VectorEnv, grasp_bonus: float) -> npt.NDArray[np.float32]:
-    """[N] rewards of the last step, with the bonus, for which grasps must be wanted (`VectorEnv.want_grasps`)."""
-    return (envs.rewards + grasp_bonus * envs.grasps).astype(np.float32)
+def rewarded(envs: VectorEnv, rules: EpisodeRules) -> npt.NDArray[np.float32]:
+    """[N] rewards of the last step: r + c r^2 + b g, of Meta-World's reward r and nearness g to a grasp.
+
+    Where b is not 0, grasps must be wanted (`VectorEnv.want_grasps`).
+    """
+    rewards = envs.rewards + rules.reward_convexity * envs.rewards**2 + rules.grasp_bonus * envs.grasps
+    return rewards.astype(np.float32)
 
 
 class _Episodes:
@@ -285,7 +291,7 @@ def sample(
         executed[:num_envs] = np.clip(actions[t], -1.0, 1.0)
         envs.step(executed, active)
         next_obs[t] = envs.observations[:num_envs]
-        rewards[t] = rewarded(envs, rules.grasp_bonus)[:num_envs]
+        rewards[t] = rewarded(envs, rules)[:num_envs]
         successes[t] = envs.successes[:num_envs]
         episodes.lengths_N += 1
         is_late = episodes.lengths_N == rules.horizon

@@ -287,7 +287,13 @@ class Trainer:
     def _rules(self) -> EpisodeRules:
         teacher = self._config.teacher
         exploring = Exploring(teacher.exploring_share, teacher.exploring_rate, teacher.exploring_steps)
-        return EpisodeRules(teacher.horizon, teacher.terminate_on_success, exploring, teacher.grasp_bonus)
+        return EpisodeRules(
+            teacher.horizon,
+            teacher.terminate_on_success,
+            exploring,
+            teacher.grasp_bonus,
+            teacher.reward_convexity,
+        )
 
     def _iterate(self) -> None:
         """Sample and learn; nothing changes if the job is asked to stop meanwhile."""

@@ -121,6 +121,15 @@ def test_a_bonus_for_grasps_is_added_to_rewards(batch: Batch) -> None:
     assert np.ptp(rewarded.rewards[:20, 0] - batch.rewards[:20, 0]) > 0.01
 
 
+def test_squares_of_rewards_are_added_to_them(batch: Batch) -> None:
+    goals = goal_set(TASK, "training", 10)
+    with make_vector_env([TASK] * 5, 1) as envs:
+        rewarded = sample(Shover(), envs, goals, CONFIG, EpisodeRules(HORIZON, reward_convexity=0.5), 1, 0)
+    assert rewarded is not None
+    assert np.array_equal(rewarded.obs, batch.obs)
+    np.testing.assert_allclose(rewarded.rewards, batch.rewards + 0.5 * batch.rewards**2, rtol=1e-5)
+
+
 def test_train_success_counts_first_episodes_only(batch: Batch) -> None:
     first_end = batch.ends.argmax(axis=0)
     successes = [batch.terminated[first_end[slot], slot] for slot in range(CONFIG.num_envs)]
