@@ -109,8 +109,7 @@ def test_it_is_what_a_single_environment_does(batch: Batch) -> None:
 
 def test_a_bonus_for_grasps_is_added_to_rewards(batch: Batch) -> None:
     goals = goal_set(TASK, "training", 10)
-    with make_vector_env([TASK] * 5, 1) as envs:
-        rewarded = sample(Shover(), envs, goals, CONFIG, EpisodeRules(HORIZON, grasp_bonus=2.0), 1, 0)
+    rewarded = draw(rules=EpisodeRules(HORIZON, grasp_bonus=2.0))
     assert rewarded is not None
     assert np.array_equal(rewarded.obs, batch.obs)
     env = TaskEnv(TASK)
@@ -122,9 +121,7 @@ def test_a_bonus_for_grasps_is_added_to_rewards(batch: Batch) -> None:
 
 
 def test_squares_of_rewards_are_added_to_them(batch: Batch) -> None:
-    goals = goal_set(TASK, "training", 10)
-    with make_vector_env([TASK] * 5, 1) as envs:
-        rewarded = sample(Shover(), envs, goals, CONFIG, EpisodeRules(HORIZON, reward_convexity=0.5), 1, 0)
+    rewarded = draw(rules=EpisodeRules(HORIZON, reward_convexity=0.5))
     assert rewarded is not None
     assert np.array_equal(rewarded.obs, batch.obs)
     np.testing.assert_allclose(rewarded.rewards, batch.rewards + 0.5 * batch.rewards**2, rtol=1e-5)
@@ -139,9 +136,7 @@ def test_train_success_counts_first_episodes_only(batch: Batch) -> None:
 
 
 def test_without_termination_episodes_outlast_success(batch: Batch) -> None:
-    goals = goal_set(TASK, "training", 10)
-    with make_vector_env([TASK] * 5, 1) as envs:
-        found = sample(Shover(), envs, goals, CONFIG, EpisodeRules(HORIZON, terminate_on_success=False), 1, 0)
+    found = draw(rules=EpisodeRules(HORIZON, terminate_on_success=False))
     assert found is not None
     assert not found.terminated.any()
     ends = np.zeros_like(found.ends)
