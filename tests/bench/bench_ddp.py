@@ -9,11 +9,17 @@ the fastest steps: both ranks must be lucky at once for those. Wanted are as man
 machine ranks that wait for their turn on a core wait for each other too, and MPI, which does not sleep while it
 waits, loses more by it than gloo.
 
-- ours: the trainer's step on the global batch, over MPI.
+Against DDP, a student that a plain torch program could have too, with no losses but its own:
+
+- plain: the trainer's step on the global batch, over MPI.
 - DDP: the same student on the same rows with the same losses under DistributedDataParallel (one bucket, gradients
-  as views of it), torch's clipping and fused-by-foreach AdamW. It is spared what it does not do: its experts'
-  shares are each rank's own, where ours are the global batch's, at the price of a second collective.
-- alone: one rank's step with as many rows, while the others sleep; for weak scaling.
+  as views of it), torch's clipping and fused AdamW. It is spared what it does not do: its experts' shares are each
+  rank's own, where ours are the global batch's, at the price of a second collective.
+
+For weak scaling, the recipe as it stands:
+
+- ours: the trainer's step on the global batch, over MPI.
+- alone: one rank's step with as many rows, while the others sleep; the ranks take turns, since cores differ.
 - beside: the same on all ranks at once, without a word between them: what they take from each other in memory
   bandwidth and by heat, which no communication library can give back.
 - slowest: of those, every step's slowest rank: what they would wait for each other if communication took no time.
@@ -30,7 +36,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +58,7 @@ from jobs.options import RECIPES
 from tests.distill.synthetic import third_stage
 
 CPU = torch.device("cpu")
-#: The losses that a plain torch program would have too: nothing but the student's own.
+#: What leaves the student with nothing but its own losses.
 PLAIN = {"student": {"task_identity": "none"}, "protection": {"kind": "none"}}
 
 
@@ -88,7 +94,7 @@ def ddp_step(config: Config, comm: Comm) -> Callable[[], Any]:
     for parameter in trainer.student.parameters():  # no views of the flat vector: torch's own way
         parameter.data, parameter.grad = parameter.data.clone(), None
     wrapped = DistributedDataParallel(LocalLoss(trainer), gradient_as_bucket_view=True)
-    optimizer = torch.optim.AdamW(wrapped.parameters(), lr=config.distill.lr, weight_decay=0.0, foreach=True)
+    optimizer = torch.optim.AdamW(wrapped.parameters(), lr=config.distill.lr, weight_decay=0.0, fused=True)
 
     def step() -> None:
         batch = trainer.source.batch(trainer.progress.step)
@@ -120,29 +126,32 @@ def asleep_until(flag: Path) -> None:
         time.sleep(0.002)
 
 
-def measure(
-    comm: Comm, config: Config, alone_config: Config, blocks: int, steps: int
-) -> dict[str, list[list[float]]]:
-    """Milliseconds of every step, block by block."""
+def measure(comm: Comm, recipes: Mapping[str, Config], blocks: int, steps: int) -> dict[str, list[list[float]]]:
+    """Milliseconds of every step, block by block; complete on rank 0."""
     folder = comm.broadcast(Path(tempfile.mkdtemp()) if comm.rank == 0 else None)
     assert folder is not None
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=comm.rank, world_size=comm.size)
-    ours, ddp = third_stage(config, comm, CPU).train_step, ddp_step(config, comm)
-    serial = third_stage(alone_config, SerialComm(), CPU).train_step
-    times: dict[str, list[list[float]]] = {"ours": [], "DDP": [], "alone": [], "beside": []}
+    plain, ddp = third_stage(recipes["plain"], comm, CPU).train_step, ddp_step(recipes["plain"], comm)
+    ours = third_stage(recipes["ours"], comm, CPU).train_step
+    serial = third_stage(recipes["alone"], SerialComm(), CPU).train_step
+    together = {"plain": plain, "DDP": ddp, "ours": ours, "beside": serial}
+    times: dict[str, list[list[float]]] = {name: [] for name in (*together, "alone")}
     for block in range(blocks):
-        for name, step in (("ours", ours), ("DDP", ddp), ("beside", serial)):
+        for name, step in together.items():
             comm.barrier()
             times[name].append(milliseconds(step, steps))
-        flag = folder / f"block-{block}"
-        comm.barrier()
-        if comm.rank == 0:
-            times["alone"].append(milliseconds(serial, steps))
-            flag.touch()
-        asleep_until(flag)
+        for rank in range(comm.size):
+            flag = folder / f"block-{block}-{rank}"
+            comm.barrier()
+            if comm.rank == rank:
+                times["alone"].append(milliseconds(serial, steps))
+                flag.touch()
+            asleep_until(flag)
     dist.destroy_process_group()
-    ranks = comm.gather(times["beside"])
-    times["slowest"] = [np.max(block, axis=0).tolist() for block in zip(*ranks, strict=True)]
+    alone, beside = comm.gather(times["alone"]), comm.gather(times["beside"])
+    if comm.rank == 0:
+        times["alone"], times["beside"] = np.mean(alone, axis=0).tolist(), np.mean(beside, axis=0).tolist()
+        times["slowest"] = np.max(beside, axis=0).tolist()
     return times
 
 
@@ -164,28 +173,29 @@ def main() -> None:
     torch.set_num_threads(1)
 
     # No schedule that ends within the measurement.
-    tables = merge(read_toml(arguments.recipe), {**PLAIN, "distill": {"steps_per_stage": 100_000}})
+    tables = merge(read_toml(arguments.recipe), {"distill": {"steps_per_stage": 100_000}})
 
-    def config(batch_size: int) -> Config:
-        return load(Config, merge(tables, {"distill": {"batch_size": batch_size}}), str(arguments.recipe))
+    def config(batch_size: int, changes: Mapping[str, Any]) -> Config:
+        changed = merge(tables, {"distill": {"batch_size": batch_size}})
+        return load(Config, merge(changed, changes), str(arguments.recipe))
 
-    num_windows = arguments.batch_size or load(Config, tables, str(arguments.recipe)).distill.batch_size
-    times = measure(
-        comm,
-        config(num_windows * comm.size),
-        config(num_windows),
-        arguments.blocks,
-        arguments.steps,
-    )
+    recipe = load(Config, tables, str(arguments.recipe))
+    num_windows = arguments.batch_size or recipe.distill.batch_size
+    recipes = {
+        "plain": config(num_windows * comm.size, PLAIN),
+        "ours": config(num_windows * comm.size, {}),
+        "alone": config(num_windows, {}),
+    }
+    times = measure(comm, recipes, arguments.blocks, arguments.steps)
     if comm.rank:
         return
-    tokens = num_windows * config(num_windows).student.context
+    tokens = num_windows * recipe.student.context
     print(f"{comm.size} ranks, {num_windows} windows ({tokens} tokens) a rank and step")
     for name, block_times in times.items():
         value = statistics.median(itertools.chain(*block_times))
         print(f"  {name:7s} {value:8.2f} ms a step  {tokens / value * 1e3:9.0f} tokens/s and rank")
     pairs = {
-        "throughput of ours / DDP": ("DDP", "ours"),
+        "throughput, plain / DDP": ("DDP", "plain"),
         "weak scaling, alone / ours": ("alone", "ours"),
         "  for sharing the machine, alone / beside": ("alone", "beside"),
         "  for waiting for the slowest, beside / slowest": ("beside", "slowest"),
