@@ -29,7 +29,7 @@ from cpd.submission import VERBS
 from jobs.chain import Choice, ImaginedRun, cancel_chain, dry_run, submit_chain
 from jobs.common import EXIT_FAILED, EXIT_USAGE, exit_quietly, tell
 from jobs.options import build_parser, check_options, check_run_dir, check_same, load_both
-from jobs.status import print_failures, run_status, status_table
+from jobs.status import print_failures, run_status, screen_table
 
 #: What the user can mend, told in a line.
 MISTAKES = (
@@ -100,7 +100,7 @@ def execute(run: Run, profile: Profile, interrupt: Interrupt, elements: Sequence
         with Live(console=console, auto_refresh=False) as live:
 
             def draw() -> None:
-                live.update(status_table(run, run_status(run), console.width), refresh=True)
+                live.update(screen_table(console, run, run_status(run)), refresh=True)
 
             queue = LocalQueue(run, profile, interrupt, elements, draw)
             finished = queue.execute()

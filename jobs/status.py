@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -36,16 +37,17 @@ MANY_JOBS = 60
 TAIL_BYTES = 16_384
 #: Looks at a run on which nobody is at work any more, after which watching it ends.
 IDLE_LOOKS = 5
+#: Every state's style; the sooner it must be seen where there is not room for all, the further up.
 STYLES = {
-    "waiting": "dim",
-    "queued": "cyan",
-    "starting": "yellow",
     "running": "yellow",
-    "done": "green",
-    "rejected": "magenta",
-    "stopped": "cyan",
-    "killed": "red",
+    "starting": "yellow",
     "failed": "bold red",
+    "killed": "red",
+    "stopped": "cyan",
+    "rejected": "magenta",
+    "queued": "cyan",
+    "waiting": "dim",
+    "done": "green",
 }
 
 
@@ -158,9 +160,42 @@ def log_tail(path: Path, num_lines: int = 12) -> list[str]:
         return file.read().decode(errors="replace").splitlines()[-num_lines:]
 
 
-def status_table(run: Run, rows: Sequence[ElementStatus], width: int = 120) -> Table:
-    """The rows for a terminal of `width` columns; a narrow one is spared rate, bar, loss and log."""
+def screen_table(console: Console, run: Run, rows: Sequence[ElementStatus]) -> Table:
+    """The table for a live display: where a terminal has too few lines, the rows that matter most."""
+    room = console.height - 1 if console.is_terminal else sys.maxsize
+    num_rows = min(len(rows), room)
+    while True:
+        table = status_table(run, rows, console.width, num_rows)
+        excess = len(console.render_lines(table)) - room
+        if excess <= 0 or num_rows <= 1:
+            return table
+        num_rows = max(num_rows - excess, 1)
+
+
+def most_telling(rows: Sequence[ElementStatus], num_rows: int) -> list[ElementStatus]:
+    """So many rows in their order: by `STYLES`, of those that wait the next ones, of those done the last."""
+    ranks = list(STYLES)
+
+    def rank(place: int) -> tuple[int, int]:
+        state = rows[place].state
+        return ranks.index(state), -place if state == "done" else place
+
+    return [rows[place] for place in sorted(sorted(range(len(rows)), key=rank)[:num_rows])]
+
+
+def status_table(run: Run, rows: Sequence[ElementStatus], width: int = 120, num_rows: int | None = None) -> Table:
+    """The rows for a terminal of `width` columns; a narrow one is spared rate, bar, loss and log.
+
+    Args:
+        run: the run.
+        rows: all of its elements.
+        width: in columns.
+        num_rows: how many are shown, the most telling ones; the others are counted. Default: all.
+    """
     finished = sum(row.state in ("done", "rejected") for row in rows)
+    shown = list(rows) if num_rows is None else most_telling(rows, num_rows)
+    left_out = Counter(row.state for row in rows) - Counter(row.state for row in shown)
+    counts = ", ".join(f"{count} {state}" for state, count in left_out.items())
     is_wide = width >= max(WIDE, BESIDE_NAMES + max((len(row.element) for row in rows), default=0))
     table = Table(
         title=f"{run.root}: {finished} of {len(rows)} elements finished",
@@ -169,6 +204,8 @@ def status_table(run: Run, rows: Sequence[ElementStatus], width: int = 120) -> T
         box=None,
         pad_edge=False,
         header_style="bold",
+        caption=f"not shown: {counts}" if counts else None,
+        caption_justify="left",
     )
     # Only what may wrap gives way where columns are scarce: names are still legible then, states are not.
     table.add_column("element", no_wrap=is_wide, overflow="fold")
@@ -178,7 +215,7 @@ def status_table(run: Run, rows: Sequence[ElementStatus], width: int = 120) -> T
         table.add_column(name, justify="right", no_wrap=True)
     if is_wide:
         table.add_column("log, or what happened", overflow="fold", style="dim")
-    for row in rows:
+    for row in shown:
         is_active = row.state in ("running", "stopped", "killed", "failed") or (row.state == "queued" and row.done)
         state = row.phase if row.state == "running" and row.phase else row.state
         cells = [
@@ -285,7 +322,7 @@ def watch(run: Run) -> int:
         try:
             while True:
                 rows = run_status(run, view)
-                live.update(status_table(run, rows, console.width), refresh=True)
+                live.update(screen_table(console, run, rows), refresh=True)
                 # A while, since a job that was just submitted may not show at once.
                 waiting = any(row.state in ("queued", "starting", "running") for row in rows)
                 idle = 0 if waiting else idle + 1

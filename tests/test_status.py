@@ -15,7 +15,7 @@ from cpd.lease import Lease
 from cpd.ledger import enter
 from cpd.record import Status
 from cpd.runs import Run
-from jobs.status import main, run_status, status_table
+from jobs.status import main, run_status, screen_table, status_table
 
 
 def test_states(make_run) -> None:
@@ -70,6 +70,38 @@ def test_long_names_are_folded_and_nothing_is_cut_off(make_run, width: int) -> N
     text = console.export_text()
     assert "…" not in text
     assert "waiting" in text and "progress" in text and "success" in text
+
+
+@pytest.mark.parametrize(("width", "height"), [(80, 24), (160, 24), (160, 8), (60, 3)])
+def test_a_live_display_shows_what_matters_most_and_counts_the_rest(make_run, width: int, height: int) -> None:
+    run: Run = make_run(stream={"tasks": "mt50"})
+    teachers = run.teachers()
+    for teacher in teachers[:20]:
+        teacher.path.mkdir(parents=True)
+        teacher.complete.touch()
+    Status(teachers[20].status).finish("failed", "ValueError: bad luck, and a long story of how it came about")
+    console = Console(width=width, height=height, force_terminal=True, record=True, file=io.StringIO())
+    with Lease(teachers[40].path):
+        Status(teachers[40].status).begin("train", 200, 50)
+        table = screen_table(console, run, run_status(run))
+        console.print(table)
+    lines = console.export_text().splitlines()
+    assert len(lines) < height or height < 5
+    text = "".join(lines)
+    assert teachers[40].task in text.replace(" ", "") and "not shown: " in text
+    assert (teachers[20].task in text) == (height > 5)
+    assert teachers[19].task not in text, "done"
+    assert height < 24 or teachers[21].task in text, "the next one"
+
+
+def test_a_live_display_with_room_shows_all(make_run) -> None:
+    run: Run = make_run(stream={"tasks": "demo"})
+    for height, is_terminal in ((40, True), (5, False)):
+        console = Console(width=120, height=height, force_terminal=is_terminal, record=True, file=io.StringIO())
+        console.print(screen_table(console, run, run_status(run)))
+        text = console.export_text()
+        assert "not shown" not in text
+        assert all(element.name in text for element in run.elements())
 
 
 def test_a_file_gets_a_line_for_every_element(
