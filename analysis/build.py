@@ -99,15 +99,14 @@ def _check_out(out: Path) -> None:
 def _build(data: Dataset, folder: Path, *, sweep: bool) -> list[Path]:
     """Draw into `folder`; with `sweep`, which is for folders of ours alone, remove what was drawn there before."""
     check_stand_ins_place(data.labels["teacher_recipe"], folder)
-    notes = conditions(data)
     written: list[Path] = []
     with paper_style():
-        for name, draw, caption in _figures(data):
+        for name, method, draw, caption in _figures(data):
             figure = draw()
             if figure is not None:
-                stamp(figure, short_conditions(data))
-                written += save(figure, folder / name, f"{caption} {notes}")
-    written += write_tables(folder, data, notes)
+                stamp(figure, short_conditions(data, method))
+                written += save(figure, folder / name, f"{caption} {conditions(data, method)}")
+    written += write_tables(folder, data, conditions(data))
     # What was drawn of fewer methods, say, must not stand beside what is drawn of more.
     for path in set(folder.iterdir()) - set(written) if sweep else ():
         if OWN.fullmatch(path.name):
@@ -115,18 +114,21 @@ def _build(data: Dataset, folder: Path, *, sweep: bool) -> list[Path]:
     return written
 
 
-def _figures(data: Dataset) -> Iterable[tuple[str, Draw, str]]:
-    """Name, drawing and caption of every figure that the data may allow; a drawing may still decline."""
+def _figures(data: Dataset) -> Iterable[tuple[str, str | None, Draw, str]]:
+    """Name, method if it is one's alone, drawing and caption of every figure; a drawing may still decline."""
     methods = data.method_names
+    of_one = {"success_matrix": fig_success_matrix, "usage": fig_usage, "retrieval": fig_retrieval}
     for method in methods:
-        name = "" if len(methods) == 1 else f"_{method}"
-        yield (
-            f"success_matrix{name}",
-            partial(fig_success_matrix.draw, data, method),
-            fig_success_matrix.caption(data, method),
-        )
-        yield f"usage{name}", partial(fig_usage.draw, data, method), fig_usage.caption(data, method)
-        yield f"retrieval{name}", partial(fig_retrieval.draw, data, method), fig_retrieval.caption(data, method)
+        for name, module in of_one.items():
+            full = name if len(methods) == 1 else f"{name}_{method}"
+            yield full, method, partial(module.draw, data, method), module.caption(data, method)
+    for name, draw, caption in _figures_of_all(data):
+        yield name, None, draw, caption
+
+
+def _figures_of_all(data: Dataset) -> Iterable[tuple[str, Draw, str]]:
+    """The same of the figures that show every method."""
+    methods = data.method_names
     if methods:
         yield "stream", partial(fig_stream.draw, data), fig_stream.caption(data)
         yield "losses", partial(fig_losses.draw, data), fig_losses.caption(data)

@@ -13,15 +13,15 @@ RECIPES = {
 }
 
 
-def conditions(data: Dataset) -> str:
-    """The labels of the results as one sentence, for captions and the notes of tables."""
+def conditions(data: Dataset, method: str | None = None) -> str:
+    """The labels of the results, or of one method's, as one sentence, for captions and the notes of tables."""
     labels = data.labels
     recipe = "/".join(RECIPES.get(part, part) for part in labels["teacher_recipe"].split("/"))
     seeds = ", ".join(map(str, dict.fromkeys(s.seed for s in data.students))) or "none"
     teacher_seeds = ", ".join(map(str, sorted({seed for _, seed in data.teacher_rates}))) or "none"
     return (
         f"Teachers: {recipe} (recipe {labels['teacher_recipe']}), seeds {teacher_seeds}. Student seeds {seeds}; "
-        f"task identity: {labels['task_identity']}. Horizon {labels['horizon']} steps; "
+        f"task identity: {task_identity(data, method)}. Horizon {labels['horizon']} steps; "
         f"Meta-World {labels['metaworld']}, MuJoCo {labels['mujoco']}, reward {labels['reward_version']}. "
         f"Deterministic policies on {data.goals} goals; success is the flag at any step. {episodes_per_cell(data)}"
     )
@@ -35,11 +35,16 @@ def look_alikes(data: Dataset) -> str:
     )
 
 
-def short_conditions(data: Dataset) -> str:
-    """The labels without which no number may be read, for the margin of a figure."""
-    labels = data.labels
-    recipe, horizon, identity = labels["teacher_recipe"], labels["horizon"], labels["task_identity"]
-    return f"teachers: {recipe}   T = {horizon}   task identity: {identity}"
+def short_conditions(data: Dataset, method: str | None = None) -> str:
+    """The labels without which no number may be read, for the margin of a figure, of one method or of all."""
+    recipe, horizon = data.labels["teacher_recipe"], data.labels["horizon"]
+    return f"teachers: {recipe}   T = {horizon}   task identity: {task_identity(data, method)}"
+
+
+def task_identity(data: Dataset, method: str | None) -> str:
+    """How the students of one method, or of any, come to know the task."""
+    found = data.task_identities
+    return "/".join(dict.fromkeys(found[name] for name in ([method] if method else found))) or "no students"
 
 
 def episodes_per_cell(data: Dataset) -> str:

@@ -69,6 +69,8 @@ class Dataset:
     """Optimisation steps of a stage, by method."""
     afresh: frozenset[str]
     """Methods by which every stage trains a student of its own."""
+    task_identities: dict[str, str]
+    """How a method's students come to know the task."""
     gate: float
     teacher_rates: dict[tuple[str, int], Rate]
     """Teachers' success by task and teacher seed."""
@@ -217,6 +219,7 @@ def load(folders: Sequence[Path]) -> Dataset:
         starts=tuple(dict.fromkeys(row for t in tables for row in t.starts)),
         steps_per_stage={method: distill["steps_per_stage"] for method, distill in settings.items()},
         afresh=frozenset(m for m, distill in settings.items() if distill["protocol"] == "single_task"),
+        task_identities={r.method: r.task_identity for t in tables for r in t.evaluations if r.method != TEACHER},
         gate=first.config["teacher"]["gate"],
         teacher_rates={key: rate for t in tables for key, rate in _teacher_rates(t)},
         rejected=frozenset((r.task, r.seed) for t in tables for r in t.teachers if r.state == "rejected"),

@@ -18,7 +18,7 @@ STYLE = Path(__file__).resolve().parent / "paper.mplstyle"
 COLUMN_INCHES = 3.3
 PAGE_INCHES = 6.9
 """Width of the text over both columns."""
-STAMP_INCHES = 0.1
+STAMP_INCHES = 0.11
 DPI = 300
 
 # Okabe and Ito 2008
@@ -28,6 +28,7 @@ LINE_STYLES = ("-", (0, (4, 1.5)), (0, (1.2, 1.2)))
 ACCENT = "#D55E00"
 SECOND_ACCENT = "#009E73"
 GUIDE = "#9a9a9a"
+STAMP_COLOUR = "#555555"
 
 
 def method_colour(index: int) -> str:
@@ -54,7 +55,9 @@ def stamp(figure: Figure, text: str) -> None:
     engine = figure.get_layout_engine()
     assert engine is not None, "figures are laid out by paper_style()"
     engine.set(rect=(0, 0, 1 - width, 1))  # type: ignore[call-arg]
-    label = figure.text(1 - 0.1 * width, 0.01, text, rotation=90, size=4.5, color=GUIDE, ha="right", va="bottom")
+    label = figure.text(
+        1 - 0.1 * width, 0.01, text, rotation=90, size=5, color=STAMP_COLOUR, ha="right", va="bottom"
+    )
     label.set_in_layout(False)
     length = label.get_window_extent().height / figure.dpi
     figure.set_figheight(max(figure.get_figheight(), 1.03 * length))

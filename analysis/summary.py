@@ -107,6 +107,8 @@ def _headlines(method: MethodMeasures, students: Sequence[StudentMeasures]) -> l
     else:
         mean = method.average_performance["mean"]
         lines.append(f"in brackets: {mean.note if mean.low is not None else 'the range of the seeds'}")
+    if any((task.recovery or 0.0) > 1.0 for student in finished for task in student.tasks):
+        lines.append("recovery: a task in which a student does better than its teacher counts as 100")
     if method.unfinished_seeds:
         left_out = ", ".join(map(str, method.unfinished_seeds))
         lines.append(f"not counted, since their stream has not been evaluated to its end: seeds {left_out}")

@@ -183,7 +183,8 @@ def method_table(data: Dataset) -> Table:
         ("Method", "Seeds", "Memory", "AP", "worst task", "Recovery", "worst task", "Forgetting", "worst task"),
         tuple(lines),
         f"Average performance (AP), recovery of the teachers' success and forgetting on {data.name}, in per cent, "
-        "each with its worst task. Memory: most time steps stored. Brackets: 95 % intervals, from episode "
+        "each with its worst task. A task in which a student does better than its teacher counts as recovered to "
+        "100. Memory: most time steps stored. Brackets: 95 % intervals, from episode "
         "counts for a single seed, by bootstrap over seeds from five on; the range of seeds between.",
     )
 

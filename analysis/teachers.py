@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from analysis.load import TeacherCurve, load
+from cpd.adoption import published_policy
 from cpd.files import read_json
 from cpd.measures import Rate
 from cpd.metrics import wilson
@@ -82,7 +83,7 @@ class PublishedTeachers:
 
 def is_published(folder: Path) -> bool:
     """Whether `folder` holds published teachers."""
-    return (folder / "policies").is_dir() and (folder / "config.json").exists()
+    return (folder / "policies").is_dir()
 
 
 def find_published(folder: Path) -> list[Path]:
@@ -103,12 +104,18 @@ def load_published(folder: Path) -> PublishedTeachers:
     curves = {(curve.task, curve.seed): curve for curve in data.teacher_curves}
     rows = read_rows(folder / "evaluations.csv", EvaluationRow)
     held_out = {(row.task, row.seed): row for row in rows if row.method == "teacher" and row.goal_set == HELD_OUT}
+    for task, seed in held_out:
+        for path in (published_policy(folder, task, seed), _description(folder, task, seed)):
+            if not path.exists():
+                raise ValueError(
+                    f"{path} is missing, though there are results of it: put it back, or publish again"
+                )
     cpu_seconds = {entry["element"]: entry.get("cpu_seconds") for entry in read_json(folder / "timings.json")}
     goals = config["teacher"]["num_validation_goals"]
     found = []
     for task in dict.fromkeys(config["stream"]["tasks"]):
         for seed in config["teacher"]["seeds"]:
-            path = folder / "policies" / f"{task}-seed-{seed}.json"
+            path = _description(folder, task, seed)
             if path.exists():
                 key = (task, seed)
                 description = read_description(path, DESCRIPTION)
@@ -121,6 +128,11 @@ def load_published(folder: Path) -> PublishedTeachers:
                 cpu = cpu_seconds.get(f"teachers/{task}/seed-{seed}")
                 found.append(_teacher(description, goals, row, curve, cpu))
     return PublishedTeachers(config["name"], data.labels, data.gate, tuple(found))
+
+
+def _description(folder: Path, task: str, seed: int) -> Path:
+    """Where a published policy is described."""
+    return published_policy(folder, task, seed).with_suffix(".json")
 
 
 def _teacher(

@@ -130,18 +130,18 @@ def measure_student(tables: Tables, method: str, seed: int) -> Student:
         for r in tables.evaluations
         if r.method == TEACHER and r.seed == teacher_seed and r.goal_set == tables.goal_set
     }
-    admitted = np.array([states.get(task) == "admitted" for task in matrix.tasks])
+    # One whose folder is not there (any more) was admitted, or its stage would have been skipped.
+    admitted = np.array([states.get(task) != "rejected" for task in matrix.tasks])
     successes, episodes = np.array([teachers.get(task, (0, 0)) for task in matrix.tasks], float).T
     with np.errstate(invalid="ignore"):
         teacher_rates = successes / episodes
-    expected = np.array([states.get(task) != "rejected" for task in matrix.tasks])
-    final = metrics.final_stage(matrix.rates, matrix.stream, expected)
+    final = metrics.final_stage(matrix.rates, matrix.stream, admitted)
     row = matrix.rates[final + 1] if final is not None else np.full(len(matrix.tasks), np.nan)
     lost = metrics.forgetting(
         matrix.rates, matrix.stream, admitted, len(matrix.stream) - 1 if final is None else final
     )
     own = metrics.own_stages(matrix.stream)
-    share = metrics.recovery(row, teacher_rates, admitted)
+    share = metrics.recovery(row, teacher_rates, admitted & (episodes > 0))
     reported = [row for row in rows if row.goal_set == tables.goal_set]
     training = metrics.success_matrix(rows, matrix.stream, "training")
     measures = StudentMeasures(

@@ -27,10 +27,9 @@ from typing import Any, Final
 
 from cpd.files import read_json, write_json, write_text
 from cpd.record import read_metrics, read_status
-from cpd.result_tables import TeacherRow, read_tables
+from cpd.result_tables import TEACHER, TeacherRow, read_tables
 from cpd.runs import Element, Run, RunError, StudentElement, TeacherElement
 from cpd.starts import start_rows
-from cpd.strict_load import to_dict
 from cpd.summary import summarize
 from cpd.tables import (
     CurveRow,
@@ -74,11 +73,13 @@ def gather(run: Run) -> dict[str, Any]:
         The contents of metrics.json; its `missing` says what is not there yet.
 
     Raises:
-        RunError: if the run holds no element at all, so that there is nothing to gather.
+        RunError: if the run holds no element at all, so that there is nothing to gather; or if results of students
+            or teachers that were gathered before would be lost.
     """
     if not any((run.root / part).is_dir() for part in ("teachers", "students")):
         raise RunError(f"{run.root} has neither teachers nor students yet; `jobs.launch` makes them")
     evaluations, episodes = _evaluations(run)
+    _check_no_less(run, evaluations)
     curves = [row for s in run.students() if s.curves.exists() for row in read_rows(s.curves, CurveRow)]
     _write_table(run.results / "evaluations.csv", evaluations)
     _write_table(run.results / "episodes.csv", episodes)
@@ -93,10 +94,31 @@ def gather(run: Run) -> dict[str, Any]:
     if rows := start_rows(run):
         write_rows(run.results / "starts.csv", rows)
     write_json(run.results / "timings.json", [_timing(e) for e in run.elements() if e.role != "report"])
-    write_json(run.results / "config.json", to_dict(run.config))
+    # As it was frozen: what was no setting then must not pass for today's default.
+    write_json(run.results / "config.json", read_json(run.config_path))
     report = {**summarize(read_tables(run.results)).to_json(), "provenance": _provenance(run)}
     write_json(run.results / "metrics.json", report)
     return report
+
+
+def _check_no_less(run: Run, evaluations: Iterable[EvaluationRow]) -> None:
+    """Raise RunError if somebody whose results were gathered is not there any more."""
+    before = run.results / "evaluations.csv"
+    if not before.exists():
+        return
+    lost = _evaluated(read_rows(before, EvaluationRow)) - _evaluated(evaluations)
+    if lost:
+        named = ", ".join(sorted(lost)[:3]) + (f" and {len(lost) - 3} more" if len(lost) > 3 else "")
+        raise RunError(
+            f"{run.results} has results of {named}, of which {run.root} holds nothing any more: they are kept as "
+            f"they are (`python -m analysis.build {run.results}` draws them); to gather without them, remove "
+            f"{before} first"
+        )
+
+
+def _evaluated(rows: Iterable[EvaluationRow]) -> set[str]:
+    """Teachers and students that have rows."""
+    return {f"{row.task if row.method == TEACHER else row.method} (seed {row.seed})" for row in rows}
 
 
 def _write_students(run: Run) -> None:

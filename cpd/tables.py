@@ -108,7 +108,7 @@ class StageRow(Labels):
     """Distinct time steps stored anywhere."""
     memory_bytes: int
     masked_share: float | None
-    """Share of the parameters that are protected from here on; None for methods without masking."""
+    """Share of the parameters that could not move freely in this stage; None for methods without masking."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,6 +194,8 @@ def _parsed(
 ) -> Iterable[Row]:
     for number, cells in enumerate(lines, start=2):
         try:
+            if len(cells) != len(parsers):
+                raise ValueError(f"{len(cells)} values for {len(parsers)} columns")
             values = {name: parsers[name](cell) for name, cell in zip(parsers, cells, strict=True)}
         except ValueError as error:
             raise ValueError(f"{path}, line {number}: {error}; the file was damaged: make it anew") from None

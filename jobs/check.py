@@ -13,6 +13,8 @@ from jobs.common import EXIT_FAILED, EXIT_USAGE, parser_with_examples, tell
 
 #: The first seed of the held-out goals: Meta-World draws the very same ones from it.
 HELD_OUT_SEED = 2001
+#: How its tables begin.
+COLUMNS = "task,teacher_seed"
 #: What the check reads of a policy's description.
 DESCRIPTION = ("task", "seed", "labels.horizon", "labels.teacher_recipe")
 
@@ -38,6 +40,8 @@ def check_teachers(folder: Path, only: Sequence[str], seed: int, num_episodes: i
     from cpd.teachers.protocol import evaluate_by_protocol
 
     torch.set_num_threads(1)
+    if table:
+        _check_table(table)
     if num_episodes < 1:
         raise ValueError(f"--episodes {num_episodes}: at least one is needed")
     policies = _policies(folder, only)
@@ -87,6 +91,14 @@ def check_teachers(folder: Path, only: Sequence[str], seed: int, num_episodes: i
             writer.writeheader()
             writer.writerows(found)
     return all(row["agrees"] for row in found)
+
+
+def _check_table(path: Path) -> None:
+    """Raise ValueError if the results cannot be written to `path`, or would overwrite something else."""
+    if not path.parent.is_dir():
+        raise ValueError(f"--csv {path}: there is no directory {path.parent}")
+    if path.exists() and not path.read_text(errors="replace").startswith(f"{COLUMNS},"):
+        raise ValueError(f"--csv {path} is there already, and is no table of this command: give another name")
 
 
 def _policies(folder: Path, only: Sequence[str]) -> list[tuple[Path, dict[str, Any]]]:

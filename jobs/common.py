@@ -50,12 +50,15 @@ def available_cpus() -> int:
 
 
 def exit_quietly(main: Callable[[], int]) -> NoReturn:
-    """Exit with `main`'s code; without a traceback, as by SIGPIPE, where a `head` has stopped reading."""
+    """Exit with `main`'s code; without a traceback where files are another user's, or a `head` stopped reading."""
     try:
         code = main()
         sys.stdout.flush()
+    except PermissionError as error:
+        print(f"{error.filename}: permission denied; ask its owner, or take another directory", file=sys.stderr)
+        code = EXIT_USAGE
     except BrokenPipeError:
-        # The interpreter flushes once more on its way out.
+        # As by SIGPIPE. The interpreter flushes once more on its way out.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 128 + signal.SIGPIPE
     sys.exit(code)

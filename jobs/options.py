@@ -90,7 +90,13 @@ def load_recipe(name: str, overrides: Sequence[str]) -> Config:
             raise
         # Whoever mistypes a setting looks for it in vain in the recipe.
         asked = set(_paths(given))
-        typed = [problem for problem in error.problems if problem.partition(": ")[0] in asked]
+        values = tuple(f"{path}." for path in asked if not any(other.startswith(f"{path}.") for other in asked))
+
+        def is_typed(problem: str) -> bool:
+            path = problem.partition(": ")[0]
+            return path in asked or path.startswith(values)  # such as stream.tasks.0
+
+        typed = [problem for problem in error.problems if is_typed(problem)]
         if len(typed) == len(error.problems):
             raise ConfigError([f"--{problem}" for problem in typed], COMMAND_LINE) from None
         problems = [f"{COMMAND_LINE}: --{p}" if p in typed else p for p in error.problems]
@@ -124,11 +130,7 @@ def check_run_dir(root: Path, config: Config, profile: str | None) -> None:
                 "another --run-dir"
             )
         return
-    if not (root / "provenance.json").exists():
-        raise RunError(
-            f"{root} holds published results, not a run (`python -m analysis.build {root}` draws them); choose "
-            "another --run-dir"
-        )
+    Run(root).check_launched()
     check_same(root, config)
     recorded = root / "profile.json"
     if profile is None and recorded.exists() and read_json(recorded)["cluster"] == "slurm":

@@ -284,6 +284,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     try:
         run = Run(arguments.run_dir)
+        if (run.root / "metrics.json").exists():
+            run.check_launched()  # it may be published results
         rows = run_status(run)
     except ValueError as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)

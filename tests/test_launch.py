@@ -19,7 +19,7 @@ from cpd.lease import Lease
 from cpd.profile import Resources, load_profile
 from cpd.runs import Run, RunError
 from cpd.submission import ElementJob
-from jobs.common import chosen_element
+from jobs.common import chosen_element, exit_quietly
 from jobs.launch import main, prepare
 from jobs.options import load_recipe
 from tests.conftest import MINIATURE
@@ -55,6 +55,7 @@ def test_mistakes_of_recipe_overrides_and_profile_are_told_together(
         (["demo", "--stream.tasks", "['hamer-v3']"], "did you mean 'hammer-v3'"),
         (["demo", "stray"], "'stray'"),
         (["demo", "--distill.lr", "x"], "the command line: --distill.lr: "),
+        (["demo", "--stream.tasks", '["push", "pull"]'], "the command line: --stream.tasks.1: "),
         (["demo", "--dryrun"], "unknown option --dryrun; did you mean '--dry-run'"),
         (["demo", "--onyl", "teachers"], "unknown option --onyl; did you mean '--only'"),
         (["--distill.lr", "5e-4", "demo"], "the recipe comes before the settings"),
@@ -253,6 +254,26 @@ def test_a_dry_run_is_of_what_was_asked_for(tmp_path: Path, capsys: pytest.Captu
     assert main([*launch[:-2], "--only", "teachers/typo"]) == 2
     assert "has no such element" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_another_user_s_file_is_told_in_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+    def main() -> int:
+        raise PermissionError(13, "Permission denied", "/theirs/config.json")
+
+    with pytest.raises(SystemExit) as stop:
+        exit_quietly(main)
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.startswith("/theirs/config.json: permission denied")
+
+
+def test_a_run_without_its_provenance_is_not_taken_for_published_results(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = prepared(tmp_path / "run")
+    run.teachers()[0].path.mkdir(parents=True)
+    (run.root / "provenance.json").unlink()
+    assert main([str(MINIATURE), "--run-dir", str(run.root), "--dry-run"]) == 2
+    assert f"there is {run.root / 'teachers'}) without its provenance.json" in capsys.readouterr().err
 
 
 def test_a_reader_that_stops_reading_is_no_failure_to_tell_of() -> None:

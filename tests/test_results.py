@@ -212,6 +212,54 @@ def test_a_teacher_that_never_succeeds_is_left_out_of_recovery_by_name(tmp_path:
     assert [line for line in report["missing"] if "never succeeds" in line and STREAM[0] in line]
 
 
+def test_a_task_whose_teacher_s_folder_is_gone_counts_as_it_was_measured(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", stream=STREAM, students={1: RATES}, teachers=TEACHERS)
+    shutil.rmtree(run.teachers()[2].path)
+    (student,) = gather(run)["students"]
+    assert student["average_performance"]["value"] == pytest.approx((0.5 + 0.9 + 0.96) / 3)
+    assert not student["without_teacher"]
+    assert student["recovery"]["value"] == pytest.approx((0.5 + 1) / 2), "of the teachers that are there"
+    shutil.rmtree(run.root / "teachers")
+    (run.results / "evaluations.csv").unlink()
+    (student,) = gather(run)["students"]
+    assert student["average_performance"]["value"] == pytest.approx((0.5 + 0.9 + 0.96) / 3)
+    assert student["recovery"]["value"] is None
+
+
+def test_what_was_gathered_is_not_lost_with_the_run_s_own_files(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", stream=STREAM, students={1: RATES, 2: RATES}, teachers=TEACHERS)
+    gather(run)
+    before = {path: path.read_bytes() for path in run.results.iterdir()}
+    shutil.rmtree(run.evaluations()[1].path)
+    with pytest.raises(RunError, match=r"has results of moe \(seed 2\), of which .* holds nothing any more"):
+        gather(run)
+    shutil.rmtree(run.root / "students")
+    with pytest.raises(RunError, match=r"moe \(seed 1\), moe \(seed 2\)"):
+        gather(run)
+    assert before == {path: path.read_bytes() for path in run.results.iterdir()}
+    (run.results / "evaluations.csv").unlink()
+    assert gather(run)["students"] == []
+
+
+def test_a_setting_that_the_run_knew_nothing_of_is_not_filled_in(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", stream=STREAM, students={1: RATES}, teachers=TEACHERS)
+    config = json.loads(run.config_path.read_text())
+    del config["distill"]["episodes"]
+    write_json(run.config_path, config)
+    gather(Run(run.root))
+    assert json.loads((run.results / "config.json").read_text()) == config
+
+
+def test_a_damaged_line_of_a_table_is_named(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", stream=STREAM, students={1: RATES}, teachers=TEACHERS)
+    gather(run)
+    table = run.results / "evaluations.csv"
+    lines = table.read_text().splitlines()
+    table.write_text("\n".join([*lines[:2], lines[2][:20], *lines[3:]]))
+    with pytest.raises(ValueError, match=r"evaluations.csv, line 3: \d+ values for \d+ columns"):
+        read_tables(run.results)
+
+
 def test_a_run_without_elements_is_refused(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", stream=STREAM, students={1: RATES}, teachers=TEACHERS)
     for part in ("teachers", "students"):

@@ -131,6 +131,12 @@ def test_watching_a_run_on_which_nobody_works_ends(
     assert main([str(run.root), "--watch"]) == 130
 
 
+def test_published_results_are_no_run(capsys: pytest.CaptureFixture[str]) -> None:
+    demo = Path(__file__).resolve().parent.parent / "analysis" / "results" / "demo"
+    assert main([str(demo)]) == 2
+    assert "holds published results, not a run" in capsys.readouterr().err
+
+
 def test_no_run_is_told_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(tmp_path)]) == 2
     assert "is not a run directory" in capsys.readouterr().err

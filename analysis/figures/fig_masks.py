@@ -1,4 +1,4 @@
-"""How much of the student is protected, over the stream."""
+"""How much of the student is protected in every stage of the stream."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from analysis.load import Dataset
 from analysis.style import COLUMN_INCHES, TEACHER_COLOUR, method_colour, method_line
 
 Shares = dict[int, list[float]]
-"""Stages done to the masked shares of all seeds."""
+"""Stage, from 1 on, to the masked shares of all seeds."""
 
 
 def draw(data: Dataset) -> Figure | None:
-    """X: stages done; y: share of the parameters that are masked, per method; None if no method masks."""
+    """X: stage; y: share of the parameters that are masked in it, per method; None if no method masks."""
     values = _shares(data)
     if not values:
         return None
@@ -30,7 +30,7 @@ def draw(data: Dataset) -> Figure | None:
         style = method_line(data.method_names.index(method) if method in data.method_names else 0)
         _line(axes, shares, {**style, "markersize": 2.5}, method)
     num_stages = len(data.stream)
-    axes.set(xlim=(0, num_stages), ylim=(0, 1), xlabel="stages done", ylabel="masked parameters (share)")
+    axes.set(xlim=(0, num_stages), ylim=(0, 1), xlabel="stage", ylabel="masked parameters (share)")
     axes.set_xticks(range(0, num_stages + 1, 1 if num_stages <= 20 else 5))
     axes.grid(axis="y")
     figure.legend(loc="outside lower center", ncols=3, fontsize=6.5)
@@ -55,7 +55,7 @@ def _panels(data: Dataset, values: dict[str, Shares]) -> Figure:
         list(values),
         lambda axes, method: _line(axes, values[method], own, "each method"),
         lambda axes: _line(axes, values[first], grey, first),
-        ("stages done", "masked parameters (share)"),
+        ("stage", "masked parameters (share)"),
     )
     panels[0].set_ylim(0, 1)
     set_stages(panels[0], len(data.stream))
@@ -76,6 +76,6 @@ def caption(data: Dataset) -> str:
     """What the figure shows, without the conditions."""
     dots = " Small dots: single seeds." if len(data.students) > len(data.method_names) else ""
     return (
-        f"Parameter masking over the stream of {data.name}: share of the student's parameters that later stages "
-        f"may not change, or only a little, after every stage.{behind(list(_shares(data)))}{dots}"
+        f"Parameter masking over the stream of {data.name}: share of the student's parameters that a stage may "
+        f"not change, or only a little. In the first nothing is masked.{behind(list(_shares(data)))}{dots}"
     )

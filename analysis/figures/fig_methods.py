@@ -85,6 +85,6 @@ def caption(data: Dataset) -> str:
         marks.append(f"Fewer than {FEW_SEEDS} seeds have no interval over seeds.")
     return (
         f"Methods on {data.name}: average performance at the end of the stream (dashed: the teachers' mean "
-        "success), recovery of the teachers' success (dashed: all of it) and forgetting (dashed: none; less is "
-        "better). " + " ".join(marks)
+        "success), recovery of the teachers' success (dashed: all of it, as where students do better than "
+        "a teacher) and forgetting (dashed: none; less is better). " + " ".join(marks)
     )

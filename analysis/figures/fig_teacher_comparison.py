@@ -42,7 +42,8 @@ def _panel(axes: Axes, task: str, groups: Mapping[str, PublishedTeachers]) -> No
             if not steps:
                 continue
             end = "x" if teacher.state == "rejected" else "o"
-            axes.plot(steps[-1], rates[-1], end, markersize=2.4, color=method_line(index)["color"], zorder=4)
+            kept = (teacher.selected_env_steps, teacher.validation.rate)
+            axes.plot(*kept, end, markersize=2.4, color=method_line(index)["color"], zorder=4)
     set_axes(axes, task, longest)
 
 
@@ -56,8 +57,8 @@ def caption(groups: Mapping[str, PublishedTeachers]) -> str:
     seeds = sorted({teacher.seed for teacher in teachers})
     return (
         f"How fast {', '.join(groups)} learn the same tasks (recipes: {recipes}): success on validation goals "
-        "with deterministic actions. One line per seed, which begins where it was first validated and ends at a "
-        f"dot where the teacher was admitted, at a cross where it fell short of the gate ({gates}). Axes differ "
-        f"by task. Teacher seeds {', '.join(map(str, seeds))}. Horizon {horizons}; Meta-World "
+        "with deterministic actions. One line per seed, which begins where it was first validated. A dot "
+        f"marks the policy that was kept, a cross one that fell short of the gate ({gates}). Axes differ by "
+        f"task. Teacher seeds {', '.join(map(str, seeds))}. Horizon {horizons}; Meta-World "
         f"{some.labels['metaworld']}, MuJoCo {some.labels['mujoco']}, reward {some.labels['reward_version']}."
     )

@@ -74,7 +74,8 @@ class MemoryConfig:
     share: Annotated[float, Field(gt=0.0, le=1.0)] = 0.1
     """Budget as a share of the whole stream's data (distinct tasks x rollouts.num_steps)."""
     dpp_candidates: Annotated[int, Field(ge=1, le=5_000)] = 2_000
-    """Segments of a task between which `dpp` chooses; of more, this many are drawn evenly over its rollouts."""
+    """Segments of a task, of those that open an episode and of the others each, between which `dpp` chooses; of
+    more, this many are drawn evenly over its rollouts."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

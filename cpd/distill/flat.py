@@ -72,7 +72,10 @@ class FlatParameters:
         return result
 
     def let_rest(self, mask: Tensor | None) -> None:
-        """Let parameters rest of which `mask` [P] lets no element move, and wake all others; None wakes all."""
+        """Let parameters rest of which `mask` [P] lets no element move, and wake all others; None wakes all.
+
+        `grads` is another tensor from then on.
+        """
         self.awake: list[slice] = []
         moving = [name for name in self.names if mask is None or bool(mask[self.slots[name]].any())]
         self.grads = self.values.new_zeros(sum(self.shapes[name].numel() for name in moving))
@@ -170,7 +173,7 @@ class AdamW:
             [self.first_moment[part.values] for part in parts],
             [self.second_moment[part.values] for part in parts],
             max_exp_avg_sqs=[],
-            state_steps=[torch.tensor(part.age - 1.0, device=self.flat.values.device) for part in parts],
+            state_steps=[torch.full((), part.age - 1.0, device=self.flat.values.device) for part in parts],
             fused=True,
             amsgrad=False,
             maximize=False,

@@ -28,7 +28,6 @@ class Rehearsal:
         self._student = copy.deepcopy(student)
         for name, parameter in self._student.named_parameters():
             parameter.data = values[flat.slots[name]].view(parameter.shape)
-            parameter.grad = None
             parameter.requires_grad_(False)
         if num_opening:
             self._student.set_logit_offset(num_opening, -math.inf)

@@ -15,16 +15,16 @@ from cpd.student.observations import observation_scaling
 
 
 class Diverse:
-    """Greedy MAP inference within each task at its first stage; each task seen keeps a prefix of the greedy order.
+    """Greedy MAP inference at a task's first stage, among its segments that open an episode and among its others.
 
-    Every prefix is what greedy inference gives for its size, and the order in which segments are held is the
-    greedy order, so nothing else need be stored. The RBF bandwidth is the median distance between the task's
-    candidates, taken once. All segments have the same quality; states that are far from the others, noisy ones
-    among them, therefore come early.
+    The two orders are merged as `start_share` has it, and each task seen keeps a prefix of its merged order, in
+    which segments are held, so that nothing else need be stored: of both kinds it is what greedy inference gives
+    for its size. The RBF bandwidth is the median distance between the candidates of the kind. All segments have
+    the same quality; states that are far from the others, noisy ones among them, therefore come early.
     """
 
     def __init__(self, seed: int, config: MemoryConfig) -> None:
-        """`config.dpp_candidates` bounds cost: the kernel's factor has that many rows and columns at most."""
+        """`config.dpp_candidates` bounds cost: each kernel's factor has that many rows and columns at most."""
         self._seed, self._limit, self._start_share = seed, config.dpp_candidates, config.start_share
 
     def choose(self, held: Segments, offered: Segments, budget: int) -> npt.NDArray[np.int64]:

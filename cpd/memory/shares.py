@@ -11,7 +11,7 @@ from cpd.memory.segments import Segments
 def starts_first(
     opens_episode: npt.NDArray[np.bool_], preference: npt.NDArray[np.int64], start_share: float
 ) -> npt.NDArray[np.int64]:
-    """Reorder so that every prefix holds `start_share` segments that open an episode, rounded up, while they last.
+    """Reorder so that every prefix holds `start_share` segments that open an episode, to one, while they last.
 
     Args:
         opens_episode: [G] of the offered segments.

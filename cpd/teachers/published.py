@@ -13,10 +13,10 @@ from typing import Any
 
 from cpd.adoption import LATER, published_policy
 from cpd.config import changes
-from cpd.files import DamagedFileError, copy, read_json, write_json
+from cpd.files import DamagedFileError, copy, read_json, sha256, write_json
 from cpd.result_tables import TEACHER, read_tables
 from cpd.results import GATHERED, gather
-from cpd.runs import Run
+from cpd.runs import Run, TeacherElement
 from cpd.strict_load import to_dict
 from cpd.summary import summarize
 from cpd.tables import EpisodeRow, EvaluationRow, read_rows, write_rows
@@ -55,6 +55,8 @@ def publish_teachers(run: Run, folder: Path) -> list[Path]:
     if not finished:
         raise ValueError(f"{run.root} has no finished teacher yet; launch it again to go on")
     _check_free(run, folder)
+    for teacher in finished:
+        _check_whole(teacher)
     report = gather(run)
     for name in TABLES:
         if (run.results / name).exists():
@@ -80,6 +82,16 @@ def publish_teachers(run: Run, folder: Path) -> list[Path]:
         stale.unlink()
         stale.with_suffix(".json").unlink(missing_ok=True)
     return published
+
+
+def _check_whole(teacher: TeacherElement) -> None:
+    """Raise DamagedFileError unless the policy is the one that its description tells of."""
+    path = teacher.policy.with_suffix(".json")
+    if read_description(path, ("sha256",))["sha256"] != sha256(teacher.policy):
+        raise DamagedFileError(
+            f"{teacher.policy} is not what {path.name} describes: it was damaged; remove {teacher.path} and "
+            "launch again to train it anew"
+        )
 
 
 def read_description(path: Path, needed: Iterable[str]) -> dict[str, Any]:
@@ -142,6 +154,11 @@ def check_place(folder: Path, config: Mapping[str, Any], written: Collection[str
     if (folder / "config.json").exists():
         _check_same_experiment(folder / "config.json", config)
         return
+    if inside := sorted(folder.glob("*/config.json")):
+        raise ValueError(
+            f"{folder} is a folder of folders ({inside[0].parent.name} is one) with results of their own: give "
+            f"{name!r} one too, such as {folder / name}"
+        )
     found = sorted(file for file in written if (folder / file).exists())
     if found:
         raise ValueError(

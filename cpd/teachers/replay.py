@@ -32,8 +32,8 @@ class ReplayBuffer:
         device: where the tables are kept.
 
     Attributes:
-        tables: float32 by name: `obs` [C, O], `next_obs` [C, O], `actions` [C, A] as executed, `rewards` [C, 1] of
-            Meta-World, `terminated` [C, 1] (1 where the step reached success).
+        tables: float32 by name: `obs` [C, O], `next_obs` [C, O], `actions` [C, A] as executed, `rewards` [C, 1] as
+            in `Batch`, `terminated` [C, 1] (1 where success ended the episode).
         size: rows that hold a transition; they are the first ones.
     """
 

@@ -213,6 +213,18 @@ def test_methods_on_one_stream_are_drawn_together(tmp_path: Path) -> None:
         build(paths)
 
 
+def test_figures_of_one_method_tell_its_own_task_identity(tmp_path: Path) -> None:
+    for name in ("given", "none"):
+        labels = replace(LABELS, task_identity=name)
+        root = tmp_path / name
+        write_run(root, stream=STREAM, students={1: RATES}, teachers=TEACHERS, method=name, labels=labels)
+    build([tmp_path / "given", tmp_path / "none"], tmp_path / "both")
+    for name in ("given", "none"):
+        caption = (tmp_path / "both" / f"success_matrix_{name}.txt").read_text()
+        assert f"task identity: {name}." in caption
+    assert "task identity: given/none." in (tmp_path / "both" / "methods.txt").read_text()
+
+
 def test_what_one_of_several_runs_has_is_missing_in_none(tmp_path: Path) -> None:
     """Two runs of one recipe, each with students of some of its methods."""
     options = {"stream": STREAM, "teachers": TEACHERS, "variants": {"a": {1: RATES}, "b": {}}}

@@ -135,6 +135,7 @@ def test_runs_and_unknown_files_are_not_published_over(
     (tmp_path / "tables" / "metrics.json").write_text("mine")
     (tmp_path / "file").touch()
     publish_teachers(run, tmp_path / "students")
+    publish_teachers(run, tmp_path / "shelf" / "mini")
     (tmp_path / "students" / "losses.csv").write_text("mine")
     for folder, told in (
         (other.root, "is a run directory"),
@@ -144,11 +145,41 @@ def test_runs_and_unknown_files_are_not_published_over(
         (tmp_path / "tables", "nobody knows what its metrics.json"),
         (tmp_path / "file", "is not a folder"),
         (tmp_path / "students", "holds results of students (losses.csv)"),
+        (tmp_path / "shelf", f"such as {tmp_path / 'shelf' / 'mini'}"),
     ):
         assert publish_main([str(run.root), str(folder)]) == 2
         error = capsys.readouterr().err
         assert told in error and str(folder) in error and "'mini'" in error
     assert (tmp_path / "tables" / "metrics.json").read_text() == "mine"
+
+
+def test_a_damaged_policy_does_not_replace_a_good_one(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    damaged = renewed(run, tmp_path / "damaged")
+    (file,) = publish_teachers(run, tmp_path / "kept")
+    before = file.read_bytes()
+    policy = damaged.teachers()[0].policy
+    policy.write_bytes(policy.read_bytes()[:200])
+    assert publish_main([str(damaged.root), str(tmp_path / "kept")]) == 2
+    assert f"{policy} is not what policy.json describes" in capsys.readouterr().err
+    assert file.read_bytes() == before
+
+
+@pytest.mark.parametrize("suffix", [".json", ".safetensors"])
+def test_a_published_folder_that_lost_a_file_is_not_drawn_without_it(
+    run: Run, tmp_path: Path, suffix: str
+) -> None:
+    (file,) = publish_teachers(run, tmp_path / "kept")
+    file.with_suffix(suffix).unlink()
+    with pytest.raises(ValueError, match=f"{file.with_suffix(suffix)} is missing"):
+        load_published(tmp_path / "kept")
+
+
+def test_a_published_folder_without_its_configuration_is_not_passed_over(run: Run, tmp_path: Path) -> None:
+    publish_teachers(run, tmp_path / "kept" / "mini")
+    (tmp_path / "kept" / "mini" / "config.json").unlink()
+    assert build_main([str(tmp_path / "kept")]) == 2
 
 
 def test_building_does_not_publish_teachers(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -222,6 +253,8 @@ def test_a_check_of_what_is_not_there_is_refused_before_anything_acts(
     for arguments, told in (
         (["--only", "drawer-close-v3", "--only", "puhs-v3"], "has no policy of puhs-v3 (it has drawer-close-v3)"),
         (["--episodes", "0"], "at least one is needed"),
+        (["--csv", str(tmp_path / "nowhere" / "a.csv")], "there is no directory"),
+        (["--csv", str(tmp_path / "kept" / "config.json")], "is no table of this command"),
     ):
         assert check_main([str(tmp_path / "kept"), *arguments]) == 2
         assert told in capsys.readouterr().err

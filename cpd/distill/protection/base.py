@@ -35,10 +35,17 @@ class Protection:
         """Change `trainer.flat.values` before the step's gradient is computed."""
 
     def adjust_gradient(self, trainer: Trainer) -> None:
-        """Change `trainer.flat.grads`, which is summed over ranks but not clipped yet."""
+        """Change `trainer.flat.grads`, which is summed over ranks but not clipped yet.
+
+        It has places for what is awake only: for everything unless `update_mask` holds parameters in place.
+        """
 
     def update_mask(self, trainer: Trainer) -> Tensor | None:
-        """[P] the factor on every parameter's update in this step; None for 1 everywhere."""
+        """[P] the factor on every parameter's update in this step; None for 1 everywhere.
+
+        What it holds in place as a whole when a stage begins rests for the whole stage: within a stage a mask may
+        narrow, not widen.
+        """
         return None
 
     def end_stage(self, trainer: Trainer, data: StageData) -> None:

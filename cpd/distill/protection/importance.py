@@ -37,7 +37,7 @@ def fisher(trainer: Trainer, data: StageData, num_windows: int, *, exact: bool =
     the time.
 
     Args:
-        trainer: its student is looked at, as it is; its gradients are overwritten.
+        trainer: its student is looked at, as it is, with nothing at rest; its gradients are overwritten.
         data: where states come from.
         num_windows: states over all ranks.
         exact: take a backward pass per output.
@@ -54,6 +54,7 @@ def fisher(trainer: Trainer, data: StageData, num_windows: int, *, exact: bool =
     draws = generator(trainer.seed, "fisher signs", stage).integers(2, size=(num_windows, 1, num_outputs))
     signs = np.eye(num_outputs)[None].repeat(num_windows, 0) if exact else 2.0 * draws - 1.0
     total = torch.zeros_like(flat.values)
+    assert len(flat.grads) == flat.size
     mine = signs[comm.rank :: comm.size]
     for row, (length, signs_JA) in enumerate(zip(batch.valid_RL.sum(1).long().tolist(), mine, strict=True)):
         window = slice(row, row + 1)
