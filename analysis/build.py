@@ -47,6 +47,8 @@ EXAMPLES = """examples:
   python -m analysis.build runs/moe runs/dense --out compare   methods side by side
 """
 
+#: Folders of a run directory that are none for figures.
+RUN_FOLDERS = ("launcher", "logs", "results", "students", "teachers")
 MOST_BARS = 4
 Draw = Callable[[], Figure | None]
 
@@ -94,6 +96,10 @@ def _check_out(out: Path) -> None:
         )
     if (out / "config.json").exists():
         raise ValueError(f"--out {out} is a folder of results: choose one for figures, e.g. {out / 'figures'}")
+    place = out.resolve()
+    for root in place.parents:
+        if (root / "provenance.json").exists() and place.relative_to(root).parts[0] in RUN_FOLDERS:
+            raise ValueError(f"--out {out} is among a run's own files: choose another, e.g. {root / 'figures'}")
 
 
 def _build(data: Dataset, folder: Path, *, sweep: bool) -> list[Path]:

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.live import Live
 
 from cpd.adoption import AdoptionError, adopt, find_adoptions
-from cpd.config import Config, continued
+from cpd.config import Config, changes, continued
 from cpd.files import DamagedFileError, read_json, write_json
 from cpd.interrupt import EXIT_INTERRUPTED, Interrupt
 from cpd.lease import Lease, LeaseHeldError
@@ -59,6 +59,10 @@ def prepare(root: Path, config: Config, profile: Profile) -> Run:
         started_with = read_json(root / "provenance.json")["code"]
         if started_with != code_version():
             tell(f"note: {root} was begun with code {started_with}, this is {code_version()}")
+        unsaid = [line for line in changes(read_json(config_path), to_dict(old.config)) if ": None -> " in line]
+        if unsaid:
+            lines = "\n".join(f"  {line.replace('None -> ', '')}" for line in unsaid)
+            tell(f"note: {root} is older than these settings; what is finished may not agree with them:\n{lines}")
         config = continued(old.config, config)
         if len(config.methods) * len(config.seeds) > len(old.students()):
             old.report().complete.unlink(missing_ok=True)  # it has yet to tell of those that are new

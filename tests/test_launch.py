@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import subprocess
 import sys
@@ -186,6 +187,19 @@ def test_other_settings_are_refused_by_name(tmp_path: Path, capsys: pytest.Captu
     assert "distill.lr: 0.003 -> 0.5" in capsys.readouterr().err
     config: Config = Run(tmp_path).config
     assert config.distill.lr == 0.003
+
+
+def test_a_run_that_is_older_than_a_setting_is_told_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = prepared(tmp_path / "run")
+    config = json.loads(run.config_path.read_text())
+    del config["distill"]["episodes"]
+    run.config_path.write_text(json.dumps(config))
+    capsys.readouterr()
+    prepared(run.root)
+    told = capsys.readouterr().out
+    assert "is older than these settings" in told and "  distill.episodes: 'successful'\n" in told
+    prepared(run.root)
+    assert "is older" not in capsys.readouterr().out
 
 
 def test_logging_settings_may_change(tmp_path: Path) -> None:

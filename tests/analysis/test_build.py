@@ -296,6 +296,14 @@ def test_command_line_explains_a_wrong_path(tmp_path: Path, capsys: pytest.Captu
         assert f"--out {out} names a file" in capsys.readouterr().err
 
 
+def test_no_figure_is_drawn_among_a_run_s_own_files(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    before = sorted(run.root.rglob("*"))
+    for part in ("students", "teachers/push-v3", "logs"):
+        assert main([str(run.root), "--out", str(run.root / part)]) == 2
+        assert "among a run's own files" in capsys.readouterr().err
+    assert sorted(run.root.rglob("*")) == before
+
+
 def test_a_folder_of_results_is_told_from_results(
     tmp_path: Path, run: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
