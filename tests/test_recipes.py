@@ -28,7 +28,7 @@ def test_baselines_have_as_many_parameters_as_the_method_has_in_the_end(name: st
     config = load_recipe(name, [])
     num_tasks = len(config.stream.distinct_tasks)
     dense = [own for own in map(config.of_method, config.methods) if own.student.num_experts == 1]
-    assert len(dense) == 8
+    assert len(dense) == 10
     for own in dense:
         assert own.student.expert_width == dense_expert_width(config.student, num_tasks), own.method
     wide = config.of_method("no-expansion")
