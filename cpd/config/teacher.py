@@ -46,6 +46,8 @@ class PPOConfig:
     """AR(1) coefficient of the exploration noise over time; 0 is white noise."""
     init_log_std: float = -0.3
     min_log_std: float = -3.0
+    exploring_min_log_std: float = -3.0
+    """Takes the place of `min_log_std` until exploring is over (`teacher.exploring_until`), where it is larger."""
     max_log_std: float = 0.5
     mean_penalty: NonNegativeFloat = 0.01
     """Weight of the penalty on action means beyond +-1.2."""
@@ -62,6 +64,10 @@ class PPOConfig:
             )
         if not self.min_log_std <= self.init_log_std <= self.max_log_std:
             raise ValueError("init_log_std must lie between min_log_std and max_log_std")
+        if self.exploring_min_log_std > self.max_log_std:
+            raise ValueError(
+                f"exploring_min_log_std ({self.exploring_min_log_std}) exceeds max_log_std ({self.max_log_std})"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -192,6 +198,10 @@ class TeacherConfig:
     exploring_steps: Positive = 40
     """Longest time for which such actions are held; an action of 1 moves the hand by a centimetre. These steps
     count as environment steps and are not learned from; those of starts do not count towards the horizon."""
+    exploring_until: Share = 1.0
+    """Once this share of an iteration's episodes has succeeded, exploring is over for good: no episode is led
+    astray any more, nor is the policy's deviation kept up (`ppo.exploring_min_log_std`). Once success has been
+    found, it is mastered faster without."""
     num_training_goals: NumGoals = 50
     num_validation_goals: NumGoals = 50
     validate_every: Positive = 3

@@ -100,8 +100,11 @@ class Learner:
         self.largest_reward = state["largest_reward"]
         self.optimizer.load_state_dict(state["optimizer"])
 
-    def update(self, batch: Batch, iteration: int, *, critic_only: bool = False) -> dict[str, float]:
-        """Learn from an iteration's batch; with `critic_only` the policy stays exactly as it is.
+    def update(
+        self, batch: Batch, iteration: int, *, critic_only: bool = False, exploring: bool = False
+    ) -> dict[str, float]:
+        """Learn from an iteration's batch; with `critic_only` the policy stays exactly as it is, and while
+        `exploring` its deviation keeps to the bound that is meant for that.
 
         Returns:
             For the record: `kl` (nats, from the old policy, estimated over the last epoch), `policy_loss`,
@@ -109,16 +112,21 @@ class Learner:
             variance, before the update), `log_std` (mean), `entropy` (nats), `epochs`.
         """
         samples, explained = self._prepare(batch)
+        config = self.config
+        least = max(config.min_log_std, config.exploring_min_log_std) if exploring else config.min_log_std
         steps: list[dict[str, float]] = []
         kl, epoch = 0.0, 0
-        for epoch in range(1, self.config.num_epochs + 1):
-            num_rows = self.config.num_envs * batch.rewards.shape[0]
+        for epoch in range(1, config.num_epochs + 1):
+            num_rows = config.num_envs * batch.rewards.shape[0]
             rows_of_minibatches = self._minibatches(num_rows, iteration, epoch)
             minibatches = [Samples(*(tensor[rows] for tensor in samples)) for rows in rows_of_minibatches]
-            steps += [self._step(minibatch, critic_only) for minibatch in minibatches]
+            for minibatch in minibatches:
+                steps.append(self._step(minibatch, critic_only))
+                with torch.no_grad():
+                    self.policy.log_std_A.clamp_(least, config.max_log_std)
             own = steps[-len(rows_of_minibatches) :]
             kl = sum(step["kl"] for step in own) / len(own)
-            if kl > self.config.target_kl:
+            if kl > config.target_kl:
                 break
         log_std = float(self.policy.log_std_A.detach().mean())
         return {
@@ -209,8 +217,6 @@ class Learner:
         grad_norm = nn.utils.clip_grad_norm_(self.policy.parameters(), config.max_grad_norm)
         nn.utils.clip_grad_norm_(self.value_net.parameters(), config.max_grad_norm)
         self.optimizer.step()
-        with torch.no_grad():
-            log_std_A.clamp_(config.min_log_std, config.max_log_std)
         kl_value, policy_value, value_value = told.tolist()
         return {
             "kl": kl_value,

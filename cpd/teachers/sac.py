@@ -112,8 +112,11 @@ class SACLearner:
             self.policy.normalizer.update(torch.from_numpy(batch.obs).flatten(0, 1))
 
     @torch.no_grad()
-    def update(self, batch: Batch, iteration: int, *, critic_only: bool = False) -> dict[str, float]:
+    def update(
+        self, batch: Batch, iteration: int, *, critic_only: bool = False, exploring: bool = False
+    ) -> dict[str, float]:
         """Take in an iteration's batch and learn from the buffer; with `critic_only` the policy stays as it is.
+        Whether it is `exploring` makes no difference: the temperature keeps the deviation up.
 
         Returns:
             For the record: `policy_updates`, `updates`, and, as means over looks, `policy_loss`, `value_loss`,

@@ -64,6 +64,8 @@ class _Progress:
     best_success: float = -1.0
     best_iteration: int = 0
     policy_updates: int = 0
+    is_exploring: bool = True
+    """Until `exploring_until` is reached."""
     ranks: list[int] = field(default_factory=list)
     """Numbers of ranks that took part, ascending."""
     warm_start: dict[str, Any] | None = None
@@ -290,7 +292,7 @@ class Trainer:
         return EpisodeRules(
             teacher.horizon,
             teacher.terminate_on_success,
-            exploring,
+            exploring if self._progress.is_exploring else Exploring(),
             teacher.grasp_bonus,
             teacher.reward_convexity,
         )
@@ -315,19 +317,24 @@ class Trainer:
             raise InterruptedBySignal("asked to stop while training; launch again to go on")
         sampled = time.monotonic()
         critic_only = progress.iteration < self._num_critic_iterations
-        learned = self._learner.update(batch, progress.iteration, critic_only=critic_only)
+        learned = self._learner.update(
+            batch, progress.iteration, critic_only=critic_only, exploring=progress.is_exploring
+        )
         check_same([*self._learner.policy.state_dict().values()], self._comm)
         progress.iteration += 1
-        progress.env_steps += self._steps_per_iteration + round(float_sum(self._comm, batch.exploring_steps))
+        exploring_steps = float_sum(self._comm, batch.exploring_steps)
+        progress.env_steps += self._steps_per_iteration + round(exploring_steps)
         if not critic_only:
             progress.policy_updates += self._learner.policy_updates(learned)
         progress.unrecorded = {
             "train_success": float_mean(batch.train_success, len(self._slots), self._comm),
             "train_return": float_mean(batch.train_return, len(self._slots), self._comm),
+            "exploring_steps": exploring_steps,
             **learned,
             "sample_seconds": sampled - start,
             "update_seconds": time.monotonic() - sampled,
         }
+        progress.is_exploring &= progress.unrecorded["train_success"] < self._config.teacher.exploring_until
         self._session.advance(progress.env_steps)
 
     def _validate_and_record(self) -> None:
