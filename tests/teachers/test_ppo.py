@@ -149,6 +149,18 @@ def test_log_std_stays_within_its_bounds() -> None:
     assert (log_std != -0.3).all()
 
 
+def test_while_it_explores_the_larger_bound_keeps_the_deviation_up() -> None:
+    config = replace(CONFIG, learning_rate=0.5, target_kl=1e9, exploring_min_log_std=-0.31)
+    learner = Learner(config, seed=1)
+    learner.update(synthetic_batch(), 0, exploring=True)
+    assert learner.policy.log_std_A.min() == np.float32(-0.31)
+    learner.update(synthetic_batch(), 1)
+    assert learner.policy.log_std_A.min() < -0.31
+    learner = Learner(replace(config, min_log_std=-0.305), seed=1)
+    learner.update(synthetic_batch(), 0, exploring=True)
+    assert learner.policy.log_std_A.min() == np.float32(-0.305)
+
+
 def test_it_learns_a_one_step_problem() -> None:
     """The reward is highest where the action equals a number that the observation tells."""
     config = replace(CONFIG, num_epochs=10, gamma=0.5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
@@ -11,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,7 @@ from cpd.teachers import element as element_module
 from cpd.teachers import training as training_module
 from cpd.teachers.element import env_pool, run_teacher
 from cpd.teachers.policy import load_policy
+from cpd.teachers.sampling import sample
 from tests.conftest import MINIATURE, ROOT
 
 #: Six iterations of four environments and fifty steps, validated after every second one.
@@ -130,6 +133,40 @@ def test_exploring_starts_count_as_environment_steps(tmp_path: Path) -> None:
     assert 1_200 - 200 - 8 * 20 < counts[-1] <= 1_200 + 8 * 20
     with pytest.raises(ValueError, match=r"horizon \(490\) and exploring_steps \(20\) together exceed the 500"):
         TeacherConfig(horizon=490, exploring_share=0.1, exploring_steps=20, ppo=PPOConfig(steps_per_env=500))
+
+
+EXPLORING = {"exploring_share": 1.0, "exploring_steps": 20}
+
+
+def test_exploring_ends_for_good_once_enough_episodes_succeed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rates = iter([0.2, 0.4, 0.5, 0.1, 0.9, 0.0])
+
+    def succeeding(*arguments: Any, **named: Any) -> Any:
+        return replace(sample(*arguments, **named), train_success=next(rates))
+
+    monkeypatch.setattr(training_module, "sample", succeeding)
+    ppo = {**SMALL["teacher"]["ppo"], "learning_rate": 0.1, "exploring_min_log_std": -0.3, "max_log_std": -0.3}
+    run = new_run(tmp_path, **with_teacher(**EXPLORING, exploring_until=0.5, ppo=ppo, max_env_steps=1_500))
+    records = read_metrics(finish(run).metrics)
+    assert not list(rates)
+    assert [record["exploring_steps"] > 0 for record in records] == [True] * 3 + [False] * 3
+    assert [record["log_std"] for record in records[:3]] == pytest.approx([-0.3] * 3)
+    assert all(record["log_std"] < -0.301 for record in records[3:])
+
+
+def test_that_exploring_is_over_survives_interruptions(
+    tmp_path: Path, counting_interrupt: Callable[[int], Interrupt]
+) -> None:
+    over = with_teacher(**EXPLORING, exploring_until=0.0)
+    undisturbed, interrupted = new_run(tmp_path / "whole", **over), new_run(tmp_path / "parts", **over)
+    teacher = interrupted.teachers()[0]
+    while not teacher.finished:
+        with contextlib.suppress(InterruptedBySignal):
+            finish(interrupted, counting_interrupt(190))
+    assert [record["exploring_steps"] > 0 for record in curve(teacher)] == [True] + [False] * 4
+    assert products(teacher) == products(finish(undisturbed))
 
 
 def test_finished_is_finished(undisturbed: TeacherElement) -> None:
