@@ -157,12 +157,20 @@ def _teacher(
         held_out_last=_rate(row.successes_last, row.episodes),
         demonstration_steps=start["demonstration_env_steps"] if start else 0,
         env_steps=training["env_steps"],
-        selected_env_steps=training["env_steps"] * training["selected_iteration"] // training["iterations"],
+        selected_env_steps=_selected_env_steps(training, curve),
         policy_updates=training["policy_updates"],
         stopped_by=training["stopped_by"],
         cpu_seconds=cpu_seconds,
         curve=curve,
     )
+
+
+def _selected_env_steps(training: dict[str, Any], curve: TeacherCurve) -> int:
+    """Environment steps of RL up to the iteration from which the policy was taken."""
+    if curve.env_steps:
+        return round(curve.env_steps[training["selected_iteration"] - 1])
+    # Without a record: iterations take as many steps each, but for those of exploring.
+    return int(training["env_steps"] * training["selected_iteration"] // training["iterations"])
 
 
 def _rate(successes: int, episodes: int) -> Rate:

@@ -18,6 +18,10 @@ WRITE_SECONDS = 1.0
 LINE_SECONDS = 15.0
 
 
+class DivergedError(ArithmeticError):
+    """Training has come to numbers that are not finite."""
+
+
 class MetricsLog:
     """Append-only metrics.jsonl, one JSON object a line, cut back on resume to what the checkpoint knew."""
 

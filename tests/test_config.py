@@ -62,6 +62,18 @@ def test_all_mistakes_are_reported_at_once_with_their_paths() -> None:
         ({"distill": {"steps_per_stage": 1.5}}, "distill.steps_per_stage"),
         ({"student": {"min_log_std": 1.0, "max_log_std": 0.5}}, "min_log_std (1.0) is not below max_log_std"),
         ({"memory": {"share": 0.0}}, "memory.share"),
+        (
+            {"teacher": {"ppo": {"exploring_min_log_std": 0.0}}},
+            "init_log_std (-0.3) must lie between exploring_min_log_std (0) and max_log_std (0.5)",
+        ),
+        (
+            {"teacher": {"recipe": "demo_rl", "warm_start": {"rl_init_log_std": -4.0}}},
+            "warm_start.rl_init_log_std (-4) must lie between min_log_std (-3) and max_log_std (0.5)",
+        ),
+        (
+            {"teacher": {"recipe": "demo_rl", "ppo": {"exploring_min_log_std": -1.0}}},
+            "warm_start.rl_init_log_std (-2) must lie between exploring_min_log_std (-1) and max_log_std (0.5)",
+        ),
         ({"teacher": {"sac": {"updates_per_step": 4e-4}}}, "gives no gradient step in an iteration of 1000 env"),
         (
             {"teacher": {"num_training_goals": 50_001}},

@@ -205,3 +205,10 @@ def test_a_run_directory_that_jobs_cannot_see_is_refused(make_run) -> None:
     assert "usually local to a node" in complaints(Path("/tmp/x/run"), config, profile())[0]
     assert complaints(Path("/tmp/x/run"), config, profile(single_machine=True)) == []
     assert complaints(ROOT / "runs" / "x", config, load_profile("local")) == []
+
+
+def test_ranks_that_cannot_share_a_teacher_are_told_before_anything_is_submitted(make_run) -> None:
+    config = make_run(teacher={"learner": "sac", "sac": {"steps_per_env": 100}}).config
+    shared = profile(teacher={"ranks": 2})
+    assert "'sac' runs on one rank, not on 2" in complaints(ROOT / "runs" / "x", config, shared)[0]
+    assert complaints(ROOT / "runs" / "x", config, profile()) == []

@@ -55,7 +55,7 @@ class LoggingConfig:
     checkpoint_every: Positive = 200
     """Distillation steps between resume checkpoints."""
     teacher_checkpoint_every: Positive = 2
-    """PPO iterations between resume checkpoints."""
+    """A learner's iterations between resume checkpoints."""
     metrics_every: Positive = 20
     """Distillation steps between records in metrics.jsonl."""
     agree_every: Positive = 10

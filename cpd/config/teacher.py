@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import field, replace
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
@@ -62,12 +62,11 @@ class PPOConfig:
                 f"minibatch_size ({self.minibatch_size}) exceeds the samples of an iteration, "
                 f"num_envs x steps_per_env = {self.num_envs * self.steps_per_env}"
             )
-        if not self.min_log_std <= self.init_log_std <= self.max_log_std:
-            raise ValueError("init_log_std must lie between min_log_std and max_log_std")
-        if self.exploring_min_log_std > self.max_log_std:
-            raise ValueError(
-                f"exploring_min_log_std ({self.exploring_min_log_std}) exceeds max_log_std ({self.max_log_std})"
-            )
+        _check_log_std("init_log_std", self.init_log_std, self)
+
+    def least_log_std(self, *, exploring: bool) -> float:
+        """The least of the policy's log standard deviation, until exploring is over or thereafter."""
+        return max(self.min_log_std, self.exploring_min_log_std) if exploring else self.min_log_std
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -109,8 +108,7 @@ class SACConfig:
     max_log_std: float = 1.0
 
     def __post_init__(self) -> None:
-        if not self.min_log_std <= self.init_log_std <= self.max_log_std:
-            raise ValueError("init_log_std must lie between min_log_std and max_log_std")
+        _check_log_std("init_log_std", self.init_log_std, self)
         if self.learning_starts > self.buffer_size:
             raise ValueError(
                 f"learning_starts ({self.learning_starts}) exceeds buffer_size ({self.buffer_size}): "
@@ -121,6 +119,19 @@ class SACConfig:
                 f"updates_per_step ({self.updates_per_step}) gives no gradient step in an iteration of "
                 f"{self.num_envs * self.steps_per_env} env steps: learning would never end"
             )
+
+
+def _check_log_std(name: str, initial: float, settings: PPOConfig | SACConfig) -> None:
+    """Raise ValueError unless an initial log standard deviation, set by `name`, keeps to its bounds."""
+    bounds = {"min_log_std": settings.min_log_std}
+    if isinstance(settings, PPOConfig):
+        bounds["exploring_min_log_std"] = settings.exploring_min_log_std
+    low = max(bounds, key=bounds.__getitem__)
+    if not bounds[low] <= initial <= settings.max_log_std:
+        raise ValueError(
+            f"{name} ({initial:g}) must lie between {low} ({bounds[low]:g}) and max_log_std "
+            f"({settings.max_log_std:g})"
+        )
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -177,7 +188,7 @@ class TeacherConfig:
     seeds: Seeds = (1,)
     """One teacher per distinct task and seed."""
     max_env_steps: Positive = 1_000_000
-    """Budget of training steps in the environment."""
+    """Budget of training steps in the environment; those that the last iteration explores may exceed it."""
     horizon: Annotated[int, Field(ge=1, le=MAX_EPISODE_STEPS)] = 200
     """Episode length while training; teachers are judged at the stream's horizon."""
     terminate_on_success: bool = True
@@ -199,9 +210,9 @@ class TeacherConfig:
     """Longest time for which such actions are held; an action of 1 moves the hand by a centimetre. These steps
     count as environment steps and are not learned from; those of starts do not count towards the horizon."""
     exploring_until: Share = 1.0
-    """Once this share of an iteration's episodes has succeeded, exploring is over for good: no episode is led
-    astray any more, nor is the policy's deviation kept up (`ppo.exploring_min_log_std`). Once success has been
-    found, it is mastered faster without."""
+    """Once more than this share of an iteration's first episodes succeeds, exploring is over for good: no episode
+    is led astray any more, nor is the deviation kept up (`ppo.exploring_min_log_std`). What has been found
+    is mastered faster without; 1 explores to the end."""
     num_training_goals: NumGoals = 50
     num_validation_goals: NumGoals = 50
     validate_every: Positive = 3
@@ -223,9 +234,12 @@ class TeacherConfig:
     def __post_init__(self) -> None:
         if self.stop_success < self.gate:
             raise ValueError(f"stop_success ({self.stop_success}) lies below the gate ({self.gate})")
-        learner = self.learner_settings
         if self.recipe == "scripted":
             return
+        if self.recipe == "demo_rl":
+            of_learner = self.ppo if self.learner == "ppo" else self.sac
+            _check_log_std("warm_start.rl_init_log_std", self.warm_start.rl_init_log_std, of_learner)
+        learner = self.learner_settings
         if self.exploring_share and self.horizon + self.exploring_steps > MAX_EPISODE_STEPS:
             raise ValueError(
                 f"horizon ({self.horizon}) and exploring_steps ({self.exploring_steps}) together exceed the "
@@ -259,6 +273,22 @@ class TeacherConfig:
         names = DEMO_RL_SETTINGS if self.learner == "ppo" else DEMO_RL_SAC_SETTINGS
         return replace(settings, **{name: getattr(self.warm_start, f"rl_{name}") for name in names})
 
+    def check_ranks(self, ranks: int) -> None:
+        """Raise ValueError if that many MPI ranks cannot train a teacher together."""
+        if self.recipe == "scripted":
+            return
+        num_envs = self.learner_settings.num_envs
+        if self.learner == "sac" and ranks > 1:
+            raise ValueError(
+                f"teacher.learner = 'sac' runs on one rank, not on {ranks}: set ranks = 1 for teachers in the "
+                "profile, or take the learner 'ppo'"
+            )
+        if num_envs < ranks:
+            raise ValueError(
+                f"{ranks} ranks cannot share teacher.{self.learner}.num_envs = {num_envs} environments: set fewer "
+                "ranks for teachers in the profile, or raise num_envs"
+            )
+
     def warnings(self) -> list[str]:
         """Settings that are given but have no effect; each begins with a setting's path."""
         found = []
@@ -275,11 +305,38 @@ class TeacherConfig:
             found += [
                 f"{self.learner}.{name} has no effect: demo_rl takes teacher.warm_start.rl_{name}"
                 for name in names
-                if getattr(given, name) != getattr(default, name)
+                if _is_given(given, name)
+            ]
+            found += [
+                f"warm_start.rl_{name} has no effect: {self.learner} takes teacher.{self.learner}.{name}"
+                for name in DEMO_RL_SETTINGS
+                if name not in names and _is_given(self.warm_start, f"rl_{name}")
             ]
         elif self.warm_start != WarmStartConfig():
             found.append("warm_start has no effect: teacher.recipe is not 'demo_rl'")
+        return found + self._idle_exploring()
+
+    def _idle_exploring(self) -> list[str]:
+        """Settings of exploring that are given where nothing explores."""
+        strays = bool(self.exploring_share or self.exploring_rate)
+        deviates = self.learner == "ppo" and self.ppo.exploring_min_log_std > self.ppo.min_log_std
+        found = []
+        if not strays and _is_given(self, "exploring_steps"):
+            found.append("exploring_steps has no effect: exploring_share and exploring_rate are 0")
+        if not strays and not deviates and _is_given(self, "exploring_until"):
+            found.append(
+                "exploring_until has no effect: nothing explores without exploring_share or exploring_rate"
+            )
+        if self.learner == "ppo" and not deviates and _is_given(self.ppo, "exploring_min_log_std"):
+            found.append(
+                f"ppo.exploring_min_log_std has no effect: ppo.min_log_std ({self.ppo.min_log_std:g}) is no less"
+            )
         return found
+
+
+def _is_given(settings: Any, name: str) -> bool:
+    """Whether a setting is another than its default."""
+    return bool(getattr(settings, name) != getattr(type(settings)(), name))
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

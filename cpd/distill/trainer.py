@@ -22,13 +22,10 @@ from cpd.distill.protection import make_protection
 from cpd.distill.rehearsal import Rehearsal
 from cpd.distill.schedule import learning_rate, opening_offset
 from cpd.memory.replay import ReplayMemory, make_selection
+from cpd.record import DivergedError
 from cpd.seeding import derive
 from cpd.student.belief import info_nce
 from cpd.student.student import Student, StudentOutput
-
-
-class DivergedError(ArithmeticError):
-    """The loss or its gradient is no longer finite."""
 
 
 class LossTerms(NamedTuple):

@@ -141,9 +141,13 @@ def _parameters(config: Config, experts: int) -> int:
 
 
 def complaints(root: Path, config: Config, profile: Profile) -> list[str]:
-    """Why a run in `root` could not be written or seen by its jobs; empty if all is well."""
+    """Why a run in `root` could not be written, or seen by its jobs, or shared as told; empty if all is well."""
     folder = existing_parent(root)
     found = []
+    try:
+        config.teacher.check_ranks(profile.teacher.ranks)
+    except ValueError as error:
+        found.append(str(error))
     if not os.access(folder, os.W_OK | os.X_OK):
         found.append(f"{folder} is not writable; choose another --run-dir")
     size, _ = disk(config)

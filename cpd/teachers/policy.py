@@ -251,10 +251,7 @@ def read_tensors(path: Path, *kinds: str) -> tuple[dict[str, Tensor], dict[str, 
     description_path = path.with_suffix(".json")
     for file in (path, description_path):
         if not file.exists():
-            raise ValueError(
-                f"{file} is missing; remove what there is of {description_path} and {path.parent / 'COMPLETE'}, "
-                "and launch again to train the teacher anew"
-            )
+            raise ValueError(f"{file} is missing; {_remedy(path)}")
     description = read_json(description_path)
     found = description.get("architecture", {}).get("kind")
     if found not in kinds:
@@ -263,9 +260,18 @@ def read_tensors(path: Path, *kinds: str) -> tuple[dict[str, Tensor], dict[str, 
     if sha256(path) != description.get("sha256"):
         raise ValueError(
             f"{path} is damaged or not the file that {description_path.name} describes: their hashes differ; "
-            "remove both and launch the run again"
+            f"{_remedy(path)}"
         )
     return safetensors.torch.load_file(path), description
+
+
+def _remedy(path: Path) -> str:
+    """What to do about a policy at `path` that cannot be used."""
+    marker = path.parent / "COMPLETE"
+    if not marker.exists():
+        return "put back the policy and its description, or publish its run again (`python -m jobs.publish`)"
+    ours = f"{path}, {path.with_suffix('.json').name} and {marker.name}"
+    return f"remove what there is of {ours}, and launch again to train the teacher anew"
 
 
 def load_policy(path: Path) -> MLPPolicy:

@@ -113,7 +113,7 @@ class Learner:
         """
         samples, explained = self._prepare(batch)
         config = self.config
-        least = max(config.min_log_std, config.exploring_min_log_std) if exploring else config.min_log_std
+        least = config.least_log_std(exploring=exploring)
         steps: list[dict[str, float]] = []
         kl, epoch = 0.0, 0
         for epoch in range(1, config.num_epochs + 1):

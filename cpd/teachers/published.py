@@ -55,6 +55,7 @@ def publish_teachers(run: Run, folder: Path) -> list[Path]:
     if not finished:
         raise ValueError(f"{run.root} has no finished teacher yet; launch it again to go on")
     _check_free(run, folder)
+    _check_none_lost(run, folder)
     for teacher in finished:
         _check_whole(teacher)
     report = gather(run)
@@ -129,6 +130,17 @@ def _check_free(run: Run, folder: Path) -> None:
         raise ValueError(
             f"{folder} holds results of students ({', '.join(others[:3])}), which the teachers of "
             f"{config['name']!r} would spoil: choose a folder of their own"
+        )
+
+
+def _check_none_lost(run: Run, folder: Path) -> None:
+    """Raise ValueError if `folder` holds policies of teachers that `run` is to have, but has not finished yet."""
+    lost = [t.name for t in run.teachers() if not t.finished and published_policy(folder, t.task, t.seed).exists()]
+    if lost:
+        named = ", ".join(lost[:3]) + (f" and {len(lost) - 3} more" if len(lost) > 3 else "")
+        raise ValueError(
+            f"{folder} holds policies of {named}, which {run.root} has not finished: they would be lost; launch "
+            "it again to finish them, or choose a folder of its own"
         )
 
 

@@ -26,16 +26,8 @@ class RanksDifferError(RuntimeError):
 
 
 def own_slots(comm: Comm, num_envs: int) -> range:
-    """This rank's part of an iteration's environments: consecutive ones, as even as can be.
-
-    Raises:
-        ValueError: if there are fewer environments than ranks.
-    """
-    if num_envs < comm.size:
-        raise ValueError(
-            f"{comm.size} ranks cannot share num_envs = {num_envs} environments; start fewer ranks for teachers "
-            "or raise the learner's num_envs"
-        )
+    """This rank's part of an iteration's environments: consecutive ones, as even as can be; one at least."""
+    assert num_envs >= comm.size, "see TeacherConfig.check_ranks"
     bounds = np.linspace(0, num_envs, comm.size + 1).astype(int)
     return range(int(bounds[comm.rank]), int(bounds[comm.rank + 1]))
 

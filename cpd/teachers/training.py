@@ -6,6 +6,7 @@ Under MPI all of it is a collective; only rank 0 writes.
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -19,7 +20,7 @@ from cpd.device import choose_device
 from cpd.envs.cells import Cell, EnvPool, evaluate_cells
 from cpd.envs.goals import goal_set
 from cpd.interrupt import Interrupt, InterruptedBySignal
-from cpd.record import MetricsLog
+from cpd.record import DivergedError, MetricsLog
 from cpd.runs import TeacherElement
 from cpd.session import Session
 from cpd.teachers.demonstrations import Demonstrator
@@ -65,7 +66,7 @@ class _Progress:
     best_iteration: int = 0
     policy_updates: int = 0
     is_exploring: bool = True
-    """Until `exploring_until` is reached."""
+    """Until `exploring_until` is exceeded."""
     ranks: list[int] = field(default_factory=list)
     """Numbers of ranks that took part, ascending."""
     warm_start: dict[str, Any] | None = None
@@ -98,18 +99,9 @@ def validate(
 def make_learner(
     settings: PPOConfig | SACConfig, seed: int, *, keep_normalizer: bool, comm: Comm
 ) -> Learner | SACLearner:
-    """The learner that the settings are of.
-
-    Raises:
-        ValueError: if SAC is to be shared by several ranks.
-    """
+    """The learner that the settings are of; SAC is on one rank."""
     if isinstance(settings, PPOConfig):
         return Learner(settings, seed, keep_normalizer=keep_normalizer, comm=comm)
-    if comm.size > 1:
-        raise ValueError(
-            f"teacher.learner = 'sac' runs on one rank, not on {comm.size}: set ranks = 1 for teachers in the "
-            "profile, or take the learner 'ppo'"
-        )
     return SACLearner(settings, seed, keep_normalizer=keep_normalizer, device=choose_device(comm))
 
 
@@ -123,6 +115,9 @@ class Trainer:
         interrupt: looked at after every environment step.
         current: told of progress.
         comm: the ranks that train together.
+
+    Raises:
+        ValueError: if that many ranks cannot.
     """
 
     def __init__(
@@ -135,6 +130,7 @@ class Trainer:
         comm: Comm | None = None,
     ) -> None:
         self._comm: Comm = comm or SerialComm()
+        config.teacher.check_ranks(self._comm.size)
         self._config = config
         self._element = element
         self._pool = pool
@@ -203,6 +199,7 @@ class Trainer:
 
         Raises:
             InterruptedBySignal: if asked to stop; everything up to the last whole iteration has been saved.
+            DivergedError: on every rank, if an update leaves numbers that are not finite; it is not saved.
         """
         progress = self._progress
         try:
@@ -321,6 +318,7 @@ class Trainer:
             batch, progress.iteration, critic_only=critic_only, exploring=progress.is_exploring
         )
         check_same([*self._learner.policy.state_dict().values()], self._comm)
+        self._check_finite(learned)
         progress.iteration += 1
         exploring_steps = float_sum(self._comm, batch.exploring_steps)
         progress.env_steps += self._steps_per_iteration + round(exploring_steps)
@@ -334,8 +332,21 @@ class Trainer:
             "sample_seconds": sampled - start,
             "update_seconds": time.monotonic() - sampled,
         }
-        progress.is_exploring &= progress.unrecorded["train_success"] < self._config.teacher.exploring_until
+        progress.is_exploring &= progress.unrecorded["train_success"] <= self._config.teacher.exploring_until
         self._session.advance(progress.env_steps)
+
+    def _check_finite(self, learned: dict[str, float]) -> None:
+        """Raise DivergedError, before anything is saved, if the update has left the policy with no use."""
+        lost = [name for name, value in learned.items() if not math.isfinite(value)]
+        if not all(bool(tensor.isfinite().all()) for tensor in self._learner.policy.parameters()):
+            lost.append("the policy")
+        if lost:
+            table = f"teacher.{self._config.teacher.learner}"
+            warm = ", or teacher.warm_start.rl_learning_rate" if table.endswith("ppo") else ""
+            raise DivergedError(
+                f"{self._element.name}: not finite after the update of iteration {self._progress.iteration + 1}: "
+                f"{', '.join(lost)}; lower {table}.learning_rate{warm if self._has_demonstrations else ''}"
+            )
 
     def _validate_and_record(self) -> None:
         """Finish an iteration: validate if it is due, record, and save now and then."""

@@ -15,7 +15,8 @@ from cpd.comm import SerialComm
 from cpd.config import Config
 from cpd.distill.batches import Batch
 from cpd.distill.schedule import curve_steps, learning_rate, opening_offset
-from cpd.distill.trainer import DivergedError, Trainer
+from cpd.distill.trainer import Trainer
+from cpd.record import DivergedError
 from cpd.strict_load import load
 from tests.distill.synthetic import stage_data
 

@@ -100,7 +100,9 @@ def test_two_and_three_ranks_learn_what_one_learns(mpi, tmp_path: Path) -> None:
 
 
 def test_a_run_is_shared_and_says_so(mpi, make_teacher_run) -> None:
-    one, two = make_teacher_run("one"), make_teacher_run("two")
+    # Exploring is over as soon as an iteration has a success, which all ranks must agree on.
+    exploring = {"exploring_share": 0.5, "exploring_rate": 0.02, "exploring_steps": 10, "exploring_until": 0.0}
+    one, two = make_teacher_run("one", **exploring), make_teacher_run("two", **exploring)
     succeed(mpi(1, "-m", "jobs.teacher", str(one.root)))
     succeed(mpi(2, "-m", "jobs.teacher", str(two.root), CPD_RANKS="2", CPD_CPUS="1"))
     teachers = [run.teachers()[0] for run in (one, two)]
@@ -109,7 +111,7 @@ def test_a_run_is_shared_and_says_so(mpi, make_teacher_run) -> None:
     assert len(list((teachers[1].path / "attempts").iterdir())) == 1
     # The first iteration has the same noise and goals; later ones feel rounding.
     first, other = (read_metrics(teacher.metrics)[0] for teacher in teachers)
-    for key in ("train_return", "value_loss", "log_std", "grad_norm"):
+    for key in ("env_steps", "exploring_steps", "train_return", "value_loss", "log_std", "grad_norm"):
         assert other[key] == pytest.approx(first[key], rel=1e-3), key
 
 
@@ -167,4 +169,4 @@ def test_what_ranks_cannot_share_is_refused(mpi, make_teacher_run) -> None:
     narrow = make_teacher_run("narrow", ppo={**SMALL["ppo"], "num_envs": 1})
     result = mpi(2, "-m", "jobs.teacher", str(narrow.root), CPD_RANKS="2", CPD_CPUS="1", timeout=60)
     assert result.returncode != 0
-    assert "2 ranks cannot share num_envs = 1 environments" in result.stderr
+    assert "2 ranks cannot share teacher.ppo.num_envs = 1 environments" in result.stderr

@@ -149,6 +149,16 @@ def test_log_std_stays_within_its_bounds() -> None:
     assert (log_std != -0.3).all()
 
 
+def test_a_critic_step_leaves_the_policy_as_it_is() -> None:
+    learner = Learner(replace(CONFIG, exploring_min_log_std=-0.3), seed=1)
+    before = [parameter.detach().clone() for parameter in learner.policy.parameters()]
+    values = [parameter.detach().clone() for parameter in learner.value_net.parameters()]
+    learned = learner.update(synthetic_batch(), 0, critic_only=True, exploring=True)
+    assert all(torch.equal(a, b) for a, b in zip(before, learner.policy.parameters(), strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(values, learner.value_net.parameters(), strict=True))
+    assert learned["kl"] == pytest.approx(0.0, abs=1e-6)
+
+
 def test_while_it_explores_the_larger_bound_keeps_the_deviation_up() -> None:
     config = replace(CONFIG, learning_rate=0.5, target_kl=1e9, exploring_min_log_std=-0.31)
     learner = Learner(config, seed=1)

@@ -166,6 +166,21 @@ def test_a_damaged_policy_does_not_replace_a_good_one(
     assert file.read_bytes() == before
 
 
+def test_policies_of_teachers_that_are_not_finished_are_not_lost(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tables = {"stream": {"tasks": ["window-close-v3", "drawer-close-v3"]}}
+    begun, whole = (renewed(run, tmp_path / name, **tables) for name in ("begun", "whole"))
+    drawer = whole.root / "teachers" / "drawer-close-v3"
+    shutil.copytree(drawer, whole.root / "teachers" / "window-close-v3")
+    kept = {path: path.read_bytes() for path in publish_teachers(whole, tmp_path / "kept")}
+    assert len(kept) == 2
+    assert publish_main([str(begun.root), str(tmp_path / "kept")]) == 2
+    error = capsys.readouterr().err
+    assert "holds policies of teachers/window-close-v3/seed-1, which" in error and "has not finished" in error
+    assert kept == {path: path.read_bytes() for path in kept}
+
+
 @pytest.mark.parametrize("suffix", [".json", ".safetensors"])
 def test_a_published_folder_that_lost_a_file_is_not_drawn_without_it(
     run: Run, tmp_path: Path, suffix: str

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from cpd.config import PPOConfig, SACConfig, TeacherConfig
+from cpd.config import PPOConfig, SACConfig, TeacherConfig, WarmStartConfig
 from cpd.envs.goals import goal_set
 from cpd.envs.sampler import make_vector_env
 from cpd.interrupt import Interrupt, InterruptedBySignal
@@ -24,7 +24,6 @@ from cpd.runs import TeacherElement
 from cpd.teachers.demonstrations import Demonstrator
 from cpd.teachers.policy import SquashedPolicy, load_policy
 from cpd.teachers.sampling import EpisodeRules
-from cpd.teachers.training import make_learner
 from tests.conftest import ROOT
 from tests.teachers.test_teacher_element import KILLED, finish, new_run, products
 
@@ -145,12 +144,27 @@ def test_settings_of_the_other_learner_are_pointed_out() -> None:
     ]
     warm = TeacherConfig(learner="sac", recipe="demo_rl", sac=SACConfig(hidden_sizes=(7,))).warnings()
     assert warm == ["sac.hidden_sizes has no effect: demo_rl takes teacher.warm_start.rl_hidden_sizes"]
+    slow = TeacherConfig(learner="sac", recipe="demo_rl", warm_start=WarmStartConfig(rl_learning_rate=1e-5))
+    assert slow.warnings() == ["warm_start.rl_learning_rate has no effect: sac takes teacher.sac.learning_rate"]
     assert TeacherConfig(learner="sac", sac=SACConfig(gamma=0.5)).warnings() == []
 
 
-def test_two_ranks_are_refused() -> None:
-    class Two:
-        rank, size = 0, 2
+def test_settings_of_exploring_where_nothing_explores_are_pointed_out() -> None:
+    idle = TeacherConfig(exploring_steps=7, exploring_until=0.5, ppo=PPOConfig(exploring_min_log_std=-4.0))
+    assert idle.warnings() == [
+        "exploring_steps has no effect: exploring_share and exploring_rate are 0",
+        "exploring_until has no effect: nothing explores without exploring_share or exploring_rate",
+        "ppo.exploring_min_log_std has no effect: ppo.min_log_std (-3) is no less",
+    ]
+    assert TeacherConfig(exploring_rate=0.1, exploring_steps=7, exploring_until=0.5).warnings() == []
+    assert TeacherConfig(exploring_until=0.5, ppo=PPOConfig(exploring_min_log_std=-1.0)).warnings() == []
 
+
+def test_ranks_that_cannot_share_a_teacher_are_refused() -> None:
     with pytest.raises(ValueError, match="'sac' runs on one rank, not on 2"):
-        make_learner(SACConfig(), 1, keep_normalizer=False, comm=Two())  # type: ignore[arg-type]
+        TeacherConfig(learner="sac").check_ranks(2)
+    with pytest.raises(ValueError, match=r"26 ranks cannot share teacher\.ppo\.num_envs = 25 environments"):
+        TeacherConfig().check_ranks(26)
+    TeacherConfig(learner="sac").check_ranks(1)
+    TeacherConfig().check_ranks(25)
+    TeacherConfig(recipe="scripted").check_ranks(26)

@@ -25,7 +25,7 @@ from cpd.files import sha256, write_json
 from cpd.interrupt import Interrupt, InterruptedBySignal
 from cpd.lease import Lease, LeaseHeldError, LeaseLostError
 from cpd.provenance import labels
-from cpd.record import read_metrics, read_status
+from cpd.record import DivergedError, read_metrics, read_status
 from cpd.runs import Run, TeacherElement
 from cpd.session import session
 from cpd.shards.reader import read_rollouts
@@ -135,37 +135,46 @@ def test_exploring_starts_count_as_environment_steps(tmp_path: Path) -> None:
         TeacherConfig(horizon=490, exploring_share=0.1, exploring_steps=20, ppo=PPOConfig(steps_per_env=500))
 
 
-EXPLORING = {"exploring_share": 1.0, "exploring_steps": 20}
+EXPLORING = {"exploring_share": 1.0, "exploring_steps": 20, "exploring_until": 0.4}
 
 
-def test_exploring_ends_for_good_once_enough_episodes_succeed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    rates = iter([0.2, 0.4, 0.5, 0.1, 0.9, 0.0])
+@pytest.fixture
+def succeeding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Iterations of which these shares of first episodes succeed, whatever they do."""
+    rates = [0.2, 0.4, 0.5, 0.1, 0.9, 0.0]
 
-    def succeeding(*arguments: Any, **named: Any) -> Any:
-        return replace(sample(*arguments, **named), train_success=next(rates))
+    def sampled(*arguments: Any, **named: Any) -> Any:
+        batch, iteration = sample(*arguments, **named), arguments[6]
+        return batch and replace(batch, train_success=rates[iteration])
 
-    monkeypatch.setattr(training_module, "sample", succeeding)
-    ppo = {**SMALL["teacher"]["ppo"], "learning_rate": 0.1, "exploring_min_log_std": -0.3, "max_log_std": -0.3}
-    run = new_run(tmp_path, **with_teacher(**EXPLORING, exploring_until=0.5, ppo=ppo, max_env_steps=1_500))
-    records = read_metrics(finish(run).metrics)
-    assert not list(rates)
+    monkeypatch.setattr(training_module, "sample", sampled)
+
+
+def exploring_tables(**ppo: float) -> dict[str, Any]:
+    """Six iterations that explore until more than .4 of episodes succeed; the stopping rule ends them."""
+    ends = {"max_env_steps": 3_000, "gate": 0.0, "stop_success": 0.0, "stop_passes": 3}
+    return with_teacher(**EXPLORING, **ends, ppo={**SMALL["teacher"]["ppo"], **ppo})
+
+
+@pytest.mark.usefixtures("succeeding")
+def test_exploring_ends_for_good_once_enough_episodes_succeed(tmp_path: Path) -> None:
+    bounds = {"exploring_min_log_std": -0.3, "max_log_std": -0.3}
+    records = read_metrics(finish(new_run(tmp_path, **exploring_tables(learning_rate=0.1, **bounds))).metrics)
     assert [record["exploring_steps"] > 0 for record in records] == [True] * 3 + [False] * 3
     assert [record["log_std"] for record in records[:3]] == pytest.approx([-0.3] * 3)
     assert all(record["log_std"] < -0.301 for record in records[3:])
 
 
+@pytest.mark.usefixtures("succeeding")
 def test_that_exploring_is_over_survives_interruptions(
     tmp_path: Path, counting_interrupt: Callable[[int], Interrupt]
 ) -> None:
-    over = with_teacher(**EXPLORING, exploring_until=0.0)
-    undisturbed, interrupted = new_run(tmp_path / "whole", **over), new_run(tmp_path / "parts", **over)
+    undisturbed, interrupted = (new_run(tmp_path / name, **exploring_tables()) for name in ("whole", "parts"))
     teacher = interrupted.teachers()[0]
     while not teacher.finished:
         with contextlib.suppress(InterruptedBySignal):
             finish(interrupted, counting_interrupt(190))
-    assert [record["exploring_steps"] > 0 for record in curve(teacher)] == [True] + [False] * 4
+    assert [record["exploring_steps"] > 0 for record in curve(teacher)] == [True] * 3 + [False] * 3
     assert products(teacher) == products(finish(undisturbed))
 
 
@@ -276,6 +285,19 @@ def test_the_last_of_the_best_policies_is_selected(tmp_path: Path, monkeypatch: 
 def test_hopeless_policies_are_validated_at_the_end_only(tmp_path: Path) -> None:
     teacher = finish(new_run(tmp_path, **with_teacher(validate_from=1.0, horizon=5)))
     assert [r["validation_success"] for r in read_metrics(teacher.metrics)] == [None] * 5 + [0.0]
+
+
+def test_an_update_that_diverged_is_told_and_not_saved(tmp_path: Path) -> None:
+    ppo = {**SMALL["teacher"]["ppo"], "learning_rate": 1e30}
+    run = new_run(tmp_path, **with_teacher(ppo=ppo))
+    with pytest.raises(
+        DivergedError, match=r"teachers/drawer-close-v3/seed-1: not finite after the update of iter"
+    ):
+        finish(run)
+    status = read_status(run.teachers()[0].status)
+    assert status.state == "failed"
+    assert "lower teacher.ppo.learning_rate" in status.message
+    assert published(run.teachers()[0].checkpoints) == []
 
 
 def test_a_teacher_below_the_gate_is_rejected_by_name(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,11 @@ import torch
 
 from cpd.checkpoint import published
 from cpd.config import Config, TeacherConfig, WarmStartConfig
-from cpd.envs.goals import goal_set
+from cpd.envs.goals import Goal, goal_set
 from cpd.envs.sampler import VectorEnv, make_vector_env
 from cpd.files import sha256, write_json
 from cpd.interrupt import Interrupt, InterruptedBySignal
-from cpd.record import read_metrics
+from cpd.record import read_metrics, read_status
 from cpd.runs import Run, TeacherElement
 from cpd.shards.reader import read_index
 from cpd.strict_load import ConfigError, load, merge, read_toml, to_dict
@@ -235,6 +235,26 @@ def test_rl_leaves_the_statistics_with_which_the_policy_was_cloned(undisturbed: 
     normalizer = load_policy(undisturbed.policy).normalizer
     assert normalizer.count == len(found.obs_BO)
     np.testing.assert_allclose(normalizer.mean.numpy(), found.obs_BO.astype(np.float64).mean(axis=0), atol=1e-9)
+
+
+def test_no_goal_serves_two_purposes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Teachers learn and write rollouts on training goals, and are chosen by validation goals alone."""
+    run = new_run(tmp_path)
+    teacher = run.teachers()[0]
+    used: dict[str, set[str]] = {}
+
+    def noted(envs: VectorEnv, slots: Any, goals: Sequence[Goal]) -> None:
+        used.setdefault(read_status(teacher.status).phase, set()).update(goal.split for goal in goals)
+        VectorEnv.reset(envs, slots, goals)
+
+    monkeypatch.setattr(type(make_vector_env([TASK], 1)), "reset", noted)
+    finish(run)
+    assert used == {
+        "warm start": {"training", "validation"},
+        "train": {"training", "validation"},
+        "evaluate": {"held_out", "training"},
+        "rollouts": {"training"},
+    }
 
 
 class AfterWarmStart(Interrupt):
