@@ -99,7 +99,8 @@ class Exploring:
     """Leads episodes to states that the policy itself may never visit: a random action is held for a while.
 
     At the start of an episode (exploring starts; Sutton and Barto 2018, section 5.3), or amidst it (an excursion),
-    where the fingers do what the policy wants of them, without noise, so that what they hold is carried along.
+    where the fingers do what the policy wants of them, without noise, so that what they hold is carried along. A
+    success on the way ends nothing: it counts if it still holds after the policy's next step.
     """
 
     share: float = 0.0
