@@ -33,7 +33,8 @@ def labels(config: Config) -> Labels:
 
     Where the task chooses what acts, PackNet's mask or one of single tasks' students, its identity is `given`.
     """
-    is_told = config.protection.kind == "packnet" or config.distill.protocol == "single_task"
+    protocol = config.distill.protocol
+    is_told = protocol == "single_task" or (protocol == "continual" and config.protection.kind == "packnet")
     return Labels(
         config.teacher.recipe,
         config.stream.horizon,

@@ -13,8 +13,9 @@ from cpd.measures import Estimate, Student, StudentMeasures, measure_student
 from cpd.metrics import Aggregate, Bools, Floats
 from cpd.result_tables import TEACHER, Tables, labels
 
-#: The label of the method that distils every task into a student of its own, from which transfer is measured.
-SINGLE_TASK = "single-task"
+#: Settings of distillation in which a method must be like the students of single tasks that its transfer is
+#: measured from.
+ALIKE = ("steps_per_stage", "batch_size")
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class MethodMeasures:
     parameters: int | None
     """Of a student at the end."""
     forward_transfer: ForwardTransfer | None
-    """None without students of single tasks in the same results."""
+    """None without students of single tasks (`distill.protocol`), distilled as long, in the same results."""
 
 
 @dataclass(frozen=True)
@@ -83,22 +84,36 @@ def summarize(tables: Tables) -> Summary:
     keys = dict.fromkeys((r.method, r.seed) for r in tables.evaluations if r.method != TEACHER)
     students = tuple(measure_student(tables, method, seed) for method, seed in keys)
     methods = dict.fromkeys(student.method for student in students)
-    reference = [student for student in students if student.method == SINGLE_TASK]
     unseen = tuple(method for method in tables.methods if method not in methods)
     return Summary(
         name=tables.config["name"],
         labels=labels(tables.evaluations),
         stream=tables.stream,
         students=students,
-        methods=tuple(_method([s for s in students if s.method == m], tables, reference) for m in methods),
+        methods=tuple(_method(method, students, tables) for method in methods),
         missing=tuple(_missing(tables, students, unseen)),
         unseen=unseen,
     )
 
 
-def _method(students: Sequence[Student], tables: Tables, reference: Sequence[Student]) -> MethodMeasures:
-    finished = [s for s in students if s.measures.final_stage is not None]
-    stages = [row for row in tables.stages if row.method == students[0].method]
+def _reference(method: str, students: Sequence[Student], tables: Tables) -> list[Student]:
+    """The students of single tasks from which a method's forward transfer is measured."""
+    settings = {name: tables.method_config(name)["distill"] for name in {method, *(s.method for s in students)}}
+    if settings[method]["protocol"] == "single_task":
+        return []
+    return [
+        student
+        for student in students
+        if settings[student.method]["protocol"] == "single_task"
+        and all(settings[student.method][key] == settings[method][key] for key in ALIKE)
+    ]
+
+
+def _method(method: str, every: Sequence[Student], tables: Tables) -> MethodMeasures:
+    students = [student for student in every if student.method == method]
+    # Not one of whose final row a cell was not measured: what depends on it would be made up.
+    finished = [s for s in students if s.measures.average_performance.value is not None]
+    stages = [row for row in tables.stages if row.method == method]
     scores = {
         "average_performance": [finals(s) for s in finished],
         "forgetting": [_drops(s) for s in finished],
@@ -121,19 +136,19 @@ def _method(students: Sequence[Student], tables: Tables, reference: Sequence[Stu
             lowest = int((sign * table.mean(axis=0)).argmin())
             worst_tasks[name] = finished[0].matrix.tasks[columns[lowest]]
     return MethodMeasures(
-        students[0].method,
+        method,
         seeds=tuple(s.seed for s in finished),
         unfinished_seeds=tuple(s.seed for s in students if s not in finished),
         **aggregates,
         worst_tasks=worst_tasks,
         memory_steps=max((row.memory_steps for row in stages), default=None),
         parameters=stages[-1].parameters if stages else None,
-        forward_transfer=_forward_transfer(students, reference),
+        forward_transfer=_forward_transfer(students, _reference(method, every, tables)),
     )
 
 
 def _forward_transfer(students: Sequence[Student], reference: Sequence[Student]) -> ForwardTransfer | None:
-    if not reference or students[0].method == SINGLE_TASK:
+    if not reference:
         return None
     alone = _areas(reference)
     with np.errstate(invalid="ignore"):
@@ -215,6 +230,11 @@ def _missing(tables: Tables, students: Sequence[Student], unseen: Sequence[str])
         lacking = [str(k) for k in distilled if not student.matrix.episodes[k + 1].any()]
         if lacking:
             yield f"{who} has not been evaluated after stages {', '.join(lacking)}"
+        final = student.measures.final_stage
+        if final is not None:
+            cells = dict(zip(student.matrix.tasks, student.matrix.episodes[final + 1], strict=True))
+            if unmeasured := [task for task, episodes in cells.items() if admitted[task] and not episodes]:
+                yield f"{who} has not been evaluated on {', '.join(unmeasured)} after stage {final}"
         for task in student.measures.tasks:
             if task.teacher_state == "admitted" and task.teacher is None:
                 yield f"{who}: the teacher of {task.task} has not been evaluated"

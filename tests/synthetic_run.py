@@ -32,6 +32,7 @@ def write_run(
     labels: Labels = LABELS,
     last_stage: int | None = None,
     variants: Mapping[str, Mapping[int, np.ndarray]] | None = None,
+    protocols: Mapping[str, str] | None = None,
     goal_set: str = "held_out",
 ) -> Run:
     """Write a run of 50 (diagonal, final row, teachers) and 10 episodes per cell.
@@ -46,6 +47,7 @@ def write_run(
         labels: conditions of the results.
         last_stage: the stage that was evaluated as the final one, if not K-1.
         variants: further methods, with rates as for `students`, of the same seeds.
+        protocols: `distill.protocol` of variants that have another than the usual one.
         goal_set: the goals that success was measured on.
     """
     config = {
@@ -57,7 +59,10 @@ def write_run(
         "student": {"task_identity": labels.task_identity},
         "evaluation": {"goal_set": goal_set},
         # Something must differ, be it only the reader's expectation.
-        "variants": {name: {"distill": {"lr": 1e-3 + 1e-6 * i}} for i, name in enumerate(variants or {})},
+        "variants": {
+            name: {"distill": {"lr": 1e-3 + 1e-6 * i, "protocol": (protocols or {}).get(name, "continual")}}
+            for i, name in enumerate(variants or {})
+        },
     }
     write_json(root / "config.json", to_dict(load(Config, config, "test")))
     write_json(root / "provenance.json", {"code": "abc", "packages": {"numpy": "2"}, "command": ["/somewhere/x"]})

@@ -192,6 +192,13 @@ def test_memory_settings_without_effect_are_warned_about(memory: dict, told: lis
     assert load(Config, merge(MINIMAL, {"memory": memory}), "recipe").warnings() == told
 
 
+#: What is said of a memory that is filled for nobody.
+UNREAD = (
+    "memory.selection has no effect: nothing reads the memory; set distill.replay_share above 0, or "
+    "memory.selection = 'none'"
+)
+
+
 def test_masks_that_leave_little_to_train_are_warned_about() -> None:
     tables = merge(MINIMAL, {"student": {"expansion": "none"}})
     (warning,) = load(Config, tables, "recipe").warnings()
@@ -210,6 +217,7 @@ def test_parts_of_the_student_and_of_masks_without_effect_are_warned_about() -> 
         "student.belief_decay has no effect: student.task_identity is 'onehot'",
         "protection.mask_mode has no effect: protection.mask_fraction is 1",
         "student.opening_steps has no effect: experts are open to their own tasks alone",
+        UNREAD,
     ]
     (line,) = load(Config, merge(MINIMAL, {"student": {"top_k": 1}}), "recipe").warnings()
     assert line.startswith("student.top_k = 1 leaves one expert a gate of 1")
@@ -307,8 +315,39 @@ def test_experts_that_never_open_wholly_are_warned_of() -> None:
     tables = merge(
         MINIMAL, {"distill": {"steps_per_stage": 50}, "student": {"opening_steps": 51, "task_identity": "none"}}
     )
-    (line,) = load(Config, tables, "recipe").warnings()
+    line, *others = sorted(load(Config, tables, "recipe").warnings(), reverse=True)
     assert line.startswith("student.opening_steps (51) exceeds distill.steps_per_stage (50)")
+    assert others == [
+        UNREAD,
+        "distill.lr_warmup_steps (50) is not below distill.steps_per_stage (50): the learning rate reaches "
+        "distill.lr at the end, if at all",
+    ]
+
+
+def test_a_memory_that_nothing_reads_is_warned_of() -> None:
+    plain = {"student": {"task_identity": "none"}, "protection": {"kind": "none"}}
+    assert load(Config, merge(MINIMAL, plain), "recipe").warnings() == [UNREAD]
+    for more in (
+        {"distill": {"replay_share": 0.5}},
+        {"memory": {"selection": "none"}},
+        {"protection": {"kind": "agem"}},
+        {"student": {"task_identity": "inferred"}},
+    ):
+        assert load(Config, merge(merge(MINIMAL, plain), more), "recipe").warnings() == []
+
+
+def test_settings_of_what_a_student_does_not_have_are_warned_of() -> None:
+    tables = {
+        "student": {"task_identity": "none", "num_heads": 2},
+        "distill": {"contrast_coef": 0.5, "contrast_batch_size": 64, "contrast_noise": 0.0, "replay_share": 0.5},
+    }
+    assert load(Config, merge(MINIMAL, tables), "recipe").warnings() == [
+        *(
+            f"distill.contrast_{name} has no effect: student.task_identity is 'none'"
+            for name in ("coef", "batch_size", "noise")
+        ),
+        "student.num_heads has no effect: student.context is 1: attention sees one observation",
+    ]
 
 
 def test_every_setting_is_listed() -> None:

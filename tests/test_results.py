@@ -11,13 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cpd.files import write_json
+from cpd.files import read_json, write_json
 from cpd.record import MetricsLog
 from cpd.result_tables import read_tables
 from cpd.results import gather
 from cpd.runs import Run, RunError
 from cpd.summary import summarize
-from cpd.tables import EpisodeRow, EvaluationRow, LossRow, StageRow, read_rows
+from cpd.tables import EpisodeRow, EvaluationRow, LossRow, StageRow, read_rows, write_rows
 from tests.synthetic_run import write_run
 
 STREAM = ("drawer-close-v3", "handle-press-side-v3", "window-close-v3")
@@ -329,16 +329,40 @@ def test_forward_transfer_is_measured_from_the_students_of_single_tasks_in_the_s
         stream=STREAM,
         students={1: RATES, 2: RATES},
         teachers=TEACHERS,
-        variants={"single-task": {1: alone * 0.5, 2: alone * [1, 0.5, 0.5]}},
+        variants={"alone": {1: alone * 0.5, 2: alone * [1, 0.5, 0.5]}},
+        protocols={"alone": "single_task"},
     )
     report = gather(run)
     ours, single = report["methods"]
     assert single["forward_transfer"] is None
     areas = {(s["method"], s["seed"]): s["areas"] for s in report["students"]}
-    baseline = [(areas["single-task", 1][k] + areas["single-task", 2][k]) / 2 for k in range(3)]
+    baseline = [(areas["alone", 1][k] + areas["alone", 2][k]) / 2 for k in range(3)]
     expected = [(areas["moe", 1][k] - baseline[k]) / (1 - baseline[k]) for k in range(3)]
     found = ours["forward_transfer"]
     assert found["by_stage"] == pytest.approx(expected)
     assert found["mean"]["estimate"] == pytest.approx(sum(expected) / 3)
     assert found["left_out"] == ()
     assert (ours["memory_steps"], ours["parameters"]) == (240, 70_000)
+
+    # Students that were distilled longer are no measure.
+    config = read_json(run.config_path)
+    config["variants"]["alone"]["distill"]["steps_per_stage"] = 2 * config["distill"]["steps_per_stage"]
+    write_json(run.config_path, config)
+    assert all(method["forward_transfer"] is None for method in gather(run)["methods"])
+
+
+def test_a_student_that_was_not_measured_on_a_task_is_not_averaged_without_it(tmp_path: Path) -> None:
+    rates = {seed: RATES.copy() for seed in (1, 2)}
+    run = write_run(tmp_path / "run", stream=STREAM, students=rates, teachers=TEACHERS)
+    whole = gather(run)
+    evaluation = run.evaluations()[1].row_file(len(STREAM) - 1)
+    rows = read_rows(evaluation, EvaluationRow)
+    task = STREAM[0]
+    write_rows(evaluation, [row for row in rows if (row.task, row.goal_set) != (task, "held_out")])
+    report = gather(run)
+    assert report["students"][1]["average_performance"]["value"] is None
+    (method,) = report["methods"]
+    assert (method["seeds"], method["unfinished_seeds"]) == ((1,), (2,))
+    found, expected = (r["students"][0]["average_performance"]["value"] for r in (report, whole))
+    assert method["average_performance"]["mean"]["estimate"] == pytest.approx(expected) == pytest.approx(found)
+    assert f"student moe (seed 2) has not been evaluated on {task} after stage 2" in report["missing"]

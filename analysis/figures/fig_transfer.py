@@ -9,7 +9,6 @@ from matplotlib.figure import Figure
 
 from analysis.load import Dataset, short
 from analysis.style import COLUMN_INCHES, PAGE_INCHES
-from cpd.summary import SINGLE_TASK
 
 
 def draw(data: Dataset) -> Figure | None:
@@ -76,7 +75,7 @@ def caption(data: Dataset) -> str:
     named = f" ({', '.join(map(short, left_out))})" if left_out else ""
     return (
         f"Forward transfer on {data.name}: gain in the area under the learning curve of every stage's task over a "
-        f"student that is distilled on this task alone (method {SINGLE_TASK}), as a share of what there is to "
+        f"student that is distilled on this task alone (protocol single_task), as a share of what there is to "
         f"gain; mean over seeds, last column: mean over stages. Hatched: left out, since the single student is "
         f"above .95 at once{named}, or not measured."
     )

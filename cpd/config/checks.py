@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from operator import attrgetter
 from typing import TYPE_CHECKING, Final
 
 from cpd.config.student import DistillConfig, MemoryConfig, ProtectionConfig, StudentConfig
@@ -9,24 +10,27 @@ from cpd.config.student import DistillConfig, MemoryConfig, ProtectionConfig, St
 if TYPE_CHECKING:
     from cpd.config.experiment import Config
 
-#: Section, setting, the setting of that section by which it has an effect, and the values with which it has.
+#: A setting, the setting by which it has an effect, and the values with which it has.
 NEEDS: Final = (
-    ("protection", "fisher_windows", "kind", ("mask", "ewc")),
-    ("protection", "mask_experts", "kind", ("mask",)),
-    ("protection", "mask_fraction", "kind", ("mask",)),
-    ("protection", "mask_mode", "kind", ("mask",)),
-    ("protection", "ewc_strength", "kind", ("ewc",)),
-    ("protection", "agem_windows", "kind", ("agem",)),
-    ("protection", "packnet_retrain_share", "kind", ("packnet",)),
-    ("memory", "share", "selection", ("reservoir", "uniform", "dpp")),
-    ("memory", "dpp_candidates", "selection", ("dpp",)),
-    ("memory", "start_share", "selection", ("uniform", "dpp")),
-    ("student", "experts_per_task", "expansion", ("per_task", "on_demand")),
-    ("student", "demand_threshold", "expansion", ("on_demand",)),
-    ("student", "embedding_size", "task_identity", ("inferred", "given")),
-    ("student", "embedding_width", "task_identity", ("inferred", "given")),
-    ("student", "embedding_temperature", "task_identity", ("inferred", "given")),
-    ("student", "belief_decay", "task_identity", ("inferred",)),
+    ("protection.fisher_windows", "protection.kind", ("mask", "ewc")),
+    ("protection.mask_experts", "protection.kind", ("mask",)),
+    ("protection.mask_fraction", "protection.kind", ("mask",)),
+    ("protection.mask_mode", "protection.kind", ("mask",)),
+    ("protection.ewc_strength", "protection.kind", ("ewc",)),
+    ("protection.agem_windows", "protection.kind", ("agem",)),
+    ("protection.packnet_retrain_share", "protection.kind", ("packnet",)),
+    ("memory.share", "memory.selection", ("reservoir", "uniform", "dpp")),
+    ("memory.dpp_candidates", "memory.selection", ("dpp",)),
+    ("memory.start_share", "memory.selection", ("uniform", "dpp")),
+    ("student.experts_per_task", "student.expansion", ("per_task", "on_demand")),
+    ("student.demand_threshold", "student.expansion", ("on_demand",)),
+    ("student.embedding_size", "student.task_identity", ("inferred", "given")),
+    ("student.embedding_width", "student.task_identity", ("inferred", "given")),
+    ("student.embedding_temperature", "student.task_identity", ("inferred", "given")),
+    ("student.belief_decay", "student.task_identity", ("inferred",)),
+    ("distill.contrast_coef", "student.task_identity", ("inferred", "given")),
+    ("distill.contrast_batch_size", "student.task_identity", ("inferred", "given")),
+    ("distill.contrast_noise", "student.task_identity", ("inferred", "given")),
 )
 
 
@@ -86,6 +90,19 @@ def _chooses_experts(student: StudentConfig) -> bool:
     return max(sizes) > student.top_k
 
 
+def _is_given(config: Config, key: str) -> bool:
+    """Whether the setting at a dotted path is another than its default."""
+    section, name = key.split(".")
+    own = getattr(config, section)
+    return bool(getattr(own, name) != getattr(type(own)(), name))
+
+
+def _reads_memory(config: Config) -> bool:
+    """Whether anything but its own choice reads what is stored."""
+    tells_tasks = config.student.task_identity in ("inferred", "given")
+    return config.distill.replay_share > 0 or config.protection.kind == "agem" or tells_tasks
+
+
 def without_effect(config: Config) -> list[str]:
     """Settings that are given but have no effect; each line begins with a setting's dotted path."""
     found, protection = [], config.protection
@@ -95,16 +112,17 @@ def without_effect(config: Config) -> list[str]:
             "memory.selection": config.memory != defaults[0] and config.memory.selection != "none",
             "protection.kind": protection.kind not in (defaults[1].kind, "none"),
             "student.expansion": config.student.expansion not in (defaults[2].expansion, "none"),
+            "distill.replay_share": config.distill.replay_share > 0,
         }
         found += [
             f"{key} has no effect: distill.protocol is {config.distill.protocol!r}"
             for key, is_given in given.items()
             if is_given
         ]
-    for section, name, chooser, values in NEEDS:
-        own = getattr(config, section)
-        if getattr(own, chooser) not in values and getattr(own, name) != getattr(type(own)(), name):
-            found.append(f"{section}.{name} has no effect: {section}.{chooser} is {getattr(own, chooser)!r}")
+    for key, chooser, values in NEEDS:
+        chosen = attrgetter(chooser)(config)
+        if chosen not in values and _is_given(config, key):
+            found.append(f"{key} has no effect: {chooser} is {chosen!r}")
     if protection.kind == "mask" and not protection.needs_importance:
         found += [
             f"protection.{name} has no effect: protection.mask_fraction is {protection.mask_fraction:g}"
@@ -115,6 +133,8 @@ def without_effect(config: Config) -> list[str]:
     if student.task_identity != "none" and student.opening_steps != StudentConfig().opening_steps:
         found.append("student.opening_steps has no effect: experts are open to their own tasks alone")
     added_are_alone = student.task_identity != "none" and student.experts_per_task == 1
+    if student.context == 1 and _is_given(config, "student.num_heads"):
+        found.append("student.num_heads has no effect: student.context is 1: attention sees one observation")
     if student.top_k == 1 and not (student.num_experts == 1 and (student.expansion == "none" or added_are_alone)):
         found.append("student.top_k = 1 leaves one expert a gate of 1: the loss trains no router; 2 or more do")
     if not _chooses_experts(student) and config.distill.load_balance_coef != DistillConfig().load_balance_coef:
@@ -135,4 +155,9 @@ def without_effect(config: Config) -> list[str]:
         )
     if distill.rehearsal and not distill.replay_share:
         found.append("distill.rehearsal has no effect: distill.replay_share is 0")
+    if distill.protocol == "continual" and config.memory.selection != "none" and not _reads_memory(config):
+        found.append(
+            "memory.selection has no effect: nothing reads the memory; set distill.replay_share above 0, or "
+            "memory.selection = 'none'"
+        )
     return found

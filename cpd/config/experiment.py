@@ -174,6 +174,11 @@ class Config(MethodConfig):
                 f"student.opening_steps ({self.student.opening_steps}) exceeds distill.steps_per_stage "
                 f"({self.distill.steps_per_stage}): experts are wholly open at the end of their stage only"
             )
+        if self.distill.lr_warmup_steps >= self.distill.steps_per_stage:
+            found.append(
+                f"distill.lr_warmup_steps ({self.distill.lr_warmup_steps}) is not below distill.steps_per_stage "
+                f"({self.distill.steps_per_stage}): the learning rate reaches distill.lr at the end, if at all"
+            )
         found += [f"teacher.{line}" for line in self.teacher.warnings()]
         return found
 

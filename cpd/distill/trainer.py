@@ -86,6 +86,8 @@ def _batches(config: Config) -> dict[str, int]:
     """Rows of every kind of batch that the ranks share, by the setting that tells them."""
     protection = config.protection
     found = {"distill.batch_size": config.distill.batch_size}
+    if config.distill.protocol != "continual":
+        return found  # nothing is protected
     if protection.kind == "agem":
         found["protection.agem_windows"] = protection.agem_windows
     if protection.needs_importance:
