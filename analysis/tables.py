@@ -15,7 +15,7 @@ from analysis.captions import look_alikes
 from analysis.load import Dataset, mean_matrix, short
 from cpd.files import write_text
 from cpd.measures import Estimate, Rate, StudentMeasures, TaskMeasures
-from cpd.metrics import Aggregate, Floats
+from cpd.metrics import Aggregate, Floats, probability_of_improvement
 from cpd.summary import finals, interval, shares
 
 Cell = str | int | float | None
@@ -167,6 +167,7 @@ def method_table(data: Dataset) -> Table:
                 cells += [found.estimate, found.low, found.high] if found else [None, None, None]
         transfer = method.forward_transfer.mean if method.forward_transfer else None
         cells += [transfer.estimate, transfer.low, transfer.high] if transfer else [None, None, None]
+        cells.append(_improvement(data, method.method))
         rows.append((method.method, len(method.seeds), method.memory_steps, method.parameters, *cells))
         students = [s.measures for s in data.of_method(method.method) if s.seed in method.seeds]
         texts = [headline(measures[name], students, name) for name in names]
@@ -178,7 +179,7 @@ def method_table(data: Dataset) -> Table:
     columns = [f"{name}{part}" for name in (*measured, "forward_transfer") for part in ("", "_low", "_high")]
     return Table(
         "table_methods",
-        ("method", "seeds", "memory_steps", "parameters", *columns),
+        ("method", "seeds", "memory_steps", "parameters", *columns, "improvement_by_first_method"),
         tuple(rows),
         ("Method", "Seeds", "Memory", "AP", "worst task", "Recovery", "worst task", "Forgetting", "worst task"),
         tuple(lines),
@@ -187,6 +188,17 @@ def method_table(data: Dataset) -> Table:
         "100. Memory: most time steps stored. Brackets: 95 % intervals, from episode "
         "counts for a single seed, by bootstrap over seeds from five on; the range of seeds between.",
     )
+
+
+def _improvement(data: Dataset, method: str) -> float | None:
+    """The probability that the first method succeeds more often on a task than `method`, ties counting half."""
+    ours, others = (
+        [finals(s) for s in data.of_method(m) if s.measures.average_performance.value is not None]
+        for m in (data.methods[0].method, method)
+    )
+    if method == data.methods[0].method or not (ours and others):
+        return None
+    return probability_of_improvement(np.array(ours), np.array(others))
 
 
 def headline(measure: dict[str, Aggregate], students: Sequence[StudentMeasures], name: str) -> str:

@@ -168,7 +168,7 @@ def _teacher(
 def _selected_env_steps(training: dict[str, Any], curve: TeacherCurve) -> int:
     """Environment steps of RL up to the iteration from which the policy was taken."""
     if curve.env_steps:
-        return round(curve.env_steps[training["selected_iteration"] - 1])
+        return int(curve.env_steps[training["selected_iteration"] - 1])
     # Without a record: iterations take as many steps each, but for those of exploring.
     return int(training["env_steps"] * training["selected_iteration"] // training["iterations"])
 

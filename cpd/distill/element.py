@@ -13,6 +13,7 @@ from cpd.checkpoint import latest, save
 from cpd.comm import Comm
 from cpd.device import choose_device
 from cpd.distill.batches import StageData
+from cpd.distill.growth import GrowthDecision
 from cpd.distill.schedule import curve_steps
 from cpd.distill.teachers import admitted_teachers, read_stage
 from cpd.distill.trainer import StepReport, Trainer
@@ -160,7 +161,7 @@ class Distillation:
         """The rest of one stage."""
         trainer, progress = self.trainer, self.trainer.progress
         for decision in trainer.begin_stage(data):
-            self._record(event="growth", **{**asdict(decision), "sources": str(decision.sources)})
+            self._record(event="growth", **{**self._told(decision), "sources": str(decision.sources)})
         for step in range(progress.step, self.config.distill.steps_per_stage):
             self._evaluate_if_due()
             self._step(step)
@@ -263,10 +264,16 @@ class Distillation:
             "memory_steps": trainer.memory.num_steps,
             "memory_bytes": trainer.memory.num_bytes,
             "memory_budget": trainer.memory.budget,
-            "growth": [asdict(decision) for decision in trainer.progress.growth],
+            "growth": [self._told(decision) for decision in trainer.progress.growth],
             "skipped_stages": list(trainer.progress.skipped),
         }
         save_student(self.element.stage_policy(stage), trainer.student, description)
+
+    def _told(self, decision: GrowthDecision) -> dict[str, Any]:
+        """A decision as it is recorded, with names for tasks."""
+        tasks = self.config.stream.distinct_tasks
+        names = {"task": tasks[decision.task], "nearest_task": tasks[decision.nearest_task]}
+        return {**asdict(decision), **names}
 
     def _evaluate_if_due(self) -> None:
         """Add a point to the current task's curve; for the record only, nothing here acts on it."""

@@ -264,8 +264,9 @@ class Trainer:
         grad_norm = self.flat.clip_grads(config.max_grad_norm)
         if not math.isfinite(grad_norm):
             raise DivergedError(
-                f"the gradient is not finite at stage {progress.stage}, step {progress.step}: lower distill.lr, "
-                "or look for values in the teacher's rollouts that are far out of range"
+                f"the gradient is not finite at stage {progress.stage}, step {progress.step} "
+                f"({self.config.stream.tasks[progress.stage]}): lower distill.lr, or look for values in the "
+                "teacher's rollouts that are far out of range"
             )
         lr = learning_rate(config, progress.step)
         self.optimizer.step(lr, self.protection.update_mask(self))

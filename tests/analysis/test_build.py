@@ -209,6 +209,7 @@ def test_methods_on_one_stream_are_drawn_together(tmp_path: Path) -> None:
     assert "transfer.pdf" not in written, "there are no students of single tasks to measure it from"
     rows = read_csv(tmp_path / "out" / "table_methods.csv")
     assert [row["method"] for row in rows] == ["moe", "dense"]
+    assert [row["improvement_by_first_method"] for row in rows] == ["", "1.0"]
     with pytest.raises(ValueError, match="--out"):
         build(paths)
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
+from typing import TypeVar
 
 import numpy as np
 import pytest
 
 from cpd.checkpoint import published
-from cpd.comm import SerialComm
+from cpd.comm import Comm, SerialComm
 from cpd.distill.element import run_student
 from cpd.interrupt import Interrupt, InterruptedBySignal
 from cpd.shards.schema import ShardError
@@ -16,12 +18,16 @@ from cpd.student.student import load_student
 from cpd.tables import CurveRow, read_rows
 from tests.distill.synthetic import write_teachers
 
+T = TypeVar("T")
+
 NO_CURVES = {"stream": {"horizon": 60}, "evaluation": {"curve_points": 0}, "distill": {"batch_size": 16}}
 
 
-def distil(run, interrupt: Interrupt | None = None) -> list[str]:
+def distil(run, interrupt: Interrupt | None = None, comm: Comm | None = None) -> list[str]:
     lines: list[str] = []
-    run_student(run, run.students()[0], SerialComm(), interrupt=interrupt or Interrupt(), tell=lines.append)
+    run_student(
+        run, run.students()[0], comm or SerialComm(), interrupt=interrupt or Interrupt(), tell=lines.append
+    )
     return lines
 
 
@@ -52,7 +58,9 @@ def test_leaves_policies_curves_metrics_and_status(make_run):
     description = json.loads(element.stage_policy(1).with_suffix(".json").read_text())
     assert description["task"] == "window-close-v3" and description["stage"] == 1
     assert description["labels"]["teacher_recipe"] == "rl" and description["labels"]["horizon"] == 20
-    assert [(g["stage"], g["task"], g["num_new"]) for g in description["growth"]] == [(1, 1, 2)]
+    assert [(g["stage"], g["task"], g["num_new"]) for g in description["growth"]] == [
+        (1, "window-close-v3", 2)
+    ]
     assert 0 < description["memory_steps"] <= description["memory_budget"] == 120
     assert description["memory_bytes"] > description["memory_steps"] * 47 * 4
 
@@ -119,7 +127,35 @@ def test_stopping_and_launching_again_equals_going_on(make_student_run, count):
     assert len(published(element.checkpoints)) <= 2
 
 
+class AnotherDiffersAt(SerialComm):
+    """With another rank, which shows the same as this one in every gathering but the `at`-th."""
+
+    def __init__(self, at: int) -> None:
+        self._left = at
+
+    def gather(self, value: T) -> list[T]:
+        self._left -= 1
+        return [value, value] if self._left else [value, type(value)()]
+
+
+def test_ranks_whose_students_have_drifted_apart_are_refused(make_student_run):
+    """The first thing they compare is what they read, then their students at every checkpoint."""
+    run = make_student_run()
+    with pytest.raises(RuntimeError, match="the ranks' students have drifted apart"):
+        distil(run, comm=AnotherDiffersAt(3))
+    element = run.students()[0]
+    assert [checkpoint.path.name for checkpoint in published(element.checkpoints)] == ["stage-00-step-000010"]
+    assert json.loads(element.status.read_text())["state"] == "failed"
+
+
 class TestTeachers:
+    def test_ranks_that_see_different_rollouts_are_refused(self, make_student_run):
+        run = make_student_run()
+        shards = run.teacher_of("drawer-close-v3", 1).shards
+        with pytest.raises(ValueError, match=f"the ranks see different contents of {re.escape(str(shards))}"):
+            distil(run, comm=AnotherDiffersAt(1))
+        assert not published(run.students()[0].checkpoints)
+
     def test_one_that_is_not_finished_is_named(self, make_student_run):
         run = make_student_run()
         run.teacher_of("window-close-v3", 1).complete.unlink()
