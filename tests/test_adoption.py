@@ -21,7 +21,7 @@ from cpd.runs import Run, TeacherElement
 from cpd.strict_load import load, merge, read_toml, to_dict
 from cpd.teachers.element import env_pool, run_teacher
 from jobs.launch import main
-from tests.conftest import MINIATURE
+from tests.conftest import MINIATURE, ROOT
 
 #: Real experts, acting for a moment.
 SCRIPTED: dict[str, Any] = {
@@ -310,3 +310,15 @@ def test_the_launcher_tells_takes_over_and_keeps_no_path(
     assert main([str(MINIATURE), "--run-dir", "newer", "--teachers_from=nowhere"]) == 2
     assert "no such run or folder of published teachers" in capsys.readouterr().err
     assert not (tmp_path / "newer").exists()
+
+
+@pytest.mark.parametrize(
+    ("recipe", "folder"),
+    [("ablation", "cw10-demo_rl"), ("cw10", "cw10-demo_rl"), ("mt10", "mt10-demo_rl"), ("cw10_rl", "cw10-rl")],
+)
+def test_the_published_teachers_are_those_of_todays_recipes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], recipe: str, folder: str
+) -> None:
+    source = ROOT / "analysis" / "results" / "teachers" / folder
+    assert main([recipe, "--run-dir", str(tmp_path / "run"), "--teachers-from", str(source), "--dry-run"]) == 0
+    assert capsys.readouterr().out.count("policy taken over") == 10
