@@ -190,6 +190,9 @@ def test_five_seeds_get_an_interval_and_the_worst_task_a_name(tmp_path: Path) ->
         "forgetting": STREAM[0],
         "recovery": STREAM[0],
     }
+    # Its estimate is that task's: the least of the tasks' means, but of forgetting the most.
+    for measure, worst in {"average_performance": 0.476, "forgetting": 0.4, "recovery": 0.476}.items():
+        assert method[measure]["worst_task"]["estimate"] == pytest.approx(worst)
 
 
 def test_a_repeated_task_is_measured_after_its_last_stage(tmp_path: Path) -> None:
@@ -349,6 +352,22 @@ def test_forward_transfer_is_measured_from_the_students_of_single_tasks_in_the_s
     config["variants"]["alone"]["distill"]["steps_per_stage"] = 2 * config["distill"]["steps_per_stage"]
     write_json(run.config_path, config)
     assert all(method["forward_transfer"] is None for method in gather(run)["methods"])
+
+
+def test_the_area_of_a_student_of_a_single_task_begins_where_an_untrained_one_is(tmp_path: Path) -> None:
+    run = write_run(
+        tmp_path / "run",
+        stream=STREAM,
+        students={1: RATES},
+        teachers=TEACHERS,
+        variants={"alone": {1: RATES}},
+        protocols={"alone": "single_task"},
+    )
+    continual, alone = (student["areas"] for student in gather(run)["students"])
+    # Curves have a point every tenth of a stage, of which the first one counts half.
+    earlier = [RATES[stage, stage] - RATES[0, stage] for stage in range(3)]
+    assert earlier == [0.0, 0.1, 0.2]
+    assert np.subtract(continual, alone) == pytest.approx(np.array(earlier) / 20)
 
 
 def test_a_student_that_was_not_measured_on_a_task_is_not_averaged_without_it(tmp_path: Path) -> None:

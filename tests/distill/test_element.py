@@ -58,9 +58,7 @@ def test_leaves_policies_curves_metrics_and_status(make_run):
     description = json.loads(element.stage_policy(1).with_suffix(".json").read_text())
     assert description["task"] == "window-close-v3" and description["stage"] == 1
     assert description["labels"]["teacher_recipe"] == "rl" and description["labels"]["horizon"] == 20
-    assert [(g["stage"], g["task"], g["num_new"]) for g in description["growth"]] == [
-        (1, "window-close-v3", 2)
-    ]
+    assert [(g["stage"], g["task"], g["num_new"]) for g in description["growth"]] == [(1, "window-close-v3", 2)]
     assert 0 < description["memory_steps"] <= description["memory_budget"] == 120
     assert description["memory_bytes"] > description["memory_steps"] * 47 * 4
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from cpd.distill.contrast import ContrastSource
+from cpd.distill.protection.importance import fisher
 from cpd.distill.trainer import Trainer
 from cpd.student.actor import StudentActor
 from tests.distill.synthetic import stage_data
@@ -111,6 +112,20 @@ def test_a_frozen_head_expresses_what_the_first_task_had_no_use_for():
     assert (found > 0.5).all(), found
 
 
+def test_with_experts_unmasked_those_of_earlier_tasks_move_and_what_is_shared_does_not():
+    trainer = make_trainer(
+        protection={"mask_experts": False},
+        distill={"steps_per_stage": 40},
+        student={"task_identity": "none"},
+    )
+    train(trainer, until=40)
+    before = {name: p.detach().clone() for name, p in trainer.student.named_parameters()}
+    train(trainer, until=80)
+    now = dict(trainer.student.named_parameters())
+    moved = {name for name, parameter in before.items() if not torch.equal(now[name], parameter)}
+    assert moved == {name for name in before if ".experts." in name or ".router." in name}
+
+
 @pytest.mark.parametrize("context", [1, 4])
 def test_the_share_asked_for_is_masked_and_moves_not_at_all_or_less(context):
     for mode in ("hard", "scaled"):
@@ -122,7 +137,7 @@ def test_the_share_asked_for_is_masked_and_moves_not_at_all_or_less(context):
         train(trainer, until=30)
         trainer.begin_stage(stage_data(1))
         mask, flat = trainer.protection.update_mask(trainer), trainer.flat
-        shared = torch.cat([torch.arange(s.start, s.stop) for n, s in flat.slots.items() if is_shared(n)])
+        shared = shared_by_all(trainer)
         protected = shared[mask[shared] < 1.0]
         # A window of one step has no use for queries and keys: these are no part of what is shared out.
         useful = trainer.protection._importance[shared] > 0
@@ -142,6 +157,43 @@ def test_the_share_asked_for_is_masked_and_moves_not_at_all_or_less(context):
 
 def is_shared(name: str) -> bool:
     return not (name.startswith("encoder.") or name == "task" or ".experts." in name or ".router." in name)
+
+
+def shared_by_all(trainer: Trainer) -> torch.Tensor:
+    """Where in the vector of parameters those are that all tasks share."""
+    slots = trainer.flat.slots.items()
+    return torch.cat([torch.arange(slot.start, slot.stop) for name, slot in slots if is_shared(name)])
+
+
+def test_a_scaled_mask_is_the_least_protected_importance_by_each_one_s_own():
+    trainer = make_trainer(
+        protection={"mask_fraction": 0.25, "mask_mode": "scaled", "fisher_windows": 64},
+        distill={"steps_per_stage": 10},
+    )
+    train(trainer, until=10)
+    trainer.begin_stage(stage_data(1))
+    shared = shared_by_all(trainer)
+    importance = trainer.protection.state()["importance"][shared]
+    num_protected = round(0.25 * int((importance > 0).sum()))
+    least = importance.sort(descending=True).values[num_protected - 1]
+    mask = trainer.protection.update_mask(trainer)[shared]
+    torch.testing.assert_close(mask, (least / importance).clamp(max=1.0))
+
+
+def test_the_importance_of_a_parameter_adds_up_over_the_stages():
+    trainer = make_trainer(
+        protection={"mask_fraction": 0.5, "fisher_windows": 32}, distill={"steps_per_stage": 10}
+    )
+    found = []
+    for stage in range(2):
+        train(trainer, until=10 * stage + 9)
+        trainer.train_step()
+        trainer.flat.let_rest(None)
+        found.append(fisher(trainer, stage_data(stage), 32))
+        trainer.end_stage(stage_data(stage))
+    first, total = found
+    total[: len(first)] += first  # growth adds parameters at the end
+    torch.testing.assert_close(trainer.protection.state()["importance"], total)
 
 
 def test_a_task_that_comes_again_may_move_its_own_experts():
@@ -195,6 +247,19 @@ def test_on_demand_grows_where_the_experts_of_no_task_serve(threshold, experts):
         assert f"{verdict} demand_threshold" in decision.reason and f"{decision.probe_loss:.3g}" in decision.reason
     groups = trainer.student.group_K.tolist()
     assert groups == ([0, 1, 2] if experts > 2 else [0, 0, 0])
+
+
+def test_experts_that_serve_another_task_too_do_not_move_for_it():
+    """On demand the second task finds the first one's experts good enough, which from then on are both tasks'."""
+    trainer = make_trainer(
+        student={"expansion": "on_demand", "demand_threshold": 1e6}, distill={"steps_per_stage": 30}
+    )
+    train(trainer, until=30)
+    first, second = outputs(trainer, 0), outputs(trainer, 1)
+    train(trainer, until=60)
+    assert trainer.student.group_K.tolist()[:2] == [0, 0]
+    assert torch.equal(outputs(trainer, 0), first)
+    assert not torch.equal(outputs(trainer, 1), second)
 
 
 def test_rehearsal_labels_mixtures_of_one_task_by_the_student_before():

@@ -127,6 +127,16 @@ class TestAGEM:
         assert seen == {True, False}
         assert 0 < trainer.protection.report()["projected_share"] < 1
 
+    def test_the_projected_share_is_of_the_stage_s_own_steps(self):
+        trainer = make_trainer(**with_agem(distill={**SHORT, "replay_share": 0.0}))
+        train(trainer, until=50)
+        assert 0 < trainer.protection.report()["projected_share"] < 1
+        trainer.begin_stage(stage_data(2))
+        assert trainer.protection.report()["projected_share"] == 0
+        trainer.train_step()
+        assert trainer.protection.report()["projected_share"] in (0, 1)
+        assert trainer.protection.state()["num_steps"] == 1
+
     def test_the_reference_comes_from_memory_and_the_batch_does_not(self):
         trainer = make_trainer(**with_agem(distill={**SHORT, "replay_share": 0.0}))
         train(trainer, until=26)

@@ -13,11 +13,12 @@ from cpd.comm import SerialComm
 from cpd.distill.batches import StageData
 from cpd.distill.element import run_student
 from cpd.distill.trainer import Trainer
-from cpd.evaluate import run_evaluation
+from cpd.envs.cells import Cell
+from cpd.evaluate import row_cells, run_evaluation
 from cpd.interrupt import Interrupt
 from cpd.tables import EvaluationRow, read_rows
 from tests.distill.synthetic import stage_data, write_teachers
-from tests.distill.test_trainer import make_config, make_trainer, mean_error, through_a_file
+from tests.distill.test_trainer import TASKS, make_config, make_trainer, mean_error, through_a_file
 
 LONG = {"steps_per_stage": 120, "lr": 5e-3}
 SHORT = {"steps_per_stage": 20}
@@ -148,6 +149,21 @@ def test_a_row_of_single_task_students_measures_each_task_with_its_own(make_run)
     returns = {place: row.mean_return for place, row in cells.items()}
     assert returns[0, SECOND] == returns[-1, SECOND] != returns[1, SECOND]
     assert returns[1, FIRST] == returns[0, FIRST] != returns[-1, FIRST]
+
+
+def test_the_final_row_is_measured_on_no_more_training_goals_than_teachers_trained_on():
+    for num_training_goals, measured in ((30, 30), (200, 50)):
+        config = make_config(
+            teacher={"num_training_goals": num_training_goals},
+            evaluation={"num_episodes": 50, "num_episodes_brief": 10, "curve_points": 0},
+        )
+        assert row_cells(config, 2, 2) == [
+            *(Cell(task, "held_out", 50, to_the_end=True) for task in TASKS),
+            *(Cell(task, "training", measured) for task in TASKS),
+        ]
+        assert row_cells(config, 1, 2) == [
+            Cell(task, "held_out", 50 if task == TASKS[1] else 10) for task in TASKS
+        ]
 
 
 def test_packnet_and_joint_students_go_all_the_way(make_run):

@@ -51,7 +51,7 @@ def knowing(*tasks: int, **over):
     student = make_student(task_identity="inferred", **over)
     for task in tasks:
         student.known_K[task] = True
-        student.set_prototype(task, observations(1, seed=task))
+        student.set_prototype(task, observations(1, seed=task).to(student.dtype))
     return student
 
 
@@ -101,6 +101,18 @@ class TestBelief:
             actor.reset([""] * 1)
             actor.act(observations(1, seed=seed).float().numpy())
             assert actor.believed[-1].tolist() == [seed] and len(actor.believed) == 1
+
+    def test_however_long_the_episode_was_the_next_one_s_first_observation_counts_in_full(self):
+        """In float32, of which students are by default, what the 1,200th says has come to weigh nothing."""
+        actor = StudentActor(knowing(0, 1, dtype=torch.float32), TASKS)
+        actor.reset([""] * 1)
+        first = observations(1, seed=0).float().numpy()
+        for _ in range(1_200):
+            actor.act(first)
+        assert actor.believed[-1].tolist() == [0]
+        actor.reset([""] * 1)
+        actor.act(observations(1, seed=1).float().numpy())
+        assert actor.believed[-1].tolist() == [1]
 
     def test_inferred_looks_at_no_name_and_given_at_nothing_else(self):
         obs = observations(2, seed=0).float().numpy()
