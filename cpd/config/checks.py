@@ -5,7 +5,8 @@ from __future__ import annotations
 from operator import attrgetter
 from typing import TYPE_CHECKING, Final
 
-from cpd.config.student import DistillConfig, MemoryConfig, ProtectionConfig, StudentConfig
+from cpd.config.student import MemoryConfig, ProtectionConfig, StudentConfig
+from cpd.config.types import is_given
 
 if TYPE_CHECKING:
     from cpd.config.experiment import Config
@@ -90,13 +91,6 @@ def _chooses_experts(student: StudentConfig) -> bool:
     return max(sizes) > student.top_k
 
 
-def _is_given(config: Config, key: str) -> bool:
-    """Whether the setting at a dotted path is another than its default."""
-    section, name = key.split(".")
-    own = getattr(config, section)
-    return bool(getattr(own, name) != getattr(type(own)(), name))
-
-
 def _reads_memory(config: Config) -> bool:
     """Whether anything but its own choice reads what is stored."""
     tells_tasks = config.student.task_identity in ("inferred", "given")
@@ -116,28 +110,29 @@ def without_effect(config: Config) -> list[str]:
         }
         found += [
             f"{key} has no effect: distill.protocol is {config.distill.protocol!r}"
-            for key, is_given in given.items()
-            if is_given
+            for key, is_there in given.items()
+            if is_there
         ]
     for key, chooser, values in NEEDS:
+        section, name = key.split(".")
         chosen = attrgetter(chooser)(config)
-        if chosen not in values and _is_given(config, key):
+        if chosen not in values and is_given(getattr(config, section), name):
             found.append(f"{key} has no effect: {chooser} is {chosen!r}")
     if protection.kind == "mask" and not protection.needs_importance:
         found += [
             f"protection.{name} has no effect: protection.mask_fraction is {protection.mask_fraction:g}"
             for name in ("mask_mode", "fisher_windows")
-            if getattr(protection, name) != getattr(ProtectionConfig(), name)
+            if is_given(protection, name)
         ]
     student = config.student
-    if student.task_identity != "none" and student.opening_steps != StudentConfig().opening_steps:
+    if student.task_identity != "none" and is_given(student, "opening_steps"):
         found.append("student.opening_steps has no effect: experts are open to their own tasks alone")
     added_are_alone = student.task_identity != "none" and student.experts_per_task == 1
-    if student.context == 1 and _is_given(config, "student.num_heads"):
+    if student.context == 1 and is_given(student, "num_heads"):
         found.append("student.num_heads has no effect: student.context is 1: attention sees one observation")
     if student.top_k == 1 and not (student.num_experts == 1 and (student.expansion == "none" or added_are_alone)):
         found.append("student.top_k = 1 leaves one expert a gate of 1: the loss trains no router; 2 or more do")
-    if not _chooses_experts(student) and config.distill.load_balance_coef != DistillConfig().load_balance_coef:
+    if not _chooses_experts(student) and is_given(config.distill, "load_balance_coef"):
         found.append("distill.load_balance_coef has no effect: no group has more than student.top_k experts")
     distill = config.distill
     if distill.replay_share and config.memory.selection == "none":

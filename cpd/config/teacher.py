@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import field, replace
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from cpd.config.types import Count, NonNegativeFloat, Positive, PositiveFloat, Seeds, Share
+from cpd.config.types import Count, NonNegativeFloat, Positive, PositiveFloat, Seeds, Share, is_given
 from cpd.strict_load import STRICT
 from cpd.tasks import MAX_EPISODE_STEPS, MAX_GOALS
 
@@ -305,12 +305,13 @@ class TeacherConfig:
             found += [
                 f"{self.learner}.{name} has no effect: demo_rl takes teacher.warm_start.rl_{name}"
                 for name in names
-                if _is_given(given, name)
+                if is_given(given, name)
             ]
             found += [
-                f"warm_start.rl_{name} has no effect: {self.learner} takes teacher.{self.learner}.{name}"
+                f"warm_start.rl_{name} has no effect: teacher.learner is {self.learner!r}"
+                + (f", which takes {self.learner}.{name}" if hasattr(given, name) else "")
                 for name in DEMO_RL_SETTINGS
-                if name not in names and _is_given(self.warm_start, f"rl_{name}")
+                if name not in names and is_given(self.warm_start, f"rl_{name}")
             ]
         elif self.warm_start != WarmStartConfig():
             found.append("warm_start has no effect: teacher.recipe is not 'demo_rl'")
@@ -321,22 +322,17 @@ class TeacherConfig:
         strays = bool(self.exploring_share or self.exploring_rate)
         deviates = self.learner == "ppo" and self.ppo.exploring_min_log_std > self.ppo.min_log_std
         found = []
-        if not strays and _is_given(self, "exploring_steps"):
+        if not strays and is_given(self, "exploring_steps"):
             found.append("exploring_steps has no effect: exploring_share and exploring_rate are 0")
-        if not strays and not deviates and _is_given(self, "exploring_until"):
+        if not strays and not deviates and is_given(self, "exploring_until"):
             found.append(
                 "exploring_until has no effect: nothing explores without exploring_share or exploring_rate"
             )
-        if self.learner == "ppo" and not deviates and _is_given(self.ppo, "exploring_min_log_std"):
+        if self.learner == "ppo" and not deviates and is_given(self.ppo, "exploring_min_log_std"):
             found.append(
                 f"ppo.exploring_min_log_std has no effect: ppo.min_log_std ({self.ppo.min_log_std:g}) is no less"
             )
         return found
-
-
-def _is_given(settings: Any, name: str) -> bool:
-    """Whether a setting is another than its default."""
-    return bool(getattr(settings, name) != getattr(type(settings)(), name))
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field
 
@@ -44,3 +44,8 @@ def _distinct(values: tuple[int, ...]) -> tuple[int, ...]:
 Seeds = Annotated[tuple[Positive, ...], Field(min_length=1), AfterValidator(_distinct)]
 Task = Annotated[str, AfterValidator(_known_task)]
 EpisodeChoice = Literal["successful", "all"]
+
+
+def is_given(settings: Any, name: str) -> bool:
+    """Whether a setting of a section is another than its default."""
+    return bool(getattr(settings, name) != getattr(type(settings)(), name))

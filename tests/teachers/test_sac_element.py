@@ -144,8 +144,11 @@ def test_settings_of_the_other_learner_are_pointed_out() -> None:
     ]
     warm = TeacherConfig(learner="sac", recipe="demo_rl", sac=SACConfig(hidden_sizes=(7,))).warnings()
     assert warm == ["sac.hidden_sizes has no effect: demo_rl takes teacher.warm_start.rl_hidden_sizes"]
-    slow = TeacherConfig(learner="sac", recipe="demo_rl", warm_start=WarmStartConfig(rl_learning_rate=1e-5))
-    assert slow.warnings() == ["warm_start.rl_learning_rate has no effect: sac takes teacher.sac.learning_rate"]
+    unused = WarmStartConfig(rl_learning_rate=1e-5, rl_target_kl=0.5)
+    assert TeacherConfig(learner="sac", recipe="demo_rl", warm_start=unused).warnings() == [
+        "warm_start.rl_learning_rate has no effect: teacher.learner is 'sac', which takes sac.learning_rate",
+        "warm_start.rl_target_kl has no effect: teacher.learner is 'sac'",
+    ]
     assert TeacherConfig(learner="sac", sac=SACConfig(gamma=0.5)).warnings() == []
 
 
