@@ -13,6 +13,7 @@ from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from cpd.config import WarmStartConfig
 from cpd.envs.cells import CHUNK
@@ -36,6 +37,17 @@ class Labelled(NamedTuple):
 
     obs_BO: FloatArray
     labels_BA: FloatArray
+
+
+class _Step(NamedTuple):
+    """A step of the M episodes that were still running. While it is looked at, `envs` hold what came of it."""
+
+    slots_M: npt.NDArray[np.int64]
+    obs_MO: FloatArray
+    """Before the step."""
+    labels_MA: FloatArray
+    """The expert's clean action, clipped."""
+    executed_MA: FloatArray
 
 
 def demonstration_noise(number: int, horizon: int, config: WarmStartConfig, seed: int) -> FloatArray:
@@ -80,67 +92,8 @@ class Demonstrator:
             round_number: 0 for the demonstrations, from 1 for DAgger rounds.
             clone: acts with its clipped mean in DAgger rounds; None lets the expert act, with noise.
         """
-        num_episodes = self.config.num_demonstrations if clone is None else self.config.num_dagger_episodes
-        rows: list[Labelled] = []
-        for numbers in self._begin(round_number, num_episodes):
-            noise_TNA = np.zeros((self.horizon, len(numbers), ACTION_SIZE), np.float32)
-            if clone is None:
-                noise_TNA = np.stack(
-                    [demonstration_noise(number, self.horizon, self.config, self.seed) for number in numbers],
-                    axis=1,
-                )
-            rows += self._labelled(clone, noise_TNA)
-        return Labelled(
-            np.concatenate([row.obs_BO for row in rows]), np.concatenate([row.labels_BA for row in rows])
-        )
-
-    def _begin(self, round_number: int, num_episodes: int) -> Iterator[range]:
-        """Reset the first slots for one chunk of a round's episodes after another; yields their numbers."""
-        order = generator(self.seed, "demonstration-goals", round_number).permutation(len(self.goals))
-        # A chunk's composition is fixed, since a clone's arithmetic may depend on the size of its batch.
-        for first in range(0, num_episodes, CHUNK):
-            numbers = range(first, min(first + CHUNK, num_episodes))
-            goals = [self.goals[int(order[number % len(order)])] for number in numbers]
-            self.envs.reset(range(len(numbers)), goals)
-            yield numbers
-
-    def _expert_actions(self, obs_NO: FloatArray) -> FloatArray:
-        """What the expert would do, `[N, A]`, clipped."""
-        actions_NA: FloatArray = np.clip(self._expert.distribution(obs_NO).raw_mean, -1.0, 1.0)
-        return actions_NA
-
-    @cached_property
-    def _expert(self) -> ScriptedPolicy:
-        return ScriptedPolicy(self.task, assumed_std=1.0)  # only its mean is used
-
-    def _raise_if_asked_to_stop(self) -> None:
-        if self.interrupt.requested:
-            raise InterruptedBySignal("asked to stop in the warm start; launch again to start it anew")
-
-    def _labelled(self, clone: Teacher | None, noise_TNA: FloatArray) -> Iterator[Labelled]:
-        """The labelled states, step by step, of episodes that have just been reset in the first N slots."""
-        num_episodes, envs = noise_TNA.shape[1], self.envs
-        running = np.arange(envs.num_envs) < num_episodes
-        steps_left = np.full(envs.num_envs, self.horizon)
-        executed = np.zeros((envs.num_envs, ACTION_SIZE), np.float32)
-        for t in range(self.horizon):
-            self._raise_if_asked_to_stop()
-            obs_NO = envs.observations[:num_episodes].copy()
-            rows = np.flatnonzero(running)
-            labels_BA = self._expert_actions(obs_NO[rows])
-            yield Labelled(obs_NO[rows], labels_BA)
-            if clone is None:
-                executed[rows] = labels_BA
-            else:
-                executed[:num_episodes] = np.clip(clone.distribution(obs_NO).raw_mean, -1.0, 1.0)
-            executed[:num_episodes] = np.clip(executed[:num_episodes] + noise_TNA[t], -1.0, 1.0)
-            envs.step(executed, running)
-            steps_left -= 1
-            succeeded = running & envs.successes
-            steps_left[succeeded] = np.minimum(steps_left[succeeded], self.config.steps_after_success)
-            running &= steps_left > 0
-            if not running.any():
-                return
+        steps = list(self._steps(round_number, clone, self.config.steps_after_success))
+        return Labelled(np.concatenate([s.obs_MO for s in steps]), np.concatenate([s.labels_MA for s in steps]))
 
     def transitions(self, rules: EpisodeRules) -> list[Batch]:
         """The transitions of the demonstrations, with their goals and noise, each up to its success.
@@ -151,34 +104,67 @@ class Demonstrator:
         Returns:
             A batch [1, M] per step and chunk of episodes.
         """
-        executed = np.zeros((self.envs.num_envs, ACTION_SIZE), np.float32)
-        batches, envs = [], self.envs
+        envs = self.envs
         envs.want_grasps(rules.grasp_bonus > 0)
-        for numbers in self._begin(0, self.config.num_demonstrations):
-            noise_NTA = np.stack(
-                [demonstration_noise(number, self.horizon, self.config, self.seed) for number in numbers]
+        return [
+            Batch(
+                obs=step.obs_MO[None],
+                next_obs=envs.observations[step.slots_M][None],
+                actions=step.executed_MA[None],
+                rewards=rewarded(envs, rules)[step.slots_M][None],
+                terminated=envs.successes[step.slots_M][None] & rules.terminate_on_success,
+                ends=np.ones((1, len(step.slots_M)), np.bool_),
+                train_success=0.0,
+                train_return=0.0,
             )
-            running = np.arange(envs.num_envs) < len(numbers)
-            for t in range(self.horizon):
-                self._raise_if_asked_to_stop()
-                rows = np.flatnonzero(running)
-                obs_MO = envs.observations[rows]
-                clean_MA = self._expert_actions(obs_MO)
-                executed[rows] = np.clip(clean_MA + noise_NTA[rows, t], -1.0, 1.0)
-                envs.step(executed, running)
-                batches.append(
-                    Batch(
-                        obs=obs_MO[None],
-                        next_obs=envs.observations[rows][None],
-                        actions=executed[rows][None],
-                        rewards=rewarded(envs, rules)[rows][None],
-                        terminated=envs.successes[rows][None] & rules.terminate_on_success,
-                        ends=np.ones((1, len(rows)), np.bool_),
-                        train_success=0.0,
-                        train_return=0.0,
-                    )
-                )
-                running &= ~envs.successes
-                if not running.any():
-                    break
-        return batches
+            for step in self._steps(0, None, steps_after_success=0)
+        ]
+
+    def _steps(self, round_number: int, clone: Teacher | None, steps_after_success: int) -> Iterator[_Step]:
+        """The steps of one round's episodes, of one chunk of them after another."""
+        num_episodes = self.config.num_demonstrations if clone is None else self.config.num_dagger_episodes
+        order = generator(self.seed, "demonstration-goals", round_number).permutation(len(self.goals))
+        # A chunk's composition is fixed, since a clone's arithmetic may depend on the size of its batch.
+        for first in range(0, num_episodes, CHUNK):
+            numbers = range(first, min(first + CHUNK, num_episodes))
+            goals = [self.goals[int(order[number % len(order)])] for number in numbers]
+            noise_NTA = np.zeros((len(numbers), self.horizon, ACTION_SIZE), np.float32)
+            if clone is None:
+                for row_TA, number in zip(noise_NTA, numbers, strict=True):
+                    row_TA[:] = demonstration_noise(number, self.horizon, self.config, self.seed)
+            self.envs.reset(range(len(numbers)), goals)
+            yield from self._chunk(clone, noise_NTA, steps_after_success)
+
+    def _chunk(self, clone: Teacher | None, noise_NTA: FloatArray, steps_after_success: int) -> Iterator[_Step]:
+        """The steps of episodes that have just been reset in the first N slots."""
+        num_episodes, envs = len(noise_NTA), self.envs
+        running = np.arange(envs.num_envs) < num_episodes
+        steps_left = np.full(envs.num_envs, self.horizon)
+        executed = np.zeros((envs.num_envs, ACTION_SIZE), np.float32)
+        for t in range(self.horizon):
+            if self.interrupt.requested:
+                raise InterruptedBySignal("asked to stop in the warm start; launch again to start it anew")
+            obs_NO = envs.observations[:num_episodes].copy()
+            slots_M = np.flatnonzero(running)
+            labels_MA = self._expert_actions(obs_NO[slots_M])
+            wanted_MA = labels_MA
+            if clone is not None:  # it sees all, since its arithmetic may depend on how many those are
+                wanted_MA = np.clip(clone.distribution(obs_NO).raw_mean, -1.0, 1.0)[slots_M]
+            executed[slots_M] = np.clip(wanted_MA + noise_NTA[slots_M, t], -1.0, 1.0)
+            envs.step(executed, running)
+            yield _Step(slots_M, obs_NO[slots_M], labels_MA, executed[slots_M])
+            steps_left -= 1
+            succeeded = running & envs.successes
+            steps_left[succeeded] = np.minimum(steps_left[succeeded], steps_after_success)
+            running &= steps_left > 0
+            if not running.any():
+                return
+
+    def _expert_actions(self, obs_NO: FloatArray) -> FloatArray:
+        """What the expert would do, `[N, A]`, clipped."""
+        actions_NA: FloatArray = np.clip(self._expert.distribution(obs_NO).raw_mean, -1.0, 1.0)
+        return actions_NA
+
+    @cached_property
+    def _expert(self) -> ScriptedPolicy:
+        return ScriptedPolicy(self.task, assumed_std=1.0)  # only its mean is used
