@@ -313,12 +313,18 @@ def test_the_launcher_tells_takes_over_and_keeps_no_path(
 
 
 @pytest.mark.parametrize(
-    ("recipe", "folder"),
-    [("ablation", "cw10-demo_rl"), ("cw10", "cw10-demo_rl"), ("mt10", "mt10-demo_rl"), ("cw10_rl", "cw10-rl")],
+    ("recipe", "folder", "count"),
+    [
+        ("ablation", "cw10-demo_rl", 10),
+        ("cw10", "cw10-demo_rl", 10),
+        ("mt10", "mt10-demo_rl", 10),
+        ("mt50", "mt50-demo_rl", 32),
+        ("cw10_rl", "cw10-rl", 10),
+    ],
 )
 def test_the_published_teachers_are_those_of_todays_recipes(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], recipe: str, folder: str
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], recipe: str, folder: str, count: int
 ) -> None:
     source = ROOT / "analysis" / "results" / "teachers" / folder
     assert main([recipe, "--run-dir", str(tmp_path / "run"), "--teachers-from", str(source), "--dry-run"]) == 0
-    assert capsys.readouterr().out.count("policy taken over") == 10
+    assert capsys.readouterr().out.count("policy taken over") == count
