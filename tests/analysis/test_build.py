@@ -374,7 +374,14 @@ def test_names_are_neither_clipped_nor_on_top_of_each_other(
     teachers = {task: 0.94 for task in tasks if task != "stick-pull-v3"}
     names = ["single-task", *(f"without-part-{i}" for i in range(1, num_variants))][:num_variants]
     variants = {name: students() for name in names}
-    run = write_run(tmp_path / "run", stream=stream, students=students(), teachers=teachers, variants=variants)
+    run = write_run(
+        tmp_path / "run",
+        stream=stream,
+        students=students(),
+        teachers=teachers,
+        variants=variants,
+        protocols={"single-task": "single_task"},
+    )
     gather(run)
     for figure in draw_all(run.results):
         check_layout(figure)
