@@ -9,7 +9,7 @@ from typing import Any
 
 from analysis.load import find_results
 from cpd.files import publish as published_file
-from cpd.result_tables import HELD_OUT, TEACHER, Tables, labels, read_tables
+from cpd.result_tables import HELD_OUT, TEACHER, Tables, first_few, labels, read_tables
 from cpd.results import GATHERED
 from cpd.summary import summarize
 from cpd.tables import EvaluationRow, read_rows
@@ -97,11 +97,10 @@ def _check_no_less(tables: Tables, folder: Path) -> None:
         return
     lost = _students(read_rows(before, EvaluationRow)) - _students(tables.evaluations)
     if lost:
-        named = ", ".join(f"{method} (seed {seed})" for method, seed in sorted(lost)[:3])
-        rest = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
+        named = first_few([f"{method} (seed {seed})" for method, seed in sorted(lost)])
         missing = "; ".join(summarize(tables).missing[-3:])
         raise ValueError(
-            f"the results published in {folder} have students that {tables.folder} has not: {named}{rest}"
+            f"the results published in {folder} have students that {tables.folder} has not: {named}"
             f"{f' ({missing})' if missing else ''}; finish the run first, or publish to a folder of its own "
             "(`python -m analysis.build DIR DIR --out FIGURES` draws several side by side)"
         )

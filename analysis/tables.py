@@ -16,7 +16,7 @@ from analysis.load import Dataset, mean_matrix, short
 from cpd.files import write_text
 from cpd.measures import Estimate, Rate, StudentMeasures, TaskMeasures
 from cpd.metrics import Aggregate, Floats, probability_of_improvement
-from cpd.summary import finals, interval, shares
+from cpd.summary import MethodMeasures, finals, interval, shares
 
 Cell = str | int | float | None
 
@@ -167,7 +167,7 @@ def method_table(data: Dataset) -> Table:
                 cells += [found.estimate, found.low, found.high] if found else [None, None, None]
         transfer = method.forward_transfer.mean if method.forward_transfer else None
         cells += [transfer.estimate, transfer.low, transfer.high] if transfer else [None, None, None]
-        cells.append(_improvement(data, method.method))
+        cells.append(_improvement(data, method))
         rows.append((method.method, len(method.seeds), method.memory_steps, method.parameters, *cells))
         students = [s.measures for s in data.of_method(method.method) if s.seed in method.seeds]
         texts = [headline(measures[name], students, name) for name in names]
@@ -190,13 +190,13 @@ def method_table(data: Dataset) -> Table:
     )
 
 
-def _improvement(data: Dataset, method: str) -> float | None:
+def _improvement(data: Dataset, method: MethodMeasures) -> float | None:
     """The probability that the first method succeeds more often on a task than `method`, ties counting half."""
+    first = data.methods[0]
     ours, others = (
-        [finals(s) for s in data.of_method(m) if s.measures.average_performance.value is not None]
-        for m in (data.methods[0].method, method)
+        [finals(s) for s in data.of_method(m.method) if s.measures.seed in m.seeds] for m in (first, method)
     )
-    if method == data.methods[0].method or not (ours and others):
+    if method is first or not (ours and others):
         return None
     return probability_of_improvement(np.array(ours), np.array(others))
 

@@ -5,7 +5,7 @@ Needs nothing but the folder, so that results which were copied or published wit
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -75,6 +75,11 @@ class Tables:
         seeds: list[int] = self.config["teacher"]["seeds"]
         position: int = self.config["seeds"].index(student_seed)
         return seeds[position % len(seeds)]
+
+
+def first_few(names: Sequence[str]) -> str:
+    """The first three, and how many more there are."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def read_tables(folder: Path) -> Tables:

@@ -27,7 +27,7 @@ from typing import Any, Final
 
 from cpd.files import read_json, write_json, write_text
 from cpd.record import read_metrics, read_status
-from cpd.result_tables import TEACHER, TeacherRow, read_tables
+from cpd.result_tables import TEACHER, TeacherRow, first_few, read_tables
 from cpd.runs import Element, Run, RunError, StudentElement, TeacherElement
 from cpd.starts import start_rows
 from cpd.summary import summarize
@@ -108,11 +108,10 @@ def _check_no_less(run: Run, evaluations: Iterable[EvaluationRow]) -> None:
         return
     lost = _evaluated(read_rows(before, EvaluationRow)) - _evaluated(evaluations)
     if lost:
-        named = ", ".join(sorted(lost)[:3]) + (f" and {len(lost) - 3} more" if len(lost) > 3 else "")
         raise RunError(
-            f"{run.results} has results of {named}, of which {run.root} holds nothing any more: they are kept as "
-            f"they are (`python -m analysis.build {run.results}` draws them); to gather without them, remove "
-            f"{before} first"
+            f"{run.results} has results of {first_few(sorted(lost))}, of which {run.root} holds nothing any more: "
+            f"they are kept as they are (`python -m analysis.build {run.results}` draws them); to gather without "
+            f"them, remove {before} first"
         )
 
 

@@ -237,8 +237,7 @@ class TeacherConfig:
         if self.recipe == "scripted":
             return
         if self.recipe == "demo_rl":
-            of_learner = self.ppo if self.learner == "ppo" else self.sac
-            _check_log_std("warm_start.rl_init_log_std", self.warm_start.rl_init_log_std, of_learner)
+            _check_log_std("warm_start.rl_init_log_std", self.warm_start.rl_init_log_std, self._given_settings)
         learner = self.learner_settings
         if self.exploring_share and self.horizon + self.exploring_steps > MAX_EPISODE_STEPS:
             raise ValueError(
@@ -265,9 +264,13 @@ class TeacherConfig:
             )
 
     @property
+    def _given_settings(self) -> PPOConfig | SACConfig:
+        return self.ppo if self.learner == "ppo" else self.sac
+
+    @property
     def learner_settings(self) -> PPOConfig | SACConfig:
         """The learner's settings, some of which `demo_rl` replaces by its own."""
-        settings = self.ppo if self.learner == "ppo" else self.sac
+        settings = self._given_settings
         if self.recipe != "demo_rl":
             return settings
         names = DEMO_RL_SETTINGS if self.learner == "ppo" else DEMO_RL_SAC_SETTINGS

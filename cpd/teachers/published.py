@@ -14,7 +14,7 @@ from typing import Any
 from cpd.adoption import LATER, published_policy
 from cpd.config import changes
 from cpd.files import DamagedFileError, copy, read_json, sha256, write_json
-from cpd.result_tables import TEACHER, read_tables
+from cpd.result_tables import TEACHER, first_few, read_tables
 from cpd.results import GATHERED, gather
 from cpd.runs import Run, TeacherElement
 from cpd.strict_load import to_dict
@@ -137,10 +137,9 @@ def _check_none_lost(run: Run, folder: Path) -> None:
     """Raise ValueError if `folder` holds policies of teachers that `run` is to have, but has not finished yet."""
     lost = [t.name for t in run.teachers() if not t.finished and published_policy(folder, t.task, t.seed).exists()]
     if lost:
-        named = ", ".join(lost[:3]) + (f" and {len(lost) - 3} more" if len(lost) > 3 else "")
         raise ValueError(
-            f"{folder} holds policies of {named}, which {run.root} has not finished: they would be lost; launch "
-            "it again to finish them, or choose a folder of its own"
+            f"{folder} holds policies of {first_few(lost)}, which {run.root} has not finished: they would be "
+            "lost; launch it again to finish them, or choose a folder of its own"
         )
 
 

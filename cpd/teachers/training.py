@@ -341,11 +341,12 @@ class Trainer:
         if not all(bool(tensor.isfinite().all()) for tensor in self._learner.policy.parameters()):
             lost.append("the policy")
         if lost:
-            table = f"teacher.{self._config.teacher.learner}"
-            warm = ", or teacher.warm_start.rl_learning_rate" if table.endswith("ppo") else ""
+            learner = self._config.teacher.learner
+            from_warm_start = self._has_demonstrations and learner == "ppo"
+            key = "warm_start.rl_learning_rate" if from_warm_start else f"{learner}.learning_rate"
             raise DivergedError(
                 f"{self._element.name}: not finite after the update of iteration {self._progress.iteration + 1}: "
-                f"{', '.join(lost)}; lower {table}.learning_rate{warm if self._has_demonstrations else ''}"
+                f"{', '.join(lost)}; lower teacher.{key}"
             )
 
     def _validate_and_record(self) -> None:
