@@ -17,13 +17,14 @@ from metaworld.sawyer_xyz_env import SawyerXYZEnv
 from metaworld.utils.reward_utils import hamacher_product
 
 from cpd.envs.fast_math import clip_ufunc, norm, tolerance
-from cpd.envs.registry import SharedModel, grow_framebuffer, shared_model
+from cpd.envs.picture import Picture
+from cpd.envs.registry import SharedModel, shared_model
 from cpd.envs.reset_cache import RESET_CACHE, Attributes, ResetState
 from cpd.tasks import OBSERVATION_SIZE
 
 _FRAME_SIZE = 18
 _WRIST_QUATERNION = np.array([1.0, 0.0, 1.0, 0.0])
-_POSITION_STAGE = int(mujoco.mjtStage.mjSTAGE_POS)
+_VELOCITY_STAGE = int(mujoco.mjtStage.mjSTAGE_VEL)
 # Of the smaller type, so that actions of float32 and of float64 both keep theirs, as in Meta-World.
 _ACTION_LOW = np.full(3, -1.0, dtype=np.float32)
 _ACTION_HIGH = np.full(3, 1.0, dtype=np.float32)
@@ -76,10 +77,11 @@ class FastData(mujoco.MjData):  # type: ignore[misc]
 class FastSawyer(SawyerXYZEnv):
     """Base class of the accelerated tasks; see `cpd.envs.accelerated.accelerated_class`.
 
-    Differences from the base class that can be seen: environments of a task share one compiled model; a reset
-    does not depend on what was done before (in Meta-World, only stale site positions do); a reset to a goal
-    that was seen before is restored from a cache; accelerations that only `mj_rnePostConstraint` computes
-    (`data.cacc`, `data.cfrc_int`, `data.cfrc_ext`) stay zero.
+    Differences from the base class that can be seen: environments of a task share one compiled model, which
+    lacks nameless geoms that nothing can touch (`render` shows them all the same); a reset does not depend on
+    what was done before (in Meta-World, only stale site positions do); a reset to a goal that was seen before is
+    restored from a cache; accelerations that only `mj_rnePostConstraint` computes (`data.cacc`, `data.cfrc_int`,
+    `data.cfrc_ext`) stay zero.
     """
 
     #: Views of the simulation's data and look-up tables, which stay valid and are not part of a state.
@@ -89,9 +91,11 @@ class FastSawyer(SawyerXYZEnv):
             "_hand_xpos",
             "_left_claw_xpos",
             "_left_tip_xpos",
-            "_mocap_xpos",
-            "_mocap_xquat",
+            "_mocap_body_xpos",
+            "_mocap_pos",
+            "_mocap_quat",
             "_qpos",
+            "_qvel",
             "_right_claw_xpos",
             "_right_tip_xpos",
         }
@@ -103,15 +107,15 @@ class FastSawyer(SawyerXYZEnv):
     _left_tip_xpos: npt.NDArray[np.float64]
     _right_tip_xpos: npt.NDArray[np.float64]
     _pristine_attributes: Attributes | None = None
-    #: `qpos`, as bytes, for which the derived data is complete and current; empty if unknown.
-    _forwarded_qpos: bytes = b""
+    #: `qpos` and `qvel`, as bytes, for which the derived data is complete and current; None if unknown.
+    _forwarded: tuple[bytes, bytes] | None = None
+    _picture: Picture | None = None
 
     def _initialize_simulation(self) -> tuple[mujoco.MjModel, FastData]:
         shared = self._shared = shared_model(self.fullpath)
         self._goal_fields = shared.pristine
         self._token = object()
         shared.take(self._token, self._goal_fields)
-        grow_framebuffer(shared.model, self.width, self.height)
         self._views = _Views()
         data = FastData(shared.model, self._views)
         self._hand_xpos = data.body("hand").xpos
@@ -121,10 +125,12 @@ class FastSawyer(SawyerXYZEnv):
         self._left_tip_xpos = data.site("leftEndEffector").xpos
         self._left_pad_id: int = data.geom("leftpad_geom").id
         self._right_pad_id: int = data.geom("rightpad_geom").id
-        self._mocap_xpos = data.mocap_pos[0]
-        self._mocap_xquat = data.mocap_quat
+        self._mocap_pos = data.mocap_pos[0]
+        self._mocap_quat = data.mocap_quat
+        self._mocap_body_xpos = data.body("mocap").xpos
         self._ctrl = data.ctrl
         self._qpos = data.qpos
+        self._qvel = data.qvel
         self._body_xpos: dict[str, npt.NDArray[np.float64]] = {}
         return shared.model, data
 
@@ -271,10 +277,10 @@ class FastSawyer(SawyerXYZEnv):
             raise ValueError("You must reset the env manually once truncate==True")
         if self._shared.owner is not self._token:
             self._shared.take(self._token, self._goal_fields)
-        mocap = self._mocap_xpos
+        mocap = self._mocap_pos
         delta = clip_ufunc(action[:3], _ACTION_LOW, _ACTION_HIGH) * self.action_scale
         clip_ufunc(mocap + delta, self.mocap_low, self.mocap_high, mocap)
-        self._mocap_xquat[:] = _WRIST_QUATERNION
+        self._mocap_quat[:] = _WRIST_QUATERNION
         self._ctrl[0], self._ctrl[1] = action[-1], -action[-1]
         self._simulate()
         self.curr_path_length += 1
@@ -286,13 +292,14 @@ class FastSawyer(SawyerXYZEnv):
 
     def _simulate(self) -> None:
         """As `mj_step` x frame_skip, `mj_forward`; Meta-World's placing of target sites between is overwritten."""
-        model, data, qpos = self.model, self.data, self._qpos
-        if qpos.tobytes() == self._forwarded_qpos:
-            # The last step ended with mj_forward at this very position, and what moved since, the mocap body,
-            # enters the weld constraint only: mj_step without its inertias, collisions and transmissions.
-            mujoco.mj_kinematics(model, data)
+        model, data, qpos, qvel = self.model, self.data, self._qpos, self._qvel
+        if (qpos.tobytes(), qvel.tobytes()) == self._forwarded:
+            # The last step ended with mj_forward in this very state, and what moved since, the mocap body, enters
+            # the weld constraint only: mj_step without what does not depend on constraints.
+            self._mocap_body_xpos[:] = self._mocap_pos
             mujoco.mj_makeConstraint(model, data)
-            mujoco.mj_forwardSkip(model, data, _POSITION_STAGE, 1)
+            mujoco.mj_referenceConstraint(model, data)
+            mujoco.mj_forwardSkip(model, data, _VELOCITY_STAGE, 1)
             mujoco.mj_checkAcc(model, data)
             mujoco.mj_Euler(model, data)
             mujoco.mj_step(model, data, self.frame_skip - 1)
@@ -300,7 +307,7 @@ class FastSawyer(SawyerXYZEnv):
             mujoco.mj_step(model, data, self.frame_skip)
         mujoco.mj_forward(model, data)
         if self._shared.mocap_is_weld_only:
-            self._forwarded_qpos = qpos.tobytes()
+            self._forwarded = (qpos.tobytes(), qvel.tobytes())
 
     # Resetting ----------------------------------------------------------------------------------------------
 
@@ -310,7 +317,7 @@ class FastSawyer(SawyerXYZEnv):
         """As Meta-World's, from the state of a fresh environment; known goals come from the cache."""
         if self._pristine_attributes is None:
             self._pristine_attributes = Attributes(self)
-        self._forwarded_qpos = b""
+        self._forwarded = None
         goal = self._last_rand_vec
         if not self._freeze_rand_vec or goal is None:
             self._start_afresh()
@@ -337,6 +344,11 @@ class FastSawyer(SawyerXYZEnv):
         mujoco.mj_forward(self.model, self.data)
 
     def render(self) -> Any:
-        """As Gymnasium's, with this environment's goal in the shared model."""
+        """As Gymnasium's, of a complete model that is put into this environment's state."""
         self.take_model()
+        if self._picture is None:
+            self._picture = Picture(self.fullpath, self.width, self.height)
+            self.mujoco_renderer.model = self._picture.model
+            self.mujoco_renderer.data = self._picture.data
+        self._picture.follow(self.model, self.data)
         return super().render()  # type: ignore[no-untyped-call]

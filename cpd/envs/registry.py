@@ -1,8 +1,8 @@
 """Meta-World's task classes by name, and cheap construction of many environments of one task.
 
-Compiling a task's XML takes 0.15 s and a compiled model 21 MB, nearly all meshes and textures. Resets write two
-small arrays of it, so all environments of a task in a process share one model and put their own values of
-these arrays back when they take it over.
+Resets write two small arrays of a compiled model, so all environments of a task in a process share one model
+and put their own values of these arrays back when they take it over. It is a light one
+(`cpd.envs.light_model`); Meta-World's own classes and pictures get complete ones (21 MB, 0.15 s to compile).
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ import mujoco
 import numpy as np
 import numpy.typing as npt
 from metaworld.env_dict import ALL_V3_ENVIRONMENTS
+
+from cpd.envs.light_model import light_model
 
 #: The model fields that Meta-World's resets write; a test compares all fields for all tasks.
 GOAL_FIELDS: Final = ("body_pos", "site_pos")
@@ -42,13 +44,13 @@ class SharedModel:
         model: the model that environments step; its `GOAL_FIELDS` belong to `owner`.
         owner: any object that identifies an environment; None when nobody's values are in place.
         pristine: copies of the `GOAL_FIELDS` as compiled.
-        mocap_is_weld_only: nothing but equality constraints depends on where the mocap body is, so that moving
-            it leaves inertias, contacts and transmissions as they are.
+        mocap_is_weld_only: nothing but equality constraints of the one mocap body depends on where it is, so
+            that moving it leaves inertias, contacts, transmissions and bias forces as they are.
     """
 
     def __init__(self, path: str) -> None:
-        self.model = mujoco.MjModel.from_xml_path(path)
-        # Else each step clears the visualisation flags of 134,000 mesh nodes six times, for 5-15 % of its time.
+        self.model = light_model(path)
+        # Else each step clears the visualisation flags of 32,000 mesh nodes six times.
         self.model.vis.global_.bvactive = 0
         self.owner: object = None
         self.pristine: tuple[npt.NDArray[np.float64], ...] = self.fields()
@@ -69,7 +71,9 @@ def _mocap_is_weld_only(model: mujoco.MjModel) -> bool:
     moved = model.body_mocapid[model.body_rootid] >= 0
     collides = (model.geom_contype | model.geom_conaffinity).astype(bool)
     return (
-        not (collides & moved[model.geom_bodyid]).any()
+        moved.sum() == model.nmocap == 1
+        and bool((model.eq_objtype == mujoco.mjtObj.mjOBJ_BODY).all())
+        and not (collides & moved[model.geom_bodyid]).any()
         and model.ntendon == 0
         and model.nsensor == 0
         and model.nplugin == 0
@@ -87,16 +91,23 @@ def shared_model(path: str) -> SharedModel:
     return SharedModel(path)
 
 
+def complete_model(path: str) -> mujoco.MjModel:
+    """A model of an XML file for the caller alone: a copy of one that was compiled before, if possible."""
+    return copy.copy(_compiled(path))
+
+
+@lru_cache(maxsize=16)
+def _compiled(path: str) -> mujoco.MjModel:
+    return mujoco.MjModel.from_xml_path(path)
+
+
 @cache
 def _stock_class(base: Any) -> Any:
     """Subclass of one of Meta-World's classes that copies the compiled model instead of compiling the XML."""
 
     class CopiedModel(base):  # type: ignore[misc]
         def _initialize_simulation(self) -> tuple[mujoco.MjModel, mujoco.MjData]:
-            shared = shared_model(self.fullpath)
-            shared.take(None, shared.pristine)
-            model = copy.copy(shared.model)
-            model.vis.global_.bvactive = 1
+            model = complete_model(self.fullpath)
             grow_framebuffer(model, self.width, self.height)
             return model, mujoco.MjData(model)
 

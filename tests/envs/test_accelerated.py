@@ -14,6 +14,7 @@ from cpd.envs import accelerated, fast_math
 from cpd.envs.accelerated import UnverifiedError, accelerated_class, check_installation
 from cpd.envs.fast_sawyer import FastData
 from cpd.envs.goals import goal_set
+from cpd.envs.light_model import keeps_geom
 from cpd.envs.registry import GOAL_FIELDS, build_stock, task_class
 from cpd.envs.reset_cache import RESET_CACHE
 from cpd.envs.task_env import TaskEnv
@@ -76,11 +77,24 @@ def differing(a, b):
     return {name for name in a if a[name].shape != b[name].shape or a[name].tobytes() != b[name].tobytes()}
 
 
-def state_of(env):
+def kept_geoms(model):
+    """The geoms of a complete model that a light one has too."""
+    rows = range(model.ngeom)
+    filters = {(int(model.geom_contype[g]), int(model.geom_conaffinity[g])) for g in rows}
+    return [
+        g
+        for g in rows
+        if keeps_geom(model.geom(g).name, model.geom_contype[g], model.geom_conaffinity[g], filters)
+    ]
+
+
+def state_of(env, geoms=slice(None)):
     """Arrays of a simulation that are meaningful and deterministic: not the arena's, not for visualisation."""
     skipped = ("efc_", "contact", "island", "dof_island", "tendon_efcadr", "bvh_active")
-    arrays = numeric_arrays(env.data)
-    return {k: v.copy() for k, v in arrays.items() if not k.startswith(skipped) and k not in UNREAD_ARRAYS}
+    arrays = {k: v for k, v in numeric_arrays(env.data).items() if not k.startswith(skipped)}
+    return {
+        k: v[geoms if k.startswith("geom_") else ...].copy() for k, v in arrays.items() if k not in UNREAD_ARRAYS
+    }
 
 
 @pytest.mark.parametrize("task", ALL_TASKS)
@@ -124,12 +138,37 @@ def test_a_restored_reset_is_a_real_one(task):
         if goal is goals[1]:
             for _ in range(5):
                 fast.step(np.array([0.4, -0.3, -0.6, 0.8], np.float32))
-    assert differing(state_of(stock), state_of(fast)) == set()
+    assert differing(state_of(stock, kept_geoms(stock.model)), state_of(fast)) == set()
     for name in GOAL_FIELDS:
         np.testing.assert_array_equal(getattr(stock.model, name), getattr(fast.model, name))
     for name, value in vars(stock).items():
         if isinstance(value, (float, int, np.generic, np.ndarray)):
             assert bits(value) == bits(getattr(fast, name)), name
+
+
+@pytest.mark.parametrize("task", ALL_TASKS)
+def test_a_light_model_simulates_what_the_complete_one_does(task):
+    complete, light = build_stock(task_class(task)).model, accelerated_class(task)().model
+    geoms = kept_geoms(complete)
+    assert len(geoms) == light.ngeom < 0.6 * complete.ngeom
+    assert [complete.geom(g).name for g in geoms] == [light.geom(g).name for g in range(light.ngeom)]
+    a, b = numeric_arrays(complete), numeric_arrays(light)
+    for name in a:
+        if name.startswith("geom_"):
+            a[name] = a[name][geoms]
+    # What differs numbers geoms and assets, or sums up what geoms collide with; no equation of motion has it.
+    assets = ("mesh_", "bvh_", "mat_", "tex_", "name_", "names", "paths", "text_", "geom_matid", "geom_dataid")
+    different = {name for name in differing(a, b) if not name.startswith(assets)}
+    sums = {"body_contype", "body_conaffinity"}
+    assert different <= {"body_geomnum", "body_geomadr", "body_bvhadr", "body_bvhnum"} | sums
+    for g, own in enumerate(geoms):
+        if light.geom_dataid[g] >= 0:
+            mesh, twin = light.mesh(light.geom_dataid[g]), complete.mesh(complete.geom_dataid[own])
+            vertices = [
+                model.mesh_vert[int(m.vertadr[0]) : int(m.vertadr[0]) + int(m.vertnum[0])]
+                for model, m in ((light, mesh), (complete, twin))
+            ]
+            np.testing.assert_array_equal(*vertices)
 
 
 def test_live_views_stay_live_when_restored():
