@@ -65,9 +65,13 @@ def exit_quietly(main: Callable[[], int]) -> NoReturn:
 
 
 def parser_with_examples(prog: str, description: str, examples: Sequence[str]) -> argparse.ArgumentParser:
-    """An argument parser whose help ends with examples and exit codes."""
+    """An argument parser whose help ends with examples and exit codes; options are not to be abbreviated.
+
+    Else `--set` would list the settings, and `--c` cancel a run's jobs.
+    """
     return argparse.ArgumentParser(
         prog=f"python -m {prog}",
+        allow_abbrev=False,
         description=description,
         epilog="examples:\n" + "\n".join(f"  {example}" for example in examples) + f"\n\n{EXIT_CODES}",
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -58,6 +58,7 @@ def test_mistakes_of_recipe_overrides_and_profile_are_told_together(
         (["demo", "--distill.lr", "x"], "the command line: --distill.lr: "),
         (["demo", "--stream.tasks", '["push", "pull"]'], "the command line: --stream.tasks.1: "),
         (["demo", "--dryrun"], "unknown option --dryrun; did you mean '--dry-run'"),
+        (["demo", "--can"], "unknown option --can"),
         (["demo", "--onyl", "teachers"], "unknown option --onyl; did you mean '--only'"),
         (["--distill.lr", "5e-4", "demo"], "the recipe comes before the settings"),
     ],
