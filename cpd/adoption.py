@@ -59,6 +59,8 @@ class Adoption:
     @property
     def summary(self) -> str:
         """One line on what becomes of the teacher."""
+        if self.policy is None and self.teacher.policy.exists():
+            return "not there, but taken over before from elsewhere"
         if self.policy is None:
             return (
                 "trained anew, since the budget is another" if self.lacks_budget else "not there, trained as usual"

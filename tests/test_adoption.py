@@ -178,6 +178,23 @@ def test_a_teacher_that_is_not_there_is_trained_as_usual(other: Path, tmp_path: 
     assert adopt(make(tmp_path / "newest"), other)[0].summary == "taken over as it is (rejected)"
 
 
+def test_teachers_may_come_from_several_places(other: Path, tmp_path: Path) -> None:
+    shutil.copytree(other, tmp_path / "elsewhere")
+    Run(other).teachers()[1].complete.unlink()
+    Run(tmp_path / "elsewhere").teachers()[0].complete.unlink()
+    # With another number of rollouts both have something left to do, and are not finished in between.
+    run = make(tmp_path / "new", rollouts={**SCRIPTED["rollouts"], "num_steps": 60})
+    half = "policy taken over, collects rollouts here"
+    assert [a.summary for a in adopt(run, other)] == [half, "not there, trained as usual"]
+    again = adopt(run, tmp_path / "elsewhere")
+    assert [a.summary for a in again] == ["not there, but taken over before from elsewhere", half]
+    sources = read_json(run.root / "provenance.json")["teachers"]
+    assert [record["from"] for record in sources.values()] == ["other", "elsewhere"]
+    for teacher in run.teachers():
+        finish(run, teacher)
+        assert teacher.finished and read_json(teacher.policy.with_suffix(".json"))["seed"] == 1
+
+
 def test_another_budget_concerns_only_teachers_whose_training_it_ends(other: Path, tmp_path: Path) -> None:
     endings = ({"stopped_by": "validation", "env_steps": 3_000}, {"stopped_by": "budget", "env_steps": 5_000})
     for teacher, ending in zip(Run(other).teachers(), endings, strict=True):
