@@ -54,16 +54,29 @@ def tolerance(
         return 1.0
     if margin == 0:
         return 0.0
-    distance = float((lower - x if x < lower else x - upper) / margin)
-    try:
-        if sigmoid == "long_tail":
-            return 1 / ((distance * _LONG_TAIL_SCALE) ** 2 + 1)
-        if sigmoid == "gaussian":
+    if sigmoid == "long_tail":
+        return long_tail(x, lower, upper, margin)
+    if sigmoid == "gaussian":
+        distance = float((lower - x if x < lower else x - upper) / margin)
+        try:
             # NumPy's exp and the C library's differ in the last bit.
             return float(np.exp(-0.5 * (distance * _GAUSSIAN_SCALE) ** 2))
-    except OverflowError:  # Python's power refuses where NumPy's returns infinity
-        pass
+        except OverflowError:  # Python's power refuses where NumPy's returns infinity
+            pass
     return _stock_tolerance(x, bounds, margin, sigmoid, value_at_margin)
+
+
+def long_tail(x: float, lower: float, upper: float, margin: float) -> Any:
+    """`tolerance` with the sigmoid of that name, for numbers; it does not ask whether they are some."""
+    if margin <= 0 or lower > upper:
+        return _stock_tolerance(x, (lower, upper), margin, "long_tail")
+    if lower <= x <= upper:
+        return 1.0
+    distance = float((lower - x if x < lower else x - upper) / margin)
+    try:
+        return 1 / ((distance * _LONG_TAIL_SCALE) ** 2 + 1)
+    except OverflowError:  # Python's power refuses where NumPy's returns infinity
+        return _stock_tolerance(x, (lower, upper), margin, "long_tail")
 
 
 def norm(x: Any, ord: Any = None, axis: Any = None, keepdims: bool = False) -> Any:
@@ -79,6 +92,11 @@ def norm(x: Any, ord: Any = None, axis: Any = None, keepdims: bool = False) -> A
     ):
         return np.float64(math.sqrt(x.dot(x)))
     return _stock_norm(x, ord, axis, keepdims)
+
+
+def length(x: np.ndarray[Any, Any]) -> float:
+    """`norm` of a contiguous float64 vector, without asking whether it is one."""
+    return math.sqrt(x.dot(x))
 
 
 def clip(a: Any, a_min: Any, a_max: Any) -> Any:

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from metaworld.sawyer_xyz_env import SawyerXYZEnv
 from metaworld.utils.reward_utils import hamacher_product
 
-from cpd.envs.fast_math import clip_ufunc, norm, tolerance
+from cpd.envs.fast_math import clip_ufunc, length, long_tail
 from cpd.envs.picture import Picture
 from cpd.envs.registry import SharedModel, shared_model
 from cpd.envs.reset_cache import RESET_CACHE, Attributes, ResetState
@@ -90,6 +90,7 @@ class FastSawyer(SawyerXYZEnv):
             "_ctrl",
             "_hand_xpos",
             "_left_claw_xpos",
+            "_left_pad_xpos",
             "_left_tip_xpos",
             "_mocap_body_xpos",
             "_mocap_pos",
@@ -97,6 +98,7 @@ class FastSawyer(SawyerXYZEnv):
             "_qpos",
             "_qvel",
             "_right_claw_xpos",
+            "_right_pad_xpos",
             "_right_tip_xpos",
         }
     )
@@ -121,6 +123,8 @@ class FastSawyer(SawyerXYZEnv):
         self._hand_xpos = data.body("hand").xpos
         self._right_claw_xpos = data.body("rightclaw").xpos
         self._left_claw_xpos = data.body("leftclaw").xpos
+        self._right_pad_xpos = data.body("rightpad").xpos
+        self._left_pad_xpos = data.body("leftpad").xpos
         self._right_tip_xpos = data.site("rightEndEffector").xpos
         self._left_tip_xpos = data.site("leftEndEffector").xpos
         self._left_pad_id: int = data.geom("leftpad_geom").id
@@ -202,35 +206,22 @@ class FastSawyer(SawyerXYZEnv):
         obj_init_pos = self.obj_init_pos
         assert obj_init_pos is not None
         obj_y, obj_init_y = float(obj_pos[1]), float(obj_init_pos[1])
-        bounds = (obj_radius, pad_success_thresh)
-        left, right = (
-            tolerance(
-                abs(pad_y - obj_y),
-                bounds=bounds,
-                margin=abs(abs(pad_y - obj_init_y) - pad_success_thresh),
-                sigmoid="long_tail",
-            )
-            for pad_y in (float(self.get_body_com("leftpad")[1]), float(self.get_body_com("rightpad")[1]))
-        )
+        left_y, right_y = float(self._left_pad_xpos[1]), float(self._right_pad_xpos[1])
+        left_margin = abs(abs(left_y - obj_init_y) - pad_success_thresh)
+        right_margin = abs(abs(right_y - obj_init_y) - pad_success_thresh)
+        left = long_tail(abs(left_y - obj_y), obj_radius, pad_success_thresh, left_margin)
+        right = long_tail(abs(right_y - obj_y), obj_radius, pad_success_thresh, right_margin)
         tcp = self.tcp_center
-        caging_xz = tolerance(
-            norm(tcp[::2] - obj_pos[::2]),
-            bounds=(0, xz_thresh),
-            margin=norm(obj_init_pos[::2] - self.init_tcp[::2]) - xz_thresh,
-            sigmoid="long_tail",
-        )
+        xz_margin = length(obj_init_pos[::2] - self.init_tcp[::2]) - xz_thresh
+        caging_xz = long_tail(length(tcp[::2] - obj_pos[::2]), 0, xz_thresh, xz_margin)
         caging = hamacher_product(hamacher_product(left, right), float(caging_xz))
         closed = min(max(0, action[-1]), desired_gripper_effort) / desired_gripper_effort
         reward = hamacher_product(caging, closed if caging > 0.97 else 0.0)
         if high_density:
             reward = (reward + caging) / 2
         if medium_density:
-            reach = tolerance(
-                norm(obj_pos - tcp),
-                bounds=(0, object_reach_radius),
-                margin=abs(norm(obj_init_pos - self.init_tcp) - object_reach_radius),
-                sigmoid="long_tail",
-            )
+            reach_margin = abs(length(obj_init_pos - self.init_tcp) - object_reach_radius)
+            reach = long_tail(length(obj_pos - tcp), 0, object_reach_radius, reach_margin)
             reward = (reward + float(reach)) / 2
         return reward
 
@@ -244,7 +235,7 @@ class FastSawyer(SawyerXYZEnv):
         frame = np.zeros(_FRAME_SIZE)
         frame[:3] = self._hand_xpos
         # The fingers are at most 0.1 m apart, but for a little noise, which the limits hide.
-        frame[3] = min(max(norm(self._right_claw_xpos - self._left_claw_xpos) / 0.1, 0.0), 1.0)
+        frame[3] = min(max(length(self._right_claw_xpos - self._left_claw_xpos) / 0.1, 0.0), 1.0)
         positions = self._get_pos_objects()
         quaternions = self._get_quat_objects()
         if len(positions) == 3 and len(quaternions) == 4:

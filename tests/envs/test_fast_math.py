@@ -20,7 +20,8 @@ def test_tolerance(x, low, width, margin, sigmoid, as_numpy):
     arguments = {"bounds": (low, low + width), "margin": margin, "sigmoid": sigmoid}
     with np.errstate(all="ignore"):
         expected, got = reward_utils.tolerance(x, **arguments), fast_math.tolerance(x, **arguments)
-    assert expected == got and type(expected) is type(got)
+        unchecked = fast_math.long_tail(x, low, low + width, margin) if sigmoid == "long_tail" else got
+    assert expected == got == unchecked and type(expected) is type(got) is type(unchecked)
 
 
 @pytest.mark.parametrize("sigmoid", ["hyperbolic", "linear", "reciprocal", "tanh_squared"])
@@ -35,6 +36,8 @@ def test_tolerance_refuses_what_the_original_refuses(bounds, margin):
     for function in (reward_utils.tolerance, fast_math.tolerance):
         with pytest.raises(ValueError):
             function(0.5, bounds=bounds, margin=margin)
+    with pytest.raises(ValueError):
+        fast_math.long_tail(0.5, *bounds, margin)
 
 
 @given(st.lists(numbers, min_size=4, max_size=4).filter(lambda q: np.linalg.norm(q) > 1e-6))
@@ -68,6 +71,7 @@ def test_norm(values, order):
         if np.ndim(vector) or order is None:
             expected, got = np.linalg.norm(vector, ord=order), fast_math.norm(vector, ord=order)
             assert expected == got and type(expected) is type(got)
+    assert fast_math.length(np.array(values)) == np.linalg.norm(np.array(values))
 
 
 def test_hstack_and_clip():
