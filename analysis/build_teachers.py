@@ -23,7 +23,7 @@ def build_teachers(path: Path, out: Path | None = None) -> list[Path]:
         out: where to write to; `figures` in `path` unless told otherwise.
 
     Returns:
-        The files written: two figures and a Markdown table per folder, a figure for folders with the same tasks,
+        The files written: two figures and a Markdown table per folder, a figure for folders of the same stream,
         and one long-form table of all scores.
 
     Raises:
@@ -35,7 +35,7 @@ def build_teachers(path: Path, out: Path | None = None) -> list[Path]:
     target = out or path / "figures"
     written: list[Path] = []
     scores: list[dict[str, Any]] = []
-    groups: dict[frozenset[str], dict[str, PublishedTeachers]] = {}
+    groups: dict[tuple[str, ...], dict[str, PublishedTeachers]] = {}
     with paper_style():
         for folder in folders:
             published = load_published(folder)
@@ -45,7 +45,7 @@ def build_teachers(path: Path, out: Path | None = None) -> list[Path]:
             written.append(target / f"{name}_scores.md")
             write_text(written[-1], markdown(published))
             scores += [{"folder": name, **row} for row in score_rows(published)]
-            groups.setdefault(published.tasks, {})[name] = published
+            groups.setdefault(published.stream, {})[name] = published
         for group in groups.values():
             if len(group) > 1:
                 module = fig_teacher_comparison

@@ -302,9 +302,7 @@ def _differences(left: dict[str, str], right: dict[str, str]) -> str:
 def _teacher_rates(tables: Tables) -> Iterable[tuple[tuple[str, int], Rate]]:
     for row in tables.evaluations:
         if row.method == TEACHER and row.goal_set == tables.goal_set:
-            low, high = metrics.wilson(row.successes, row.episodes)
-            rate = Rate(row.successes, row.episodes, row.successes / row.episodes, float(low), float(high))
-            yield (row.task, row.seed), rate
+            yield (row.task, row.seed), Rate.of(row.successes, row.episodes)
 
 
 def _teacher_curves(tables: Tables) -> Iterable[TeacherCurve]:

@@ -66,8 +66,8 @@ def task_table(data: Dataset) -> Table:
         ("Task", "Teacher", "Own stage", "Final", "Forgetting", "Recovery"),
         tuple(_task_tex(data)),
         f"Success in per cent by task on {data.name}: teachers, the student after the task's own stage and at the "
-        "end of the stream. Brackets: Wilson 95 % intervals of single runs; with several seeds, their range. The "
-        "recovery of a task may exceed 100 here; it counts as 100 in means.",
+        "end of the stream. Brackets: Wilson 95 % intervals of single runs; parentheses: the range of several. "
+        "The recovery of a task may exceed 100 here; it counts as 100 in means.",
     )
 
 
@@ -99,13 +99,14 @@ def task_cells(data: Dataset, task: str, measured: Sequence[TaskMeasures]) -> tu
 
 
 def rate_text(rates: Sequence[Rate | None]) -> str:
-    """`96 [87, 99]`: per cent with the Wilson interval of one run or the range of several; `–` if unmeasured."""
+    """`96 [87, 99]`: per cent with one run's Wilson interval; `96 (90 to 99)` with the range of several; `–`."""
     found = [rate for rate in rates if rate is not None]
     if not found:
         return "–"
     values = [rate.rate for rate in found]
-    low, high = (found[0].low, found[0].high) if len(found) == 1 else (min(values), max(values))
-    return f"{percent(sum(values) / len(values))} [{percent(low)}, {percent(high)}]"
+    if len(found) > 1:
+        return f"{percent(sum(values) / len(values))} ({percent(min(values))} to {percent(max(values))})"
+    return f"{percent(found[0].rate)} [{percent(found[0].low)}, {percent(found[0].high)}]"
 
 
 def percent(value: float, digits: int = 0) -> str:
@@ -185,8 +186,9 @@ def method_table(data: Dataset) -> Table:
         tuple(lines),
         f"Average performance (AP), recovery of the teachers' success and forgetting on {data.name}, in per cent, "
         "each with its worst task. A task in which a student does better than its teacher counts as recovered to "
-        "100. Memory: most time steps stored. Brackets: 95 % intervals, from episode "
-        "counts for a single seed, by bootstrap over seeds from five on; the range of seeds between.",
+        "100. Memory: most time steps stored. Brackets: 95 % intervals, from episode counts for a single seed, by "
+        "bootstrap over seeds from five on. Parentheses: the range of two to four seeds, in which the noise of "
+        "episodes does not show. Students that do not learn one task after another cannot forget.",
     )
 
 
@@ -202,21 +204,23 @@ def _improvement(data: Dataset, method: MethodMeasures) -> float | None:
 
 
 def headline(measure: dict[str, Aggregate], students: Sequence[StudentMeasures], name: str) -> str:
-    """`93 [90, 95]`: a measure in per cent with its interval or, for two to four seeds, the range of its seeds."""
+    """`93 [90, 95]`: a measure in per cent with its interval; `93 (90 to 95)` with the range of few seeds."""
     if "mean" not in measure:
         return "–"
     mean = measure["mean"]
     low, high = interval(mean, students, name)
     if low is None and len(students) > 1:
-        low, high = min(mean.per_seed), max(mean.per_seed)
+        return _range_text(mean.per_seed)
     if low is None or high is None:
         return percent(mean.estimate, 1)
     return f"{percent(mean.estimate, 1)} [{percent(low, 1)}, {percent(high, 1)}]"
 
 
 def worst_text(measure: dict[str, Aggregate], task: str | None) -> str:
-    """`52 (hammer)`: the worst task's mean over seeds, in per cent."""
-    return f"{percent(measure['worst_task'].estimate)} ({short(task)})" if measure and task else "–"
+    """`52 (hammer)`: the worst task's mean over seeds, in per cent; `0` where all tasks are alike."""
+    if "worst_task" not in measure:
+        return "–"
+    return percent(measure["worst_task"].estimate) + (f" ({short(task)})" if task else "")
 
 
 def start_table(data: Dataset) -> Table | None:
@@ -247,7 +251,7 @@ def start_table(data: Dataset) -> Table | None:
         tuple(lines),
         f"Average performance (AP) and recovery on {data.name}, in per cent, by whether an episode's first "
         "observation tells its task apart from the others. Alike are tasks of which many episodes begin nearest "
-        f"to one of another task: {look_alikes(data)}. Brackets: range of seeds.",
+        f"to one of another task: {look_alikes(data)}. Parentheses: range of seeds.",
     )
 
 
@@ -258,11 +262,11 @@ def _mean(values: Floats) -> float | None:
 
 
 def _range_text(values: Sequence[float | None]) -> str:
-    """`93.1 [90.0, 95.2]`: mean and range over seeds, in per cent."""
+    """`93.1 (90.0 to 95.2)`: mean and range over seeds, in per cent."""
     found = [value for value in values if value is not None]
     if not found:
         return "–"
-    between = f" [{percent(min(found), 1)}, {percent(max(found), 1)}]" if len(found) > 1 else ""
+    between = f" ({percent(min(found), 1)} to {percent(max(found), 1)})" if len(found) > 1 else ""
     return percent(sum(found) / len(found), 1) + between
 
 

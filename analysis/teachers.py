@@ -11,7 +11,6 @@ from analysis.load import TeacherCurve, load
 from cpd.adoption import published_policy
 from cpd.files import read_json
 from cpd.measures import Rate
-from cpd.metrics import wilson
 from cpd.result_tables import HELD_OUT
 from cpd.tables import EvaluationRow, read_rows
 from cpd.teachers.published import read_description
@@ -66,14 +65,11 @@ class PublishedTeachers:
     """The teachers of one folder, in the order of their stream."""
 
     name: str
+    stream: tuple[str, ...]
+    """What two folders must share to be compared, though not every task need have a policy."""
     labels: dict[str, str]
     gate: float
     teachers: tuple[PublishedTeacher, ...]
-
-    @property
-    def tasks(self) -> frozenset[str]:
-        """What two folders must share to be compared."""
-        return frozenset(teacher.task for teacher in self.teachers)
 
     @property
     def has_cpu_seconds(self) -> bool:
@@ -127,7 +123,7 @@ def load_published(folder: Path) -> PublishedTeachers:
                 row = held_out[key]
                 cpu = cpu_seconds.get(f"teachers/{task}/seed-{seed}")
                 found.append(_teacher(description, goals, row, curve, cpu))
-    return PublishedTeachers(config["name"], data.labels, data.gate, tuple(found))
+    return PublishedTeachers(config["name"], data.stream, data.labels, data.gate, tuple(found))
 
 
 def _description(folder: Path, task: str, seed: int) -> Path:
@@ -151,10 +147,10 @@ def _teacher(
         state=curve.state,
         recipe=row.teacher_recipe,
         horizon=row.horizon,
-        before=_rate(round(start["validation_success"] * goals), goals) if start else None,
-        validation=_rate(round(training["validation_success"] * goals), goals),
-        held_out=_rate(row.successes, row.episodes),
-        held_out_last=_rate(row.successes_last, row.episodes),
+        before=Rate.of(round(start["validation_success"] * goals), goals) if start else None,
+        validation=Rate.of(round(training["validation_success"] * goals), goals),
+        held_out=Rate.of(row.successes, row.episodes),
+        held_out_last=Rate.of(row.successes_last, row.episodes),
         demonstration_steps=start["demonstration_env_steps"] if start else 0,
         env_steps=training["env_steps"],
         selected_env_steps=_selected_env_steps(training, curve),
@@ -171,11 +167,6 @@ def _selected_env_steps(training: dict[str, Any], curve: TeacherCurve) -> int:
         return int(curve.env_steps[training["selected_iteration"] - 1])
     # Without a record: iterations take as many steps each, but for those of exploring.
     return int(training["env_steps"] * training["selected_iteration"] // training["iterations"])
-
-
-def _rate(successes: int, episodes: int) -> Rate:
-    low, high = wilson(successes, episodes)
-    return Rate(successes, episodes, successes / episodes, float(low), float(high))
 
 
 def score_rows(published: PublishedTeachers) -> list[dict[str, Any]]:

@@ -24,12 +24,15 @@ class Rate:
     low: float
     high: float
 
+    @classmethod
+    def of(cls, successes: float, episodes: float) -> Rate:
+        """From counts; there must be at least one episode."""
+        low, high = metrics.wilson(successes, episodes)
+        return cls(int(successes), int(episodes), float(successes / episodes), float(low), float(high))
+
 
 def _rate(successes: float, episodes: float) -> Rate | None:
-    if not episodes:
-        return None
-    low, high = metrics.wilson(successes, episodes)
-    return Rate(int(successes), int(episodes), float(successes / episodes), float(low), float(high))
+    return Rate.of(successes, episodes) if episodes else None
 
 
 @dataclass(frozen=True)
@@ -57,13 +60,14 @@ class TaskMeasures:
     before: Rate | None
     """Before any training."""
     own: Rate | None
-    """None where the stage was skipped for want of a teacher."""
+    """None where the stage was skipped for want of a teacher, or where stages do not follow each other."""
     final: Rate | None
     final_last: Rate | None
     """Success at the last step of the episode, in the final row."""
     final_training: Rate | None
     """Final row on training goals."""
     forgetting: float | None
+    """None for students that do not learn one task after another (`distill.protocol`): they cannot forget."""
     recovery: float | None
     """Unclipped."""
 
@@ -135,10 +139,14 @@ def measure_student(tables: Tables, method: str, seed: int) -> Student:
     successes, episodes = np.array([teachers.get(task, (0, 0)) for task in matrix.tasks], float).T
     with np.errstate(invalid="ignore"):
         teacher_rates = successes / episodes
+    continual = tables.method_config(method)["distill"]["protocol"] == "continual"
     final = metrics.final_stage(matrix.rates, matrix.stream, admitted)
     row = matrix.rates[final + 1] if final is not None else np.full(len(matrix.tasks), np.nan)
     lost = metrics.forgetting(
-        matrix.rates, matrix.stream, admitted, len(matrix.stream) - 1 if final is None else final
+        matrix.rates if continual else np.full_like(matrix.rates, np.nan),
+        matrix.stream,
+        admitted,
+        len(matrix.stream) - 1 if final is None else final,
     )
     own = metrics.own_stages(matrix.stream)
     share = metrics.recovery(row, teacher_rates, admitted & (episodes > 0))
@@ -169,7 +177,7 @@ def measure_student(tables: Tables, method: str, seed: int) -> Student:
                 teacher_state=states.get(task, "waiting"),
                 teacher=_rate(successes[j], episodes[j]),
                 before=_cell(matrix, -1, j),
-                own=_cell(matrix, int(own[j]), j) if admitted[j] else None,
+                own=_cell(matrix, int(own[j]), j) if admitted[j] and continual else None,
                 final=_cell(matrix, final, j),
                 final_last=_last_step(reported, final, task),
                 final_training=_cell(training, final, j),
@@ -253,12 +261,19 @@ def _recovery_interval(
     return Estimate(share.mean, *metrics.mean_interval(*clipped))
 
 
-def _areas(tables: Tables, matrix: SuccessMatrix, method: str, seed: int) -> Iterable[float | None]:
+def areas_at_most(tables: Tables, student: Student) -> list[float | None]:
+    """By stage, the area under a student's curve had every look within the stage been a full success."""
+    return list(_areas(tables, student.matrix, student.method, student.seed, at_most=True))
+
+
+def _areas(
+    tables: Tables, matrix: SuccessMatrix, method: str, seed: int, at_most: bool = False
+) -> Iterable[float | None]:
     settings = tables.method_config(method)["distill"]
     length = settings["steps_per_stage"]
     for stage, task in enumerate(matrix.stream):
         points = sorted(
-            (r.step, r.successes / r.episodes)
+            (r.step, 1.0 if at_most and r.step else r.successes / r.episodes)
             for r in tables.curves
             if (r.method, r.seed, r.stage, r.task) == (method, seed, stage, task)
         )

@@ -231,18 +231,19 @@ def area_under_curve(steps: Sequence[float], success: Sequence[float], length: f
     return float(np.trapezoid(np.concatenate([y[:1], y, y[-1:]]), x) / length)
 
 
-def forward_transfer(area: Floats, baseline: Floats, ceiling: float = 0.95) -> tuple[Floats, Bools]:
+def forward_transfer(area: Floats, baseline: Floats, at_most: Floats) -> tuple[Floats, Bools]:
     """`(AUC_k - AUC_k^b) / (1 - AUC_k^b)` of every stage (Wolczyk et al. 2021), whose mean is the transfer.
 
     Args:
         area: (..., K) area under the curve of each stage's task, from `area_under_curve`.
         baseline: (K,) the same for a student distilled on that task alone with the same steps and data.
-        ceiling: stages with a baseline above this are left out: next to nothing is left to transfer there.
+        at_most: (K,) the area that the baseline has if it succeeds whenever it is looked at. Stages where it does
+            are left out: a task that is learned before the first look leaves nothing to be learned sooner.
 
     Returns:
         (..., K), NaN for stages that are left out or not measured, and (K,) which were left out.
     """
-    left_out = baseline > ceiling
+    left_out = baseline > at_most - 1e-9
     with np.errstate(divide="ignore", invalid="ignore"):
         gain = (area - baseline) / (1.0 - baseline)
     return np.where(left_out, np.nan, gain), left_out

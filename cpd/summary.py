@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from cpd import metrics
-from cpd.measures import Estimate, Student, StudentMeasures, measure_student
+from cpd.measures import Estimate, Student, StudentMeasures, areas_at_most, measure_student
 from cpd.metrics import Aggregate, Bools, Floats
 from cpd.result_tables import TEACHER, Tables, labels
 
@@ -27,7 +27,7 @@ class ForwardTransfer:
     mean: Aggregate
     """Over the stages that all seeds measured."""
     left_out: tuple[str, ...]
-    """Tasks that a student of their own learns at once, so that there is nothing to transfer."""
+    """Tasks that a student of their own masters before anybody looks: nothing is left to be learned sooner."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class MethodMeasures:
     forgetting: dict[str, Aggregate]
     recovery: dict[str, Aggregate]
     worst_tasks: dict[str, str]
-    """Which task `worst_task` is, by measure."""
+    """Which task `worst_task` is, by measure, the first of several; none where all tasks are alike."""
     memory_steps: int | None
     """Most time steps that a student had stored after a stage; None if unknown."""
     parameters: int | None
@@ -133,8 +133,9 @@ def _method(method: str, every: Sequence[Student], tables: Tables) -> MethodMeas
                 "interquartile_mean": metrics.over_seeds(table, metrics.interquartile_mean),
                 "worst_task": metrics.over_seeds(table, worst),
             }
-            lowest = int((sign * table.mean(axis=0)).argmin())
-            worst_tasks[name] = finished[0].matrix.tasks[columns[lowest]]
+            means = sign * table.mean(axis=0)
+            if means.min() < means.max():
+                worst_tasks[name] = finished[0].matrix.tasks[columns[int(means.argmin())]]
     return MethodMeasures(
         method,
         seeds=tuple(s.seed for s in finished),
@@ -143,17 +144,19 @@ def _method(method: str, every: Sequence[Student], tables: Tables) -> MethodMeas
         worst_tasks=worst_tasks,
         memory_steps=max((row.memory_steps for row in stages), default=None),
         parameters=stages[-1].parameters if stages else None,
-        forward_transfer=_forward_transfer(students, _reference(method, every, tables)),
+        forward_transfer=_forward_transfer(students, _reference(method, every, tables), tables),
     )
 
 
-def _forward_transfer(students: Sequence[Student], reference: Sequence[Student]) -> ForwardTransfer | None:
+def _forward_transfer(
+    students: Sequence[Student], reference: Sequence[Student], tables: Tables
+) -> ForwardTransfer | None:
     if not reference:
         return None
-    alone = _areas(reference)
-    with np.errstate(invalid="ignore"):
-        baseline: Floats = np.nansum(alone, axis=0) / (~np.isnan(alone)).sum(axis=0)
-    gains, left_out = metrics.forward_transfer(_areas(students), baseline)
+    alone = [student.measures.areas for student in reference]
+    at_most = [areas_at_most(tables, student) for student in reference]
+    areas = _table([student.measures.areas for student in students])
+    gains, left_out = metrics.forward_transfer(areas, _mean(alone), _mean(at_most))
     measured: Bools = np.array(~np.isnan(gains).any(axis=0))
     if not measured.any():
         return None
@@ -168,9 +171,17 @@ def _forward_transfer(students: Sequence[Student], reference: Sequence[Student])
     )
 
 
-def _areas(students: Sequence[Student]) -> Floats:
-    """(N, K) areas under the curves, NaN where not measured."""
-    return np.array([[np.nan if area is None else area for area in s.measures.areas] for s in students])
+def _table(rows: Sequence[Sequence[float | None]]) -> Floats:
+    """(N, K), NaN where not measured."""
+    return np.array([[np.nan if value is None else value for value in row] for row in rows])
+
+
+def _mean(rows: Sequence[Sequence[float | None]]) -> Floats:
+    """(K,) over those that were measured, NaN where none was."""
+    table = _table(rows)
+    with np.errstate(invalid="ignore"):
+        mean: Floats = np.nansum(table, axis=0) / (~np.isnan(table)).sum(axis=0)
+    return mean
 
 
 def interval(

@@ -156,10 +156,11 @@ def test_area_under_curve() -> None:
 
 
 def test_forward_transfer_leaves_out_saturated_baselines() -> None:
-    gains, left_out = metrics.forward_transfer(np.array([[0.8, 0.5, 0.99]]), np.array([0.6, 0.6, 0.96]))
+    at_most = np.array([0.95, 0.95, 0.95])
+    gains, left_out = metrics.forward_transfer(np.array([[0.8, 0.5, 0.99]]), np.array([0.6, 0.6, 0.95]), at_most)
     np.testing.assert_allclose(gains, [[0.5, -0.25, np.nan]])
     assert left_out.tolist() == [False, False, True]
-    gains, left_out = metrics.forward_transfer(np.array([0.8, np.nan]), np.array([1.0, 0.5]))
+    gains, left_out = metrics.forward_transfer(np.array([0.8, np.nan]), np.array([1.0, 0.5]), np.ones(2))
     assert np.isnan(gains).all()
     assert left_out.tolist() == [True, False]
 

@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from cpd.result_tables import read_tables
 from cpd.results import gather
 from cpd.runs import Run, RunError
 from cpd.summary import summarize
-from cpd.tables import EpisodeRow, EvaluationRow, LossRow, StageRow, read_rows, write_rows
+from cpd.tables import CurveRow, EpisodeRow, EvaluationRow, LossRow, StageRow, read_rows, write_rows
 from tests.synthetic_run import write_run
 
 STREAM = ("drawer-close-v3", "handle-press-side-v3", "window-close-v3")
@@ -347,8 +348,21 @@ def test_forward_transfer_is_measured_from_the_students_of_single_tasks_in_the_s
     assert found["left_out"] == ()
     assert (ours["memory_steps"], ours["parameters"]) == (240, 70_000)
 
-    # Students that were distilled longer are no measure.
+    # A task that students of their own master whenever they are looked at leaves nothing to be learned sooner.
+    for student in run.students():
+        if student.method == "alone":
+            rows = read_rows(student.curves, CurveRow)
+            write_rows(student.curves, [replace(r, successes=10) if r.stage == 1 else r for r in rows])
+    (ours, _) = gather(run)["methods"]
+    assert ours["forward_transfer"]["left_out"] == (STREAM[1],)
+    assert ours["forward_transfer"]["mean"]["estimate"] == pytest.approx((expected[0] + expected[2]) / 2)
+
+    # Students that were distilled longer, or on larger batches, are no measure.
     config = read_json(run.config_path)
+    config["variants"]["alone"]["distill"]["batch_size"] = 2 * config["distill"]["batch_size"]
+    write_json(run.config_path, config)
+    assert all(method["forward_transfer"] is None for method in gather(run)["methods"])
+    config["variants"]["alone"]["distill"]["batch_size"] = config["distill"]["batch_size"]
     config["variants"]["alone"]["distill"]["steps_per_stage"] = 2 * config["distill"]["steps_per_stage"]
     write_json(run.config_path, config)
     assert all(method["forward_transfer"] is None for method in gather(run)["methods"])
@@ -368,6 +382,24 @@ def test_the_area_of_a_student_of_a_single_task_begins_where_an_untrained_one_is
     earlier = [RATES[stage, stage] - RATES[0, stage] for stage in range(3)]
     assert earlier == [0.0, 0.1, 0.2]
     assert np.subtract(continual, alone) == pytest.approx(np.array(earlier) / 20)
+
+
+@pytest.mark.parametrize("protocol", ["joint", "single_task"])
+def test_who_does_not_learn_one_task_after_another_cannot_forget(protocol: str, tmp_path: Path) -> None:
+    run = write_run(
+        tmp_path / "run",
+        stream=STREAM,
+        students={1: RATES},
+        teachers=TEACHERS,
+        variants={"bound": {1: RATES}},
+        protocols={"bound": protocol},
+    )
+    report = gather(run)
+    (ours, bound), (_, student) = report["methods"], report["students"]
+    assert ours["forgetting"] and not bound["forgetting"] and "forgetting" not in bound["worst_tasks"]
+    assert bound["average_performance"] == ours["average_performance"] and bound["recovery"] == ours["recovery"]
+    assert student["forgetting"]["value"] is None and student["most_forgotten"] is None
+    assert all(task["forgetting"] is None and task["own"] is None for task in student["tasks"])
 
 
 def test_a_student_that_was_not_measured_on_a_task_is_not_averaged_without_it(tmp_path: Path) -> None:

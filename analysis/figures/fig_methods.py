@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 
 from analysis.load import Dataset
 from analysis.style import COLUMN_INCHES, GUIDE, method_colour
+from analysis.tables import percent
 from cpd.metrics import FEW_SEEDS
 from cpd.summary import MethodMeasures, interval
 
@@ -15,7 +16,10 @@ MEASURES = {"average_performance": "average\nperformance", "recovery": "recovery
 
 
 def draw(data: Dataset) -> Figure:
-    """Rows: methods in the order of the recipe; one panel per measure, means as bars, single seeds as dots."""
+    """Rows: methods in the order of the recipe; one panel per measure, means as bars, single seeds as dots.
+
+    The first method, which the others are compared with, has a colour of its own.
+    """
     methods = list(data.methods)
     figure = Figure(figsize=(COLUMN_INCHES, 0.17 * len(methods) + 0.62))
     panels = figure.subplots(1, len(MEASURES), sharey=True)
@@ -60,13 +64,19 @@ def _guide(axes: Axes, data: Dataset, measure: str) -> None:
 def _method(axes: Axes, data: Dataset, method: MethodMeasures, measure: str, row: int) -> None:
     found = getattr(method, measure).get("mean")
     if found is None:
-        axes.text(0.02, row, "not finished", size=5.5, style="italic", va="center", color=GUIDE)
+        told = "cannot forget" if method.recovery else "not finished"
+        axes.text(0.02, row, told, size=5.5, style="italic", va="center", color=GUIDE)
         return
     low, high = _interval(data, method, measure)
-    axes.barh(row, found.estimate, 0.72, color=method_colour(0), alpha=0.35, linewidth=0)
+    colour = method_colour(1 if method is data.methods[0] else 0)
+    axes.barh(row, found.estimate, 0.72, color=colour, alpha=0.35, linewidth=0)
+    # Inside a bar where there is room, so that no mark is covered.
+    inside = found.estimate > 0.4
+    place = {"x": 0.03, "ha": "left"} if inside else {"x": 0.98, "ha": "right"}
+    axes.text(y=row, s=percent(found.estimate, 1), size=5.5, va="center", zorder=5, **place)  # type: ignore[arg-type]
     if low is not None and high is not None:
         axes.plot([low, high], [row, row], color="black", linewidth=0.8, zorder=3)
-    axes.plot([found.estimate] * 2, [row - 0.36, row + 0.36], color=method_colour(0), linewidth=1.4, zorder=3)
+    axes.plot([found.estimate] * 2, [row - 0.36, row + 0.36], color=colour, linewidth=1.4, zorder=3)
     if len(found.per_seed) > 1:
         # Apart from each other, so that equal seeds are all seen.
         rows = row + 0.22 * np.linspace(-1, 1, len(found.per_seed))
@@ -76,7 +86,8 @@ def _method(axes: Axes, data: Dataset, method: MethodMeasures, measure: str, row
 def caption(data: Dataset) -> str:
     """What the figure shows, without the conditions."""
     counts = {len(method.seeds) for method in data.methods}
-    marks = ["Bars: means; dots: single seeds." if max(counts) > 1 else "Bars: the only seed."]
+    drawn = "means; dots: single seeds" if max(counts) > 1 else "the only seed"
+    marks = [f"Bars and numbers (per cent): {drawn}."]
     if max(counts) >= FEW_SEEDS:
         marks.append("Lines: bootstrap 95 % intervals over seeds.")
     if 1 in counts:

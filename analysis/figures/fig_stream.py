@@ -159,8 +159,9 @@ def caption(data: Dataset) -> str:
             f"over all tasks, those to come included.{behind(data.method_names)}{dots}"
         )
     length = data.steps_per_stage[data.methods[0].method]
+    current = f"the current task within every stage ({length} steps each), and " if data.curves else ""
     return (
-        f"Success over the stream of {data.name}: the current task within every stage ({length} "
-        "steps each), and after every stage the means over all tasks, those to come included (average "
-        f"performance), and over the tasks so far; tasks without an admitted teacher count as 0.{dots}"
+        f"Success over the stream of {data.name}: {current}after every stage the means over all tasks, those to "
+        "come included (average performance), and over the tasks so far; tasks without an admitted teacher count "
+        f"as 0.{dots}"
     )

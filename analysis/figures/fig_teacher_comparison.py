@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from analysis.figures.fig_teacher_panels import finish, set_axes
-from analysis.style import COLUMN_INCHES, method_line
+from analysis.style import COLUMN_INCHES, LINE_STYLES, method_colour
 from analysis.teachers import PublishedTeachers
 
 
 def draw(groups: Mapping[str, PublishedTeachers]) -> Figure:
     """A panel per task: success on validation goals over environment steps of RL, a colour per folder.
 
+    The first folder, with which the others are compared, lies on top.
+
     Args:
-        groups: published teachers of the same tasks, by the name that the legend has for them.
+        groups: published teachers of the same stream, by the name that the legend has for them.
     """
-    tasks = list(dict.fromkeys(t.task for published in groups.values() for t in published.teachers))
+    known = {t.task for published in groups.values() for t in published.teachers}
+    tasks = [task for task in dict.fromkeys(next(iter(groups.values())).stream) if task in known]
     num_columns = min(3 if len(tasks) <= 6 else 4, len(tasks))
     num_rows = math.ceil(len(tasks) / num_columns)
     num_legend_rows = math.ceil(len(groups) / 2)
@@ -34,16 +38,17 @@ def draw(groups: Mapping[str, PublishedTeachers]) -> Figure:
 def _panel(axes: Axes, task: str, groups: Mapping[str, PublishedTeachers]) -> None:
     longest = 0
     for index, (name, published) in enumerate(groups.items()):
+        style: dict[str, Any] = {"color": method_colour(index), "zorder": 3 - index / len(groups)}
         own = [teacher for teacher in published.teachers if teacher.task == task]
         for teacher in own:
             steps, rates = teacher.validated
-            axes.plot(steps, rates, label=name, linewidth=0.8, alpha=0.85, **method_line(index))
+            axes.plot(steps, rates, label=name, linewidth=0.9, linestyle=LINE_STYLES[index % 3], **style)
             longest = max(longest, teacher.env_steps)
             if not steps:
                 continue
             end = "x" if teacher.state == "rejected" else "o"
             kept = (teacher.selected_env_steps, teacher.validation.rate)
-            axes.plot(*kept, end, markersize=2.4, color=method_line(index)["color"], zorder=4)
+            axes.plot(*kept, end, markersize=2.6, markeredgecolor="white", markeredgewidth=0.3, **style)
     set_axes(axes, task, longest)
 
 

@@ -24,13 +24,13 @@ def draw(published: PublishedTeachers) -> Figure:
     heights = -np.arange(len(teachers), dtype=float)
     for height, teacher in zip(heights, teachers, strict=True):
         rate = teacher.held_out
-        start = teacher.before.rate if teacher.before else 0.0
-        axes.plot([start, rate.rate], [height] * 2, color=colour, alpha=0.3, linewidth=1.6, zorder=2)
         if teacher.before:
+            start = teacher.before.rate
+            axes.plot([start, rate.rate], [height] * 2, color=colour, alpha=0.3, linewidth=1.6, zorder=2)
             axes.plot(start, height, "o", markerfacecolor="white", markeredgecolor=colour, markeredgewidth=0.9)
         axes.plot([rate.low, rate.high], [height] * 2, color=colour, linewidth=0.8, zorder=3)
         axes.plot(rate.rate, height, "o", color=colour, zorder=4)
-        axes.plot(teacher.held_out_last.rate, height, "|", color=TEACHER_COLOUR, markersize=5, zorder=1)
+        axes.plot(teacher.held_out_last.rate, height, "|", color=TEACHER_COLOUR, markersize=6, zorder=5)
         axes.text(1.27, height, _steps(teacher.env_steps), fontsize=6.5, ha="right", va="center")
         if published.has_cpu_seconds:
             axes.text(1.45, height, cpu_text(teacher), fontsize=6.5, ha="right", va="center")

@@ -47,15 +47,17 @@ def set_axes(axes: Axes, task: str, longest: int) -> None:
 
 
 def finish(figure: Figure, grid: npt.NDArray[Any], num_panels: int, rate: str, *, num_legend_columns: int) -> None:
-    """What the panels have in common: the axis of the success `rate`, labels, and the legend of the first."""
+    """What the panels have in common: the axis of the success `rate`, labels, and a legend."""
     grid.flat[0].set_ylim(-0.06, 1.1)
     grid.flat[0].set_yticks([0, 0.5, 1], ["0", ".5", "1"])
     for axes in grid.flat[num_panels:]:
         axes.set_visible(False)
     figure.supxlabel("environment steps of RL", fontsize=7)
     figure.supylabel(rate, fontsize=7)
-    handles, names = grid.flat[0].get_legend_handles_labels()
-    by_name = dict(zip(names, handles, strict=True))  # several seeds repeat them
+    by_name: dict[str, Any] = {}  # panels and seeds repeat them
+    for axes in grid.flat[:num_panels]:
+        for handle, name in zip(*axes.get_legend_handles_labels(), strict=True):
+            by_name.setdefault(name, handle)
     columns = min(num_legend_columns, len(by_name))
     figure.legend(by_name.values(), by_name.keys(), loc="outside upper center", ncols=columns, fontsize=6.5)
 

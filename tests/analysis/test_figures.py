@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,11 +11,21 @@ from matplotlib.figure import Figure
 
 from analysis.build import build
 from analysis.captions import conditions
-from analysis.figures import fig_methods, fig_profile, fig_stream, fig_success_matrix, fig_transfer, fig_usage
+from analysis.figures import (
+    fig_losses,
+    fig_methods,
+    fig_profile,
+    fig_stream,
+    fig_success_matrix,
+    fig_teacher_student,
+    fig_transfer,
+    fig_usage,
+)
 from analysis.figures.small_multiples import MOST_LINES
 from analysis.load import Dataset, load
 from analysis.style import paper_style
 from analysis.tables import task_cells, write_tables
+from cpd.files import read_json, write_json
 from cpd.measures import rate_before
 from cpd.metrics import SuccessMatrix
 from cpd.results import gather
@@ -92,6 +103,54 @@ def test_bars_of_methods_are_the_measures_and_no_line_is_cut_off(tmp_path: Path)
         assert low <= min(drawn) and (max(drawn) <= high or high == 1)
 
 
+def test_methods_are_told_in_numbers_and_measured_against_their_teachers(tmp_path: Path) -> None:
+    joint = {"variants": {"all": {1: RATES}}, "protocols": {"all": "joint"}}
+    with paper_style():
+        figure = fig_methods.draw(made(tmp_path / "r", **joint))
+    mean = f"{100 * RATES[3].mean():.1f}"
+    assert texts(figure, 0) == [mean, mean]
+    assert texts(figure, 2) == ["15.0", "cannot forget"]
+    guides = [next(line for line in axes.lines if line.get_linestyle() != "-") for axes in figure.axes]
+    assert [guide.get_xdata()[0] for guide in guides] == pytest.approx([0.9, 1.0, 0.0])
+
+
+def test_diamonds_are_where_a_task_was_after_its_own_stage(tmp_path: Path) -> None:
+    axes = fig_teacher_student.draw(made(tmp_path / "r")).axes[0]
+    bars = {patch.get_y() + patch.get_height() / 2: patch.get_width() for patch in axes.patches}
+    diamonds = {line.get_ydata()[0]: line.get_xdata()[0] for line in axes.lines if line.get_marker() == "D"}
+    assert list(diamonds.values()) == pytest.approx([0.9, 0.8, 0.96])
+    assert [bars[min(bars, key=lambda y: abs(y - row))] for row in diamonds] == pytest.approx(RATES[3])
+
+
+@pytest.mark.parametrize("steps", [1_000, 2_000])
+def test_curves_and_losses_lie_within_their_stages(tmp_path: Path, steps: int) -> None:
+    run = write_run(tmp_path / "r", stream=STREAM, students={1: RATES, 2: RATES}, teachers=TEACHERS)
+    config = read_json(run.config_path)
+    config["distill"]["steps_per_stage"] = steps
+    write_json(run.config_path, config)
+    gather(run)
+    data = load([run.results])
+    current = [line for line in fig_stream.draw(data).axes[0].lines if len(line.get_xdata()) == 11]
+    for stage, line in enumerate(current):
+        places = [stage + 100 * point / steps for point in range(11)]
+        assert list(line.get_xdata()) == pytest.approx(places)
+        assert line.get_ydata()[0] == pytest.approx(RATES[stage, stage])
+    assert len(current) == 3
+    assert f"the current task within every stage ({steps} steps each)" in fig_stream.caption(data)
+    losses = fig_losses.draw(data)
+    assert losses is not None
+    recorded = {row.stage + row.step / steps for row in data.losses}
+    drawn = {float(x) for line in losses.axes[0].lines[:3] for x in line.get_xdata()}
+    assert sorted(drawn) == pytest.approx(sorted(recorded))
+
+
+def test_nothing_is_said_of_curves_that_are_not_there(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "r", stream=STREAM, students={1: RATES}, teachers=TEACHERS)
+    run.students()[0].curves.unlink()
+    gather(run)
+    assert "current task" not in fig_stream.caption(load([run.results]))
+
+
 def test_rejected_teachers_count_as_0_where_teachers_are_the_measure(tmp_path: Path) -> None:
     rates = np.where(np.arange(3) == 1, 0.0, RATES)
     teachers = {task: rate for task, rate in TEACHERS.items() if task != STREAM[1]}
@@ -105,12 +164,13 @@ def test_rejected_teachers_count_as_0_where_teachers_are_the_measure(tmp_path: P
     assert [steps[0], steps[50], steps[100]] == pytest.approx([1, 2 / 3, 1 / 3])
 
 
-def test_usage_is_the_share_of_every_task_s_choices(tmp_path: Path) -> None:
-    data = made(tmp_path / "r")
+def test_usage_is_the_share_of_every_task_s_choices_of_the_first_seed(tmp_path: Path) -> None:
+    data = made(tmp_path / "r", students={1: RATES, 2: RATES * 0.5})
+    data = replace(data, usage=tuple(replace(r, chosen=r.chosen + r.seed * r.expert) for r in data.usage))
     shares = fig_usage._shares(data, "moe")
     assert shares is not None
     for layer, column, expert in np.ndindex(shares.shape):
-        own = [row for row in data.usage if (row.layer, row.task) == (layer, STREAM[column])]
+        own = [row for row in data.usage if (row.seed, row.layer, row.task) == (1, layer, STREAM[column])]
         chosen = sum(row.chosen for row in own if row.expert == expert)
         assert shares[layer, column, expert] == pytest.approx(chosen / sum(row.chosen for row in own))
 
