@@ -144,6 +144,14 @@ def _fill_rows(
     stages = comm.broadcast([s for s in range(-1, len(config.stream.tasks)) if student.stage_policy(s).exists()])
     if is_whole and not stages:
         raise ValueError(f"{student.path} holds no trained stage yet; run jobs.distill first")
+    rejected = {task for task in config.stream.tasks if run.teacher_of(task, element.seed).rejected.exists()}
+    distilled = [-1, *(s for s, task in enumerate(config.stream.tasks) if task not in rejected)]
+    lost = [s for s in distilled if is_whole and s not in stages and not element.row_file(s).exists()]
+    if comm.any(bool(lost)):
+        raise ValueError(
+            f"{', '.join(str(student.stage_policy(s)) for s in lost)} lacking, though {student.name} is finished: "
+            f"restore it, or remove {student.path} and launch again, which distils this student anew"
+        )
     rows_due = stages if is_whole else stages[:-1]
     todo = comm.broadcast([s for s in rows_due if not element.row_file(s).exists()])
     episodes = {s: sum(cell.num_episodes for cell in row_cells(config, s, stages[-1])) for s in rows_due}

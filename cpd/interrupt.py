@@ -32,6 +32,10 @@ class Interrupt:
     event's lock, which the first then holds, would never be given.
     """
 
+    #: Whether one that is installed in the place of another takes over that one's request: in a job that does
+    #: several elements, a signal that comes as one ends is meant for the next.
+    inherits = False
+
     def __init__(self) -> None:
         self._requested = False
         self.signal_number = 0
@@ -48,7 +52,9 @@ class Interrupt:
     def install(self) -> Interrupt:
         """Handle SIGTERM, SIGINT, SIGUSR1 and SIGUSR2, and watch the launcher; call in the main thread."""
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
-            signal.signal(number, self._handle)
+            before = getattr(signal.signal(number, self._handle), "__self__", None)
+            if Interrupt.inherits and isinstance(before, Interrupt) and before.requested:
+                self._requested, self.signal_number = True, before.signal_number
         launcher = os.environ.get(LAUNCHER_VARIABLE, "")
         if launcher:
             threading.Thread(target=self._watch, args=(launcher,), daemon=True, name="launcher-watch").start()

@@ -50,6 +50,9 @@ class Holder:
         job, restart = os.environ.get("SLURM_JOB_ID", ""), int(os.environ.get("SLURM_RESTART_COUNT") or 0)
         return cls(socket.gethostname(), os.getpid(), start_ticks(os.getpid()), job, restart=restart)
 
+    def __str__(self) -> str:
+        return f"process {self.process} on {self.host}{f' (job {self.job})' if self.job else ''}"
+
     def is_succeeded_by(self, other: Holder) -> bool:
         """Whether `other` is a later start of the same Slurm job, which ends every earlier one."""
         return bool(self.job) and self.job == other.job and self.restart < other.restart
@@ -101,8 +104,7 @@ class Lease:
                     return self
             elif time.monotonic() >= deadline:
                 raise LeaseHeldError(
-                    f"{self._attempts.parent} is being written by process {holder.process} on {holder.host}"
-                    f"{f' (job {holder.job})' if holder.job else ''}; wait for it or end it first"
+                    f"{self._attempts.parent} is being written by {holder}; wait for it or end it first"
                 )
             time.sleep(0.2)
 

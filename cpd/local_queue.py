@@ -11,10 +11,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cpd.interrupt import LAUNCHER_VARIABLE, Interrupt, launcher_identity
+from cpd.lease import Holder, current_holder
 from cpd.profile import Profile
 from cpd.record import read_status
 from cpd.runs import Element, Run
-from cpd.submission import ask_to_stop, submit_local
+from cpd.session import mark
+from cpd.submission import ask_to_stop, is_ours, submit_local
 
 POLL_SECONDS = 0.2
 #: Seconds between looks at what all elements tell of themselves: that reads a file for each of them.
@@ -37,6 +39,8 @@ class LocalQueue:
     refresh: Callable[[], None] = lambda: None
     """Called about once a second, to redraw a display."""
     failed: list[Element] = field(default_factory=list)
+    held: dict[str, Holder] = field(default_factory=dict)
+    """By name, elements that somebody else is at work on, and who."""
     _running: dict[str, tuple[Element, Any, int]] = field(default_factory=dict)
     _restarts: dict[str, int] = field(default_factory=dict)
     _refreshed: float = -math.inf
@@ -57,7 +61,7 @@ class LocalQueue:
                 pending = self._start_ready(pending)
             self._refresh(at_once=ended)
         self._stop_all()
-        return not pending and not self.failed
+        return not pending and not self.failed and not self.held
 
     def _start_ready(self, pending: list[Element]) -> list[Element]:
         """Start what can start; returns what still waits."""
@@ -92,11 +96,18 @@ class LocalQueue:
             ended = True
             if element.finished:
                 continue
-            self._restarts[name] = self._restarts.get(name, 0) + 1
-            if read_status(element.status).state != "failed" and self._restarts[name] <= MAX_RESTARTS:
-                pending.append(element)
-            else:
+            holder, _ = current_holder(element.path / "attempts")
+            if holder and not is_ours(holder):
+                self.held[name] = holder
+                continue
+            self._restarts[name] = restarts = self._restarts.get(name, 0) + 1
+            if read_status(element.status).state == "failed":
                 self.failed.append(element)
+            elif restarts > MAX_RESTARTS:
+                mark(element, "failed", f"its job ended {restarts} times without a word (killed? out of memory?)")
+                self.failed.append(element)
+            else:
+                pending.append(element)
         return ended
 
     def _stop_all(self) -> None:

@@ -245,6 +245,10 @@ class Run:
         """Everything the run consists of, in order."""
         return [*self.teachers(), *self.students(), *self.evaluations(), self.report()]
 
+    def is_extended_by(self, config: Config) -> bool:
+        """Whether `config`, which agrees with this run's otherwise, has students that this run has not."""
+        return len(config.methods) * len(config.seeds) > len(self.students())
+
     def select(self, names: Sequence[str]) -> list[Element]:
         """The elements with these names, or in folders with them such as `students/ewc`; all if none is given.
 

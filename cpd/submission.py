@@ -18,8 +18,8 @@ from typing import Any
 import submitit
 
 from cpd.comm import RANKS_VARIABLE
-from cpd.interrupt import EXIT_INTERRUPTED
-from cpd.lease import current_holder
+from cpd.interrupt import EXIT_INTERRUPTED, LAUNCHER_VARIABLE, launcher_identity
+from cpd.lease import Holder, current_holder
 from cpd.ledger import enter
 from cpd.profile import Resources
 from cpd.runs import Element, Role, Run
@@ -34,6 +34,7 @@ VERBS: Mapping[Role, str] = {
 }
 #: Tells a job how many cores it may fill.
 CPUS_VARIABLE = "CPD_CPUS"
+DEVICES_VARIABLE = "CUDA_VISIBLE_DEVICES"
 #: mpiexec starts its ranks itself rather than through srun or ssh, and Open MPI agrees to do so as root and with
 #: more ranks than cores.
 MPIEXEC_ENVIRONMENT = {
@@ -79,6 +80,8 @@ class ElementJob(submitit.helpers.Checkpointable):
     resources: Resources
     partial: bool = False
     """Whether to do what can be done while something that the element needs is not finished."""
+    visible_devices: str | None = None
+    """On this machine: the launcher's CUDA_VISIBLE_DEVICES, in whose place submitit's local executor hides all."""
 
     @property
     def arguments(self) -> list[str]:
@@ -90,7 +93,12 @@ class ElementJob(submitit.helpers.Checkpointable):
         os.environ[CPUS_VARIABLE] = str(self.resources.cpus)
         os.environ.setdefault("OMP_NUM_THREADS", "1")
         module = VERBS[self.role]
-        if self.resources.ranks > 1 and os.environ.get("SUBMITIT_EXECUTOR") == "local":
+        is_local = os.environ.get("SUBMITIT_EXECUTOR") == "local"
+        if is_local:
+            os.environ.pop(DEVICES_VARIABLE, None)
+            if self.visible_devices is not None:
+                os.environ[DEVICES_VARIABLE] = self.visible_devices
+        if self.resources.ranks > 1 and is_local:
             environment = {**os.environ, **MPIEXEC_ENVIRONMENT, RANKS_VARIABLE: str(self.resources.ranks)}
             command = mpi_command(self.resources.ranks, [sys.executable, "-u", "-m", module, *self.arguments])
             # A session of its own, so that Ctrl-C at the terminal reaches the ranks by way of the stop flag only.
@@ -117,7 +125,9 @@ def local_executor(run: Run) -> Any:
 def submit_local(run: Run, element: Element, resources: Resources) -> Any:
     """Start the job of one element here and enter it in the ledger; returns submitit's job."""
     mark_queued(element)
-    job = local_executor(run).submit(ElementJob(str(run.root.resolve()), element.role, element.name, resources))
+    devices = os.environ.get(DEVICES_VARIABLE)
+    work = ElementJob(str(run.root.resolve()), element.role, element.name, resources, visible_devices=devices)
+    job = local_executor(run).submit(work)
     enter(run, element, job.job_id, log_file(run, job.job_id))
     return job
 
@@ -138,14 +148,25 @@ def log_name(run: Run, job_id: str) -> str:
 
 
 def ask_to_stop(element: Element) -> bool:
-    """Ask the process on this machine that writes `element` to save and stop; False if none does yet.
+    """Ask the process that writes `element` for this launcher to save and stop; False if none writes it yet.
 
-    One on another machine is at work for somebody else, and is left alone.
+    Whoever writes it for somebody else is left alone.
     """
     holder, _ = current_holder(element.path / "attempts")
     if holder is None:
         return False
-    if holder.host == socket.gethostname():
+    if is_ours(holder):
         with contextlib.suppress(ProcessLookupError):  # it has just ended
             os.kill(holder.process, signal.SIGTERM)
     return True
+
+
+def is_ours(holder: Holder) -> bool:
+    """Whether a living holder is at work for this launcher: started on this machine, with its variable."""
+    if holder.host != socket.gethostname():
+        return False
+    try:
+        variables = Path(f"/proc/{holder.process}/environ").read_bytes().split(b"\0")
+    except OSError:  # another user's, or just ended
+        return False
+    return f"{LAUNCHER_VARIABLE}={launcher_identity()}".encode() in variables

@@ -11,7 +11,7 @@ from cpd.config import Config
 from cpd.ledger import ledger
 from cpd.profile import Profile
 from cpd.record import clock
-from cpd.runs import Run, TeacherElement
+from cpd.runs import Element, Run, TeacherElement
 from cpd.slurm.estimate import costs, disk, gigabytes, wall_hours
 from cpd.slurm.plan import Submission, plan, texts
 from cpd.slurm.queue import cancel, submit, withdraw
@@ -38,12 +38,18 @@ class ImaginedRun(Run):
         """Nothing is read or written; teachers that would be taken over as they are count as finished."""
         self.root = root
         self.__dict__["config"] = config
+        self._is_extended = self.config_path.exists() and Run(root).is_extended_by(config)
         self._policies = {a.teacher.name for a in adoptions if a.policy}
         self._elsewhere = {a.teacher.name: a.source.path for a in adoptions if a.source and a.marker}
 
     def teachers(self) -> list[TeacherElement]:
         """Those that would be taken over lie where they are now."""
         return [replace(t, path=self._elsewhere.get(t.name, t.path)) for t in super().teachers()]
+
+    def report(self) -> Element:
+        """One that has yet to tell of students that would be added lies where nothing is."""
+        report = super().report()
+        return replace(report, path=report.path / "anew") if self._is_extended else report
 
     def is_trained(self, teacher: TeacherElement) -> bool:
         """Also those whose policy would be taken over."""

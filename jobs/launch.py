@@ -64,7 +64,7 @@ def prepare(root: Path, config: Config, profile: Profile) -> Run:
             lines = "\n".join(f"  {line.replace('None -> ', '')}" for line in unsaid)
             tell(f"note: {root} is older than these settings; what is finished may not agree with them:\n{lines}")
         config = continued(old.config, config)
-        if len(config.methods) * len(config.seeds) > len(old.students()):
+        if old.is_extended_by(config):
             old.report().complete.unlink(missing_ok=True)  # it has yet to tell of those that are new
     else:
         write_json(root / "provenance.json", provenance())
@@ -114,6 +114,8 @@ def execute(run: Run, profile: Profile, interrupt: Interrupt, elements: Sequence
         finished = queue.execute()
     names = [element.name for element in queue.failed]
     print_failures(console, run, [row for row in run_status(run) if row.element in names])
+    for name, holder in queue.held.items():
+        tell(f"{name} is being written by {holder}; wait for it or end it, then launch again")
     return finished
 
 

@@ -83,6 +83,8 @@ def element_status(run: Run, element: Element, log: str, job: JobState | None = 
     record = read_status(element.status)
     holder, attempts = current_holder(element.path / "attempts")
     state = _state(element, record, holder, job)
+    if state == "queued" and not job and current_holder(run.root / "launcher" / "attempts")[0] is None:
+        state = "waiting"  # its launcher, on this machine, is gone
     message = record.message
     if job and state == "killed":
         told = state_told_by(log_tail(run.root / log) if log else ())

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from cpd.comm import Comm
 from cpd.config.types import EpisodeChoice
 from cpd.distill.batches import StageData
-from cpd.files import sha256
+from cpd.files import read_json, sha256
 from cpd.provenance import labels
 from cpd.runs import Run, StudentElement, TeacherElement
 from cpd.shards.reader import read_rollouts
@@ -55,9 +55,15 @@ def read_stage(run: Run, teacher: TeacherElement, comm: Comm, episodes: EpisodeC
 
     Raises:
         ShardError: if they are not sound or not this teacher's.
-        ValueError: if the ranks did not find the same rollouts.
+        ValueError: if the policy is damaged, or if the ranks did not find the same rollouts.
     """
     policy = sha256(teacher.policy) if teacher.policy.exists() else None
+    description = teacher.policy.with_suffix(".json")
+    if policy and description.exists() and read_json(description).get("sha256") != policy:
+        raise ValueError(
+            f"{teacher.policy} is damaged: it is not the file that {description.name} describes; restore it, or "
+            f"remove {teacher.path} and launch again, which trains this teacher anew"
+        )
     rollouts = read_rollouts(teacher.shards, task=teacher.task, labels=labels(run.config), policy_sha256=policy)
     found = comm.gather(sha256(teacher.shards / INDEX_NAME))
     if comm.any(len(set(found)) > 1):

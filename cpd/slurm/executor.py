@@ -12,7 +12,7 @@ import submitit
 from submitit.core.utils import DelayedSubmission, JobPaths
 from submitit.slurm.slurm import _make_sbatch_string
 
-from cpd.interrupt import EXIT_INTERRUPTED
+from cpd.interrupt import EXIT_INTERRUPTED, Interrupt
 from cpd.profile import Profile, Resources
 from cpd.runs import Element, Role, Run
 from cpd.submission import ElementJob
@@ -54,6 +54,7 @@ class BundleJob(submitit.helpers.Checkpointable):
     def __call__(self) -> None:
         """Do them all; an element that fails does not keep the others from being tried."""
         code: Any = 0
+        Interrupt.inherits = True
         for job in self.jobs:
             try:
                 job()

@@ -94,7 +94,7 @@ def _requeue(run: Run, element: Element, job: str) -> str:
         if facts.get("BatchFlag") != "1" or facts.get("Requeue") != "1":
             return f"job {job} may not be requeued; launching again goes on"
         if is_stuck(run, element, job):
-            reason = "given up: the last requeues brought it no further; raise minutes or signal_seconds"
+            reason = "given up: the last requeues brought it no further; raise minutes, or max_timeouts"
             mark(element, "failed", reason)
             return reason
         run_command(["scontrol", "requeue", job])

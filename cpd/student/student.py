@@ -251,7 +251,10 @@ def load_student(path: Path) -> Student:
     description = read_json(description_path)
     data = path.read_bytes()
     if hashlib.sha256(data).hexdigest() != description["sha256"]:
-        raise ValueError(f"{path} is not what {description_path.name} describes; remove both and distil again")
+        raise ValueError(
+            f"{path} is damaged: it is not what {description_path.name} describes; restore it, or remove the "
+            "student's folder and launch again, which distils it anew"
+        )
     centre, scale = observation_scaling()
     if [centre.tolist(), scale.tolist()] != [description["obs_centre"], description["obs_scale"]]:
         raise ValueError(f"{path} was trained with another scaling of observations than this code's; distil again")

@@ -12,6 +12,7 @@ import pytest
 from cpd.checkpoint import published
 from cpd.comm import Comm, SerialComm
 from cpd.distill.element import run_student
+from cpd.evaluate import run_evaluation
 from cpd.interrupt import Interrupt, InterruptedBySignal
 from cpd.shards.schema import ShardError
 from cpd.student.student import load_student
@@ -161,6 +162,16 @@ class TestTeachers:
             distil(run)
         assert json.loads(run.students()[0].status.read_text())["state"] == "failed"
 
+    def test_a_damaged_policy_is_told_from_stale_rollouts(self, make_student_run):
+        run = make_student_run()
+        policy = run.teacher_of("drawer-close-v3", 1).policy
+        policy.write_bytes(b"half of it")
+        policy.with_suffix(".json").write_text(json.dumps({"sha256": "of the whole"}))
+        with pytest.raises(
+            ValueError, match=r"policy\.safetensors is damaged.*restore it, or remove .*drawer-close"
+        ):
+            distil(run)
+
     def test_a_rejected_one_is_skipped_and_recorded(self, make_student_run):
         run = make_student_run()
         reject(run, "drawer-close-v3")
@@ -227,3 +238,13 @@ def test_onehot_is_told_the_task_of_every_row(make_student_run):
     moved = (final.task - initial.task).abs().amax(1).detach().numpy()
     assert (moved > 1e-3).all()
     assert not np.allclose(moved[0], moved[1])
+
+
+def test_a_stage_that_was_lost_is_not_passed_over_when_the_student_is_evaluated(make_student_run):
+    run = make_student_run()
+    distil(run)
+    student, element = run.students()[0], run.evaluations()[0]
+    student.stage_policy(0).unlink()
+    with pytest.raises(ValueError, match=r"stage-00\.safetensors lacking, though students/moe/seed-1 is finished"):
+        run_evaluation(run, element, SerialComm(), interrupt=Interrupt(), tell=lambda line: None)
+    assert not element.complete.exists()
