@@ -50,13 +50,15 @@ def available_cpus() -> int:
 
 
 def exit_quietly(main: Callable[[], int]) -> NoReturn:
-    """Exit with `main`'s code; without a traceback where files are another user's, or a `head` stopped reading."""
+    """Exit with `main`'s code; no traceback after Ctrl-C, for files of another user, or for a `head`."""
     try:
         code = main()
         sys.stdout.flush()
     except PermissionError as error:
         print(f"{error.filename}: permission denied; ask its owner, or take another directory", file=sys.stderr)
         code = EXIT_USAGE
+    except KeyboardInterrupt:
+        code = EXIT_CTRL_C
     except BrokenPipeError:
         # As by SIGPIPE. The interpreter flushes once more on its way out.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

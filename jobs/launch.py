@@ -24,6 +24,7 @@ from cpd.runs import Element, Run, RunError, StudentElement
 from cpd.slurm.estimate import complaints
 from cpd.slurm.plan import PlanError
 from cpd.slurm.states import NoSchedulerError, SchedulerError, SubmissionRefusedError
+from cpd.slurm.view import QueueView
 from cpd.strict_load import ConfigError, setting_lines, to_dict
 from cpd.submission import VERBS
 from jobs.chain import Choice, ImaginedRun, cancel_chain, dry_run, submit_chain
@@ -99,18 +100,18 @@ def describe(run: Run, profile: Profile, chosen: Sequence[Element]) -> list[str]
 
 def execute(run: Run, profile: Profile, interrupt: Interrupt, elements: Sequence[Element]) -> bool:
     """Execute elements on this machine with a live display, or plain lines where there is no terminal."""
-    console = Console()
+    console, view = Console(), QueueView()
     if console.is_terminal:
         with Live(console=console, auto_refresh=False) as live:
 
             def draw() -> None:
-                live.update(screen_table(console, run, run_status(run)), refresh=True)
+                live.update(screen_table(console, run, run_status(run, view)), refresh=True)
 
             queue = LocalQueue(run, profile, interrupt, elements, draw)
             finished = queue.execute()
             draw()
     else:
-        queue = LocalQueue(run, profile, interrupt, elements, PlainProgress(run, elements))
+        queue = LocalQueue(run, profile, interrupt, elements, PlainProgress(run, elements, view))
         finished = queue.execute()
     names = [element.name for element in queue.failed]
     print_failures(console, run, [row for row in run_status(run) if row.element in names])
@@ -122,10 +123,10 @@ def execute(run: Run, profile: Profile, interrupt: Interrupt, elements: Sequence
 class PlainProgress:
     """Tells changes of state of some elements at once, and their progress now and then, a line each."""
 
-    def __init__(self, run: Run, elements: Sequence[Element]) -> None:
-        self._run = run
+    def __init__(self, run: Run, elements: Sequence[Element], view: QueueView) -> None:
+        self._run, self._view = run, view
         names = {element.name for element in elements}
-        self._states = {row.element: row.state for row in run_status(run) if row.element in names}
+        self._states = {row.element: row.state for row in run_status(run, view) if row.element in names}
         self._last = time.monotonic()
 
     def __call__(self) -> None:
@@ -133,7 +134,7 @@ class PlainProgress:
         due = time.monotonic() - self._last >= LINE_SECONDS
         if due:
             self._last = time.monotonic()
-        for row in run_status(self._run):
+        for row in run_status(self._run, self._view):
             if row.element not in self._states:
                 continue
             if row.state != self._states[row.element]:
@@ -228,6 +229,8 @@ def conclude(run: Run, profile: Profile, only: Sequence[str] = ()) -> int:
             return EXIT_INTERRUPTED
         if not finished:
             return EXIT_FAILED
+    elif only:
+        tell(f"{run.root}: nothing to do, {', '.join(only)} finished before")
     if not run.report().finished:
         return 0
     from analysis.summary import print_summary

@@ -81,6 +81,7 @@ def load_recipe(name: str, overrides: Sequence[str]) -> Config:
         known = sorted(file.stem for file in RECIPES.glob("*.toml"))
         problem = "there is no such file" if name.endswith(".toml") else f"unknown recipe{suggestion(name, known)}"
         hint = "; the recipe comes before the settings" if overrides else ""
+        hint = f"; did you mean {name}.toml?" if Path(f"{name}.toml").exists() else hint
         raise ConfigError([f"{name}: {problem}{hint}"], COMMAND_LINE)
     given = parse_overrides(overrides)
     try:

@@ -123,6 +123,15 @@ def test_there_is_nothing_to_cancel_where_no_run_is(tmp_path: Path, capsys: pyte
     assert not (tmp_path / "typo").exists()
 
 
+def test_a_recipe_of_ones_own_is_suggested(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("mine.toml").write_text('extends = "demo"')
+    assert main(["mine", "--dry-run"]) == 2
+    assert "did you mean mine.toml?" in capsys.readouterr().err
+
+
 def test_a_damaged_run_is_told_in_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = prepared(tmp_path)
     run.config_path.write_text("{")

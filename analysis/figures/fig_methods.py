@@ -72,8 +72,9 @@ def _method(axes: Axes, data: Dataset, method: MethodMeasures, measure: str, row
     axes.barh(row, found.estimate, 0.72, color=colour, alpha=0.35, linewidth=0)
     # Inside a bar where there is room, so that no mark is covered.
     inside = found.estimate > 0.4
-    place = {"x": 0.03, "ha": "left"} if inside else {"x": 0.98, "ha": "right"}
-    axes.text(y=row, s=percent(found.estimate, 1), size=5.5, va="center", zorder=5, **place)  # type: ignore[arg-type]
+    place = {"x": 0.03, "ha": "left"} if inside else {"x": 0.92, "ha": "right"}
+    number = percent(found.estimate, 1).replace("-", "\N{MINUS SIGN}")
+    axes.text(y=row, s=number, size=5.5, va="center", zorder=5, **place)  # type: ignore[arg-type]
     if low is not None and high is not None:
         axes.plot([low, high], [row, row], color="black", linewidth=0.8, zorder=3)
     axes.plot([found.estimate] * 2, [row - 0.36, row + 0.36], color=colour, linewidth=1.4, zorder=3)
