@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import jobs.teacher
 from cpd.config import Config
 from cpd.lease import Lease
 from cpd.profile import Resources, load_profile
+from cpd.record import read_status
 from cpd.runs import Run, RunError
 from cpd.submission import ElementJob
 from jobs.common import chosen_element, exit_quietly
@@ -121,6 +123,39 @@ def test_there_is_nothing_to_cancel_where_no_run_is(tmp_path: Path, capsys: pyte
     assert main(command) == 2
     assert "typo" in capsys.readouterr().err
     assert not (tmp_path / "typo").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "told"),
+    [
+        (
+            "Socket timed out on send/recv operation",
+            75,
+            "sbatch got no answer (Socket",
+        ),
+        ("invalid partition specified: x", 2, "sbatch refused"),
+    ],
+)
+def test_whether_sbatch_refuses_or_is_not_answered_is_told_apart(
+    words: str,
+    code: int,
+    told: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    profile = tmp_path / "profile.toml"
+    profile.write_text('cluster = "slurm"\nsingle_machine = true\n')
+    (tmp_path / "bin").mkdir()
+    for name, script in {"sbatch": f"echo 'sbatch: error: {words}' >&2; exit 1", "squeue": "", "srun": ""}.items():
+        command = tmp_path / "bin" / name
+        command.write_text(f"#!/bin/sh\n{script}\n")
+        command.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    run = tmp_path / "run"
+    assert main([str(MINIATURE), "--run-dir", str(run), "--profile", str(profile), "--only", "teachers"]) == code
+    assert told in capsys.readouterr().err
+    assert {read_status(teacher.status).state for teacher in Run(run).teachers()} == {"waiting"}
 
 
 def test_a_recipe_of_ones_own_is_suggested(

@@ -98,7 +98,7 @@ def _requeue(run: Run, element: Element, job: str) -> str:
             mark(element, "failed", reason)
             return reason
         run_command(["scontrol", "requeue", job])
-    except SchedulerError as error:
+    except (SchedulerError, OSError, ValueError) as error:  # whatever it is, the other ranks wait for this one
         return f"job {job} could not be requeued ({error}); launching again goes on"
     mark(element, "queued", "saved and requeued")
     return f"job {job} is back in the queue"

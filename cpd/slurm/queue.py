@@ -16,6 +16,9 @@ from cpd.slurm.states import SchedulerError, SubmissionRefusedError, run_command
 from cpd.slurm.survey import Survey, look, survey
 from cpd.submission import log_name
 
+#: What sbatch says where it could not ask the controller, which may be there again in a while.
+UNANSWERED = ("Socket timed out", "Unable to contact slurm controller", "Zero Bytes were transmitted")
+
 
 def submit(
     run: Run, profile: Profile, submissions: Sequence[Submission], found: Survey
@@ -27,6 +30,7 @@ def submit(
         started when they found what they need ended: they are about to end without having done anything.
 
     Raises:
+        SchedulerError: if Slurm cannot be asked.
         SubmissionRefusedError: if sbatch refuses; what was submitted before stays, and launching again goes on.
     """
     jobs = {name: own[-1].job for name, own in found.active.items()}
@@ -54,10 +58,13 @@ def _submit_one(run: Run, profile: Profile, submission: Submission, wait_for: st
             handles = made.submit_array(work)
     except Exception as error:
         for element in submission.elements:
-            mark(element, "waiting", "sbatch refused it")
+            mark(element, "waiting", "sbatch did not take it")
         # submitit wraps sbatch's own words into many others.
         lines = [line.partition("error: ")[2] for line in str(error).splitlines() if "sbatch: error: " in line]
-        raise SubmissionRefusedError(f"sbatch refused {submission.name}: {'; '.join(lines) or error}") from error
+        words = "; ".join(lines) or str(error)
+        if any(sign in words for sign in UNANSWERED):
+            raise SchedulerError(f"sbatch got no answer ({words}); launch again later") from error
+        raise SubmissionRefusedError(f"sbatch refused {submission.name}: {words}") from error
     numbers = [handle.job_id for handle in handles]
     append(run, _entries(submission, numbers, [log_name(run, number) for number in numbers]))
     return str(numbers[0]).partition("_")[0]
