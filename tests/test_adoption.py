@@ -335,7 +335,7 @@ def test_the_launcher_tells_takes_over_and_keeps_no_path(
         ("ablation", "cw10-demo_rl", 10),
         ("cw10", "cw10-demo_rl", 10),
         ("mt10", "mt10-demo_rl", 10),
-        ("mt50", "mt50-demo_rl", 32),
+        ("mt50", "mt50-demo_rl", 40),
         ("cw10_rl", "cw10-rl", 10),
     ],
 )
