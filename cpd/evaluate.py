@@ -146,8 +146,10 @@ def _fill_rows(
         raise ValueError(f"{student.path} holds no trained stage yet; run jobs.distill first")
     rejected = {task for task in config.stream.tasks if run.teacher_of(task, element.seed).rejected.exists()}
     distilled = [-1, *(s for s, task in enumerate(config.stream.tasks) if task not in rejected)]
-    lost = [s for s in distilled if is_whole and s not in stages and not element.row_file(s).exists()]
-    if comm.any(bool(lost)):
+    lost = comm.broadcast(
+        [s for s in distilled if is_whole and s not in stages and not element.row_file(s).exists()]
+    )
+    if lost:
         raise ValueError(
             f"{', '.join(str(student.stage_policy(s)) for s in lost)} lacking, though {student.name} is finished: "
             f"restore it, or remove {student.path} and launch again, which distils this student anew"

@@ -114,6 +114,8 @@ class Student:
     """(J,); 0 where a teacher was not evaluated."""
     admitted: Bools
     """(J,)"""
+    areas_at_most: tuple[float | None, ...]
+    """By stage, what `measures.areas` would be had every look within the stage been a full success."""
     measures: StudentMeasures
 
     @property
@@ -187,7 +189,8 @@ def measure_student(tables: Tables, method: str, seed: int) -> Student:
             for j, task in enumerate(matrix.tasks)
         ),
     )
-    return Student(method, seed, matrix, successes, episodes, admitted, measures)
+    at_most = tuple(_areas(tables, matrix, method, seed, at_most=True))
+    return Student(method, seed, matrix, successes, episodes, admitted, at_most, measures)
 
 
 def rate_before(matrix: SuccessMatrix, stage: int, *, afresh: bool = False) -> float | None:
@@ -259,11 +262,6 @@ def _recovery_interval(
     low, high = metrics.ratio_interval(_row_rates(matrix, final + 1, columns), teacher)
     clipped = (np.minimum(values, 1.0) for values in (share.per_task[columns], low, high))
     return Estimate(share.mean, *metrics.mean_interval(*clipped))
-
-
-def areas_at_most(tables: Tables, student: Student) -> list[float | None]:
-    """By stage, the area under a student's curve had every look within the stage been a full success."""
-    return list(_areas(tables, student.matrix, student.method, student.seed, at_most=True))
 
 
 def _areas(

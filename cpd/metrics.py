@@ -237,8 +237,7 @@ def forward_transfer(area: Floats, baseline: Floats, at_most: Floats) -> tuple[F
     Args:
         area: (..., K) area under the curve of each stage's task, from `area_under_curve`.
         baseline: (K,) the same for a student distilled on that task alone with the same steps and data.
-        at_most: (K,) the area that the baseline has if it succeeds whenever it is looked at. Stages where it does
-            are left out: a task that is learned before the first look leaves nothing to be learned sooner.
+        at_most: (K,) its area if it succeeds whenever it is looked at; where it does, nothing is left to gain.
 
     Returns:
         (..., K), NaN for stages that are left out or not measured, and (K,) which were left out.

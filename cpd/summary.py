@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from cpd import metrics
-from cpd.measures import Estimate, Student, StudentMeasures, areas_at_most, measure_student
+from cpd.measures import Estimate, Student, StudentMeasures, measure_student
 from cpd.metrics import Aggregate, Bools, Floats
 from cpd.result_tables import TEACHER, Tables, labels
 
@@ -144,17 +144,15 @@ def _method(method: str, every: Sequence[Student], tables: Tables) -> MethodMeas
         worst_tasks=worst_tasks,
         memory_steps=max((row.memory_steps for row in stages), default=None),
         parameters=stages[-1].parameters if stages else None,
-        forward_transfer=_forward_transfer(students, _reference(method, every, tables), tables),
+        forward_transfer=_forward_transfer(students, _reference(method, every, tables)),
     )
 
 
-def _forward_transfer(
-    students: Sequence[Student], reference: Sequence[Student], tables: Tables
-) -> ForwardTransfer | None:
+def _forward_transfer(students: Sequence[Student], reference: Sequence[Student]) -> ForwardTransfer | None:
     if not reference:
         return None
     alone = [student.measures.areas for student in reference]
-    at_most = [areas_at_most(tables, student) for student in reference]
+    at_most = [student.areas_at_most for student in reference]
     areas = _table([student.measures.areas for student in students])
     gains, left_out = metrics.forward_transfer(areas, _mean(alone), _mean(at_most))
     measured: Bools = np.array(~np.isnan(gains).any(axis=0))

@@ -42,7 +42,9 @@ def _panel(axes: Axes, task: str, groups: Mapping[str, PublishedTeachers]) -> No
         own = [teacher for teacher in published.teachers if teacher.task == task]
         for teacher in own:
             steps, rates = teacher.validated
-            axes.plot(steps, rates, label=name, linewidth=0.9, linestyle=LINE_STYLES[index % 3], **style)
+            axes.plot(
+                steps, rates, label=name, linewidth=0.9, linestyle=LINE_STYLES[index % len(LINE_STYLES)], **style
+            )
             longest = max(longest, teacher.env_steps)
             if not steps:
                 continue
