@@ -28,10 +28,10 @@ test-slow: setup ## the slow tests
 	$(PY) -m pytest -m 'slow and not slurm'
 
 test-slurm: setup ## the tests against a real Slurm that is started on this machine
-	$(PY) -m pytest tests/slurm -rs -m 'slurm and not slow'
+	$(PY) -m pytest tests/testbed -rs -m 'slurm and not slow'
 
 test-slurm-slow: setup ## the long ones: everything goes wrong in one run, time limits, rarer settings
-	$(PY) -m pytest tests/slurm -rs -m 'slurm and slow'
+	$(PY) -m pytest tests/testbed -rs -m 'slurm and slow'
 
 check: setup ## lint and types
 	$(VENV)/bin/ruff check .

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 
 from analysis.build_teachers import build_teachers
 from analysis.captions import conditions, short_conditions
+from analysis.dataset import Dataset, load
 from analysis.figures import (
     fig_finals,
     fig_losses,
@@ -27,12 +28,12 @@ from analysis.figures import (
     fig_transfer,
     fig_usage,
 )
-from analysis.load import Dataset, find_results, load
-from analysis.publish import check_stand_ins_place, publish
+from analysis.paper_tables import write_tables
+from analysis.published_teachers import find_published
 from analysis.style import paper_style, save, stamp
-from analysis.summary import show
-from analysis.tables import write_tables
-from analysis.teachers import find_published
+from analysis.terminal import show
+from cpd.evaluation.gather import find_results
+from cpd.evaluation.publish import check_stand_ins_place, publish_results
 
 #: Files that a build makes, or has made of other data.
 OWN = re.compile(
@@ -181,7 +182,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.publish is not None:
             if len(paths) != 1:
                 raise ValueError("--publish DIR takes one run: publish several to folders of their own")
-            paths = [publish(paths[0], arguments.publish)]
+            paths = [publish_results(paths[0], arguments.publish)]
         folder = figures_folder(paths, arguments.out)
         data = load_all(paths)
         written = _build(data, folder, sweep=arguments.out is None)

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from analysis.figures import fig_teacher_comparison, fig_teacher_gain, fig_teacher_panels
+from analysis.published_teachers import PublishedTeachers, find_published, load_published, markdown, score_rows
 from analysis.style import paper_style, save
-from analysis.teachers import PublishedTeachers, find_published, load_published, markdown, score_rows
-from cpd.files import write_text
+from cpd.run.files import write_text
 
 
 def build_teachers(path: Path, out: Path | None = None) -> list[Path]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from analysis.load import Dataset, short
+from analysis.dataset import Dataset, short
 
 RECIPES = {
     "rl": "reinforcement learning from scratch",

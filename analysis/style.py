@@ -11,7 +11,7 @@ from typing import Any
 import matplotlib.style
 from matplotlib.figure import Figure
 
-from cpd.files import publish, write_text
+from cpd.run.files import atomic_write, write_text
 
 STYLE = Path(__file__).resolve().parent / "paper.mplstyle"
 
@@ -77,7 +77,7 @@ def save(figure: Figure, stem: Path, caption: str) -> list[Path]:
         buffer = io.BytesIO()
         figure.savefig(buffer, format=suffix[1:], dpi=DPI, metadata=metadata)
         path = stem.with_name(stem.name + suffix)
-        with publish(path) as temporary:
+        with atomic_write(path) as temporary:
             temporary.write_bytes(buffer.getvalue())
         written.append(path)
     path = stem.with_name(stem.name + ".txt")

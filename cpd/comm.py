@@ -6,10 +6,13 @@
 from __future__ import annotations
 
 import os
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+
+if TYPE_CHECKING:
+    import torch
 
 T = TypeVar("T")
 
@@ -161,3 +164,16 @@ def float_sum(comm: Comm, value: float) -> float:
     array = np.array([value], dtype=np.float64)
     comm.all_reduce_sum(array)
     return float(array[0])
+
+
+def choose_device(comm: Comm) -> torch.device:
+    """This rank's accelerator if there is one, else the CPU."""
+    import torch  # here, since a login node has no use for it
+
+    if torch.cuda.is_available():
+        return torch.device("cuda", comm.rank % torch.cuda.device_count())
+    return torch.device("cpu")
+
+
+class DivergedError(ArithmeticError):
+    """Training has come to numbers that are not finite."""

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cpd.teachers.published import read_description
+from cpd.evaluation.publish import read_description
 from jobs.common import EXIT_FAILED, EXIT_USAGE, parser_with_examples, tell
 
 #: The first seed of the held-out goals: Meta-World draws the very same ones from it.
@@ -34,10 +34,10 @@ def check_teachers(folder: Path, only: Sequence[str], seed: int, num_episodes: i
     import numpy as np
     import torch
 
-    from cpd.metrics import difference_interval, wilson
-    from cpd.tables import EvaluationRow, read_rows
+    from cpd.evaluation.intervals import difference_interval, wilson
+    from cpd.run.tables import EvaluationRow, read_rows
+    from cpd.teachers.metaworld_evaluation import evaluate_with_metaworld
     from cpd.teachers.policy import load_policy
-    from cpd.teachers.protocol import evaluate_by_protocol
 
     torch.set_num_threads(1)
     if table:
@@ -52,7 +52,7 @@ def check_teachers(folder: Path, only: Sequence[str], seed: int, num_episodes: i
     found: list[dict[str, object]] = []
     for file, description in policies:
         task, teacher_seed, labels = description["task"], description["seed"], description["labels"]
-        result = evaluate_by_protocol(
+        result = evaluate_with_metaworld(
             load_policy(file), task, seed=seed, horizon=labels["horizon"], num_episodes=num_episodes
         )
         ours = published.get((task, teacher_seed))

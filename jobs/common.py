@@ -13,13 +13,14 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from cpd.cluster.requeue import decline, describe_unfinished, hand_back, is_first_rank, unfinished_dependencies
 from cpd.comm import Comm, connect
-from cpd.interrupt import EXIT_INTERRUPTED, Interrupt, InterruptedBySignal
-from cpd.lease import LeaseHeldError
-from cpd.record import read_status
-from cpd.runs import Element, Role, Run
-from cpd.session import mark, overrule
-from cpd.slurm.job import decline, describe_unfinished, hand_back, is_first_rank, unfinished_dependencies
+from cpd.config.types import Role
+from cpd.run.attempt import force_status, mark
+from cpd.run.directory import Element, Run
+from cpd.run.interrupt import EXIT_INTERRUPTED, Interrupt, InterruptedBySignal
+from cpd.run.lease import LeaseHeldError
+from cpd.run.progress import read_status
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2
@@ -31,22 +32,11 @@ EXIT_CODES = """exit codes:
   75 saved and stopped as asked, or Slurm does not answer: try again"""
 #: How long mpiexec is given to pass on what a failing rank has written.
 FORWARDING_SECONDS = 0.5
-#: What an mpiexec tells its ranks about how many of them share this machine.
-LOCAL_SIZE_VARIABLES = ("MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE")
 
 
 def tell(line: str) -> None:
     """Print one line with the time of day, at once."""
     print(f"[{time.strftime('%H:%M:%S')}] {line}", flush=True)
-
-
-def available_cpus() -> int:
-    """Cores given to this rank: by its launcher, by Slurm, or its part of all that this process may use."""
-    given = os.environ.get("CPD_CPUS") or os.environ.get("SLURM_CPUS_PER_TASK")
-    if given:
-        return int(given)
-    neighbours = max(int(os.environ.get(name) or 1) for name in LOCAL_SIZE_VARIABLES)
-    return max(1, len(os.sched_getaffinity(0)) // neighbours)
 
 
 def exit_quietly(main: Callable[[], int]) -> NoReturn:
@@ -181,7 +171,7 @@ def mpi_guard(element: Element, comm: Comm) -> Iterator[None]:
             traceback.print_exc()
             sys.stderr.flush()
             if comm.rank and not element.finished and read_status(element.status).state != "failed":
-                overrule(element, "failed", f"rank {comm.rank}: {type(error).__name__}: {error}")
+                force_status(element, "failed", f"rank {comm.rank}: {type(error).__name__}: {error}")
             # An abort takes mpiexec down with all that it has not passed on yet.
             time.sleep(FORWARDING_SECONDS)
             comm.abort(EXIT_FAILED)

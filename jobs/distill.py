@@ -7,14 +7,14 @@ import sys
 from collections.abc import Sequence
 
 from cpd.comm import connect
-from cpd.interrupt import Interrupt
-from cpd.runs import Element, Run, StudentElement
+from cpd.run.directory import Element, Run, StudentElement
+from cpd.run.interrupt import Interrupt
 from jobs.common import element_main, element_parser, element_tell, mpi_guard
 
 
 def work(run: Run, element: Element, interrupt: Interrupt, partial: bool = False) -> None:
     """Do this rank's part of the element's work."""
-    from cpd.distill.element import run_student
+    from cpd.distill.run_student import run_student
 
     assert isinstance(element, StudentElement)
     comm = connect()

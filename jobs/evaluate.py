@@ -6,14 +6,14 @@ import sys
 from collections.abc import Sequence
 
 from cpd.comm import connect
-from cpd.interrupt import Interrupt
-from cpd.runs import Element, Run, StudentElement
+from cpd.run.directory import Element, Run, StudentElement
+from cpd.run.interrupt import Interrupt
 from jobs.common import element_main, element_parser, element_tell, mpi_guard
 
 
 def work(run: Run, element: Element, interrupt: Interrupt) -> None:
     """Do this rank's part of the element's work."""
-    from cpd.evaluate import run_evaluation
+    from cpd.evaluation.run_evaluation import run_evaluation
 
     assert isinstance(element, StudentElement)
     comm = connect()

@@ -11,30 +11,29 @@ from pathlib import Path
 from rich.console import Console
 from rich.live import Live
 
-from cpd.adoption import AdoptionError, adopt, find_adoptions
+from cpd.cluster.element_job import VERBS
+from cpd.cluster.estimate import complaints
+from cpd.cluster.local import LocalQueue
+from cpd.cluster.plan import PlanError
+from cpd.cluster.queue import NoSchedulerError, QueueView, SchedulerError, SubmissionRefusedError
 from cpd.config import Config, changes, continued
-from cpd.files import DamagedFileError, read_json, write_json
-from cpd.interrupt import EXIT_INTERRUPTED, Interrupt
-from cpd.lease import Lease, LeaseHeldError
-from cpd.local_queue import LocalQueue
-from cpd.profile import Profile
-from cpd.provenance import code_version, provenance
-from cpd.record import progress_line, read_status
-from cpd.runs import Element, Run, RunError, StudentElement
-from cpd.slurm.estimate import complaints
-from cpd.slurm.plan import PlanError
-from cpd.slurm.states import NoSchedulerError, SchedulerError, SubmissionRefusedError
-from cpd.slurm.view import QueueView
-from cpd.strict_load import ConfigError, setting_lines, to_dict
-from cpd.submission import VERBS
-from jobs.chain import Choice, ImaginedRun, cancel_chain, dry_run, submit_chain
+from cpd.config.load import ConfigError, setting_lines, to_dict
+from cpd.config.profile import Profile
+from cpd.run.directory import Element, Run, RunError, StudentElement
+from cpd.run.files import DamagedFileError, read_json, write_json
+from cpd.run.interrupt import EXIT_INTERRUPTED, Interrupt
+from cpd.run.lease import Lease, LeaseHeldError
+from cpd.run.progress import progress_line, read_status
+from cpd.run.provenance import code_version, provenance
+from cpd.run.reuse import PlannedRun, ReuseError, find_reusable, reuse
 from jobs.common import EXIT_FAILED, EXIT_USAGE, exit_quietly, tell
-from jobs.options import build_parser, check_options, check_run_dir, check_same, load_both
+from jobs.launch_options import build_parser, check_options, check_run_dir, check_same_experiment, load_both
+from jobs.launch_slurm import Choice, cancel_chain, dry_run, submit_chain
 from jobs.status import print_failures, run_status, screen_table
 
 #: What the user can mend, told in a line.
 MISTAKES = (
-    AdoptionError,
+    ReuseError,
     ConfigError,
     DamagedFileError,
     LeaseHeldError,
@@ -55,7 +54,7 @@ def prepare(root: Path, config: Config, profile: Profile) -> Run:
     """
     config_path = root / "config.json"
     if config_path.exists():
-        check_same(root, config)
+        check_same_experiment(root, config)
         old = Run(root)
         started_with = read_json(root / "provenance.json")["code"]
         if started_with != code_version():
@@ -167,8 +166,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         # Also before anything is created, so that a mistake leaves nothing behind.
         check_run_dir(root, config, arguments.profile)
-        found = find_adoptions(ImaginedRun(root, config), source) if (source := adopted_from(config)) else []
-        run: Run = ImaginedRun(root, config, found)
+        found = find_reusable(PlannedRun(root, config), source) if (source := adopted_from(config)) else []
+        run: Run = PlannedRun(root, config, found)
         chosen = run.select(choice.only)
         if profile.cluster == "local" and not arguments.prepare:
             check_needs(run, chosen)
@@ -183,7 +182,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise RunError("; ".join(problems))
         with Lease(root / "launcher").acquire():
             run = prepare(root, config, profile)
-            for adoption in adopt(run, source) if source else []:
+            for adoption in reuse(run, source) if source else []:
                 tell(f"{adoption.teacher.name}: {adoption.summary}")
             if arguments.prepare:
                 tell(f"{root} is ready")
@@ -233,7 +232,7 @@ def conclude(run: Run, profile: Profile, only: Sequence[str] = ()) -> int:
         tell(f"{run.root}: nothing to do, {', '.join(only)} finished before")
     if not run.report().finished:
         return 0
-    from analysis.summary import print_summary
+    from analysis.terminal import print_summary
 
     print_summary(run.results)
     return 0

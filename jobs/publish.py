@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from cpd.runs import Run
+from cpd.run.directory import Run
 from jobs.common import EXIT_USAGE, parser_with_examples, tell
 
 
@@ -21,7 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR")
     parser.add_argument("folder", type=Path, metavar="FOLDER")
     given = parser.parse_args(argv)
-    from cpd.teachers.published import publish_teachers
+    from cpd.evaluation.publish import publish_teachers
 
     try:
         run = Run(given.run_dir)

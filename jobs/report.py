@@ -6,9 +6,9 @@ import sys
 from collections.abc import Sequence
 
 from cpd.comm import SerialComm
-from cpd.interrupt import Interrupt
-from cpd.runs import Element, Run
-from cpd.session import session
+from cpd.run.attempt import begin_attempt
+from cpd.run.directory import Element, Run
+from cpd.run.interrupt import Interrupt
 from jobs.common import element_main, element_parser, element_tell
 
 
@@ -16,13 +16,13 @@ def work(run: Run, element: Element, interrupt: Interrupt) -> None:
     """Build everything in results/ and figures/."""
     from analysis.build import build
 
-    with session(element, SerialComm(), element_tell(element)) as current:
-        current.begin("figures", 1, unit="builds")
+    with begin_attempt(element, SerialComm(), element_tell(element)) as attempt:
+        attempt.begin("figures", 1, unit="builds")
         build([run.root])
-        current.check()
+        attempt.check()
         element.complete.touch()
-        current.advance(1)
-        current.finish("done")
+        attempt.advance(1)
+        attempt.finish("done")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -16,12 +16,11 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from cpd.lease import Holder, current_holder
-from cpd.ledger import LedgerEntry, ledger
-from cpd.record import StatusRecord, clock, number, read_status
-from cpd.runs import Element, Run
-from cpd.slurm.states import REMEDIES, JobState, state_told_by
-from cpd.slurm.view import QueueView
+from cpd.cluster.ledger import LedgerEntry, ledger
+from cpd.cluster.queue import REMEDIES, JobState, QueueView, state_told_by
+from cpd.run.directory import Element, Run
+from cpd.run.lease import Holder, current_holder
+from cpd.run.progress import StatusRecord, clock, number, read_status
 from jobs.common import EXIT_CTRL_C, EXIT_FAILED, EXIT_USAGE, exit_quietly, parser_with_examples
 
 #: Columns from which a terminal shows everything.

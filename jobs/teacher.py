@@ -6,15 +6,16 @@ import sys
 from collections.abc import Sequence
 from contextlib import closing
 
+from cpd.cluster.element_job import available_cpus
 from cpd.comm import asked_size, connect
-from cpd.interrupt import Interrupt
-from cpd.runs import Element, Run, TeacherElement
-from jobs.common import available_cpus, element_main, element_parser, element_tell, mpi_guard
+from cpd.run.directory import Element, Run, TeacherElement
+from cpd.run.interrupt import Interrupt
+from jobs.common import element_main, element_parser, element_tell, mpi_guard
 
 
 def work(run: Run, element: Element, interrupt: Interrupt) -> None:
     """Do this rank's part of the element's work on all cores that the rank was given."""
-    from cpd.teachers.element import env_pool, run_teacher
+    from cpd.teachers.run_teacher import env_pool, run_teacher
 
     assert isinstance(element, TeacherElement)
     num_workers, num_ranks = available_cpus(), asked_size()

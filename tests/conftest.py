@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
+from cpd.cluster.element_job import MPIEXEC_ENVIRONMENT, mpi_command
 from cpd.config import Config
-from cpd.files import write_json
-from cpd.runs import Run
-from cpd.strict_load import load, merge, read_toml, to_dict
-from cpd.submission import MPIEXEC_ENVIRONMENT, mpi_command
+from cpd.config.load import load, merge, read_toml, to_dict
+from cpd.run.directory import Run
+from cpd.run.files import write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 MINIATURE = ROOT / "tests" / "recipes" / "miniature.toml"

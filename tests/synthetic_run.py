@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 
 from cpd.config import Config
-from cpd.files import write_json
-from cpd.provenance import Labels
-from cpd.record import MetricsLog, StatusRecord
-from cpd.runs import Run, StudentElement
-from cpd.strict_load import load, to_dict
-from cpd.tables import CurveRow, EpisodeRow, EvaluationRow, RetrievalRow, UsageRow, write_rows
+from cpd.config.load import load, to_dict
+from cpd.run.directory import Run, StudentElement
+from cpd.run.files import write_json
+from cpd.run.progress import MetricsLog, StatusRecord
+from cpd.run.provenance import Labels
+from cpd.run.tables import CurveRow, EpisodeRow, EvaluationRow, RetrievalRow, UsageRow, write_rows
 
 #: Success of teachers that miss the gate.
 REJECTED_RATE = 0.56

@@ -14,12 +14,12 @@ import pytest
 import torch
 
 from cpd.comm import SerialComm
-from cpd.distill.element import run_student
-from cpd.distill.trainer import Trainer
-from cpd.interrupt import Interrupt
+from cpd.distill.run_student import run_student
+from cpd.distill.trainer import StudentTrainer
+from cpd.run.interrupt import Interrupt
+from cpd.run.tables import CurveRow, read_rows
 from cpd.student.actor import StudentActor
-from cpd.tables import CurveRow, read_rows
-from cpd.teachers.sac import SACLearner
+from cpd.teachers.sac.learner import SACLearner
 from tests.distill.synthetic import stage_data, write_teachers
 from tests.distill.test_trainer import SHORT, make_short, through_a_file, train
 from tests.teachers.test_sac import CONFIG as SAC
@@ -29,12 +29,12 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA d
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
 
-def make(name: str, device: torch.device) -> Trainer:
-    return Trainer(make_short(name).config, 1, SerialComm(), device)
+def make(name: str, device: torch.device) -> StudentTrainer:
+    return StudentTrainer(make_short(name).config, 1, SerialComm(), device)
 
 
 @pytest.fixture(scope="module", params=sorted(SHORT))
-def trained(request) -> tuple[str, Trainer]:
+def trained(request) -> tuple[str, StudentTrainer]:
     """A short run of three stages on the accelerator, in float64."""
     trainer = make(request.param, CUDA)
     train(trainer)
@@ -101,7 +101,7 @@ def test_sac_resumes_wherever_its_checkpoint_comes_from(device: torch.device) ->
     for iteration in range(3):
         straight.update(synthetic_batch(iteration), iteration)
         resumed.update(synthetic_batch(9), iteration)
-    resumed.load_state(through_a_file(straight.state()))
+    resumed.restore(through_a_file(straight.state()))
     torch.testing.assert_close(weights(resumed).cpu(), weights(straight).cpu(), rtol=0, atol=0)
     for iteration in range(3, 6):
         learned = resumed.update(synthetic_batch(iteration), iteration)

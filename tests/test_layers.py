@@ -1,8 +1,9 @@
-"""The house's rules on imports, held by reading the code."""
+"""The rules on imports, checked by reading the code."""
 
 from __future__ import annotations
 
 import ast
+import graphlib
 import subprocess
 import sys
 from pathlib import Path
@@ -10,59 +11,85 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-#: From the bottom up; a module may import from its own layer and those below. The longest prefix counts.
-LAYERS = [
-    ["cpd.tasks", "cpd.strict_load", "cpd.config", "cpd.files", "cpd.seeding", "cpd.runs", "cpd.lease"],
-    ["cpd.interrupt", "cpd.provenance", "cpd.tables", "cpd.record", "cpd.comm", "cpd.ledger", "cpd.profile"],
-    ["cpd.session", "cpd.submission", "cpd.checkpoint", "cpd.device", "cpd.metrics"],
-    [
-        *("cpd.envs", "cpd.shards", "cpd.student", "cpd.memory", "cpd.local_queue", "cpd.slurm"),
-        *("cpd.results", "cpd.result_tables", "cpd.measures", "cpd.summary", "cpd.starts", "cpd.adoption"),
-    ],
-    ["cpd.teachers", "cpd.distill", "cpd.evaluate", "cpd.watch"],
-    ["jobs", "analysis"],
+#: From the ground up, a line per floor. A room imports from itself and from the floors below it.
+FLOORS = [
+    ("cpd",),  # the modules that lie in no room
+    ("cpd.envs",),
+    ("cpd.config",),
+    ("cpd.run",),
+    ("cpd.cluster", "cpd.student"),
+    ("cpd.evaluation",),
+    ("cpd.teachers", "cpd.distill"),
+    ("analysis",),
+    ("jobs",),
 ]
-PURE = ["torch", "mpi4py", "mujoco", "metaworld"]
+FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+HEAVY = ["torch", "mpi4py", "mujoco", "metaworld"]
 
 
-def layer(module: str) -> int:
-    found = [
-        (len(prefix), i) for i, prefixes in enumerate(LAYERS) for prefix in prefixes if module.startswith(prefix)
-    ]
-    assert found, f"{module} belongs to no layer: give it one in tests/test_layers.py"
-    return max(found)[1]
-
-
-def modules() -> list[tuple[str, Path]]:
+def modules() -> dict[str, Path]:
     files = [path for top in ("cpd", "jobs", "analysis") for path in (ROOT / top).rglob("*.py")]
-    names = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in files]
-    return [(name.removesuffix(".__init__"), path) for name, path in zip(names, files, strict=True)]
+    return {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in files
+    }
+
+
+MODULES = modules()
+
+
+def room(module: str) -> str:
+    """The room of a module: its folder below cpd/, or its top-level package."""
+    parts = module.split(".")
+    folder = MODULES[module].parent.relative_to(ROOT).parts
+    return ".".join(parts[:2]) if parts[0] == "cpd" and len(folder) > 1 else parts[0]
 
 
 def imported(path: Path) -> set[str]:
-    nodes = list(ast.walk(ast.parse(path.read_text())))
-    found = {node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module}
-    return found | {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    """Every module that a file imports anywhere, also inside functions and behind TYPE_CHECKING."""
+    nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+    names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    for node in nodes:
+        if isinstance(node, ast.ImportFrom) and node.module:
+            for alias in node.names:
+                submodule = f"{node.module}.{alias.name}"
+                names.add(submodule if submodule in MODULES else node.module)
+    return names
 
 
-def test_imports_point_down_only() -> None:
+IMPORTS = {name: imported(path) for name, path in MODULES.items()}
+
+
+def test_every_room_has_a_floor() -> None:
+    assert {room(name) for name in MODULES} == set(FLOOR_OF)
+    assert len([name for name in FLOOR_OF if name.startswith("cpd.")]) <= 8
+
+
+def test_rooms_import_from_lower_floors_only() -> None:
     wrong = [
         f"{name} imports {target}"
-        for name, path in modules()
-        if name != "cpd"
-        for target in imported(path)
-        if target.partition(".")[0] in ("cpd", "jobs", "analysis") and target != "cpd"
-        if layer(target) > layer(name)
+        for name, targets in IMPORTS.items()
+        for target in targets & MODULES.keys()
+        if room(target) != room(name) and FLOOR_OF[room(target)] >= FLOOR_OF[room(name)]
     ]
     assert not wrong, "\n".join(wrong)
 
 
+def test_files_import_each_other_in_no_circle() -> None:
+    inside = {name: (targets & MODULES.keys()) - {name} for name, targets in IMPORTS.items()}
+    graphlib.TopologicalSorter(inside).prepare()  # raises CycleError, which names the circle
+
+
+def test_no_two_folders_have_one_name() -> None:
+    folders = {path.parent.relative_to(ROOT) for path in [*MODULES.values(), *(ROOT / "slurm").rglob("*.py")]}
+    assert len({folder.name for folder in folders}) == len(folders)
+
+
 def test_mpi_is_imported_in_one_place() -> None:
-    assert [name for name, path in modules() if "mpi4py" in "".join(imported(path))] == ["cpd.comm"]
+    assert [name for name, targets in IMPORTS.items() if "mpi4py" in "".join(targets)] == ["cpd.comm"]
 
 
 @pytest.mark.parametrize("module", ["jobs.launch", "jobs.status", "jobs.report", "analysis.build"])
 def test_what_runs_on_a_login_node_stays_light(module: str) -> None:
-    code = f"import sys, {module}; print([name for name in {PURE} if name in sys.modules])"
+    code = f"import sys, {module}; print([name for name in {HEAVY} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.strip() == "[]"

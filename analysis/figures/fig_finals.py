@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 from matplotlib.figure import Figure
 
+from analysis.dataset import Dataset, short, spread
 from analysis.figures.fig_success_matrix import heat
-from analysis.load import Dataset, short, spread
 from analysis.style import COLUMN_INCHES, PAGE_INCHES
 
 

@@ -11,9 +11,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
+from analysis.dataset import Dataset, short
 from analysis.figures.fig_stream import label_style
 from analysis.figures.small_multiples import MOST_LINES, behind, set_stages, small_multiples
-from analysis.load import Dataset, short
 from analysis.style import ACCENT, COLUMN_INCHES, PAGE_INCHES, method_colour, method_line
 
 PARTS = {"current": "loss, current task", "replay": "loss, replay"}

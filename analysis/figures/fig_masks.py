@@ -9,8 +9,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from analysis.dataset import Dataset
 from analysis.figures.small_multiples import MOST_LINES, behind, set_rates, set_stages, small_multiples
-from analysis.load import Dataset
 from analysis.style import COLUMN_INCHES, TEACHER_COLOUR, method_colour, method_line
 
 Shares = dict[int, list[float]]

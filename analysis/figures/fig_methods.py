@@ -6,11 +6,11 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from analysis.load import Dataset
+from analysis.dataset import Dataset
+from analysis.paper_tables import percent
 from analysis.style import COLUMN_INCHES, GUIDE, method_colour
-from analysis.tables import percent
-from cpd.metrics import FEW_SEEDS
-from cpd.summary import MethodMeasures, interval
+from cpd.evaluation.intervals import FEW_SEEDS
+from cpd.evaluation.summary import MethodMeasures, interval
 
 MEASURES = {"average_performance": "average\nperformance", "recovery": "recovery", "forgetting": "forgetting"}
 

@@ -9,11 +9,11 @@ import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from analysis.dataset import Dataset
 from analysis.figures.small_multiples import MOST_LINES, set_rates, small_multiples
-from analysis.load import Dataset
 from analysis.style import COLUMN_INCHES, TEACHER_COLOUR, method_colour, method_line
-from cpd.metrics import performance_profile
-from cpd.summary import finals
+from cpd.evaluation.intervals import performance_profile
+from cpd.evaluation.summary import finals
 
 THRESHOLDS = np.linspace(0.0, 1.0, 101)
 SUCCESS = "success rate at the end of the stream, at least"

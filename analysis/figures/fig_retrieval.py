@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from analysis.captions import look_alikes
-from analysis.load import Dataset, short
+from analysis.dataset import Dataset, short
 from analysis.style import COLUMN_INCHES, METHOD_COLOURS, method_line
 
 #: With more tasks than this their lines are not told apart, but the worst are named.

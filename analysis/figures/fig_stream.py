@@ -9,8 +9,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from analysis.dataset import Dataset, short
 from analysis.figures.small_multiples import MOST_LINES, behind, set_rates, set_stages, small_multiples
-from analysis.load import Dataset, short
 from analysis.style import (
     ACCENT,
     COLUMN_INCHES,
@@ -20,7 +20,7 @@ from analysis.style import (
     method_colour,
     method_line,
 )
-from cpd.measures import Student, rate_before
+from cpd.evaluation.student_measures import Student, rate_before
 
 Line = dict[float, list[float]]
 """Position in the stream, in stages, to the values of all seeds there."""

@@ -9,9 +9,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from analysis.load import Dataset, mean_matrix, short
+from analysis.dataset import Dataset, mean_matrix, short
 from analysis.style import COLUMN_INCHES, PAGE_INCHES
-from cpd.metrics import Bools, Floats
+from cpd.evaluation.intervals import Floats
+from cpd.evaluation.measures import Bools
 
 COLOURS = "Blues"
 

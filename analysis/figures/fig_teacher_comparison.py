@@ -10,8 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from analysis.figures.fig_teacher_panels import finish, set_axes
+from analysis.published_teachers import PublishedTeachers
 from analysis.style import COLUMN_INCHES, LINE_STYLES, method_colour
-from analysis.teachers import PublishedTeachers
 
 
 def draw(groups: Mapping[str, PublishedTeachers]) -> Figure:

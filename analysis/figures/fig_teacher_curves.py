@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from analysis.load import Dataset, TeacherCurve, short
+from analysis.dataset import Dataset, TeacherCurve, short
 from analysis.style import COLUMN_INCHES, GUIDE, PAGE_INCHES, method_colour
 
 

@@ -9,9 +9,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from analysis.captions import RECIPES
-from analysis.load import short
+from analysis.dataset import short
+from analysis.published_teachers import PublishedTeachers, cpu_text
 from analysis.style import COLUMN_INCHES, GUIDE, TEACHER_COLOUR, method_colour
-from analysis.teachers import PublishedTeachers, cpu_text
 
 
 def draw(published: PublishedTeachers) -> Figure:

@@ -11,9 +11,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from analysis.load import short
+from analysis.dataset import short
+from analysis.published_teachers import PublishedTeacher, PublishedTeachers
 from analysis.style import ACCENT, COLUMN_INCHES, GUIDE, method_colour
-from analysis.teachers import PublishedTeacher, PublishedTeachers
 
 NUM_COLUMNS = 4
 

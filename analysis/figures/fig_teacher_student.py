@@ -5,9 +5,9 @@ from __future__ import annotations
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from analysis.load import Dataset, Spread, short, spread
+from analysis.dataset import Dataset, Spread, short, spread
 from analysis.style import COLUMN_INCHES, TEACHER_COLOUR, method_colour
-from cpd.metrics import FEW_SEEDS
+from cpd.evaluation.intervals import FEW_SEEDS
 
 OWN_STAGE = "after its own stage"
 

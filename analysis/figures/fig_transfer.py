@@ -7,7 +7,7 @@ import re
 import numpy as np
 from matplotlib.figure import Figure
 
-from analysis.load import Dataset, short
+from analysis.dataset import Dataset, short
 from analysis.style import COLUMN_INCHES, PAGE_INCHES
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 from matplotlib.figure import Figure
 
-from analysis.load import Dataset, short
+from analysis.dataset import Dataset, short
 from analysis.style import COLUMN_INCHES, PAGE_INCHES
-from cpd.metrics import Floats
+from cpd.evaluation.intervals import Floats
 
 
 def draw(data: Dataset, method: str) -> Figure | None:

@@ -1,6 +1,6 @@
 """Every setting of an experiment, as frozen dataclasses.
 
-A recipe is a TOML file whose tables are the sections of `Config`, read by `cpd.strict_load`. Everything in
+A recipe is a TOML file whose tables are the sections of `Config`, read by `cpd.config.load`. Everything in
 `Config` outside `logging` affects results and is frozen in the run directory.
 """
 
@@ -8,13 +8,12 @@ from cpd.config.experiment import (
     Config,
     EvaluationConfig,
     LoggingConfig,
-    MethodConfig,
     StreamConfig,
     changes,
     continued,
     differences,
 )
-from cpd.config.student import DistillConfig, MemoryConfig, ProtectionConfig, StudentConfig
+from cpd.config.student import DistillConfig, MemoryConfig, MethodConfig, ProtectionConfig, StudentConfig
 from cpd.config.teacher import PPOConfig, RolloutConfig, SACConfig, TeacherConfig, WarmStartConfig
 
 __all__ = [

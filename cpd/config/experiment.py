@@ -10,11 +10,11 @@ from pydantic import BeforeValidator, Field
 from pydantic.dataclasses import dataclass
 
 from cpd.config.checks import contradictions, without_effect
-from cpd.config.student import DistillConfig, MemoryConfig, ProtectionConfig, StudentConfig
+from cpd.config.load import STRICT, ConfigError, load, merge, overrides_of, to_dict
+from cpd.config.student import MethodConfig
 from cpd.config.teacher import RolloutConfig, TeacherConfig
 from cpd.config.types import Count, Positive, Seeds, Task, expand_stream
-from cpd.strict_load import STRICT, ConfigError, load, merge, overrides_of, to_dict
-from cpd.tasks import MAX_EPISODE_STEPS
+from cpd.envs.tasks import MAX_EPISODE_STEPS
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -63,16 +63,6 @@ class LoggingConfig:
 
 
 Label = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")]
-
-
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class MethodConfig:
-    """How a student learns: what the variants of an experiment may change."""
-
-    student: StudentConfig = field(default_factory=StudentConfig)
-    memory: MemoryConfig = field(default_factory=MemoryConfig)
-    protection: ProtectionConfig = field(default_factory=ProtectionConfig)
-    distill: DistillConfig = field(default_factory=DistillConfig)
 
 
 if TYPE_CHECKING:

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import math
+from dataclasses import field
+from typing import Annotated, Final, Literal
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from cpd.config.types import Count, EpisodeChoice, NonNegativeFloat, Positive, PositiveFloat, Share
-from cpd.strict_load import STRICT
+from cpd.config.load import STRICT
+from cpd.config.types import (
+    Count,
+    EpisodeChoice,
+    NonNegativeFloat,
+    Positive,
+    PositiveFloat,
+    Share,
+)
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -150,3 +159,35 @@ class DistillConfig:
     """Has no effect where every group has `top_k` experts, as with the default settings: there is no choice."""
     router_z_coef: NonNegativeFloat = 1e-3
     precision: Literal["float32", "float64"] = "float32"
+
+
+#: Dense widths are multiples of this: with others, matrix products take up to twice the time on some processors.
+WIDTH_MULTIPLE: Final = 16
+
+
+def final_num_experts(student: StudentConfig, num_tasks: int) -> int:
+    """Experts per layer after `num_tasks` distinct tasks: exactly, or at most where growth depends on demand."""
+    grown = 0 if student.expansion == "none" else student.experts_per_task * (num_tasks - 1)
+    return student.num_experts + grown
+
+
+def dense_expert_width(student: StudentConfig, num_tasks: int) -> int:
+    """The least `expert_width` of a dense student with at least as many parameters as `student` has in the end.
+
+    A dense student is one of a single expert: `num_experts = 1`, `top_k = 1`, `expansion = "none"`, and all else
+    as in `student`. Per layer, E experts of width F on tokens of width D have E (2 D F + D) parameters, router
+    rows included, and the one of width F' has 2 D F' + D. F' is rounded up to a multiple of `WIDTH_MULTIPLE`.
+    """
+    num_experts = final_num_experts(student, num_tasks)
+    exact = (num_experts * (2 * student.expert_width + 1) - 1) / 2
+    return math.ceil(exact / WIDTH_MULTIPLE) * WIDTH_MULTIPLE
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class MethodConfig:
+    """How a student learns: what the variants of an experiment may change."""
+
+    student: StudentConfig = field(default_factory=StudentConfig)
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
+    protection: ProtectionConfig = field(default_factory=ProtectionConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)

@@ -8,9 +8,9 @@ from typing import Annotated, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
+from cpd.config.load import STRICT
 from cpd.config.types import Count, NonNegativeFloat, Positive, PositiveFloat, Seeds, Share, is_given
-from cpd.strict_load import STRICT
-from cpd.tasks import MAX_EPISODE_STEPS, MAX_GOALS
+from cpd.envs.tasks import MAX_EPISODE_STEPS, MAX_GOALS
 
 #: Settings of the PPO learner for which `demo_rl` has its own, named `rl_...`.
 DEMO_RL_SETTINGS = ("hidden_sizes", "init_log_std", "learning_rate", "target_kl")

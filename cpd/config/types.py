@@ -6,8 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field
 
-from cpd.strict_load import listed, suggestion
-from cpd.tasks import ALL_TASKS, STREAMS
+from cpd.config.load import listed, suggestion
+from cpd.envs.tasks import ALL_TASKS, STREAMS
 
 Positive = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
@@ -49,3 +49,6 @@ EpisodeChoice = Literal["successful", "all"]
 def is_given(settings: Any, name: str) -> bool:
     """Whether a setting of a section is another than its default."""
     return bool(getattr(settings, name) != getattr(type(settings)(), name))
+
+
+Role = Literal["teacher", "student", "evaluation", "report"]

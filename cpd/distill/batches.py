@@ -5,8 +5,6 @@ Dimensions: B rows (windows) of the global batch, R rows of this rank, L time st
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -16,72 +14,11 @@ from torch import Tensor
 
 from cpd.comm import Comm
 from cpd.config import DistillConfig
-from cpd.config.types import EpisodeChoice
 from cpd.distill.losses import floored_log_std
-from cpd.memory.segments import Segments, cut_segments
+from cpd.distill.memory.segments import Segments
+from cpd.distill.stage_data import StageData
+from cpd.envs.tasks import ACTION_SIZE, OBSERVATION_SIZE
 from cpd.seeding import generator
-from cpd.shards.reader import Rollouts
-from cpd.tasks import ACTION_SIZE, OBSERVATION_SIZE
-
-
-@dataclass(frozen=True)
-class StageData:
-    """What a stage distils: one teacher's rollouts, N steps in E episodes.
-
-    Attributes:
-        task: position of the task among the stream's distinct ones.
-        offsets: [E + 1] int64; episode e has steps offsets[e]:offsets[e + 1].
-        observations: [N, 39] float32, raw.
-        teacher_mean: [N, 4] float32, as executed: clipped to [-1, 1], since more could not be imitated.
-        teacher_log_std: [N, 4] float32.
-        others: what the stage distils beside it, of other tasks (protocol `joint`).
-    """
-
-    task: int
-    offsets: npt.NDArray[np.int64]
-    observations: npt.NDArray[np.float32]
-    teacher_mean: npt.NDArray[np.float32]
-    teacher_log_std: npt.NDArray[np.float32]
-    others: tuple[StageData, ...] = ()
-
-    @classmethod
-    def from_rollouts(cls, rollouts: Rollouts, tasks: Sequence[str], episodes: EpisodeChoice = "all") -> StageData:
-        """The part of `rollouts` that distillation uses.
-
-        Args:
-            rollouts: all that there is.
-            tasks: the stream's distinct ones.
-            episodes: `successful` leaves out those that failed, unless all did.
-        """
-        lengths = np.diff(rollouts.offsets)
-        kept = rollouts.episode_success if episodes == "successful" else np.ones(len(lengths), np.bool_)
-        if not kept.any():
-            kept = np.ones_like(kept)
-        steps = np.repeat(kept, lengths)
-        return cls(
-            tasks.index(rollouts.task),
-            np.concatenate([[0], np.cumsum(lengths[kept])]),
-            rollouts.observations[steps],
-            rollouts.teacher_mean[steps],
-            rollouts.teacher_log_std[steps],
-        )
-
-    @property
-    def num_steps(self) -> int:
-        """N."""
-        return len(self.observations)
-
-    def segments(self, length: int) -> Segments:
-        """All steps, cut on a grid of `length` steps, for the memory to choose from."""
-        return cut_segments(
-            self.task, self.offsets, self.observations, self.teacher_mean, self.teacher_log_std, length
-        )
-
-    def window_starts(self, context: int) -> npt.NDArray[np.int64]:
-        """[N] the first step of the window that ends with each step: of `context` steps, fewer near the start."""
-        steps = np.arange(self.num_steps)
-        episode_start = np.repeat(self.offsets[:-1], np.diff(self.offsets))
-        return np.maximum(steps - context + 1, episode_start)
 
 
 class Mixture(NamedTuple):

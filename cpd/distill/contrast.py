@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from cpd.config import DistillConfig
-from cpd.distill.batches import StageData
-from cpd.memory.segments import Segments
+from cpd.distill.memory.segments import Segments
+from cpd.distill.stage_data import StageData
 from cpd.seeding import generator
+from cpd.student.network import Student
 from cpd.student.observations import observation_scaling
-from cpd.student.student import Student
 
 #: Observations of the present task from which its prototype is made while its stage lasts.
 PROTOTYPE_SIZE = 512

@@ -24,7 +24,7 @@ class FlatParameters:
     The module's parameters become views: writing to either side writes to both. Gradients are views too, into
     which autograd adds; zero `grads` before every backward pass.
 
-    Parameters that rest (see `let_rest`) take no part in training: no gradient is computed, reduced or applied,
+    Parameters that rest (see `freeze`) take no part in training: no gradient is computed, reduced or applied,
     and none has a place in `grads`, so that what is reduced and clipped lies together; G is P while none rests.
 
     Attributes:
@@ -32,7 +32,7 @@ class FlatParameters:
         slots: name to its slice of the vector.
         shapes: name to its shape.
         matrices: [P] 1 for elements of weight matrices, else 0: what weight decay applies to.
-        awake: the slices of `values` that do not rest, in order; neighbours are merged. Their gradients follow
+        trainable: the slices of `values` that do not rest, in order; neighbours are merged. Their gradients follow
             one another in `grads`.
     """
 
@@ -57,7 +57,7 @@ class FlatParameters:
             self.slots[name] = slot
             start += size
         self._parameters = parameters
-        self.let_rest(None)
+        self.freeze(None)
 
     @property
     def size(self) -> int:
@@ -71,12 +71,12 @@ class FlatParameters:
             result[self.slots[name]] = vector[slot]
         return result
 
-    def let_rest(self, mask: Tensor | None) -> None:
+    def freeze(self, mask: Tensor | None) -> None:
         """Let parameters rest of which `mask` [P] lets no element move, and wake all others; None wakes all.
 
         `grads` is another tensor from then on.
         """
-        self.awake: list[slice] = []
+        self.trainable: list[slice] = []
         moving = [name for name in self.names if mask is None or bool(mask[self.slots[name]].any())]
         self.grads = self.values.new_zeros(sum(self.shapes[name].numel() for name in moving))
         self._staging: Tensor | None = None
@@ -89,9 +89,9 @@ class FlatParameters:
             parameter.requires_grad_(True)
             parameter.grad = self.grads[start : start + parameter.numel()].view(parameter.shape)
             start += parameter.numel()
-            if self.awake and self.awake[-1].stop == slot.start:
-                slot = slice(self.awake.pop().start, slot.stop)
-            self.awake.append(slot)
+            if self.trainable and self.trainable[-1].stop == slot.start:
+                slot = slice(self.trainable.pop().start, slot.stop)
+            self.trainable.append(slot)
 
     def reduce_grads(self, comm: Comm) -> None:
         """Replace `grads` by its sum over ranks."""
@@ -115,12 +115,12 @@ class FlatParameters:
 
 
 class _Part(NamedTuple):
-    """Parameters of equal age that are awake."""
+    """Parameters of equal age that are trainable."""
 
     values: slice
     """Their place among all parameters."""
     grads: slice
-    """Their place among those that are awake."""
+    """Their place among those that are trainable."""
     age: int
     """In updates, this one included."""
 
@@ -188,17 +188,17 @@ class AdamW:
                 torch.lerp(old, new, mask[part.values], out=new)
 
     def _advance(self) -> list[_Part]:
-        """Let all cohorts grow older by an update; returns what is awake of each."""
+        """Let all cohorts grow older by an update; returns what is trainable of each."""
         for cohort in self.cohorts:
             cohort[2] += 1
         parts, offset = [], 0
-        for awake in self.flat.awake:
+        for trainable in self.flat.trainable:
             for first, last, age in self.cohorts:
-                start, stop = max(awake.start, first), min(awake.stop, last)
+                start, stop = max(trainable.start, first), min(trainable.stop, last)
                 if start < stop:
-                    grads = slice(offset + start - awake.start, offset + stop - awake.start)
+                    grads = slice(offset + start - trainable.start, offset + stop - trainable.start)
                     parts.append(_Part(slice(start, stop), grads, age))
-            offset += awake.stop - awake.start
+            offset += trainable.stop - trainable.start
         return parts
 
     def state(self) -> dict[str, Any]:

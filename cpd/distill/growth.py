@@ -14,7 +14,7 @@ from torch import Tensor
 from cpd.comm import Comm
 from cpd.distill.batches import Batch
 from cpd.seeding import generator
-from cpd.student.student import Student, StudentOutput
+from cpd.student.network import Student, StudentOutput
 
 #: Standard deviation of the noise on a copied router row, relative to the row's root mean square.
 ROW_NOISE: Final = 0.1

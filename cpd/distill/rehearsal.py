@@ -11,7 +11,7 @@ from torch import Tensor
 from cpd.distill.batches import Batch
 from cpd.distill.flat import FlatParameters
 from cpd.distill.losses import floored_log_std
-from cpd.student.student import Student
+from cpd.student.network import Student
 
 
 class Rehearsal:

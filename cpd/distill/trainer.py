@@ -11,21 +11,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cpd.comm import Comm
+from cpd.comm import Comm, DivergedError
 from cpd.config import Config
-from cpd.distill.batches import Batch, BatchSource, StageData
+from cpd.distill.batches import Batch, BatchSource
 from cpd.distill.contrast import ContrastSource, prototypes_from_memory
 from cpd.distill.flat import AdamW, FlatParameters
 from cpd.distill.growth import GrowthDecision, grow, probe
 from cpd.distill.losses import LOSSES, load_balance_loss, router_z_loss
+from cpd.distill.memory.memory import ReplayMemory, make_selection
 from cpd.distill.protection import make_protection
 from cpd.distill.rehearsal import Rehearsal
 from cpd.distill.schedule import learning_rate, opening_offset
-from cpd.memory.replay import ReplayMemory, make_selection
-from cpd.record import DivergedError
+from cpd.distill.stage_data import StageData
 from cpd.seeding import derive
-from cpd.student.belief import info_nce
-from cpd.student.student import Student, StudentOutput
+from cpd.student.network import Student, StudentOutput
+from cpd.student.task_embedding import info_nce
 
 
 class LossTerms(NamedTuple):
@@ -95,7 +95,7 @@ def _batches(config: Config) -> dict[str, int]:
     return found
 
 
-class Trainer:
+class StudentTrainer:
     """One rank's copy of the student and all that training changes. Every method is a collective."""
 
     def __init__(self, config: Config, seed: int, comm: Comm, device: torch.device) -> None:
@@ -110,7 +110,7 @@ class Trainer:
                     f"{name} = {rows} is less than the {comm.size} ranks; give fewer ranks or larger batches"
                 )
         self.config, self.seed, self.comm, self.device = config, seed, comm, device
-        self._start_afresh()
+        self._initialise_student()
         self.memory = ReplayMemory(make_selection(config.memory, seed), config.memory_steps)
         self.protection = make_protection(config, seed)
         self.progress = Progress()
@@ -118,7 +118,7 @@ class Trainer:
         self._contrast: ContrastSource | None = None
         self._rehearsal: Rehearsal | None = None
 
-    def _start_afresh(self) -> None:
+    def _initialise_student(self) -> None:
         """Draw the first weights, and forget what the optimiser knows."""
         self.student = self._build(self.config.student.num_experts)
         self.student.initialise(torch.Generator().manual_seed(derive(self.seed, "student")))
@@ -164,10 +164,10 @@ class Trainer:
                 data, self.memory.segments, config.distill, self.seed, progress.stage, self.device
             )
         if progress.begun:
-            self._rest()
+            self._freeze_masked()
             return []
         if config.distill.protocol == "single_task":
-            self._start_afresh()
+            self._initialise_student()
             progress.seen.clear()
         lessons = [lesson.task for lesson in (data, *data.others)]
         decisions = [found for task in lessons if task not in progress.seen for found in self._learn_of(task)]
@@ -175,13 +175,13 @@ class Trainer:
             self._rehearse(self.flat.values.clone())
         progress.begun = True
         self.protection.begin_stage(self)
-        self._rest()
+        self._freeze_masked()
         return decisions
 
-    def _rest(self) -> None:
+    def _freeze_masked(self) -> None:
         """Leave out of the stage's work what its mask holds in place as a whole."""
-        self.flat.let_rest(self.protection.update_mask(self))
-        assert self.flat.awake
+        self.flat.freeze(self.protection.update_mask(self))
+        assert self.flat.trainable
 
     def _learn_of(self, task: int) -> list[GrowthDecision]:
         """Make the student ready for a task that it has not met: experts for it, or a reason to do without."""
@@ -231,7 +231,7 @@ class Trainer:
 
     def end_stage(self, data: StageData) -> None:
         """Let protection and memory take what they need of the stage's data, and go on to the next stage."""
-        self.flat.let_rest(None)
+        self.flat.freeze(None)
         self.protection.end_stage(self, data)
         self.refresh_prototypes()
         self.memory.offer(data.segments(self.config.student.context), self.comm)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from cpd.comm import Comm, gathered_rows, share_of
 from cpd.envs.episodes import Actor, Outcome, run_episodes
 from cpd.envs.goals import Goal, Split, goal_set
-from cpd.envs.sampler import VectorEnv, make_vector_env
+from cpd.envs.vector_env import VectorEnv, make_vector_env
 
 #: Episodes of a task per forward pass. What a pass is made of is fixed, so results do not depend on the number of
 #: ranks.

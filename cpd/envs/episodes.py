@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cpd.envs.goals import Goal
-from cpd.envs.sampler import VectorEnv
+from cpd.envs.vector_env import VectorEnv
 
 
 class Actor(Protocol):

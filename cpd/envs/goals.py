@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cpd.envs.registry import build_stock, task_class
-from cpd.tasks import MAX_GOALS
+from cpd.envs.tasks import MAX_GOALS
 
 Split = Literal["training", "validation", "held_out"]
 

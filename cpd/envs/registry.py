@@ -2,7 +2,7 @@
 
 Resets write two small arrays of a compiled model, so all environments of a task in a process share one model
 and put their own values of these arrays back when they take it over. It is a light one
-(`cpd.envs.light_model`); Meta-World's own classes and pictures get complete ones (21 MB, 0.15 s to compile).
+(`cpd.envs.fast.model`); Meta-World's own classes and pictures get complete ones (21 MB, 0.15 s to compile).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from metaworld.env_dict import ALL_V3_ENVIRONMENTS
 
-from cpd.envs.light_model import light_model
+from cpd.envs.fast.model import light_model
 
 #: The model fields that Meta-World's resets write; a test compares all fields for all tasks.
 GOAL_FIELDS: Final = ("body_pos", "site_pos")

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from cpd.envs.goals import Goal
 from cpd.envs.task_env import TaskEnv
-from cpd.tasks import ACTION_SIZE, OBSERVATION_SIZE
+from cpd.envs.tasks import ACTION_SIZE, OBSERVATION_SIZE
 
 #: Room for one goal's vector; Meta-World's longest has six numbers.
 MAX_RAND_VEC_SIZE: Final = 16

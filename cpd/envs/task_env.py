@@ -9,11 +9,11 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from cpd.envs.accelerated import UnverifiedError, accelerated_class
-from cpd.envs.fast_sawyer import FastSawyer
+from cpd.envs.fast.sawyer import FastSawyer
+from cpd.envs.fast.task_class import UnverifiedError, accelerated_class
 from cpd.envs.goals import Goal
 from cpd.envs.registry import build_stock, task_class
-from cpd.tasks import MAX_EPISODE_STEPS
+from cpd.envs.tasks import MAX_EPISODE_STEPS
 
 #: Where observations tell of the object's position, in metres.
 OBJECT: Final = slice(4, 7)

@@ -16,11 +16,11 @@ import numpy.typing as npt
 
 from cpd.config import RolloutConfig
 from cpd.envs.goals import Goal
-from cpd.envs.sampler import VectorEnv
-from cpd.interrupt import Interrupt, InterruptedBySignal
+from cpd.envs.tasks import ACTION_SIZE, OBSERVATION_SIZE
+from cpd.envs.vector_env import VectorEnv
+from cpd.run.interrupt import Interrupt, InterruptedBySignal
+from cpd.run.shards.schema import Episode
 from cpd.seeding import derive, generator
-from cpd.shards.schema import Episode
-from cpd.tasks import ACTION_SIZE, OBSERVATION_SIZE
 from cpd.teachers.policy import FloatArray, Teacher
 
 

@@ -10,21 +10,64 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from metaworld.policies import ENV_POLICY_MAP
 
 from cpd.config import WarmStartConfig
 from cpd.envs.cells import CHUNK
 from cpd.envs.goals import Goal
-from cpd.envs.sampler import VectorEnv
-from cpd.interrupt import Interrupt, InterruptedBySignal
+from cpd.envs.tasks import ACTION_SIZE
+from cpd.envs.vector_env import VectorEnv
+from cpd.run.interrupt import Interrupt, InterruptedBySignal
 from cpd.seeding import generator
-from cpd.tasks import ACTION_SIZE
-from cpd.teachers.policy import FloatArray, Teacher
-from cpd.teachers.sampling import Batch, EpisodeRules, rewarded
-from cpd.teachers.scripted import ScriptedPolicy
+from cpd.teachers.policy import Distribution, FloatArray, Teacher, publish_tensors, read_tensors
+from cpd.teachers.rollout import EpisodeRules, Experience, rewarded
+
+
+class ScriptedPolicy:
+    """The scripted expert of one task, a deterministic function of the observation.
+
+    Args:
+        task: Meta-World task name.
+        assumed_std: the standard deviation declared for it, since it has none of its own.
+    """
+
+    std_source: Literal["policy", "assumed"] = "assumed"
+
+    def __init__(self, task: str, assumed_std: float) -> None:
+        self.task = task
+        self.assumed_std = assumed_std
+        expert_class: Any = ENV_POLICY_MAP[task]
+        self._expert = expert_class()
+
+    def distribution(self, obs_BO: FloatArray) -> Distribution:
+        """The expert's action as the mean, with the declared constant standard deviation."""
+        actions = [self._expert.get_action(obs_O.astype(np.float64)) for obs_O in obs_BO]
+        raw_mean_BA = np.array(actions, dtype=np.float32)
+        return Distribution(raw_mean_BA, np.full_like(raw_mean_BA, math.log(self.assumed_std)))
+
+
+def save_scripted(policy: ScriptedPolicy, path: Path, description: dict[str, Any]) -> None:
+    """Publish the stand-in in the form of a policy: its standard deviation is all the tensors it has."""
+    tensors = {"log_std_A": torch.full((ACTION_SIZE,), math.log(policy.assumed_std))}
+    architecture = {"kind": "scripted", "task": policy.task, "assumed_std": policy.assumed_std}
+    publish_tensors(tensors, path, {"architecture": architecture, **description})
+
+
+def load_scripted(path: Path) -> ScriptedPolicy:
+    """The stand-in saved at `path`.
+
+    Raises:
+        ValueError: if it is missing, damaged, or of another kind.
+    """
+    _, description = read_tensors(path, "scripted")
+    architecture = description["architecture"]
+    return ScriptedPolicy(architecture["task"], architecture["assumed_std"])
 
 
 class Labelled(NamedTuple):
@@ -95,7 +138,7 @@ class Demonstrator:
         steps = list(self._steps(round_number, clone, self.config.steps_after_success))
         return Labelled(np.concatenate([s.obs_MO for s in steps]), np.concatenate([s.labels_MA for s in steps]))
 
-    def transitions(self, rules: EpisodeRules) -> list[Batch]:
+    def transitions(self, rules: EpisodeRules) -> list[Experience]:
         """The transitions of the demonstrations, with their goals and noise, each up to its success.
 
         Args:
@@ -107,7 +150,7 @@ class Demonstrator:
         envs = self.envs
         envs.want_grasps(rules.grasp_bonus > 0)
         return [
-            Batch(
+            Experience(
                 obs=step.obs_MO[None],
                 next_obs=envs.observations[step.slots_M][None],
                 actions=step.executed_MA[None],

@@ -17,9 +17,49 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from cpd.files import publish, read_json, sha256, write_json
-from cpd.tasks import ACTION_SIZE, OBSERVATION_SIZE
-from cpd.teachers.statistics import RunningMoments
+from cpd.comm import Comm, SerialComm
+from cpd.envs.tasks import ACTION_SIZE, OBSERVATION_SIZE
+from cpd.run.files import atomic_write, read_json, sha256, write_json
+from cpd.teachers.ranks import moments
+
+
+class RunningMoments(nn.Module):
+    """Mean and variance of everything seen, kept in float64 as buffers so that they travel with their module.
+
+    Args:
+        size: D, number of components.
+        min_std: least standard deviation given out; a constant component is not blown up.
+    """
+
+    count: Tensor
+    mean: Tensor
+    sum_of_squares: Tensor
+
+    def __init__(self, size: int, min_std: float) -> None:
+        super().__init__()
+        self._min_std = min_std
+        self.register_buffer("count", torch.zeros((), dtype=torch.float64))
+        self.register_buffer("mean", torch.zeros(size, dtype=torch.float64))
+        # Of deviations from the mean.
+        self.register_buffer("sum_of_squares", torch.zeros(size, dtype=torch.float64))
+
+    @torch.no_grad()
+    def update(self, x_BD: Tensor, comm: Comm | None = None) -> None:
+        """Take in the rows of `x_BD`, those of all ranks with a communicator; a collective then."""
+        num_new, new_mean, new_squares = moments(x_BD.to(self.mean.device).double(), comm or SerialComm())
+        total = self.count + num_new
+        delta = new_mean - self.mean
+        self.sum_of_squares += new_squares + delta**2 * (self.count * num_new / total)
+        self.mean += delta * (num_new / total)
+        self.count.copy_(total)
+
+    @property
+    def std(self) -> Tensor:
+        """[D] float64, population standard deviation, at least `min_std`; ones before the first update."""
+        if self.count == 0:
+            return torch.ones_like(self.mean)
+        return (self.sum_of_squares / self.count).sqrt().clamp_min(self._min_std)
+
 
 FloatArray = npt.NDArray[np.float32]
 
@@ -237,7 +277,7 @@ def save_policy(policy: MLPPolicy, path: Path, description: dict[str, Any]) -> N
 def publish_tensors(tensors: dict[str, Tensor], path: Path, description: dict[str, Any]) -> None:
     """Publish `tensors` at `path` and then `description`, with their hash, beside it as JSON."""
     path.with_suffix(".json").unlink(missing_ok=True)  # the marker never stands beside others' weights
-    with publish(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_bytes(safetensors.torch.save(tensors))  # save_file would bar the group: mode 0600
     write_json(path.with_suffix(".json"), {**description, "sha256": sha256(path)})
 

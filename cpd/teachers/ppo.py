@@ -23,13 +23,40 @@ from torch import Tensor, nn
 
 from cpd.comm import Comm, SerialComm
 from cpd.config import PPOConfig
+from cpd.envs.tasks import OBSERVATION_SIZE
 from cpd.seeding import derive, generator
-from cpd.tasks import OBSERVATION_SIZE
-from cpd.teachers.advantages import gae
-from cpd.teachers.policy import GaussianPolicy, gaussian_log_prob, mlp
-from cpd.teachers.ranks import largest, own_slots, reduce_gradients, spread
-from cpd.teachers.sampling import LARGEST_REWARD, Batch
-from cpd.teachers.statistics import RunningMoments
+from cpd.teachers.policy import GaussianPolicy, RunningMoments, gaussian_log_prob, mlp
+from cpd.teachers.ranks import largest, moments_over_ranks, own_slots, reduce_gradients
+from cpd.teachers.rollout import LARGEST_REWARD, Experience
+
+
+def gae(
+    rewards_TN: Tensor, values_TN: Tensor, next_values_TN: Tensor, ends_TN: Tensor, gamma: float, lam: float
+) -> Tensor:
+    """Advantages `[T, N]`: `A_t = delta_t + gamma * lam * A_{t+1}`, with `A_{t+1} = 0` where a segment ends.
+
+    `delta_t = r_t + gamma * V'_t - V_t`, where V' is the value of what follows step t: of the next observation
+    where the episode goes on, of the last one where it was cut by a time limit, and whatever stands for the
+    future where it ended in a terminal state.
+
+    Args:
+        rewards_TN: rewards of T steps in N environments.
+        values_TN: values of the observations before each step.
+        next_values_TN: V'.
+        ends_TN: bool, true at the last step of every segment; must be true at the last step of all.
+        gamma: discount per step.
+        lam: lambda, 0 (one-step) to 1 (Monte Carlo).
+    """
+    assert bool(ends_TN[-1].all())
+    deltas_TN = rewards_TN + gamma * next_values_TN - values_TN
+    decay_TN = gamma * lam * (~ends_TN).to(deltas_TN.dtype)
+    advantages_TN = torch.empty_like(deltas_TN)
+    following_N = torch.zeros_like(deltas_TN[0])
+    for t in range(len(deltas_TN) - 1, -1, -1):
+        following_N = deltas_TN[t] + decay_TN[t] * following_N
+        advantages_TN[t] = following_N
+    return advantages_TN
+
 
 #: Means may leave [-1, 1] by this much before the penalty sets in.
 MEAN_MARGIN: Final = 0.2
@@ -47,7 +74,7 @@ class Samples(NamedTuple):
     """Normalised value targets."""
 
 
-class Learner:
+class PPOLearner:
     """Policy, value network and optimiser of one teacher.
 
     Args:
@@ -92,7 +119,7 @@ class Learner:
             "optimizer": self.optimizer.state_dict(),
         }
 
-    def load_state(self, state: dict[str, Any]) -> None:
+    def restore(self, state: dict[str, Any]) -> None:
         """Restore what `state` gave."""
         self.policy.load_state_dict(state["policy"])
         self.value_net.load_state_dict(state["value_net"])
@@ -101,7 +128,7 @@ class Learner:
         self.optimizer.load_state_dict(state["optimizer"])
 
     def update(
-        self, batch: Batch, iteration: int, *, critic_only: bool = False, exploring: bool = False
+        self, batch: Experience, iteration: int, *, critic_only: bool = False, exploring: bool = False
     ) -> dict[str, float]:
         """Learn from an iteration's batch; with `critic_only` the policy stays exactly as it is, and while
         `exploring` its deviation keeps to the bound that is meant for that.
@@ -139,7 +166,7 @@ class Learner:
         }
 
     @torch.no_grad()
-    def _prepare(self, batch: Batch) -> tuple[Samples, float]:
+    def _prepare(self, batch: Experience) -> tuple[Samples, float]:
         """Advantages and targets, with observation statistics that know this batch already."""
         config = self.config
         obs_BO = torch.from_numpy(batch.obs).flatten(0, 1)
@@ -159,8 +186,8 @@ class Learner:
         ends_SN = torch.from_numpy(batch.ends)
         advantages_SN = gae(rewards_SN, values_SN, next_values_SN, ends_SN, config.gamma, config.gae_lambda)
         targets_B1 = (advantages_SN + values_SN).reshape(-1, 1)
-        of_advantages = spread(advantages_SN, self._comm)
-        of_targets = spread(targets_B1, self._comm)
+        of_advantages = moments_over_ranks(advantages_SN, self._comm)
+        of_targets = moments_over_ranks(targets_B1, self._comm)
         explained = float(1 - of_advantages.variance / of_targets.variance.clamp_min(1e-12))
         self.value_moments.update(targets_B1, self._comm)
         targets_B = ((targets_B1 - self.value_moments.mean) / self.value_moments.std).float().squeeze(1)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from cpd.comm import Comm, float_sum
-from cpd.interrupt import InterruptedBySignal
+from cpd.run.interrupt import InterruptedBySignal
 
 T = TypeVar("T")
 
@@ -41,7 +41,7 @@ class Spread(NamedTuple):
     variance: Tensor
 
 
-def spread(x: Tensor, comm: Comm) -> Spread:
+def moments_over_ranks(x: Tensor, comm: Comm) -> Spread:
     """The moments of all elements of `x`, over ranks; a collective."""
     if comm.size == 1:
         return Spread(x.mean(), x.std(), x.var())
@@ -103,7 +103,7 @@ def float_mean(value: float, weight: float, comm: Comm) -> float:
     return float_sum(comm, value * weight) / float_sum(comm, weight)
 
 
-def check_same(tensors: Sequence[Tensor], comm: Comm) -> None:
+def check_ranks_agree(tensors: Sequence[Tensor], comm: Comm) -> None:
     """Raise unless all ranks hold the same `tensors`, bit for bit; a collective.
 
     Raises:

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from cpd.config import WarmStartConfig
+from cpd.envs.tasks import OBSERVATION_SIZE
 from cpd.seeding import generator
-from cpd.tasks import OBSERVATION_SIZE
 from cpd.teachers.demonstrations import Demonstrator, Labelled
 from cpd.teachers.policy import MLPPolicy
 
@@ -69,7 +69,7 @@ class Cloner:
             }
         )
 
-    def load_state(self, state: dict[str, Any]) -> None:
+    def restore(self, state: dict[str, Any]) -> None:
         """Go back to what `state` gave."""
         self._policy.net.load_state_dict(state["net"])
         self._optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
@@ -120,7 +120,7 @@ class _Search:
             self.highest = max(self.highest, success)
             if success > self.config.success_cap:
                 beyond = self.cloner.num_steps
-                self.cloner.load_state(kept)
+                self.cloner.restore(kept)
                 self._halve()
                 continue
             kept, self.success, self.loss = self.cloner.state(), success, loss

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from cpd.lease import is_alive, start_ticks
+from cpd.run.lease import is_alive, start_ticks
 from slurm.testbed.conf import CLUSTER, Settings, gres_conf, slurm_conf, slurmdbd_conf, user_name
 
 #: Names the state folder in the environment of everything that the cluster starts.

@@ -20,6 +20,7 @@ from matplotlib.text import Text
 
 from analysis.build import build, load_all, main
 from analysis.captions import short_conditions
+from analysis.dataset import _joined, load
 from analysis.figures import (
     fig_finals,
     fig_losses,
@@ -34,13 +35,12 @@ from analysis.figures import (
     fig_transfer,
     fig_usage,
 )
-from analysis.load import _joined, load
-from analysis.publish import RESULTS, publish
 from analysis.style import paper_style, stamp
-from analysis.summary import print_summary
-from cpd.results import gather
-from cpd.runs import Run
-from cpd.tasks import ALL_TASKS, STREAMS
+from analysis.terminal import print_summary
+from cpd.envs.tasks import ALL_TASKS, STREAMS
+from cpd.evaluation.gather import gather
+from cpd.evaluation.publish import RESULTS, publish
+from cpd.run.directory import Run
 from tests.synthetic_run import LABELS, write_run
 
 STREAM = STREAMS["demo"]

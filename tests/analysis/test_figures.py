@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 
 from analysis.build import build
 from analysis.captions import conditions
+from analysis.dataset import Dataset, load
 from analysis.figures import (
     fig_losses,
     fig_methods,
@@ -22,14 +23,13 @@ from analysis.figures import (
     fig_usage,
 )
 from analysis.figures.small_multiples import MOST_LINES
-from analysis.load import Dataset, load
+from analysis.paper_tables import task_cells, write_tables
 from analysis.style import paper_style
-from analysis.tables import task_cells, write_tables
-from cpd.files import read_json, write_json
-from cpd.measures import rate_before
-from cpd.metrics import SuccessMatrix
-from cpd.results import gather
-from cpd.tasks import STREAMS
+from cpd.envs.tasks import STREAMS
+from cpd.evaluation.gather import gather
+from cpd.evaluation.measures import SuccessMatrix
+from cpd.evaluation.student_measures import rate_before
+from cpd.run.files import read_json, write_json
 from tests.synthetic_run import write_run
 
 STREAM = STREAMS["demo"]

@@ -46,15 +46,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from cpd.cluster.element_job import MPIEXEC_ENVIRONMENT, mpi_command
 from cpd.comm import RANKS_VARIABLE, Comm, SerialComm, asked_size, connect
 from cpd.config import Config
+from cpd.config.load import load, merge, read_toml
 from cpd.distill.batches import Batch
 from cpd.distill.losses import LOSSES, load_balance_loss, router_z_loss
 from cpd.distill.schedule import learning_rate
-from cpd.distill.trainer import Trainer
-from cpd.strict_load import load, merge, read_toml
-from cpd.submission import MPIEXEC_ENVIRONMENT, mpi_command
-from jobs.options import RECIPES
+from cpd.distill.trainer import StudentTrainer
+from jobs.launch_options import RECIPES
 from tests.distill.synthetic import third_stage
 
 CPU = torch.device("cpu")
@@ -65,7 +65,7 @@ PLAIN = {"student": {"task_identity": "none"}, "protection": {"kind": "none"}}
 class LocalLoss(nn.Module):
     """A rank's loss on its own rows, as a module, which is what DistributedDataParallel wraps."""
 
-    def __init__(self, trainer: Trainer) -> None:
+    def __init__(self, trainer: StudentTrainer) -> None:
         super().__init__()
         self.student, self.config = trainer.student, trainer.config.distill
 

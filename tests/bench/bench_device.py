@@ -23,18 +23,18 @@ import torch
 
 from cpd.comm import SerialComm
 from cpd.config import Config, SACConfig
-from cpd.distill.trainer import Trainer
-from cpd.strict_load import load, merge, read_toml
+from cpd.config.load import load, merge, read_toml
+from cpd.distill.trainer import StudentTrainer
 from cpd.student.actor import StudentActor
-from cpd.teachers.sac import SACLearner
-from cpd.teachers.sampling import Batch
-from jobs.options import RECIPES
+from cpd.teachers.rollout import Batch
+from cpd.teachers.sac.learner import SACLearner
+from jobs.launch_options import RECIPES
 from tests.distill.synthetic import stage_data, third_stage
 
 CALLS = 60
 
 
-def acting(config: Config, trainer: Trainer, num_envs: int) -> Callable[[], Any]:
+def acting(config: Config, trainer: StudentTrainer, num_envs: int) -> Callable[[], Any]:
     """One step of `num_envs` episodes at once, past the student's context."""
     actor = StudentActor(trainer.student, config.stream.distinct_tasks)
     actor.reset(config.stream.tasks[:1] * num_envs)

@@ -21,9 +21,9 @@ import torch
 
 from cpd.comm import connect
 from cpd.config import Config
-from cpd.strict_load import load, merge, read_toml
+from cpd.config.load import load, merge, read_toml
 from cpd.student.actor import StudentActor
-from jobs.options import RECIPES
+from jobs.launch_options import RECIPES
 from tests.distill.synthetic import third_stage
 
 STEPS = 60

@@ -17,8 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from cpd.memory.dpp import greedy_map, preselect, select
-from cpd.memory.dpp_kernel import Similarity, median_bandwidth, rbf_similarity
+from cpd.distill.memory.dpp import Similarity, greedy_map, median_bandwidth, preselect, rbf_similarity, select
 
 NUM_TASKS = 10
 EPISODE = 100

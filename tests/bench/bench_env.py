@@ -25,9 +25,9 @@ import mujoco
 import numpy as np
 
 from cpd.envs.goals import goal_set
-from cpd.envs.sampler import make_vector_env
 from cpd.envs.task_env import TaskEnv
-from cpd.tasks import ALL_TASKS
+from cpd.envs.tasks import ALL_TASKS
+from cpd.envs.vector_env import make_vector_env
 
 EPISODE = 200
 

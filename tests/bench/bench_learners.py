@@ -34,11 +34,11 @@ import torch
 from cpd.config import PPOConfig, SACConfig
 from cpd.envs.episodes import Actor, run_episodes
 from cpd.envs.goals import goal_set
-from cpd.envs.sampler import VectorEnv, make_vector_env
+from cpd.envs.vector_env import VectorEnv, make_vector_env
 from cpd.teachers.policy import TeacherActor
-from cpd.teachers.ppo import Learner
-from cpd.teachers.sac import SACLearner
-from cpd.teachers.sampling import Batch, EpisodeRules, sample
+from cpd.teachers.ppo import PPOLearner
+from cpd.teachers.rollout import Batch, EpisodeRules, sample
+from cpd.teachers.sac.learner import SACLearner
 
 HORIZON, TRAINING_HORIZON = 500, 200
 NUM_GOALS, CHUNK, MOST_FAILURES = 50, 10, 2
@@ -115,7 +115,7 @@ def train_ours(kind: str, task: str, seed: int, clock: Clock, judge: Judge) -> t
     """Returns whether it passed, and its environment steps."""
     config = PPOConfig() if kind == "ppo" else SACConfig()
     clock.start()
-    learner = Learner(config, seed) if isinstance(config, PPOConfig) else SACLearner(config, seed)
+    learner = PPOLearner(config, seed) if isinstance(config, PPOConfig) else SACLearner(config, seed)
     goals = goal_set(task, "training")
     with make_vector_env([task] * config.num_envs, 1) as envs:
         iteration = 0
@@ -243,7 +243,7 @@ def ppo_samples() -> dict[str, float]:
     config = PPOConfig(
         hidden_sizes=(64, 64), num_envs=8, steps_per_env=256, minibatch_size=64, num_epochs=10, target_kl=1e9
     )
-    ours, wide = Learner(config, 1), Learner(replace(config, minibatch_size=512), 1)
+    ours, wide = PPOLearner(config, 1), PPOLearner(replace(config, minibatch_size=512), 1)
     env = gymnasium.make("Meta-World/MT1", env_name="reach-v3", seed=1)
     theirs = PPO("MlpPolicy", env, device="cpu")
     theirs.learn(total_timesteps=2048, log_interval=None)

@@ -22,8 +22,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from cpd.record import Status
-from cpd.runs import Run
+from cpd.run.directory import Run
+from cpd.run.progress import Status
 from slurm.testbed.cluster import Testbed, missing_packages
 from slurm.testbed.conf import Settings
 

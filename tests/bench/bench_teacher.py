@@ -22,9 +22,9 @@ import torch
 
 from cpd.config import PPOConfig
 from cpd.envs.goals import goal_set
-from cpd.envs.sampler import VectorEnv, make_vector_env
-from cpd.teachers.ppo import Learner
-from cpd.teachers.sampling import Batch, EpisodeRules, sample
+from cpd.envs.vector_env import VectorEnv, make_vector_env
+from cpd.teachers.ppo import PPOLearner
+from cpd.teachers.rollout import EpisodeRules, Experience, sample
 
 CONFIG = PPOConfig()
 HORIZON = 200
@@ -36,7 +36,7 @@ def timed(function: Any, *arguments: Any) -> tuple[float, Any]:
     return time.perf_counter() - start, result
 
 
-def simulator_seconds(envs: VectorEnv, task: str, batch: Batch) -> float:
+def simulator_seconds(envs: VectorEnv, task: str, batch: Experience) -> float:
     """The batch's steps once more, without a policy; resets at its segments' ends."""
     goals = goal_set(task, "training", CONFIG.num_envs)
     actions = batch.actions.clip(-1, 1)
@@ -61,7 +61,7 @@ class Iteration(NamedTuple):
 def measure(task: str, workers: Sequence[int], iterations: int) -> dict[int, list[Iteration]]:
     """By number of workers, whose iterations take turns; the first, which fills caches, is left out."""
     goals = goal_set(task, "training", 50)
-    learners = {count: Learner(CONFIG, seed=1) for count in workers}
+    learners = {count: PPOLearner(CONFIG, seed=1) for count in workers}
     found: dict[int, list[Iteration]] = {count: [] for count in workers}
     with contextlib.ExitStack() as stack:
         all_envs = {

@@ -7,13 +7,13 @@ import torch
 
 from cpd.comm import Comm
 from cpd.config import Config
-from cpd.distill.batches import StageData
-from cpd.distill.trainer import Trainer
-from cpd.provenance import labels
-from cpd.runs import Run, StudentElement
+from cpd.distill.stage_data import StageData
+from cpd.distill.trainer import StudentTrainer
+from cpd.run.directory import Run, StudentElement
+from cpd.run.provenance import labels
+from cpd.run.shards.schema import Episode, ShardAttributes
+from cpd.run.shards.writer import ShardWriter
 from cpd.seeding import generator
-from cpd.shards.schema import Episode, ShardAttributes
-from cpd.shards.writer import ShardWriter
 from cpd.student.observations import observation_scaling
 
 
@@ -42,9 +42,9 @@ def stage_data(task: int, num_episodes: int = 12, length: int = 25) -> StageData
     )
 
 
-def third_stage(config: Config, comm: Comm, device: torch.device) -> Trainer:
+def third_stage(config: Config, comm: Comm, device: torch.device) -> StudentTrainer:
     """A trainer in its third stage, with experts of three tasks and a full memory of two; for benchmarks."""
-    trainer, episodes = Trainer(config, 1, comm, device), config.rollouts.num_steps // 100
+    trainer, episodes = StudentTrainer(config, 1, comm, device), config.rollouts.num_steps // 100
     for task in range(3):
         data = stage_data(task % len(config.stream.distinct_tasks), episodes, 100)
         trainer.begin_stage(data)

@@ -15,12 +15,13 @@ from hypothesis import strategies as st
 from cpd.comm import SerialComm
 from cpd.config import DistillConfig
 from cpd.config.types import EpisodeChoice
-from cpd.distill.batches import BatchSource, StageData
-from cpd.memory.segments import Segments
-from cpd.shards.reader import Rollouts, read_rollouts
-from cpd.shards.writer import ShardWriter
+from cpd.distill.batches import BatchSource
+from cpd.distill.memory.segments import Segments
+from cpd.distill.stage_data import StageData
+from cpd.run.shards.reader import Rollouts, read_rollouts
+from cpd.run.shards.writer import ShardWriter
 from tests.distill.synthetic import stage_data
-from tests.shards.test_shards import ATTRIBUTES, LABELS, make_episode
+from tests.run.test_shards import ATTRIBUTES, LABELS, make_episode
 
 
 @dataclass

@@ -7,21 +7,20 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from cpd.checkpoint import latest
 from cpd.comm import SerialComm
 from cpd.config import DistillConfig
-from cpd.distill.batches import StageData
 from cpd.distill.contrast import ContrastSource, prototypes_from_memory
-from cpd.distill.element import run_student
-from cpd.distill.teachers import read_stage
-from cpd.distill.trainer import Trainer
-from cpd.interrupt import Interrupt, InterruptedBySignal
-from cpd.memory.segments import Segments
+from cpd.distill.memory.segments import Segments
+from cpd.distill.run_student import run_student
+from cpd.distill.stage_data import StageData, read_stage
+from cpd.distill.trainer import StudentTrainer
+from cpd.run.checkpoint import latest
+from cpd.run.interrupt import Interrupt, InterruptedBySignal
+from cpd.student.network import Student
 from cpd.student.observations import observation_scaling
-from cpd.student.student import Student
 from tests.distill.synthetic import stage_data, write_teachers
 from tests.distill.test_trainer import make_trainer, train
-from tests.student.test_student import make_student
+from tests.student.test_network import make_student
 
 
 def memory_of(steps_by_task: dict[int, int]) -> Segments:
@@ -194,7 +193,7 @@ def test_curves_are_measured_with_prototypes_of_the_encoder_as_it_is(make_run):
         run_student(run, element, SerialComm(), interrupt=AskedInTheEpisode(), tell=lambda line: None)
     state = latest(element.checkpoints).load()
     assert not state["curves"]
-    trainer = Trainer(element.config, element.seed, SerialComm(), torch.device("cpu"))
+    trainer = StudentTrainer(element.config, element.seed, SerialComm(), torch.device("cpu"))
     trainer.restore(state["trainer"])
     saved = trainer.student.prototypes_KZ.clone()
     teacher = run.teacher_of("drawer-close-v3", element.seed)

@@ -180,7 +180,7 @@ def test_what_rests_stays_and_the_rest_learns_as_beside_it(weight_decay):
             mask[flat.slots[name]] = 0.0
         before = flat.values.clone()
         if rests:
-            flat.let_rest(mask)
+            flat.freeze(mask)
         for step in range(5):
             flat.grads.zero_()
             backward(module, step)
@@ -192,8 +192,8 @@ def test_what_rests_stays_and_the_rest_learns_as_beside_it(weight_decay):
         assert torch.equal(flat.values[mask == 0], before[mask == 0])
         assert (flat.values[mask == 1] != before[mask == 1]).all()
         trainings[rests] = flat.values
-        flat.let_rest(None)
-        assert flat.awake == [slice(0, flat.size)]
+        flat.freeze(None)
+        assert flat.trainable == [slice(0, flat.size)]
         backward(module, 9)
         assert flat.grads[mask == 0].any()
     assert torch.equal(trainings[False], trainings[True])

@@ -10,8 +10,8 @@ from cpd.comm import SerialComm
 from cpd.distill.batches import Batch
 from cpd.distill.growth import ROW_NOISE, GrowthDecision, Probe, grow, probe
 from cpd.distill.losses import LOSSES
-from cpd.student.student import Student, StudentOutput
-from tests.student.test_student import make_student, observations
+from cpd.student.network import Student, StudentOutput
+from tests.student.test_network import make_student, observations
 
 LENGTHS = (5, 3, 1, 4)
 

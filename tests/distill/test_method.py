@@ -8,7 +8,7 @@ import torch
 
 from cpd.distill.contrast import ContrastSource
 from cpd.distill.protection.importance import fisher
-from cpd.distill.trainer import Trainer
+from cpd.distill.trainer import StudentTrainer
 from cpd.student.actor import StudentActor
 from tests.distill.synthetic import stage_data
 from tests.distill.test_trainer import TASKS, make_config, make_trainer, mean_error, train
@@ -16,7 +16,7 @@ from tests.distill.test_trainer import TASKS, make_config, make_trainer, mean_er
 LONG = {"steps_per_stage": 120, "lr": 5e-3}
 
 
-def outputs(trainer: Trainer, task: int) -> torch.Tensor:
+def outputs(trainer: StudentTrainer, task: int) -> torch.Tensor:
     """The student's Gaussian on a task's data, seen as that task."""
     data = stage_data(task)
     obs = torch.from_numpy(np.stack([data.observations[i : i + 4] for i in range(100)])).to(trainer.student.dtype)
@@ -39,7 +39,7 @@ def test_nothing_of_an_earlier_task_moves_under_momentum_and_weight_decay(precis
     assert trainer.protection.report()["masked_share"] == pytest.approx(masked_by_hand(trainer))
 
 
-def masked_by_hand(trainer: Trainer) -> float:
+def masked_by_hand(trainer: StudentTrainer) -> float:
     """The share of parameters that the third of three stages must not move."""
     count = 0
     for name, parameter in trainer.student.named_parameters():
@@ -159,7 +159,7 @@ def is_shared(name: str) -> bool:
     return not (name.startswith("encoder.") or name == "task" or ".experts." in name or ".router." in name)
 
 
-def shared_by_all(trainer: Trainer) -> torch.Tensor:
+def shared_by_all(trainer: StudentTrainer) -> torch.Tensor:
     """Where in the vector of parameters those are that all tasks share."""
     slots = trainer.flat.slots.items()
     return torch.cat([torch.arange(slot.start, slot.stop) for name, slot in slots if is_shared(name)])
@@ -188,7 +188,7 @@ def test_the_importance_of_a_parameter_adds_up_over_the_stages():
     for stage in range(2):
         train(trainer, until=10 * stage + 9)
         trainer.train_step()
-        trainer.flat.let_rest(None)
+        trainer.flat.freeze(None)
         found.append(fisher(trainer, stage_data(stage), 32))
         trainer.end_stage(stage_data(stage))
     first, total = found

@@ -6,13 +6,12 @@ import numpy as np
 import pytest
 import torch
 
+from cpd.config.load import ConfigError
 from cpd.distill.protection.packnet import FREE
-from cpd.distill.trainer import Trainer
-from cpd.provenance import labels
-from cpd.strict_load import ConfigError
-from cpd.student.actor import StudentActor
-from cpd.student.student import load_student, save_student
-from cpd.student.taskwise_actor import TaskwiseActor, make_actor
+from cpd.distill.trainer import StudentTrainer
+from cpd.run.provenance import labels
+from cpd.student.actor import StudentActor, TaskwiseActor, make_actor
+from cpd.student.network import load_student, save_student
 from tests.distill.synthetic import stage_data
 from tests.distill.test_trainer import TASKS, make_config, make_trainer, mean_error, through_a_file, train
 
@@ -29,11 +28,11 @@ SHORT = {**SETTINGS, "distill": {"steps_per_stage": 20, "weight_decay": 0.1}}
 class Viewed:
     """Looks to `mean_error` like the trainer of the student that acts for one task."""
 
-    def __init__(self, trainer: Trainer, task: int) -> None:
+    def __init__(self, trainer: StudentTrainer, task: int) -> None:
         self.student = trainer.student.packing.view(trainer.student, task)
 
 
-def outputs(trainer: Trainer, task: int) -> torch.Tensor:
+def outputs(trainer: StudentTrainer, task: int) -> torch.Tensor:
     data = stage_data(task)
     obs = torch.from_numpy(np.stack([data.observations[i : i + 4] for i in range(100)])).double()
     with torch.no_grad():
@@ -42,7 +41,7 @@ def outputs(trainer: Trainer, task: int) -> torch.Tensor:
 
 
 @pytest.fixture(scope="module")
-def stages() -> tuple[Trainer, list[list[torch.Tensor]]]:
+def stages() -> tuple[StudentTrainer, list[list[torch.Tensor]]]:
     """A trained stream, and what each task's student said at the end of each stage since its own."""
     trainer, said = make_trainer(**SETTINGS), []
     for stage in range(3):
@@ -61,7 +60,7 @@ def test_earlier_tasks_are_unchanged_to_the_last_bit(stages):
     assert not torch.equal(outputs(trainer, 1), trainer_outputs_without_mask(trainer, 1))
 
 
-def trainer_outputs_without_mask(trainer: Trainer, task: int) -> torch.Tensor:
+def trainer_outputs_without_mask(trainer: StudentTrainer, task: int) -> torch.Tensor:
     data = stage_data(task)
     obs = torch.from_numpy(np.stack([data.observations[i : i + 4] for i in range(100)])).double()
     with torch.no_grad():

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from cpd.config.load import ConfigError
 from cpd.distill.protection.agem import AGEM
 from cpd.distill.protection.ewc import EWC
 from cpd.distill.protection.importance import fisher
-from cpd.strict_load import ConfigError
 from tests.distill.synthetic import stage_data
 from tests.distill.test_trainer import make_config, make_trainer, mean_error, through_a_file, train
 

@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from cpd.comm import SerialComm
-from cpd.distill.batches import StageData
-from cpd.distill.element import run_student
-from cpd.distill.trainer import Trainer
+from cpd.distill.run_student import run_student
+from cpd.distill.stage_data import StageData
+from cpd.distill.trainer import StudentTrainer
 from cpd.envs.cells import Cell
-from cpd.evaluate import row_cells, run_evaluation
-from cpd.interrupt import Interrupt
-from cpd.tables import EvaluationRow, read_rows
+from cpd.evaluation.run_evaluation import row_cells, run_evaluation
+from cpd.run.interrupt import Interrupt
+from cpd.run.tables import EvaluationRow, read_rows
 from tests.distill.synthetic import stage_data, write_teachers
 from tests.distill.test_trainer import TASKS, make_config, make_trainer, mean_error, through_a_file
 
@@ -24,11 +24,11 @@ LONG = {"steps_per_stage": 120, "lr": 5e-3}
 SHORT = {"steps_per_stage": 20}
 
 
-def of(protocol: str, **distill) -> Trainer:
+def of(protocol: str, **distill) -> StudentTrainer:
     return make_trainer(student={"task_identity": "none", "width": 32}, distill={**distill, "protocol": protocol})
 
 
-def lesson(trainer: Trainer, task: int) -> StageData:
+def lesson(trainer: StudentTrainer, task: int) -> StageData:
     """What a stage of `task` distils."""
     joint = trainer.config.distill.protocol == "joint"
     return replace(
@@ -36,7 +36,7 @@ def lesson(trainer: Trainer, task: int) -> StageData:
     )
 
 
-def train(trainer: Trainer, until: int = 10**6) -> None:
+def train(trainer: StudentTrainer, until: int = 10**6) -> None:
     """Train over the stream, or up to a number of steps in all."""
     steps = trainer.config.distill.steps_per_stage
     for stage in range(trainer.progress.stage, 3):

@@ -9,8 +9,8 @@ import torch
 from cpd.distill.batches import Batch
 from cpd.distill.flat import FlatParameters
 from cpd.distill.rehearsal import Rehearsal
-from cpd.student.student import Student
-from tests.student.test_student import make_student, observations
+from cpd.student.network import Student
+from tests.student.test_network import make_student, observations
 
 REPLAYED = [True, True, True, False, False]
 FLOOR = 0.25

@@ -11,13 +11,12 @@ import numpy as np
 import pytest
 import torch
 
-from cpd.comm import SerialComm
+from cpd.comm import DivergedError, SerialComm
 from cpd.config import Config
+from cpd.config.load import load
 from cpd.distill.batches import Batch
 from cpd.distill.schedule import curve_steps, learning_rate, opening_offset
-from cpd.distill.trainer import Trainer
-from cpd.record import DivergedError
-from cpd.strict_load import load
+from cpd.distill.trainer import StudentTrainer
 from tests.distill.synthetic import stage_data
 
 GOLDEN = Path(__file__).with_name("golden_losses.json")
@@ -53,17 +52,17 @@ PLAIN = {
 }
 
 
-def make_trainer(**over) -> Trainer:
+def make_trainer(**over) -> StudentTrainer:
     """With the default method."""
-    return Trainer(make_config(**over), 1, SerialComm(), torch.device("cpu"))
+    return StudentTrainer(make_config(**over), 1, SerialComm(), torch.device("cpu"))
 
 
-def make_plain(**over) -> Trainer:
+def make_plain(**over) -> StudentTrainer:
     tables = {name: {**PLAIN.get(name, {}), **over.get(name, {})} for name in {**PLAIN, **over} if name != "tasks"}
     return make_trainer(**tables, **({"tasks": over["tasks"]} if "tasks" in over else {}))
 
 
-def train(trainer: Trainer, until: int | None = None) -> None:
+def train(trainer: StudentTrainer, until: int | None = None) -> None:
     """Train over the stream, or up to a number of steps in all."""
     config, tasks = trainer.config, trainer.config.stream
     steps = config.distill.steps_per_stage
@@ -86,7 +85,7 @@ def through_a_file(state: dict) -> dict:
     return torch.load(file, weights_only=True)
 
 
-def new_task_shares(trainer: Trainer, batch: Batch) -> np.ndarray:
+def new_task_shares(trainer: StudentTrainer, batch: Batch) -> np.ndarray:
     """[layers, experts] shares of the assignments of a batch."""
     with torch.no_grad():
         out = trainer.student(batch.obs_RLO, task_B=batch.task_R, valid_BL=batch.valid_RL)
@@ -192,14 +191,14 @@ SHORT = {
 }
 
 
-def make_short(name: str) -> Trainer:
+def make_short(name: str) -> StudentTrainer:
     tables = {section: dict(table) for section, table in SHORT[name].items()}
     tables["distill"] = {**tables.get("distill", {}), "steps_per_stage": 25}
     return make_trainer(**tables)
 
 
 @pytest.fixture(scope="module", params=sorted(SHORT))
-def straight(request) -> tuple[str, Trainer]:
+def straight(request) -> tuple[str, StudentTrainer]:
     """A short run without interruption."""
     trainer = make_short(request.param)
     train(trainer)
@@ -236,7 +235,7 @@ def test_replay_alone_learns_without_forgetting_much():
         assert mean_error(trainer, task) < 0.2 * naive[task]
 
 
-def mean_error(trainer: Trainer, task: int) -> float:
+def mean_error(trainer: StudentTrainer, task: int) -> float:
     """Mean squared error of the action, with full windows, over a task's data."""
     data = stage_data(task)
     starts = data.window_starts(4)
@@ -325,7 +324,7 @@ class CountingComm(SerialComm):
 def test_only_where_experts_are_chosen_their_balance_is_worked_out(num_experts: int, num_sums: int) -> None:
     student = {"num_experts": num_experts, "experts_per_task": num_experts, "top_k": 2}
     comm = CountingComm()
-    trainer = Trainer(make_config(student=student), 1, comm, torch.device("cpu"))
+    trainer = StudentTrainer(make_config(student=student), 1, comm, torch.device("cpu"))
     trainer.begin_stage(stage_data(0))
     comm.num_sums = 0
     trainer.train_step()

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from cpd.comm import SerialComm
 from cpd.envs.cells import CHUNK, TASKS_PER_PASS, Cell, EnvPool, _passes, evaluate_cells
-from cpd.student.taskwise_actor import TaskwiseActor
+from cpd.student.actor import TaskwiseActor
+from cpd.teachers.demonstrations import ScriptedPolicy
 from cpd.teachers.policy import TeacherActor
-from cpd.teachers.scripted import ScriptedPolicy
 
 TASKS = ("reach-v3", "drawer-close-v3", "window-close-v3", "push-v3", "button-press-v3")
 CELLS = st.builds(

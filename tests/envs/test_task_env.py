@@ -6,8 +6,8 @@ import metaworld
 import numpy as np
 import pytest
 
+from cpd.envs.fast.resets import RESET_CACHE, ResetCache
 from cpd.envs.goals import Goal, goal_set
-from cpd.envs.reset_cache import RESET_CACHE, ResetCache
 from cpd.envs.task_env import TaskEnv
 
 TASKS = ("push-v3", "basketball-v3", "sweep-into-v3", "stick-pull-v3", "window-close-v3")

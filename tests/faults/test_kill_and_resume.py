@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from cpd.files import sha256
-from cpd.lease import current_holder
-from cpd.ledger import ledger
-from cpd.record import read_status
-from cpd.runs import Element, Run
+from cpd.cluster.ledger import ledger
+from cpd.run.directory import Element, Run
+from cpd.run.files import sha256
+from cpd.run.lease import current_holder
+from cpd.run.progress import read_status
 from tests.conftest import MINIATURE, ROOT
 
 TIMEOUT = 240.0

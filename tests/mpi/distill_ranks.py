@@ -11,11 +11,11 @@ import torch
 
 from cpd.comm import Comm, connect
 from cpd.config import Config
-from cpd.distill.element import run_student
-from cpd.distill.trainer import Trainer
-from cpd.interrupt import Interrupt, InterruptedBySignal
-from cpd.runs import Run
-from cpd.strict_load import load, merge
+from cpd.config.load import load, merge
+from cpd.distill.run_student import run_student
+from cpd.distill.trainer import StudentTrainer
+from cpd.run.directory import Run
+from cpd.run.interrupt import Interrupt, InterruptedBySignal
 from tests.distill.synthetic import stage_data
 
 TABLES = {
@@ -67,7 +67,7 @@ def train(comm: Comm, method: str = "ours") -> dict[str, np.ndarray]:
     """The steps of three stages."""
     torch.set_num_threads(1)
     tables = merge(TABLES, METHODS[method])
-    trainer = Trainer(load(Config, tables, "ranks"), 1, comm, torch.device("cpu"))
+    trainer = StudentTrainer(load(Config, tables, "ranks"), 1, comm, torch.device("cpu"))
     losses, norms = [], []
     for stage in range(3):
         data = stage_data(stage)

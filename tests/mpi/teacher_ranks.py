@@ -11,12 +11,12 @@ import torch
 
 from cpd.comm import Comm, connect
 from cpd.config import PPOConfig
-from cpd.interrupt import Interrupt, InterruptedBySignal
-from cpd.runs import Run
-from cpd.teachers.element import env_pool, run_teacher
-from cpd.teachers.ppo import Learner
-from cpd.teachers.ranks import check_same, own_slots
-from cpd.teachers.sampling import Batch
+from cpd.run.directory import Run
+from cpd.run.interrupt import Interrupt, InterruptedBySignal
+from cpd.teachers.ppo import PPOLearner
+from cpd.teachers.ranks import check_ranks_agree, own_slots
+from cpd.teachers.rollout import Experience
+from cpd.teachers.run_teacher import env_pool, run_teacher
 from tests.mpi.distill_ranks import AskedAfter
 
 #: Seven environments, which two ranks cannot share evenly.
@@ -24,7 +24,7 @@ CONFIG = PPOConfig(hidden_sizes=(32, 32), num_envs=7, steps_per_env=40, minibatc
 NUM_ITERATIONS = 3
 
 
-def batch(iteration: int, slots: range) -> Batch:
+def batch(iteration: int, slots: range) -> Experience:
     """Columns `slots` of an iteration's samples, the same whoever asks."""
     rng = np.random.default_rng(iteration)
     shape = (CONFIG.steps_per_env, CONFIG.num_envs)
@@ -35,7 +35,7 @@ def batch(iteration: int, slots: range) -> Batch:
     actions = rng.normal(size=(*shape, 4)).astype(np.float32)
     rewards = 12 * rng.random(shape).astype(np.float32)
     arrays = (obs, next_obs, actions, rewards, terminated, ends)
-    return Batch(*(np.ascontiguousarray(array[:, slots.start : slots.stop]) for array in arrays), 0.0, 0.0)
+    return Experience(*(np.ascontiguousarray(array[:, slots.start : slots.stop]) for array in arrays), 0.0, 0.0)
 
 
 def update(comm: Comm, *, one_step: bool) -> dict[str, np.ndarray]:
@@ -43,13 +43,13 @@ def update(comm: Comm, *, one_step: bool) -> dict[str, np.ndarray]:
     torch.set_num_threads(1)
     whole = CONFIG.num_envs * CONFIG.steps_per_env
     config = replace(CONFIG, minibatch_size=whole, num_epochs=1) if one_step else CONFIG
-    learner = Learner(config, seed=1, comm=comm)
+    learner = PPOLearner(config, seed=1, comm=comm)
     slots = own_slots(comm, config.num_envs)
     told = []
     for iteration in range(1 if one_step else NUM_ITERATIONS):
         learned = learner.update(batch(iteration, slots), iteration, critic_only=iteration == 1)
         told.append(list(learned.values()))
-    check_same([*learner.parameters(), *learner.policy.normalizer.state_dict().values()], comm)
+    check_ranks_agree([*learner.parameters(), *learner.policy.normalizer.state_dict().values()], comm)
     return {
         "told": np.array(told),
         "values": torch.cat([p.detach().flatten() for p in learner.parameters()]).numpy(),
@@ -64,7 +64,7 @@ def main() -> int:
         np.savez(f"{sys.argv[2]}-{comm.rank}.npz", **update(comm, one_step=sys.argv[3] == "one"))
         return 0
     if sys.argv[1] == "differ":
-        check_same([torch.full((3,), float(comm.rank))], comm)
+        check_ranks_agree([torch.full((3,), float(comm.rank))], comm)
         return 0
     run = Run(Path(sys.argv[2]))
     # Only the last rank is asked, as when a signal reaches one process.

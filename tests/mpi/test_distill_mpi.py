@@ -9,8 +9,8 @@ import pytest
 import safetensors.numpy
 
 from cpd.comm import SerialComm
-from cpd.distill.element import run_student
-from cpd.interrupt import Interrupt
+from cpd.distill.run_student import run_student
+from cpd.run.interrupt import Interrupt
 from tests.distill.synthetic import write_teachers
 from tests.mpi import distill_ranks
 

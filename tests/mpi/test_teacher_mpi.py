@@ -15,13 +15,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from cpd.cluster.element_job import MPIEXEC_ENVIRONMENT, mpi_command
 from cpd.comm import SerialComm
 from cpd.config import Config
-from cpd.files import sha256, write_json
-from cpd.record import read_metrics, read_status
-from cpd.runs import Run, TeacherElement
-from cpd.strict_load import load, merge, read_toml, to_dict
-from cpd.submission import MPIEXEC_ENVIRONMENT, mpi_command
+from cpd.config.load import load, merge, read_toml, to_dict
+from cpd.run.directory import Run, TeacherElement
+from cpd.run.files import sha256, write_json
+from cpd.run.progress import read_metrics, read_status
 from tests.conftest import MINIATURE, ROOT
 from tests.mpi import teacher_ranks
 
@@ -100,7 +100,7 @@ def test_two_and_three_ranks_learn_what_one_learns(mpi, tmp_path: Path) -> None:
 
 
 def test_a_run_is_shared_and_says_so(mpi, make_teacher_run) -> None:
-    # Exploring is over as soon as an iteration has a success, which all ranks must agree on.
+    # Exploration is over as soon as an iteration has a success, which all ranks must agree on.
     exploring = {"exploring_share": 0.5, "exploring_rate": 0.02, "exploring_steps": 10, "exploring_until": 0.0}
     one, two = make_teacher_run("one", **exploring), make_teacher_run("two", **exploring)
     succeed(mpi(1, "-m", "jobs.teacher", str(one.root)))

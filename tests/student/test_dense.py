@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from cpd.config import StudentConfig
-from cpd.config.sizes import WIDTH_MULTIPLE, dense_expert_width, final_num_experts
+from cpd.config.student import WIDTH_MULTIPLE, dense_expert_width, final_num_experts
 from cpd.student.moe import MoE
-from cpd.student.student import Student
+from cpd.student.network import Student
 from tests.distill.synthetic import stage_data
 from tests.distill.test_trainer import make_trainer, train
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from cpd.interrupt import Interrupt
+from cpd.run.interrupt import Interrupt
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cpd.teachers.advantages import gae
+from cpd.teachers.ppo import gae
 
 
 def by_definition(rewards, values, next_values, ends, gamma: float, lam: float) -> np.ndarray:

@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 
 from cpd.config import RolloutConfig
 from cpd.envs.goals import goal_set
-from cpd.envs.sampler import make_vector_env
 from cpd.envs.task_env import TaskEnv
-from cpd.interrupt import Interrupt, InterruptedBySignal
-from cpd.shards.schema import Episode
+from cpd.envs.vector_env import make_vector_env
+from cpd.run.interrupt import Interrupt, InterruptedBySignal
+from cpd.run.shards.schema import Episode
 from cpd.teachers.collect import collect, plan_episode
+from cpd.teachers.demonstrations import ScriptedPolicy
 from cpd.teachers.policy import SquashedPolicy
-from cpd.teachers.scripted import ScriptedPolicy
 
 TASK = "drawer-close-v3"
 CONFIG = RolloutConfig(num_steps=700, steps_after_success=5, noise_scales=(0.2, 0.8), noise_hold=4)
@@ -126,7 +126,7 @@ def test_episodes_follow_their_plans_one_after_another(episodes: list[Episode]) 
 
 
 def test_labels_of_a_squashed_policy_are_in_the_space_of_actions() -> None:
-    """Its spread there varies with the state: little is left of it where the mean is near a bound."""
+    """Its moments_over_ranks there varies with the state: little is left of it where the mean is near a bound."""
     teacher = SquashedPolicy((8,), -1.0, generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
         teacher.net[-1].weight *= 200

@@ -10,13 +10,12 @@ import torch
 
 from cpd.config import WarmStartConfig
 from cpd.envs.goals import Goal, goal_set
-from cpd.envs.sampler import VectorEnv, make_vector_env
 from cpd.envs.task_env import TaskEnv
-from cpd.interrupt import Interrupt
-from cpd.teachers.demonstrations import Demonstrator, Labelled, demonstration_noise
+from cpd.envs.vector_env import VectorEnv, make_vector_env
+from cpd.run.interrupt import Interrupt
+from cpd.teachers.demonstrations import Demonstrator, Labelled, ScriptedPolicy, demonstration_noise
 from cpd.teachers.policy import FloatArray, GaussianPolicy
-from cpd.teachers.sampling import Batch, EpisodeRules
-from cpd.teachers.scripted import ScriptedPolicy
+from cpd.teachers.rollout import EpisodeRules, Experience
 
 TASK = "drawer-close-v3"
 HORIZON = 100
@@ -35,7 +34,7 @@ def shown(config: WarmStartConfig = CONFIG) -> Labelled:
 
 def replayed(
     rules: EpisodeRules, horizon: int = HORIZON, config: WarmStartConfig = CONFIG, task: str = TASK
-) -> list[Batch]:
+) -> list[Experience]:
     goals = goal_set(task, "training", NUM_GOALS)
     with make_vector_env([task] * 25, 1) as envs:
         return Demonstrator(task, goals, envs, config, horizon, 1, Interrupt()).transitions(rules)

@@ -14,8 +14,9 @@ from metaworld.policies import ENV_POLICY_MAP
 
 from cpd.envs.episodes import run_episodes
 from cpd.envs.goals import goal_set
-from cpd.envs.sampler import make_vector_env
-from cpd.tasks import ALL_TASKS
+from cpd.envs.tasks import ALL_TASKS
+from cpd.envs.vector_env import make_vector_env
+from cpd.teachers.demonstrations import ScriptedPolicy, load_scripted, save_scripted
 from cpd.teachers.policy import (
     MIN_SLOPE,
     GaussianPolicy,
@@ -26,7 +27,6 @@ from cpd.teachers.policy import (
     mlp,
     save_policy,
 )
-from cpd.teachers.scripted import ScriptedPolicy, load_scripted, save_scripted
 
 
 def make_policy(seed: int = 1) -> GaussianPolicy:

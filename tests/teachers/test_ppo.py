@@ -12,9 +12,9 @@ import torch
 
 from cpd.config import PPOConfig
 from cpd.envs.goals import goal_set
-from cpd.envs.sampler import make_vector_env
-from cpd.teachers.ppo import Learner
-from cpd.teachers.sampling import Batch, EpisodeRules, sample
+from cpd.envs.vector_env import make_vector_env
+from cpd.teachers.ppo import PPOLearner
+from cpd.teachers.rollout import EpisodeRules, Experience, sample
 from tests.teachers.test_advantages import by_definition
 
 CONFIG = PPOConfig(hidden_sizes=(32, 32), num_envs=8, steps_per_env=50, minibatch_size=100, num_epochs=3)
@@ -45,7 +45,7 @@ GOLDEN = [
 ]
 
 
-def synthetic_batch(seed: int = 0, **changes: np.ndarray) -> Batch:
+def synthetic_batch(seed: int = 0, **changes: np.ndarray) -> Experience:
     rng = np.random.default_rng(seed)
     shape = (CONFIG.steps_per_env, CONFIG.num_envs)
     ends = rng.random(shape) < 0.05
@@ -58,16 +58,16 @@ def synthetic_batch(seed: int = 0, **changes: np.ndarray) -> Batch:
         "terminated": np.zeros(shape, np.bool_),
         "ends": ends,
     }
-    return Batch(**{**fields, **changes}, train_success=0.0, train_return=0.0)
+    return Experience(**{**fields, **changes}, train_success=0.0, train_return=0.0)
 
 
-def flat(learner: Learner) -> torch.Tensor:
+def flat(learner: PPOLearner) -> torch.Tensor:
     tensors = [*learner.policy.state_dict().values(), *learner.value_net.state_dict().values()]
     return torch.cat([tensor.double().flatten() for tensor in tensors])
 
 
 def test_first_losses() -> None:
-    learner = Learner(CONFIG, seed=1)
+    learner = PPOLearner(CONFIG, seed=1)
     found = []
     with make_vector_env(["drawer-close-v3"] * 8, 1) as envs:
         for iteration in range(2):
@@ -80,13 +80,13 @@ def test_first_losses() -> None:
 
 
 def test_resumed_from_its_state_it_goes_on_exactly() -> None:
-    learner = Learner(CONFIG, seed=1)
+    learner = PPOLearner(CONFIG, seed=1)
     learner.update(synthetic_batch(0), 0)
     file = io.BytesIO()
     torch.save(learner.state(), file)
     file.seek(0)
-    other = Learner(CONFIG, seed=1)
-    other.load_state(torch.load(file, weights_only=True))
+    other = PPOLearner(CONFIG, seed=1)
+    other.restore(torch.load(file, weights_only=True))
     for iteration in (1, 2):
         batch = synthetic_batch(iteration)
         assert learner.update(batch, iteration) == other.update(batch, iteration)
@@ -94,7 +94,7 @@ def test_resumed_from_its_state_it_goes_on_exactly() -> None:
 
 
 def test_seeds_differ_in_weights_and_order() -> None:
-    learners = [Learner(CONFIG, seed) for seed in (1, 1, 2)]
+    learners = [PPOLearner(CONFIG, seed) for seed in (1, 1, 2)]
     for learner in learners:
         learner.update(synthetic_batch(), 0)
     assert torch.equal(flat(learners[0]), flat(learners[1]))
@@ -108,13 +108,13 @@ def test_success_is_worth_the_largest_reward_for_ever_after() -> None:
     ends = terminated.copy()
     ends[-1] = True
     batch = synthetic_batch(terminated=terminated, ends=ends)
-    samples, _ = Learner(CONFIG, seed=1)._prepare(batch)
+    samples, _ = PPOLearner(CONFIG, seed=1)._prepare(batch)
     advantages = samples.advantages_B.reshape(CONFIG.steps_per_env, CONFIG.num_envs)
     assert advantages[:11, :4].min() > advantages[:, 4:].max()
 
 
 def test_the_value_of_success_grows_with_larger_rewards() -> None:
-    learner = Learner(CONFIG, seed=1)
+    learner = PPOLearner(CONFIG, seed=1)
     learner.update(synthetic_batch(), 0)
     assert learner.largest_reward == 10.0
     rewards = np.zeros((CONFIG.steps_per_env, CONFIG.num_envs), np.float32)
@@ -126,7 +126,7 @@ def test_the_value_of_success_grows_with_larger_rewards() -> None:
 def test_ratios_start_at_one() -> None:
     """With one epoch of one minibatch, old and new policy are the same when the loss is taken."""
     config = replace(CONFIG, num_epochs=1, minibatch_size=CONFIG.num_envs * CONFIG.steps_per_env)
-    values = Learner(config, seed=1).update(synthetic_batch(), 0)
+    values = PPOLearner(config, seed=1).update(synthetic_batch(), 0)
     assert values["kl"] == pytest.approx(0.0, abs=1e-6)
     # Advantages are normalised, so that the surrogate of equal policies is zero.
     assert values["policy_loss"] == pytest.approx(0.0, abs=1e-5)
@@ -134,14 +134,14 @@ def test_ratios_start_at_one() -> None:
 
 def test_epochs_stop_at_the_target_kl() -> None:
     eager = replace(CONFIG, learning_rate=0.05, num_epochs=10)
-    assert Learner(eager, seed=1).update(synthetic_batch(), 0)["epochs"] < 10
+    assert PPOLearner(eager, seed=1).update(synthetic_batch(), 0)["epochs"] < 10
     patient = replace(eager, target_kl=1e9)
-    assert Learner(patient, seed=1).update(synthetic_batch(), 0)["epochs"] == 10
+    assert PPOLearner(patient, seed=1).update(synthetic_batch(), 0)["epochs"] == 10
 
 
 def test_log_std_stays_within_its_bounds() -> None:
     config = replace(CONFIG, learning_rate=0.5, target_kl=1e9, min_log_std=-0.35, max_log_std=-0.25)
-    learner = Learner(config, seed=1)
+    learner = PPOLearner(config, seed=1)
     learner.update(synthetic_batch(), 0)
     log_std = learner.policy.log_std_A.detach()
     assert (log_std >= -0.35).all()
@@ -150,7 +150,7 @@ def test_log_std_stays_within_its_bounds() -> None:
 
 
 def test_a_critic_step_leaves_the_policy_as_it_is() -> None:
-    learner = Learner(replace(CONFIG, exploring_min_log_std=-0.3), seed=1)
+    learner = PPOLearner(replace(CONFIG, exploring_min_log_std=-0.3), seed=1)
     before = [parameter.detach().clone() for parameter in learner.policy.parameters()]
     values = [parameter.detach().clone() for parameter in learner.value_net.parameters()]
     learned = learner.update(synthetic_batch(), 0, critic_only=True, exploring=True)
@@ -161,12 +161,12 @@ def test_a_critic_step_leaves_the_policy_as_it_is() -> None:
 
 def test_while_it_explores_the_larger_bound_keeps_the_deviation_up() -> None:
     config = replace(CONFIG, learning_rate=0.5, target_kl=1e9, exploring_min_log_std=-0.31)
-    learner = Learner(config, seed=1)
+    learner = PPOLearner(config, seed=1)
     learner.update(synthetic_batch(), 0, exploring=True)
     assert learner.policy.log_std_A.min() == np.float32(-0.31)
     learner.update(synthetic_batch(), 1)
     assert learner.policy.log_std_A.min() < -0.31
-    learner = Learner(replace(config, min_log_std=-0.305), seed=1)
+    learner = PPOLearner(replace(config, min_log_std=-0.305), seed=1)
     learner.update(synthetic_batch(), 0, exploring=True)
     assert learner.policy.log_std_A.min() == np.float32(-0.305)
 
@@ -174,7 +174,7 @@ def test_while_it_explores_the_larger_bound_keeps_the_deviation_up() -> None:
 def test_it_learns_a_one_step_problem() -> None:
     """The reward is highest where the action equals a number that the observation tells."""
     config = replace(CONFIG, num_epochs=10, gamma=0.5)
-    learner = Learner(config, seed=1)
+    learner = PPOLearner(config, seed=1)
     ones = np.ones((CONFIG.steps_per_env, CONFIG.num_envs), np.bool_)
 
     def distance(obs: np.ndarray, actions: np.ndarray) -> np.ndarray:
@@ -196,7 +196,7 @@ def test_it_learns_a_one_step_problem() -> None:
 def test_advantages_and_targets_are_the_published_ones() -> None:
     """Estimated with the values of before, at observations whose statistics know the batch already."""
     config = replace(CONFIG, gamma=0.9, gae_lambda=0.8, reward_scale=0.3)
-    learner = Learner(config, seed=1)
+    learner = PPOLearner(config, seed=1)
     first, batch = synthetic_batch(0), synthetic_batch(1)
     terminated = batch.ends & (np.random.default_rng(2).random(batch.ends.shape) < 0.5)
     batch = replace(batch, terminated=terminated, obs=2 * batch.obs + 1)
@@ -235,7 +235,7 @@ def test_advantages_and_targets_are_the_published_ones() -> None:
 def test_a_gradient_is_that_of_the_published_loss(max_grad_norm: float) -> None:
     """Away from the old policy; clipped surrogate, value loss, entropy bonus and penalty of means, by autograd."""
     config = replace(CONFIG, clip_ratio=0.1, entropy_coef=0.05, mean_penalty=0.3, learning_rate=1e-9)
-    learner = Learner(replace(config, max_grad_norm=max_grad_norm), seed=1)
+    learner = PPOLearner(replace(config, max_grad_norm=max_grad_norm), seed=1)
     samples, _ = learner._prepare(synthetic_batch())
     generator = torch.Generator().manual_seed(2)
     last, log_std = learner.policy.net[-1], learner.policy.log_std_A
@@ -277,7 +277,7 @@ def test_a_gradient_is_that_of_the_published_loss(max_grad_norm: float) -> None:
 
 def test_observation_statistics_stay_put_where_the_policy_was_cloned() -> None:
     for keep_normalizer, count in ((True, 30), (False, 30 + CONFIG.num_envs * CONFIG.steps_per_env)):
-        learner = Learner(CONFIG, seed=1, keep_normalizer=keep_normalizer)
+        learner = PPOLearner(CONFIG, seed=1, keep_normalizer=keep_normalizer)
         learner.policy.normalizer.update(torch.randn(30, 39, generator=torch.Generator().manual_seed(1)))
         before = learner.policy.normalizer.mean.clone()
         learner.update(synthetic_batch(), 0)

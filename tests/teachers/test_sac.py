@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from cpd.config import SACConfig
 from cpd.seeding import derive, generator
 from cpd.teachers.policy import SquashedPolicy
-from cpd.teachers.replay import ReplayBuffer
-from cpd.teachers.sac import SACLearner
-from cpd.teachers.sac_networks import Actor, Critics
-from cpd.teachers.sampling import Batch
+from cpd.teachers.rollout import Experience
+from cpd.teachers.sac.buffer import ReplayBuffer
+from cpd.teachers.sac.learner import SACLearner
+from cpd.teachers.sac.networks import Actor, Critics
 
 CONFIG = SACConfig(
     hidden_sizes=(16, 12), num_envs=4, steps_per_env=25, batch_size=32, learning_starts=100, updates_per_step=0.2
@@ -26,7 +26,7 @@ CONFIG = SACConfig(
 CPU = torch.device("cpu")
 
 
-def synthetic_batch(seed: int = 0, **changes: np.ndarray) -> Batch:
+def synthetic_batch(seed: int = 0, **changes: np.ndarray) -> Experience:
     rng = np.random.default_rng(seed)
     shape = (CONFIG.steps_per_env, CONFIG.num_envs)
     ends = np.zeros(shape, np.bool_)
@@ -39,7 +39,7 @@ def synthetic_batch(seed: int = 0, **changes: np.ndarray) -> Batch:
         "terminated": np.zeros(shape, np.bool_),
         "ends": ends,
     }
-    return Batch(**{**fields, **changes}, train_success=0.0, train_return=0.0)
+    return Experience(**{**fields, **changes}, train_success=0.0, train_return=0.0)
 
 
 def weights(learner: SACLearner) -> Tensor:
@@ -168,7 +168,7 @@ def test_resumption_is_exact() -> None:
     torch.save(learner.state(), file)
     file.seek(0)
     other = SACLearner(CONFIG, seed=1)
-    other.load_state(torch.load(file, weights_only=True))
+    other.restore(torch.load(file, weights_only=True))
     for iteration in (1, 2):
         batch = synthetic_batch(iteration)
         assert learner.update(batch, iteration) == other.update(batch, iteration)
@@ -218,7 +218,7 @@ def test_the_buffer_is_a_ring_of_the_newest() -> None:
     kept = np.concatenate([synthetic_batch(seed).rewards.ravel() for seed in range(3)])[-250:]
     assert sorted(buffer.tables["rewards"].squeeze(1).tolist()) == sorted(kept.tolist())
     other = ReplayBuffer(250, CPU)
-    other.load_state(buffer.state())
+    other.restore(buffer.state())
     for one in (buffer, other):
         one.add(synthetic_batch(3))
     assert all(torch.equal(buffer.tables[name], other.tables[name]) for name in buffer.tables)

@@ -12,19 +12,19 @@ import numpy as np
 import pytest
 import torch
 
-from cpd.checkpoint import published
 from cpd.config import Config, TeacherConfig, WarmStartConfig
+from cpd.config.load import ConfigError, load, merge, read_toml, to_dict
 from cpd.envs.goals import Goal, goal_set
-from cpd.envs.sampler import VectorEnv, make_vector_env
-from cpd.files import sha256, write_json
-from cpd.interrupt import Interrupt, InterruptedBySignal
-from cpd.record import read_metrics, read_status
-from cpd.runs import Run, TeacherElement
-from cpd.shards.reader import read_index
-from cpd.strict_load import ConfigError, load, merge, read_toml, to_dict
+from cpd.envs.vector_env import VectorEnv, make_vector_env
+from cpd.run.checkpoint import published
+from cpd.run.directory import Run, TeacherElement
+from cpd.run.files import sha256, write_json
+from cpd.run.interrupt import Interrupt, InterruptedBySignal
+from cpd.run.progress import read_metrics, read_status
+from cpd.run.shards.reader import read_index
 from cpd.teachers.demonstrations import Demonstrator, Labelled, demonstration_noise
-from cpd.teachers.element import env_pool, run_teacher
 from cpd.teachers.policy import GaussianPolicy, load_policy
+from cpd.teachers.run_teacher import env_pool, run_teacher
 from cpd.teachers.warm_start import Cloner, WarmStart, warm_start
 from tests.conftest import MINIATURE
 
@@ -117,7 +117,7 @@ def test_cloning_lowers_the_loss_and_goes_back_exactly(demonstrations: Labelled)
     state = cloner.state()
     second = cloner.run(demonstrations, 100)
     assert second < 0.7 * first
-    cloner.load_state(state)
+    cloner.restore(state)
     # The same steps in smaller increments are the same steps.
     halves = [cloner.run(demonstrations, 50), cloner.run(demonstrations, 50)]
     assert sum(halves) / 2 == pytest.approx(second)

@@ -9,7 +9,7 @@ from cpd.config import Config
 from cpd.distill.protection.base import Protection
 
 if TYPE_CHECKING:
-    from cpd.distill.trainer import Trainer
+    from cpd.distill.trainer import StudentTrainer
 
 
 class AGEM(Protection):
@@ -27,11 +27,11 @@ class AGEM(Protection):
         self._num_steps = 0
         self._num_projected = 0
 
-    def begin_stage(self, trainer: Trainer) -> None:
+    def begin_stage(self, trainer: StudentTrainer) -> None:
         """Count anew."""
         self._num_steps = self._num_projected = 0
 
-    def adjust_gradient(self, trainer: Trainer) -> None:
+    def adjust_gradient(self, trainer: StudentTrainer) -> None:
         """Project, if the gradient points against memory's."""
         reference = trainer.source.reference(trainer.progress.step, self.config.protection.agem_windows)
         if reference is None:
@@ -54,6 +54,6 @@ class AGEM(Protection):
         """The counts."""
         return {"num_steps": self._num_steps, "num_projected": self._num_projected}
 
-    def restore(self, state: Mapping[str, Any], trainer: Trainer) -> None:
+    def restore(self, state: Mapping[str, Any], trainer: StudentTrainer) -> None:
         """Take them over."""
         self._num_steps, self._num_projected = state["num_steps"], state["num_projected"]

@@ -14,8 +14,8 @@ from cpd.distill.protection.base import Protection
 from cpd.distill.protection.importance import fisher
 
 if TYPE_CHECKING:
-    from cpd.distill.batches import StageData
-    from cpd.distill.trainer import Trainer
+    from cpd.distill.stage_data import StageData
+    from cpd.distill.trainer import StudentTrainer
 
 
 class EWC(Protection):
@@ -41,13 +41,13 @@ class EWC(Protection):
         if len(self._precision):
             self._precision, self._centre = new.carried(self._precision, old), new.carried(self._centre, old)
 
-    def adjust_gradient(self, trainer: Trainer) -> None:
+    def adjust_gradient(self, trainer: StudentTrainer) -> None:
         """Add the penalty's gradient."""
         if len(self._precision):
             strength, values = self.config.protection.ewc_strength, trainer.flat.values
             trainer.flat.grads.addcmul_(self._precision, values - self._centre, value=strength)
 
-    def end_stage(self, trainer: Trainer, data: StageData) -> None:
+    def end_stage(self, trainer: StudentTrainer, data: StageData) -> None:
         """Add this stage's term."""
         new = fisher(trainer, data, self.config.protection.fisher_windows)
         values = trainer.flat.values
@@ -65,7 +65,7 @@ class EWC(Protection):
         """Both vectors."""
         return {"precision": self._precision, "centre": self._centre}
 
-    def restore(self, state: Mapping[str, Any], trainer: Trainer) -> None:
+    def restore(self, state: Mapping[str, Any], trainer: StudentTrainer) -> None:
         """Take them over."""
         self._precision, self._centre = (
             state[name].to(trainer.device).clone() for name in ("precision", "centre")

@@ -9,16 +9,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cpd.distill.batches import BatchSource, StageData
-from cpd.memory.segments import Segments
+from cpd.distill.batches import BatchSource
+from cpd.distill.memory.segments import Segments
+from cpd.distill.stage_data import StageData
+from cpd.envs.tasks import ACTION_SIZE
 from cpd.seeding import generator
-from cpd.tasks import ACTION_SIZE
 
 if TYPE_CHECKING:
-    from cpd.distill.trainer import Trainer
+    from cpd.distill.trainer import StudentTrainer
 
 
-def fisher(trainer: Trainer, data: StageData, num_windows: int, *, exact: bool = False) -> Tensor:
+def fisher(trainer: StudentTrainer, data: StageData, num_windows: int, *, exact: bool = False) -> Tensor:
     """The diagonal Fisher information of the student's Gaussian over the states of `data`; a collective.
 
     For a diagonal Gaussian N(m, s^2) the expectation over actions has a closed form (e.g. Malago and Pistone

@@ -17,8 +17,8 @@ from cpd.distill.protection.base import Protection
 from cpd.distill.protection.importance import fisher
 
 if TYPE_CHECKING:
-    from cpd.distill.batches import StageData
-    from cpd.distill.trainer import Trainer
+    from cpd.distill.stage_data import StageData
+    from cpd.distill.trainer import StudentTrainer
 
 
 class Masking(Protection):
@@ -39,7 +39,7 @@ class Masking(Protection):
         self._importance: Tensor | None = None
         self._mask: Tensor | None = None
 
-    def begin_stage(self, trainer: Trainer) -> None:
+    def begin_stage(self, trainer: StudentTrainer) -> None:
         """Make the mask of the stage that begins."""
         self._mask = self._make_mask(trainer)
 
@@ -48,11 +48,11 @@ class Masking(Protection):
         if self._importance is not None:
             self._importance = new.carried(self._importance, old)
 
-    def update_mask(self, trainer: Trainer) -> Tensor | None:
+    def update_mask(self, trainer: StudentTrainer) -> Tensor | None:
         """The stage's mask; None in the first."""
         return self._mask
 
-    def end_stage(self, trainer: Trainer, data: StageData) -> None:
+    def end_stage(self, trainer: StudentTrainer, data: StageData) -> None:
         """Add the stage's importance to what was accumulated."""
         if self.config.protection.needs_importance:
             found = fisher(trainer, data, self.config.protection.fisher_windows)
@@ -62,7 +62,7 @@ class Masking(Protection):
         """The share of all parameters that cannot move freely."""
         return {"masked_share": 0.0 if self._mask is None else float((self._mask < 1.0).double().mean())}
 
-    def _make_mask(self, trainer: Trainer) -> Tensor | None:
+    def _make_mask(self, trainer: StudentTrainer) -> Tensor | None:
         progress, flat = trainer.progress, trainer.flat
         present = trainer.present_task
         if all(task == present for task in progress.seen):
@@ -79,7 +79,7 @@ class Masking(Protection):
         self._mask_shared(mask, shared)
         return mask
 
-    def _own_share(self, name: str, trainer: Trainer, present: int) -> Tensor | None:
+    def _own_share(self, name: str, trainer: StudentTrainer, present: int) -> Tensor | None:
         """1 where the present task may move a parameter that tasks have to themselves, else 0; None if shared."""
         student = trainer.student
         if name == "task":
@@ -93,7 +93,7 @@ class Masking(Protection):
         owners = self._owners(trainer, int(parts[4]), int(moe.group_E[int(parts[4])]))
         return moe.logit_offset.new_tensor(float(owners == [present]))
 
-    def _owners(self, trainer: Trainer, expert: int, group: int) -> list[int]:
+    def _owners(self, trainer: StudentTrainer, expert: int, group: int) -> list[int]:
         """The tasks that an expert belongs to: those of its group; without groups, the one it was added for."""
         student, progress = trainer.student, trainer.progress
         if student.is_conditioned:
@@ -122,7 +122,7 @@ class Masking(Protection):
         """Accumulated importance and the present mask."""
         return {"importance": self._importance, "mask": self._mask}
 
-    def restore(self, state: Mapping[str, Any], trainer: Trainer) -> None:
+    def restore(self, state: Mapping[str, Any], trainer: StudentTrainer) -> None:
         """Take both over."""
         self._importance, self._mask = (
             None if state[name] is None else state[name].to(trainer.device) for name in ("importance", "mask")

@@ -13,8 +13,8 @@ from cpd.distill.protection.base import Protection
 from cpd.student.packing import Packing
 
 if TYPE_CHECKING:
-    from cpd.distill.batches import StageData
-    from cpd.distill.trainer import Trainer
+    from cpd.distill.stage_data import StageData
+    from cpd.distill.trainer import StudentTrainer
 
 #: Owner of weights that no stage has needed yet; greater than every stage.
 FREE: Final = torch.iinfo(torch.int16).max
@@ -41,7 +41,7 @@ class PackNet(Protection):
         self._mask: Tensor | None = None
         self._is_pruned = False
 
-    def begin_stage(self, trainer: Trainer) -> None:
+    def begin_stage(self, trainer: StudentTrainer) -> None:
         """Take all weights that have no owner."""
         progress = trainer.progress
         if not len(self._owner):
@@ -51,24 +51,24 @@ class PackNet(Protection):
         self._is_pruned = False
         self._follow_owners(trainer)
 
-    def begin_step(self, trainer: Trainer) -> None:
+    def begin_step(self, trainer: StudentTrainer) -> None:
         """Prune when the time has come."""
         config = self.config.distill
         retrain_steps = round(self.config.protection.packnet_retrain_share * config.steps_per_stage)
         if not self._is_pruned and trainer.progress.step >= config.steps_per_stage - retrain_steps:
             self._prune(trainer)
 
-    def update_mask(self, trainer: Trainer) -> Tensor | None:
+    def update_mask(self, trainer: StudentTrainer) -> Tensor | None:
         """1 for what the present stage owns."""
         return self._mask
 
-    def end_stage(self, trainer: Trainer, data: StageData) -> None:
+    def end_stage(self, trainer: StudentTrainer, data: StageData) -> None:
         """Prune, if there were no steps to retrain."""
         if not self._is_pruned:
             self._prune(trainer)
 
     @torch.no_grad()
-    def _prune(self, trainer: Trainer) -> None:
+    def _prune(self, trainer: StudentTrainer) -> None:
         """Keep the largest weights of every matrix, set the others to 0, and give them up."""
         flat, stage = trainer.flat, trainer.progress.stage
         num_left = len(self.config.stream.tasks) - stage
@@ -82,7 +82,7 @@ class PackNet(Protection):
         self._is_pruned = True
         self._follow_owners(trainer)
 
-    def _follow_owners(self, trainer: Trainer) -> None:
+    def _follow_owners(self, trainer: StudentTrainer) -> None:
         """Make the mask of updates, and tell the student who owns what."""
         flat = trainer.flat
         self._mask = (self._owner == trainer.progress.stage).to(flat.values)
@@ -97,7 +97,7 @@ class PackNet(Protection):
         """Owners and where in the stage."""
         return {"owner": self._owner, "latest_stage": self._latest_stage, "is_pruned": self._is_pruned}
 
-    def restore(self, state: Mapping[str, Any], trainer: Trainer) -> None:
+    def restore(self, state: Mapping[str, Any], trainer: StudentTrainer) -> None:
         """Take them over."""
         self._owner = state["owner"].to(trainer.device).clone()
         self._latest_stage = state["latest_stage"].clone()

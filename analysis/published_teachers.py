@@ -1,0 +1,234 @@
+"""Published teachers: what `jobs.publish` wrote, one record per teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from analysis.dataset import TeacherCurve, load
+from cpd.evaluation.publish import read_description
+from cpd.evaluation.results_folder import HELD_OUT
+from cpd.evaluation.student_measures import Rate
+from cpd.run.directory import published_policy
+from cpd.run.files import read_json
+from cpd.run.tables import EvaluationRow, read_rows
+
+#: What is read of a policy's description; `warm_start` is null from scratch.
+DESCRIPTION = (
+    *("training.warm_start.validation_success", "training.warm_start.demonstration_env_steps"),
+    *("training.validation_success", "training.env_steps", "training.selected_iteration", "training.iterations"),
+    *("training.policy_updates", "training.stopped_by"),
+)
+
+
+@dataclass(frozen=True)
+class PublishedTeacher:
+    """One teacher: how it came to be, and what it can do."""
+
+    task: str
+    seed: int
+    state: str
+    recipe: str
+    horizon: int
+    before: Rate | None
+    """Success on validation goals where RL began; None from scratch."""
+    validation: Rate
+    """Success of the final policy on validation goals, on which it was selected."""
+    held_out: Rate
+    """Success at any step on held-out goals."""
+    held_out_last: Rate
+    """The same episodes, success at the last step."""
+    demonstration_steps: int
+    env_steps: int
+    """Environment steps of RL."""
+    selected_env_steps: int
+    """After how many of these the final policy was taken."""
+    policy_updates: int
+    """Gradient steps of RL on the policy."""
+    stopped_by: str
+    cpu_seconds: float | None
+    """Of all work on it, evaluation and rollouts included; None where not measured."""
+    curve: TeacherCurve
+
+    @property
+    def validated(self) -> tuple[Sequence[float], Sequence[float]]:
+        """Steps of RL and success on validation goals there, from where RL began; from scratch, as validated."""
+        if self.before is None:
+            return self.curve.validation_steps, self.curve.validation
+        return (0.0, *self.curve.validation_steps), (self.before.rate, *self.curve.validation)
+
+
+@dataclass(frozen=True)
+class PublishedTeachers:
+    """The teachers of one folder, in the order of their stream."""
+
+    name: str
+    stream: tuple[str, ...]
+    """What two folders must share to be compared, though not every task need have a policy."""
+    labels: dict[str, str]
+    gate: float
+    teachers: tuple[PublishedTeacher, ...]
+
+    @property
+    def has_cpu_seconds(self) -> bool:
+        """Whether any teacher's processor time was measured."""
+        return any(teacher.cpu_seconds is not None for teacher in self.teachers)
+
+
+def is_published(folder: Path) -> bool:
+    """Whether `folder` holds published teachers."""
+    return (folder / "policies").is_dir()
+
+
+def find_published(folder: Path) -> list[Path]:
+    """`folder` itself or those in it that hold published teachers, by name; none if there are none."""
+    if is_published(folder):
+        return [folder]
+    return sorted(child for child in folder.iterdir() if child.is_dir() and is_published(child))
+
+
+def load_published(folder: Path) -> PublishedTeachers:
+    """Read one folder of published teachers.
+
+    Raises:
+        ValueError: if a file is missing or damaged, naming it.
+    """
+    config = read_json(folder / "config.json")
+    data = load([folder])
+    curves = {(curve.task, curve.seed): curve for curve in data.teacher_curves}
+    rows = read_rows(folder / "evaluations.csv", EvaluationRow)
+    held_out = {(row.task, row.seed): row for row in rows if row.method == "teacher" and row.goal_set == HELD_OUT}
+    for task, seed in held_out:
+        for path in (published_policy(folder, task, seed), _description(folder, task, seed)):
+            if not path.exists():
+                raise ValueError(
+                    f"{path} is missing, though there are results of it: put it back, or publish again"
+                )
+    cpu_seconds = {entry["element"]: entry.get("cpu_seconds") for entry in read_json(folder / "timings.json")}
+    goals = config["teacher"]["num_validation_goals"]
+    found = []
+    for task in dict.fromkeys(config["stream"]["tasks"]):
+        for seed in config["teacher"]["seeds"]:
+            path = _description(folder, task, seed)
+            if path.exists():
+                key = (task, seed)
+                description = read_description(path, DESCRIPTION)
+                if key not in held_out:
+                    raise ValueError(f"{folder / 'evaluations.csv'} has no held-out row of {task} (seed {seed})")
+                state = "rejected" if key in data.rejected else "admitted"
+                # Teachers that were taken over from published policies have no record of their training.
+                curve = curves.get(key) or TeacherCurve(task, seed, state, (), (), (), ())
+                row = held_out[key]
+                cpu = cpu_seconds.get(f"teachers/{task}/seed-{seed}")
+                found.append(_teacher(description, goals, row, curve, cpu))
+    return PublishedTeachers(config["name"], data.stream, data.labels, data.gate, tuple(found))
+
+
+def _description(folder: Path, task: str, seed: int) -> Path:
+    """Where a published policy is described."""
+    return published_policy(folder, task, seed).with_suffix(".json")
+
+
+def _teacher(
+    description: dict[str, Any],
+    goals: int,
+    row: EvaluationRow,
+    curve: TeacherCurve,
+    cpu_seconds: float | None,
+) -> PublishedTeacher:
+    training = description["training"]
+    start = training["warm_start"]
+    assert row.successes_last is not None
+    return PublishedTeacher(
+        task=row.task,
+        seed=row.seed,
+        state=curve.state,
+        recipe=row.teacher_recipe,
+        horizon=row.horizon,
+        before=Rate.of(round(start["validation_success"] * goals), goals) if start else None,
+        validation=Rate.of(round(training["validation_success"] * goals), goals),
+        held_out=Rate.of(row.successes, row.episodes),
+        held_out_last=Rate.of(row.successes_last, row.episodes),
+        demonstration_steps=start["demonstration_env_steps"] if start else 0,
+        env_steps=training["env_steps"],
+        selected_env_steps=_selected_env_steps(training, curve),
+        policy_updates=training["policy_updates"],
+        stopped_by=training["stopped_by"],
+        cpu_seconds=cpu_seconds,
+        curve=curve,
+    )
+
+
+def _selected_env_steps(training: dict[str, Any], curve: TeacherCurve) -> int:
+    """Environment steps of RL up to the iteration from which the policy was taken."""
+    if curve.env_steps:
+        return int(curve.env_steps[training["selected_iteration"] - 1])
+    # Without a record: iterations take as many steps each, but for those of exploring.
+    return int(training["env_steps"] * training["selected_iteration"] // training["iterations"])
+
+
+def score_rows(published: PublishedTeachers) -> list[dict[str, Any]]:
+    """One line per teacher with exact numbers and labels, long form."""
+    versions = {name: published.labels[name] for name in ("reward_version", "metaworld", "mujoco")}
+    return [
+        {
+            "teacher_recipe": t.recipe,
+            "horizon": t.horizon,
+            "task": t.task,
+            "seed": t.seed,
+            "state": t.state,
+            "success_before_rl": t.before.rate if t.before else None,
+            "episodes_before_rl": t.before.episodes if t.before else None,
+            "validation_success": t.validation.rate,
+            "validation_episodes": t.validation.episodes,
+            "held_out_episodes": t.held_out.episodes,
+            "held_out_successes": t.held_out.successes,
+            "held_out_success": t.held_out.rate,
+            "low": t.held_out.low,
+            "high": t.held_out.high,
+            "held_out_successes_last": t.held_out_last.successes,
+            "demonstration_env_steps": t.demonstration_steps,
+            "rl_env_steps": t.env_steps,
+            "rl_env_steps_selected": t.selected_env_steps,
+            "rl_policy_updates": t.policy_updates,
+            "stopped_by": t.stopped_by,
+            "cpu_seconds": t.cpu_seconds,
+            **versions,
+        }
+        for t in published.teachers
+    ]
+
+
+def markdown(published: PublishedTeachers) -> str:
+    """The scores as a Markdown table, for a README."""
+    measured = published.has_cpu_seconds
+    lines = [
+        "| task | before RL | after RL, validation | held-out, any step | held-out, last step | RL env steps | "
+        f"RL updates |{' CPU s |' if measured else ''}",
+        f"|---|---|---|---|---|---|---|{'---|' if measured else ''}",
+    ]
+    for t in published.teachers:
+        name = t.task.removesuffix("-v3") + (f" (seed {t.seed})" if _several_seeds(published.teachers) else "")
+        cells = (
+            name + (" **rejected**" if t.state == "rejected" else ""),
+            f"{t.before.rate:.2f}" if t.before else "–",
+            f"{t.validation.rate:.2f}",
+            f"{t.held_out.rate:.2f} [{t.held_out.low:.2f}, {t.held_out.high:.2f}]",
+            f"{t.held_out_last.rate:.2f}",
+            f"{t.env_steps:,}",
+            f"{t.policy_updates:,}",
+            *([cpu_text(t)] if measured else []),
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def cpu_text(teacher: PublishedTeacher) -> str:
+    """Its processor seconds as a cell of a table."""
+    return "–" if teacher.cpu_seconds is None else f"{teacher.cpu_seconds:,.0f}"
+
+
+def _several_seeds(teachers: Sequence[PublishedTeacher]) -> bool:
+    return len({teacher.seed for teacher in teachers}) > 1

@@ -1,0 +1,138 @@
+"""The summary of a run for the terminal: tables where there is one, plain text where there is not."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+from rich.console import Console
+from rich.table import Table
+
+from analysis.captions import conditions, look_alikes
+from analysis.dataset import Dataset, load, short
+from analysis.paper_tables import headline, task_cells, worst_text
+from cpd.evaluation.student_measures import StudentMeasures
+from cpd.evaluation.summary import MethodMeasures
+from cpd.run.progress import clock
+
+WIDTH = 140
+"""Columns that a table may take: where a terminal is narrower its lines wrap, and no number is cut short."""
+
+
+def print_summary(folder: Path, file: TextIO | None = None) -> None:
+    """Print what the results in `folder` say; to standard output unless told otherwise.
+
+    Raises:
+        ValueError: if `folder` holds no gathered results.
+    """
+    show(load([folder]), file)
+
+
+def show(data: Dataset, file: TextIO | None = None) -> None:
+    """Print the summary of a data set."""
+    console = Console(file=file, width=WIDTH, highlight=False, markup=False, emoji=False)
+    for method in data.methods:
+        students = data.of_method(method.method)
+        console.print(_title(data, method.method), style="bold", soft_wrap=True)
+        console.print(_task_table(data, method.method))
+        console.print()
+        for line in _headlines(method, [s.measures for s in students]):
+            console.print(line, soft_wrap=True)
+        console.print()
+    if len(data.methods) > 1:
+        console.print("methods side by side, in % [as above]", style="bold")
+        console.print(_method_table(data))
+        console.print()
+    if data.timings:
+        console.print("where the time went", style="bold")
+        console.print(_time_table(data.timings))
+        console.print()
+    if data.students or data.teacher_rates:
+        console.print(conditions(data), style="dim", soft_wrap=True)
+    if data.students and data.look_alikes:
+        console.print(f"episodes that begin like another task's: {look_alikes(data)}", style="dim", soft_wrap=True)
+    for line in data.missing:
+        console.print(f"note: {line}", style="yellow", soft_wrap=True)
+
+
+def _table(first: str, *others: str) -> Table:
+    """A table without lines, as narrow as can be: that of a stream with short names fits 80 columns."""
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
+    table.add_column(first, no_wrap=True)
+    for name in others:
+        table.add_column(name, justify="right", no_wrap=True)
+    return table
+
+
+def _task_table(data: Dataset, method: str) -> Table:
+    students = data.of_method(method)
+    table = _table("task", "teacher", "own stage", "final", "forgotten", "recovered")
+    for row, task in enumerate(data.tasks):
+        cells = task_cells(data, task, [student.measures.tasks[row] for student in students])
+        table.add_row(short(task), *cells)
+    return table
+
+
+def _method_table(data: Dataset) -> Table:
+    """One line per method, in the order of the recipe."""
+    names = ("average_performance", "recovery", "forgetting")
+    table = _table("method", "seeds", "memory", *(name.replace("_", " ") for name in names))
+    for method in data.methods:
+        students = [s.measures for s in data.of_method(method.method) if s.seed in method.seeds]
+        values = [headline(getattr(method, name), students, name) for name in names]
+        memory = "–" if method.memory_steps is None else str(method.memory_steps)
+        table.add_row(method.method, str(len(method.seeds)), memory, *values)
+    return table
+
+
+def _title(data: Dataset, method: str) -> str:
+    seeds = [str(student.seed) for student in data.of_method(method)]
+    several = len(seeds) > 1 or len({seed for _, seed in data.teacher_rates}) > 1
+    brackets = "Wilson 95 % interval of one run, range of several" if several else "Wilson 95 % interval"
+    return f"{data.name} · {method} · seed{'s' * (len(seeds) > 1)} {', '.join(seeds)} · success in % [{brackets}]"
+
+
+def _headlines(method: MethodMeasures, students: Sequence[StudentMeasures]) -> list[str]:
+    finished = [student for student in students if student.seed in method.seeds]
+    if not finished:
+        return ["the stream has not been evaluated to its end yet: no average performance, recovery or forgetting"]
+    lines = []
+    for name in ("average_performance", "recovery", "forgetting"):
+        measure = getattr(method, name)
+        worst = worst_text(measure, method.worst_tasks.get(name))
+        lines.append(f"{name.replace('_', ' '):21}{headline(measure, finished, name):22}worst task {worst}")
+    if len(finished) == 1:
+        lines.append("in brackets: 95 % intervals from episode counts; one seed says nothing of other seeds")
+    else:
+        mean = method.average_performance["mean"]
+        lines.append(f"in brackets: {mean.note if mean.low is not None else 'the range of the seeds'}")
+    if any((task.recovery or 0.0) > 1.0 for student in finished for task in student.tasks):
+        lines.append("recovery: a task in which a student does better than its teacher counts as 100")
+    if method.unfinished_seeds:
+        left_out = ", ".join(map(str, method.unfinished_seeds))
+        lines.append(f"not counted, since their stream has not been evaluated to its end: seeds {left_out}")
+    return lines
+
+
+def _time_table(timings: Sequence[dict[str, Any]]) -> Table:
+    """Wall time by role and phase: stretches in which several elements were at it count once."""
+    phases: dict[tuple[str, str], list[tuple[float, float]]] = {}
+    for entry in timings:
+        for phase, start, end in entry["spans"]:
+            phases.setdefault((entry["role"], phase), []).append((start, end))
+    table = _table("phase", "stretches", "wall time")
+    for (role, phase), spans in phases.items():
+        table.add_row(f"{role}: {phase}", str(len(spans)), clock(_covered(spans)))
+    everything = [span for spans in phases.values() for span in spans]
+    table.add_row("all", str(len(everything)), clock(_covered(everything)))
+    return table
+
+
+def _covered(spans: Sequence[tuple[float, float]]) -> float:
+    """Length of the union of intervals."""
+    total, reached = 0.0, float("-inf")
+    for start, end in sorted(spans):
+        total += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return total

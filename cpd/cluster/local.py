@@ -1,0 +1,124 @@
+"""Executing a run on this machine: a bounded queue over submitit's local executor, which has neither bounds nor
+dependencies of its own."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from cpd.cluster.element_job import ask_to_stop, is_ours, submit_local
+from cpd.config.profile import Profile
+from cpd.run.attempt import mark
+from cpd.run.directory import Element, Run
+from cpd.run.interrupt import LAUNCHER_VARIABLE, Interrupt, launcher_identity
+from cpd.run.lease import Holder, current_holder
+from cpd.run.progress import read_status
+
+POLL_SECONDS = 0.2
+#: Seconds between looks at what all elements tell of themselves: that reads a file for each of them.
+REFRESH_SECONDS = 1.0
+#: How often the job of an element is started again after it was killed, within one launch.
+MAX_RESTARTS = 3
+#: How long running jobs may take to save when the launcher is asked to stop.
+STOP_SECONDS = 120.0
+
+
+@dataclass
+class LocalQueue:
+    """The elements of a run on their way through this machine's cores."""
+
+    run: Run
+    profile: Profile
+    interrupt: Interrupt
+    elements: Sequence[Element]
+    """Those to see to; what they need must be finished or among them."""
+    refresh: Callable[[], None] = lambda: None
+    """Called about once a second, to redraw a display."""
+    failed: list[Element] = field(default_factory=list)
+    held: dict[str, Holder] = field(default_factory=dict)
+    """By name, elements that somebody else is at work on, and who."""
+    _running: dict[str, tuple[Element, Any, int]] = field(default_factory=dict)
+    _restarts: dict[str, int] = field(default_factory=dict)
+    _refreshed: float = -math.inf
+
+    def execute(self) -> bool:
+        """Run what is not finished; returns whether all of it is then.
+
+        An element that fails does not stop those that do not depend on it.
+        """
+        # The jobs watch this process and stop when it is gone.
+        os.environ[LAUNCHER_VARIABLE] = launcher_identity()
+        pending = self._start_ready([element for element in self.elements if not element.finished])
+        while self._running and not self.interrupt.requested:
+            time.sleep(POLL_SECONDS)
+            # Only the end of a job frees cores, or what others wait for.
+            ended = self._reap(pending)
+            if ended:
+                pending = self._start_ready(pending)
+            self._refresh(at_once=ended)
+        self._stop_all()
+        return not pending and not self.failed and not self.held
+
+    def _start_ready(self, pending: list[Element]) -> list[Element]:
+        """Start what can start; returns what still waits."""
+        waiting = []
+        free = self.profile.usable_cores - sum(cpus for _, _, cpus in self._running.values())
+        for element in pending:
+            resources = self.profile.resources(element.role)
+            # An element wider than the machine runs alone rather than never.
+            cpus = min(resources.total_cpus, self.profile.usable_cores)
+            ready = all(needed.finished for needed in self.run.dependencies(element))
+            if ready and cpus <= free:
+                job = submit_local(self.run, element, resources)
+                self._running[element.name] = (element, job, cpus)
+                free -= cpus
+            else:
+                waiting.append(element)
+        return waiting
+
+    def _refresh(self, at_once: bool = False) -> None:
+        """Redraw the display, but not at every poll."""
+        if at_once or time.monotonic() - self._refreshed >= REFRESH_SECONDS:
+            self.refresh()
+            self._refreshed = time.monotonic()
+
+    def _reap(self, pending: list[Element]) -> bool:
+        """Take note of jobs that ended, and let elements wait again whose job was killed; whether any ended."""
+        ended = False
+        for name, (element, job, _) in list(self._running.items()):
+            if not job.done():
+                continue
+            del self._running[name]
+            ended = True
+            if element.finished:
+                continue
+            holder, _ = current_holder(element.path / "attempts")
+            if holder and not is_ours(holder):
+                self.held[name] = holder
+                continue
+            self._restarts[name] = restarts = self._restarts.get(name, 0) + 1
+            if read_status(element.status).state == "failed":
+                self.failed.append(element)
+            elif restarts > MAX_RESTARTS:
+                mark(element, "failed", f"its job ended {restarts} times without a word (killed? out of memory?)")
+                self.failed.append(element)
+            else:
+                pending.append(element)
+        return ended
+
+    def _stop_all(self) -> None:
+        deadline = time.monotonic() + STOP_SECONDS
+        asked: set[str] = set()
+        while self._running and time.monotonic() < deadline:
+            for name, (element, job, _) in list(self._running.items()):
+                if job.done():
+                    del self._running[name]
+                elif name not in asked:
+                    # Until the job holds its lease there is nobody to ask.
+                    asked |= {name} if ask_to_stop(element) else set()
+            self._refresh()
+            time.sleep(POLL_SECONDS)

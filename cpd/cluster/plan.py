@@ -1,0 +1,219 @@
+"""Which jobs a run still lacks, within a site's limits, and what sbatch will be told of them.
+
+Teachers are one array (or several, where a site limits their length); every student and every evaluation is a job
+of its own, since each depends on other elements; the report comes last. Dependencies are `afterany`: the chain
+goes on whatever became of a job, and an element that finds what it needs unfinished ends at once, naming it.
+
+In the order `overlap`, a student has one job for every teacher that is not finished, in the order of the stream:
+each learns as far as there are teachers, and is followed by a job that measures the stages that are done. A stage
+sees the same student and the same data in either order.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from cpd.cluster.ledger import ledger
+from cpd.cluster.reconcile import Survey
+from cpd.cluster.sbatch import executor
+from cpd.config.profile import Profile
+from cpd.config.types import Role
+from cpd.run.directory import Element, Run
+from cpd.run.progress import read_status
+
+
+class PlanError(ValueError):
+    """What was asked for cannot be submitted; says why."""
+
+
+@dataclass(frozen=True)
+class Submission:
+    """One call of sbatch: a job, or an array of them."""
+
+    name: str
+    role: Role
+    tasks: tuple[tuple[Element, ...], ...]
+    """The elements of every job of the array; more than one where a site limits the number of jobs."""
+    needs: tuple[Element, ...] = ()
+    """What must be over before it starts: elements in the queue, or of earlier submissions. The element itself
+    stands for an earlier job of its own."""
+    parallelism: int = 0
+    """Jobs of the array that run at a time; 0: the profile's number."""
+    partial: bool = False
+    """Whether it does what can be done while something that its element needs is not finished."""
+
+    @property
+    def elements(self) -> list[Element]:
+        """All of them."""
+        return [element for task in self.tasks for element in task]
+
+
+def plan(
+    run: Run, profile: Profile, found: Survey, only: Sequence[str] = (), retry_failed: bool = False
+) -> list[Submission]:
+    """The submissions that are missing, in order.
+
+    Args:
+        run: the run.
+        profile: limits of the site.
+        found: what is in the queue.
+        only: names of elements, or of folders of them such as `teachers/push-v3`; empty: all.
+        retry_failed: only what failed, and what depends on that.
+
+    Raises:
+        RunError: if a name is unknown.
+        PlanError: if a limit of the site is too low, or an element would wait for one that is neither finished nor
+            in the queue.
+    """
+    wanted = [
+        element
+        for element in _chosen(run, found, only, retry_failed)
+        if not (element.finished or element.name in found.active or element.name in found.held)
+    ]
+    promised = {*found.active, *(element.name for element in wanted)}
+    needs = {element.name: [e for e in run.dependencies(element) if not e.finished] for element in wanted}
+    for element in wanted:
+        lacking = [needed.name for needed in needs[element.name] if needed.name not in promised]
+        if lacking:
+            raise PlanError(
+                f"{element.name} needs {', '.join(lacking)}, which {'is' if len(lacking) == 1 else 'are'} neither "
+                "finished nor in the queue"
+                + "".join(f"; {name} is worked on by {found.held[name]}" for name in lacking if name in found.held)
+            )
+    names = _Names(run, found.names)
+    teachers = [element for element in wanted if element.role == "teacher"]
+    others = [element for element in wanted if element.role != "teacher"]
+    following = _overlapping(run, others, needs) if profile.order == "overlap" else _in_turn(others, needs)
+    arrays = _arrays(teachers, profile, len(following) + sum(map(len, found.active.values())))
+    submissions = [Submission("", "teacher", tasks, parallelism=parallelism) for tasks, parallelism in arrays]
+    return [replace(submission, name=names.new(submission.role)) for submission in submissions + following]
+
+
+def _in_turn(wanted: Sequence[Element], needs: dict[str, list[Element]]) -> list[Submission]:
+    """One job for every student, evaluation and report, after all that it needs."""
+    return [Submission("", element.role, ((element,),), tuple(needs[element.name])) for element in wanted]
+
+
+def _overlapping(run: Run, wanted: Sequence[Element], needs: dict[str, list[Element]]) -> list[Submission]:
+    """Jobs of students and evaluations in turn, one for every teacher that is waited for, then the rest."""
+    names = {element.name for element in wanted}
+    found: list[Submission] = []
+    for student, evaluation in zip(run.students(), run.evaluations(), strict=True):
+        pair = [element for element in (student, evaluation) if element.name in names]
+        # Without its student there is nothing to come for an evaluation to follow.
+        teachers = needs.get(student.name, []) if student in pair else []
+        if teachers and run.teacher_of(run.config.stream.tasks[0], student.seed).finished:
+            found += [Submission("", element.role, ((element,),), partial=True) for element in pair[:1]]
+        for number, teacher in enumerate(teachers):
+            for element in pair:
+                own = element in [e for submission in found for e in submission.elements]
+                first = teacher if element is student else student
+                is_last = number == len(teachers) - 1
+                after = (first, *([element] if own else []))
+                # The last insists on all that it needs, so that what is lacking is told.
+                found.append(Submission("", element.role, ((element,),), after, partial=not is_last))
+        if not teachers:
+            found += _in_turn(pair, needs)
+    return found + _in_turn([element for element in wanted if element.role == "report"], needs)
+
+
+def _chosen(run: Run, found: Survey, only: Sequence[str], retry_failed: bool) -> list[Element]:
+    elements = run.select(only)
+    if retry_failed:
+        # Whoever was submitted and neither finished nor waits for something nor is at work has failed.
+        tried = ledger(run).keys() - found.active.keys() - found.held.keys()
+        again: set[str] = set()
+        for element in elements:
+            failed = (
+                element.name in tried and not element.finished and read_status(element.status).state != "waiting"
+            )
+            if failed or any(needed.name in again for needed in run.dependencies(element)):
+                again.add(element.name)
+        elements = [element for element in elements if element.name in again]
+    return elements
+
+
+def _arrays(
+    teachers: list[Element], profile: Profile, others: int
+) -> list[tuple[tuple[tuple[Element, ...], ...], int]]:
+    """The teachers' arrays, each within the site's limits, and how many of its jobs may run at a time."""
+    room = profile.max_submitted - others if profile.max_submitted else len(teachers)
+    if room < min(len(teachers), 1):
+        beside = "no room for teachers beside" if teachers else "too little room for"
+        raise PlanError(
+            f"max_submitted ({profile.max_submitted}) leaves {beside} {others} other jobs; raise it, or submit "
+            "part of the run by --only"
+        )
+    if not teachers:
+        return []
+    size = -(-len(teachers) // room)
+    tasks = [tuple(teachers[i : i + size]) for i in range(0, len(teachers), size)]
+    longest = profile.max_array_size
+    chunks = [tuple(tasks[i : i + longest]) for i in range(0, len(tasks), longest)]
+    parallelism = max(1, profile.array_parallelism // len(chunks))
+    return [(chunk, parallelism) for chunk in chunks]
+
+
+class _Names:
+    """Unique job names, `<run>-<role>-<digest of its folder>-<number>`."""
+
+    def __init__(self, run: Run, taken: frozenset[str]) -> None:
+        digest = hashlib.sha256(str(run.root.resolve()).encode()).hexdigest()[:6]
+        self._start = f"{run.config.name}-{{}}-{digest}"
+        used = taken | {entry.name for entries in ledger(run).values() for entry in entries}
+        numbers = [name.rpartition("-")[2] for name in used if f"-{digest}-" in name]
+        self._number = max((int(number) for number in numbers if number.isdigit()), default=0)
+
+    def new(self, role: Role) -> str:
+        self._number += 1
+        return f"{self._start.format(role)}-{self._number}"
+
+
+def dependency(submission: Submission, jobs: dict[str, str], arrays: dict[str, list[str]]) -> str:
+    """What sbatch is told to wait for.
+
+    Args:
+        submission: whose needs.
+        jobs: number of each element's job.
+        arrays: all job numbers of each array of this chain, by the array's own number.
+    """
+    needed = {jobs[element.name] for element in submission.needs}
+    whole = [array for array, members in arrays.items() if needed.issuperset(members)]
+    named = [job for job in needed if not any(job in arrays[array] for array in whole)]
+    return "afterany:" + ":".join(sorted(whole + named, key=_numeric)) if needed else ""
+
+
+def _numeric(job: str) -> list[tuple[int, str]]:
+    return [(int(part) if part.isdigit() else 0, part) for part in job.split("_")]
+
+
+def texts(run: Run, profile: Profile, submissions: Sequence[Submission], found: Survey) -> list[tuple[str, str]]:
+    """Name and sbatch text of every submission; job numbers that only sbatch will tell are given as names."""
+    jobs = {name: own[-1].job for name, own in found.active.items()}
+    arrays: dict[str, list[str]] = {}
+    result = []
+    for submission in submissions:
+        made = executor(
+            run,
+            profile,
+            submission.role,
+            submission.name,
+            dependency(submission, jobs, arrays),
+            submission.parallelism,
+        )
+        result.append((submission.name, made.text(len(submission.tasks))))
+        note(submission, f"<{submission.name}>", jobs, arrays)
+    return result
+
+
+def note(submission: Submission, job: str, jobs: dict[str, str], arrays: dict[str, list[str]]) -> list[str]:
+    """Enter a submission's job numbers into `jobs` and `arrays`; returns one for every task."""
+    several = len(submission.tasks) > 1
+    numbers = [f"{job}_{place}" if several else job for place in range(len(submission.tasks))]
+    for number, task in zip(numbers, submission.tasks, strict=True):
+        jobs.update({element.name: number for element in task})
+    if several:
+        arrays[job] = numbers
+    return numbers

@@ -1,0 +1,129 @@
+"""What a job does about the Slurm that it runs under: look for its dependencies, and go back into the queue."""
+
+from __future__ import annotations
+
+import os
+import textwrap
+import time
+from collections.abc import Callable
+
+from cpd.cluster.queue import SchedulerError, run_command
+from cpd.comm import Comm
+from cpd.config.profile import Profile
+from cpd.run.attempt import mark
+from cpd.run.directory import Element, Run
+from cpd.run.files import read_json, write_json
+from cpd.run.interrupt import LAUNCHER_VARIABLE
+from cpd.run.progress import read_status
+
+#: How long a shared file system may take to show what a job on another node wrote last.
+VISIBILITY_SECONDS = 5.0
+
+
+def slurm_job() -> str:
+    """The Slurm job that this process is a step of, `12` or `12_3`; empty if none."""
+    # An array's number alone would mean all of its elements, as would SLURM_JOB_ID of its last one.
+    array, place = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
+    return f"{array}_{place}" if array and place else os.environ.get("SLURM_JOB_ID", "")
+
+
+def is_first_rank() -> bool:
+    """Whether this process is the one of its step that speaks for it, as far as Slurm or MPI tell."""
+    names = ("SLURM_PROCID", "PMI_RANK", "OMPI_COMM_WORLD_RANK")
+    return all(os.environ.get(name, "0") == "0" for name in names)
+
+
+def unfinished_dependencies(run: Run, element: Element) -> list[Element]:
+    """The elements that `element` needs and that are not finished; in a Slurm job, after a moment's patience."""
+    patience = VISIBILITY_SECONDS if slurm_job() else 0.0
+    deadline = time.monotonic() + patience
+    while True:
+        missing = []
+        for needed in run.dependencies(element):
+            if needed.path.exists():
+                # Opening a folder makes NFS look again; asking for a name may be answered from its cache.
+                list(needed.path.iterdir())
+            if not needed.finished:
+                missing.append(needed)
+        if not missing or time.monotonic() >= deadline:
+            return missing
+        time.sleep(1.0)
+
+
+def describe_unfinished(missing: list[Element]) -> str:
+    """Why an element cannot start, naming what it needs."""
+    found = []
+    for element in missing:
+        record = read_status(element.status)
+        # Its own message may tell of what it needs in turn, and so on.
+        message = textwrap.shorten(record.message, 100, placeholder=" ...")
+        found.append(f"{element.name} ({record.state}{f': {message}' if message else ''})")
+    return f"not started, since it needs {', '.join(found)}"
+
+
+def decline(element: Element, reason: str) -> None:
+    """Leave an element that cannot start as one that waits, with the reason."""
+    if is_first_rank():
+        mark(element, "waiting", reason)
+
+
+def hand_back(run: Run, element: Element, comm: Comm, tell: Callable[[str], None]) -> None:
+    """Let Slurm start this job again later, once all ranks have saved; a collective.
+
+    Not by way of submitit, which counts a preemption as a time-out if the limit is short or mostly used up, and
+    ends rank 0 while the others go on as if nothing had happened. All ranks stay until the job is back in the
+    queue, since the first to leave would take the others with it.
+    """
+    job = slurm_job()
+    # Within a job, a launcher with a local profile has children, which may not requeue what is not theirs.
+    if not job or LAUNCHER_VARIABLE in os.environ:
+        return
+    comm.barrier()
+    if comm.rank == 0:
+        tell(_requeue(run, element, job))
+    comm.barrier()
+
+
+def _requeue(run: Run, element: Element, job: str) -> str:
+    """Put the job back into the queue if it should be; returns what happened."""
+    try:
+        facts = _facts(run_command(["scontrol", "show", "job", "-o", job]))
+        if facts.get("JobState") != "RUNNING":
+            # Requeueing a job that is being cancelled would revive it; one being requeued needs no help.
+            return f"Slurm is ending job {job} already"
+        if facts.get("BatchFlag") != "1" or facts.get("Requeue") != "1":
+            return f"job {job} may not be requeued; launching again goes on"
+        if is_stuck(run, element, job):
+            reason = "given up: the last requeues brought it no further; raise minutes, or max_timeouts"
+            mark(element, "failed", reason)
+            return reason
+        run_command(["scontrol", "requeue", job])
+    except (SchedulerError, OSError, ValueError) as error:  # whatever it is, the other ranks wait for this one
+        return f"job {job} could not be requeued ({error}); launching again goes on"
+    mark(element, "queued", "saved and requeued")
+    return f"job {job} is back in the queue"
+
+
+def _facts(text: str) -> dict[str, str]:
+    """The `Key=Value` words of `scontrol show job -o`."""
+    pairs = (word.partition("=") for word in text.split())
+    return {key: value for key, _, value in pairs}
+
+
+def is_stuck(run: Run, element: Element, job: str) -> bool:
+    """Whether this job has been requeued too often in a row without getting any further."""
+    record = read_status(element.status)
+    checkpoints = sorted(path.name for path in element.checkpoints.glob("*/meta.json"))
+    progress = [element.name, record.phase, record.done, *checkpoints]
+    path = run.logs / f"{job}_requeues.json"
+    before = read_json(path) if path.exists() else {}
+    count = before["count"] + 1 if before.get("progress") == progress else 0
+    write_json(path, {"progress": progress, "count": count})
+    return count >= max_timeouts(run)
+
+
+def max_timeouts(run: Run) -> int:
+    """The limit of the profile with which the run was launched."""
+    path = run.root / "profile.json"
+    found = read_json(path).get("max_timeouts") if path.exists() else None
+    return int(found or Profile(cluster="local").max_timeouts)

@@ -1,0 +1,151 @@
+"""Submitting and cancelling the jobs of a run on Slurm."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from cpd.cluster.element_job import log_name
+from cpd.cluster.ledger import LedgerEntry, append
+from cpd.cluster.plan import Submission, dependency, note
+from cpd.cluster.queue import SchedulerError, SubmissionRefusedError, run_command
+from cpd.cluster.reconcile import Survey, read_queue, reconcile
+from cpd.cluster.sbatch import element_work, executor, outside_of_jobs
+from cpd.config.profile import Profile
+from cpd.run.attempt import mark
+from cpd.run.directory import Element, Run
+from cpd.run.lease import current_holder
+
+#: What sbatch says where it could not ask the controller, which may be there again in a while.
+UNANSWERED = ("Socket timed out", "Unable to contact slurm controller", "Zero Bytes were transmitted")
+
+
+def submit(
+    run: Run, profile: Profile, submissions: Sequence[Submission], found: Survey
+) -> tuple[dict[str, str], list[Element]]:
+    """Submit in order, then let jobs that were pending already wait for what they need too.
+
+    Returns:
+        The number of each submission, by its name; and the elements whose jobs cannot be made to wait, since they
+        started when they found what they need ended: they are about to end without having done anything.
+
+    Raises:
+        SchedulerError: if Slurm cannot be asked.
+        SubmissionRefusedError: if sbatch refuses; what was submitted before stays, and launching again goes on.
+    """
+    jobs = {name: own[-1].job for name, own in found.active.items()}
+    arrays: dict[str, list[str]] = {}
+    numbers = {}
+    for submission in submissions:
+        wait_for = dependency(submission, jobs, arrays)
+        number = _submit_one(run, profile, submission, wait_for)
+        note(submission, number, jobs, arrays)
+        numbers[submission.name] = number
+    _sweep(run)
+    return numbers, _retarget(run, found, jobs, {element.name for s in submissions for element in s.elements})
+
+
+def _submit_one(run: Run, profile: Profile, submission: Submission, wait_for: str) -> str:
+    resources = profile.resources(submission.role)
+    made = executor(run, profile, submission.role, submission.name, wait_for, submission.parallelism)
+    announced = _entries(submission, ["" for _ in submission.tasks], ["" for _ in submission.tasks])
+    append(run, announced)
+    for element in submission.elements:
+        mark(element, "queued")
+    try:
+        with outside_of_jobs():
+            work = [element_work(run, task, resources, submission.partial) for task in submission.tasks]
+            handles = made.submit_array(work)
+    except Exception as error:
+        for element in submission.elements:
+            mark(element, "waiting", "sbatch did not take it")
+        # submitit wraps sbatch's own words into many others.
+        lines = [line.partition("error: ")[2] for line in str(error).splitlines() if "sbatch: error: " in line]
+        words = "; ".join(lines) or str(error)
+        if any(sign in words for sign in UNANSWERED):
+            raise SchedulerError(f"sbatch got no answer ({words}); launch again later") from error
+        raise SubmissionRefusedError(f"sbatch refused {submission.name}: {words}") from error
+    numbers = [handle.job_id for handle in handles]
+    append(run, _entries(submission, numbers, [log_name(run, number) for number in numbers]))
+    return str(numbers[0]).partition("_")[0]
+
+
+def _entries(submission: Submission, numbers: list[str], logs: list[str]) -> list[LedgerEntry]:
+    several, now = len(submission.tasks) > 1, time.time()
+    return [
+        LedgerEntry(
+            element=element.name,
+            role=element.role,
+            job=numbers[place],
+            log=logs[place],
+            time=now,
+            cluster="slurm",
+            name=submission.name,
+            place=place if several else None,
+            partial=submission.partial,
+        )
+        for place, task in enumerate(submission.tasks)
+        for element in task
+    ]
+
+
+def _sweep(run: Run) -> None:
+    """Remove what submitit and refused submissions leave among the logs."""
+    leftovers = [*run.logs.glob(".submission_file_*.sh"), *run.logs.glob(f"{'[0-9a-f]' * 32}.pkl")]
+    for path in leftovers:
+        path.unlink(missing_ok=True)
+
+
+def _retarget(run: Run, found: Survey, jobs: dict[str, str], submitted: set[str]) -> list[Element]:
+    """Let jobs that were pending already wait for elements that were submitted anew; returns those too late."""
+    late = []
+    for element in run.elements():
+        own = found.active.get(element.name, [])
+        needed = [needed.name for needed in run.dependencies(element) if not needed.finished]
+        if not own or not any(name in submitted for name in needed):
+            continue
+        numbers = [jobs[name] for name in needed if name in jobs] + [job.job for job in own[:-1]]
+        wait_for = f"afterany:{':'.join(dict.fromkeys(numbers))}"
+        try:
+            run_command(["scontrol", "update", f"JobId={own[-1].job}", f"Dependency={wait_for}"])
+        except SchedulerError:
+            # It is not pending any more. If nobody is at work, it looks for what it needs, or has not got so far.
+            if current_holder(element.path / "attempts")[0] is None:
+                late.append(element)
+    return late
+
+
+def cancel(run: Run, profile: Profile, only: Sequence[str] = ()) -> list[str]:
+    """Cancel the run's jobs, or those of some elements; returns the names of the elements concerned.
+
+    Raises:
+        RunError: if `only` names what is not there.
+        SchedulerError: if Slurm cannot be asked.
+    """
+    return _cancel(run.select(only), reconcile(run, profile))
+
+
+def withdraw(run: Run, late: Sequence[Element]) -> list[str]:
+    """Cancel the jobs of elements that started too early, and of all that needs them; returns their names.
+
+    Raises:
+        SchedulerError: if Slurm cannot be asked.
+    """
+    affected: dict[str, Element] = {}
+    for element in run.elements():
+        if element in late or any(needed.name in affected for needed in run.dependencies(element)):
+            affected[element.name] = element
+    return _cancel(list(affected.values()), read_queue(run))
+
+
+def _cancel(elements: Sequence[Element], found: Survey) -> list[str]:
+    elements = [element for element in elements if element.name in found.active]
+    # The last first, so that none starts because what it waits for was cancelled before it.
+    numbers = [job.job for element in elements for job in found.active[element.name]]
+    numbers = list(dict.fromkeys(reversed(numbers)))
+    if numbers:
+        run_command(["scancel", *numbers])
+    for element in elements:
+        if all(job.state == "PENDING" for job in found.active[element.name]):
+            mark(element, "waiting", "cancelled before it started")
+    return [element.name for element in elements]

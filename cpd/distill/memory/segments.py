@@ -1,0 +1,138 @@
+"""Segments: runs of consecutive time steps of one episode, the unit in which memory keeps and replays steps.
+
+Dimensions: G segments, S steps, O observation size, A action size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from cpd.envs.tasks import ACTION_SIZE, OBSERVATION_SIZE
+
+Array = npt.NDArray[Any]
+
+#: The arrays with a row per segment; all others have a row per step.
+PER_SEGMENT = ("task", "first_step", "length", "opens_episode")
+
+
+@dataclass(frozen=True)
+class Segments:
+    """G segments, their S steps one after another.
+
+    Attributes:
+        task: [G] int64, position of the task among the stream's distinct ones.
+        first_step: [G] int64, number of the first step within its task's rollouts: with the task, its identity.
+        length: [G] int64, steps; at most the student's context.
+        opens_episode: [G] bool, whether the first step is its episode's first.
+        observations: [S, O] float32, raw.
+        teacher_mean: [S, A] float32, as executed, in [-1, 1].
+        teacher_log_std: [S, A] float32.
+    """
+
+    task: npt.NDArray[np.int64]
+    first_step: npt.NDArray[np.int64]
+    length: npt.NDArray[np.int64]
+    opens_episode: npt.NDArray[np.bool_]
+    observations: npt.NDArray[np.float32]
+    teacher_mean: npt.NDArray[np.float32]
+    teacher_log_std: npt.NDArray[np.float32]
+
+    def __post_init__(self) -> None:
+        assert len(self.task) == len(self.first_step) == len(self.length)
+        assert len(self.observations) == len(self.teacher_mean) == len(self.teacher_log_std) == self.length.sum()
+
+    @classmethod
+    def empty(cls) -> Segments:
+        """No segments."""
+        none = np.zeros(0, np.int64)
+        actions = np.zeros((0, ACTION_SIZE), np.float32)
+        return cls(
+            none, none, none, none.astype(bool), np.zeros((0, OBSERVATION_SIZE), np.float32), actions, actions
+        )
+
+    def __len__(self) -> int:
+        """G."""
+        return len(self.task)
+
+    @property
+    def num_steps(self) -> int:
+        """S, the distinct time steps held."""
+        return len(self.observations)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all arrays."""
+        return sum(array.nbytes for array in self.arrays().values())
+
+    @property
+    def start(self) -> npt.NDArray[np.int64]:
+        """[G] row of each segment's first step in the arrays per step."""
+        return np.cumsum(self.length) - self.length
+
+    def arrays(self) -> dict[str, Array]:
+        """The arrays by name."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    def observations_by_task(self) -> dict[int, npt.NDArray[np.float32]]:
+        """The raw observations of every task that is held, [steps, O], by position of the task."""
+        task_S = np.repeat(self.task, self.length)
+        return {int(task): self.observations[task_S == task] for task in np.unique(task_S)}
+
+    def take(self, chosen: npt.NDArray[np.int64]) -> Segments:
+        """The segments at the positions `chosen`, in that order."""
+        rows = ranges(self.start[chosen], self.length[chosen])
+        return Segments(
+            **{name: array[chosen if name in PER_SEGMENT else rows] for name, array in self.arrays().items()}
+        )
+
+    @staticmethod
+    def concatenate(parts: Sequence[Segments]) -> Segments:
+        """All segments of all parts, in order."""
+        every = [part.arrays() for part in parts]
+        return Segments(**{name: np.concatenate([arrays[name] for arrays in every]) for name in every[0]})
+
+
+def ranges(start: npt.NDArray[np.int64], length: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """`start[i], start[i] + 1, ..., start[i] + length[i] - 1` for every i, one after another."""
+    total = int(length.sum())
+    begins = np.cumsum(length) - length
+    result: npt.NDArray[np.int64] = np.arange(total) + np.repeat(start - begins, length)
+    return result
+
+
+def cut_segments(
+    task: int,
+    offsets: npt.NDArray[np.int64],
+    observations: npt.NDArray[np.float32],
+    teacher_mean: npt.NDArray[np.float32],
+    teacher_log_std: npt.NDArray[np.float32],
+    length: int,
+) -> Segments:
+    """Cut a task's rollouts on a fixed grid, so that every step lies in exactly one segment.
+
+    Args:
+        task: position of the task among the stream's distinct ones.
+        offsets: [E + 1]; episode e has steps offsets[e]:offsets[e + 1].
+        observations: [N, O].
+        teacher_mean: [N, A].
+        teacher_log_std: [N, A].
+        length: steps of a segment; an episode's last one may be shorter.
+    """
+    firsts = [np.arange(begin, end, length) for begin, end in pairwise(offsets)]
+    first_step = np.concatenate(firsts).astype(np.int64)
+    lengths = np.diff(np.append(first_step, offsets[-1]))
+    return Segments(
+        np.full(len(first_step), task, np.int64),
+        first_step,
+        lengths,
+        np.isin(first_step, offsets[:-1]),
+        observations,
+        teacher_mean,
+        teacher_log_std,
+    )

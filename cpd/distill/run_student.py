@@ -1,0 +1,323 @@
+"""One student: distil a run's teachers, one task after another, into it, and leave it to be evaluated."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from typing import Any, NoReturn
+
+import torch
+
+from cpd.comm import Comm, choose_device
+from cpd.distill.growth import GrowthDecision
+from cpd.distill.schedule import curve_steps
+from cpd.distill.stage_data import StageData, admitted_teachers, read_stage
+from cpd.distill.trainer import StepReport, StudentTrainer
+from cpd.envs.cells import Cell, EnvPool, evaluate_cells
+from cpd.run.attempt import Attempt, begin_attempt
+from cpd.run.checkpoint import latest, save
+from cpd.run.directory import Run, StudentElement, TeacherElement
+from cpd.run.interrupt import Interrupt, InterruptedBySignal
+from cpd.run.progress import MetricsLog
+from cpd.run.provenance import labels
+from cpd.run.tables import CurveRow, write_rows
+from cpd.student.actor import make_actor
+from cpd.student.network import save_student
+
+#: Episodes per forward pass of a curve's evaluation: few, so that several ranks have something to do.
+CURVE_CHUNK = 5
+
+
+def run_student(
+    run: Run,
+    element: StudentElement,
+    comm: Comm,
+    *,
+    interrupt: Interrupt,
+    tell: Callable[[str], None],
+    partial: bool = False,
+) -> None:
+    """Distil the whole stream into one student, or what is left of it; a collective.
+
+    With `partial`, the student gets no further than the first stage whose teacher is not finished.
+
+    Raises:
+        LeaseHeldError: if another process is training this student.
+        InterruptedBySignal: if asked to stop; everything is saved.
+        ValueError: if a teacher is not finished, was rejected where the recipe forbids that, or has unsound
+            rollouts.
+    """
+    torch.set_num_threads(element.config.torch_threads)
+    with begin_attempt(element, comm, tell) as attempt:
+        if comm.broadcast(element.complete.exists()):
+            attempt.finish("done")
+            return
+        admitted, pending = admitted_teachers(run, element, comm, partial=partial)
+        distillation = Distillation(run, element, comm, interrupt, attempt, admitted, pending)
+        try:
+            lacking = distillation.work()
+        finally:
+            distillation.close()
+        if lacking is not None:
+            attempt.finish("waiting", f"the next stage waits for the teacher of {lacking}")
+            return
+        if attempt.is_writer:
+            attempt.check()
+            element.complete.touch()
+        attempt.finish("done", distillation.summary())
+
+
+class Distillation:
+    """The trainer with all that surrounds it: checkpoints, stage policies, curves, metrics, and when to stop."""
+
+    def __init__(
+        self,
+        run: Run,
+        element: StudentElement,
+        comm: Comm,
+        interrupt: Interrupt,
+        attempt: Attempt,
+        admitted: dict[str, TeacherElement],
+        pending: frozenset[str],
+    ) -> None:
+        """Continue from the newest checkpoint, if there is one."""
+        self.run, self.element, self.comm, self.interrupt, self.session = run, element, comm, interrupt, attempt
+        self.config = element.config
+        self.admitted, self.pending = admitted, pending
+        self.label = labels(element.config)
+        self.trainer = StudentTrainer(element.config, element.seed, comm, choose_device(comm))
+        self.curves: list[CurveRow] = []
+        self._lessons: dict[str, StageData] = {}
+        self.pool = EnvPool(element.config.stream.reward_version)
+        self._loss: float | None = None
+        self._saved = ""
+        metrics_size = self._resume()
+        self.log = MetricsLog(element.metrics, metrics_size) if attempt.is_writer else None
+
+    def _resume(self) -> int:
+        """Restore the newest checkpoint; returns the size of metrics.jsonl that belongs to it."""
+        checkpoint = self.comm.broadcast(latest(self.element.checkpoints) if self.session.is_writer else None)
+        if checkpoint is None:
+            if self.session.is_writer:
+                self.element.curves.unlink(missing_ok=True)
+                self._save_policy(-1)
+            return 0
+        self._saved = checkpoint.path.name
+        state = checkpoint.load()
+        self.trainer.restore(state["trainer"])
+        self.curves = [CurveRow(**row) for row in state["curves"]]
+        return int(state["metrics_size"])
+
+    def close(self) -> None:
+        """Free environments and files."""
+        self.pool.close()
+        if self.log:
+            self.log.close()
+
+    def work(self) -> str | None:
+        """All stages that are left, or as many as can be; returns the task whose teacher is lacking."""
+        progress, tasks = self.trainer.progress, self.config.stream.tasks
+        self.session.begin("distill", self._steps_before(len(tasks)), self._steps_done())
+        if self.config.distill.protocol == "joint" and self.pending:
+            return next(task for task in tasks if task in self.pending)
+        for stage in range(progress.stage, len(tasks)):
+            self.session.check()
+            if tasks[stage] in self.pending:
+                return tasks[stage]
+            if tasks[stage] in self.admitted:
+                self._stage(stage, self._lesson(tasks[stage]))
+            else:
+                self._record(event="skipped", stage=stage, task=tasks[stage])
+                self.trainer.skip_stage()
+        return None
+
+    def _lesson(self, task: str) -> StageData:
+        """What a stage of `task` distils; jointly the data of all teachers, read once."""
+        config = self.config.distill
+        if config.protocol != "joint":
+            return read_stage(self.run, self.admitted[task], self.comm, config.episodes)
+        if not self._lessons:
+            self._lessons = {
+                name: read_stage(self.run, teacher, self.comm, config.episodes)
+                for name, teacher in self.admitted.items()
+            }
+        others = [lesson for name, lesson in self._lessons.items() if name != task]
+        return replace(self._lessons[task], others=tuple(others))
+
+    def _steps_before(self, stage: int) -> int:
+        """Optimisation steps in the stages before `stage`."""
+        expected = self.admitted.keys() | self.pending
+        num_stages = sum(task in expected for task in self.config.stream.tasks[:stage])
+        return num_stages * self.config.distill.steps_per_stage
+
+    def _steps_done(self) -> int:
+        progress = self.trainer.progress
+        return self._steps_before(progress.stage) + progress.step
+
+    def _stage(self, stage: int, data: StageData) -> None:
+        """The rest of one stage."""
+        trainer, progress = self.trainer, self.trainer.progress
+        for decision in trainer.begin_stage(data):
+            self._record(event="growth", **{**self._told(decision), "sources": str(decision.sources)})
+        for step in range(progress.step, self.config.distill.steps_per_stage):
+            self._evaluate_if_due()
+            self._step(step)
+            self._save_if_due()
+        self._evaluate_if_due()
+        trainer.end_stage(data)
+        if report := trainer.protection.report():
+            self._record(event="protection", stage=stage, **report)
+        if self.session.is_writer:
+            self.session.check()
+            self._save_policy(stage)
+        self._save_checkpoint()
+
+    def _step(self, step: int) -> None:
+        """One optimisation step, recorded now and then."""
+        due = (step + 1) % self.config.logging.metrics_every == 0 or step == 0
+        report = self.trainer.train_step(due)
+        if report:
+            self._record_step(report)
+        self.session.advance(self._steps_done(), loss=self._loss)
+
+    def _record_step(self, report: StepReport) -> None:
+        if self.log is None:
+            return
+        progress, tasks = self.trainer.progress, self.config.stream.distinct_tasks
+        values: dict[str, float | int | str | None] = {
+            "stage": progress.stage,
+            "step": progress.step,
+            "task": self.config.stream.tasks[progress.stage],
+            "loss": report.loss,
+            "imitation": report.imitation,
+            "current": report.current,
+            "replay": report.replay,
+            "load_balance": report.load_balance,
+            "router_z": report.router_z,
+            "contrast": report.contrast,
+            "grad_norm": report.grad_norm,
+            "lr": report.lr,
+            "memory_steps": self.trainer.memory.num_steps,
+        }
+        values |= {f"imitation.{tasks[task]}": value for task, value in report.by_task.items()}
+        for layer, shares in enumerate(report.expert_shares):
+            values |= {f"expert_share.{layer}.{expert}": share for expert, share in enumerate(shares)}
+        self.log.append(**values)
+        self._loss = report.loss
+
+    def _record(self, **values: float | int | str | None) -> None:
+        if self.log:
+            self.log.append(**values)
+
+    def _save_if_due(self) -> None:
+        """Save now and then; save and stop if any rank was asked to."""
+        step, logging = self.trainer.progress.step, self.config.logging
+        # At a stage's end, too: there may be fewer steps in it than between two looks.
+        due = step % logging.agree_every == 0 or step == self.config.distill.steps_per_stage
+        if due and self.comm.any(self.interrupt.requested):
+            self._stop()
+        elif step % logging.checkpoint_every == 0:
+            self._save_checkpoint()
+
+    def _stop(self) -> NoReturn:
+        self._save_checkpoint()
+        progress = self.trainer.progress
+        raise InterruptedBySignal(
+            f"asked to stop; saved at stage {progress.stage}, step {progress.step}: launch again to go on"
+        )
+
+    def _save_checkpoint(self) -> None:
+        """Save on rank 0, after making sure that all ranks hold the same student."""
+        digest = hashlib.sha256(self.trainer.flat.values.cpu().numpy().tobytes()).hexdigest()
+        if len(set(self.comm.gather(digest))) > 1:
+            raise RuntimeError(
+                "the ranks' students have drifted apart: the machines, or their libraries, compute differently; "
+                "use machines of one kind"
+            )
+        progress = self.trainer.progress
+        name = f"stage-{progress.stage:02d}-step-{progress.step:06d}"
+        if self.log is None or name == self._saved:
+            return
+        self.session.check()
+        state: dict[str, Any] = {
+            "trainer": self.trainer.state(),
+            "curves": [asdict(row) for row in self.curves],
+            "metrics_size": self.log.size,
+        }
+        save(self.element.checkpoints, name, state, stage=progress.stage, step=progress.step)
+        self._saved = name
+
+    def _save_policy(self, stage: int) -> None:
+        """Keep the student as it is after `stage` for good."""
+        trainer, config = self.trainer, self.config
+        description = {
+            "method": self.element.method,
+            "seed": self.element.seed,
+            "protocol": config.distill.protocol,
+            "stage": stage,
+            "task": config.stream.tasks[stage] if stage >= 0 else None,
+            "distinct_tasks": list(config.stream.distinct_tasks),
+            "labels": asdict(self.label),
+            "memory_steps": trainer.memory.num_steps,
+            "memory_bytes": trainer.memory.num_bytes,
+            "memory_budget": trainer.memory.budget,
+            "growth": [self._told(decision) for decision in trainer.progress.growth],
+            "skipped_stages": list(trainer.progress.skipped),
+        }
+        save_student(self.element.stage_policy(stage), trainer.student, description)
+
+    def _told(self, decision: GrowthDecision) -> dict[str, Any]:
+        """A decision as it is recorded, with names for tasks."""
+        tasks = self.config.stream.distinct_tasks
+        names = {"task": tasks[decision.task], "nearest_task": tasks[decision.nearest_task]}
+        return {**asdict(decision), **names}
+
+    def _evaluate_if_due(self) -> None:
+        """Add a point to the current task's curve; for the record only, nothing here acts on it."""
+        progress, evaluation = self.trainer.progress, self.config.evaluation
+        stage, step = progress.stage, progress.step
+        if step not in curve_steps(evaluation.curve_points, self.config.distill.steps_per_stage):
+            return
+        if any((row.stage, row.step) == (stage, step) for row in self.curves):
+            return
+        task = self.config.stream.tasks[stage]
+        self.trainer.refresh_prototypes()
+        outcomes = evaluate_cells(
+            make_actor(self.trainer.student, self.config.stream.distinct_tasks),
+            [Cell(task, evaluation.goal_set, evaluation.num_episodes_brief)],
+            self.config.stream.horizon,
+            self.pool,
+            self.comm,
+            chunk=CURVE_CHUNK,
+            should_stop=lambda: self.interrupt.requested,
+        )
+        if outcomes is None:
+            self._stop()
+        row = CurveRow(
+            method=self.element.method,
+            seed=self.element.seed,
+            stage=stage,
+            step=step,
+            task=task,
+            goal_set=evaluation.goal_set,
+            episodes=len(outcomes[0]),
+            successes=sum(outcome.success for outcome in outcomes[0]),
+            **asdict(self.label),
+        )
+        self.curves.append(row)
+        self.session.advance(self._steps_done(), success=row.successes / row.episodes)
+        if self.session.is_writer:
+            self.session.check()
+            write_rows(self.element.curves, self.curves)
+
+    def summary(self) -> str:
+        """One line on how it ended."""
+        trainer = self.trainer
+        skipped = [self.config.stream.tasks[stage] for stage in trainer.progress.skipped]
+        parts = [
+            f"{len(self.config.stream.tasks) - len(skipped)} stages",
+            f"{trainer.student.num_experts} experts a layer",
+            f"memory {trainer.memory.num_steps} steps, {trainer.memory.num_bytes / 1024:.0f} KiB",
+        ]
+        return ", ".join(parts) + (f"; skipped: {', '.join(skipped)}" if skipped else "")

@@ -1,0 +1,60 @@
+"""Complete models for rendering simulations that run on light ones (`cpd.envs.fast.model`)."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import mujoco
+import numpy as np
+
+from cpd.envs.registry import GOAL_FIELDS, complete_model, grow_framebuffer
+
+_STATE: Final = mujoco.mjtState.mjSTATE_INTEGRATION
+
+#: Poses of what both models have. Copied, as they may be older than the state: Meta-World's resets leave some
+#: stale, and it moves target sites by hand.
+_POSES: Final = (
+    "xpos",
+    "xquat",
+    "xmat",
+    "xipos",
+    "ximat",
+    "site_xpos",
+    "site_xmat",
+    "cam_xpos",
+    "cam_xmat",
+    "light_xpos",
+    "light_xdir",
+)
+
+
+class Picture:
+    """A complete model and data that follow an environment's light ones.
+
+    Args:
+        width, height: pixels that can be rendered.
+    """
+
+    def __init__(self, path: str, width: int, height: int) -> None:
+        self.model = complete_model(path)
+        grow_framebuffer(self.model, width, height)
+        self.data = mujoco.MjData(self.model)
+
+    def follow(self, model: mujoco.MjModel, data: mujoco.MjData) -> None:
+        """Take over goal and state of a simulation of the same task's light model."""
+        for name in GOAL_FIELDS:
+            getattr(self.model, name)[:] = getattr(model, name)
+        state = np.empty(mujoco.mj_stateSize(model, _STATE))
+        mujoco.mj_getState(model, data, state, _STATE)
+        mujoco.mj_setState(self.model, self.data, state, _STATE)
+        mujoco.mj_forward(self.model, self.data)
+        for name in _POSES:
+            getattr(self.data, name)[:] = getattr(data, name)
+        self._place_geoms()
+
+    def _place_geoms(self) -> None:
+        own: Any = self.model
+        geoms = zip(own.geom_pos, own.geom_quat, own.geom_bodyid, own.geom_sameframe, strict=True)
+        for i, (position, quaternion, body, same_frame) in enumerate(geoms):
+            xpos, xmat = self.data.geom_xpos[i], self.data.geom_xmat[i]
+            mujoco.mj_local2Global(self.data, xpos, xmat, position, quaternion, body, same_frame)

@@ -1,0 +1,287 @@
+"""Lock-step vector environments: many slots, one step for all, in this process or spread over workers.
+
+Results do not depend on the number of workers: a slot's numbers are its own environment's, and nothing else
+of that environment depends on where it runs.
+"""
+
+from __future__ import annotations
+
+import abc
+import json
+import mmap
+import os
+import subprocess
+import sys
+import tempfile
+import weakref
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from cpd.envs import worker
+from cpd.envs.goals import Goal
+from cpd.envs.slots import MAX_RAND_VEC_SIZE, SlotArrays, SlotError, SlotGroup
+from cpd.envs.tasks import ACTION_SIZE
+
+_CLOSE_TIMEOUT_S: Final = 10.0
+
+
+def make_vector_env(tasks: Sequence[str], num_workers: int, reward_version: str = "v2") -> VectorEnv:
+    """A vector environment with one slot per entry of `tasks`.
+
+    Args:
+        tasks: the task of each slot; names may repeat.
+        num_workers: processes to spread the slots over; up to 1 runs everything in this process.
+        reward_version: Meta-World's reward functions, "v1" or "v2".
+
+    Raises:
+        ValueError: no tasks.
+        SlotError: an environment cannot be constructed; the message names its task.
+    """
+    if not tasks:
+        raise ValueError("a vector environment needs at least one task")
+    num_workers = min(num_workers, len(tasks))
+    if num_workers <= 1:
+        return _SerialVectorEnv(tasks, reward_version)
+    return _ProcessVectorEnv(tasks, num_workers, reward_version)
+
+
+class VectorEnv(abc.ABC):
+    """Slots stepped together. Make one with `make_vector_env`, and use it as a context manager.
+
+    Attributes:
+        tasks: the task of each slot.
+        num_envs: N, the number of slots.
+        observations: [N, 39] float32, the current observation of each slot; written in place.
+        rewards: [N] float64 of each slot's last step, 0 after a reset; written in place.
+        grasps: [N] float64, how near each slot's last step came to holding the object (`TaskEnv.grasp`); written
+            in place while it is wanted, since that takes 3 % of a step.
+        successes: [N] bool of each slot's last step, not latched, False after a reset; written in place.
+    """
+
+    def __init__(self, tasks: Sequence[str], arrays: SlotArrays) -> None:
+        self.tasks = tuple(tasks)
+        self.num_envs = len(self.tasks)
+        self._arrays = arrays
+        self.observations: npt.NDArray[np.float32] = arrays.observations
+        self.rewards: npt.NDArray[np.float64] = arrays.rewards
+        self.grasps: npt.NDArray[np.float64] = arrays.grasps
+        self.successes: npt.NDArray[np.bool_] = arrays.successes
+
+    def want_grasps(self, wanted: bool) -> None:
+        """Whether steps are to fill `grasps` from here on; at first they are not."""
+        self._arrays.wants_grasps[:] = wanted
+
+    def reset(self, slots: Sequence[int] | npt.NDArray[np.integer[Any]], goals: Sequence[Goal]) -> None:
+        """Start an episode from `goals[i]` in `slots[i]`; other slots are left alone.
+
+        Raises:
+            ValueError: unequal lengths, a slot out of range or named twice, or a goal of another task.
+            SlotError: a reset failed, or its worker died.
+        """
+        if len(slots) != len(goals):
+            raise ValueError(f"{len(slots)} slots but {len(goals)} goals to reset them to")
+        arrays = self._arrays
+        arrays.selected[:] = False
+        for slot, goal in zip(slots, goals, strict=True):
+            if not 0 <= slot < self.num_envs:
+                raise ValueError(f"slot {slot} does not exist: there are {self.num_envs}, from 0")
+            if arrays.selected[slot]:
+                raise ValueError(f"slot {slot} is named twice in one reset")
+            if goal.task != self.tasks[slot]:
+                raise ValueError(f"slot {slot} runs {self.tasks[slot]}, but got a goal of {goal.task}")
+            if goal.rand_vec.ndim != 1 or goal.rand_vec.size > MAX_RAND_VEC_SIZE:
+                raise ValueError(f"slot {slot}: no goal has shape {goal.rand_vec.shape}")
+            arrays.selected[slot] = True
+            arrays.rand_vec_sizes[slot] = goal.rand_vec.size
+            arrays.rand_vecs[slot, : goal.rand_vec.size] = goal.rand_vec
+        self._run(worker.RESET)
+
+    def step(self, actions: npt.NDArray[np.float32], active: npt.NDArray[np.bool_] | None = None) -> None:
+        """Step the active slots; the rows of the others keep what they hold.
+
+        Args:
+            actions: [N, 4], taken as float32; rows of inactive slots are ignored.
+            active: [N] bool; None steps all slots.
+
+        Raises:
+            ValueError: a wrong shape, or an active slot's action that is not finite.
+            SlotError: a step failed (for instance beyond 500 in an episode), or its worker died.
+
+        With workers, an exception other than ValueError (an interrupt, say) closes the environment.
+        """
+        arrays = self._arrays
+        if actions.shape != (self.num_envs, ACTION_SIZE):
+            raise ValueError(f"actions have shape {actions.shape}, expected {(self.num_envs, ACTION_SIZE)}")
+        if active is None:
+            arrays.selected[:] = True
+        elif active.shape != (self.num_envs,):
+            raise ValueError(f"active has shape {active.shape}, expected {(self.num_envs,)}")
+        else:
+            arrays.selected[:] = active
+        arrays.actions[:] = actions
+        if not np.isfinite(arrays.actions).all():
+            bad = np.flatnonzero(~np.isfinite(arrays.actions).all(axis=1) & arrays.selected)
+            if bad.size:
+                raise ValueError(f"the action of slot {bad[0]} ({self.tasks[bad[0]]}) is not finite")
+        self._run(worker.STEP)
+
+    @abc.abstractmethod
+    def _run(self, order: bytes) -> None:
+        """Carry out `worker.STEP` or `worker.RESET` for the selected slots."""
+
+    @abc.abstractmethod
+    def close(self) -> None:
+        """Close the environments and end their processes; may be called again."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class _SerialVectorEnv(VectorEnv):
+    """All slots in this process."""
+
+    def __init__(self, tasks: Sequence[str], reward_version: str) -> None:
+        arrays = SlotArrays(len(tasks), bytearray(SlotArrays.size(len(tasks))))
+        super().__init__(tasks, arrays)
+        self._group: SlotGroup | None = SlotGroup(self.tasks, range(self.num_envs), arrays, reward_version)
+
+    def _run(self, order: bytes) -> None:
+        if self._group is None:
+            raise ValueError("this vector environment is closed")
+        if order == worker.STEP:
+            self._group.step()
+        else:
+            self._group.reset()
+
+    def close(self) -> None:
+        if self._group is not None:
+            self._group.close()
+            self._group = None
+
+
+class _ProcessVectorEnv(VectorEnv):
+    """Slots divided over worker processes, which share the arrays and are driven by a byte through a pipe."""
+
+    def __init__(self, tasks: Sequence[str], num_workers: int, reward_version: str) -> None:
+        size = SlotArrays.size(len(tasks))
+        # An unlinked file rather than a named segment: nothing is left behind, however this process ends.
+        with tempfile.TemporaryFile(dir=_shared_memory_directory()) as file:
+            file.truncate(size)
+            super().__init__(tasks, SlotArrays(len(tasks), mmap.mmap(file.fileno(), size)))
+            # In turn: callers that use fewer slots than there are use the first, and all workers should have some.
+            self._slots = [range(i, len(tasks), num_workers) for i in range(num_workers)]
+            self._workers = [
+                _start_worker(self.tasks, slots, reward_version, file.fileno()) for slots in self._slots
+            ]
+        self._end = weakref.finalize(self, _end_workers, self._workers)
+        self._await(range(num_workers))
+
+    def _run(self, order: bytes) -> None:
+        if not self._end.alive:
+            raise ValueError("this vector environment is closed")
+        selected = self._arrays.selected
+        busy = [i for i, slots in enumerate(self._slots) if selected[slots.start :: slots.step].any()]
+        try:
+            for i in busy:
+                stream = self._workers[i].stdin
+                assert stream is not None
+                try:
+                    os.write(stream.fileno(), order)
+                except BrokenPipeError:
+                    self._fail(i, b"")
+            self._await(busy)
+        except BaseException:
+            # After an interrupt, answers that nobody read would be taken for those to later orders.
+            self.close()
+            raise
+
+    def _await(self, workers: Sequence[int]) -> None:
+        """Wait for one answer of each worker."""
+        for i in workers:
+            stream = self._workers[i].stdout
+            assert stream is not None
+            answer = os.read(stream.fileno(), 1)
+            if answer != worker.DONE:
+                self._fail(i, answer)
+
+    def _fail(self, index: int, answer: bytes) -> None:
+        """Close everything and raise what went wrong in worker `index`."""
+        process, slots = self._workers[index], self._slots[index]
+        names = ", ".join(sorted({self.tasks[slot] for slot in slots}))
+        which = f"slots {', '.join(map(str, slots))}"
+        message = ""
+        if answer == worker.FAILED:
+            stream = process.stdout
+            assert stream is not None
+            header = _read_exactly(stream.fileno(), worker.LENGTH.size)
+            message = _read_exactly(stream.fileno(), worker.LENGTH.unpack(header)[0]).decode()
+        self.close()
+        if message:
+            raise SlotError(f"worker {index} ({which}): {message}")
+        raise SlotError(
+            f"worker {index} ({which}: {names}) died with exit status "
+            f"{process.returncode}; a negative status is the signal that killed it"
+        )
+
+    def close(self) -> None:
+        self._end()
+
+
+def _shared_memory_directory() -> str | None:
+    return "/dev/shm" if Path("/dev/shm").is_dir() else None
+
+
+def _start_worker(tasks: Sequence[str], slots: range, reward_version: str, memory: int) -> subprocess.Popen[bytes]:
+    """A fresh interpreter (never a fork: MPI may be initialised here) that serves `slots`."""
+    settings = {
+        "tasks": list(tasks),
+        "slots": list(slots),
+        "reward_version": reward_version,
+        "memory": memory,
+    }
+    code = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from cpd.envs import worker; "
+    code += "worker.main(sys.argv[2])"
+    # One thread per worker: the slots are the parallelism, and BLAS threads would fight over the cores.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-c", code, json.dumps(sys.path), json.dumps(settings)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        bufsize=0,
+        pass_fds=(memory,),
+        env=environment,
+    )
+
+
+def _read_exactly(descriptor: int, num_bytes: int) -> bytes:
+    data = b""
+    while len(data) < num_bytes and (piece := os.read(descriptor, num_bytes - len(data))):
+        data += piece
+    return data
+
+
+def _end_workers(workers: list[subprocess.Popen[bytes]]) -> None:
+    """Close the pipes, on which workers end by themselves; kill one that does not."""
+    for process in workers:
+        for stream in (process.stdin, process.stdout):
+            assert stream is not None
+            stream.close()
+    for process in workers:
+        try:
+            process.wait(_CLOSE_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+__all__ = ["SlotError", "VectorEnv", "make_vector_env"]

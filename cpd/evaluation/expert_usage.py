@@ -1,0 +1,109 @@
+"""Looking into a student while it acts: which experts it chooses, and which task it believes to face."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from cpd.comm import Comm
+from cpd.envs.episodes import Actor
+from cpd.run.tables import RetrievalRow, UsageRow
+from cpd.student.network import Student, StudentOutput
+
+FloatArray = npt.NDArray[np.float32]
+Counts = npt.NDArray[np.int64]
+
+
+def retrieval_steps(horizon: int) -> list[int]:
+    """The steps at which beliefs are recorded: every one at first, then ever fewer, and the last."""
+    steps, step = [], 1.0
+    while step < horizon:
+        steps.append(round(step))
+        step = max(step + 1, 1.25 * step)
+    return [*dict.fromkeys(steps), horizon]
+
+
+class ExpertUsage:
+    """A student's actor that is watched; satisfies `cpd.envs.episodes.Actor` and acts as the actor itself does.
+
+    It counts every step of every row, so the episodes must run to their end.
+    """
+
+    def __init__(self, student: Student, actor: Actor, tasks: Sequence[str], horizon: int) -> None:
+        """`tasks` are the stream's distinct tasks, in order; `actor` is the student's."""
+        self._student, self._actor, self._tasks = student, actor, list(tasks)
+        self._recorded = set(retrieval_steps(horizon))
+        identity: str = student.config.task_identity
+        self._believes = identity == "inferred"
+        self._task, self._step = "", 0
+        self._chosen: dict[tuple[str, int], Counts] = {}
+        """By task and layer the assignments to each expert, [E]."""
+        self._retrieved: dict[tuple[str, int], tuple[int, int]] = {}
+        """By task and step the episodes, and those in which the right task was believed."""
+
+    def reset(self, tasks: Sequence[str]) -> None:
+        """Fresh episodes begin, all of one task."""
+        (self._task,) = set(tasks)
+        self._step = 0
+        self._actor.reset(tasks)
+
+    def act(self, obs_BO: FloatArray) -> FloatArray:
+        """The actor's actions."""
+        self._step += 1
+        before = self._student.register_forward_pre_hook(_ask_for_statistics, with_kwargs=True)
+        after = self._student.register_forward_hook(self._count)
+        try:
+            actions = self._actor.act(obs_BO)
+        finally:
+            before.remove()
+            after.remove()
+        believed: Any = getattr(self._actor, "believed", ())
+        if self._believes and self._step in self._recorded and len(believed):
+            episodes, correct = self._retrieved.get((self._task, self._step), (0, 0))
+            right = int((believed[-1] == self._tasks.index(self._task)).sum())
+            self._retrieved[self._task, self._step] = episodes + len(obs_BO), correct + right
+        return actions
+
+    def _count(self, student: torch.nn.Module, inputs: Any, out: StudentOutput) -> None:
+        for layer, stats in enumerate(out.stats):
+            counts: Counts = stats.counts_E.round().to(torch.int64).cpu().numpy()
+            key = self._task, layer
+            self._chosen[key] = counts + self._chosen.get(key, np.zeros_like(counts))
+
+    def rows(self, comm: Comm, **common: Any) -> tuple[list[UsageRow], list[RetrievalRow]]:
+        """What all ranks have seen, task by task; a collective. `common` are the columns that all rows share."""
+        chosen: dict[tuple[str, int], Counts] = {}
+        retrieved: dict[tuple[str, int], tuple[int, int]] = {}
+        for own_chosen, own_retrieved in comm.gather((self._chosen, self._retrieved)):
+            for key, counts in own_chosen.items():
+                chosen[key] = counts + chosen.get(key, np.zeros_like(counts))
+            for key, (episodes, correct) in own_retrieved.items():
+                before = retrieved.get(key, (0, 0))
+                retrieved[key] = before[0] + episodes, before[1] + correct
+        order = self._tasks.index
+        usage = [
+            UsageRow(**common, task=task, layer=layer, expert=expert, chosen=int(count))
+            for task, layer in sorted(chosen, key=lambda key: (order(key[0]), key[1]))
+            for expert, count in enumerate(chosen[task, layer])
+        ]
+        retrieval = [
+            RetrievalRow(
+                **common, task=task, step=step, episodes=retrieved[task, step][0], correct=retrieved[task, step][1]
+            )
+            for task, step in sorted(retrieved, key=lambda key: (order(key[0]), key[1]))
+        ]
+        return usage, retrieval
+
+
+def _ask_for_statistics(
+    student: torch.nn.Module, inputs: tuple[Any, ...], options: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Let the last step of every window count: the one that is being acted in."""
+    (obs_BLO,) = inputs
+    valid_BL = torch.zeros(obs_BLO.shape[:2], dtype=obs_BLO.dtype, device=obs_BLO.device)
+    valid_BL[:, -1] = 1.0
+    return inputs, {**options, "valid_BL": valid_BL}

@@ -1,0 +1,248 @@
+"""The measures of a continual stream and their uncertainty, in plain NumPy.
+
+Shapes: K stages, J distinct tasks, N seeds. `rates` is the success matrix with K + 1 rows, of which row 0 is
+stage -1, before any training; a cell that was not measured is NaN, and so is whatever depends on it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cpd.evaluation.intervals import Floats
+
+Bools = NDArray[np.bool_]
+
+
+class Counted(Protocol):
+    """What a row of a long-form table tells a success matrix: successes in so many episodes of a task.
+
+    The stage is the last one distilled before; -1: none; None: the row is a teacher's.
+    """
+
+    @property
+    def stage(self) -> int | None: ...
+    @property
+    def task(self) -> str: ...
+    @property
+    def goal_set(self) -> str: ...
+    @property
+    def episodes(self) -> int: ...
+    @property
+    def successes(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class SuccessMatrix:
+    """Success counts of one student: rows are stages -1 … K-1, columns the distinct tasks of the stream."""
+
+    stream: tuple[str, ...]
+    tasks: tuple[str, ...]
+    successes: NDArray[np.int64]
+    """(K+1, J)"""
+    episodes: NDArray[np.int64]
+    """(K+1, J); 0 where nothing was measured."""
+
+    @property
+    def rates(self) -> Floats:
+        """(K+1, J) success rates, NaN where nothing was measured."""
+        with np.errstate(invalid="ignore"):
+            return np.where(self.episodes > 0, self.successes / self.episodes, np.nan)
+
+
+def success_matrix(rows: Iterable[Counted], stream: Sequence[str], goal_set: str) -> SuccessMatrix:
+    """Assemble the success matrix of one student from its long-form rows.
+
+    Args:
+        rows: rows of one method and seed; those of other goal sets are passed over.
+        stream: the task of every stage.
+        goal_set: the goals to count.
+
+    Raises:
+        ValueError: for a stage or task outside the stream, or a cell that stands twice.
+    """
+    tasks = tuple(dict.fromkeys(stream))
+    successes = np.zeros((len(stream) + 1, len(tasks)), np.int64)
+    episodes = np.zeros_like(successes)
+    for row in rows:
+        if row.goal_set != goal_set:
+            continue
+        if row.task not in tasks or row.stage is None or not -1 <= row.stage < len(stream):
+            raise ValueError(
+                f"stage {row.stage}, task {row.task!r} is no cell of a stream of {len(stream)} stages"
+            )
+        cell = row.stage + 1, tasks.index(row.task)
+        if episodes[cell]:
+            raise ValueError(f"stage {row.stage}, task {row.task!r} ({goal_set} goals) stands twice")
+        successes[cell], episodes[cell] = row.successes, row.episodes
+    return SuccessMatrix(tuple(stream), tasks, successes, episodes)
+
+
+def own_stages(stream: Sequence[str]) -> NDArray[np.int64]:
+    """(J,) the last stage of every distinct task; a repeated task counts from its last repetition."""
+    tasks = dict.fromkeys(stream)
+    return np.array([max(k for k, name in enumerate(stream) if name == task) for task in tasks], np.int64)
+
+
+def final_stage(rates: Floats, stream: Sequence[str], expected: Bools) -> int | None:
+    """The stage whose row is the final one, or None if the stream has not been evaluated to its end.
+
+    It is K-1; where the stages at the end were skipped for want of a teacher, the policy has not changed since
+    the last distilled stage, whose row may stand for K-1.
+
+    Args:
+        rates: (K+1, J) success matrix.
+        stream: the task of every stage.
+        expected: (J,) whether a task's stages are to be distilled, that is, its teacher was not rejected.
+    """
+    last = max(own_stages(stream)[expected], default=-1)
+    measured = [k for k in range(last, len(stream)) if k >= 0 and not np.isnan(rates[k + 1]).all()]
+    return max(measured, default=None)
+
+
+def average_performance(final: Floats, admitted: Bools) -> float:
+    """`AP = mean_j S[K-1, j]`, with 0 for every task without an admitted teacher.
+
+    Args:
+        final: (J,) the final row of the success matrix.
+        admitted: (J,) whether the task has an admitted teacher.
+    """
+    return float(np.where(admitted, final, 0.0).mean())
+
+
+@dataclass(frozen=True)
+class Forgetting:
+    """How much of what was learned is lost; positive means forgotten, and backward transfer is its negative."""
+
+    per_task: Floats
+    """(J,) `S[own last stage, j] - S[K-1, j]`; NaN for tasks without an admitted teacher."""
+    mean: float
+    """Mean over the tasks before the last."""
+    over_all: float
+    """The same sum divided by all distilled tasks, the last included (Wolczyk et al. 2021)."""
+    worst: int | None
+    """Column of the task that is forgotten most."""
+    max_based: float
+    """Mean over the tasks before the last of `max_k S[k, j] - S[K-1, j]`, `k` from the task's first stage to the
+    one before the last (Chaudhry et al. 2018). The maximum of noisy rates is biased upwards, the more so the
+    fewer episodes a cell has."""
+
+
+def forgetting(rates: Floats, stream: Sequence[str], admitted: Bools, final: int) -> Forgetting:
+    """Forgetting at stage `final`.
+
+    Args:
+        rates: (K+1, J) success matrix.
+        stream: the task of every stage.
+        admitted: (J,) whether the task has an admitted teacher; the others are left out.
+        final: the stage of the final row, from `final_stage`.
+    """
+    own = own_stages(stream)
+    columns = np.arange(len(own))
+    drop = np.where(admitted, rates[own + 1, columns] - rates[final + 1], np.nan)
+    last = max(own[admitted], default=-1)
+    before = admitted & (own < last)
+    if not before.any():
+        return Forgetting(drop, np.nan, np.nan, None, np.nan)
+    first = [stream.index(task) for task in dict.fromkeys(stream)]
+    highest = np.array([_highest(rates[first[j] + 1 : last + 1, j]) for j in columns])
+    return Forgetting(
+        per_task=drop,
+        mean=float(drop[before].mean()),
+        over_all=float(drop[before].sum() / admitted.sum()),
+        worst=_arg_extreme(np.where(before, drop, np.nan), np.nanargmax),
+        max_based=float((highest - rates[final + 1])[before].mean()),
+    )
+
+
+def _highest(values: Floats) -> float:
+    """The largest measured value, NaN if none was."""
+    measured = values[~np.isnan(values)]
+    return float(measured.max()) if measured.size else np.nan
+
+
+def _arg_extreme(values: Floats, choose: Callable[[Floats], Any]) -> int | None:
+    return None if np.isnan(values).all() else int(choose(values))
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """The student's final success as a share of its teachers'."""
+
+    per_task: Floats
+    """(J,) unclipped `S[K-1, j] / S_teacher[j]`; NaN where there is no admitted teacher or it never succeeds."""
+    mean: float
+    """Headline: `mean_j min(1, S[K-1, j] / S_teacher[j])`."""
+    unclipped: float
+    """`mean_j S[K-1, j] / S_teacher[j]`."""
+    ratio_of_means: float
+    """`sum_j S[K-1, j] / sum_j S_teacher[j]`."""
+    worst: int | None
+    """Column of the task with the least share."""
+
+
+def recovery(final: Floats, teacher: Floats, admitted: Bools) -> Recovery:
+    """Recovery over the tasks whose teacher is admitted and succeeds at least once.
+
+    Args:
+        final: (J,) the final row of the success matrix.
+        teacher: (J,) the teachers' success rates on the same goals.
+        admitted: (J,) whether the task has an admitted teacher.
+    """
+    counted = admitted & ~(teacher == 0)
+    share = np.full(len(final), np.nan)
+    share[counted] = final[counted] / teacher[counted]
+    if not counted.any():
+        return Recovery(share, np.nan, np.nan, np.nan, None)
+    return Recovery(
+        per_task=share,
+        mean=float(np.minimum(1.0, share[counted]).mean()),
+        unclipped=float(share[counted].mean()),
+        ratio_of_means=float(final[counted].sum() / teacher[counted].sum()),
+        worst=_arg_extreme(share, np.nanargmin),
+    )
+
+
+def area_under_curve(steps: Sequence[float], success: Sequence[float], length: float) -> float:
+    """Mean success over the first `length` steps of a stage, by the trapezoid rule.
+
+    The first value is held back to step 0 and the last one forward to `length`.
+
+    Args:
+        steps: increasing steps at which success was measured.
+        success: the rates there.
+        length: steps of the stage.
+    """
+    inside = np.asarray(steps, float)
+    if not len(inside) or (np.diff(inside) <= 0).any() or inside[0] < 0 or inside[-1] > length:
+        raise ValueError(f"a curve's steps must increase from 0 to {length:g}, not {list(steps)}")
+    x = np.concatenate([[0.0], inside, [length]])
+    y = np.asarray(success, float)
+    return float(np.trapezoid(np.concatenate([y[:1], y, y[-1:]]), x) / length)
+
+
+def forward_transfer(area: Floats, baseline: Floats, at_most: Floats) -> tuple[Floats, Bools]:
+    """`(AUC_k - AUC_k^b) / (1 - AUC_k^b)` of every stage (Wolczyk et al. 2021), whose mean is the transfer.
+
+    Args:
+        area: (..., K) area under the curve of each stage's task, from `area_under_curve`.
+        baseline: (K,) the same for a student distilled on that task alone with the same steps and data.
+        at_most: (K,) its area if it succeeds whenever it is looked at; where it does, nothing is left to gain.
+
+    Returns:
+        (..., K), NaN for stages that are left out or not measured, and (K,) which were left out.
+    """
+    left_out = baseline > at_most - 1e-9
+    with np.errstate(divide="ignore", invalid="ignore"):
+        gain = (area - baseline) / (1.0 - baseline)
+    return np.where(left_out, np.nan, gain), left_out
+
+
+# ---- Uncertainty of one run, from its episode counts
+
+
+# ---- Uncertainty over seeds (Agarwal et al. 2021); scores are (..., N, J)

@@ -1,0 +1,208 @@
+"""The success matrix: students of every stage on every task, row by row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from cpd.comm import Comm, choose_device
+from cpd.config import Config
+from cpd.envs.cells import TASKS_PER_PASS, Cell, EnvPool, evaluate_cells
+from cpd.envs.episodes import Actor, Outcome
+from cpd.evaluation.expert_usage import ExpertUsage
+from cpd.run.attempt import Attempt, begin_attempt
+from cpd.run.directory import Run, StudentElement
+from cpd.run.interrupt import Interrupt, InterruptedBySignal
+from cpd.run.provenance import Labels, labels
+from cpd.run.tables import EpisodeRow, EvaluationRow, write_rows
+from cpd.student.actor import TaskwiseActor, make_actor
+from cpd.student.network import Student, load_student
+
+
+def row_cells(config: Config, stage: int, last_stage: int) -> list[Cell]:
+    """The cells of row `stage` (-1: before training) of the success matrix.
+
+    On the goals of `evaluation.goal_set` the diagonal and the final row get `num_episodes`, other cells
+    `num_episodes_brief`; the final row is also measured to the episodes' end, and on training goals.
+    """
+    stream, counts = config.stream, config.evaluation
+    if stage == last_stage:
+        full, tasks = counts.num_episodes, stream.distinct_tasks
+        training = min(full, config.teacher.num_training_goals)
+        return [Cell(task, counts.goal_set, full, to_the_end=True) for task in tasks] + [
+            Cell(task, "training", training) for task in tasks
+        ]
+    current_task = stream.tasks[stage] if stage >= 0 else None
+    return [
+        Cell(task, counts.goal_set, counts.num_episodes if task == current_task else counts.num_episodes_brief)
+        for task in stream.distinct_tasks
+    ]
+
+
+def evaluation_rows(
+    cells: Sequence[Cell],
+    outcomes: Sequence[Sequence[Outcome]],
+    *,
+    method: str,
+    seed: int,
+    stage: int | None,
+    label: Labels,
+) -> tuple[list[EvaluationRow], list[EpisodeRow]]:
+    """Long-form rows of measured cells: one per cell, and one per episode."""
+    rows, episodes = [], []
+    for cell, results in zip(cells, outcomes, strict=True):
+        common: dict[str, Any] = {
+            "method": method,
+            "seed": seed,
+            "stage": stage,
+            "task": cell.task,
+            "goal_set": cell.goal_set,
+        }
+        last = [outcome.success_last for outcome in results]
+        rows.append(
+            EvaluationRow(
+                **common,
+                episodes=len(results),
+                successes=sum(outcome.success for outcome in results),
+                successes_last=sum(map(bool, last)) if cell.to_the_end else None,
+                mean_return=sum(outcome.episode_return for outcome in results) / len(results),
+                **asdict(label),
+            )
+        )
+        episodes += [
+            EpisodeRow(
+                **common,
+                goal=outcome.goal,
+                success=outcome.success,
+                success_last=outcome.success_last,
+                length=outcome.length,
+                episode_return=outcome.episode_return,
+            )
+            for outcome in results
+        ]
+    return rows, episodes
+
+
+def _make_actor(element: StudentElement, model: Student, stages: Sequence[int]) -> Actor:
+    """What row `stages[-1]` of the success matrix measures.
+
+    It is the student after that stage, with one exception: by the protocol `single_task` there is a student for
+    each task, and a row measures on each task the student of its latest stage so far, on tasks without one the
+    first student, from before training. So S[i, j] stays what it was when task j's stage ended: nothing is
+    forgotten, and the final row holds every task's own student.
+
+    Args:
+        element: the student's.
+        model: the student after `stages[-1]`.
+        stages: those that have a policy, ascending, up to the row's.
+    """
+    stream, device = element.config.stream, model.device
+    if element.config.distill.protocol != "single_task":
+        return make_actor(model, stream.distinct_tasks)
+    own = dict.fromkeys(stream.distinct_tasks, stages[0])
+    own |= {stream.tasks[stage]: stage for stage in stages if stage >= 0}
+
+    def own_actor(task: str) -> Actor:
+        stage = own[task]
+        there = model if stage == stages[-1] else load_student(element.stage_policy(stage)).to(device)
+        return make_actor(there, stream.distinct_tasks)
+
+    return TaskwiseActor(own_actor)
+
+
+def run_evaluation(
+    run: Run, element: StudentElement, comm: Comm, *, interrupt: Interrupt, tell: Callable[[str], None]
+) -> None:
+    """Fill the rows that are missing for one student; a collective.
+
+    While the student is still learning, its newest stage is left for later: only if nothing follows does it
+    become the final row, of which more is measured.
+
+    Raises:
+        LeaseHeldError: if another process is evaluating this student.
+        InterruptedBySignal: if asked to stop; the rows finished so far are kept.
+    """
+    torch.set_num_threads(element.config.torch_threads)
+    with begin_attempt(element, comm, tell) as attempt:
+        is_whole = comm.broadcast(run.students()[element.index].complete.exists())
+        _fill_rows(run, element, comm, interrupt, attempt, is_whole)
+        if attempt.is_writer and is_whole:
+            attempt.check()
+            element.complete.touch()
+        attempt.finish(*(("done",) if is_whole else ("waiting", "the student is still learning")))
+
+
+def _fill_rows(
+    run: Run, element: StudentElement, comm: Comm, interrupt: Interrupt, attempt: Attempt, is_whole: bool
+) -> None:
+    config = element.config
+    student = run.students()[element.index]
+    stages = comm.broadcast([s for s in range(-1, len(config.stream.tasks)) if student.stage_policy(s).exists()])
+    if is_whole and not stages:
+        raise ValueError(f"{student.path} holds no trained stage yet; run jobs.distill first")
+    rejected = {task for task in config.stream.tasks if run.teacher_of(task, element.seed).rejected.exists()}
+    distilled = [-1, *(s for s, task in enumerate(config.stream.tasks) if task not in rejected)]
+    lost = comm.broadcast(
+        [s for s in distilled if is_whole and s not in stages and not element.row_file(s).exists()]
+    )
+    if lost:
+        raise ValueError(
+            f"{', '.join(str(student.stage_policy(s)) for s in lost)} lacking, though {student.name} is finished: "
+            f"restore it, or remove {student.path} and launch again, which distils this student anew"
+        )
+    rows_due = stages if is_whole else stages[:-1]
+    todo = comm.broadcast([s for s in rows_due if not element.row_file(s).exists()])
+    episodes = {s: sum(cell.num_episodes for cell in row_cells(config, s, stages[-1])) for s in rows_due}
+    total = sum(episodes.values())
+    done = total - sum(episodes[s] for s in todo)
+    attempt.begin("evaluate", total, done, unit="episodes")
+
+    def advance(num_episodes: int) -> None:
+        nonlocal done
+        # Ranks work side by side: this one's progress times their number is about the whole's.
+        done += num_episodes * comm.size
+        attempt.advance(min(done, total))
+
+    pool = EnvPool(config.stream.reward_version)
+    device = choose_device(comm)
+    for stage in todo:
+        model = load_student(student.stage_policy(stage)).to(device)
+        cells = sorted(row_cells(config, stage, stages[-1]), key=lambda cell: not cell.to_the_end)
+        actor = _make_actor(student, model, stages[: stages.index(stage) + 1])
+        watch = ExpertUsage(model, actor, config.stream.distinct_tasks, config.stream.horizon)
+        before = done
+        # Only where episodes run to their end is every step of the actor one of an episode.
+        outcomes: list[list[Outcome]] = []
+        for acting, to_the_end in ((watch, True), (actor, False)):
+            found = evaluate_cells(
+                acting,
+                [cell for cell in cells if cell.to_the_end == to_the_end],
+                config.stream.horizon,
+                pool,
+                comm,
+                tasks_per_pass=1 if acting is watch else TASKS_PER_PASS,  # what it sees is told by task
+                should_stop=lambda: interrupt.requested,
+                advance=advance,
+            )
+            if found is None:
+                raise InterruptedBySignal(f"asked to stop while evaluating stage {stage}; launch again to go on")
+            outcomes += found
+        done = before + episodes[stage]
+        label = labels(config)
+        usage, retrieval = watch.rows(comm, method=element.method, seed=element.seed, stage=stage, **asdict(label))
+        if attempt.is_writer:
+            rows, episode_rows = evaluation_rows(
+                cells, outcomes, method=element.method, seed=element.seed, stage=stage, label=label
+            )
+            attempt.check()
+            # Of the students of single tasks only the last is watched: that is no table of the method's experts.
+            if usage and config.distill.protocol != "single_task":
+                write_rows(element.usage_file(stage), usage)
+            if retrieval:
+                write_rows(element.retrieval_file(stage), retrieval)
+            write_rows(element.row_episodes_file(stage), episode_rows)
+            write_rows(element.row_file(stage), rows)  # last: it marks the row as measured
+    pool.close()

@@ -1,0 +1,252 @@
+"""The measures of every student and method in a results folder, and what is missing there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from cpd.evaluation import intervals, measures
+from cpd.evaluation.intervals import Aggregate, Floats
+from cpd.evaluation.measures import Bools
+from cpd.evaluation.results_folder import TEACHER, Tables, labels_of
+from cpd.evaluation.student_measures import Estimate, Student, StudentMeasures, measure_student
+
+#: Settings of distillation in which a method must be like the students of single tasks that its transfer is
+#: measured from.
+ALIKE = ("steps_per_stage", "batch_size")
+
+
+@dataclass(frozen=True)
+class ForwardTransfer:
+    """How much sooner a method learns than students that learn one task alone; see `measures.forward_transfer`."""
+
+    by_stage: tuple[float | None, ...]
+    """Mean over seeds; None for stages that are left out or were not measured."""
+    mean: Aggregate
+    """Over the stages that all seeds measured."""
+    left_out: tuple[str, ...]
+    """Tasks that a student of their own masters before anybody looks: nothing is left to be learned sooner."""
+
+
+@dataclass(frozen=True)
+class MethodMeasures:
+    """A method over its seeds."""
+
+    method: str
+    seeds: tuple[int, ...]
+    """Seeds that are evaluated to the end of the stream."""
+    unfinished_seeds: tuple[int, ...]
+    average_performance: dict[str, Aggregate]
+    """By statistic: mean, interquartile_mean, worst_task."""
+    forgetting: dict[str, Aggregate]
+    recovery: dict[str, Aggregate]
+    worst_tasks: dict[str, str]
+    """Which task `worst_task` is, by measure, the first of several; none where all tasks are alike."""
+    memory_steps: int | None
+    """Most time steps that a student had stored after a stage; None if unknown."""
+    parameters: int | None
+    """Of a student at the end."""
+    forward_transfer: ForwardTransfer | None
+    """None without students of single tasks (`distill.protocol`), distilled as long, in the same results."""
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Everything that is derived from a results folder."""
+
+    name: str
+    labels: dict[str, str]
+    """Conditions of the results; differing values are joined by a slash."""
+    stream: tuple[str, ...]
+    students: tuple[Student, ...]
+    methods: tuple[MethodMeasures, ...]
+    missing: tuple[str, ...]
+    """What has not been done or measured, one sentence each."""
+    unseen: tuple[str, ...]
+    """Methods without any evaluated student, of which `missing` tells in one sentence."""
+
+    def to_json(self) -> dict[str, Any]:
+        """The measures as plain values, for metrics.json."""
+        return {
+            "name": self.name,
+            "labels": self.labels,
+            "stream": list(self.stream),
+            "missing": list(self.missing),
+            "methods": [asdict(method) for method in self.methods],
+            "students": [asdict(student.measures) for student in self.students],
+        }
+
+
+def summarize(tables: Tables) -> Summary:
+    """Derive all measures from the tables."""
+    keys = dict.fromkeys((r.method, r.seed) for r in tables.evaluations if r.method != TEACHER)
+    students = tuple(measure_student(tables, method, seed) for method, seed in keys)
+    methods = dict.fromkeys(student.method for student in students)
+    unseen = tuple(method for method in tables.methods if method not in methods)
+    return Summary(
+        name=tables.config["name"],
+        labels=labels_of(tables.evaluations),
+        stream=tables.stream,
+        students=students,
+        methods=tuple(_method(method, students, tables) for method in methods),
+        missing=tuple(_missing(tables, students, unseen)),
+        unseen=unseen,
+    )
+
+
+def _reference(method: str, students: Sequence[Student], tables: Tables) -> list[Student]:
+    """The students of single tasks from which a method's forward transfer is measured."""
+    settings = {name: tables.method_config(name)["distill"] for name in {method, *(s.method for s in students)}}
+    if settings[method]["protocol"] == "single_task":
+        return []
+    return [
+        student
+        for student in students
+        if settings[student.method]["protocol"] == "single_task"
+        and all(settings[student.method][key] == settings[method][key] for key in ALIKE)
+    ]
+
+
+def _method(method: str, every: Sequence[Student], tables: Tables) -> MethodMeasures:
+    students = [student for student in every if student.method == method]
+    # Not one of whose final row a cell was not measured: what depends on it would be made up.
+    finished = [s for s in students if s.measures.average_performance.value is not None]
+    stages = [row for row in tables.stages if row.method == method]
+    scores = {
+        "average_performance": [finals(s) for s in finished],
+        "forgetting": [_drops(s) for s in finished],
+        "recovery": [shares(s) for s in finished],
+    }
+    aggregates: dict[str, dict[str, Aggregate]] = {name: {} for name in scores}
+    worst_tasks = {}
+    for name, rows in scores.items():
+        table = np.array(rows).reshape(len(rows), len(students[0].matrix.tasks))
+        # Teachers of other seeds may admit other tasks: count those that every seed has.
+        columns = np.flatnonzero(~np.isnan(table).any(axis=0))
+        if len(finished) and len(columns):
+            sign, worst = (-1, intervals.highest_task) if name == "forgetting" else (1, intervals.lowest_task)
+            table = table[:, columns]
+            aggregates[name] = {
+                "mean": intervals.over_seeds(table, intervals.mean_score),
+                "interquartile_mean": intervals.over_seeds(table, intervals.interquartile_mean),
+                "worst_task": intervals.over_seeds(table, worst),
+            }
+            means = sign * table.mean(axis=0)
+            if means.min() < means.max():
+                worst_tasks[name] = finished[0].matrix.tasks[columns[int(means.argmin())]]
+    return MethodMeasures(
+        method,
+        seeds=tuple(s.seed for s in finished),
+        unfinished_seeds=tuple(s.seed for s in students if s not in finished),
+        **aggregates,
+        worst_tasks=worst_tasks,
+        memory_steps=max((row.memory_steps for row in stages), default=None),
+        parameters=stages[-1].parameters if stages else None,
+        forward_transfer=_forward_transfer(students, _reference(method, every, tables)),
+    )
+
+
+def _forward_transfer(students: Sequence[Student], reference: Sequence[Student]) -> ForwardTransfer | None:
+    if not reference:
+        return None
+    alone = [student.measures.areas for student in reference]
+    at_most = [student.areas_at_most for student in reference]
+    areas = _table([student.measures.areas for student in students])
+    gains, left_out = measures.forward_transfer(areas, _mean(alone), _mean(at_most))
+    measured: Bools = np.array(~np.isnan(gains).any(axis=0))
+    if not measured.any():
+        return None
+    return ForwardTransfer(
+        by_stage=tuple(
+            float(gain) if known else None for gain, known in zip(gains.mean(0), measured, strict=True)
+        ),
+        mean=intervals.over_seeds(gains[:, measured], intervals.mean_score),
+        left_out=tuple(
+            dict.fromkeys(task for task, out in zip(students[0].matrix.stream, left_out, strict=True) if out)
+        ),
+    )
+
+
+def _table(rows: Sequence[Sequence[float | None]]) -> Floats:
+    """(N, K), NaN where not measured."""
+    return np.array([[np.nan if value is None else value for value in row] for row in rows])
+
+
+def _mean(rows: Sequence[Sequence[float | None]]) -> Floats:
+    """(K,) over those that were measured, NaN where none was."""
+    table = _table(rows)
+    with np.errstate(invalid="ignore"):
+        mean: Floats = np.nansum(table, axis=0) / (~np.isnan(table)).sum(axis=0)
+    return mean
+
+
+def interval(
+    mean: Aggregate, students: Sequence[StudentMeasures], measure: str
+) -> tuple[float | None, float | None]:
+    """95 % interval of a method's mean: by seeds (None for two to four) or, of one, by episodes."""
+    if len(students) == 1:
+        estimate: Estimate = getattr(students[0], measure)
+        return estimate.low, estimate.high
+    return mean.low, mean.high
+
+
+def finals(student: Student) -> Floats:
+    """(J,) success at the end of the stream, 0 for tasks without an admitted teacher."""
+    assert student.measures.final_stage is not None
+    return np.where(student.admitted, student.matrix.rates[student.measures.final_stage + 1], 0.0)
+
+
+def _drops(student: Student) -> Floats:
+    """(J,) forgetting, NaN for the last task and for tasks without a teacher."""
+    own = measures.own_stages(student.matrix.stream)
+    last = max(own[student.admitted], default=-1)
+    drops = [np.nan if task.forgetting is None else task.forgetting for task in student.measures.tasks]
+    return np.where(own < last, drops, np.nan)
+
+
+def shares(student: Student) -> Floats:
+    """(J,) recovery, at most 1, NaN where it is undefined."""
+    shares = [np.nan if task.recovery is None else task.recovery for task in student.measures.tasks]
+    return np.minimum(shares, 1.0)
+
+
+def without_students(methods: Sequence[str]) -> list[str]:
+    """The sentence about methods without any evaluated student, if there are any."""
+    return [f"no student of {', '.join(methods)} has been evaluated"] if methods else []
+
+
+def _missing(tables: Tables, students: Sequence[Student], unseen: Sequence[str]) -> Iterable[str]:
+    for teacher in tables.teachers:
+        who = f"teacher {teacher.task} (seed {teacher.seed})"
+        if teacher.state == "rejected":
+            yield f"{who} missed its gate: 0 in the average performance, left out of forgetting and recovery"
+        elif teacher.state != "admitted":
+            yield f"{who} is not finished ({teacher.state})"
+    found = {(student.method, student.seed) for student in students}
+    yield from without_students(unseen)
+    yield from (
+        f"student {method} (seed {seed}) has not been evaluated"
+        for method in tables.methods
+        for seed in tables.config["seeds"]
+        if method not in unseen and (method, seed) not in found
+    )
+    for student in students:
+        who = f"student {student.method} (seed {student.seed})"
+        admitted = dict(zip(student.matrix.tasks, student.admitted, strict=True))
+        distilled = [-1, *(k for k, task in enumerate(student.matrix.stream) if admitted[task])]
+        lacking = [str(k) for k in distilled if not student.matrix.episodes[k + 1].any()]
+        if lacking:
+            yield f"{who} has not been evaluated after stages {', '.join(lacking)}"
+        final = student.measures.final_stage
+        if final is not None:
+            cells = dict(zip(student.matrix.tasks, student.matrix.episodes[final + 1], strict=True))
+            if unmeasured := [task for task, episodes in cells.items() if admitted[task] and not episodes]:
+                yield f"{who} has not been evaluated on {', '.join(unmeasured)} after stage {final}"
+        for task in student.measures.tasks:
+            if task.teacher_state == "admitted" and task.teacher is None:
+                yield f"{who}: the teacher of {task.task} has not been evaluated"
+            elif task.teacher_state == "admitted" and task.teacher and not task.teacher.successes:
+                yield f"{who}: the teacher of {task.task} never succeeds; the task is left out of recovery"

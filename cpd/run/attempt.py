@@ -1,0 +1,107 @@
+"""One attempt at an element: its lease, its status, and its ending, whatever that is."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from cpd.comm import Comm
+from cpd.run.directory import Element
+from cpd.run.files import write_json
+from cpd.run.interrupt import InterruptedBySignal
+from cpd.run.lease import STALE_SECONDS, Lease, LeaseHeldError, LeaseLostError, current_holder
+from cpd.run.progress import State, Status, read_status
+
+#: How long a successor waits for a dying predecessor to save and let go.
+HANDOVER_SECONDS = 30.0
+
+
+def handover_seconds() -> float:
+    """The same, or in a Slurm job, where a predecessor may have died on another node, until its lease is stale."""
+    return STALE_SECONDS + HANDOVER_SECONDS if "SLURM_JOB_ID" in os.environ else HANDOVER_SECONDS
+
+
+@dataclass
+class Attempt:
+    """The right to work on an element, held by rank 0; on other ranks every method does nothing."""
+
+    _lease: Lease | None
+    _status: Status | None
+
+    @property
+    def is_writer(self) -> bool:
+        """Whether this rank is the one that writes."""
+        return self._lease is not None
+
+    def check(self) -> None:
+        """Raise LeaseLostError if another process took over; call before publishing anything."""
+        if self._lease:
+            self._lease.check()
+
+    def begin(self, phase: str, total: int, done: int = 0, unit: str = "steps") -> None:
+        """Enter a phase; see `Status.begin`."""
+        if self._status:
+            self._status.begin(phase, total, done, unit)
+
+    def advance(self, done: int, **values: Any) -> None:
+        """Tell progress; see `Status.advance`."""
+        if self._status:
+            self._status.advance(done, **values)
+
+    def finish(self, state: Any, message: str = "", **values: float | None) -> None:
+        """Leave the element in `state`; see `Status.finish`."""
+        if self._status:
+            self._status.finish(state, message, **values)
+
+
+@contextlib.contextmanager
+def begin_attempt(
+    element: Element, comm: Comm, tell: Callable[[str], None], wait_seconds: float | None = None
+) -> Iterator[Attempt]:
+    """Work on `element` as its single writer; a collective. The caller writes its marker and calls `finish`.
+
+    An exception in the block is told in status.json (`stopped` if the job was asked to stop, else `failed`) and
+    raised again.
+
+    Raises:
+        LeaseHeldError: on every rank, if another process is the writer and does not let go in time.
+    """
+    lease, refusal = None, ""
+    if comm.rank == 0:
+        element.path.mkdir(parents=True, exist_ok=True)
+        try:
+            lease = Lease(element.path).acquire(handover_seconds() if wait_seconds is None else wait_seconds)
+        except LeaseHeldError as error:
+            refusal = str(error)
+    refusal = comm.broadcast(refusal)
+    if refusal:
+        raise LeaseHeldError(refusal)
+    attempt = Attempt(lease, Status(element.status, tell) if lease else None)
+    with lease or contextlib.nullcontext():
+        try:
+            yield attempt
+        except InterruptedBySignal as stop:
+            attempt.finish("stopped", str(stop))
+            raise
+        except LeaseLostError:
+            raise  # the successor owns status.json now
+        except Exception as error:
+            attempt.finish("failed", f"{type(error).__name__}: {error}")
+            raise
+
+
+def mark(element: Element, state: State, message: str = "") -> None:
+    """Let status.json tell what became of an element on which nobody is at work."""
+    if current_holder(element.path / "attempts")[0] is None:
+        force_status(element, state, message)
+
+
+def force_status(element: Element, state: State, message: str) -> None:
+    """The same even if somebody is: for a rank that fails where the writer, which it ends, does not."""
+    record = read_status(element.status)
+    record.state, record.message = state, message
+    # Nothing but a display depends on it, and a launch marks many elements.
+    write_json(element.status, asdict(record), sync=False)

@@ -1,0 +1,92 @@
+"""Checkpoints: folders published by rename, `meta.json` last; a reader trusts only what has its meta.json.
+
+The state is a nested dict of tensors and plain values, kept with `torch.save` and read with
+`weights_only=True`, so that no checkpoint can run code.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cpd.run.files import atomic_write, is_temporary, read_json, sha256, sweep_temporaries, write_json
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that was damaged from outside."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A published checkpoint."""
+
+    path: Path
+    meta: dict[str, Any]
+
+    def load(self) -> dict[str, Any]:
+        """The state, on the CPU.
+
+        Raises:
+            CheckpointError: if the file's hash is not the recorded one.
+        """
+        file = self.path / "state.pt"
+        if sha256(file) != self.meta["sha256"]:
+            raise CheckpointError(f"{file} is damaged: its hash is not the one in meta.json; remove {self.path}")
+        state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
+        return state
+
+
+def save(folder: Path, name: str, state: dict[str, Any], *, keep: int = 2, **meta: Any) -> Checkpoint:
+    """Publish `state` as `folder/name`, then remove all but the `keep` newest checkpoints.
+
+    Args:
+        folder: the element's checkpoints; this process must be its single writer.
+        name: sorts by progress, by the numbers in it, e.g. `stage-03-step-004000`.
+        state: nested dict of tensors and plain values.
+        keep: checkpoints that stay.
+        meta: further entries of meta.json, for people and for finding one's way.
+    """
+    path = folder / name
+    path.mkdir(parents=True, exist_ok=True)
+    (path / "meta.json").unlink(missing_ok=True)  # a new state with an old marker would count as damaged
+    sweep_temporaries(path)
+    with atomic_write(path / "state.pt") as temporary:
+        torch.save(state, temporary)
+    meta = {**meta, "sha256": sha256(path / "state.pt")}
+    write_json(path / "meta.json", meta)
+    prune(folder, keep)
+    return Checkpoint(path, meta)
+
+
+def published(folder: Path) -> list[Checkpoint]:
+    """All whole checkpoints in `folder`, oldest first."""
+    paths = sorted((path.parent for path in folder.glob("*/meta.json")), key=_numbers)
+    return [Checkpoint(path, read_json(path / "meta.json")) for path in paths]
+
+
+def _numbers(path: Path) -> list[int]:
+    """The numbers in a checkpoint's name, by which it sorts."""
+    return [int(number) for number in re.findall(r"\d+", path.name)]
+
+
+def latest(folder: Path) -> Checkpoint | None:
+    """The newest whole checkpoint, if any."""
+    whole = published(folder)
+    return whole[-1] if whole else None
+
+
+def prune(folder: Path, keep: int) -> None:
+    """Remove all but the `keep` newest checkpoints, and what killed writers left."""
+    whole = {checkpoint.path for checkpoint in published(folder)[-keep:]} if keep else set()
+    for path in folder.iterdir() if folder.exists() else ():
+        if path.is_dir() and path not in whole:
+            # Unmark first, so that a half-removed checkpoint is never taken for a whole one.
+            (path / "meta.json").unlink(missing_ok=True)
+            shutil.rmtree(path, ignore_errors=True)
+        elif is_temporary(path):
+            path.unlink(missing_ok=True)

@@ -1,0 +1,281 @@
+"""The run directory: the only place that knows its paths.
+
+A run is a set of elements, each one job's worth of work with a folder of its own:
+
+    runs/<name>/
+      config.json  provenance.json  profile.json  jobs.jsonl
+      teachers/<task>/seed-1/      status.json metrics.jsonl policy.safetensors policy.json shards/ COMPLETE
+      students/<method>/seed-1/    status.json metrics.jsonl checkpoints/ stages/ curves.csv COMPLETE
+      students/<method>/seed-1/evaluation/    status.json stage-00.csv ... COMPLETE
+      results/                     evaluations.csv curves.csv episodes.csv metrics.json status.json COMPLETE
+      figures/
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+
+from cpd.config import Config
+from cpd.config.load import load, nearest
+from cpd.config.types import Role
+from cpd.run.files import read_json
+
+
+class RunError(ValueError):
+    """A run directory that is not there, or not what it should be."""
+
+
+@dataclass(frozen=True)
+class Element:
+    """One job's worth of work: its role, its place in the role's array, and its folder."""
+
+    role: Role
+    index: int
+    path: Path
+    name: str
+    """Path relative to the run directory, e.g. `teachers/push-v3/seed-1`; unique in the run."""
+
+    @property
+    def status(self) -> Path:
+        """Progress, for display."""
+        return self.path / "status.json"
+
+    @property
+    def metrics(self) -> Path:
+        """Learning curves."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of resume checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def complete(self) -> Path:
+        """Marker written last by an element that ended well."""
+        return self.path / "COMPLETE"
+
+    @property
+    def rejected(self) -> Path:
+        """Marker of a teacher that missed its gate."""
+        return self.path / "REJECTED"
+
+    @property
+    def finished(self) -> bool:
+        """Whether nothing is left to do."""
+        return self.complete.exists() or self.rejected.exists()
+
+
+@dataclass(frozen=True)
+class TeacherElement(Element):
+    """A teacher of one task."""
+
+    task: str
+    seed: int
+
+    @property
+    def policy(self) -> Path:
+        """The final policy's weights; `policy.json` beside it describes them."""
+        return self.path / "policy.safetensors"
+
+    @property
+    def shards(self) -> Path:
+        """Folder of the rollout shards and their index.json."""
+        return self.path / "shards"
+
+    @property
+    def evaluation(self) -> Path:
+        """The teacher's own evaluation, long form."""
+        return self.path / "evaluation.csv"
+
+    @property
+    def episodes(self) -> Path:
+        """The single episodes of that evaluation."""
+        return self.path / "episodes.csv"
+
+
+@dataclass(frozen=True)
+class StudentElement(Element):
+    """A student (role `student`), or the evaluation of one (role `evaluation`)."""
+
+    method: str
+    seed: int
+    config: Config = field(repr=False, compare=False)
+    """The configuration of its method alone."""
+
+    @property
+    def curves(self) -> Path:
+        """Success of the current task within each stage, long form."""
+        return self.path / "curves.csv"
+
+    def stage_policy(self, stage: int) -> Path:
+        """The weights after `stage` (-1: before training), kept for good, with a description beside them."""
+        return self.path / "stages" / f"{'initial' if stage < 0 else f'stage-{stage:02d}'}.safetensors"
+
+    def row_file(self, stage: int) -> Path:
+        """Where an evaluation keeps row `stage` of the success matrix."""
+        return self.path / f"{'initial' if stage < 0 else f'stage-{stage:02d}'}.csv"
+
+    def row_episodes_file(self, stage: int) -> Path:
+        """Where it keeps that row's single episodes."""
+        return self.row_file(stage).with_suffix(".episodes.csv")
+
+    def usage_file(self, stage: int) -> Path:
+        """Where it keeps which experts acted, if it looked."""
+        return self.row_file(stage).with_suffix(".usage.csv")
+
+    def retrieval_file(self, stage: int) -> Path:
+        """Where it keeps which tasks were believed in, if it looked and the student believes."""
+        return self.row_file(stage).with_suffix(".retrieval.csv")
+
+
+class Run:
+    """A run directory with its frozen configuration."""
+
+    def __init__(self, root: Path) -> None:
+        """Open an existing run.
+
+        Raises:
+            RunError: if `root` is no run directory.
+        """
+        self.root = root
+        if not self.config_path.exists():
+            raise RunError(f"{root} is not a run directory: it has no config.json; `jobs.launch` makes one")
+
+    def check_launched(self) -> None:
+        """Raise RunError unless `jobs.launch` made this: published results look alike, and runs lose files."""
+        if (self.root / "provenance.json").exists():
+            return
+        if part := next((self.root / p for p in ("teachers", "students") if (self.root / p).exists()), None):
+            raise RunError(
+                f"{self.root} is a run (there is {part}) without its provenance.json, which tells by which "
+                "code it was made: copy it whole, or launch into another directory"
+            )
+        raise RunError(
+            f"{self.root} holds published results, not a run (`python -m analysis.build {self.root}` draws them): "
+            "give a directory that `jobs.launch` made, or that is not there yet"
+        )
+
+    @property
+    def config_path(self) -> Path:
+        """The frozen configuration."""
+        return self.root / "config.json"
+
+    @cached_property
+    def config(self) -> Config:
+        """The frozen configuration, checked on load."""
+        return load(Config, read_json(self.config_path), str(self.config_path))
+
+    @cached_property
+    def method_configs(self) -> dict[str, Config]:
+        """The configuration of every method alone, by its label."""
+        return {label: self.config.of_method(label) for label in self.config.methods}
+
+    @property
+    def ledger(self) -> Path:
+        """One line per submitted job."""
+        return self.root / "jobs.jsonl"
+
+    @property
+    def logs(self) -> Path:
+        """Output of the jobs."""
+        return self.root / "logs"
+
+    @property
+    def results(self) -> Path:
+        """Long-form tables."""
+        return self.root / "results"
+
+    @property
+    def figures(self) -> Path:
+        """Figures and tables made from `results`."""
+        return self.root / "figures"
+
+    def teachers(self) -> list[TeacherElement]:
+        """Task by task, seed by seed."""
+        pairs = [(t, s) for t in self.config.stream.distinct_tasks for s in self.config.teacher.seeds]
+        return [teacher_element(self.root, index, task, seed) for index, (task, seed) in enumerate(pairs)]
+
+    def teacher_of(self, task: str, student_seed: int) -> TeacherElement:
+        """The teacher of `task` that the student with `student_seed` learns from."""
+        seeds = self.config.teacher.seeds
+        position = self.config.seeds.index(student_seed)
+        wanted = seeds[position % len(seeds)]
+        return next(t for t in self.teachers() if t.task == task and t.seed == wanted)
+
+    def students(self) -> list[StudentElement]:
+        """Method by method, seed by seed."""
+        pairs = [(method, seed) for method in self.config.methods for seed in self.config.seeds]
+        names = [f"students/{method}/seed-{seed}" for method, seed in pairs]
+        configs = self.method_configs
+        return [
+            StudentElement("student", i, self.root / name, name, method, seed, configs[method])
+            for i, ((method, seed), name) in enumerate(zip(pairs, names, strict=True))
+        ]
+
+    def evaluations(self) -> list[StudentElement]:
+        """One per student."""
+        return [
+            replace(s, role="evaluation", path=s.path / "evaluation", name=f"{s.name}/evaluation")
+            for s in self.students()
+        ]
+
+    def report(self) -> Element:
+        """The gathering of results and the drawing of figures."""
+        return Element("report", 0, self.results, "results")
+
+    def is_trained(self, teacher: TeacherElement) -> bool:
+        """Whether there is nothing left to train, though perhaps to evaluate."""
+        return teacher.policy.exists()
+
+    def dependencies(self, element: Element) -> list[Element]:
+        """The elements that must be finished before `element` can start."""
+        if isinstance(element, StudentElement) and element.role == "student":
+            return [self.teacher_of(task, element.seed) for task in self.config.stream.distinct_tasks]
+        if element.role == "evaluation":
+            return [self.students()[element.index]]
+        return [*self.evaluations()] if element.role == "report" else []
+
+    def elements(self) -> list[Element]:
+        """Everything the run consists of, in order."""
+        return [*self.teachers(), *self.students(), *self.evaluations(), self.report()]
+
+    def is_extended_by(self, config: Config) -> bool:
+        """Whether `config`, which agrees with this run's otherwise, has students that this run has not."""
+        return len(config.methods) * len(config.seeds) > len(self.students())
+
+    def select(self, names: Sequence[str]) -> list[Element]:
+        """The elements with these names, or in folders with them such as `students/ewc`; all if none is given.
+
+        Raises:
+            RunError: for a name that fits no element, with a list of those that there are.
+        """
+        elements = self.elements()
+        for name in names:
+            if not any(matches(element, name) for element in elements):
+                folders = dict.fromkeys("/".join(element.name.split("/")[:2]) for element in elements)
+                known = folders if name.count("/") < 2 else [element.name for element in elements]
+                likely = nearest(name.rstrip("/"), known) or "."
+                listing = "\n".join(f"  {folder}" for folder in folders)
+                raise RunError(f"--only {name}: {self.root} has no such element{likely} It has\n{listing}")
+        return [e for e in elements if not names or any(matches(e, name) for name in names)]
+
+
+def teacher_element(root: Path, index: int, task: str, seed: int) -> TeacherElement:
+    """A teacher in the run directory `root`."""
+    name = f"teachers/{task}/seed-{seed}"
+    return TeacherElement("teacher", index, root / name, name, task, seed)
+
+
+def matches(element: Element, name: str) -> bool:
+    """Whether `name` is that of the element or of a folder that holds it."""
+    name = name.rstrip("/")
+    return element.name == name or element.name.startswith(f"{name}/")
+
+
+def published_policy(folder: Path, task: str, seed: int) -> Path:
+    """Where a folder of published teachers keeps a policy's weights; its description ends in .json."""
+    return folder / "policies" / f"{task}-seed-{seed}.safetensors"

@@ -1,0 +1,97 @@
+"""Atomic files: written under a temporary name, flushed, synced and renamed, so that a reader never sees half."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+TEMPORARY_SUFFIX = ".tmp"
+
+
+class DamagedFileError(ValueError):
+    """A file of ours that something else has damaged or removed; names it."""
+
+
+@contextlib.contextmanager
+def atomic_write(path: Path, sync: bool = True) -> Iterator[Path]:
+    """Yield a temporary sibling of `path` to write to; on leaving, sync it and rename it to `path`.
+
+    If the block raises, the temporary is removed and `path` stays as it was. Without `sync`, which takes
+    milliseconds, a failure of the machine's power may lose what was written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Not tempfile: its mode 0600 would defeat a group's umask on a shared file system.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
+    try:
+        yield temporary
+        if sync:
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    if sync:
+        sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames inside `folder` durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def copy(source: Path, target: Path) -> None:
+    """Publish a copy of `source` at `target`; see `atomic_write`."""
+    with atomic_write(target) as temporary:
+        shutil.copyfile(source, temporary)
+
+
+def write_text(path: Path, text: str, sync: bool = True) -> None:
+    """Publish `text` at `path`; see `atomic_write`."""
+    with atomic_write(path, sync) as temporary:
+        temporary.write_text(text)
+
+
+def write_json(path: Path, data: Any, sync: bool = True) -> None:
+    """Publish `data` as indented JSON at `path`; see `atomic_write`."""
+    write_text(path, json.dumps(data, indent=2) + "\n", sync)
+
+
+def read_json(path: Path) -> Any:
+    """The contents of a JSON file.
+
+    Raises:
+        DamagedFileError: if it is not JSON.
+    """
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:  # not JSON, or not even text
+        raise DamagedFileError(
+            f"{path} is not valid JSON ({error}); it was damaged from outside: put it back, or remove it"
+        ) from None
+
+
+def sha256(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def is_temporary(path: Path) -> bool:
+    """Whether a writer keeps, or was killed while it kept, `path` in place of a file that it was to publish."""
+    return path.name.startswith(".") and path.name.endswith(TEMPORARY_SUFFIX)
+
+
+def sweep_temporaries(folder: Path) -> None:
+    """Remove the temporaries that killed writers left in `folder`; call only as its single writer."""
+    for path in folder.glob(f".*{TEMPORARY_SUFFIX}"):
+        path.unlink(missing_ok=True)

@@ -1,0 +1,188 @@
+"""One writer per element: a lease that is safe on shared file systems.
+
+Every attempt at an element creates the next file `attempts/0001.json`, `0002.json`, ... exclusively; the highest
+number holds the lease. A stale lease is taken over by creating the next number, which only one contender can
+do, and the old holder sees the higher number and stops. The files double as the history of attempts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import threading
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+
+from cpd.run.files import write_json
+
+HEARTBEAT_SECONDS = 5.0
+#: A holder on another host that has been silent for this long counts as dead.
+STALE_SECONDS = 90.0
+
+
+class LeaseHeldError(RuntimeError):
+    """Somebody else is writing this element."""
+
+
+class LeaseLostError(RuntimeError):
+    """The lease was taken over; this process must not write any more."""
+
+
+@dataclass(frozen=True)
+class Holder:
+    """Who made an attempt: host, process and its start time (clock ticks since boot), Slurm job if any."""
+
+    host: str
+    process: int
+    start_ticks: int
+    job: str
+    released: bool = False
+    restart: int = 0
+    """How often Slurm had restarted the job."""
+
+    @classmethod
+    def current(cls) -> Holder:
+        """This process."""
+        job, restart = os.environ.get("SLURM_JOB_ID", ""), int(os.environ.get("SLURM_RESTART_COUNT") or 0)
+        return cls(socket.gethostname(), os.getpid(), start_ticks(os.getpid()), job, restart=restart)
+
+    def __str__(self) -> str:
+        return f"process {self.process} on {self.host}{f' (job {self.job})' if self.job else ''}"
+
+    def is_succeeded_by(self, other: Holder) -> bool:
+        """Whether `other` is a later start of the same Slurm job, which ends every earlier one."""
+        return bool(self.job) and self.job == other.job and self.restart < other.restart
+
+
+def start_ticks(process: int) -> int:
+    """Start time of a process in clock ticks since boot, which tells reused ids apart; 0 if there is none."""
+    try:
+        text = Path(f"/proc/{process}/stat").read_text()
+    except OSError:
+        return 0
+    fields = text.rpartition(")")[2].split()
+    return 0 if fields[0] in "ZX" else int(fields[19])
+
+
+def is_alive(process: int, ticks: int) -> bool:
+    """Whether the process that started at `ticks` still runs on this host."""
+    return ticks != 0 and start_ticks(process) == ticks
+
+
+class Lease:
+    """The right to write one element's folder; use as a context manager."""
+
+    def __init__(self, folder: Path) -> None:
+        self._attempts = folder / "attempts"
+        self._stop = threading.Event()
+        self._lost = False
+        self.number = 0
+
+    @property
+    def _file(self) -> Path:
+        return self._attempts / f"{self.number:04d}.json"
+
+    def acquire(self, wait_seconds: float = 0.0) -> Lease:
+        """Take the lease, waiting up to `wait_seconds` for a holder to let go.
+
+        Raises:
+            LeaseHeldError: if a living holder keeps it, naming host and process.
+        """
+        self._attempts.mkdir(parents=True, exist_ok=True)
+        deadline = time.monotonic() + wait_seconds
+        while True:
+            holder, number = current_holder(self._attempts)
+            if holder is None or holder.is_succeeded_by(Holder.current()):
+                self.number = number + 1
+                with contextlib.suppress(FileExistsError):  # another contender was first: look again
+                    self._create()
+                    threading.Thread(target=self._beat, daemon=True, name="lease").start()
+                    return self
+            elif time.monotonic() >= deadline:
+                raise LeaseHeldError(
+                    f"{self._attempts.parent} is being written by {holder}; wait for it or end it first"
+                )
+            time.sleep(0.2)
+
+    def _create(self) -> None:
+        # A link publishes the whole contents at once and fails if the number exists, on NFS too.
+        temporary = self._attempts / f".{socket.gethostname()}.{os.getpid()}.tmp"
+        with temporary.open("w") as file:
+            json.dump(asdict(Holder.current()), file)
+            file.flush()
+            os.fsync(file.fileno())
+        try:
+            os.link(temporary, self._file)
+        finally:
+            temporary.unlink()
+
+    def _beat(self) -> None:
+        while not self._stop.wait(HEARTBEAT_SECONDS):
+            with contextlib.suppress(OSError):
+                os.utime(self._file)
+            if self._superseded():
+                self._lost = True
+                return
+
+    def _superseded(self) -> bool:
+        return (self._attempts / f"{self.number + 1:04d}.json").exists()
+
+    def check(self) -> None:
+        """Call before publishing anything.
+
+        Raises:
+            LeaseLostError: if another process has taken the lease over.
+        """
+        if self._lost or self._superseded():
+            raise LeaseLostError(f"{self._attempts.parent} was taken over by another process; this one stops")
+
+    def release(self) -> None:
+        """Let go."""
+        self._stop.set()
+        if not self._superseded():
+            holder = asdict(Holder.current()) | {"released": True}
+            write_json(self._file, holder)
+
+    def __enter__(self) -> Lease:
+        return self if self.number else self.acquire()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()
+
+
+def current_holder(attempts: Path) -> tuple[Holder | None, int]:
+    """The living holder of the lease, or None, and the number of the last attempt (0 if none)."""
+    numbers = sorted(int(path.stem) for path in attempts.glob("[0-9]*.json"))
+    if not numbers:
+        return None, 0
+    path = attempts / f"{numbers[-1]:04d}.json"
+    try:
+        holder = Holder(**json.loads(path.read_text()))
+    except (ValueError, TypeError):
+        return None, numbers[-1]  # half of it was lost with the machine's power, and its writer too
+    if holder.released:
+        return None, numbers[-1]
+    if holder.host == socket.gethostname():
+        alive = is_alive(holder.process, holder.start_ticks)
+    else:
+        alive = _age_seconds(path) < STALE_SECONDS
+    return (holder if alive else None), numbers[-1]
+
+
+def _age_seconds(path: Path) -> float:
+    """Age of a file by the file server's own clock, which hosts need not share; where only reading, by ours."""
+    probe = path.with_name(f".{socket.gethostname()}.{os.getpid()}.now")
+    try:
+        probe.touch()
+        return probe.stat().st_mtime - path.stat().st_mtime
+    except OSError:
+        return time.time() - path.stat().st_mtime
+    finally:
+        with contextlib.suppress(OSError):
+            probe.unlink(missing_ok=True)

@@ -1,0 +1,183 @@
+"""What a job tells while it works: metrics.jsonl for figures, status.json for tables, plain lines for its log."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO, Literal
+
+from cpd.run.files import read_json, write_json
+
+State = Literal["waiting", "queued", "running", "done", "rejected", "stopped", "failed"]
+
+WRITE_SECONDS = 1.0
+LINE_SECONDS = 15.0
+
+
+class MetricsLog:
+    """Append-only metrics.jsonl, one JSON object a line, cut back on resume to what the checkpoint knew."""
+
+    def __init__(self, path: Path, size: int = 0) -> None:
+        """Open `path`, keeping its first `size` bytes (0: start anew)."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file: BinaryIO = path.open("ab")
+        size = min(size, self._file.seek(0, os.SEEK_END))  # truncating beyond the end would pad with zeros
+        self._file.truncate(size)
+        self._file.seek(size)
+
+    def append(self, **values: float | int | str | None) -> None:
+        """Write one record; floats are kept to 6 significant digits."""
+        rounded = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in values.items()}
+        self._file.write(json.dumps(rounded).encode() + b"\n")
+        self._file.flush()
+
+    @property
+    def size(self) -> int:
+        """Bytes written so far, for the checkpoint."""
+        return self._file.tell()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+@dataclass
+class StatusRecord:
+    """The contents of status.json; every field but `state` is for display only."""
+
+    state: State = "waiting"
+    phase: str = ""
+    done: int = 0
+    total: int = 0
+    unit: str = "steps"
+    rate: float = 0.0
+    """Units per second in the current phase of this attempt."""
+    success: float | None = None
+    loss: float | None = None
+    message: str = ""
+    started: float = 0.0
+    """Unix time of this attempt's start."""
+    updated: float = 0.0
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Wall seconds by phase, added up over attempts."""
+    cpu_seconds: float = 0.0
+    """Processor seconds of the writing process and of its children that have ended, added up over attempts."""
+    spans: list[tuple[str, float, float]] = field(default_factory=list)
+    """Phase, start and end (Unix time) of every stretch of work."""
+
+    @property
+    def eta_seconds(self) -> float | None:
+        """Seconds until the current phase ends at its present rate."""
+        return (self.total - self.done) / self.rate if self.rate > 0 and self.total else None
+
+
+def read_status(path: Path) -> StatusRecord:
+    """The record in `path`, or an empty one if there is none yet, or none that can be read: it is for display."""
+    try:
+        return StatusRecord(**read_json(path)) if path.exists() else StatusRecord()
+    except (ValueError, TypeError):
+        return StatusRecord()
+
+
+class Status:
+    """Keeps a job's status.json up to date and tells its progress in plain lines now and then."""
+
+    def __init__(self, path: Path, tell: Callable[[str], None] = lambda line: None) -> None:
+        """Continue the record in `path`; `tell` receives a line of progress every 15 seconds."""
+        self.path = path
+        self.record = read_status(path)
+        self.record.started = time.time()
+        self.record.message = ""
+        self._tell = tell
+        self._cpu_base = self.record.cpu_seconds - cpu_seconds()
+        self._phase_base = 0.0
+        self._phase_start = time.monotonic()
+        self._phase_first = 0
+        self._last_write = 0.0
+        self._last_line = time.monotonic()
+
+    def begin(self, phase: str, total: int, done: int = 0, unit: str = "steps") -> None:
+        """Enter a phase of `total` units of which `done` are behind us."""
+        record = self.record
+        self._phase_base = record.seconds.get(phase, 0.0)
+        self._phase_start, self._phase_first = time.monotonic(), done
+        record.state, record.phase = "running", phase
+        record.total, record.unit, record.rate = total, unit, 0.0
+        record.spans.append((phase, time.time(), time.time()))
+        self.advance(done, force=True)
+
+    def advance(
+        self, done: int, *, success: float | None = None, loss: float | None = None, force: bool = False
+    ) -> None:
+        """Tell how far the phase has come; written at most once a second unless `force`."""
+        record, now = self.record, time.monotonic()
+        record.done = done
+        record.success = record.success if success is None else success
+        record.loss = record.loss if loss is None else loss
+        elapsed = now - self._phase_start
+        if record.spans:
+            record.seconds[record.phase] = self._phase_base + elapsed
+            record.spans[-1] = (*record.spans[-1][:2], time.time())
+        record.rate = (done - self._phase_first) / elapsed if elapsed > 0 else 0.0
+        if force or now - self._last_write >= WRITE_SECONDS:
+            self._last_write = now
+            self._write(sync=False)  # nothing but a display depends on it
+        if now - self._last_line >= LINE_SECONDS:
+            self._last_line = now
+            self._tell(progress_line(record))
+
+    def finish(self, state: State, message: str = "", **values: float | None) -> None:
+        """Leave the job in `state` with a last message."""
+        self.advance(self.record.done, force=True, **values)
+        self.record.state, self.record.message, self.record.rate = state, message, 0.0
+        self._write(sync=True)
+        self._tell(f"{state}{f': {message}' if message else ''}")
+
+    def _write(self, *, sync: bool) -> None:
+        self.record.updated = time.time()
+        self.record.cpu_seconds = self._cpu_base + cpu_seconds()
+        write_json(self.path, asdict(self.record), sync)
+
+
+def cpu_seconds() -> float:
+    """Processor seconds that this process has used so far, and those of its children that have ended."""
+    return sum(os.times()[:4])
+
+
+def progress_line(record: StatusRecord) -> str:
+    """One plain line, such as `train  45 % | 90000/200000 steps | 2100 steps/s | eta 0:52 | success 0.84`."""
+    parts = [f"{record.phase} {100 * record.done / max(record.total, 1):3.0f} %"]
+    parts.append(f"{record.done}/{record.total} {record.unit}")
+    if record.rate:
+        parts.append(f"{number(record.rate)} {record.unit}/s")
+    if record.eta_seconds is not None:
+        parts.append(f"eta {clock(record.eta_seconds)}")
+    if record.success is not None:
+        parts.append(f"success {record.success:.2f}")
+    if record.loss is not None:
+        parts.append(f"loss {record.loss:.4g}")
+    return " | ".join(parts)
+
+
+def number(value: float) -> str:
+    """Three significant digits, without an exponent for the sizes that rates have."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def clock(seconds: float) -> str:
+    """Seconds as `m:ss` or `h:mm:ss`."""
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """All whole records of a metrics.jsonl; a line cut off by a kill is left out."""
+    if not path.exists():
+        return []
+    lines = path.read_bytes().split(b"\n")[:-1]
+    return [json.loads(line) for line in lines if line]

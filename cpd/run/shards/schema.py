@@ -1,0 +1,199 @@
+"""What a shard holds: field names, types, shapes and labels, and the index beside the shards.
+
+A shard is one HDF5 file with one contiguous dataset per field over all of its episodes; `offsets` tells where
+each episode's steps begin. Observations have one row more per episode than the other step fields: the
+observation after the last step. Episode `e` has steps `offsets[e]:offsets[e + 1]` and observation rows
+`offsets[e] + e : offsets[e + 1] + e + 1`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from cpd.envs.tasks import ACTION_SIZE, OBSERVATION_SIZE
+
+#: Raised whenever fields or their meaning change; a reader takes its own version only.
+SCHEMA_VERSION: Final = 1
+
+FloatArray = npt.NDArray[np.float32]
+
+#: Per step: dtype and shape of a row. Observations are apart, with T + 1 rows per episode.
+STEP_FIELDS: Final[dict[str, tuple[str, tuple[int, ...]]]] = {
+    "actions": ("float32", (ACTION_SIZE,)),
+    "teacher_mean": ("float32", (ACTION_SIZE,)),
+    "teacher_raw_mean": ("float32", (ACTION_SIZE,)),
+    "teacher_log_std": ("float32", (ACTION_SIZE,)),
+    "rewards": ("float32", ()),
+    "successes": ("uint8", ()),
+    "noise_scale": ("float32", ()),
+}
+EPISODE_FIELDS: Final[dict[str, tuple[str, tuple[int, ...]]]] = {
+    "goal_index": ("int64", ()),
+    "seed": ("int64", ()),
+    "episode_return": ("float64", ()),
+    "episode_success": ("uint8", ()),
+}
+INDEX_NAME: Final = "index.json"
+SHARD_PATTERN: Final = "shard-*.h5"
+
+
+class ShardError(ValueError):
+    """Rollouts that are damaged, missing, stale, or another teacher's; the message says which and what to do."""
+
+
+def remedy(folder: Path) -> str:
+    """What to do about a teacher's shards that cannot be used; one that counts as complete collects no more."""
+    return f"remove {folder} and {folder.parent / 'COMPLETE'}, and launch again to collect the rollouts anew"
+
+
+def shard_name(number: int) -> str:
+    """File name of shard `number`, from 0."""
+    return f"shard-{number:05d}.h5"
+
+
+@dataclass(frozen=True)
+class ShardAttributes:
+    """The labels of a teacher's rollouts: root attributes of every shard, repeated in the index."""
+
+    task: str
+    teacher_recipe: str
+    """How the teacher came to be: `rl`, `scripted`, ..."""
+    policy_sha256: str
+    """Hash of the teacher's policy.safetensors; empty for a teacher without weights."""
+    std_source: Literal["policy", "assumed"]
+    """Whether `teacher_log_std` is the policy's own or a constant declared for a deterministic teacher."""
+    metaworld: str
+    mujoco: str
+    reward_version: str
+    horizon: int
+    """Longest episode, in environment steps."""
+    steps_after_success: int
+    """Steps that an episode lasts beyond its first success."""
+    schema_version: int = SCHEMA_VERSION
+
+    def as_dict(self) -> dict[str, str | int]:
+        """Plain values by name."""
+        return asdict(self)
+
+
+ATTRIBUTE_NAMES: Final = tuple(field.name for field in fields(ShardAttributes))
+
+
+@dataclass(frozen=True)
+class Episode:
+    """One recorded episode of T steps, as given to the writer.
+
+    Attributes:
+        observations: [T + 1, 39] float32; row t is what the teacher saw before step t.
+        actions: [T, 4] float32, executed, in [-1, 1].
+        teacher_mean: [T, 4] float32, the teacher's mean as it would be executed, clipped to [-1, 1].
+        teacher_raw_mean: [T, 4] float32, the same before clipping.
+        teacher_log_std: [T, 4] float32.
+        rewards: [T] float64, after each step.
+        successes: [T] bool, Meta-World's flag after each step, not latched.
+        noise_scale: [T] float32, standard deviation of the noise added to the action; 0 where none was.
+        goal_index: position of the goal among the training goals.
+        seed: seed of this episode's noise, in 0 .. 2^63 - 1.
+    """
+
+    observations: FloatArray
+    actions: FloatArray
+    teacher_mean: FloatArray
+    teacher_raw_mean: FloatArray
+    teacher_log_std: FloatArray
+    rewards: npt.NDArray[np.float64]
+    successes: npt.NDArray[np.bool_]
+    noise_scale: FloatArray
+    goal_index: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        num_steps = len(self.actions)
+        assert num_steps > 0
+        assert self.observations.shape == (num_steps + 1, OBSERVATION_SIZE)
+        for name, (_, shape) in STEP_FIELDS.items():
+            assert getattr(self, name).shape == (num_steps, *shape), name
+
+    def __len__(self) -> int:
+        """Number of steps, T."""
+        return len(self.actions)
+
+    @property
+    def episode_return(self) -> float:
+        """Undiscounted sum of rewards."""
+        return float(np.sum(self.rewards, dtype=np.float64))
+
+    @property
+    def episode_success(self) -> bool:
+        """Whether the flag was set at any step."""
+        return bool(self.successes.any())
+
+
+@dataclass(frozen=True)
+class ShardEntry:
+    """What the index says of one shard."""
+
+    file: str
+    sha256: str
+    num_bytes: int
+    num_steps: int
+    num_episodes: int
+
+
+@dataclass(frozen=True)
+class ShardIndex:
+    """The contents of index.json, written last: only what it lists has been published."""
+
+    attributes: ShardAttributes
+    shards: tuple[ShardEntry, ...]
+
+    @property
+    def num_steps(self) -> int:
+        """Steps in all shards, N."""
+        return sum(entry.num_steps for entry in self.shards)
+
+    @property
+    def num_episodes(self) -> int:
+        """Episodes in all shards, E."""
+        return sum(entry.num_episodes for entry in self.shards)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The JSON form."""
+        return {
+            "attributes": self.attributes.as_dict(),
+            "num_steps": self.num_steps,
+            "num_episodes": self.num_episodes,
+            "shards": [asdict(entry) for entry in self.shards],
+        }
+
+    @classmethod
+    def from_dict(cls, data: Any, path: Path) -> ShardIndex:
+        """Read the JSON form.
+
+        Raises:
+            ShardError: if it is not of this form, naming `path`.
+        """
+        try:
+            version = data["attributes"]["schema_version"]
+            if version != SCHEMA_VERSION:
+                raise ShardError(
+                    f"{path}: shards of schema version {version}, but this code reads version {SCHEMA_VERSION}; "
+                    + remedy(path.parent)
+                )
+            index = cls(
+                ShardAttributes(**data["attributes"]),
+                tuple(ShardEntry(**entry) for entry in data["shards"]),
+            )
+            counts = (data["num_steps"], data["num_episodes"])
+        except (KeyError, TypeError) as error:
+            raise ShardError(f"{path} is damaged: {error}; {remedy(path.parent)}") from None
+        if counts != (index.num_steps, index.num_episodes):
+            raise ShardError(
+                f"{path} is damaged: its totals {counts} are not the sums over its shards; " + remedy(path.parent)
+            )
+        return index

@@ -1,0 +1,270 @@
+"""The generalist student: a window of observations in, a Gaussian over actions out, at every step of the window.
+
+Dimensions: B windows or episodes, L time steps, O observation size, A action size, D width, N = B L tokens,
+K distinct tasks of the stream, Z embedding size.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cpd.config import StudentConfig
+from cpd.config.load import load, to_dict
+from cpd.envs.tasks import ACTION_SIZE, OBSERVATION_SIZE
+from cpd.run.files import atomic_write, read_json, write_json
+from cpd.student.moe import MoE, RouterStats
+from cpd.student.observations import observation_scaling
+from cpd.student.packing import Packing
+from cpd.student.task_embedding import TaskEncoder
+from cpd.student.transformer import Block
+
+
+class StudentOutput(NamedTuple):
+    """What the student says of every step of every window; step i has seen steps 0..i only."""
+
+    mean_BLA: Tensor
+    """Not clipped."""
+    log_std_BLA: Tensor
+    stats: tuple[RouterStats, ...]
+    """One per layer; empty unless `valid_BL` was given."""
+
+
+class Student(nn.Module):
+    """The policy network, and what it knows of tasks; see `StudentConfig` for its sizes.
+
+    Unless `task_identity` is `none`, the policy is conditioned on a task, be it told or believed: a learned vector
+    is added to every token, and the task's group of experts is the one that its tokens may choose from.
+
+    Attributes:
+        encoder: embeds observations, to tell tasks apart; only if the student must or may infer them.
+        prototypes_KZ: the mean embedding of every task that is known, of unit length.
+        known_K: bool, tasks whose stage has begun.
+        group_K: int64, each task's group of experts; 0, the first, while it is not known.
+    """
+
+    obs_centre: Tensor
+    obs_scale: Tensor
+    prototypes_KZ: Tensor
+    known_K: Tensor
+    group_K: Tensor
+
+    def __init__(
+        self,
+        config: StudentConfig,
+        num_tasks: int,
+        *,
+        num_experts: int | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        """Build with zero or default values; `initialise` draws the first weights.
+
+        Args:
+            config: sizes.
+            num_tasks: K.
+            num_experts: experts per layer now; default: as at the first stage.
+            dtype: of parameters and arithmetic.
+        """
+        super().__init__()
+        self.config, self.num_tasks = config, num_tasks
+        #: Who owns which weight, where a protection gives weights to tasks.
+        self.packing: Packing | None = None
+        experts = config.num_experts if num_experts is None else num_experts
+        centre, scale = observation_scaling()
+        self.register_buffer("obs_centre", torch.tensor(centre, dtype=dtype), persistent=False)
+        self.register_buffer("obs_scale", torch.tensor(scale, dtype=dtype), persistent=False)
+        self.embed = nn.Linear(OBSERVATION_SIZE, config.width, dtype=dtype)
+        self.position = nn.Parameter(torch.zeros(config.context, config.width, dtype=dtype))
+        self.task = (
+            nn.Parameter(torch.zeros(num_tasks, config.width, dtype=dtype)) if self.is_conditioned else None
+        )
+        self.encoder = (
+            TaskEncoder(OBSERVATION_SIZE, config.embedding_width, config.embedding_size, dtype)
+            if config.task_identity in ("inferred", "given")
+            else None
+        )
+        self.register_buffer("prototypes_KZ", torch.zeros(num_tasks, config.embedding_size, dtype=dtype))
+        self.register_buffer("known_K", torch.zeros(num_tasks, dtype=torch.bool))
+        self.register_buffer("group_K", torch.zeros(num_tasks, dtype=torch.int64))
+        self.blocks = nn.ModuleList(
+            Block(config.width, config.num_heads, config.expert_width, experts, config.top_k, dtype)
+            for _ in range(config.num_layers)
+        )
+        self.norm = nn.LayerNorm(config.width, dtype=dtype)
+        self.head = nn.Linear(config.width, 2 * ACTION_SIZE, dtype=dtype)
+
+    @torch.no_grad()
+    def initialise(self, generator: torch.Generator) -> None:
+        """Draw the first weights: matrices by fan-in, what feeds the residual stream scaled down by depth.
+
+        So is the task encoder's output, whose scale does not count, since it is normalised.
+
+        The head is no exception, though a smaller one would begin nearer to nothing: it acts on normalised
+        features, so that its weights bound the actions, and where masks freeze it after the first task, it must
+        be able to express what that task had no use for.
+        """
+        residual_scale = 1.0 / math.sqrt(2 * self.config.num_layers)
+        for name, parameter in self.named_parameters():
+            if name.endswith(".bias"):
+                parameter.zero_()
+            elif "norm" in name:
+                parameter.fill_(1.0)
+            elif name.endswith(".weight"):
+                gain = residual_scale if name.endswith(("out.weight", "down.weight")) else 1.0
+                parameter.normal_(0.0, gain / math.sqrt(parameter.shape[1]), generator=generator)
+            else:
+                parameter.normal_(0.0, 0.02, generator=generator)
+
+    @property
+    def is_conditioned(self) -> bool:
+        """Whether the policy depends on a task, told or believed."""
+        return self.config.task_identity != "none"
+
+    @property
+    def moes(self) -> list[MoE]:
+        """The mixture-of-experts block of every layer."""
+        found = [block.moe for block in self.blocks if isinstance(block, Block)]
+        assert len(found) == self.config.num_layers
+        return found
+
+    @property
+    def num_experts(self) -> int:
+        """Experts per layer."""
+        return self.moes[0].num_experts
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of parameters and arithmetic."""
+        return self.head.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return self.head.weight.device
+
+    @property
+    def chooses_experts(self) -> bool:
+        """Whether tokens have more experts to choose from than they take; else nothing is there to balance."""
+        sizes = Counter(self.moes[0].group_E.tolist()).values() if self.task is not None else [self.num_experts]
+        return max(sizes) > self.config.top_k
+
+    def set_logit_offset(self, num_new: int, offset: float) -> None:
+        """Set the router's offset of the last `num_new` experts of every layer."""
+        for moe in self.moes:
+            moe.logit_offset[moe.num_experts - num_new :] = offset
+
+    def embedding(self, obs_BO: Tensor) -> Tensor:
+        """The task embedding of raw observations, unit vectors `[B, Z]`."""
+        assert self.encoder is not None
+        z_BZ: Tensor = self.encoder((obs_BO - self.obs_centre) / self.obs_scale)
+        return z_BZ
+
+    def evidence(self, obs_BO: Tensor) -> Tensor:
+        """How much raw observations speak for each task, `[B, K]`: similarity to the prototypes by temperature."""
+        evidence_BK: Tensor = self.embedding(obs_BO) @ self.prototypes_KZ.t() / self.config.embedding_temperature
+        return evidence_BK
+
+    @torch.no_grad()
+    def set_prototype(self, task: int, obs_NO: Tensor) -> None:
+        """Make the prototype of `task` the direction of the mean embedding of raw observations."""
+        self.prototypes_KZ[task] = F.normalize(self.embedding(obs_NO).mean(0), dim=0)
+
+    def forward(
+        self, obs_BLO: Tensor, *, task_B: Tensor | None = None, valid_BL: Tensor | None = None
+    ) -> StudentOutput:
+        """The Gaussian at every step.
+
+        Args:
+            obs_BLO: windows of raw observations, left-aligned, at most `context` steps.
+            task_B: positions of the tasks, told or believed, among the stream's distinct ones; needed unless
+                `task_identity` is `none`.
+            valid_BL: 1 for steps, 0 for padding at a window's end; makes router statistics.
+        """
+        config = self.config
+        length = obs_BLO.shape[1]
+        x_BLD = self.embed((obs_BLO - self.obs_centre) / self.obs_scale) + self.position[:length]
+        group_N = None
+        if self.task is not None:
+            if task_B is None:
+                raise ValueError(f"task_identity is {config.task_identity!r}, but no task was given")
+            x_BLD = x_BLD + self.task[task_B].unsqueeze(1)
+            group_N = self.group_K[task_B].repeat_interleave(length)
+        valid_N = None if valid_BL is None else valid_BL.reshape(-1)
+        stats: list[RouterStats] = []
+        for block in self.blocks:
+            x_BLD, layer_stats = block(x_BLD, valid_N, group_N)
+            if layer_stats is not None:
+                stats.append(layer_stats)
+        mean_BLA, spread_BLA = self.head(self.norm(x_BLD)).split(ACTION_SIZE, -1)
+        # A smooth clamp: at a hard one's borders the gradient would vanish for good.
+        middle = (config.max_log_std + config.min_log_std) / 2
+        half = (config.max_log_std - config.min_log_std) / 2
+        return StudentOutput(mean_BLA, middle + half * spread_BLA.tanh(), tuple(stats))
+
+
+def save_student(path: Path, student: Student, description: Mapping[str, Any]) -> None:
+    """Publish the weights at `path`, and beside it, before them, a JSON file that describes them.
+
+    Args:
+        path: ends in `.safetensors`.
+        student: the policy.
+        description: what else to say, such as stage, labels, growth.
+    """
+    every = student.state_dict() | (student.packing.tensors() if student.packing else {})
+    tensors = {name: value.detach().cpu().contiguous() for name, value in every.items()}
+    data = safetensors.torch.save(tensors)
+    centre, scale = observation_scaling()
+    write_json(
+        path.with_suffix(".json"),
+        {
+            **description,
+            "student": to_dict(student.config),
+            "num_tasks": student.num_tasks,
+            "num_experts": student.num_experts,
+            "num_parameters": sum(parameter.numel() for parameter in student.parameters()),
+            "dtype": str(student.dtype).removeprefix("torch."),
+            "obs_centre": centre.tolist(),
+            "obs_scale": scale.tolist(),
+            "sha256": hashlib.sha256(data).hexdigest(),
+        },
+    )
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def load_student(path: Path) -> Student:
+    """The student that `save_student` published at `path`, on the CPU.
+
+    Raises:
+        ValueError: if weights and description do not belong together, or observations were scaled differently.
+    """
+    description_path = path.with_suffix(".json")
+    description = read_json(description_path)
+    data = path.read_bytes()
+    if hashlib.sha256(data).hexdigest() != description["sha256"]:
+        raise ValueError(
+            f"{path} is damaged: it is not what {description_path.name} describes; restore it, or remove the "
+            "student's folder and launch again, which distils it anew"
+        )
+    centre, scale = observation_scaling()
+    if [centre.tolist(), scale.tolist()] != [description["obs_centre"], description["obs_scale"]]:
+        raise ValueError(f"{path} was trained with another scaling of observations than this code's; distil again")
+    student = Student(
+        load(StudentConfig, description["student"], str(description_path)),
+        description["num_tasks"],
+        num_experts=description["num_experts"],
+        dtype=getattr(torch, description["dtype"]),
+    )
+    tensors = safetensors.torch.load(data)
+    student.packing = Packing.pop_from(tensors)
+    student.load_state_dict(tensors)
+    return student

@@ -1,0 +1,81 @@
+"""Meta-World's own evaluation of a teacher: its environments, its goals, its loop, none of ours.
+
+An independent check of our numbers: nothing of the accelerated environment, the cached resets or `cpd.envs` takes
+part. With the first seed of a split of `cpd.envs.goals`, the goals are those of that split.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import gymnasium as gym
+import metaworld  # noqa: F401  # registers its environments with gymnasium
+import numpy as np
+import numpy.typing as npt
+from metaworld.evaluation import evaluation
+
+from cpd.teachers.policy import Teacher, TeacherActor
+
+
+class MetaWorldAgent:
+    """A teacher as `metaworld.evaluation.Agent`: deterministic, without memory."""
+
+    def __init__(self, teacher: Teacher) -> None:
+        self._actor = TeacherActor(teacher)
+
+    def eval_action(self, observations: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        """Clipped means `[N, 4]` at Meta-World's float64 observations `[N, 39]`."""
+        return self._actor.act(observations.astype(np.float32)).astype(np.float64)
+
+    def reset(self, env_mask: npt.NDArray[np.bool_]) -> None:
+        """Nothing to forget."""
+
+
+class ProtocolResult(NamedTuple):
+    """What `metaworld.evaluation.evaluation` found."""
+
+    successes: int
+    episodes: int
+    mean_return: float
+    """Undiscounted, over episodes that end at their first success."""
+
+
+def evaluate_with_metaworld(
+    teacher: Teacher,
+    task: str,
+    *,
+    seed: int,
+    horizon: int,
+    num_episodes: int = 50,
+    reward_version: str = "v2",
+) -> ProtocolResult:
+    """Run Meta-World's evaluation; success is the flag at any step, since its episodes end there.
+
+    Args:
+        teacher: the policy.
+        task: Meta-World task name.
+        seed: of `metaworld.MT1`, which draws fifty goals from it; each is met once in fifty episodes.
+        horizon: steps per episode, at most 500.
+        num_episodes: beyond fifty the goals come again.
+        reward_version: "v1" or "v2"; no effect on success.
+
+    Raises:
+        ValueError: if `seed` is 0, which Meta-World takes for none.
+    """
+    if seed < 1:
+        raise ValueError(f"seed must be at least 1, got {seed}: Meta-World would draw goals from no seed at all")
+    options: dict[str, Any] = {
+        "task_select": "pseudorandom",
+        "max_episode_steps": horizon,
+        "reward_function_version": reward_version,
+    }
+    envs: Any = gym.make_vec(
+        "Meta-World/custom-mt-envs", envs_list=[task], vector_strategy="sync", seed=seed, **options
+    )
+    try:
+        envs.call("toggle_sample_tasks_on_reset", True)  # off by default, and needed for the first goal even
+        found = evaluation(MetaWorldAgent(teacher), envs, num_episodes)
+    finally:
+        envs.close()
+    success_rate, mean_return = found[0], found[1]
+    return ProtocolResult(round(success_rate * num_episodes), num_episodes, mean_return)

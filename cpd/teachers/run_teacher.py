@@ -1,0 +1,229 @@
+"""One element of the teachers' job array: train, evaluate, collect; each phase is skipped once it is published."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from cpd.comm import Comm, SerialComm
+from cpd.config import Config
+from cpd.envs.cells import Cell, EnvPool, evaluate_cells
+from cpd.envs.goals import goal_set
+from cpd.evaluation.run_evaluation import evaluation_rows
+from cpd.run import checkpoint
+from cpd.run.attempt import Attempt, begin_attempt
+from cpd.run.directory import Run, TeacherElement
+from cpd.run.files import read_json, sha256, sweep_temporaries, write_text
+from cpd.run.interrupt import Interrupt, InterruptedBySignal
+from cpd.run.provenance import labels
+from cpd.run.shards.reader import read_index
+from cpd.run.shards.schema import INDEX_NAME, ShardAttributes, ShardError
+from cpd.run.shards.writer import ShardWriter, clear_shards
+from cpd.run.tables import write_rows
+from cpd.teachers.collect import collect
+from cpd.teachers.demonstrations import ScriptedPolicy, load_scripted, save_scripted
+from cpd.teachers.policy import Teacher, TeacherActor, load_policy, save_policy
+from cpd.teachers.ranks import on_first_rank
+from cpd.teachers.trainer import TeacherTrainer, validate
+
+
+def run_teacher(
+    run: Run,
+    element: TeacherElement,
+    pool: EnvPool,
+    *,
+    interrupt: Interrupt,
+    tell: Callable[[str], None],
+    comm: Comm | None = None,
+) -> None:
+    """Bring one teacher to its end: COMPLETE with shards, or REJECTED if it missed the gate; a collective.
+
+    A finished element is left as it is, an interrupted one goes on where it stopped.
+
+    Args:
+        run: the run directory.
+        element: one of `run.teachers()`.
+        pool: this rank's environments, from `env_pool`; results do not depend on its number of workers.
+        interrupt: the stop flag, looked at after every environment step.
+        tell: receives plain lines of progress.
+        comm: the ranks that train together; None: this process alone.
+
+    Raises:
+        LeaseHeldError: if another process is working on this teacher.
+        LeaseLostError: if another process took over meanwhile.
+        InterruptedBySignal: if asked to stop; everything needed to go on has been saved.
+        ValueError: if the learner cannot be shared by so many ranks.
+    """
+    comm = comm or SerialComm()
+    if comm.broadcast(element.finished):
+        tell(f"{element.name} is finished")
+        return
+    torch.set_num_threads(run.config.torch_threads)
+    with begin_attempt(element, comm, tell) as attempt:
+        if attempt.is_writer:
+            sweep_temporaries(element.path)
+        _Work(run.config, element, pool, interrupt, attempt, comm).finish()
+
+
+def env_pool(config: Config, num_workers: int, num_ranks: int = 1) -> EnvPool:
+    """Environments for one of `num_ranks` ranks, in `num_workers` processes, not made yet.
+
+    They are to be closed in the end. Under MPI, those that live in other processes are to be made before it
+    starts: nothing may fork afterwards.
+    """
+    num_envs = -(-config.teacher.learner_settings.num_envs // num_ranks)
+    return EnvPool(config.stream.reward_version, num_workers, num_envs)
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What all phases need."""
+
+    config: Config
+    element: TeacherElement
+    pool: EnvPool
+    interrupt: Interrupt
+    attempt: Attempt
+    comm: Comm
+
+    def finish(self) -> None:
+        """Run the phases that are missing, and set the marker."""
+        element, gate = self.element, self.config.teacher.gate
+        description_path = element.policy.with_suffix(".json")
+        # What is there is looked at by one rank: a shared file system may show each something else.
+        if not on_first_rank(self.comm, description_path.exists):
+            self.train()
+        description = on_first_rank(self.comm, lambda: read_json(description_path))
+        success: float = description["training"]["validation_success"]
+        if not on_first_rank(self.comm, element.evaluation.exists):
+            self.evaluate(on_first_rank(self.comm, self.load))
+        if success < gate:
+            reason = f"validation success {success:.2f} is below the gate of {gate:.2f}"
+            if self.attempt.is_writer:
+                self.attempt.check()
+                write_text(element.rejected, reason + "\n")
+            self.attempt.finish("rejected", reason, success=success)
+            return
+        on_first_rank(self.comm, self.collect)
+        if self.attempt.is_writer:
+            self.attempt.check()
+            element.complete.touch()
+        self.attempt.finish("done", success=success)
+
+    def load(self) -> Teacher:
+        """The published teacher."""
+        is_scripted = self.config.teacher.recipe == "scripted"
+        return load_scripted(self.element.policy) if is_scripted else load_policy(self.element.policy)
+
+    def train(self) -> None:
+        """Make the teacher's policy and publish it."""
+        config, element = self.config, self.element
+        description: dict[str, Any] = {
+            "task": element.task,
+            "seed": element.seed,
+            "labels": asdict(labels(config)),
+        }
+        if config.teacher.recipe == "scripted":
+            self.attempt.begin("train", 1, unit="experts")
+            expert = ScriptedPolicy(element.task, config.rollouts.assumed_std)
+            success = validate(expert, config, element.task, self.pool, self.interrupt, self.comm)
+            if self.attempt.is_writer:
+                self.withdraw()
+                training = {"validation_success": success}
+                save_scripted(expert, element.policy, {**description, "training": training})
+            self.attempt.advance(1, success=success)
+            return
+        policy, summary = TeacherTrainer(config, element, self.pool, self.interrupt, self.attempt, self.comm).run()
+        if self.attempt.is_writer:
+            self.withdraw()
+            save_policy(policy, element.policy, {**description, "training": asdict(summary)})
+            checkpoint.prune(element.checkpoints, keep=0)
+
+    def withdraw(self) -> None:
+        """Remove what an earlier policy may have left, before another one is published."""
+        self.attempt.check()
+        self.element.evaluation.unlink(missing_ok=True)
+        clear_shards(self.element.shards)
+
+    def evaluate(self, teacher: Teacher) -> None:
+        """Measure success as with students: to the episodes' end, and on training goals."""
+        config, element = self.config, self.element
+        num_training = min(config.evaluation.num_episodes, config.teacher.num_training_goals)
+        cells = [
+            Cell(element.task, config.evaluation.goal_set, config.evaluation.num_episodes, to_the_end=True),
+            Cell(element.task, "training", num_training),
+        ]
+        done = 0
+        total = sum(cell.num_episodes for cell in cells)
+        self.attempt.begin("evaluate", total, unit="episodes")
+
+        def advance(num_episodes: int) -> None:
+            nonlocal done
+            done += num_episodes * self.comm.size  # the other ranks are about as far
+            self.attempt.advance(min(done, total))
+
+        outcomes = evaluate_cells(
+            TeacherActor(teacher),
+            cells,
+            config.stream.horizon,
+            self.pool,
+            self.comm,
+            should_stop=lambda: self.interrupt.requested,
+            advance=advance,
+        )
+        if outcomes is None:
+            raise InterruptedBySignal("asked to stop while evaluating; launch again to go on")
+        if not self.attempt.is_writer:
+            return
+        rows, episodes = evaluation_rows(
+            cells, outcomes, method="teacher", seed=element.seed, stage=None, label=labels(config)
+        )
+        self.attempt.check()
+        write_rows(element.episodes, episodes)
+        write_rows(element.evaluation, rows)  # last: it marks the phase as done
+
+    def has_shards(self) -> bool:
+        """Whether this very policy's rollouts have been published."""
+        if not (self.element.shards / INDEX_NAME).exists():
+            return False
+        try:
+            return read_index(self.element.shards).attributes.policy_sha256 == sha256(self.element.policy)
+        except ShardError:
+            return False
+
+    def collect(self) -> None:
+        """Write the rollouts if they are missing; an attempt cut short starts again, since it takes seconds."""
+        if self.has_shards():
+            return
+        teacher = self.load()
+        config, element, label = self.config, self.element, labels(self.config)
+        attributes = ShardAttributes(
+            task=element.task,
+            teacher_recipe=label.teacher_recipe,
+            policy_sha256=sha256(element.policy),
+            std_source=teacher.std_source,
+            metaworld=label.metaworld,
+            mujoco=label.mujoco,
+            reward_version=label.reward_version,
+            horizon=label.horizon,
+            steps_after_success=config.rollouts.steps_after_success,
+        )
+        episodes = collect(
+            teacher,
+            self.pool.get(element.task),
+            goal_set(element.task, "training", config.teacher.num_training_goals),
+            config.rollouts,
+            label.horizon,
+            element.seed,
+            self.interrupt,
+        )
+        done = 0
+        self.attempt.begin("rollouts", config.rollouts.num_steps)
+        with ShardWriter(element.shards, attributes, config.rollouts.shard_steps, self.attempt.check) as writer:
+            for episode in episodes:
+                writer.append(episode)
+                done += len(episode)
+                self.attempt.advance(done)

@@ -1,0 +1,172 @@
+"""Executing on this machine when others are in the way, jobs die at once, or devices are to be seen."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import types
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cpd.cluster.element_job import DEVICES_VARIABLE, VERBS, ElementJob, ask_to_stop, is_ours, submit_local
+from cpd.cluster.local import MAX_RESTARTS, LocalQueue
+from cpd.cluster.sbatch import BundleJob
+from cpd.config.profile import Profile, Resources
+from cpd.envs.tasks import STREAMS
+from cpd.run.directory import Run
+from cpd.run.interrupt import Interrupt
+from cpd.run.lease import current_holder
+from cpd.run.progress import read_status
+from jobs.launch import execute
+from jobs.status import failure_lines, run_status
+from tests.synthetic_run import write_run
+
+HOLD = """
+import signal, sys, time
+from pathlib import Path
+from cpd.run.lease import Lease
+signal.signal(signal.SIGTERM, lambda *_: print("asked to stop", flush=True))
+with Lease(Path(sys.argv[1])).acquire():
+    print("held", flush=True)
+    time.sleep(300)
+"""
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    """A run of which the report alone is left to do."""
+    tasks = STREAMS["demo"]
+    made = write_run(
+        tmp_path / "run", stream=tasks, students={1: np.full((4, 3), 0.5)}, teachers=dict.fromkeys(tasks, 1.0)
+    )
+    made.logs.mkdir()
+    for element in made.elements():
+        if element.role != "report" and not element.finished:
+            element.complete.touch()
+    return made
+
+
+@contextmanager
+def holder_of(folder: Path) -> Iterator[subprocess.Popen[str]]:
+    process = subprocess.Popen([sys.executable, "-c", HOLD, str(folder)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None and process.stdout.readline() == "held\n"
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_an_element_that_somebody_else_writes_is_told_and_left_to_them(
+    run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with holder_of(run.report().path) as process:
+        assert not execute(run, Profile(cluster="local"), Interrupt(), [run.report()])
+        assert f"results is being written by process {process.pid} on " in capsys.readouterr().out
+        holder, number = current_holder(run.report().path / "attempts")
+        assert holder is not None and (holder.process, number) == (process.pid, 1)
+        assert not is_ours(holder)
+        assert ask_to_stop(run.report()), "there is somebody, but nobody to be asked by this launcher"
+        time.sleep(0.5)
+        process.kill()
+        assert process.stdout is not None and process.stdout.read() == ""
+
+
+def kill_jobs(stop: threading.Event, killed: list[int]) -> None:
+    """Kill every job of this process at once, as a machine without memory does."""
+    while not stop.wait(0.01):
+        for path in Path("/proc").glob("[0-9]*"):
+            try:
+                parent = int((path / "stat").read_text().rpartition(")")[2].split()[1])
+                if parent == os.getpid() and b"submitit" in (path / "cmdline").read_bytes():
+                    os.kill(int(path.name), signal.SIGKILL)
+                    killed.append(int(path.name))
+            except (OSError, IndexError):
+                continue
+
+
+def test_jobs_that_are_killed_as_they_start_are_told(run: Run) -> None:
+    stop, killed = threading.Event(), list[int]()
+    thread = threading.Thread(target=kill_jobs, args=(stop, killed))
+    thread.start()
+    try:
+        queue = LocalQueue(run, Profile(cluster="local"), Interrupt(), [run.report()])
+        assert not queue.execute()
+    finally:
+        stop.set()
+        thread.join()
+    assert len(set(killed)) == MAX_RESTARTS + 1
+    assert queue.failed == [run.report()]
+    assert read_status(run.report().status).state == "failed"
+    told = "\n".join(failure_lines(run, run_status(run)))
+    assert f"FAILED results: its job ended {MAX_RESTARTS + 1} times without a word" in told
+
+
+def test_nobody_is_said_to_wait_in_the_queue_of_a_launcher_that_is_gone(run: Run) -> None:
+    run.report().path.mkdir(exist_ok=True)
+    run.report().status.write_text('{"state": "queued"}')
+    assert [row.state for row in run_status(run) if row.role == "report"] == ["waiting"]
+    with holder_of(run.root / "launcher"):
+        assert [row.state for row in run_status(run) if row.role == "report"] == ["queued"]
+
+
+@pytest.mark.parametrize("devices", ["3", "", None])
+def test_local_jobs_see_the_devices_that_their_launcher_sees(
+    devices: str | None, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """submitit's local executor hides them all."""
+    seen: list[str | None] = []
+    verb = types.ModuleType("a_verb")
+    verb.main = lambda arguments: seen.append(os.environ.get(DEVICES_VARIABLE)) or 0  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "a_verb", verb)
+    monkeypatch.setitem(VERBS, "report", "a_verb")  # type: ignore[arg-type]
+    monkeypatch.setenv("SUBMITIT_EXECUTOR", "local")
+    monkeypatch.setenv(DEVICES_VARIABLE, "")
+    monkeypatch.setenv("CPD_RANKS", "")
+    monkeypatch.setenv("CPD_CPUS", "1")
+    ElementJob(str(run.root), "report", "results", Resources(), visible_devices=devices)()
+    assert seen == [devices]
+
+
+def test_what_the_launcher_sees_is_submitted(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(DEVICES_VARIABLE, "3")
+    job = submit_local(run, run.report(), Resources())
+    assert job.submission().function.visible_devices == "3"
+    job.wait()
+
+
+def test_a_signal_that_comes_as_one_element_ends_is_meant_for_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A batch system sends it once, to a job that may do several elements."""
+    requested: list[bool] = []
+
+    def main(arguments: list[str]) -> int:
+        interrupt = Interrupt().install()
+        requested.append(interrupt.requested)
+        if len(requested) == 2:
+            os.kill(os.getpid(), signal.SIGUSR2)
+        return 0
+
+    verb = types.ModuleType("a_verb")
+    verb.main = main  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "a_verb", verb)
+    monkeypatch.setitem(VERBS, "teacher", "a_verb")  # type: ignore[arg-type]
+    monkeypatch.setattr(Interrupt, "inherits", False)
+    monkeypatch.setenv("CPD_RANKS", "")
+    monkeypatch.setenv("CPD_CPUS", "")
+    before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)}
+    try:
+        BundleJob(tuple(ElementJob(str(tmp_path), "teacher", name, Resources()) for name in "abcd"))()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert requested == [False, False, True, True]

@@ -1,0 +1,150 @@
+"""The status table says what markers, leases and records say."""
+
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from cpd.cluster.ledger import enter
+from cpd.run.directory import Run
+from cpd.run.files import write_json
+from cpd.run.lease import Lease
+from cpd.run.progress import Status
+from jobs.status import main, run_status, screen_table, status_table
+
+
+def test_states(make_run) -> None:
+    run: Run = make_run(stream={"tasks": ["push-v3", "reach-v3", "hammer-v3", "door-open-v3", "soccer-v3"]})
+    push, reach, hammer, door, soccer = run.teachers()
+    for element in (push, reach, hammer, door):
+        Status(element.status).begin("train", 100, 40)
+    push.complete.touch()
+    reach.rejected.touch()
+    Status(hammer.status).finish("failed", "ValueError: bad luck")
+    with Lease(soccer.path):
+        Status(soccer.status).begin("train", 200, 50)
+        enter(run, soccer, "123", run.logs / "123_0_log.out")
+        rows = {row.element: row for row in run_status(run)}
+    assert rows[push.name].state == "done"
+    assert rows[reach.name].state == "rejected"
+    assert (rows[hammer.name].state, rows[hammer.name].message) == ("failed", "ValueError: bad luck")
+    assert rows[door.name].state == "killed"
+    assert (rows[soccer.name].state, rows[soccer.name].done, rows[soccer.name].attempts) == ("running", 50, 1)
+    assert rows[soccer.name].log == "logs/123_0_log.out"
+    assert rows["results"].state == "waiting"
+    assert {row.element: row.state for row in run_status(run)}[soccer.name] == "killed"
+
+
+def test_json_is_for_programs(make_run, capsys: pytest.CaptureFixture[str]) -> None:
+    run: Run = make_run()
+    assert main([str(run.root), "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["element"] for row in rows] == [element.name for element in run.elements()]
+    assert rows == [asdict(row) for row in run_status(run)]
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_the_table_fits_the_terminal(make_run, width: int) -> None:
+    run: Run = make_run(stream={"tasks": "mt50"})
+    for element in run.teachers():
+        Status(element.status).begin("rollouts", 8000, 4000)
+    console = Console(width=width, record=True, file=io.StringIO())
+    console.print(status_table(run, run_status(run), width))
+    lines = console.export_text().splitlines()
+    assert max(map(len, lines)) <= width
+    assert any(
+        "teachers/peg-unplug-side-v3/seed-1" in line and "killed" in line and "50 %" in line for line in lines
+    )
+
+
+@pytest.mark.parametrize("width", [60, 80, 120, 180])
+def test_long_names_are_folded_and_nothing_is_cut_off(make_run, width: int) -> None:
+    run: Run = make_run(stream={"tasks": "demo"}, variants={"a-variant-with-quite-a-long-name-of-its-own": {}})
+    console = Console(width=width, record=True, file=io.StringIO())
+    console.print(status_table(run, run_status(run), width))
+    text = console.export_text()
+    assert "…" not in text
+    assert "waiting" in text and "progress" in text and "success" in text
+
+
+@pytest.mark.parametrize(("width", "height"), [(80, 24), (160, 24), (160, 8), (60, 3)])
+def test_a_live_display_shows_what_matters_most_and_counts_the_rest(make_run, width: int, height: int) -> None:
+    run: Run = make_run(stream={"tasks": "mt50"})
+    teachers = run.teachers()
+    for teacher in teachers[:20]:
+        teacher.path.mkdir(parents=True)
+        teacher.complete.touch()
+    Status(teachers[20].status).finish("failed", "ValueError: bad luck, and a long story of how it came about")
+    console = Console(width=width, height=height, force_terminal=True, record=True, file=io.StringIO())
+    with Lease(teachers[40].path):
+        Status(teachers[40].status).begin("train", 200, 50)
+        table = screen_table(console, run, run_status(run))
+        console.print(table)
+    lines = console.export_text().splitlines()
+    assert len(lines) < height or height < 5
+    text = "".join(lines)
+    assert teachers[40].task in text.replace(" ", "") and "not shown: " in text
+    assert (teachers[20].task in text) == (height > 5)
+    assert teachers[19].task not in text, "done"
+    assert height < 24 or teachers[21].task in text, "the next one"
+
+
+def test_a_live_display_with_room_shows_all(make_run) -> None:
+    run: Run = make_run(stream={"tasks": "demo"})
+    for height, is_terminal in ((40, True), (5, False)):
+        console = Console(width=120, height=height, force_terminal=is_terminal, record=True, file=io.StringIO())
+        console.print(screen_table(console, run, run_status(run)))
+        text = console.export_text()
+        assert "not shown" not in text
+        assert all(element.name in text for element in run.elements())
+
+
+def test_a_file_gets_a_line_for_every_element(
+    make_run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
+    run: Run = make_run(variants={"a-variant-with-quite-a-long-name-of-its-own": {}})
+    Status(run.teachers()[0].status).finish("stopped", "a long story " * 20)
+    assert main([str(run.root)]) == 0
+    title, _, *lines = capsys.readouterr().out.splitlines()
+    assert str(run.root) in title
+    assert [line.split()[0] for line in lines] == [element.name for element in run.elements()]
+
+
+def test_watching_a_run_on_which_nobody_works_ends(
+    make_run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = make_run()
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    assert main([str(run.root), "--watch"]) == 1
+    assert "nobody is at work on this run" in capsys.readouterr().out
+
+    def interrupt(seconds: float) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("time.sleep", interrupt)
+    assert main([str(run.root), "--watch"]) == 130
+
+
+def test_published_results_are_no_run(capsys: pytest.CaptureFixture[str]) -> None:
+    demo = Path(__file__).resolve().parents[2] / "analysis" / "results" / "demo"
+    assert main([str(demo)]) == 2
+    assert "holds published results, not a run" in capsys.readouterr().err
+
+
+def test_no_run_is_told_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(tmp_path)]) == 2
+    assert "is not a run directory" in capsys.readouterr().err
+
+
+def test_a_status_that_lost_its_end_with_the_machine_s_power_counts_as_none(make_run) -> None:
+    run: Run = make_run()
+    for text in ("{", "", '{"no": "status"}'):
+        write_json(run.teachers()[0].status, {})
+        run.teachers()[0].status.write_text(text)
+        assert run_status(run)[0].state == "waiting"

@@ -1,0 +1,134 @@
+"""Files are published whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from cpd.run.checkpoint import CheckpointError, latest, published, save
+from cpd.run.files import atomic_write, read_json, sweep_temporaries, write_json
+from cpd.run.progress import MetricsLog, Status, clock, progress_line, read_metrics, read_status
+from cpd.seeding import derive, generator
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "data.json"
+    write_json(path, {"old": 1})
+    with pytest.raises(RuntimeError), atomic_write(path) as temporary:
+        temporary.write_text("half of it")
+        raise RuntimeError
+    assert read_json(path) == {"old": 1}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_killed_write_leaves_the_old_file_and_a_temporary_to_sweep(tmp_path: Path) -> None:
+    path = tmp_path / "data.json"
+    write_json(path, {"old": 1})
+    code = (
+        "import os, signal, sys; from pathlib import Path; from cpd.run.files import atomic_write\n"
+        "with atomic_write(Path(sys.argv[1])) as temporary:\n"
+        "    temporary.write_text('half'); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    assert subprocess.run([sys.executable, "-c", code, str(path)]).returncode == -signal.SIGKILL
+    assert read_json(path) == {"old": 1}
+    assert len(list(tmp_path.iterdir())) == 2
+    sweep_temporaries(tmp_path)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_published_files_follow_the_umask(tmp_path: Path) -> None:
+    old = os.umask(0o002)
+    try:
+        write_json(tmp_path / "shared.json", {})
+    finally:
+        os.umask(old)
+    assert (tmp_path / "shared.json").stat().st_mode & 0o777 == 0o664
+
+
+def test_damaged_json_is_named(tmp_path: Path) -> None:
+    (tmp_path / "status.json").write_text('{"state": ')
+    with pytest.raises(ValueError, match=r"status\.json"):
+        read_json(tmp_path / "status.json")
+
+
+def test_checkpoints_are_pruned_and_the_latest_is_found(tmp_path: Path) -> None:
+    for step in (100, 200, 300):
+        save(tmp_path, f"step-{step:06d}", {"weights": torch.full((3,), float(step))}, keep=2, step=step)
+    assert [checkpoint.meta["step"] for checkpoint in published(tmp_path)] == [200, 300]
+    newest = latest(tmp_path)
+    assert newest is not None and torch.equal(newest.load()["weights"], torch.full((3,), 300.0))
+
+
+def test_checkpoints_are_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+    for stage, step in ((99, 1_000_000), (100, 200), (100, 1_200_000)):
+        save(tmp_path, f"stage-{stage:02d}-step-{step:06d}", {"x": 1}, keep=2, step=step)
+    assert [checkpoint.meta["step"] for checkpoint in published(tmp_path)] == [200, 1_200_000]
+
+
+def test_a_checkpoint_without_its_marker_does_not_exist(tmp_path: Path) -> None:
+    save(tmp_path, "step-000001", {"x": 1}, step=1)
+    save(tmp_path, "step-000002", {"x": 2}, step=2)
+    (tmp_path / "step-000002" / "meta.json").unlink()
+    newest = latest(tmp_path)
+    assert newest is not None and newest.meta["step"] == 1
+    save(tmp_path, "step-000002", {"x": 2}, step=2)
+    assert [checkpoint.meta["step"] for checkpoint in published(tmp_path)] == [1, 2]
+
+
+def test_a_damaged_checkpoint_is_refused_by_name(tmp_path: Path) -> None:
+    checkpoint = save(tmp_path, "step-000001", {"x": torch.zeros(8)})
+    state = checkpoint.path / "state.pt"
+    content = bytearray(state.read_bytes())
+    content[len(content) // 2] ^= 1
+    state.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"step-000001"):
+        checkpoint.load()
+
+
+def test_metrics_are_cut_back_on_resume(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    log = MetricsLog(path)
+    log.append(step=1, loss=0.123456789)
+    known = log.size
+    log.append(step=2, loss=0.1)
+    log.close()
+    path.open("a").write('{"step": 3, "lo')  # cut off by a kill
+    assert [row["step"] for row in read_metrics(path)] == [1, 2]
+    log = MetricsLog(path, known)
+    log.append(step=2, loss=0.2)
+    assert read_metrics(path) == [{"step": 1, "loss": 0.123457}, {"step": 2, "loss": 0.2}]
+
+
+def test_status_adds_up_seconds_over_attempts(tmp_path: Path) -> None:
+    lines: list[str] = []
+    for attempt in (1, 2):
+        status = Status(tmp_path / "status.json", lines.append)
+        status.begin("train", total=10, done=5 * (attempt - 1))
+        status.record.spans[-1] = ("train", 0.0, 0.0)
+        status.advance(5 * attempt, success=0.5, force=True)
+        status.finish("stopped" if attempt == 1 else "done")
+    record = read_status(tmp_path / "status.json")
+    assert (record.state, record.done, record.success) == ("done", 10, 0.5)
+    assert len(record.spans) == 2 and record.seconds["train"] > 0
+    assert lines == ["stopped", "done"]
+
+
+def test_progress_reads_well(tmp_path: Path) -> None:
+    record = read_status(tmp_path / "none")
+    record.phase, record.done, record.total, record.rate, record.success = "train", 50, 200, 10.0, 0.84
+    assert progress_line(record) == "train  25 % | 50/200 steps | 10 steps/s | eta 0:15 | success 0.84"
+    assert clock(3723) == "1:02:03"
+
+
+def test_random_streams_depend_on_their_names_only() -> None:
+    draws = generator(1, "batch", 2, 3).random(4)
+    assert (generator(1, "batch", 2, 3).random(4) == draws).all()
+    for other in (generator(2, "batch", 2, 3), generator(1, "memory", 2, 3), generator(1, "batch", 3, 2)):
+        assert not (other.random(4) == draws).any()
+    assert 0 <= derive(1, "torch") < 2**63

@@ -1,0 +1,157 @@
+"""One writer per element, whatever dies."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from multiprocessing.synchronize import Barrier, Event
+from pathlib import Path
+
+import pytest
+
+from cpd.cluster.element_job import ask_to_stop
+from cpd.run import lease as lease_module
+from cpd.run.directory import Element
+from cpd.run.lease import Lease, LeaseHeldError, LeaseLostError, current_holder
+
+HOLD = (
+    "import sys, time; from pathlib import Path; from cpd.run.lease import Lease\n"
+    "lease = Lease(Path(sys.argv[1])).acquire(); print('held', flush=True); time.sleep(60)"
+)
+
+
+def hold_elsewhere(folder: Path) -> subprocess.Popen:
+    process = subprocess.Popen([sys.executable, "-c", HOLD, str(folder)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout and process.stdout.readline() == "held\n"
+    return process
+
+
+def test_a_second_writer_is_refused_by_name(tmp_path: Path) -> None:
+    process = hold_elsewhere(tmp_path)
+    try:
+        with pytest.raises(LeaseHeldError, match=f"process {process.pid} on {socket.gethostname()}"):
+            Lease(tmp_path).acquire()
+    finally:
+        process.kill()
+
+
+def test_a_killed_holders_lease_is_taken_over_at_once(tmp_path: Path) -> None:
+    process = hold_elsewhere(tmp_path)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    with Lease(tmp_path) as lease:
+        assert lease.number == 2
+
+
+def test_a_released_lease_is_free_and_attempts_are_counted(tmp_path: Path) -> None:
+    for number in (1, 2, 3):
+        with Lease(tmp_path) as lease:
+            assert lease.number == number
+            lease.check()
+    assert current_holder(tmp_path / "attempts") == (None, 3)
+
+
+def test_waiting_for_a_holder_that_lets_go(tmp_path: Path) -> None:
+    process = hold_elsewhere(tmp_path)
+    begun = time.monotonic()
+    os.kill(process.pid, signal.SIGSTOP)  # alive, so still the holder
+    with pytest.raises(LeaseHeldError):
+        Lease(tmp_path).acquire(wait_seconds=0.5)
+    assert time.monotonic() - begun >= 0.5
+    process.kill()
+    process.wait()
+    with Lease(tmp_path).acquire(wait_seconds=10):
+        pass
+
+
+def test_the_old_holder_notices_a_takeover(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = Lease(tmp_path).acquire()
+    monkeypatch.setattr(lease_module, "is_alive", lambda process, ticks: False)
+    second = Lease(tmp_path).acquire()
+    with pytest.raises(LeaseLostError):
+        first.check()
+    second.check()
+    first.release()  # must not release the successor's lease
+    monkeypatch.undo()
+    assert current_holder(tmp_path / "attempts")[0] is not None
+    second.release()
+
+
+def foreign_holder(folder: Path, age_seconds: float) -> None:
+    path = folder / "attempts" / "0001.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(
+        json.dumps({"host": "elsewhere", "process": 1, "start_ticks": 1, "job": "7", "released": False})
+    )
+    moment = time.time() - age_seconds
+    os.utime(path, (moment, moment))
+
+
+def test_a_holder_on_another_host_lives_by_its_heartbeat(tmp_path: Path) -> None:
+    foreign_holder(tmp_path / "fresh", age_seconds=10)
+    with pytest.raises(LeaseHeldError, match="job 7"):
+        Lease(tmp_path / "fresh").acquire()
+    foreign_holder(tmp_path / "stale", age_seconds=lease_module.STALE_SECONDS + 10)
+    with Lease(tmp_path / "stale") as lease:
+        assert lease.number == 2
+
+
+def test_an_attempt_that_lost_its_contents_is_nobody_s(tmp_path: Path) -> None:
+    with Lease(tmp_path):
+        pass
+    (tmp_path / "attempts" / "0002.json").touch()
+    with Lease(tmp_path) as lease:
+        assert lease.number == 3
+
+
+def test_a_holder_s_age_is_told_where_only_reading_is_allowed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    foreign_holder(tmp_path, age_seconds=10)
+
+    def refuse(path: Path, *arguments: object) -> None:
+        raise PermissionError(path)
+
+    monkeypatch.setattr(Path, "touch", refuse)
+    holder, number = current_holder(tmp_path / "attempts")
+    assert holder is not None and number == 1
+
+
+def test_who_writes_on_another_host_is_not_asked_to_stop_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(os, "kill", lambda process, number: asked.append(process))
+    foreign_holder(tmp_path, age_seconds=10)
+    assert ask_to_stop(Element("report", 0, tmp_path, "results"))
+    assert not asked
+
+
+def contend(folder: Path, ready: Barrier, all_told: Event, results: multiprocessing.Queue) -> None:
+    ready.wait()
+    try:
+        results.put(Lease(folder).acquire().number)
+        all_told.wait(60)  # so that nobody comes after it has let go
+    except LeaseHeldError:
+        results.put(0)
+
+
+def test_of_many_contenders_one_wins(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("forkserver")
+    results: multiprocessing.Queue = context.Queue()
+    ready, all_told = context.Barrier(6), context.Event()
+    arguments = (tmp_path, ready, all_told, results)
+    processes = [context.Process(target=contend, args=arguments) for _ in range(6)]
+    for process in processes:
+        process.start()
+    numbers = sorted(results.get(timeout=60) for _ in processes)
+    all_told.set()
+    for process in processes:
+        process.join()
+    assert numbers == [0, 0, 0, 0, 0, 1]

@@ -1,0 +1,143 @@
+"""The contrastive embedding, and the belief that an actor holds over an episode."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from cpd.student.actor import StudentActor
+from cpd.student.task_embedding import TaskEncoder, info_nce
+from tests.student.test_network import TASKS, make_student, observations
+
+
+def by_hand(z: torch.Tensor, task: torch.Tensor, temperature: float) -> float:
+    """The loss term by term."""
+    total, rows = 0.0, 0
+    for i in range(len(z)):
+        positives = [p for p in range(len(z)) if p != i and task[p] == task[i]]
+        if positives:
+            others = [float(z[i] @ z[a]) / temperature for a in range(len(z)) if a != i]
+            norm = np.log(np.sum(np.exp(others)))
+            total -= np.mean([float(z[i] @ z[p]) / temperature - norm for p in positives])
+            rows += 1
+    return total / rows
+
+
+def test_info_nce_is_what_its_formula_says():
+    z = torch.nn.functional.normalize(torch.randn(9, 5, dtype=torch.float64), dim=-1)
+    task = torch.tensor([0, 0, 1, 1, 1, 2, 0, 1, 0])  # the only one of task 2 has no positive
+    assert float(info_nce(z, task, 0.2)) == pytest.approx(by_hand(z, task, 0.2))
+    assert float(info_nce(z, torch.zeros(9, dtype=torch.int64), 0.2)) == 0.0
+
+
+def test_info_nce_is_least_where_tasks_are_apart_and_alike_within():
+    task = torch.arange(8) % 2
+    apart = torch.eye(4, dtype=torch.float64)[task]
+    mixed = torch.eye(4, dtype=torch.float64)[torch.arange(8) // 2]
+    assert info_nce(apart, task, 0.1) < info_nce(mixed, task, 0.1)
+
+
+def test_embeddings_are_unit_vectors_that_the_first_weights_keep_apart():
+    encoder = TaskEncoder(39, 64, 32, torch.float64)
+    near, far = torch.randn(2, 39, dtype=torch.float64)
+    z = encoder(torch.stack([near, near + 0.01, far]))
+    torch.testing.assert_close(z.norm(dim=1), torch.ones(3, dtype=torch.float64))
+    assert z[0] @ z[1] > z[0] @ z[2]
+
+
+def knowing(*tasks: int, **over):
+    """A student whose prototypes of `tasks` are those of observations drawn with the task as seed."""
+    student = make_student(task_identity="inferred", **over)
+    for task in tasks:
+        student.known_K[task] = True
+        student.set_prototype(task, observations(1, seed=task).to(student.dtype))
+    return student
+
+
+class TestBelief:
+    def test_is_of_the_task_whose_prototype_is_nearest(self):
+        actor = StudentActor(knowing(0, 1, 2), TASKS)
+        actor.reset(["nobody-tells-it"] * 3)
+        actor.act(torch.cat([observations(1, seed=seed) for seed in (2, 0, 1)]).float().numpy())
+        assert actor.believed[-1].tolist() == [2, 0, 1]
+
+    def test_never_is_of_a_task_that_is_not_known(self):
+        actor = StudentActor(knowing(0, 2), TASKS)
+        actor.reset([""] * 1)
+        actor.act(observations(1, seed=1).float().numpy())
+        assert actor.believed[-1].tolist() in ([0], [2])
+        blank = StudentActor(knowing(), TASKS)
+        blank.reset([""] * 2)
+        assert np.isfinite(blank.act(observations(2).float().numpy())).all()
+
+    def test_is_held_against_later_observations_that_speak_less(self):
+        """Evidence of 0.9^t: one observation of another task does not turn a belief that five have made."""
+        actor = StudentActor(knowing(0, 1), TASKS)
+        actor.reset([""] * 1)
+        for seed in (0, 0, 0, 0, 0, 1):
+            actor.act(observations(1, seed=seed).float().numpy())
+        assert actor.believed[-1].tolist() == [0]
+
+    def test_later_evidence_counts_ever_less(self):
+        """With 0.4^t all that follows weighs less than the first observation; with 1 it outweighs it."""
+        for decay, believed in ((0.4, 0), (1.0, 1)):
+            actor = StudentActor(knowing(0, 1, belief_decay=decay), TASKS)
+            actor.reset([""] * 1)
+            for seed in (0, 1, 1, 1):
+                actor.act(observations(1, seed=seed).float().numpy())
+            assert actor.believed[-1].tolist() == [believed]
+
+    def test_turns_where_evidence_adds_up(self):
+        actor = StudentActor(knowing(0, 1, belief_decay=1.0), TASKS)
+        actor.reset([""] * 1)
+        for seed in (0, 1, 1, 1, 1):
+            actor.act(observations(1, seed=seed).float().numpy())
+        assert actor.believed[0].tolist() == [0] and actor.believed[-1].tolist() == [1]
+
+    def test_starts_afresh_with_every_episode(self):
+        actor = StudentActor(knowing(0, 1), TASKS)
+        for seed in (0, 1):
+            actor.reset([""] * 1)
+            actor.act(observations(1, seed=seed).float().numpy())
+            assert actor.believed[-1].tolist() == [seed] and len(actor.believed) == 1
+
+    def test_however_long_the_episode_was_the_next_one_s_first_observation_counts_in_full(self):
+        """In float32, of which students are by default, what the 1,200th says has come to weigh nothing."""
+        actor = StudentActor(knowing(0, 1, dtype=torch.float32), TASKS)
+        actor.reset([""] * 1)
+        first = observations(1, seed=0).float().numpy()
+        for _ in range(1_200):
+            actor.act(first)
+        assert actor.believed[-1].tolist() == [0]
+        actor.reset([""] * 1)
+        actor.act(observations(1, seed=1).float().numpy())
+        assert actor.believed[-1].tolist() == [1]
+
+    def test_inferred_looks_at_no_name_and_given_at_nothing_else(self):
+        obs = observations(2, seed=0).float().numpy()
+        student = knowing(0, 1)
+        actions = []
+        for task in TASKS[:2]:
+            actor = StudentActor(student, TASKS)
+            actor.reset([task] * 2)
+            actions.append(actor.act(obs))
+        np.testing.assert_array_equal(*actions)
+        for position, task in enumerate(TASKS):
+            told = StudentActor(make_student(task_identity="given"), TASKS)
+            told.reset([task] * 2)
+            told.act(obs)
+            assert told.believed[-1].tolist() == [position] * 2
+
+    def test_mixing_tasks_in_a_batch_gives_what_each_gets_alone(self):
+        student = knowing(0, 1, 2)
+        obs = torch.stack([observations(6, seed=seed) for seed in (0, 1, 2)]).float().numpy()
+        together = StudentActor(student, TASKS)
+        together.reset([""] * 3)
+        alone = [StudentActor(student, TASKS) for _ in range(3)]
+        for actor in alone:
+            actor.reset([""] * 1)
+        for step in range(6):
+            mixed = together.act(obs[:, step])
+            single = np.concatenate([actor.act(obs[row : row + 1, step]) for row, actor in enumerate(alone)])
+            np.testing.assert_allclose(mixed, single, atol=1e-7)

@@ -1,0 +1,223 @@
+"""The chain on a real Slurm: arrays, MPI over two nodes, disturbances, failures."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+from workbench import DRAWER, LASTING, LONG, ROOT, STUDENT, WINDOW, Workbench, stages, variation
+
+from cpd.cluster.ledger import ledger
+from cpd.run.directory import Run
+
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
+
+
+def test_the_chain_ends_as_it_does_on_this_machine(finished: Path, taught: Path, bench: Workbench, mpi) -> None:
+    rows = bench.rows(finished)
+    assert {row["state"] for row in rows.values()} == {"done"}
+    jobs = {name: entries[-1].job for name, entries in ledger(Run(finished)).items()}
+    assert jobs[WINDOW] == jobs[DRAWER].replace("_0", "_1")
+    assert "Starting with JobEnvironment" in (finished / rows[STUDENT]["log"]).read_text()
+    done = mpi(2, "-m", "jobs.distill", str(taught))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert stages(taught) == stages(finished)
+
+
+def test_a_group_may_go_on_with_the_run(finished: Path) -> None:
+    # Launched with umask 002: whatever the launcher, submitit and the jobs wrote may be written by the group.
+    private = [path for path in finished.rglob("*") if path.stat().st_mode & 0o060 != 0o060]
+    assert private == []
+
+
+def test_launching_again_submits_nothing(finished: Path, bench: Workbench) -> None:
+    before = (finished / "jobs.jsonl").read_text()
+    assert "nothing to submit (0 elements in the queue)" in bench.launch(finished, *LONG)
+    assert (finished / "jobs.jsonl").read_text() == before
+
+
+def test_a_disturbed_student_is_the_undisturbed_one(finished: Path, taught: Path, bench: Workbench) -> None:
+    bench.launch(taught, *LONG)
+    job = bench.job(taught, STUDENT)
+    bench.until(taught, STUDENT, 30)
+    bench.slurm("scontrol", "requeue", job)
+    bench.until(taught, STUDENT, 90)
+    bench.slurm("scancel", "--signal=USR1", job)
+    bench.until(taught, STUDENT, 150)
+    bench.urgent_job()
+    bench.until(taught, STUDENT, 210)
+    bench.slurm("scontrol", "update", "nodename=n2", "state=down", "reason=test")
+    bench.wait(lambda: bench.slurm("squeue", "-h", "-j", job, "-o", "%T") != "RUNNING", "the job off its node")
+    bench.bring_back("n2")
+    bench.drain()
+    row = bench.rows(taught)[STUDENT]
+    assert (row["state"], row["attempts"]) == ("done", 5)
+    assert bench.job(taught, STUDENT) == ""
+    assert [entry.job for entry in ledger(Run(taught))[STUDENT]] == [job]
+    assert stages(taught) == stages(finished)
+    bench.assert_done(taught)
+
+
+def test_a_killed_element_ends_the_chain_by_name_and_is_retried(bench: Workbench, tmp_path: Path) -> None:
+    root = tmp_path / "run"
+    bench.launch(root, *LASTING)
+    bench.until(root, DRAWER, 0)
+    bench.kill(root, DRAWER)
+    bench.drain()
+    rows = bench.rows(root)
+    assert (rows[DRAWER]["state"], rows[WINDOW]["state"]) == ("killed", "done")
+    assert rows[DRAWER]["queue"].startswith("FAILED")
+    assert rows[STUDENT]["state"] == rows["results"]["state"] == "waiting"
+    assert rows[STUDENT]["message"].startswith(f"not started, since it needs {DRAWER}")
+    assert rows["results"]["message"].startswith(f"not started, since it needs {STUDENT}/evaluation (waiting: not")
+    told = bench.python("jobs.status", str(root))
+    assert f"KILLED {DRAWER}" in told
+    assert "its whole log:" in told
+    again = bench.launch(root, *LASTING, "--retry-failed")
+    assert "4 of 5 elements (1 finished, 0 in the queue)" in again
+    bench.drain()
+    bench.assert_done(root)
+
+
+@pytest.mark.slow
+def test_a_retried_teacher_is_waited_for(bench: Workbench, tmp_path: Path) -> None:
+    root = tmp_path / "run"
+    bench.launch(root, *LASTING)
+    bench.until(root, DRAWER, 0)
+    bench.kill(root, DRAWER)
+    bench.wait(lambda: bench.rows(root)[DRAWER]["state"] == "killed", "the killed teacher is seen")
+    told = bench.launch(root, *LASTING)
+    # The student is still pending, for the other teacher; now it waits for the new job, too.
+    assert "1 jobs, 1 of 5 elements (0 finished, 4 in the queue)" in told
+    bench.drain()
+    bench.assert_done(root)
+
+
+@pytest.mark.slow
+def test_learning_while_teachers_train_gives_the_same_student(
+    finished: Path, bench: Workbench, tmp_path: Path
+) -> None:
+    root = tmp_path / "run"
+    # One teacher after the other, so that the first stage is learnt before there is a second teacher.
+    profile = variation(tmp_path, array_parallelism='order = "overlap"\narray_parallelism = 1')
+    bench.launch(root, *LONG, profile=profile)
+    bench.wait(lambda: (root / WINDOW / "attempts").exists(), "the second teacher")
+    (holder,) = (
+        entry for entry in bench.slurm("squeue", "-h", "-r", "-t", "R", "-o", "%i").split() if "_" in entry
+    )
+    bench.slurm("scancel", "--signal=STOP", holder)
+    bench.until(root, STUDENT, 0)
+    bench.wait(
+        lambda: not bench.slurm("squeue", "-h", "-t", "R,CG", "-n", names(root, STUDENT)[0]), "the first stage"
+    )
+    assert bench.rows(root)[STUDENT]["state"] == "queued"
+    assert len(stages(root)) == 2  # before training, and after the first stage
+    bench.slurm("scancel", "--signal=CONT", holder)
+    bench.drain()
+    bench.assert_done(root)
+    assert stages(root) == stages(finished)
+    assert len(ledger(Run(root))[STUDENT]) == 2
+    for table in ("evaluations.csv", "curves.csv", "episodes.csv"):
+        assert (root / "results" / table).read_bytes() == (finished / "results" / table).read_bytes()
+
+
+def names(root: Path, element: str) -> list[str]:
+    """The names of an element's jobs."""
+    return [entry.name for entry in ledger(Run(root))[element]]
+
+
+def submitted_texts(root: Path) -> list[str]:
+    """What sbatch was given for every job, with names for the numbers of the jobs that it waits for."""
+    entries = [entries[-1] for entries in ledger(Run(root)).values()]
+    names = {entry.job.partition("_")[0]: entry.name for entry in entries}
+    found = []
+    for path in (root / "logs").glob("*_submission.sh"):
+        text = re.sub(r"afterany:(\d+)", lambda match: f"'afterany:<{names[match[1]]}>'", path.read_text())
+        found.append(text)
+    assert len(found) == 4
+    return found
+
+
+def test_nothing_is_submitted_twice(bench: Workbench, tmp_path: Path) -> None:
+    # Jobs that wait until they are released.
+    root, profile = tmp_path / "run", variation(tmp_path, signal_seconds="sbatch.hold = true\nsignal_seconds = 20")
+    foretold = bench.launch(root, "--dry-run", profile=profile)
+    bench.launch(root, profile=profile)
+    for text in submitted_texts(root):
+        assert text in foretold
+    assert not list((root / "logs").glob(".submission_file*"))
+    in_queue = bench.slurm("squeue", "-h", "-r", "-o", "%i %j")
+    assert len(in_queue.splitlines()) == 5
+    assert "nothing to submit (5 elements in the queue)" in bench.launch(root, profile=profile)
+    # As if the launcher had died between sbatch and its ledger line, and before submitit's pickle was written.
+    lines = [json.loads(line) for line in (root / "jobs.jsonl").read_text().splitlines()]
+    announced = [line for line in lines if not line["job"]]
+    (root / "jobs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in announced))
+    for pickle in (root / "logs").glob("*_submitted.pkl"):
+        pickle.unlink()
+    assert "nothing to submit (5 elements in the queue)" in bench.launch(root, profile=profile)
+    assert bench.slurm("squeue", "-h", "-r", "-o", "%i %j") == in_queue
+    assert {entries[-1].job for entries in ledger(Run(root)).values()} == {
+        line.split()[0] for line in in_queue.splitlines()
+    }
+    # What was adopted works.
+    jobs = sorted({line.split()[0].partition("_")[0] for line in in_queue.splitlines()})
+    bench.slurm("scontrol", "release", ",".join(jobs))
+    bench.drain()
+    bench.assert_done(root)
+
+
+def test_cancel_and_launch_again(finished: Path, taught: Path, bench: Workbench) -> None:
+    bench.launch(taught, *LONG)
+    bench.until(taught, STUDENT, 30)
+    told = bench.launch(taught, *LONG, "--cancel")
+    assert f"cancelled {STUDENT}" in told
+    # Launching waits until the cancelled job has saved and ended; it must not come back by itself.
+    told = bench.launch(taught, *LONG)
+    assert "3 jobs, 3 of 5 elements (2 finished, 0 in the queue)" in told
+    bench.drain()
+    assert len(ledger(Run(taught))[STUDENT]) == 2
+    assert bench.rows(taught)[STUDENT]["attempts"] == 2
+    assert stages(taught) == stages(finished)
+
+
+def test_a_wrong_mpi_type_is_told_and_trains_nothing(taught: Path, bench: Workbench, tmp_path: Path) -> None:
+    bench.launch(taught, *LONG, profile=variation(tmp_path, srun_mpi='srun_mpi = "none"'))
+    bench.drain()
+    row = bench.rows(taught)[STUDENT]
+    assert row["state"] == "failed"
+    assert "this job was given 2 ranks, but MPI" in row["message"]
+    assert "srun_mpi" in row["message"]
+    assert stages(taught) == {}
+    told = bench.python("jobs.status", str(taught))
+    assert f"FAILED {STUDENT}: CommSizeError" in told
+
+
+def test_plain_scripts_do_the_same(finished: Path, bench: Workbench, tmp_path: Path) -> None:
+    root = tmp_path / "run"
+    bench.launch(root, *LONG, "--prepare")
+    assert not (root / "jobs.jsonl").exists()
+    small = ("--parsable", "--mem=500M", "--cpus-per-task=1", "--output=/dev/null", "--time=30")
+    spread = ("--nodes=2", "--ntasks-per-node=1")
+    scripts, python = ROOT / "slurm", f"--export=ALL,PYTHON={sys.executable},MPIR_CVAR_CH4_NETMOD=ofi"
+
+    def sbatch(script: str, *options: str, after: str = "") -> str:
+        wait_for = [f"--dependency=afterany:{after}"] if after else []
+        return bench.slurm(
+            "sbatch", python, *small, *options, *wait_for, str(scripts / f"{script}.sbatch"), str(root)
+        )
+
+    teachers = sbatch("teachers", "--array=0-1")
+    student = sbatch("distill", *spread, after=teachers)
+    rows = sbatch("evaluate", *spread, after=student)
+    sbatch("report", after=rows)
+    bench.until(root, STUDENT, 60)
+    # It goes back into the queue through the same code.
+    bench.slurm("scancel", "--signal=USR2", student)
+    bench.drain()
+    assert bench.rows(root)[STUDENT]["attempts"] == 2
+    bench.assert_done(root)
+    assert stages(root) == stages(finished)

@@ -1,0 +1,156 @@
+"""What goes wrong on a cluster is told by name, with its cause and what to do, and leaves nothing waiting."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from workbench import DRAWER, EVALUATION, LASTING, LONG, STUDENT, WINDOW, Workbench, variation
+
+from cpd.cluster.ledger import ledger
+from cpd.run.directory import Run
+
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
+
+MURDEROUS_SBATCH = """#!/bin/bash
+# As sbatch, but its caller is killed before it reads the job's number.
+{sbatch} "$@"
+kill -9 $PPID
+"""
+
+
+def test_a_launcher_may_die_between_sbatch_and_its_ledger_line(bench: Workbench, tmp_path: Path) -> None:
+    root, folder = tmp_path / "run", tmp_path / "bin"
+    folder.mkdir()
+    (folder / "sbatch").write_text(MURDEROUS_SBATCH.format(sbatch=shutil.which("sbatch")))
+    (folder / "sbatch").chmod(0o755)
+    path = f"{folder}:{bench.environment['PATH']}"
+    # One more job every time: the teachers' array, the student, the evaluation, the report.
+    for num_jobs in (2, 3, 4, 5):
+        bench.launch(root, *LASTING, code=-9, PATH=path)
+        assert len(bench.slurm("squeue", "-h", "-r", "-t", "all", "-n", names(root)).splitlines()) == num_jobs
+    assert "nothing to submit" in bench.launch(root, *LASTING)
+    assert [len(entries) for entries in ledger(Run(root)).values()] == [1] * 5
+    # What was adopted is known by its number.
+    bench.launch(root, *LASTING, "--cancel")
+    bench.drain()
+
+
+def names(root: Path) -> str:
+    """The names of a run's jobs, as squeue takes them."""
+    return ",".join({entry.name for entries in ledger(Run(root)).values() for entry in entries})
+
+
+def test_a_rejected_teacher_costs_its_stage(bench: Workbench, taught: Path) -> None:
+    (taught / WINDOW / "COMPLETE").rename(taught / WINDOW / "REJECTED")
+    bench.launch(taught, *LONG)
+    bench.drain()
+    rows = bench.rows(taught)
+    assert rows.pop(WINDOW)["state"] == "rejected"
+    assert {row["state"] for row in rows.values()} == {"done"}
+    assert "skipped: window-close-v3" in rows[STUDENT]["message"]
+
+
+def test_rejected_teachers_stop_the_chain_if_the_recipe_says_so(bench: Workbench, tmp_path: Path) -> None:
+    root = tmp_path / "run"
+    bench.launch(root, "--teacher.gate", "0.9", "--teacher.on_rejected", "stop")
+    bench.drain()
+    rows = bench.rows(root)
+    assert {rows[name]["state"] for name in (DRAWER, WINDOW)} == {"rejected"}
+    # For Slurm, too, they ended well.
+    array = ledger(Run(root))[DRAWER][-1].job.partition("_")[0]
+    assert set(bench.slurm("squeue", "-h", "-t", "all", "-j", array, "-o", "%T").split()) == {"COMPLETED"}
+    assert rows[STUDENT]["state"] == "failed"
+    assert f"{DRAWER}, {WINDOW} are rejected" in rows[STUDENT]["message"]
+    assert {rows[name]["state"] for name in (EVALUATION, "results")} == {"waiting"}
+
+
+@pytest.mark.slow
+def test_jobs_that_started_too_early_are_submitted_anew(bench: Workbench, tmp_path: Path) -> None:
+    root = tmp_path / "run"
+    bench.launch(root, *LASTING)
+    student = bench.job(root, STUDENT)
+    for teacher in (DRAWER, WINDOW):
+        bench.until(root, teacher, 0)
+        bench.kill(root, teacher)
+    bench.wait(lambda: bench.slurm("squeue", "-h", "-j", student, "-o", "%T") == "RUNNING", "the student started")
+    # It is about to find that its teachers are not finished, and so are those that follow it.
+    told = bench.launch(root, *LASTING)
+    assert f"submitted anew: {STUDENT}, {EVALUATION}, results" in told
+    bench.drain()
+    bench.assert_done(root)
+
+
+def test_an_element_that_raises_is_shown_with_its_error(bench: Workbench, taught: Path) -> None:
+    shard = next((taught / WINDOW / "shards").glob("*.h5"))
+    shard.write_bytes(shard.read_bytes()[:-100])
+    bench.launch(taught, *LONG)
+    bench.drain()
+    row = bench.rows(taught)[STUDENT]
+    assert (row["state"], row["queue"].split()[0]) == ("failed", "FAILED")
+    assert shard.name in row["message"]
+    told = bench.python("jobs.status", str(taught))
+    assert f"FAILED {STUDENT}: " in told
+    assert "its whole log: " in told
+    assert "launch again" in told
+
+
+def test_too_much_memory_is_told(strict: Workbench, tmp_path: Path) -> None:
+    root, profile = tmp_path / "run", tmp_path / "small.toml"
+    profile.write_text('cluster = "slurm"\nsingle_machine = true\n[teacher]\nmemory_gb = 0.1\n')
+    strict.launch(root, "--only", DRAWER, profile=str(profile))
+    strict.drain()
+    row = strict.rows(root)[DRAWER]
+    assert row["state"] == "killed"
+    assert row["message"].startswith("out of memory: raise memory_gb in the profile, then launch again")
+    told = strict.python("jobs.status", str(root))
+    assert f"KILLED {DRAWER}: out of memory" in told
+    assert "exceeded memory limit" in told
+    strict.launch(root, "--only", DRAWER)
+    strict.drain()
+    assert strict.rows(root)[DRAWER]["state"] == "done"
+
+
+def test_gpus_are_asked_for(strict: Workbench, taught: Path, tmp_path: Path) -> None:
+    """The GPUs of the test cluster can be counted, and nothing else."""
+    profile = tmp_path / "gpus.toml"
+    text = Path(variation(tmp_path)).read_text()
+    profile.write_text(text.replace("[student]", "[student]\ngpus = 3"))
+    told = strict.launch(taught, *LONG, profile=str(profile), code=2)
+    assert "sbatch refused" in told
+    assert "Requested node configuration is not available" in told
+    profile.write_text(text.replace("[student]", "[student]\ngpus = 2\nsbatch = { hold = true }"))
+    strict.launch(taught, *LONG, profile=str(profile))
+    job = strict.job(taught, STUDENT)
+    assert "TresPerNode=gres:gpu:2" in strict.slurm("scontrol", "show", "job", job)
+    strict.launch(taught, *LONG, "--cancel")
+    strict.drain()
+
+
+def test_a_dependency_that_can_never_be_met_ends_its_dependent(bench: Workbench, tmp_path: Path) -> None:
+    root = tmp_path / "run"
+    bench.launch(root, *LASTING)
+    bench.until(root, DRAWER, 0)
+    student, teacher = bench.job(root, STUDENT), bench.job(root, DRAWER)
+    # Our own chain has `afterany`; a user's hand may make another of it.
+    bench.slurm("scontrol", "update", f"JobId={student}", f"Dependency=afterok:{teacher}")
+    bench.kill(root, DRAWER)
+    bench.drain()
+    rows = bench.rows(root)
+    assert rows[STUDENT]["queue"].startswith("CANCELLED")
+    assert (rows[STUDENT]["state"], rows[STUDENT]["message"]) == ("killed", "cancelled: launch again to go on")
+    assert {rows[name]["state"] for name in (EVALUATION, "results")} == {"waiting"}
+
+
+@pytest.mark.slow
+def test_running_out_of_time_without_saving_is_told(bench: Workbench, tmp_path: Path) -> None:
+    root = tmp_path / "run"
+    # A student that never looks at the flag.
+    bench.launch(root, "--distill.steps_per_stage", "1000000", "--logging.agree_every", "1000000")
+    bench.until(root, STUDENT, 0)
+    bench.slurm("scontrol", "update", f"JobId={bench.job(root, STUDENT)}", "TimeLimit=1")
+    bench.drain()
+    row = bench.rows(root)[STUDENT]
+    assert (row["state"], row["queue"].split()[0]) == ("killed", "TIMEOUT")
+    assert row["message"].startswith("ran out of time without saving: raise minutes or signal_seconds")
