@@ -39,7 +39,7 @@ from analysis.style import paper_style, stamp
 from analysis.terminal import print_summary
 from cpd.envs.tasks import ALL_TASKS, STREAMS
 from cpd.evaluation.gather import gather
-from cpd.evaluation.publish import RESULTS, publish
+from cpd.evaluation.publish import RESULTS, publish_results
 from cpd.run.directory import Run
 from tests.synthetic_run import LABELS, write_run
 
@@ -266,7 +266,7 @@ def test_results_on_validation_goals_say_so_and_are_kept_apart(tmp_path: Path, r
     caption = (tried.root / "figures" / "success_matrix.txt").read_text()
     assert "on validation goals" in caption and "held-out" not in caption
     with pytest.raises(ValueError, match="tuning/"):
-        publish(tried.root, RESULTS / "tried")
+        publish_results(tried.root, RESULTS / "tried")
 
 
 def test_partial_runs_get_the_figures_that_their_data_allow(tmp_path: Path, run: Run) -> None:
@@ -309,7 +309,7 @@ def test_a_folder_of_results_is_told_from_results(
     tmp_path: Path, run: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for folder in (tmp_path / "teachers" / "inner", tmp_path / "outer"):
-        publish(run.root, folder)
+        publish_results(run.root, folder)
     assert main([str(tmp_path)]) == 2
     told = f"{tmp_path} holds no results itself, but its folders do: demo, outer, teachers/inner; give one"
     assert told in capsys.readouterr().err
