@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from analysis.dataset import TeacherCurve, load
+from cpd.config.retired import upgrade
 from cpd.evaluation.publish import read_description
 from cpd.evaluation.results_folder import HELD_OUT
 from cpd.evaluation.student_measures import Rate
@@ -95,7 +96,7 @@ def load_published(folder: Path) -> PublishedTeachers:
     Raises:
         ValueError: if a file is missing or damaged, naming it.
     """
-    config = read_json(folder / "config.json")
+    config = upgrade(read_json(folder / "config.json"))
     data = load([folder])
     curves = {(curve.task, curve.seed): curve for curve in data.teacher_curves}
     rows = read_rows(folder / "evaluations.csv", EvaluationRow)

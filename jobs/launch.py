@@ -19,6 +19,7 @@ from cpd.cluster.queue import NoSchedulerError, QueueView, SchedulerError, Submi
 from cpd.config import Config, changes, continued
 from cpd.config.load import ConfigError, setting_lines, to_dict
 from cpd.config.profile import Profile
+from cpd.config.retired import upgrade
 from cpd.run.directory import Element, Run, RunError, StudentElement
 from cpd.run.files import DamagedFileError, read_json, write_json
 from cpd.run.interrupt import EXIT_INTERRUPTED, Interrupt
@@ -59,7 +60,8 @@ def prepare(root: Path, config: Config, profile: Profile) -> Run:
         started_with = read_json(root / "provenance.json")["code"]
         if started_with != code_version():
             tell(f"note: {root} was begun with code {started_with}, this is {code_version()}")
-        unsaid = [line for line in changes(read_json(config_path), to_dict(old.config)) if ": None -> " in line]
+        stored = upgrade(read_json(config_path))
+        unsaid = [line for line in changes(stored, to_dict(old.config)) if ": None -> " in line]
         if unsaid:
             lines = "\n".join(f"  {line.replace('None -> ', '')}" for line in unsaid)
             tell(f"note: {root} is older than these settings; what is finished may not agree with them:\n{lines}")

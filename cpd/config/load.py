@@ -17,6 +17,8 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from typing_extensions import TypedDict, is_typeddict
 
+from cpd.config.retired import explain, upgrade
+
 STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 #: Stands in `problems` for the path of a mistake of several settings together, and is not shown.
 WHOLE = "(whole)"
@@ -49,14 +51,14 @@ T = TypeVar("T")
 
 
 def load(kind: type[T], data: Mapping[str, Any], source: str) -> T:
-    """Check `data` against the dataclass `kind`.
+    """Check `data`, which an earlier version may have written, against the dataclass `kind`.
 
     Raises:
         ConfigError: with every mistake, each as dotted path, what is wrong, and a suggestion.
     """
     try:
         # By way of JSON, since its strict mode still takes a list for a tuple; dates, which JSON has not, as text.
-        return TypeAdapter(kind).validate_json(json.dumps(data, default=str), strict=True)
+        return TypeAdapter(kind).validate_json(json.dumps(upgrade(data), default=str), strict=True)
     except ValidationError as error:
         items = error.errors(include_url=False)
         problems = [line for item in items if not _follows(item, items) for line in _problems(kind, item)]
@@ -95,6 +97,8 @@ def _problem(kind: Any, item: Any) -> str:
     location = [part for part in item["loc"] if part != "__root__"]
     path = ".".join(str(part) for part in location) or WHOLE
     if item["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        if explanation := explain(path):
+            return f"{path}: {explanation} (given: {item['input']!r})"
         owner = kind
         for part in location[:-1]:
             values = get_args(owner)[1:] if get_origin(owner) in (dict, Mapping) else ()
@@ -147,13 +151,14 @@ def read_toml(path: Path, above: tuple[Path, ...] = (), *, shipped: Path | None 
         raise ConfigError([f"not valid TOML: {error}"], str(path)) from None
     base = tables.pop("extends", None)
     if base is None:
-        return tables
+        return upgrade(tables)
     if not isinstance(base, str):
         raise ConfigError([f"extends: the name of one file is expected (given: {base!r})"], str(path))
     base_path = _base_path(path, base, shipped)
     if base_path in (chain := (*above, path.resolve())):
         raise ConfigError([f"extends: {base!r} extends this file in turn"], str(path))
-    return merge(read_toml(base_path, chain, shipped=shipped), tables)
+    # Each file on its own: of two names of one setting, the one in the upper file counts.
+    return merge(read_toml(base_path, chain, shipped=shipped), upgrade(tables))
 
 
 def _base_path(path: Path, base: str, shipped: Path | None) -> Path:
@@ -219,7 +224,7 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
         table[last] = _toml_value(text)
     if problems:
         raise ConfigError(problems, "the command line")
-    return tables
+    return upgrade(tables)
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from typing import Any
 
 from cpd.config import changes
 from cpd.config.load import first_few, to_dict
+from cpd.config.retired import upgrade
 from cpd.evaluation.gather import GATHERED, find_results, gather
 from cpd.evaluation.results_folder import HELD_OUT, TEACHER, Tables, labels_of, read_tables
 from cpd.evaluation.summary import summarize
@@ -186,6 +187,7 @@ def _check_same_experiment(path: Path, ours: Mapping[str, Any]) -> None:
         raise ValueError(
             f"{path} is not a configuration: choose another folder for what is published of {ours['name']!r}"
         )
+    theirs = upgrade(theirs)
     parts = ("name", "stream", "teacher")
     differing = [
         line

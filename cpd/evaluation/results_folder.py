@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cpd.config.load import merge
+from cpd.config.retired import upgrade
 from cpd.run.files import read_json
 from cpd.run.provenance import Labels
 from cpd.run.tables import (
@@ -35,7 +36,7 @@ class Tables:
 
     folder: Path
     config: dict[str, Any]
-    """config.json as it stands; not checked, since older results must stay readable."""
+    """config.json, upgraded but not checked, since older results must stay readable."""
     evaluations: list[EvaluationRow]
     curves: list[CurveRow]
     teachers: list[TeacherRow]
@@ -87,7 +88,7 @@ def read_tables(folder: Path) -> Tables:
 
     return Tables(
         folder,
-        read_json(path),
+        upgrade(read_json(path)),
         rows("evaluations.csv", EvaluationRow),
         rows("curves.csv", CurveRow),
         rows("teachers.csv", TeacherRow),

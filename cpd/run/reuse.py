@@ -23,6 +23,7 @@ from typing import Any
 
 from cpd.config import Config, changes
 from cpd.config.load import load, to_dict
+from cpd.config.retired import upgrade
 from cpd.run.directory import Element, Run, TeacherElement, published_policy, teacher_element
 from cpd.run.files import atomic_write, copy, read_json, sha256, write_json
 from cpd.run.progress import State, StatusRecord
@@ -133,7 +134,7 @@ def _changed_settings(folder: Path, ours: Config) -> list[str]:
             f"teachers_from = {str(folder)!r}: no such run or folder of published teachers (it has no config.json)"
         )
     # Only what concerns teachers: what older code said of students may not load any more.
-    tables = read_json(path)
+    tables = upgrade(read_json(path))
     found = []
     for name in ("stream", "teacher", "rollouts", "evaluation"):
         own = getattr(ours, name)

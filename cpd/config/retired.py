@@ -1,0 +1,95 @@
+"""Settings of earlier versions that are now built in, or have another name.
+
+Run directories, published folders and recipes that hold them still load: `upgrade` drops a retired setting that
+holds the value which is now built in, and moves a renamed one. A retired setting with another value stays, and
+`load` refuses it with the words of `explain`.
+"""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from typing import Any, Final
+
+#: Retired settings by dotted path, with the value that is now built in.
+RETIRED: Final[dict[str, Any]] = {}
+#: Whole tables without effect under the values of `RETIRED`: dropped whatever they hold.
+RETIRED_TABLES: Final[tuple[str, ...]] = ()
+#: Renamed settings: old path -> new path.
+RENAMED: Final[dict[str, str]] = {}
+#: Like `RENAMED`, for settings that had an effect with `teacher.recipe = "demo_rl"` only. There they overrule the new
+#: path, which had none; with other recipes they are dropped.
+RENAMED_FOR_DEMO_RL: Final[dict[str, str]] = {}
+
+_MISSING: Final = object()
+
+
+def upgrade(tables: Any) -> Any:
+    """Return the tables of a configuration of any version, whole or in part, in the terms of this version.
+
+    What is no table is returned as it is, for `load` to refuse.
+    """
+    upgraded = _upgrade_settings(tables)
+    if isinstance(variants := _get(upgraded, "variants"), dict):
+        upgraded["variants"] = {label: _upgrade_settings(changed) for label, changed in variants.items()}
+    return upgraded
+
+
+def explain(path: str) -> str:
+    """Say what became of the setting at `path`, which may be a variant's; empty if it never was one."""
+    parts = path.split(".")
+    name = ".".join(parts[2:] if parts[0] == "variants" else parts)
+    if name in RETIRED:
+        return f"retired: its value is now always {RETIRED[name]!r}; remove it"
+    new = RENAMED.get(name) or RENAMED_FOR_DEMO_RL.get(name)
+    return f"renamed to {new}; set that one only" if new else ""
+
+
+def _upgrade_settings(tables: Any) -> Any:
+    upgraded = deepcopy(tables)
+    for path, value in RETIRED.items():
+        if _get(upgraded, path) == value:
+            _remove(upgraded, path)
+    for path in RETIRED_TABLES:
+        _remove(upgraded, path)
+    for old, new in RENAMED.items():
+        # Given under both names, neither is sure to be meant: `load` refuses the old one.
+        if (value := _get(upgraded, old)) is not _MISSING and _get(upgraded, new) in (_MISSING, value):
+            _remove(upgraded, old)
+            _set(upgraded, new, value)
+    recipe = _get(upgraded, "teacher.recipe")
+    for old, new in RENAMED_FOR_DEMO_RL.items():
+        # A part of a configuration that names no recipe is upgraded again once it is merged into the whole.
+        if recipe is not _MISSING and (value := _get(upgraded, old)) is not _MISSING:
+            _remove(upgraded, old)
+            if recipe == "demo_rl":
+                _set(upgraded, new, value)
+    return upgraded
+
+
+def _get(tables: Any, path: str) -> Any:
+    for key in path.split("."):
+        if not isinstance(tables, dict) or key not in tables:
+            return _MISSING
+        tables = tables[key]
+    return tables
+
+
+def _remove(tables: dict[str, Any], path: str) -> None:
+    """Remove the entry at `path`, if there is one, and the tables that this leaves empty."""
+    if _get(tables, path) is _MISSING:
+        return
+    key, _, rest = path.partition(".")
+    if rest:
+        _remove(tables[key], rest)
+    if not rest or not tables[key]:
+        del tables[key]
+
+
+def _set(tables: dict[str, Any], path: str, value: Any) -> None:
+    """Set the entry at `path`; a table on the way that is none stays, to be refused by `load`."""
+    *sections, key = path.split(".")
+    for section in sections:
+        tables = tables.setdefault(section, {})
+        if not isinstance(tables, dict):
+            return
+    tables[key] = value
