@@ -16,8 +16,8 @@ RETIRED: Final[dict[str, Any]] = {}
 RETIRED_TABLES: Final[tuple[str, ...]] = ()
 #: Renamed settings: old path -> new path.
 RENAMED: Final[dict[str, str]] = {}
-#: Like `RENAMED`, for settings that had an effect with `teacher.recipe = "demo_rl"` only. There they overrule the new
-#: path, which had none; with other recipes they are dropped.
+#: Like `RENAMED`, for settings that had an effect with `teacher.recipe = "demo_rl"` only. There they overrule the
+#: new path, which had none; with other recipes they are dropped.
 RENAMED_FOR_DEMO_RL: Final[dict[str, str]] = {}
 
 _MISSING: Final = object()
