@@ -7,6 +7,7 @@ holds the value which is now built in, and moves a renamed one. A retired settin
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from copy import deepcopy
 from typing import Any, Final
 
@@ -23,7 +24,7 @@ RENAMED_FOR_DEMO_RL: Final[dict[str, str]] = {}
 _MISSING: Final = object()
 
 
-def upgrade(tables: Any) -> Any:
+def upgrade(tables: Mapping[str, Any]) -> dict[str, Any]:
     """Return the tables of a configuration of any version, whole or in part, in the terms of this version.
 
     What is no table is returned as it is, for `load` to refuse.
@@ -44,8 +45,8 @@ def explain(path: str) -> str:
     return f"renamed to {new}; set that one only" if new else ""
 
 
-def _upgrade_settings(tables: Any) -> Any:
-    upgraded = deepcopy(tables)
+def _upgrade_settings(tables: Any) -> dict[str, Any]:
+    upgraded: dict[str, Any] = deepcopy(tables)
     for path, value in RETIRED.items():
         if _get(upgraded, path) == value:
             _remove(upgraded, path)
@@ -88,8 +89,8 @@ def _remove(tables: dict[str, Any], path: str) -> None:
 def _set(tables: dict[str, Any], path: str, value: Any) -> None:
     """Set the entry at `path`; a table on the way that is none stays, to be refused by `load`."""
     *sections, key = path.split(".")
+    table: Any = tables
     for section in sections:
-        tables = tables.setdefault(section, {})
-        if not isinstance(tables, dict):
-            return
-    tables[key] = value
+        table = table.setdefault(section, {}) if isinstance(table, dict) else None
+    if isinstance(table, dict):
+        table[key] = value
