@@ -15,7 +15,7 @@ import mujoco
 import numpy as np
 import numpy.typing as npt
 
-from cpd.envs.registry import build_stock, task_class
+from cpd.envs.registry import build_stock, metaworld_class
 from cpd.envs.tasks import MAX_GOALS
 
 Split = Literal["training", "validation", "held_out"]
@@ -114,7 +114,7 @@ def _mt1_rand_vecs(task: str, seed: int) -> tuple[npt.NDArray[np.float64], ...]:
 @cache
 def _goal_drawing_class(task: str) -> type[Any]:
     """Subclass of the task's class whose resets draw goals from a given generator and skip the physics."""
-    base: Any = task_class(task)
+    base: Any = metaworld_class(task)
 
     class GoalDrawing(base):  # type: ignore[misc]
         _generator: np.random.RandomState

@@ -23,7 +23,7 @@ from cpd.envs.fast.model import light_model
 GOAL_FIELDS: Final = ("body_pos", "site_pos")
 
 
-def task_class(task: str) -> type[Any]:
+def metaworld_class(task: str) -> type[Any]:
     """Meta-World's own class of a v3 task.
 
     Raises:

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from cpd.envs.fast.sawyer import FastSawyer
 from cpd.envs.fast.task_class import UnverifiedError, accelerated_class
 from cpd.envs.goals import Goal
-from cpd.envs.registry import build_stock, task_class
+from cpd.envs.registry import build_stock, metaworld_class
 from cpd.envs.tasks import MAX_EPISODE_STEPS
 
 #: Where observations tell of the object's position, in metres.
@@ -124,4 +124,4 @@ def _build(task: str, reward_version: str, accelerated: bool) -> Any:
             return accelerated_class(task)(reward_function_version=reward_version)
         except UnverifiedError as error:
             warnings.warn(f"{error}; using Meta-World's own, slower classes", stacklevel=3)
-    return build_stock(task_class(task), reward_function_version=reward_version)
+    return build_stock(metaworld_class(task), reward_function_version=reward_version)

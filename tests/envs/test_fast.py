@@ -17,7 +17,7 @@ from cpd.envs.fast.resets import RESET_CACHE
 from cpd.envs.fast.sawyer import FastData
 from cpd.envs.fast.task_class import UnverifiedError, accelerated_class, check_installation
 from cpd.envs.goals import goal_set
-from cpd.envs.registry import GOAL_FIELDS, build_stock, task_class
+from cpd.envs.registry import GOAL_FIELDS, build_stock, metaworld_class
 from cpd.envs.task_env import TaskEnv
 from cpd.envs.tasks import ALL_TASKS
 
@@ -100,7 +100,7 @@ def state_of(env, geoms=slice(None)):
 
 @pytest.mark.parametrize("task", ALL_TASKS)
 def test_episodes_equal_metaworld(task):
-    stock = build_stock(task_class(task))
+    stock = build_stock(metaworld_class(task))
     fast = accelerated_class(task)()
     rng = np.random.default_rng(11)
     goals, policy = goal_set(task, "training"), ENV_POLICY_MAP[task]()
@@ -114,7 +114,7 @@ def test_episodes_equal_metaworld(task):
 @pytest.mark.parametrize("reward_version", ["v1", "v2"])
 @pytest.mark.parametrize("task", ALL_TASKS)
 def test_long_episodes_equal_metaworld(task, reward_version):
-    stock = build_stock(task_class(task), reward_function_version=reward_version)
+    stock = build_stock(metaworld_class(task), reward_function_version=reward_version)
     fast = accelerated_class(task)(reward_function_version=reward_version)
     rng = np.random.default_rng(12)
     goals, policy = goal_set(task, "validation"), ENV_POLICY_MAP[task]()
@@ -126,7 +126,7 @@ def test_long_episodes_equal_metaworld(task, reward_version):
 def test_a_restored_reset_is_a_real_one(task):
     """Also that resets write no model fields but GOAL_FIELDS, on which sharing the model rests."""
     goals = goal_set(task, "training")
-    stock = build_stock(task_class(task))
+    stock = build_stock(metaworld_class(task))
     before = {name: array.copy() for name, array in numeric_arrays(stock.model).items()}
     set_goal(stock, goals[0])
     stock.reset()
@@ -149,7 +149,7 @@ def test_a_restored_reset_is_a_real_one(task):
 
 @pytest.mark.parametrize("task", ALL_TASKS)
 def test_a_light_model_simulates_what_the_complete_one_does(task):
-    complete, light = build_stock(task_class(task)).model, accelerated_class(task)().model
+    complete, light = build_stock(metaworld_class(task)).model, accelerated_class(task)().model
     geoms = kept_geoms(complete)
     assert len(geoms) == light.ngeom < 0.6 * complete.ngeom
     assert [complete.geom(g).name for g in geoms] == [light.geom(g).name for g in range(light.ngeom)]
@@ -216,7 +216,7 @@ def test_environments_of_a_task_do_not_see_each_other():
 @pytest.mark.parametrize("changed", ["qpos", "qvel"])
 def test_a_changed_state_is_simulated_from_the_start(changed):
     """A step builds on the last one's mj_forward only if nobody moved the simulation in between."""
-    stock, fast = build_stock(task_class("push-v3")), accelerated_class("push-v3")()
+    stock, fast = build_stock(metaworld_class("push-v3")), accelerated_class("push-v3")()
     goal = goal_set("push-v3", "training")[2]
     for env in (stock, fast):
         set_goal(env, goal)
@@ -231,7 +231,7 @@ def test_a_changed_state_is_simulated_from_the_start(changed):
 
 def test_metaworld_itself_is_left_alone():
     task = "door-open-v3"
-    stock = task_class(task)
+    stock = metaworld_class(task)
     made = accelerated_class(task)
     assert issubclass(made, stock) and made is not stock and accelerated_class(task) is made
     module = sys.modules[stock.__module__]
@@ -252,7 +252,7 @@ def test_unverified_versions_are_refused_by_name(package, found, monkeypatch):
     goal = goal_set("push-v3", "training")[0]
     with pytest.warns(UserWarning, match=f"{package} 0.0.1.*slower"):
         fallback = TaskEnv("push-v3")
-    assert type(fallback.sawyer).__mro__[1] is task_class("push-v3")
+    assert type(fallback.sawyer).__mro__[1] is metaworld_class("push-v3")
     monkeypatch.undo()
     np.testing.assert_array_equal(fallback.reset(goal), TaskEnv("push-v3").reset(goal))
 

@@ -9,7 +9,7 @@ import pytest
 
 from cpd.envs.fast.task_class import accelerated_class
 from cpd.envs.goals import goal_set
-from cpd.envs.registry import build_stock, task_class
+from cpd.envs.registry import build_stock, metaworld_class
 
 NO_GRAPHICS = 77
 
@@ -37,7 +37,7 @@ def compare(task):
         print(error)
         sys.exit(NO_GRAPHICS)
     settings = {"render_mode": "rgb_array", "width": 160, "height": 160, "camera_name": "corner2"}
-    stock, fast = build_stock(task_class(task), **settings), accelerated_class(task)(**settings)
+    stock, fast = build_stock(metaworld_class(task), **settings), accelerated_class(task)(**settings)
     pairs = list(zip(frames(stock, task), frames(fast, task), strict=True))
     for expected, shown in pairs:
         # A rasteriser may round the odd pixel the other way; a missing geom changes hundreds, by much.

@@ -18,7 +18,7 @@ from metaworld.sawyer_xyz_env import SawyerXYZEnv
 
 from cpd.envs.fast.helpers import fast_globals, first_inexact_helper, rebind
 from cpd.envs.fast.sawyer import FastSawyer
-from cpd.envs.registry import task_class
+from cpd.envs.registry import metaworld_class
 
 #: What the test suite compared step by step.
 VERIFIED_VERSIONS: Final = {"metaworld": ("3.1.1",), "mujoco": ("3.3.0",)}
@@ -59,7 +59,7 @@ def accelerated_class(task: str) -> type[Any]:
         ValueError: no such task.
         UnverifiedError: a metaworld or mujoco that it was not verified against, or inexact arithmetic here.
     """
-    stock: Any = task_class(task)
+    stock: Any = metaworld_class(task)
     check_installation()
     made: type[Any] = _accelerated(stock)
     return made
