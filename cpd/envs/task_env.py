@@ -107,7 +107,7 @@ class TaskEnv:
         return 0.5 * (self._grasp_reward + nearness)
 
     @property
-    def sawyer(self) -> Any:
+    def unwrapped(self) -> Any:
         """Meta-World's environment underneath, for rendering and scripted experts, with its goal in its model."""
         if isinstance(self._env, FastSawyer):
             self._env.take_model()

@@ -74,7 +74,7 @@ class PhysicsOnly:
         self.task_env = TaskEnv(task, accelerated=False)
         self.goal = goal_set(task, "training")[0]
         self.task_env.reset(self.goal)
-        env = self.task_env.sawyer
+        env = self.task_env.unwrapped
         self.model, self.data, self.low, self.high = env.model, env.data, env.mocap_low, env.mocap_high
         self.mocap, self.ctrl = self.data.mocap_pos[0], self.data.ctrl
 

@@ -252,7 +252,7 @@ def test_unverified_versions_are_refused_by_name(package, found, monkeypatch):
     goal = goal_set("push-v3", "training")[0]
     with pytest.warns(UserWarning, match=f"{package} 0.0.1.*slower"):
         fallback = TaskEnv("push-v3")
-    assert type(fallback.sawyer).__mro__[1] is metaworld_class("push-v3")
+    assert type(fallback.unwrapped).__mro__[1] is metaworld_class("push-v3")
     monkeypatch.undo()
     np.testing.assert_array_equal(fallback.reset(goal), TaskEnv("push-v3").reset(goal))
 
