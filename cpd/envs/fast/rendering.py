@@ -28,7 +28,7 @@ _POSES: Final = (
 )
 
 
-class Picture:
+class RenderModel:
     """A complete model and data that follow an environment's light ones.
 
     Args:
@@ -40,7 +40,7 @@ class Picture:
         grow_framebuffer(self.model, width, height)
         self.data = mujoco.MjData(self.model)
 
-    def follow(self, model: mujoco.MjModel, data: mujoco.MjData) -> None:
+    def copy_state(self, model: mujoco.MjModel, data: mujoco.MjData) -> None:
         """Take over goal and state of a simulation of the same task's light model."""
         for name in GOAL_FIELDS:
             getattr(self.model, name)[:] = getattr(model, name)

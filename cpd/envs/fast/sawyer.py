@@ -17,7 +17,7 @@ from metaworld.sawyer_xyz_env import SawyerXYZEnv
 from metaworld.utils.reward_utils import hamacher_product
 
 from cpd.envs.fast.helpers import clip_ufunc, length, long_tail
-from cpd.envs.fast.rendering import Picture
+from cpd.envs.fast.rendering import RenderModel
 from cpd.envs.fast.resets import RESET_CACHE, Attributes, ResetState
 from cpd.envs.registry import SharedModel, shared_model
 from cpd.envs.tasks import OBSERVATION_SIZE
@@ -111,7 +111,7 @@ class FastSawyer(SawyerXYZEnv):
     _pristine_attributes: Attributes | None = None
     #: `qpos` and `qvel`, as bytes, for which the derived data is complete and current; None if unknown.
     _forwarded: tuple[bytes, bytes] | None = None
-    _picture: Picture | None = None
+    _render_model: RenderModel | None = None
 
     def _initialize_simulation(self) -> tuple[mujoco.MjModel, FastData]:
         shared = self._shared = shared_model(self.fullpath)
@@ -337,9 +337,9 @@ class FastSawyer(SawyerXYZEnv):
     def render(self) -> Any:
         """As Gymnasium's, of a complete model that is put into this environment's state."""
         self.take_model()
-        if self._picture is None:
-            self._picture = Picture(self.fullpath, self.width, self.height)
-            self.mujoco_renderer.model = self._picture.model
-            self.mujoco_renderer.data = self._picture.data
-        self._picture.follow(self.model, self.data)
+        if self._render_model is None:
+            self._render_model = RenderModel(self.fullpath, self.width, self.height)
+            self.mujoco_renderer.model = self._render_model.model
+            self.mujoco_renderer.data = self._render_model.data
+        self._render_model.copy_state(self.model, self.data)
         return super().render()  # type: ignore[no-untyped-call]
