@@ -34,7 +34,7 @@ class Outcome(NamedTuple):
     episode_return: float
 
 
-class Lane:
+class RunningEpisodes:
     """Episodes of one task under way, one per goal, in the first slots of an environment."""
 
     def __init__(self, envs: VectorEnv, goals: Sequence[Goal]) -> None:
@@ -90,7 +90,7 @@ class Lane:
 
 def run_episodes(
     actor: Actor,
-    parts: Sequence[tuple[VectorEnv, Sequence[Goal]]],
+    groups: Sequence[tuple[VectorEnv, Sequence[Goal]]],
     horizon: int,
     *,
     stop_at_success: bool = True,
@@ -103,7 +103,7 @@ def run_episodes(
 
     Args:
         actor: the policy.
-        parts: environments with goals for their first slots, all of one task; no environment twice.
+        groups: environments with goals for their first slots, all of one task; no environment twice.
         horizon: steps per episode.
         stop_at_success: whether an episode ends at its first success.
         should_stop: looked at before every step.
@@ -111,15 +111,15 @@ def run_episodes(
     Returns:
         For each part its outcomes in the goals' order; an empty list if `should_stop()` turned true.
     """
-    lanes = [Lane(envs, goals) for envs, goals in parts]
-    actor.reset([goal.task for lane in lanes for goal in lane.goals])
-    ends = np.cumsum([len(lane.goals) for lane in lanes])[:-1]
+    running = [RunningEpisodes(envs, goals) for envs, goals in groups]
+    actor.reset([goal.task for episodes in running for goal in episodes.goals])
+    ends = np.cumsum([len(episodes.goals) for episodes in running])[:-1]
     for _ in range(horizon):
         if should_stop():
             return []
-        actions_BA = actor.act(np.concatenate([lane.observations for lane in lanes]))
-        for lane, own_actions_BA in zip(lanes, np.split(actions_BA, ends), strict=True):
-            lane.step(own_actions_BA, stop_at_success)
-        if not any(lane.is_running for lane in lanes):
+        actions_BA = actor.act(np.concatenate([episodes.observations for episodes in running]))
+        for episodes, task_actions_BA in zip(running, np.split(actions_BA, ends), strict=True):
+            episodes.step(task_actions_BA, stop_at_success)
+        if not any(episodes.is_running for episodes in running):
             break
-    return [lane.outcomes(stop_at_success) for lane in lanes]
+    return [episodes.outcomes(stop_at_success) for episodes in running]
