@@ -32,7 +32,7 @@ def own_slots(comm: Comm, num_envs: int) -> range:
     return range(int(bounds[comm.rank]), int(bounds[comm.rank + 1]))
 
 
-class Spread(NamedTuple):
+class Moments(NamedTuple):
     """Moments of a variable over the samples of all ranks, in its own precision."""
 
     mean: Tensor
@@ -41,13 +41,13 @@ class Spread(NamedTuple):
     variance: Tensor
 
 
-def moments_over_ranks(x: Tensor, comm: Comm) -> Spread:
+def moments_over_ranks(x: Tensor, comm: Comm) -> Moments:
     """The moments of all elements of `x`, over ranks; a collective."""
     if comm.size == 1:
-        return Spread(x.mean(), x.std(), x.var())
+        return Moments(x.mean(), x.std(), x.var())
     count, mean_1, squares_1 = moments(x.double().reshape(-1, 1), comm)
     variance = squares_1[0] / (count - 1)
-    return Spread(mean_1[0].to(x.dtype), variance.sqrt().to(x.dtype), variance.to(x.dtype))
+    return Moments(mean_1[0].to(x.dtype), variance.sqrt().to(x.dtype), variance.to(x.dtype))
 
 
 def moments(x_BD: Tensor, comm: Comm) -> tuple[int, Tensor, Tensor]:
