@@ -13,7 +13,7 @@ import numpy as np
 from cpd.evaluation import intervals
 from cpd.evaluation.intervals import FEW_SEEDS, Floats
 from cpd.evaluation.results_folder import TEACHER, Tables, read_tables
-from cpd.evaluation.student_measures import Rate, Student
+from cpd.evaluation.student_measures import Rate, StudentResults
 from cpd.evaluation.summary import MethodMeasures, Summary, summarize, without_students
 from cpd.run.files import read_json
 from cpd.run.progress import read_status
@@ -52,7 +52,7 @@ class Dataset:
     stream: tuple[str, ...]
     goals: str
     """What success was measured on: `held-out` or `validation` goals."""
-    students: tuple[Student, ...]
+    students: tuple[StudentResults, ...]
     methods: tuple[MethodMeasures, ...]
     curves: tuple[CurveRow, ...]
     losses: tuple[LossRow, ...]
@@ -85,7 +85,7 @@ class Dataset:
         """The methods that have students, in the order of the recipe."""
         return tuple(dict.fromkeys(student.method for student in self.students))
 
-    def of_method(self, method: str) -> list[Student]:
+    def of_method(self, method: str) -> list[StudentResults]:
         """The students of one method, seed by seed: those evaluated to the stream's end, or all while none is.
 
         So all of a method's numbers are of the same seeds, however far the others have come.
@@ -293,7 +293,7 @@ def _timings(tables: Tables) -> list[dict[str, Any]]:
     return [*found, {"role": "report", "spans": report.spans}] if report.spans else found
 
 
-def mean_matrix(students: Sequence[Student]) -> Floats:
+def mean_matrix(students: Sequence[StudentResults]) -> Floats:
     """(K+1, J) success matrix averaged over the seeds that measured a cell, NaN where none did."""
     rates = np.stack([student.matrix.rates for student in students])
     measured = ~np.isnan(rates)

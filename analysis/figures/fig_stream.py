@@ -20,7 +20,7 @@ from analysis.style import (
     method_colour,
     method_line,
 )
-from cpd.evaluation.student_measures import Student, rate_before
+from cpd.evaluation.student_measures import StudentResults, rate_before
 
 Line = dict[float, list[float]]
 """Position in the stream, in stages, to the values of all seeds there."""
@@ -108,7 +108,7 @@ def _stage_names(data: Dataset, gap: str) -> list[str]:
     return [short(task) + f"{gap}(skipped)" * skip for task, skip in zip(data.stream, skipped, strict=True)]
 
 
-def _current_task(axes: Axes, data: Dataset, students: list[Student]) -> None:
+def _current_task(axes: Axes, data: Dataset, students: list[StudentResults]) -> None:
     """A stage's own task from before the stage to its end, the mean over the seeds that distilled it."""
     labelled = False
     for stage, task in enumerate(data.stream):
@@ -130,7 +130,13 @@ def _current_task(axes: Axes, data: Dataset, students: list[Student]) -> None:
 
 
 def _average(
-    axes: Axes, students: list[Student], measure: str, style: dict[str, Any], marker: str, size: float, label: str
+    axes: Axes,
+    students: list[StudentResults],
+    measure: str,
+    style: dict[str, Any],
+    marker: str,
+    size: float,
+    label: str,
 ) -> None:
     """One of the averages by stage: the mean over seeds, and every seed as a small dot where there are several."""
     line: Line = defaultdict(list)

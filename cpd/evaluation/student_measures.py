@@ -114,7 +114,7 @@ class StudentMeasures:
 
 
 @dataclass(frozen=True)
-class Student:
+class StudentResults:
     """One student: its success matrix, its teachers' success, and its measures."""
 
     method: str
@@ -137,7 +137,7 @@ class Student:
             return self.teacher_successes / self.teacher_episodes
 
 
-def measure_student(tables: Tables, method: str, seed: int) -> Student:
+def measure_student(tables: Tables, method: str, seed: int) -> StudentResults:
     """Assemble the success matrix of one student and derive its measures."""
     rows = [r for r in tables.evaluations if r.method == method and r.seed == seed]
     matrix = success_matrix(rows, tables.stream, tables.goal_set)
@@ -202,7 +202,7 @@ def measure_student(tables: Tables, method: str, seed: int) -> Student:
         ),
     )
     at_most = tuple(_areas(tables, matrix, method, seed, at_most=True))
-    return Student(method, seed, matrix, successes, episodes, admitted, at_most, measures)
+    return StudentResults(method, seed, matrix, successes, episodes, admitted, at_most, measures)
 
 
 def rate_before(matrix: SuccessMatrix, stage: int, *, afresh: bool = False) -> float | None:

@@ -12,7 +12,7 @@ from cpd.evaluation import intervals, measures
 from cpd.evaluation.intervals import Aggregate, Floats
 from cpd.evaluation.measures import Bools
 from cpd.evaluation.results_folder import TEACHER, Tables, labels_of
-from cpd.evaluation.student_measures import Estimate, Student, StudentMeasures, measure_student
+from cpd.evaluation.student_measures import Estimate, StudentMeasures, StudentResults, measure_student
 
 #: Settings of distillation in which a method must be like the students of single tasks that its transfer is
 #: measured from.
@@ -61,7 +61,7 @@ class Summary:
     labels: dict[str, str]
     """Conditions of the results; differing values are joined by a slash."""
     stream: tuple[str, ...]
-    students: tuple[Student, ...]
+    students: tuple[StudentResults, ...]
     methods: tuple[MethodMeasures, ...]
     missing: tuple[str, ...]
     """What has not been done or measured, one sentence each."""
@@ -97,7 +97,7 @@ def summarize(tables: Tables) -> Summary:
     )
 
 
-def _reference(method: str, students: Sequence[Student], tables: Tables) -> list[Student]:
+def _reference(method: str, students: Sequence[StudentResults], tables: Tables) -> list[StudentResults]:
     """The students of single tasks from which a method's forward transfer is measured."""
     settings = {name: tables.method_config(name)["distill"] for name in {method, *(s.method for s in students)}}
     if settings[method]["protocol"] == "single_task":
@@ -110,7 +110,7 @@ def _reference(method: str, students: Sequence[Student], tables: Tables) -> list
     ]
 
 
-def _method(method: str, every: Sequence[Student], tables: Tables) -> MethodMeasures:
+def _method(method: str, every: Sequence[StudentResults], tables: Tables) -> MethodMeasures:
     students = [student for student in every if student.method == method]
     # Not one of whose final row a cell was not measured: what depends on it would be made up.
     finished = [s for s in students if s.measures.average_performance.value is not None]
@@ -149,7 +149,9 @@ def _method(method: str, every: Sequence[Student], tables: Tables) -> MethodMeas
     )
 
 
-def _forward_transfer(students: Sequence[Student], reference: Sequence[Student]) -> ForwardTransfer | None:
+def _forward_transfer(
+    students: Sequence[StudentResults], reference: Sequence[StudentResults]
+) -> ForwardTransfer | None:
     if not reference:
         return None
     alone = [student.measures.areas for student in reference]
@@ -193,13 +195,13 @@ def interval(
     return mean.low, mean.high
 
 
-def finals(student: Student) -> Floats:
+def finals(student: StudentResults) -> Floats:
     """(J,) success at the end of the stream, 0 for tasks without an admitted teacher."""
     assert student.measures.final_stage is not None
     return np.where(student.admitted, student.matrix.rates[student.measures.final_stage + 1], 0.0)
 
 
-def _drops(student: Student) -> Floats:
+def _drops(student: StudentResults) -> Floats:
     """(J,) forgetting, NaN for the last task and for tasks without a teacher."""
     own = measures.own_stages(student.matrix.stream)
     last = max(own[student.admitted], default=-1)
@@ -207,7 +209,7 @@ def _drops(student: Student) -> Floats:
     return np.where(own < last, drops, np.nan)
 
 
-def shares(student: Student) -> Floats:
+def shares(student: StudentResults) -> Floats:
     """(J,) recovery, at most 1, NaN where it is undefined."""
     shares = [np.nan if task.recovery is None else task.recovery for task in student.measures.tasks]
     return np.minimum(shares, 1.0)
@@ -218,7 +220,7 @@ def without_students(methods: Sequence[str]) -> list[str]:
     return [f"no student of {', '.join(methods)} has been evaluated"] if methods else []
 
 
-def _missing(tables: Tables, students: Sequence[Student], unseen: Sequence[str]) -> Iterable[str]:
+def _missing(tables: Tables, students: Sequence[StudentResults], unseen: Sequence[str]) -> Iterable[str]:
     for teacher in tables.teachers:
         who = f"teacher {teacher.task} (seed {teacher.seed})"
         if teacher.state == "rejected":
