@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from analysis.build_teachers import build_teachers
 from analysis.captions import conditions, short_conditions
-from analysis.dataset import Dataset, load
+from analysis.dataset import Dataset, load_dataset
 from analysis.figures import (
     fig_finals,
     fig_losses,
@@ -74,7 +74,7 @@ def build(paths: Sequence[Path], out: Path | None = None) -> list[Path]:
 
 def load_all(paths: Sequence[Path]) -> Dataset:
     """The results of all paths as one data set; runs are gathered first."""
-    return load([find_results(path) for path in paths])
+    return load_dataset([find_results(path) for path in paths])
 
 
 def figures_folder(paths: Sequence[Path], out: Path | None) -> Path:

@@ -143,7 +143,7 @@ def spread(rates: Sequence[Rate | None]) -> Spread | None:
     return Spread(over.estimate, over.low, over.high, ())
 
 
-def load(folders: Sequence[Path]) -> Dataset:
+def load_dataset(folders: Sequence[Path]) -> Dataset:
     """Read results folders as one data set.
 
     Raises:

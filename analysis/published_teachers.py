@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from analysis.dataset import TeacherCurve, load
+from analysis.dataset import TeacherCurve, load_dataset
 from cpd.config.retired import upgrade
 from cpd.evaluation.publish import read_description
 from cpd.evaluation.results_folder import HELD_OUT
@@ -97,7 +97,7 @@ def load_published(folder: Path) -> PublishedTeachers:
         ValueError: if a file is missing or damaged, naming it.
     """
     config = upgrade(read_json(folder / "config.json"))
-    data = load([folder])
+    data = load_dataset([folder])
     curves = {(curve.task, curve.seed): curve for curve in data.teacher_curves}
     rows = read_rows(folder / "evaluations.csv", EvaluationRow)
     held_out = {(row.task, row.seed): row for row in rows if row.method == "teacher" and row.goal_set == HELD_OUT}

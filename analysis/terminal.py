@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from analysis.captions import conditions, look_alikes
-from analysis.dataset import Dataset, load, short
+from analysis.dataset import Dataset, load_dataset, short
 from analysis.paper_tables import headline, task_cells, worst_text
 from cpd.evaluation.student_measures import StudentMeasures
 from cpd.evaluation.summary import MethodMeasures
@@ -26,7 +26,7 @@ def print_summary(folder: Path, file: TextIO | None = None) -> None:
     Raises:
         ValueError: if `folder` holds no gathered results.
     """
-    show(load([folder]), file)
+    show(load_dataset([folder]), file)
 
 
 def show(data: Dataset, file: TextIO | None = None) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from analysis.dataset import load
+from analysis.dataset import load_dataset
 from analysis.paper_tables import start_table
 from cpd.evaluation.gather import gather
 from cpd.evaluation.look_alikes import LookAlikes, nearest_tasks, start_rows
@@ -87,7 +87,7 @@ def test_where_no_teacher_was_admitted_there_is_nothing_to_compare(run: Run) -> 
 
 def test_tasks_that_look_alike_are_reported_apart(run: Run) -> None:
     gather(run)
-    data = load([run.results])
+    data = load_dataset([run.results])
     assert data.look_alikes == {"reach-v3": {"push-v3": 1.0}, "push-v3": {"reach-v3": pytest.approx(2 / 3)}}
     table = start_table(data)
     assert table is not None
@@ -97,4 +97,4 @@ def test_tasks_that_look_alike_are_reported_apart(run: Run) -> None:
     )
     assert "reach (100 % push), push (67 % reach)" in table.caption
     (run.results / "starts.csv").unlink()
-    assert start_table(load([run.results])) is None
+    assert start_table(load_dataset([run.results])) is None
