@@ -30,7 +30,7 @@ from analysis.figures import (
 )
 from analysis.paper_tables import write_tables
 from analysis.published_teachers import find_published
-from analysis.style import paper_style, save, stamp
+from analysis.style import paper_style, save_figure, stamp
 from analysis.terminal import show
 from cpd.evaluation.gather import find_results
 from cpd.evaluation.publish import check_stand_ins_place, publish_results
@@ -112,7 +112,7 @@ def _build(data: Dataset, folder: Path, *, sweep: bool) -> list[Path]:
             figure = draw()
             if figure is not None:
                 stamp(figure, short_conditions(data, method))
-                written += save(figure, folder / name, f"{caption} {conditions(data, method)}")
+                written += save_figure(figure, folder / name, f"{caption} {conditions(data, method)}")
     written += write_tables(folder, data, conditions(data))
     # What was drawn of fewer methods, say, must not stand beside what is drawn of more.
     for path in set(folder.iterdir()) - set(written) if sweep else ():

@@ -11,7 +11,7 @@ from typing import Any
 
 from analysis.figures import fig_teacher_comparison, fig_teacher_gain, fig_teacher_panels
 from analysis.published_teachers import PublishedTeachers, find_published, load_published, markdown, score_rows
-from analysis.style import paper_style, save
+from analysis.style import paper_style, save_figure
 from cpd.run.files import write_text
 
 
@@ -41,7 +41,9 @@ def build_teachers(path: Path, out: Path | None = None) -> list[Path]:
             published = load_published(folder)
             name = folder.resolve().name
             for part, module in (("gain", fig_teacher_gain), ("curves", fig_teacher_panels)):
-                written += save(module.draw(published), target / f"{name}_{part}", module.caption(published))
+                written += save_figure(
+                    module.draw(published), target / f"{name}_{part}", module.caption(published)
+                )
             written.append(target / f"{name}_scores.md")
             write_text(written[-1], markdown(published))
             scores += [{"folder": name, **row} for row in score_rows(published)]
@@ -49,7 +51,7 @@ def build_teachers(path: Path, out: Path | None = None) -> list[Path]:
         for group in groups.values():
             if len(group) > 1:
                 module = fig_teacher_comparison
-                written += save(module.draw(group), target / _comparison(group), module.caption(group))
+                written += save_figure(module.draw(group), target / _comparison(group), module.caption(group))
     text = io.StringIO()
     table = csv.DictWriter(text, list(scores[0]), lineterminator="\n")
     table.writeheader()

@@ -63,7 +63,7 @@ def stamp(figure: Figure, text: str) -> None:
     figure.set_figheight(max(figure.get_figheight(), 1.03 * length))
 
 
-def save(figure: Figure, stem: Path, caption: str) -> list[Path]:
+def save_figure(figure: Figure, stem: Path, caption: str) -> list[Path]:
     """Write `stem`.pdf, .png and the caption as .txt, without dates, so that equal data give equal bytes."""
     engine = figure.get_layout_engine()
     if engine is not None:  # once for both formats, which then agree
