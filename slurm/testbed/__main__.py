@@ -18,7 +18,7 @@ def at_least_one(text: str) -> int:
     return int(text)
 
 
-def build_parser() -> argparse.ArgumentParser:
+def testbed_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(
         prog="python -m slurm.testbed",
@@ -75,7 +75,7 @@ def settings_of(arguments: argparse.Namespace) -> Settings:
     )
 
 
-def describe(testbed: Testbed) -> list[str]:
+def status_lines(testbed: Testbed) -> list[str]:
     """The state of the cluster, and what to do with it."""
     daemons, states = testbed.daemons(), testbed.node_states()
     option = f" --state {testbed.state}" if testbed.state != default_state().absolute() else ""
@@ -101,7 +101,7 @@ def describe(testbed: Testbed) -> list[str]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Start, end or show the test cluster; returns the exit code."""
-    arguments = build_parser().parse_args(argv)
+    arguments = testbed_parser().parse_args(argv)
     testbed = Testbed(arguments.state)
     try:
         if arguments.verb == "up":
@@ -113,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             note = f"; {len(killed)} leftover processes killed" if killed else ""
             print(f"the test cluster is down{note}" if was_up or killed else "the test cluster was not up")
             return 0
-        print("\n".join(describe(testbed)))
+        print("\n".join(status_lines(testbed)))
         return 0 if testbed.daemons() else 1
     except TestbedError as error:
         print(f"slurm.testbed: {error}", file=sys.stderr)

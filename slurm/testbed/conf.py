@@ -80,7 +80,7 @@ def memory_mib() -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2**20
 
 
-def authentication(settings: Settings) -> list[str]:
+def authentication_lines(settings: Settings) -> list[str]:
     """Lines on who believes whom."""
     # A credential that lives on delays the restart of a requeued job: 120 s by default.
     expire = "cred_expire=5"
@@ -102,7 +102,7 @@ def slurm_conf(settings: Settings) -> str:
         f"SlurmctldPort={ports['slurmctld']}",
         f"SlurmUser={user_name()}",
         f"SlurmdUser={user_name()}",
-        *authentication(settings),
+        *authentication_lines(settings),
         "# Otherwise the daemons listen on every address; without munge, whoever reaches them runs code as you.",
         "CommunicationParameters=NoInAddrAny,NoCtldInAddrAny",
         f"StateSaveLocation={state}/controller",
@@ -118,7 +118,7 @@ def slurm_conf(settings: Settings) -> str:
         "TaskPlugin=task/none",
         "JobAcctGatherType=jobacct_gather/linux",
         "SelectType=select/cons_tres",
-        *memory(settings),
+        *memory_lines(settings),
         "# Nodes may claim more CPUs than the machine has.",
         "SlurmdParameters=config_overrides",
         "SchedulerParameters=batch_sched_delay=0,sched_interval=2,sched_min_interval=0,bf_interval=2,bf_continue",
@@ -132,7 +132,7 @@ def slurm_conf(settings: Settings) -> str:
         "PreemptType=preempt/partition_prio",
         "PreemptMode=REQUEUE",
         *(["SlurmctldParameters=preempt_send_user_signal"] if settings.preempt_user_signal else []),
-        *accounting(settings),
+        *accounting_lines(settings),
         *(["GresTypes=gpu"] if settings.gpus else []),
         *settings.options,
         f"NodeName={names} NodeHostname={host} NodeAddr=127.0.0.1 Port={numbers} "
@@ -144,7 +144,7 @@ def slurm_conf(settings: Settings) -> str:
     return "\n".join(lines) + "\n"
 
 
-def memory(settings: Settings) -> list[str]:
+def memory_lines(settings: Settings) -> list[str]:
     """Lines on memory: each node has the machine's whole memory, so that sharing it out would protect nothing."""
     if not settings.enforce_memory:
         return ["SelectTypeParameters=CR_CPU"]
@@ -156,7 +156,7 @@ def memory(settings: Settings) -> list[str]:
     ]
 
 
-def accounting(settings: Settings) -> list[str]:
+def accounting_lines(settings: Settings) -> list[str]:
     """Lines on where ended jobs are remembered."""
     if not settings.accounting:
         return ["AccountingStorageType=accounting_storage/none"]
@@ -172,7 +172,7 @@ def accounting(settings: Settings) -> list[str]:
 def slurmdbd_conf(settings: Settings) -> str:
     """The text of slurmdbd.conf."""
     lines = [
-        *authentication(settings),
+        *authentication_lines(settings),
         f"DbdHost={socket.gethostname()}",
         "DbdAddr=127.0.0.1",
         f"DbdPort={settings.ports['slurmdbd']}",
