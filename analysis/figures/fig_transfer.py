@@ -41,7 +41,7 @@ def draw(data: Dataset) -> Figure | None:
             axes.text(
                 column,
                 row,
-                number(value, digits),
+                gain_text(value, digits),
                 size=5.5,
                 color=colour,
                 ha="center",
@@ -63,7 +63,7 @@ def draw(data: Dataset) -> Figure | None:
     return figure
 
 
-def number(value: float, digits: int) -> str:
+def gain_text(value: float, digits: int) -> str:
     """A gain without the zero before the point."""
     text = re.sub(r"^(-?)0\.", r"\1.", f"{round(value, digits) + 0.0:.{digits}f}")
     return text.replace("-", "\N{MINUS SIGN}")

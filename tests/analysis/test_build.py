@@ -20,7 +20,7 @@ from matplotlib.text import Text
 
 from analysis.build import build, load_all, main
 from analysis.captions import short_conditions
-from analysis.dataset import _joined, load
+from analysis.dataset import _joined, load_dataset
 from analysis.figures import (
     fig_finals,
     fig_losses,
@@ -321,7 +321,7 @@ def stream_of(length: int) -> tuple[str, ...]:
 
 
 def draw_all(folder: Path) -> Iterator[Figure]:
-    data = load([folder])
+    data = load_dataset([folder])
     with paper_style():
         several = len(data.method_names) > 1
         figures = [

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from analysis.build import build
 from analysis.captions import conditions
-from analysis.dataset import Dataset, load
+from analysis.dataset import Dataset, load_dataset
 from analysis.figures import (
     fig_losses,
     fig_methods,
@@ -43,7 +43,7 @@ def made(root: Path, **over: object) -> Dataset:
     settings = {"stream": STREAM, "students": {1: RATES}, "teachers": TEACHERS, **over}
     run = write_run(root, **settings)  # type: ignore[arg-type]
     gather(run)
-    return load([run.results])
+    return load_dataset([run.results])
 
 
 def texts(figure: Figure, axes: int) -> list[str]:
@@ -129,7 +129,7 @@ def test_curves_and_losses_lie_within_their_stages(tmp_path: Path, steps: int) -
     config["distill"]["steps_per_stage"] = steps
     write_json(run.config_path, config)
     gather(run)
-    data = load([run.results])
+    data = load_dataset([run.results])
     current = [line for line in fig_stream.draw(data).axes[0].lines if len(line.get_xdata()) == 11]
     for stage, line in enumerate(current):
         places = [stage + 100 * point / steps for point in range(11)]
@@ -148,7 +148,7 @@ def test_nothing_is_said_of_curves_that_are_not_there(tmp_path: Path) -> None:
     run = write_run(tmp_path / "r", stream=STREAM, students={1: RATES}, teachers=TEACHERS)
     run.students()[0].curves.unlink()
     gather(run)
-    assert "current task" not in fig_stream.caption(load([run.results]))
+    assert "current task" not in fig_stream.caption(load_dataset([run.results]))
 
 
 def test_rejected_teachers_count_as_0_where_teachers_are_the_measure(tmp_path: Path) -> None:
@@ -176,7 +176,7 @@ def test_usage_is_the_share_of_every_task_s_choices_of_the_first_seed(tmp_path: 
 
 
 def test_numbers_of_transfer_keep_their_zeros() -> None:
-    assert [fig_transfer.number(value, 2) for value in (-10.67, -0.5, 0.07, 0.0)] == [
+    assert [fig_transfer.gain_text(value, 2) for value in (-10.67, -0.5, 0.07, 0.0)] == [
         "\N{MINUS SIGN}10.67",
         "\N{MINUS SIGN}.50",
         ".07",
@@ -211,7 +211,7 @@ def test_figures_of_what_is_no_longer_there_are_removed_and_nothing_else(tmp_pat
 
 @pytest.mark.parametrize("folder", PUBLISHED, ids=lambda path: str(path.relative_to(RESULTS)))
 def test_published_tables_are_what_their_raw_data_give(folder: Path, tmp_path: Path) -> None:
-    data = load([folder])
+    data = load_dataset([folder])
     written = write_tables(tmp_path, data, conditions(data))
     assert written
     for path in written:
