@@ -79,7 +79,7 @@ bench-distill: setup ## a distillation step
 bench-ddp: setup ## two ranks against torch's DistributedDataParallel, and weak scaling
 	$(PY) -m tests.bench.bench_ddp
 
-bench-device: setup ## distillation, acting and SAC on the CPU and on CUDA
+bench-device: setup ## distillation and acting on the CPU and on CUDA
 	$(PY) -m tests.bench.bench_device
 
 bench-dpp: setup ## DPP selection against the published algorithm

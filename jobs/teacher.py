@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "jobs.teacher",
         "Train one teacher with RL, evaluate it on held-out goals, and write its rollouts to shards. "
         "A finished teacher is left as it is; an interrupted one goes on where it stopped. Under mpiexec or srun "
-        "the ranks share the environments of every iteration and learn the same (PPO only).",
+        "the ranks share the environments of every iteration, and all of them learn the same.",
         [
             "python -m jobs.teacher runs/demo teachers/drawer-close-v3/seed-1",
             "srun python -m jobs.teacher runs/cw10   # in a job array",

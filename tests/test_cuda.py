@@ -6,7 +6,6 @@ Skipped where no device is visible.
 from __future__ import annotations
 
 import copy
-import dataclasses
 import json
 
 import numpy as np
@@ -19,11 +18,8 @@ from cpd.distill.trainer import StudentTrainer
 from cpd.run.interrupt import Interrupt
 from cpd.run.tables import CurveRow, read_rows
 from cpd.student.actor import StudentActor
-from cpd.teachers.sac.learner import SACLearner
 from tests.distill.synthetic import stage_data, write_teachers
 from tests.distill.test_trainer import SHORT, make_short, through_a_file, train
-from tests.teachers.test_sac import CONFIG as SAC
-from tests.teachers.test_sac import synthetic_batch, weights
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device is visible")
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
@@ -75,41 +71,6 @@ def test_acts_as_on_the_cpu(trained) -> None:
         actor.reset(tasks)
         acted.append(np.stack([actor.act(observations[[step, step + 30, step + 60]]) for step in range(20)]))
     np.testing.assert_allclose(acted[0], acted[1], atol=1e-6)
-
-
-@pytest.mark.parametrize("policy_delay", [1, 2])
-def test_recorded_steps_of_sac_learn_what_plain_ones_do(policy_delay: int) -> None:
-    config = dataclasses.replace(SAC, policy_delay=policy_delay)
-    recorded, plain = (SACLearner(config, 1, device=CUDA) for _ in range(2))
-    plain._graphed_step.records = False
-    for iteration in range(6):
-        # Critics alone at first, and a reward above all before: what a graph must not have taken for constant.
-        batch, critic_only = synthetic_batch(iteration), iteration < 2
-        batch.rewards[0, 0] = 11.0 + iteration
-        batch.terminated[0, 0] = True
-        learned, wanted = (
-            learner.update(batch, iteration, critic_only=critic_only) for learner in (recorded, plain)
-        )
-        assert learned == pytest.approx(wanted, rel=1e-4, abs=1e-5)
-    assert len(recorded._graphed_step._graphs) >= 2 and not plain._graphed_step._graphs
-    torch.testing.assert_close(weights(recorded), weights(plain), rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("device", [CPU, CUDA])
-def test_sac_resumes_wherever_its_checkpoint_comes_from(device: torch.device) -> None:
-    straight, resumed = SACLearner(SAC, 1, device=device), SACLearner(SAC, 1, device=CUDA)
-    for iteration in range(3):
-        straight.update(synthetic_batch(iteration), iteration)
-        resumed.update(synthetic_batch(9), iteration)
-    resumed.restore(through_a_file(straight.state()))
-    torch.testing.assert_close(weights(resumed).cpu(), weights(straight).cpu(), rtol=0, atol=0)
-    for iteration in range(3, 6):
-        learned = resumed.update(synthetic_batch(iteration), iteration)
-        straight.update(synthetic_batch(iteration), iteration)
-    assert weights(resumed).device == CUDA and resumed.replay.tables["obs"].device == CUDA
-    assert learned["updates"] > 0 and all(np.isfinite(list(learned.values())))
-    if device == CUDA:  # noise drawn on another device is another
-        torch.testing.assert_close(weights(resumed), weights(straight), rtol=1e-4, atol=1e-5)
 
 
 def test_a_student_element_trains_and_acts_in_real_environments(make_run) -> None:

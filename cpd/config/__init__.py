@@ -14,7 +14,7 @@ from cpd.config.experiment import (
     differences,
 )
 from cpd.config.student import DistillConfig, MemoryConfig, MethodConfig, ProtectionConfig, StudentConfig
-from cpd.config.teacher import PPOConfig, RolloutConfig, SACConfig, TeacherConfig, WarmStartConfig
+from cpd.config.teacher import PPOConfig, RolloutConfig, TeacherConfig, WarmStartConfig
 
 __all__ = [
     "Config",
@@ -26,7 +26,6 @@ __all__ = [
     "PPOConfig",
     "ProtectionConfig",
     "RolloutConfig",
-    "SACConfig",
     "StreamConfig",
     "StudentConfig",
     "TeacherConfig",

@@ -1,4 +1,4 @@
-"""Settings of the single-task teachers: learners, warm start, gates, rollouts."""
+"""Settings of the single-task teachers: PPO, warm start, gates, rollouts."""
 
 from __future__ import annotations
 
@@ -14,8 +14,6 @@ from cpd.envs.tasks import MAX_EPISODE_STEPS, MAX_GOALS
 
 #: Settings of the PPO learner for which `demo_rl` has its own, named `rl_...`.
 DEMO_RL_SETTINGS = ("hidden_sizes", "init_log_std", "learning_rate", "target_kl")
-#: The same of the SAC learner.
-DEMO_RL_SAC_SETTINGS = ("hidden_sizes", "init_log_std")
 
 NumGoals = Annotated[int, Field(ge=1, le=MAX_GOALS)]
 
@@ -69,63 +67,9 @@ class PPOConfig:
         return max(self.min_log_std, self.exploring_min_log_std) if exploring else self.min_log_std
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class SACConfig:
-    """The SAC learner (Haarnoja et al. 2018).
-
-    Its iterations are short: `teacher.validate_every` and `logging.teacher_checkpoint_every` are better at
-    10, since a validation takes more steps than three iterations, and a checkpoint holds the buffer.
-    """
-
-    hidden_sizes: tuple[Positive, ...] = (128, 128)
-    """Widths of the hidden layers, of policy and critics alike."""
-    num_envs: Positive = 5
-    """Environments stepped in lock-step; independent of the number of worker processes."""
-    steps_per_env: Positive = 200
-    """Environment steps per environment and iteration; gradient steps follow each iteration."""
-    updates_per_step: PositiveFloat = 0.5
-    """Gradient steps per environment step."""
-    batch_size: Positive = 64
-    buffer_size: Positive = 200_000
-    """Newest transitions that are replayed; checkpoints hold them all, at 340 bytes each."""
-    learning_starts: Positive = 1_000
-    """Transitions in the buffer before the first gradient step."""
-    learning_rate: PositiveFloat = 1e-3
-    gamma: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.99
-    target_rate: Annotated[float, Field(gt=0.0, le=1.0)] = 0.01
-    """Share by which the critics' targets follow them at each step."""
-    policy_delay: Positive = 1
-    """Gradient steps on the critics per step on the policy."""
-    reward_scale: PositiveFloat = 0.1
-    init_alpha: PositiveFloat = 0.03
-    """Initial temperature: the price of a nat of entropy, in scaled reward."""
-    target_entropy: float = -1.0
-    """Nats per action component that the temperature aims at."""
-    noise_correlation: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.5
-    """AR(1) coefficient of the exploration noise over time; 0 is white noise."""
-    init_log_std: float = 0.0
-    min_log_std: float = -5.0
-    max_log_std: float = 1.0
-
-    def __post_init__(self) -> None:
-        _check_log_std("init_log_std", self.init_log_std, self)
-        if self.learning_starts > self.buffer_size:
-            raise ValueError(
-                f"learning_starts ({self.learning_starts}) exceeds buffer_size ({self.buffer_size}): "
-                "learning would never start"
-            )
-        if round(self.num_envs * self.steps_per_env * self.updates_per_step) < 1:
-            raise ValueError(
-                f"updates_per_step ({self.updates_per_step}) gives no gradient step in an iteration of "
-                f"{self.num_envs * self.steps_per_env} env steps: learning would never end"
-            )
-
-
-def _check_log_std(name: str, initial: float, settings: PPOConfig | SACConfig) -> None:
+def _check_log_std(name: str, initial: float, settings: PPOConfig) -> None:
     """Raise ValueError unless an initial log standard deviation, set by `name`, keeps to its bounds."""
-    bounds = {"min_log_std": settings.min_log_std}
-    if isinstance(settings, PPOConfig):
-        bounds["exploring_min_log_std"] = settings.exploring_min_log_std
+    bounds = {"min_log_std": settings.min_log_std, "exploring_min_log_std": settings.exploring_min_log_std}
     low = max(bounds, key=bounds.__getitem__)
     if not bounds[low] <= initial <= settings.max_log_std:
         raise ValueError(
@@ -183,8 +127,6 @@ class TeacherConfig:
     recipe: Literal["rl", "demo_rl", "scripted"] = "rl"
     """rl: RL from scratch; demo_rl: RL from a capped warm start on demonstrations; scripted: Meta-World's expert
     as a labelled stand-in."""
-    learner: Literal["ppo", "sac"] = "ppo"
-    """What RL means: on-policy PPO, which ranks may share, or off-policy SAC."""
     seeds: Seeds = (1,)
     """One teacher per distinct task and seed."""
     max_env_steps: Positive = 1_000_000
@@ -228,7 +170,6 @@ class TeacherConfig:
     on_rejected: Literal["skip", "stop"] = "skip"
     """What a rejected teacher does to its stage: skip it (recorded) or stop the chain."""
     ppo: PPOConfig = field(default_factory=PPOConfig)
-    sac: SACConfig = field(default_factory=SACConfig)
     warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)
 
     def __post_init__(self) -> None:
@@ -237,7 +178,7 @@ class TeacherConfig:
         if self.recipe == "scripted":
             return
         if self.recipe == "demo_rl":
-            _check_log_std("warm_start.rl_init_log_std", self.warm_start.rl_init_log_std, self._given_settings)
+            _check_log_std("warm_start.rl_init_log_std", self.warm_start.rl_init_log_std, self.ppo)
         learner = self.learner_settings
         if self.exploring_share and self.horizon + self.exploring_steps > MAX_EPISODE_STEPS:
             raise ValueError(
@@ -246,17 +187,11 @@ class TeacherConfig:
             )
         if learner.steps_per_env < self.horizon:
             raise ValueError(
-                f"{self.learner}.steps_per_env ({learner.steps_per_env}) is below the training horizon "
+                f"ppo.steps_per_env ({learner.steps_per_env}) is below the training horizon "
                 f"({self.horizon}): every iteration starts from fresh resets, so that no episode would ever last "
                 "that long"
             )
         per_iteration = learner.num_envs * learner.steps_per_env
-        whole = self.max_env_steps // per_iteration * per_iteration
-        if isinstance(learner, SACConfig) and whole < learner.learning_starts:
-            raise ValueError(
-                f"max_env_steps ({self.max_env_steps}, {whole} in whole iterations) ends before "
-                f"sac.learning_starts ({learner.learning_starts})"
-            )
         first = (self.warm_start.critic_iterations + 1) * per_iteration
         if self.recipe == "demo_rl" and self.max_env_steps < first:
             raise ValueError(
@@ -264,57 +199,32 @@ class TeacherConfig:
             )
 
     @property
-    def _given_settings(self) -> PPOConfig | SACConfig:
-        return self.ppo if self.learner == "ppo" else self.sac
-
-    @property
-    def learner_settings(self) -> PPOConfig | SACConfig:
+    def learner_settings(self) -> PPOConfig:
         """The learner's settings, some of which `demo_rl` replaces by its own."""
-        settings = self._given_settings
         if self.recipe != "demo_rl":
-            return settings
-        names = DEMO_RL_SETTINGS if self.learner == "ppo" else DEMO_RL_SAC_SETTINGS
-        return replace(settings, **{name: getattr(self.warm_start, f"rl_{name}") for name in names})
+            return self.ppo
+        return replace(self.ppo, **{name: getattr(self.warm_start, f"rl_{name}") for name in DEMO_RL_SETTINGS})
 
     def check_ranks(self, ranks: int) -> None:
         """Raise ValueError if that many MPI ranks cannot train a teacher together."""
         if self.recipe == "scripted":
             return
-        num_envs = self.learner_settings.num_envs
-        if self.learner == "sac" and ranks > 1:
+        if self.ppo.num_envs < ranks:
             raise ValueError(
-                f"teacher.learner = 'sac' runs on one rank, not on {ranks}: set ranks = 1 for teachers in the "
-                "profile, or take the learner 'ppo'"
-            )
-        if num_envs < ranks:
-            raise ValueError(
-                f"{ranks} ranks cannot share teacher.{self.learner}.num_envs = {num_envs} environments: set fewer "
+                f"{ranks} ranks cannot share teacher.ppo.num_envs = {self.ppo.num_envs} environments: set fewer "
                 "ranks for teachers in the profile, or raise num_envs"
             )
 
     def warnings(self) -> list[str]:
         """Settings that are given but have no effect; each begins with a setting's path."""
         found = []
-        sections: tuple[PPOConfig | SACConfig, ...] = (self.ppo, self.sac)
-        given, unused = sections if self.learner == "ppo" else sections[::-1]
-        default, other = type(given)(), unused != type(unused)()
-        if other and self.recipe != "scripted":
-            unused_name = "sac" if self.learner == "ppo" else "ppo"
-            found.append(f"{unused_name} has no effect: teacher.learner is {self.learner!r}")
-        if self.recipe == "scripted" and (other or given != default):
-            found.append(f"{self.learner} has no effect: teacher.recipe is 'scripted'")
+        if self.recipe == "scripted" and self.ppo != PPOConfig():
+            found.append("ppo has no effect: teacher.recipe is 'scripted'")
         if self.recipe == "demo_rl":
-            names = DEMO_RL_SETTINGS if self.learner == "ppo" else DEMO_RL_SAC_SETTINGS
             found += [
-                f"{self.learner}.{name} has no effect: demo_rl takes teacher.warm_start.rl_{name}"
-                for name in names
-                if is_given(given, name)
-            ]
-            found += [
-                f"warm_start.rl_{name} has no effect: teacher.learner is {self.learner!r}"
-                + (f", which takes {self.learner}.{name}" if hasattr(given, name) else "")
+                f"ppo.{name} has no effect: demo_rl takes teacher.warm_start.rl_{name}"
                 for name in DEMO_RL_SETTINGS
-                if name not in names and is_given(self.warm_start, f"rl_{name}")
+                if is_given(self.ppo, name)
             ]
         elif self.warm_start != WarmStartConfig():
             found.append("warm_start has no effect: teacher.recipe is not 'demo_rl'")
@@ -323,7 +233,7 @@ class TeacherConfig:
     def _idle_exploring(self) -> list[str]:
         """Settings of exploring that are given where nothing explores."""
         strays = bool(self.exploring_share or self.exploring_rate)
-        deviates = self.learner == "ppo" and self.ppo.exploring_min_log_std > self.ppo.min_log_std
+        deviates = self.ppo.exploring_min_log_std > self.ppo.min_log_std
         found = []
         if not strays and is_given(self, "exploring_steps"):
             found.append("exploring_steps has no effect: exploring_share and exploring_rate are 0")
@@ -331,7 +241,7 @@ class TeacherConfig:
             found.append(
                 "exploring_until has no effect: nothing explores without exploring_share or exploring_rate"
             )
-        if self.learner == "ppo" and not deviates and is_given(self.ppo, "exploring_min_log_std"):
+        if not deviates and is_given(self.ppo, "exploring_min_log_std"):
             found.append(
                 f"ppo.exploring_min_log_std has no effect: ppo.min_log_std ({self.ppo.min_log_std:g}) is no less"
             )

@@ -1,4 +1,4 @@
-"""What the scripted expert shows: states with its actions, to be cloned, and transitions, to be replayed.
+"""The scripted expert: the labelled stand-in for a teacher, and the source of demonstrations for cloning.
 
 Everything is a pure function of (settings, task, seed). Shape letters: B rows, O = 39 observation, A = 4 action,
 T steps, N episodes, M episodes still running.
@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from metaworld.policies import ENV_POLICY_MAP
 
@@ -26,7 +25,6 @@ from cpd.envs.vector_env import VectorEnv
 from cpd.run.interrupt import Interrupt, InterruptedBySignal
 from cpd.seeding import generator
 from cpd.teachers.policy import Distribution, FloatArray, Teacher, publish_tensors, read_tensors
-from cpd.teachers.rollout import EpisodeRules, Experience, rewarded
 
 
 class ScriptedPolicy:
@@ -82,17 +80,6 @@ class Labelled(NamedTuple):
     labels_BA: FloatArray
 
 
-class _Step(NamedTuple):
-    """A step of the M episodes that were still running. While it is looked at, `envs` hold what came of it."""
-
-    slots_M: npt.NDArray[np.int64]
-    obs_MO: FloatArray
-    """Before the step."""
-    labels_MA: FloatArray
-    """The expert's clean action, clipped."""
-    executed_MA: FloatArray
-
-
 def demonstration_noise(number: int, horizon: int, config: WarmStartConfig, seed: int) -> FloatArray:
     """The noise `[horizon, A]` added to the expert's executed actions in demonstration `number`."""
     rng = generator(seed, "demonstration-noise", number)
@@ -135,36 +122,11 @@ class Demonstrator:
             round_number: 0 for the demonstrations, from 1 for DAgger rounds.
             clone: acts with its clipped mean in DAgger rounds; None lets the expert act, with noise.
         """
-        steps = list(self._steps(round_number, clone, self.config.steps_after_success))
-        return Labelled(np.concatenate([s.obs_MO for s in steps]), np.concatenate([s.labels_MA for s in steps]))
+        steps = list(self._steps(round_number, clone))
+        return Labelled(*(np.concatenate(arrays) for arrays in zip(*steps, strict=True)))
 
-    def transitions(self, rules: EpisodeRules) -> list[Experience]:
-        """The transitions of the demonstrations, with their goals and noise, each up to its success.
-
-        Args:
-            rules: of training, for what success means and what is rewarded; the horizon is the demonstrations'.
-
-        Returns:
-            A batch [1, M] per step and chunk of episodes.
-        """
-        envs = self.envs
-        envs.want_grasps(rules.grasp_bonus > 0)
-        return [
-            Experience(
-                obs=step.obs_MO[None],
-                next_obs=envs.observations[step.slots_M][None],
-                actions=step.executed_MA[None],
-                rewards=rewarded(envs, rules)[step.slots_M][None],
-                terminated=envs.successes[step.slots_M][None] & rules.terminate_on_success,
-                ends=np.ones((1, len(step.slots_M)), np.bool_),
-                train_success=0.0,
-                train_return=0.0,
-            )
-            for step in self._steps(0, None, steps_after_success=0)
-        ]
-
-    def _steps(self, round_number: int, clone: Teacher | None, steps_after_success: int) -> Iterator[_Step]:
-        """The steps of one round's episodes, of one chunk of them after another."""
+    def _steps(self, round_number: int, clone: Teacher | None) -> Iterator[Labelled]:
+        """The steps of one round's episodes, one chunk of episodes after another."""
         num_episodes = self.config.num_demonstrations if clone is None else self.config.num_dagger_episodes
         order = generator(self.seed, "demonstration-goals", round_number).permutation(len(self.goals))
         # A chunk's composition is fixed, since a clone's arithmetic may depend on the size of its batch.
@@ -176,10 +138,10 @@ class Demonstrator:
                 for row_TA, number in zip(noise_NTA, numbers, strict=True):
                     row_TA[:] = demonstration_noise(number, self.horizon, self.config, self.seed)
             self.envs.reset(range(len(numbers)), goals)
-            yield from self._chunk(clone, noise_NTA, steps_after_success)
+            yield from self._chunk(clone, noise_NTA)
 
-    def _chunk(self, clone: Teacher | None, noise_NTA: FloatArray, steps_after_success: int) -> Iterator[_Step]:
-        """The steps of episodes that have just been reset in the first N slots."""
+    def _chunk(self, clone: Teacher | None, noise_NTA: FloatArray) -> Iterator[Labelled]:
+        """The steps of episodes that have just been reset in the first N slots: rows of those still running."""
         num_episodes, envs = len(noise_NTA), self.envs
         running = np.arange(envs.num_envs) < num_episodes
         steps_left = np.full(envs.num_envs, self.horizon)
@@ -195,10 +157,10 @@ class Demonstrator:
                 wanted_MA = np.clip(clone.distribution(obs_NO).raw_mean, -1.0, 1.0)[slots_M]
             executed[slots_M] = np.clip(wanted_MA + noise_NTA[slots_M, t], -1.0, 1.0)
             envs.step(executed, running)
-            yield _Step(slots_M, obs_NO[slots_M], labels_MA, executed[slots_M])
+            yield Labelled(obs_NO[slots_M], labels_MA)
             steps_left -= 1
             succeeded = running & envs.successes
-            steps_left[succeeded] = np.minimum(steps_left[succeeded], steps_after_success)
+            steps_left[succeeded] = np.minimum(steps_left[succeeded], self.config.steps_after_success)
             running &= steps_left > 0
             if not running.any():
                 return

@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, ClassVar, Final, Literal, NamedTuple, Protocol
+from typing import Any, Final, Literal, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -46,7 +46,7 @@ class RunningMoments(nn.Module):
     @torch.no_grad()
     def update(self, x_BD: Tensor, comm: Comm | None = None) -> None:
         """Take in the rows of `x_BD`, those of all ranks with a communicator; a collective then."""
-        num_new, new_mean, new_squares = moments(x_BD.to(self.mean.device).double(), comm or SerialComm())
+        num_new, new_mean, new_squares = moments(x_BD.double(), comm or SerialComm())
         total = self.count + num_new
         delta = new_mean - self.mean
         self.sum_of_squares += new_squares + delta**2 * (self.count * num_new / total)
@@ -63,12 +63,13 @@ class RunningMoments(nn.Module):
 
 FloatArray = npt.NDArray[np.float32]
 
+#: The kind of architecture in policies' descriptions.
+KIND: Final = "gaussian_mlp"
+
 #: Normalised observations are clipped to this many standard deviations.
 OBSERVATION_CLIP: Final = 8.0
 #: Meta-World's observations are metres and unit quaternions; what moves less than this is noise.
 MIN_OBSERVATION_STD: Final = 1e-3
-#: A squashed action at its bound still has this slope: its standard deviation stays a number.
-MIN_SLOPE: Final = 1e-3
 
 
 class Distribution(NamedTuple):
@@ -92,62 +93,38 @@ class Teacher(Protocol):
         """The action distribution at each observation."""
 
 
-class MLPPolicy(nn.Module):
-    """A Gaussian policy with one MLP and an observation normalisation that is part of it; see its subclasses.
+class GaussianPolicy(nn.Module):
+    """A diagonal Gaussian over actions, with an MLP for the mean and one log standard deviation for all states.
 
-    Attributes:
-        net: from normalised observations to whatever the kind of policy needs.
-        normalizer: statistics of observations.
-    """
-
-    std_source: Literal["policy", "assumed"] = "policy"
-    kind: ClassVar[str]
-    activation: ClassVar[str]
-
-    def __init__(self, hidden_sizes: Sequence[int], net: nn.Sequential) -> None:
-        super().__init__()
-        self.hidden_sizes = tuple(hidden_sizes)
-        self.normalizer = RunningMoments(OBSERVATION_SIZE, MIN_OBSERVATION_STD)
-        self.net = net
-
-    def normalize(self, obs_BO: Tensor) -> Tensor:
-        """Observations `[B, O]` as the network sees them."""
-        mean_O, std_O = self.normalizer.mean.float(), self.normalizer.std.float()
-        return ((obs_BO - mean_O) / std_O).clamp(-OBSERVATION_CLIP, OBSERVATION_CLIP)
-
-    def forward(self, obs_BO: Tensor) -> Tensor:
-        """Deterministic actions `[B, A]` at observations `[B, O]`, before the environment clips them."""
-        raise NotImplementedError
-
-    def distribution(self, obs_BO: FloatArray) -> Distribution:
-        """The action distribution at each observation."""
-        raise NotImplementedError
-
-    def explore(self, obs_BO: FloatArray, noise_BA: FloatArray) -> FloatArray:
-        """Actions `[B, A]` at observations `[B, O]` for noise of unit variance."""
-        raise NotImplementedError
-
-
-class GaussianPolicy(MLPPolicy):
-    """A diagonal Gaussian over actions: an MLP for the mean, a log standard deviation for all states alike.
-
-    The mean is unbounded; the environment clips actions.
+    The mean is unbounded; the environment clips actions. The statistics that normalise observations are part of the
+    policy.
 
     Args:
         hidden_sizes: widths of the hidden layers.
         init_log_std: initial value of every component's log standard deviation.
         generator: source of the initial weights.
+
+    Attributes:
+        net: from normalised observations to means.
+        normalizer: statistics of observations.
+        log_std_A: log standard deviation.
     """
 
-    kind = "gaussian_mlp"
-    activation = "tanh"
+    std_source: Literal["policy", "assumed"] = "policy"
 
     def __init__(
         self, hidden_sizes: Sequence[int], init_log_std: float, generator: torch.Generator | None = None
     ) -> None:
-        net = mlp((OBSERVATION_SIZE, *hidden_sizes, ACTION_SIZE), last_gain=0.01, generator=generator)
-        super().__init__(hidden_sizes, net)
+        super().__init__()
+        self.hidden_sizes = tuple(hidden_sizes)
+        self.normalizer = RunningMoments(OBSERVATION_SIZE, MIN_OBSERVATION_STD)
+        self.net = mlp((OBSERVATION_SIZE, *hidden_sizes, ACTION_SIZE), last_gain=0.01, generator=generator)
         self.log_std_A = nn.Parameter(torch.full((ACTION_SIZE,), init_log_std))
+
+    def normalize(self, obs_BO: Tensor) -> Tensor:
+        """Observations `[B, O]` as the network sees them."""
+        mean_O, std_O = self.normalizer.mean.float(), self.normalizer.std.float()
+        return ((obs_BO - mean_O) / std_O).clamp(-OBSERVATION_CLIP, OBSERVATION_CLIP)
 
     def forward(self, obs_BO: Tensor) -> Tensor:
         """Means `[B, A]`, unbounded, at observations `[B, O]`."""
@@ -161,66 +138,10 @@ class GaussianPolicy(MLPPolicy):
         return Distribution(raw_mean_BA, np.tile(self.log_std_A.numpy(), (len(obs_BO), 1)))
 
     def explore(self, obs_BO: FloatArray, noise_BA: FloatArray) -> FloatArray:
-        """Actions of the Gaussian, unbounded."""
+        """Actions `[B, A]`, unbounded, at observations `[B, O]` for noise of unit variance."""
         mean_BA, log_std_BA = self.distribution(obs_BO)
         std_BA: FloatArray = np.exp(log_std_BA)
         return mean_BA + std_BA * noise_BA
-
-
-class SquashedPolicy(MLPPolicy):
-    """A diagonal Gaussian, both parameters from an MLP, squashed into [-1, 1] by tanh (Haarnoja et al. 2018).
-
-    Args:
-        hidden_sizes: widths of the hidden layers, rectified.
-        init_log_std: initial log standard deviation before squashing.
-        log_std_bounds: what the network's log standard deviation is clamped to.
-        generator: source of the initial weights.
-    """
-
-    kind = "squashed_gaussian_mlp"
-    activation = "relu"
-    log_std_bounds: Tensor
-
-    def __init__(
-        self,
-        hidden_sizes: Sequence[int],
-        init_log_std: float,
-        log_std_bounds: tuple[float, float] = (-5.0, 2.0),
-        generator: torch.Generator | None = None,
-    ) -> None:
-        sizes = (OBSERVATION_SIZE, *hidden_sizes, 2 * ACTION_SIZE)
-        net = mlp(sizes, last_gain=0.01, generator=generator, activation=nn.ReLU)
-        super().__init__(hidden_sizes, net)
-        self.register_buffer("log_std_bounds", torch.tensor(log_std_bounds))
-        last = net[-1]
-        assert isinstance(last, nn.Linear)
-        nn.init.constant_(last.bias[ACTION_SIZE:], init_log_std)
-
-    def forward(self, obs_BO: Tensor) -> Tensor:
-        """Squashed means `[B, A]` at observations `[B, O]`."""
-        return torch.tanh(self.net(self.normalize(obs_BO))[:, :ACTION_SIZE])
-
-    def _unsquashed(self, obs_BO: FloatArray) -> tuple[Tensor, Tensor]:
-        """Mean and log standard deviation `[B, A]` before squashing, on the CPU."""
-        obs = torch.from_numpy(obs_BO).to(self.normalizer.mean.device)
-        mean_BA, log_std_BA = self.net(self.normalize(obs)).chunk(2, dim=-1)
-        low, high = self.log_std_bounds
-        return mean_BA.cpu(), log_std_BA.clamp(low, high).cpu()
-
-    @torch.inference_mode()
-    def distribution(self, obs_BO: FloatArray) -> Distribution:
-        """The squashed mean, and the standard deviation to first order: `std * d tanh(u) / du` at the mean."""
-        mean_BA, log_std_BA = self._unsquashed(obs_BO)
-        squashed_BA = torch.tanh(mean_BA)
-        slope_BA = (1 - squashed_BA**2).clamp_min(MIN_SLOPE)
-        return Distribution(squashed_BA.numpy(), (log_std_BA + slope_BA.log()).numpy())
-
-    @torch.inference_mode()
-    def explore(self, obs_BO: FloatArray, noise_BA: FloatArray) -> FloatArray:
-        """Actions of the squashed Gaussian, within [-1, 1]."""
-        mean_BA, log_std_BA = self._unsquashed(obs_BO)
-        actions_BA: FloatArray = torch.tanh(mean_BA + log_std_BA.exp() * torch.from_numpy(noise_BA)).numpy()
-        return actions_BA
 
 
 class TeacherActor:
@@ -237,20 +158,15 @@ class TeacherActor:
         return np.clip(self._teacher.distribution(obs_BO).raw_mean, -1.0, 1.0)
 
 
-def mlp(
-    sizes: Sequence[int],
-    last_gain: float,
-    generator: torch.Generator | None,
-    activation: type[nn.Module] = nn.Tanh,
-) -> nn.Sequential:
-    """Layers with orthogonal weights of gain sqrt(2), the last one linear with `last_gain`; zero biases."""
+def mlp(sizes: Sequence[int], last_gain: float, generator: torch.Generator | None) -> nn.Sequential:
+    """Tanh layers with orthogonal weights of gain sqrt(2), the last one linear with `last_gain`; zero biases."""
     layers: list[nn.Module] = []
     for i, (size_in, size_out) in enumerate(pairwise(sizes)):
         is_last = i == len(sizes) - 2
         linear = nn.Linear(size_in, size_out)
         nn.init.orthogonal_(linear.weight, last_gain if is_last else math.sqrt(2), generator=generator)
         nn.init.zeros_(linear.bias)
-        layers += [linear] if is_last else [linear, activation()]
+        layers += [linear] if is_last else [linear, nn.Tanh()]
     return nn.Sequential(*layers)
 
 
@@ -260,14 +176,14 @@ def gaussian_log_prob(x_BA: Tensor, mean_BA: Tensor, log_std_A: Tensor) -> Tenso
     return (-0.5 * z_BA**2 - log_std_A - 0.5 * math.log(2 * math.pi)).sum(dim=-1)
 
 
-def save_policy(policy: MLPPolicy, path: Path, description: dict[str, Any]) -> None:
+def save_policy(policy: GaussianPolicy, path: Path, description: dict[str, Any]) -> None:
     """Publish the weights at `path` (safetensors), then `description` and the architecture beside them (JSON)."""
     architecture = {
-        "kind": policy.kind,
+        "kind": KIND,
         "observation_size": OBSERVATION_SIZE,
         "action_size": ACTION_SIZE,
         "hidden_sizes": list(policy.hidden_sizes),
-        "activation": policy.activation,
+        "activation": "tanh",
         "observation_clip": OBSERVATION_CLIP,
     }
     tensors = {name: tensor.contiguous() for name, tensor in policy.state_dict().items()}
@@ -282,8 +198,8 @@ def publish_tensors(tensors: dict[str, Tensor], path: Path, description: dict[st
     write_json(path.with_suffix(".json"), {**description, "sha256": sha256(path)})
 
 
-def read_tensors(path: Path, *kinds: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors at `path` and their description, checked to be of an architecture of one of `kinds`.
+def read_tensors(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors at `path` and their description, checked to be of an architecture of that `kind`.
 
     Raises:
         ValueError: if a file is missing, damaged, or describes another kind, naming the file.
@@ -293,10 +209,9 @@ def read_tensors(path: Path, *kinds: str) -> tuple[dict[str, Tensor], dict[str, 
         if not file.exists():
             raise ValueError(f"{file} is missing; {_remedy(path)}")
     description = read_json(description_path)
-    found = description.get("architecture", {}).get("kind")
-    if found not in kinds:
-        wanted = " or ".join(map(repr, kinds))
-        raise ValueError(f"{description_path} describes a policy of kind {found!r}, not {wanted}")
+    described_kind = description.get("architecture", {}).get("kind")
+    if described_kind != kind:
+        raise ValueError(f"{description_path} describes a policy of kind {described_kind!r}, not {kind!r}")
     if sha256(path) != description.get("sha256"):
         raise ValueError(
             f"{path} is damaged or not the file that {description_path.name} describes: their hashes differ; "
@@ -314,17 +229,13 @@ def _remedy(path: Path) -> str:
     return f"remove what there is of {ours}, and launch again to train the teacher anew"
 
 
-def load_policy(path: Path) -> MLPPolicy:
+def load_policy(path: Path) -> GaussianPolicy:
     """The policy saved at `path`, ready to act.
 
     Raises:
         ValueError: if it is missing, damaged, or of another kind.
     """
-    kinds: dict[str, type[GaussianPolicy | SquashedPolicy]] = {
-        kind.kind: kind for kind in (GaussianPolicy, SquashedPolicy)
-    }
-    tensors, description = read_tensors(path, *kinds)
-    architecture = description["architecture"]
-    policy = kinds[architecture["kind"]](architecture["hidden_sizes"], init_log_std=0.0)
+    tensors, description = read_tensors(path, KIND)
+    policy = GaussianPolicy(description["architecture"]["hidden_sizes"], init_log_std=0.0)
     policy.load_state_dict(tensors)
     return policy.eval().requires_grad_(False)

@@ -61,9 +61,9 @@ def reduced(x: Tensor, comm: Comm) -> Tensor:
     """The sum of `x` over ranks; a collective."""
     if comm.size == 1:
         return x
-    host = x.detach().cpu().contiguous().clone()
-    comm.all_reduce_sum(host.numpy())
-    return host.to(x.device)
+    total = x.detach().contiguous().clone()
+    comm.all_reduce_sum(total.numpy())
+    return total
 
 
 def reduce_gradients(parameters: Iterable[Tensor], told: Tensor, comm: Comm) -> Tensor:
@@ -113,7 +113,7 @@ def check_ranks_agree(tensors: Sequence[Tensor], comm: Comm) -> None:
         return
     digest = hashlib.sha256()
     for tensor in tensors:
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+        digest.update(tensor.detach().contiguous().numpy().tobytes())
     found = comm.broadcast(comm.gather(digest.hexdigest()))
     odd = [rank for rank, other in enumerate(found) if other != found[0]]
     if odd:

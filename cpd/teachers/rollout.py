@@ -7,35 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Final, Protocol
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 
+from cpd.config import PPOConfig
 from cpd.envs.goals import Goal
 from cpd.envs.vector_env import VectorEnv
 from cpd.seeding import generator
 from cpd.teachers.exploration import Exploration, correlated_noise
-from cpd.teachers.policy import FloatArray, MLPPolicy
+from cpd.teachers.policy import FloatArray, GaussianPolicy
 
 #: Meta-World's v2 rewards lie in [0, 10]; with what training adds to them, the bound grows with what was seen.
 LARGEST_REWARD: Final = 10.0
-
-
-class SamplingConfig(Protocol):
-    """What sampling needs of a learner's settings."""
-
-    @property
-    def num_envs(self) -> int:
-        """N, environments stepped in lock-step."""
-
-    @property
-    def steps_per_env(self) -> int:
-        """S, steps of each in an iteration."""
-
-    @property
-    def noise_correlation(self) -> float:
-        """AR(1) coefficient of the exploration noise."""
 
 
 @dataclass(frozen=True)
@@ -143,7 +128,7 @@ class _Episodes:
             self.num_exploring_steps += self._rules.exploring.begin(self._envs, ended, self._start_rngs)
             self.lengths_N[ended] = 0
 
-    def perturb(self, policy: MLPPolicy) -> npt.NDArray[np.bool_]:
+    def perturb(self, policy: GaussianPolicy) -> npt.NDArray[np.bool_]:
         """[N] which episodes were perturbed; none reaches its end meanwhile."""
         num_envs = len(self._slots)
         if not self._rules.exploring.rate:
@@ -157,10 +142,10 @@ class _Episodes:
 
 
 def sample(
-    policy: MLPPolicy,
+    policy: GaussianPolicy,
     envs: VectorEnv,
     goals: Sequence[Goal],
-    config: SamplingConfig,
+    config: PPOConfig,
     rules: EpisodeRules,
     seed: int,
     iteration: int,
@@ -176,7 +161,7 @@ def sample(
         policy: acts in all environments at once.
         envs: as many slots as are stepped here, or more.
         goals: training goals.
-        config: sizes of the iteration.
+        config: sizes of the iteration, and the noise's correlation.
         rules: of the episodes.
         seed: of noise and goals.
         iteration: number of the iteration.

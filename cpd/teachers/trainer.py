@@ -13,8 +13,8 @@ from typing import Any
 
 from torch import Tensor
 
-from cpd.comm import Comm, DivergedError, SerialComm, choose_device, float_sum
-from cpd.config import Config, PPOConfig, SACConfig
+from cpd.comm import Comm, DivergedError, SerialComm, float_sum
+from cpd.config import Config
 from cpd.envs.cells import Cell, EnvPool, evaluate_cells
 from cpd.envs.goals import goal_set
 from cpd.run import checkpoint
@@ -24,11 +24,10 @@ from cpd.run.interrupt import Interrupt, InterruptedBySignal
 from cpd.run.progress import MetricsLog
 from cpd.teachers.demonstrations import Demonstrator
 from cpd.teachers.exploration import Exploration
-from cpd.teachers.policy import MLPPolicy, Teacher, TeacherActor
+from cpd.teachers.policy import GaussianPolicy, Teacher, TeacherActor
 from cpd.teachers.ppo import PPOLearner
 from cpd.teachers.ranks import check_ranks_agree, float_mean, on_first_rank, own_slots
-from cpd.teachers.rollout import EpisodeRules, Experience, sample
-from cpd.teachers.sac.learner import SACLearner
+from cpd.teachers.rollout import EpisodeRules, sample
 from cpd.teachers.warm_start import WarmStart, warm_start
 
 
@@ -96,15 +95,6 @@ def validate(
     return sum(outcome.success for outcome in outcomes[0]) / len(outcomes[0])
 
 
-def make_learner(
-    settings: PPOConfig | SACConfig, seed: int, *, keep_normalizer: bool, comm: Comm
-) -> PPOLearner | SACLearner:
-    """The learner that the settings are of; SAC is on one rank."""
-    if isinstance(settings, PPOConfig):
-        return PPOLearner(settings, seed, keep_normalizer=keep_normalizer, comm=comm)
-    return SACLearner(settings, seed, keep_normalizer=keep_normalizer, device=choose_device(comm))
-
-
 class TeacherTrainer:
     """One teacher's training, from its newest checkpoint on if there is one.
 
@@ -145,7 +135,7 @@ class TeacherTrainer:
         )
         self._steps_per_iteration = settings.num_envs * settings.steps_per_env
         self._goals = goal_set(element.task, "training", config.teacher.num_training_goals)
-        self._learner = make_learner(
+        self._learner = PPOLearner(
             settings, element.seed, keep_normalizer=self._has_demonstrations, comm=self._comm
         )
         self._progress = _Progress()
@@ -191,7 +181,7 @@ class TeacherTrainer:
         no_room = progress.env_steps + self._steps_per_iteration > self._config.teacher.max_env_steps
         return progress.policy_updates > 0 and no_room
 
-    def run(self) -> tuple[MLPPolicy, TrainingSummary]:
+    def run(self) -> tuple[GaussianPolicy, TrainingSummary]:
         """Train until the stopping rule or the budget ends it.
 
         Returns:
@@ -224,7 +214,7 @@ class TeacherTrainer:
         policy = self._learner.policy
         policy.load_state_dict(self._best_policy)
         return policy.eval().requires_grad_(False), TrainingSummary(
-            learner=self._config.teacher.learner,
+            learner="ppo",
             ranks=tuple(progress.ranks),
             iterations=progress.iteration,
             env_steps=progress.env_steps,
@@ -249,22 +239,16 @@ class TeacherTrainer:
             self._interrupt,
         )
 
-        def work() -> tuple[WarmStart, dict[str, Tensor], list[Experience]]:
+        def work() -> tuple[WarmStart, dict[str, Tensor]]:
             done = warm_start(
                 policy,
                 demonstrator,
                 validate=lambda: validate(policy, self._config, element.task, self._pool, self._interrupt),
             )
-            transitions = []
-            if isinstance(self._learner, SACLearner):
-                transitions = demonstrator.transitions(self._rules)
-            return done, policy.state_dict(), transitions
+            return done, policy.state_dict()
 
-        done, state, transitions = on_first_rank(self._comm, work)
+        done, state = on_first_rank(self._comm, work)
         policy.load_state_dict(state)
-        if isinstance(self._learner, SACLearner):
-            for batch in transitions:
-                self._learner.remember(batch)
         self._progress.warm_start = asdict(done)
         self._session.advance(1, success=done.validation_success)
         self._save()
@@ -341,9 +325,7 @@ class TeacherTrainer:
         if not all(bool(tensor.isfinite().all()) for tensor in self._learner.policy.parameters()):
             lost.append("the policy")
         if lost:
-            learner = self._config.teacher.learner
-            from_warm_start = self._has_demonstrations and learner == "ppo"
-            key = "warm_start.rl_learning_rate" if from_warm_start else f"{learner}.learning_rate"
+            key = "warm_start.rl_learning_rate" if self._has_demonstrations else "ppo.learning_rate"
             raise DivergedError(
                 f"{self._element.name}: not finite after the update of iteration {self._progress.iteration + 1}: "
                 f"{', '.join(lost)}; lower teacher.{key}"

@@ -23,7 +23,7 @@ from cpd.config import WarmStartConfig
 from cpd.envs.tasks import OBSERVATION_SIZE
 from cpd.seeding import generator
 from cpd.teachers.demonstrations import Demonstrator, Labelled
-from cpd.teachers.policy import MLPPolicy
+from cpd.teachers.policy import GaussianPolicy
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Cloner:
         seed: of the minibatches.
     """
 
-    def __init__(self, policy: MLPPolicy, config: WarmStartConfig, seed: int) -> None:
+    def __init__(self, policy: GaussianPolicy, config: WarmStartConfig, seed: int) -> None:
         self.num_steps = 0
         self._policy = policy
         self._config = config
@@ -77,8 +77,7 @@ class Cloner:
 
     def run(self, data: Labelled, num_steps: int) -> float:
         """Take `num_steps` gradient steps; returns their mean Huber loss."""
-        device = self._policy.normalizer.mean.device
-        obs_BO, labels_BA = (torch.from_numpy(array).to(device) for array in data)
+        obs_BO, labels_BA = (torch.from_numpy(array) for array in data)
         losses: list[Tensor] = []
         for _ in range(num_steps):
             rng = generator(self._seed, "cloning", self.num_steps)
@@ -131,7 +130,7 @@ class _Search:
         self.is_over = self.increment == 0
 
 
-def warm_start(policy: MLPPolicy, demonstrator: Demonstrator, validate: Callable[[], float]) -> WarmStart:
+def warm_start(policy: GaussianPolicy, demonstrator: Demonstrator, validate: Callable[[], float]) -> WarmStart:
     """Clone the scripted expert into `policy`, in place, until it succeeds now and then.
 
     The policy's observation statistics are those of the demonstrations from then on.

@@ -1,4 +1,4 @@
-"""What an accelerator brings, or costs: distillation, acting and SAC on the CPU and on CUDA, side by side.
+"""What an accelerator brings, or costs: distillation and acting on the CPU and on CUDA, side by side.
 
     OMP_NUM_THREADS=1 python -m tests.bench.bench_device [--batch-sizes 256 4096] [--json PATH] [recipe.toml]
 
@@ -22,12 +22,10 @@ import numpy as np
 import torch
 
 from cpd.comm import SerialComm
-from cpd.config import Config, SACConfig
+from cpd.config import Config
 from cpd.config.load import load, merge, read_toml
 from cpd.distill.trainer import StudentTrainer
 from cpd.student.actor import StudentActor
-from cpd.teachers.rollout import Batch
-from cpd.teachers.sac.learner import SACLearner
 from jobs.launch_options import RECIPES
 from tests.distill.synthetic import stage_data, third_stage
 
@@ -40,24 +38,6 @@ def acting(config: Config, trainer: StudentTrainer, num_envs: int) -> Callable[[
     actor.reset(config.stream.tasks[:1] * num_envs)
     obs_BO = np.repeat(stage_data(0, 1, 10).observations[:1], num_envs, axis=0)
     return lambda: actor.act(obs_BO)
-
-
-def sac_update(batch_size: int, device: torch.device) -> Callable[[], Any]:
-    """One iteration of SAC: its gradient steps."""
-    config = SACConfig(batch_size=batch_size)
-    learner, rng = SACLearner(config, 1, device=device), np.random.default_rng(1)
-    shape = (config.steps_per_env, config.num_envs)
-    batch = Batch(
-        obs=rng.normal(size=(*shape, 39)).astype(np.float32),
-        next_obs=rng.normal(size=(*shape, 39)).astype(np.float32),
-        actions=np.tanh(rng.normal(size=(*shape, 4))).astype(np.float32),
-        rewards=rng.random(shape).astype(np.float32),
-        terminated=np.zeros(shape, np.bool_),
-        ends=np.zeros(shape, np.bool_),
-        train_success=0.0,
-        train_return=0.0,
-    )
-    return lambda: learner.update(batch, 0)
 
 
 def medians(calls: dict[str, Callable[[], Any]], num_calls: int) -> dict[str, float]:
@@ -110,8 +90,6 @@ def main() -> None:
             f"act, {num_envs} episodes",
             lambda on, n=num_envs: acting(config, third_stage(config, SerialComm(), on), n),
         )
-    for batch_size in (64, 256):
-        compare(f"SAC iteration, batches of {batch_size}", lambda on, n=batch_size: sac_update(n, on), 3)
     if arguments.json:
         cuda = torch.cuda.get_device_name(0) if "cuda" in devices else None
         record = {"cuda": cuda, "torch": torch.__version__, "milliseconds": results}

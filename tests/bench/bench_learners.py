@@ -31,14 +31,13 @@ import metaworld  # noqa: F401 - registers the Gymnasium ids
 import numpy as np
 import torch
 
-from cpd.config import PPOConfig, SACConfig
+from cpd.config import PPOConfig
 from cpd.envs.episodes import Actor, run_episodes
 from cpd.envs.goals import goal_set
 from cpd.envs.vector_env import VectorEnv, make_vector_env
 from cpd.teachers.policy import TeacherActor
 from cpd.teachers.ppo import PPOLearner
-from cpd.teachers.rollout import Batch, EpisodeRules, sample
-from cpd.teachers.sac.learner import SACLearner
+from cpd.teachers.rollout import EpisodeRules, Experience, sample
 
 HORIZON, TRAINING_HORIZON = 500, 200
 NUM_GOALS, CHUNK, MOST_FAILURES = 50, 10, 2
@@ -111,11 +110,11 @@ class Result:
     """A lower bound, where a look was cut short."""
 
 
-def train_ours(kind: str, task: str, seed: int, clock: Clock, judge: Judge) -> tuple[bool, int]:
+def train_ours(task: str, seed: int, clock: Clock, judge: Judge) -> tuple[bool, int]:
     """Returns whether it passed, and its environment steps."""
-    config = PPOConfig() if kind == "ppo" else SACConfig()
+    config = PPOConfig()
     clock.start()
-    learner = PPOLearner(config, seed) if isinstance(config, PPOConfig) else SACLearner(config, seed)
+    learner = PPOLearner(config, seed)
     goals = goal_set(task, "training")
     with make_vector_env([task] * config.num_envs, 1) as envs:
         iteration = 0
@@ -183,19 +182,21 @@ def time_to_success(task: str, seed: int, cap: float, every: float, names: list[
         for name in names:
             whose, kind = name.split("-")
             clock, judge = Clock(cap, every), Judge(envs, task)
-            train = train_ours if whose == "ours" else train_theirs
-            passed, steps = train(kind, task, seed, clock, judge)
+            arguments = (task, seed, clock, judge)
+            passed, steps = train_ours(*arguments) if whose == "ours" else train_theirs(kind, *arguments)
             yield Result(task, name, seed, passed, clock.cpu, clock.elapsed, steps, judge.best)
 
 
-def synthetic_batch(num_steps: int, num_envs: int) -> Batch:
+def synthetic_batch(num_steps: int, num_envs: int) -> Experience:
     rng = np.random.default_rng(0)
     shape = (num_steps, num_envs)
     obs, next_obs = rng.normal(size=(2, *shape, 39)).astype(np.float32)
     ends = np.zeros(shape, np.bool_)
     ends[-1] = True
     actions = np.tanh(rng.normal(size=(*shape, 4))).astype(np.float32)
-    return Batch(obs, next_obs, actions, np.ones(shape, np.float32), np.zeros(shape, np.bool_), ends, 0.0, 0.0)
+    return Experience(
+        obs, next_obs, actions, np.ones(shape, np.float32), np.zeros(shape, np.bool_), ends, 0.0, 0.0
+    )
 
 
 def fastest(runs: dict[str, Callable[[], None]], num_repeats: int = 3) -> dict[str, float]:
@@ -208,27 +209,6 @@ def fastest(runs: dict[str, Callable[[], None]], num_repeats: int = 3) -> dict[s
             if repeat:
                 best[name] = min(best[name], time.process_time() - start)
     return best
-
-
-def sac_updates(hidden: int, batch_size: int, num_updates: int = 50) -> dict[str, float]:
-    """SAC updates per second at equal networks and batches."""
-    from stable_baselines3 import SAC
-
-    batch = synthetic_batch(200, 10)
-    config = SACConfig(
-        hidden_sizes=(hidden, hidden), batch_size=batch_size, updates_per_step=num_updates / batch.rewards.size
-    )
-    ours = SACLearner(config, 1)
-    env = gymnasium.make("Meta-World/MT1", env_name="reach-v3", seed=1)
-    theirs = SAC(
-        "MlpPolicy", env, policy_kwargs={"net_arch": [hidden, hidden]}, batch_size=batch_size, device="cpu"
-    )
-    theirs.learn(total_timesteps=500, log_interval=None)
-    runs = {
-        "ours": lambda: discard(ours.update(batch, 0)),
-        "sb3": lambda: theirs.train(num_updates, batch_size),
-    }
-    return {name: num_updates / seconds for name, seconds in fastest(runs).items()}
 
 
 def discard(result: object) -> None:
@@ -255,19 +235,11 @@ def ppo_samples() -> dict[str, float]:
     return {name: 20_480 / seconds for name, seconds in fastest(runs, 2).items()}
 
 
-def throughput() -> dict[str, dict[str, float]]:
-    """Everything that compares updates alone."""
-    found = {f"sac_updates_{hidden}x2_batch_{size}": sac_updates(hidden, size) for hidden, size in SAC_SHAPES}
-    return {**found, "ppo_samples": ppo_samples()}
-
-
-#: Widths and batch sizes: stable-baselines3's default, a smaller batch, and our default.
-SAC_SHAPES = ((256, 256), (256, 128), (128, 64))
-LEARNERS = ["ours-ppo", "ours-sac", "sb3-ppo", "sb3-sac"]
+LEARNERS = ["ours-ppo", "sb3-ppo", "sb3-sac"]
 
 
 def tell_ratios(results: list[Result]) -> dict[str, str]:
-    """For every task: how much longer the better of theirs took than the better of ours."""
+    """For every task: how much longer the better of theirs took than ours."""
     ratios = {}
     for task in dict.fromkeys(result.task for result in results):
         own = [r for r in results if r.task == task and r.learner.startswith("ours") and r.passed]
@@ -300,7 +272,7 @@ def main() -> None:
             arguments.json.write_text(json.dumps(found, indent=1) + "\n")
 
     if not arguments.no_throughput:
-        found["per_second"] = throughput()
+        found["per_second"] = {"ppo_samples": ppo_samples()}
         for name, rates in found["per_second"].items():
             told = ", ".join(f"{who} {rate:.0f}" for who, rate in rates.items())
             print(f"{name:28s} {told} per second: {rates['ours'] / rates['sb3']:.1f} x", flush=True)
@@ -319,7 +291,7 @@ def main() -> None:
             keep()
     found["ratios"] = tell_ratios(results)
     for task, ratio in found["ratios"].items():
-        print(f"{task}: stable-baselines3's better learner takes {ratio} x as long as our better one")
+        print(f"{task}: stable-baselines3's better learner takes {ratio} x as long as ours")
     keep()
 
 

@@ -208,8 +208,8 @@ def test_a_run_directory_that_jobs_cannot_see_is_refused(make_run) -> None:
 
 
 def test_ranks_that_cannot_share_a_teacher_are_told_before_anything_is_submitted(make_run) -> None:
-    config = make_run(teacher={"learner": "sac", "sac": {"steps_per_env": 100}}).config
+    config = make_run(teacher={"ppo": {"num_envs": 1, "minibatch_size": 50}}).config
     shared, alone = (profile(teacher={"ranks": ranks}, single_machine=True) for ranks in (2, 1))
     (told,) = complaints(ROOT / "runs" / "x", config, shared)
-    assert "'sac' runs on one rank, not on 2" in told
+    assert "teacher.ppo.num_envs = 1" in told
     assert complaints(ROOT / "runs" / "x", config, alone) == []

@@ -74,7 +74,6 @@ def test_all_mistakes_are_reported_at_once_with_their_paths() -> None:
             {"teacher": {"recipe": "demo_rl", "ppo": {"exploring_min_log_std": -1.0}}},
             "warm_start.rl_init_log_std (-2) must lie between exploring_min_log_std (-1) and max_log_std (0.5)",
         ),
-        ({"teacher": {"sac": {"updates_per_step": 4e-4}}}, "gives no gradient step in an iteration of 1000 env"),
         (
             {"teacher": {"num_training_goals": 50_001}},
             "teacher.num_training_goals: Input should be less than or equal",

@@ -7,7 +7,6 @@ from dataclasses import fields, replace
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -19,7 +18,6 @@ from cpd.run.interrupt import Interrupt, InterruptedBySignal
 from cpd.run.shards.schema import Episode
 from cpd.teachers.collect import collect, plan_episode
 from cpd.teachers.demonstrations import ScriptedPolicy
-from cpd.teachers.policy import SquashedPolicy
 
 TASK = "drawer-close-v3"
 CONFIG = RolloutConfig(num_steps=700, steps_after_success=5, noise_scales=(0.2, 0.8), noise_hold=4)
@@ -123,24 +121,6 @@ def test_episodes_follow_their_plans_one_after_another(episodes: list[Episode]) 
         assert np.array_equal(episode.actions, (episode.teacher_mean + noise).clip(-1, 1))
         exceeds |= bool((np.abs(episode.teacher_raw_mean) > 1.5).any())
     assert exceeds
-
-
-def test_labels_of_a_squashed_policy_are_in_the_space_of_actions() -> None:
-    """Its moments_over_ranks there varies with the state: little is left of it where the mean is near a bound."""
-    teacher = SquashedPolicy((8,), -1.0, generator=torch.Generator().manual_seed(3))
-    with torch.no_grad():
-        teacher.net[-1].weight *= 200
-    config = replace(CONFIG, num_steps=150, steps_after_success=0)
-    with make_vector_env([TASK] * 3, 1) as envs:
-        found = list(collect(teacher, envs, goal_set(TASK, "training", GOALS), config, 60, 1, Interrupt()))
-    for episode in found:
-        obs = torch.from_numpy(episode.observations[:-1])
-        mean, log_std = teacher.net(teacher.normalize(obs)).detach().numpy().astype(np.float64).T.reshape(2, 4, -1)
-        wanted = log_std.clip(-5, 2) + np.log(1 - np.tanh(mean) ** 2)
-        np.testing.assert_allclose(episode.teacher_raw_mean.T, np.tanh(mean), atol=1e-5)
-        np.testing.assert_allclose(episode.teacher_log_std.T, wanted, atol=1e-3)
-        assert np.array_equal(episode.teacher_mean, episode.teacher_raw_mean)
-    assert np.ptp(found[0].teacher_log_std) > 0.5
 
 
 def test_it_is_what_a_single_environment_does(episodes: list[Episode]) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
-import pytest
 import torch
 
 from cpd.config import WarmStartConfig
@@ -15,7 +14,6 @@ from cpd.envs.vector_env import VectorEnv, make_vector_env
 from cpd.run.interrupt import Interrupt
 from cpd.teachers.demonstrations import Demonstrator, Labelled, ScriptedPolicy, demonstration_noise
 from cpd.teachers.policy import FloatArray, GaussianPolicy
-from cpd.teachers.rollout import EpisodeRules, Experience
 
 TASK = "drawer-close-v3"
 HORIZON = 100
@@ -30,14 +28,6 @@ def demonstrator(envs: VectorEnv, config: WarmStartConfig = CONFIG, horizon: int
 def shown(config: WarmStartConfig = CONFIG) -> Labelled:
     with make_vector_env([TASK] * 25, 1) as envs:
         return demonstrator(envs, config).gather(0)
-
-
-def replayed(
-    rules: EpisodeRules, horizon: int = HORIZON, config: WarmStartConfig = CONFIG, task: str = TASK
-) -> list[Experience]:
-    goals = goal_set(task, "training", NUM_GOALS)
-    with make_vector_env([task] * 25, 1) as envs:
-        return Demonstrator(task, goals, envs, config, horizon, 1, Interrupt()).transitions(rules)
 
 
 def goals_of(first_obs_NO: FloatArray) -> list[Goal]:
@@ -116,36 +106,3 @@ def test_demonstrations_go_on_after_success_for_as_long_as_configured() -> None:
     assert 0 < succeeded <= CONFIG.num_demonstrations
     assert lengths[2] - lengths[0] == 7 * succeeded
     assert lengths[3] == CONFIG.num_demonstrations * HORIZON
-
-
-@pytest.mark.parametrize("terminate_on_success", [True, False])
-def test_a_replayed_demonstration_ends_at_success_which_is_terminal_only_where_it_ends_episodes(
-    terminate_on_success: bool,
-) -> None:
-    batches = replayed(EpisodeRules(HORIZON, terminate_on_success=terminate_on_success))
-    up_to_success, one_more = (len(shown(replace(CONFIG, steps_after_success=steps)).obs_BO) for steps in (0, 1))
-    assert sum(batch.rewards.size for batch in batches) == up_to_success
-    terminated = sum(int(batch.terminated.sum()) for batch in batches)
-    assert terminated == (one_more - up_to_success if terminate_on_success else 0)
-
-
-def test_replayed_demonstrations_are_what_a_single_environment_does() -> None:
-    task, bonus, horizon = "pick-place-v3", 2.0, 60
-    config = replace(CONFIG, num_demonstrations=1)
-    batches = replayed(EpisodeRules(horizon, grasp_bonus=bonus), horizon, config, task)
-    noise = demonstration_noise(0, horizon, config, 1)
-    env, teacher, grasps = TaskEnv(task), ScriptedPolicy(task, 1.0), []
-    goals = goal_set(task, "training", NUM_GOALS)
-    (goal,) = (goal for goal in goals if np.array_equal(env.reset(goal).astype(np.float32), batches[0].obs[0, 0]))
-    obs = env.reset(goal)
-    for t, batch in enumerate(batches):
-        assert np.array_equal(batch.obs[0, 0], obs.astype(np.float32))
-        label = teacher.distribution(batch.obs[0]).raw_mean[0].clip(-1, 1)
-        assert np.array_equal(batch.actions[0, 0], (label + noise[t]).clip(-1, 1))
-        obs, reward, success = env.step(batch.actions[0, 0])
-        grasps.append(env.grasp(obs))
-        assert np.array_equal(batch.next_obs[0, 0], obs.astype(np.float32))
-        assert batch.rewards[0, 0] == np.float32(reward + bonus * grasps[-1])
-        assert batch.terminated[0, 0] == success
-        assert batch.ends.all()
-    assert max(grasps) > 0.1

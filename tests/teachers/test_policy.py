@@ -18,9 +18,7 @@ from cpd.envs.tasks import ALL_TASKS
 from cpd.envs.vector_env import make_vector_env
 from cpd.teachers.demonstrations import ScriptedPolicy, load_scripted, save_scripted
 from cpd.teachers.policy import (
-    MIN_SLOPE,
     GaussianPolicy,
-    SquashedPolicy,
     TeacherActor,
     gaussian_log_prob,
     load_policy,
@@ -36,15 +34,6 @@ def make_policy(seed: int = 1) -> GaussianPolicy:
     with torch.no_grad():
         policy.log_std_A += torch.randn(4, generator=generator)
         policy.net[-1].weight *= 100
-    return policy
-
-
-def make_squashed(seed: int = 1, bounds: tuple[float, float] = (-3.0, -2.5)) -> SquashedPolicy:
-    generator = torch.Generator().manual_seed(seed)
-    policy = SquashedPolicy((16, 8), -2.8, bounds, generator)
-    policy.normalizer.update(torch.randn(200, 39, generator=generator) * 0.1 + 0.5)
-    with torch.no_grad():
-        policy.net[-1].weight *= 30
     return policy
 
 
@@ -156,38 +145,3 @@ def test_every_task_has_a_stand_in() -> None:
     obs = observations(2)
     for task in ALL_TASKS:
         assert ScriptedPolicy(task, 0.1).distribution(obs).raw_mean.shape == (2, 4)
-
-
-def test_a_squashed_policy_tells_the_spread_of_its_actions_as_executed() -> None:
-    policy, obs = make_squashed(), observations(30)
-    mean, log_std = policy.distribution(obs)
-    noise = np.random.default_rng(1).standard_normal((4000, 4)).astype(np.float32)
-    actions = np.array([policy.explore(np.tile(row, (4000, 1)), noise) for row in obs])
-    inside = np.abs(mean) < 0.8  # where the tanh bends little within a standard deviation
-    assert inside.mean() > 0.5
-    assert np.ptp(mean[inside]) > 1.0
-    np.testing.assert_allclose(actions.mean(axis=1)[inside], mean[inside], atol=0.02)
-    np.testing.assert_allclose(actions.std(axis=1)[inside], np.exp(log_std[inside]), rtol=0.08)
-
-
-def test_a_squashed_policys_standard_deviation_keeps_to_its_bounds_and_stays_a_number() -> None:
-    policy, obs = make_squashed(), observations(50)
-    unsquashed, raw = (
-        part.detach().numpy() for part in policy.net(policy.normalize(torch.from_numpy(obs))).chunk(2, 1)
-    )
-    assert (raw < -3.0).any() and (raw > -2.5).any()
-    mean, log_std = policy.distribution(obs)
-    np.testing.assert_allclose(mean, np.tanh(unsquashed), rtol=1e-5)
-    np.testing.assert_allclose(log_std, raw.clip(-3.0, -2.5) + np.log(1 - np.tanh(unsquashed) ** 2), atol=1e-4)
-    with torch.no_grad():
-        policy.net[-1].bias[:4] = 50.0
-    mean, log_std = policy.distribution(obs)
-    assert (mean == 1.0).all()
-    np.testing.assert_allclose(log_std, raw.clip(-3.0, -2.5) + np.log(MIN_SLOPE), rtol=1e-5)
-
-
-def test_a_saved_squashed_policy_keeps_its_bounds(tmp_path: Path) -> None:
-    policy, path, obs = make_squashed(bounds=(-3.0, -2.9)), tmp_path / "policy.safetensors", observations(20)
-    save_policy(policy, path, {"task": "push-v3"})
-    for before, after in zip(policy.distribution(obs), load_policy(path).distribution(obs), strict=True):
-        assert np.array_equal(before, after)

@@ -388,3 +388,25 @@ def test_a_lost_lease_publishes_nothing_more(tmp_path: Path, monkeypatch: pytest
     with pytest.raises(LeaseLostError):
         finish(run)
     assert not teacher.policy.exists()
+
+
+def test_settings_without_effect_are_pointed_out() -> None:
+    other = PPOConfig(gamma=0.5)
+    assert TeacherConfig(recipe="scripted", ppo=other).warnings() == [
+        "ppo has no effect: teacher.recipe is 'scripted'"
+    ]
+    idle = TeacherConfig(exploring_steps=7, exploring_until=0.5, ppo=PPOConfig(exploring_min_log_std=-4.0))
+    assert idle.warnings() == [
+        "exploring_steps has no effect: exploring_share and exploring_rate are 0",
+        "exploring_until has no effect: nothing explores without exploring_share or exploring_rate",
+        "ppo.exploring_min_log_std has no effect: ppo.min_log_std (-3) is no less",
+    ]
+    assert TeacherConfig(exploring_rate=0.1, exploring_steps=7, exploring_until=0.5).warnings() == []
+    assert TeacherConfig(exploring_until=0.5, ppo=PPOConfig(exploring_min_log_std=-1.0)).warnings() == []
+
+
+def test_ranks_that_cannot_share_a_teacher_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"26 ranks cannot share teacher\.ppo\.num_envs = 25 environments"):
+        TeacherConfig().check_ranks(26)
+    TeacherConfig().check_ranks(25)
+    TeacherConfig(recipe="scripted").check_ranks(26)
