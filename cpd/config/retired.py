@@ -12,9 +12,9 @@ from copy import deepcopy
 from typing import Any, Final
 
 #: Retired settings by dotted path, with the value that is now built in.
-RETIRED: Final[dict[str, Any]] = {}
+RETIRED: Final[dict[str, Any]] = {"teacher.learner": "ppo"}
 #: Whole tables without effect under the values of `RETIRED`: dropped whatever they hold.
-RETIRED_TABLES: Final[tuple[str, ...]] = ()
+RETIRED_TABLES: Final[tuple[str, ...]] = ("teacher.sac",)
 #: Renamed settings: old path -> new path.
 RENAMED: Final[dict[str, str]] = {}
 #: Like `RENAMED`, for settings that had an effect with `teacher.recipe = "demo_rl"` only. There they overrule the
@@ -40,7 +40,8 @@ def explain(path: str) -> str:
     parts = path.split(".")
     name = ".".join(parts[2:] if parts[0] == "variants" else parts)
     if name in RETIRED:
-        return f"retired: its value is now always {RETIRED[name]!r}; remove it"
+        reason = "SAC was removed" if name == "teacher.learner" else "retired"
+        return f"{reason}: its value is now always {RETIRED[name]!r}; remove it"
     new = RENAMED.get(name) or RENAMED_FOR_DEMO_RL.get(name)
     return f"renamed to {new}; set that one only" if new else ""
 

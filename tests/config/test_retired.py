@@ -107,3 +107,11 @@ def test_every_published_configuration_loads_with_the_values_that_it_holds(path:
     differing = [line for line in changes(upgrade(stored), to_dict(config)) if ": None -> " not in line]
     assert differing == []
     assert config.of_method(config.methods[0]) is not None
+
+
+def test_sac_is_refused_by_name_and_its_settings_are_dropped() -> None:
+    tables = {"name": "old", "stream": {"tasks": "demo"}}
+    old = {**tables, "teacher": {"learner": "ppo", "sac": {"batch_size": 64}}}
+    assert load(Config, old, "test") == load(Config, tables, "test")
+    with pytest.raises(ConfigError, match=r"teacher\.learner: SAC was removed"):
+        load(Config, {**tables, "teacher": {"learner": "sac"}}, "test")
