@@ -96,8 +96,8 @@ class Teacher(Protocol):
 class GaussianPolicy(nn.Module):
     """A diagonal Gaussian over actions, with an MLP for the mean and one log standard deviation for all states.
 
-    The mean is unbounded; the environment clips actions. The statistics that normalise observations are part of the
-    policy.
+    The mean is unbounded; the environment clips actions. The statistics that normalise observations are part of
+    the policy.
 
     Args:
         hidden_sizes: widths of the hidden layers.
