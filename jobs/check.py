@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cpd.evaluation.publish import read_description
-from jobs.common import EXIT_FAILED, EXIT_USAGE, parser_with_examples, tell
+from jobs.common import EXIT_FAILED, EXIT_USAGE, log, parser_with_examples
 
 #: The first seed of the held-out goals: Meta-World draws the very same ones from it.
 HELD_OUT_SEED = 2001
@@ -80,7 +80,7 @@ def check_teachers(folder: Path, only: Sequence[str], seed: int, num_episodes: i
                 "agrees": int(agrees),
             }
         )
-        tell(
+        log(
             f"{task} seed {teacher_seed}: {result.successes}/{result.episodes} [{low:.2f}, {high:.2f}] by "
             f"Meta-World's evaluation, published {ours.successes}/{ours.episodes}: "
             f"{'agrees' if agrees else 'DISAGREES'}"

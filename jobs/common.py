@@ -1,22 +1,21 @@
-"""What the verbs share: their command line, their exit codes, and how they tell progress."""
+"""What the commands share: argument parsers, exit codes, lines of progress, and the work on one element."""
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
 import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from types import TracebackType
+from typing import Generic, NoReturn, Self, TypeVar
 
 from cpd.cluster.requeue import decline, describe_unfinished, hand_back, is_first_rank, unfinished_dependencies
-from cpd.comm import Comm, connect
-from cpd.config.types import Role
-from cpd.run.attempt import force_status, mark
+from cpd.comm import connect
+from cpd.run.attempt import mark
 from cpd.run.directory import Element, Run
 from cpd.run.interrupt import EXIT_INTERRUPTED, Interrupt, InterruptedBySignal
 from cpd.run.lease import LeaseHeldError
@@ -26,21 +25,21 @@ EXIT_FAILED = 1
 EXIT_USAGE = 2
 EXIT_DEPENDENCY = 3
 EXIT_CTRL_C = 130
-#: What all verbs have in common.
+#: The end of every command's help text.
 EXIT_CODES = """exit codes:
   0 done; 1 failed; 2 a mistake in the command, settings or files; 3 something that it needs is not finished;
   75 saved and stopped as asked, or Slurm does not answer: try again"""
-#: How long mpiexec is given to pass on what a failing rank has written.
-FORWARDING_SECONDS = 0.5
+
+E = TypeVar("E", bound=Element)
 
 
-def tell(line: str) -> None:
+def log(line: str) -> None:
     """Print one line with the time of day, at once."""
     print(f"[{time.strftime('%H:%M:%S')}] {line}", flush=True)
 
 
 def exit_quietly(main: Callable[[], int]) -> NoReturn:
-    """Exit with `main`'s code; no traceback after Ctrl-C, for files of another user, or for a `head`."""
+    """Exit with `main`'s code, without a traceback after Ctrl-C, a denied permission or a closed pipe."""
     try:
         code = main()
         sys.stdout.flush()
@@ -50,16 +49,16 @@ def exit_quietly(main: Callable[[], int]) -> NoReturn:
     except KeyboardInterrupt:
         code = EXIT_CTRL_C
     except BrokenPipeError:
-        # As by SIGPIPE. The interpreter flushes once more on its way out.
+        # The code of a process that SIGPIPE ended. The interpreter flushes stdout once more at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 128 + signal.SIGPIPE
     sys.exit(code)
 
 
 def parser_with_examples(prog: str, description: str, examples: Sequence[str]) -> argparse.ArgumentParser:
-    """An argument parser whose help ends with examples and exit codes; options are not to be abbreviated.
+    """Return an argument parser whose help ends with examples and exit codes.
 
-    Else `--set` would list the settings, and `--c` cancel a run's jobs.
+    It accepts no abbreviated options: `--set` would list the settings and `--c` would cancel a run's jobs.
     """
     return argparse.ArgumentParser(
         prog=f"python -m {prog}",
@@ -71,108 +70,105 @@ def parser_with_examples(prog: str, description: str, examples: Sequence[str]) -
 
 
 def element_parser(prog: str, description: str, examples: Sequence[str]) -> argparse.ArgumentParser:
-    """The same for a verb that does the work of one element: `RUN_DIR [ELEMENT]`."""
+    """Return a parser of a command that works on one element; its arguments are `RUN_DIR [ELEMENT]`."""
     parser = parser_with_examples(prog, description, examples)
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="the run's directory")
     parser.add_argument(
         "element",
         nargs="?",
         metavar="ELEMENT",
-        help="its name, as `jobs.status` shows it, or its number in the role's array (default: the Slurm array "
+        help="its name, as `jobs.status` shows it, or its number in its role (default: the Slurm array "
         "task, else 0)",
     )
     return parser
 
 
-def chosen_element(run: Run, role: Role, asked: str | None) -> Element:
-    """The element of `role` that the command line asks for, by name or number, or else the Slurm array task.
+def choose_element(elements: Sequence[E], asked: str | None) -> E:
+    """Return the element that the command line names, by name or number, or else that of the Slurm array task.
 
     Raises:
-        ValueError: if there is no such element, naming those that there are.
+        ValueError: if there is none; the message lists `elements`.
     """
-    elements = [element for element in run.elements() if element.role == role]
     asked = asked or os.environ.get("SLURM_ARRAY_TASK_ID", "0")
     for element in elements:
-        # An evaluation may go by the name of its student.
+        # An evaluation may be called by the name of its student.
         if asked.rstrip("/") in (str(element.index), element.name, element.name.removesuffix("/evaluation")):
             return element
     listing = "\n".join(f"  {element.index}: {element.name}" for element in elements)
-    raise ValueError(f"{asked}: {run.root} has no such {role}; it has\n{listing}")
+    raise ValueError(f"{asked}: the run has no such {elements[0].role}; choose one of\n{listing}")
 
 
-def element_main(
-    role: Role,
-    parser: argparse.ArgumentParser,
-    argv: Sequence[str] | None,
-    work: Callable[[Run, Element, Interrupt], None],
-    needs_all: bool = True,
-) -> int:
-    """Do `work` on the element that the command line names, unless it is finished; turn errors into exit codes.
+class ElementCommand(Generic[E]):
+    """One call of a command that works on an element; as a context manager, turns errors into exit codes.
 
-    `parser` is one of `element_parser`'s. With `needs_all`, an element of which something that it depends on is
-    not finished is not started.
-
-    Returns:
-        0: done (or rejected); 75: saved and stopped as asked, try again; 3: something that it needs is not
-        finished; 2: a user's mistake; 1: failed.
+    Attributes:
+        has_work: whether to enter the `with` block; False after a mistake, and where the element is finished or
+            cannot start yet.
+        exit_code: 0 done (or rejected); 75 saved and stopped as asked, try again; 3 a dependency is not finished;
+            2 a mistake of the user; 1 failed.
     """
-    arguments = parser.parse_args(argv)
-    try:
-        run = Run(arguments.run_dir)
-        element = chosen_element(run, role, arguments.element)
-    except ValueError as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
-        return EXIT_USAGE
-    if element.finished:
-        tell(f"{element.name} is finished already")
-        return 0
-    missing = unfinished_dependencies(run, element) if needs_all else []
-    if missing:
-        reason = describe_unfinished(missing)
-        decline(element, reason)
-        print(f"{parser.prog}: {element.name}: {reason}", file=sys.stderr)
-        return EXIT_DEPENDENCY
-    interrupt = Interrupt().install()
-    try:
-        work(run, element, interrupt)
-    except InterruptedBySignal as stop:
-        tell(str(stop))
-        if interrupt.signal_number != signal.SIGINT:
-            hand_back(run, element, connect(), tell)
-        return EXIT_INTERRUPTED
-    except LeaseHeldError as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
-        return EXIT_FAILED
-    except Exception as error:
-        traceback.print_exc()
-        if is_first_rank() and read_status(element.status).state == "queued":
-            mark(element, "failed", f"{type(error).__name__}: {error}")  # it failed before its session began
-        return EXIT_FAILED
-    return 0
 
+    def __init__(
+        self,
+        parser: argparse.ArgumentParser,
+        arguments: argparse.Namespace,
+        elements: Callable[[Run], Sequence[E]],
+        *,
+        partial: bool = False,
+    ) -> None:
+        """Find the element.
 
-def element_tell(element: Element) -> Callable[[str], None]:
-    """`tell` with the element's name in front."""
-    return lambda line: tell(f"{element.name}: {line}")
+        Args:
+            parser: from `element_parser`.
+            arguments: what it parsed.
+            elements: lists the run's elements of the command's role.
+            partial: whether the element may start before all its dependencies are finished.
+        """
+        self._prog = parser.prog
+        self.has_work = False
+        self.exit_code = 0
+        self.interrupt = Interrupt()
+        try:
+            self.run = Run(arguments.run_dir)
+            self.element = choose_element(elements(self.run), arguments.element)
+        except ValueError as error:
+            print(f"{self._prog}: {error}", file=sys.stderr)
+            self.exit_code = EXIT_USAGE
+            return
+        if self.element.finished:
+            log(f"{self.element.name} is finished already")
+            return
+        if missing := [] if partial else unfinished_dependencies(self.run, self.element):
+            reason = describe_unfinished(missing)
+            decline(self.element, reason)
+            print(f"{self._prog}: {self.element.name}: {reason}", file=sys.stderr)
+            self.exit_code = EXIT_DEPENDENCY
+            return
+        self.has_work = True
 
+    def log(self, line: str) -> None:
+        """Print one line with the time of day and the element's name."""
+        log(f"{self.element.name}: {line}")
 
-@contextlib.contextmanager
-def mpi_guard(element: Element, comm: Comm) -> Iterator[None]:
-    """End all ranks if this one fails: the others would wait for it in a collective for ever."""
-    try:
-        yield
-    except (InterruptedBySignal, LeaseHeldError):
-        raise  # agreed by all ranks
-    except BaseException as error:
-        if comm.size > 1:
-            # Where all ranks meet the same error, rank 0, which keeps the record, is to tell it first.
-            time.sleep(5.0 if comm.rank else 0.0)
-            print(f"rank {comm.rank} of {comm.size} failed:", file=sys.stderr)
-            traceback.print_exc()
-            sys.stderr.flush()
-            if comm.rank and not element.finished and read_status(element.status).state != "failed":
-                force_status(element, "failed", f"rank {comm.rank}: {type(error).__name__}: {error}")
-            # An abort takes mpiexec down with all that it has not passed on yet.
-            time.sleep(FORWARDING_SECONDS)
-            comm.abort(EXIT_FAILED)
-        raise
+    def __enter__(self) -> Self:
+        self.interrupt.install()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool:
+        if isinstance(error, InterruptedBySignal):
+            log(str(error))
+            if self.interrupt.signal_number != signal.SIGINT:
+                hand_back(self.run, self.element, connect(), log)
+            self.exit_code = EXIT_INTERRUPTED
+        elif isinstance(error, LeaseHeldError):
+            print(f"{self._prog}: {error}", file=sys.stderr)
+            self.exit_code = EXIT_FAILED
+        elif isinstance(error, Exception):
+            traceback.print_exception(error)
+            # Still queued: it failed before its attempt began, which would have recorded the failure.
+            if is_first_rank() and read_status(self.element.status).state == "queued":
+                mark(self.element, "failed", f"{type(error).__name__}: {error}")
+            self.exit_code = EXIT_FAILED
+        return isinstance(error, Exception)

@@ -6,37 +6,35 @@ import sys
 from collections.abc import Sequence
 
 from cpd.comm import connect
-from cpd.run.directory import Element, Run, StudentElement
-from cpd.run.interrupt import Interrupt
-from jobs.common import element_main, element_parser, element_tell, mpi_guard
-
-
-def work(run: Run, element: Element, interrupt: Interrupt) -> None:
-    """Do this rank's part of the element's work."""
-    from cpd.evaluation.run_evaluation import run_evaluation
-
-    assert isinstance(element, StudentElement)
-    comm = connect()
-    with mpi_guard(element, comm):
-        run_evaluation(run, element, comm, interrupt=interrupt, tell=element_tell(element))
+from cpd.run.attempt import mpi_guard
+from cpd.run.directory import Run
+from jobs.common import ElementCommand, element_parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Command line of `python -m jobs.evaluate`; returns the exit code."""
+    """Run the command line of `python -m jobs.evaluate`; return the exit code."""
     parser = element_parser(
         "jobs.evaluate",
-        "Measure a student after every stage on every task of its stream, on held-out goals. Rows that were "
-        "measured already are kept.",
+        "Evaluate a student after every stage on every task of its stream, on held-out goals. Rows of the success "
+        "matrix that exist are kept.",
         [
             "mpiexec -n 2 python -m jobs.evaluate runs/demo",
             "python -m jobs.evaluate runs/cw10 students/moe/seed-2",
         ],
     )
     parser.add_argument(
-        "--partial", action="store_true", help="measure what there is, if the student is still learning"
+        "--partial", action="store_true", help="evaluate the finished stages of a student that still trains"
     )
-    partial = parser.parse_args(argv).partial
-    return element_main("evaluation", parser, argv, work, needs_all=not partial)
+    arguments = parser.parse_args(argv)
+    command = ElementCommand(parser, arguments, Run.evaluations, partial=arguments.partial)
+    if command.has_work:
+        with command:
+            from cpd.evaluation.run_evaluation import run_evaluation
+
+            comm = connect()
+            with mpi_guard(command.element, comm):
+                run_evaluation(command.run, command.element, comm, interrupt=command.interrupt, log=command.log)
+    return command.exit_code
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from cpd.run.lease import Lease, LeaseHeldError
 from cpd.run.progress import progress_line, read_status
 from cpd.run.provenance import code_version, provenance
 from cpd.run.reuse import PlannedRun, ReuseError, find_reusable, reuse
-from jobs.common import EXIT_FAILED, EXIT_USAGE, exit_quietly, tell
+from jobs.common import EXIT_FAILED, EXIT_USAGE, exit_quietly, log
 from jobs.launch_options import build_parser, check_options, check_run_dir, check_same_experiment, load_both
 from jobs.launch_slurm import Choice, cancel_chain, dry_run, submit_chain
 from jobs.status import print_failures, run_status, screen_table
@@ -59,12 +59,12 @@ def prepare(root: Path, config: Config, profile: Profile) -> Run:
         old = Run(root)
         started_with = read_json(root / "provenance.json")["code"]
         if started_with != code_version():
-            tell(f"note: {root} was begun with code {started_with}, this is {code_version()}")
+            log(f"note: {root} was begun with code {started_with}, this is {code_version()}")
         stored = upgrade(read_json(config_path))
         unsaid = [line for line in changes(stored, to_dict(old.config)) if ": None -> " in line]
         if unsaid:
             lines = "\n".join(f"  {line.replace('None -> ', '')}" for line in unsaid)
-            tell(f"note: {root} is older than these settings; what is finished may not agree with them:\n{lines}")
+            log(f"note: {root} is older than these settings; what is finished may not agree with them:\n{lines}")
         config = continued(old.config, config)
         if old.is_extended_by(config):
             old.report().complete.unlink(missing_ok=True)  # it has yet to tell of those that are new
@@ -117,7 +117,7 @@ def execute(run: Run, profile: Profile, interrupt: Interrupt, elements: Sequence
     names = [element.name for element in queue.failed]
     print_failures(console, run, [row for row in run_status(run) if row.element in names])
     for name, holder in queue.held.items():
-        tell(f"{name} is being written by {holder}; wait for it or end it, then launch again")
+        log(f"{name} is being written by {holder}; wait for it or end it, then launch again")
     return finished
 
 
@@ -140,9 +140,9 @@ class PlainProgress:
                 continue
             if row.state != self._states[row.element]:
                 self._states[row.element] = row.state
-                tell(f"{row.element}: {row.state}{f' ({row.message})' if row.message else ''}")
+                log(f"{row.element}: {row.state}{f' ({row.message})' if row.message else ''}")
             elif due and row.state == "running":
-                tell(f"{row.element}: {progress_line(read_status(self._run.root / row.element / 'status.json'))}")
+                log(f"{row.element}: {progress_line(read_status(self._run.root / row.element / 'status.json'))}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -159,7 +159,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         config, profile = load_both(arguments.recipe, overrides, arguments.profile or "local")
         root = arguments.run_dir or Path("runs") / config.name
         for warning in (*config.warnings(), *profile.warnings()):
-            tell(f"warning: {warning}")
+            log(f"warning: {warning}")
         choice = Choice(arguments.only, arguments.retry_failed)
         if profile.cluster == "local" and (choice.retry_failed or arguments.cancel):
             raise ConfigError(["--retry-failed and --cancel are for Slurm profiles"], "the command line")
@@ -185,9 +185,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         with Lease(root / "launcher").acquire():
             run = prepare(root, config, profile)
             for adoption in reuse(run, source) if source else []:
-                tell(f"{adoption.teacher.name}: {adoption.summary}")
+                log(f"{adoption.teacher.name}: {adoption.summary}")
             if arguments.prepare:
-                tell(f"{root} is ready")
+                log(f"{root} is ready")
             elif profile.cluster == "slurm":
                 submit_chain(run, profile, choice)
             else:
@@ -223,15 +223,15 @@ def conclude(run: Run, profile: Profile, only: Sequence[str] = ()) -> int:
     interrupt = Interrupt().install()
     unfinished = [element for element in run.select(only) if not element.finished]
     if unfinished:
-        tell(f"{run.root}: {len(unfinished)} of {len(run.elements())} elements to do")
+        log(f"{run.root}: {len(unfinished)} of {len(run.elements())} elements to do")
         finished = execute(run, profile, interrupt, unfinished)
         if interrupt.requested:
-            tell("stopped; nothing is lost: the same command goes on")
+            log("stopped; nothing is lost: the same command goes on")
             return EXIT_INTERRUPTED
         if not finished:
             return EXIT_FAILED
     elif only:
-        tell(f"{run.root}: nothing to do, {', '.join(only)} finished before")
+        log(f"{run.root}: nothing to do, {', '.join(only)} finished before")
     if not run.report().finished:
         return 0
     from analysis.terminal import print_summary

@@ -14,7 +14,7 @@ from cpd.cluster.submit import cancel, submit, withdraw
 from cpd.config.profile import Profile
 from cpd.run.directory import Run
 from cpd.run.progress import clock
-from jobs.common import tell
+from jobs.common import log
 
 #: How often jobs that started too early are submitted anew within one launch.
 MAX_ROUNDS = 3
@@ -80,25 +80,25 @@ def submit_chain(run: Run, profile: Profile, choice: Choice) -> None:
     """
     found = reconcile(run, profile)
     for name, who in found.held.items():
-        tell(f"{name} is left alone: {who} is at work on it")
+        log(f"{name} is left alone: {who} is at work on it")
     submissions = plan(run, profile, found, choice.only, choice.retry_failed)
     if not submissions:
-        tell(f"{run.root}: nothing to submit ({len(found.active)} elements in the queue)")
+        log(f"{run.root}: nothing to submit ({len(found.active)} elements in the queue)")
     for round_number in range(1, MAX_ROUNDS + 1):
         if not submissions:
             break
         numbers, late = submit(run, profile, submissions, found)
         for submission in submissions:
-            tell(_submitted_line(submission, numbers[submission.name]))
+            log(_submitted_line(submission, numbers[submission.name]))
         print("\n".join(cost_lines(run, profile, submissions, found)))
         if not late:
             break
         if choice.only or round_number == MAX_ROUNDS:
             names = ", ".join(element.name for element in late)
-            tell(f"these will give up, since what they waited for had just ended; launch again: {names}")
+            log(f"these will give up, since what they waited for had just ended; launch again: {names}")
             break
         names = ", ".join(withdraw(run, late))
-        tell(f"withdrawn, since what it waited for had just ended, to be submitted anew: {names}")
+        log(f"withdrawn, since what it waited for had just ended, to be submitted anew: {names}")
         found = reconcile(run, profile)
         submissions = plan(run, profile, found, choice.only, choice.retry_failed)
     if all(element.finished for element in run.elements()):
@@ -126,5 +126,5 @@ def cancel_chain(run: Run, profile: Profile, choice: Choice) -> None:
     entries = ledger(run)
     names = cancel(run, profile, choice.only)
     for name in names:
-        tell(f"cancelled {name} (job {entries[name][-1].job})" if name in entries else f"cancelled {name}")
-    tell("running jobs save before they end; nothing is lost" if names else f"{run.root} has no jobs in the queue")
+        log(f"cancelled {name} (job {entries[name][-1].job})" if name in entries else f"cancelled {name}")
+    log("running jobs save before they end; nothing is lost" if names else f"{run.root} has no jobs in the queue")

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cpd.run.directory import Run
-from jobs.common import EXIT_USAGE, parser_with_examples, tell
+from jobs.common import EXIT_USAGE, log, parser_with_examples
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return EXIT_USAGE
-    tell(f"{len(files)} of {len(run.teachers())} teachers published in {given.folder}")
+    log(f"{len(files)} of {len(run.teachers())} teachers published in {given.folder}")
     return 0
 
 

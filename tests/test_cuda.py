@@ -78,7 +78,7 @@ def test_a_student_element_trains_and_acts_in_real_environments(make_run) -> Non
     element = run.students()[0]
     write_teachers(run, element)
     lines: list[str] = []
-    run_student(run, element, SerialComm(), interrupt=Interrupt(), tell=lines.append)
+    run_student(run, element, SerialComm(), interrupt=Interrupt(), log=lines.append)
     assert element.complete.exists()
     assert [row.episodes for row in read_rows(element.curves, CurveRow)] == [2, 2, 2, 2]
     losses = [line for line in map(json.loads, element.metrics.open()) if "step" in line]

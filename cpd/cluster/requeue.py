@@ -67,7 +67,7 @@ def decline(element: Element, reason: str) -> None:
         mark(element, "waiting", reason)
 
 
-def hand_back(run: Run, element: Element, comm: Comm, tell: Callable[[str], None]) -> None:
+def hand_back(run: Run, element: Element, comm: Comm, log: Callable[[str], None]) -> None:
     """Let Slurm start this job again later, once all ranks have saved; a collective.
 
     Not by way of submitit, which counts a preemption as a time-out if the limit is short or mostly used up, and
@@ -80,7 +80,7 @@ def hand_back(run: Run, element: Element, comm: Comm, tell: Callable[[str], None
         return
     comm.barrier()
     if comm.rank == 0:
-        tell(_requeue(run, element, job))
+        log(_requeue(run, element, job))
     comm.barrier()
 
 

@@ -35,7 +35,7 @@ def run_student(
     comm: Comm,
     *,
     interrupt: Interrupt,
-    tell: Callable[[str], None],
+    log: Callable[[str], None],
     partial: bool = False,
 ) -> None:
     """Distil the whole stream into one student, or what is left of it; a collective.
@@ -49,7 +49,7 @@ def run_student(
             rollouts.
     """
     torch.set_num_threads(element.config.torch_threads)
-    with begin_attempt(element, comm, tell) as attempt:
+    with begin_attempt(element, comm, log) as attempt:
         if comm.broadcast(element.complete.exists()):
             attempt.finish("done")
             return

@@ -114,7 +114,7 @@ def _make_actor(element: StudentElement, model: Student, stages: Sequence[int]) 
 
 
 def run_evaluation(
-    run: Run, element: StudentElement, comm: Comm, *, interrupt: Interrupt, tell: Callable[[str], None]
+    run: Run, element: StudentElement, comm: Comm, *, interrupt: Interrupt, log: Callable[[str], None]
 ) -> None:
     """Fill the rows that are missing for one student; a collective.
 
@@ -126,7 +126,7 @@ def run_evaluation(
         InterruptedBySignal: if asked to stop; the rows finished so far are kept.
     """
     torch.set_num_threads(element.config.torch_threads)
-    with begin_attempt(element, comm, tell) as attempt:
+    with begin_attempt(element, comm, log) as attempt:
         is_whole = comm.broadcast(run.students()[element.index].complete.exists())
         _fill_rows(run, element, comm, interrupt, attempt, is_whole)
         if attempt.is_writer and is_whole:

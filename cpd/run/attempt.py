@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
+import time
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -17,6 +20,8 @@ from cpd.run.progress import State, Status, read_status
 
 #: How long a successor waits for a dying predecessor to save and let go.
 HANDOVER_SECONDS = 30.0
+#: How long mpiexec is given to pass on what a failing rank has written.
+FORWARDING_SECONDS = 0.5
 
 
 def handover_seconds() -> float:
@@ -59,7 +64,7 @@ class Attempt:
 
 @contextlib.contextmanager
 def begin_attempt(
-    element: Element, comm: Comm, tell: Callable[[str], None], wait_seconds: float | None = None
+    element: Element, comm: Comm, log: Callable[[str], None], wait_seconds: float | None = None
 ) -> Iterator[Attempt]:
     """Work on `element` as its single writer; a collective. The caller writes its marker and calls `finish`.
 
@@ -79,7 +84,7 @@ def begin_attempt(
     refusal = comm.broadcast(refusal)
     if refusal:
         raise LeaseHeldError(refusal)
-    attempt = Attempt(lease, Status(element.status, tell) if lease else None)
+    attempt = Attempt(lease, Status(element.status, log) if lease else None)
     with lease or contextlib.nullcontext():
         try:
             yield attempt
@@ -91,6 +96,28 @@ def begin_attempt(
         except Exception as error:
             attempt.finish("failed", f"{type(error).__name__}: {error}")
             raise
+
+
+@contextlib.contextmanager
+def mpi_guard(element: Element, comm: Comm) -> Iterator[None]:
+    """End all ranks if this one fails; the others would wait for it in a collective for ever."""
+    try:
+        yield
+    except (InterruptedBySignal, LeaseHeldError):
+        raise  # on all ranks
+    except BaseException as error:
+        if comm.size > 1:
+            # If all ranks meet the same error, rank 0, which writes the status, reports it first.
+            time.sleep(5.0 if comm.rank else 0.0)
+            print(f"rank {comm.rank} of {comm.size} failed:", file=sys.stderr)
+            traceback.print_exc()
+            sys.stderr.flush()
+            if comm.rank and not element.finished and read_status(element.status).state != "failed":
+                force_status(element, "failed", f"rank {comm.rank}: {type(error).__name__}: {error}")
+            # An abort ends mpiexec at once, with whatever output it has not passed on yet.
+            time.sleep(FORWARDING_SECONDS)
+            comm.abort(1)
+        raise
 
 
 def mark(element: Element, state: State, message: str = "") -> None:

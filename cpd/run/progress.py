@@ -86,13 +86,13 @@ def read_status(path: Path) -> StatusRecord:
 class Status:
     """Keeps a job's status.json up to date and tells its progress in plain lines now and then."""
 
-    def __init__(self, path: Path, tell: Callable[[str], None] = lambda line: None) -> None:
-        """Continue the record in `path`; `tell` receives a line of progress every 15 seconds."""
+    def __init__(self, path: Path, log: Callable[[str], None] = lambda line: None) -> None:
+        """Continue the record in `path`; `log` receives a line of progress every 15 seconds."""
         self.path = path
         self.record = read_status(path)
         self.record.started = time.time()
         self.record.message = ""
-        self._tell = tell
+        self._log = log
         self._cpu_base = self.record.cpu_seconds - cpu_seconds()
         self._phase_base = 0.0
         self._phase_start = time.monotonic()
@@ -128,14 +128,14 @@ class Status:
             self._write(sync=False)  # nothing but a display depends on it
         if now - self._last_line >= LINE_SECONDS:
             self._last_line = now
-            self._tell(progress_line(record))
+            self._log(progress_line(record))
 
     def finish(self, state: State, message: str = "", **values: float | None) -> None:
         """Leave the job in `state` with a last message."""
         self.advance(self.record.done, force=True, **values)
         self.record.state, self.record.message, self.record.rate = state, message, 0.0
         self._write(sync=True)
-        self._tell(f"{state}{f': {message}' if message else ''}")
+        self._log(f"{state}{f': {message}' if message else ''}")
 
     def _write(self, *, sync: bool) -> None:
         self.record.updated = time.time()

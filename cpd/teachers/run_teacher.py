@@ -36,7 +36,7 @@ def run_teacher(
     pool: EnvPool,
     *,
     interrupt: Interrupt,
-    tell: Callable[[str], None],
+    log: Callable[[str], None],
     comm: Comm | None = None,
 ) -> None:
     """Bring one teacher to its end: COMPLETE with shards, or REJECTED if it missed the gate; a collective.
@@ -48,7 +48,7 @@ def run_teacher(
         element: one of `run.teachers()`.
         pool: this rank's environments, from `env_pool`; results do not depend on its number of workers.
         interrupt: the stop flag, looked at after every environment step.
-        tell: receives plain lines of progress.
+        log: receives plain lines of progress.
         comm: the ranks that train together; None: this process alone.
 
     Raises:
@@ -59,10 +59,10 @@ def run_teacher(
     """
     comm = comm or SerialComm()
     if comm.broadcast(element.finished):
-        tell(f"{element.name} is finished")
+        log(f"{element.name} is finished")
         return
     torch.set_num_threads(run.config.torch_threads)
-    with begin_attempt(element, comm, tell) as attempt:
+    with begin_attempt(element, comm, log) as attempt:
         if attempt.is_writer:
             sweep_temporaries(element.path)
         _Work(run.config, element, pool, interrupt, attempt, comm).finish()

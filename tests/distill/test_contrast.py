@@ -190,7 +190,7 @@ def test_curves_are_measured_with_prototypes_of_the_encoder_as_it_is(make_run):
     element = run.students()[0]
     write_teachers(run, element)
     with pytest.raises(InterruptedBySignal, match="stage 0, step 40"):
-        run_student(run, element, SerialComm(), interrupt=AskedInTheEpisode(), tell=lambda line: None)
+        run_student(run, element, SerialComm(), interrupt=AskedInTheEpisode(), log=lambda line: None)
     state = latest(element.checkpoints).load()
     assert not state["curves"]
     trainer = StudentTrainer(element.config, element.seed, SerialComm(), torch.device("cpu"))

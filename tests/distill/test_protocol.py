@@ -135,9 +135,9 @@ def distilled_and_evaluated(make_run, **over) -> dict[tuple[int, str], Evaluatio
     }
     run = make_run(**tables)
     write_teachers(run, run.students()[0])
-    run_student(run, run.students()[0], SerialComm(), interrupt=Interrupt(), tell=lambda line: None)
+    run_student(run, run.students()[0], SerialComm(), interrupt=Interrupt(), log=lambda line: None)
     element = run.evaluations()[0]
-    run_evaluation(run, element, SerialComm(), interrupt=Interrupt(), tell=lambda line: None)
+    run_evaluation(run, element, SerialComm(), interrupt=Interrupt(), log=lambda line: None)
     description = json.loads(run.students()[0].stage_policy(1).with_suffix(".json").read_text())
     assert description["protocol"] == element.config.distill.protocol
     rows = [row for stage in (-1, 0, 1) for row in read_rows(element.row_file(stage), EvaluationRow)]

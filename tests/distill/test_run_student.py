@@ -26,9 +26,7 @@ NO_CURVES = {"stream": {"horizon": 60}, "evaluation": {"curve_points": 0}, "dist
 
 def distil(run, interrupt: Interrupt | None = None, comm: Comm | None = None) -> list[str]:
     lines: list[str] = []
-    run_student(
-        run, run.students()[0], comm or SerialComm(), interrupt=interrupt or Interrupt(), tell=lines.append
-    )
+    run_student(run, run.students()[0], comm or SerialComm(), interrupt=interrupt or Interrupt(), log=lines.append)
     return lines
 
 
@@ -246,5 +244,5 @@ def test_a_stage_that_was_lost_is_not_passed_over_when_the_student_is_evaluated(
     student, element = run.students()[0], run.evaluations()[0]
     student.stage_policy(0).unlink()
     with pytest.raises(ValueError, match=r"stage-00\.safetensors lacking, though students/moe/seed-1 is finished"):
-        run_evaluation(run, element, SerialComm(), interrupt=Interrupt(), tell=lambda line: None)
+        run_evaluation(run, element, SerialComm(), interrupt=Interrupt(), log=lambda line: None)
     assert not element.complete.exists()

@@ -57,7 +57,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     write_json(root / "config.json", to_dict(load(Config, tables, "test")))
     found = Run(root)
     pool = env_pool(found.config, 1)
-    run_teacher(found, found.teachers()[0], pool, interrupt=Interrupt(), tell=lambda line: None)
+    run_teacher(found, found.teachers()[0], pool, interrupt=Interrupt(), log=lambda line: None)
     return found
 
 

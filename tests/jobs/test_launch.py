@@ -22,7 +22,7 @@ from cpd.config.profile import Resources, load_profile
 from cpd.run.directory import Run, RunError
 from cpd.run.lease import Lease
 from cpd.run.progress import read_status
-from jobs.common import chosen_element, exit_quietly
+from jobs.common import choose_element, exit_quietly
 from jobs.launch import main, prepare
 from jobs.launch_options import load_recipe
 from tests.conftest import MINIATURE
@@ -199,8 +199,8 @@ def test_added_seeds_join_the_students_that_are_there(tmp_path: Path) -> None:
     task = more.config.stream.tasks[0]
     assert more.teacher_of(task, 3) == first.teacher_of(task, 3)
     # Jobs that are in the queue already find their own element, whose number is another's now.
-    assert chosen_element(more, "student", job.arguments[1]).name == "students/b/seed-3"
-    assert chosen_element(more, "student", str(number)).name != "students/b/seed-3"
+    assert choose_element(more.students(), job.arguments[1]).name == "students/b/seed-3"
+    assert choose_element(more.students(), str(number)).name != "students/b/seed-3"
     for others in ("[3]", "[1, 3]"):
         with pytest.raises(RunError, match="seeds: "):
             prepared(tmp_path, "--variants.b.student.width", "64", "--seeds", others)
@@ -210,15 +210,13 @@ def test_an_element_goes_by_its_name_or_its_number(tmp_path: Path, monkeypatch: 
     run = prepared(tmp_path, "--seeds", "[1, 2]")
     second = run.evaluations()[1]
     for asked in ("students/moe/seed-2", "students/moe/seed-2/", "students/moe/seed-2/evaluation", "1"):
-        assert chosen_element(run, "evaluation", asked) == second
-    assert chosen_element(run, "student", None) == run.students()[0]
+        assert choose_element(run.evaluations(), asked) == second
+    assert choose_element(run.students(), None) == run.students()[0]
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "1")
-    assert chosen_element(run, "evaluation", None) == second
+    assert choose_element(run.evaluations(), None) == second
     for asked in ("students/moe/seed-3", "2", "-1"):
-        with pytest.raises(
-            ValueError, match=rf"{asked}: .* no such student; it has\n  0: students/moe/seed-1\n  1: "
-        ):
-            chosen_element(run, "student", asked)
+        with pytest.raises(ValueError, match=rf"(?s){asked}: .*\n  0: students/moe/seed-1\n  1: "):
+            choose_element(run.students(), asked)
 
 
 def test_other_settings_are_refused_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

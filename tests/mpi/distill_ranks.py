@@ -111,7 +111,7 @@ def main() -> int:
     # Only the last rank is asked, as when a signal reaches one process.
     interrupt = AskedAfter(int(sys.argv[3])) if comm.rank == comm.size - 1 else Interrupt()
     try:
-        run_student(run, run.students()[0], comm, interrupt=interrupt, tell=lambda line: None)
+        run_student(run, run.students()[0], comm, interrupt=interrupt, log=lambda line: None)
     except InterruptedBySignal:
         return 75
     return 0

@@ -71,7 +71,7 @@ def main() -> int:
     interrupt = AskedAfter(int(sys.argv[3])) if comm.rank == comm.size - 1 else Interrupt()
     try:
         pool = env_pool(run.config, 1, comm.size)
-        run_teacher(run, run.teachers()[0], pool, interrupt=interrupt, tell=lambda line: None, comm=comm)
+        run_teacher(run, run.teachers()[0], pool, interrupt=interrupt, log=lambda line: None, comm=comm)
     except InterruptedBySignal:
         return 75
     return 0

@@ -59,7 +59,7 @@ def test_two_ranks_train_the_student_that_one_trains(mpi, tmp_path, method):
 
 def test_stops_together_and_goes_on_with_another_number_of_ranks(mpi, make_student_run):
     straight = make_student_run("straight")
-    run_student(straight, straight.students()[0], SerialComm(), interrupt=Interrupt(), tell=lambda line: None)
+    run_student(straight, straight.students()[0], SerialComm(), interrupt=Interrupt(), log=lambda line: None)
     run = make_student_run("changing")
     for ranks, count, code in ((2, 11, 75), (1, 20, 75), (2, 10**6, 0)):
         result = mpi(ranks, *SCRIPT, "run", str(run.root), str(count), CPD_RANKS=str(ranks))

@@ -42,7 +42,7 @@ def make(root: Path, **over: Any) -> Run:
 
 
 def finish(run: Run, teacher: TeacherElement) -> None:
-    run_teacher(run, teacher, env_pool(run.config, 1), interrupt=Interrupt(), tell=lambda line: None)
+    run_teacher(run, teacher, env_pool(run.config, 1), interrupt=Interrupt(), log=lambda line: None)
 
 
 @pytest.fixture(scope="module")

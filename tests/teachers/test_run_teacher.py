@@ -58,7 +58,7 @@ def with_teacher(**changes: Any) -> dict[str, Any]:
 def finish(run: Run, interrupt: Interrupt | None = None, num_workers: int = 1) -> TeacherElement:
     teacher = run.teachers()[0]
     with closing(env_pool(run.config, num_workers)) as pool:
-        run_teacher(run, teacher, pool, interrupt=interrupt or Interrupt(), tell=lambda line: None)
+        run_teacher(run, teacher, pool, interrupt=interrupt or Interrupt(), log=lambda line: None)
     return teacher
 
 
@@ -215,7 +215,7 @@ from cpd.run.interrupt import Interrupt
 from cpd.run.directory import Run
 from cpd.teachers.run_teacher import env_pool, run_teacher
 run = Run(Path(sys.argv[1]))
-run_teacher(run, run.teachers()[0], env_pool(run.config, 1), interrupt=Interrupt(), tell=print)
+run_teacher(run, run.teachers()[0], env_pool(run.config, 1), interrupt=Interrupt(), log=print)
 """
 
 

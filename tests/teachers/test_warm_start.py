@@ -193,7 +193,7 @@ def new_run(root: Path, **over: Any) -> Run:
 
 def finish(run: Run, interrupt: Interrupt | None = None) -> TeacherElement:
     teacher = run.teachers()[0]
-    run_teacher(run, teacher, env_pool(run.config, 1), interrupt=interrupt or Interrupt(), tell=lambda line: None)
+    run_teacher(run, teacher, env_pool(run.config, 1), interrupt=interrupt or Interrupt(), log=lambda line: None)
     return teacher
 
 
