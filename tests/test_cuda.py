@@ -41,12 +41,12 @@ def test_distillation_learns_what_it_learns_on_the_cpu(trained) -> None:
     name, found = trained
     wanted = make(name, CPU)
     train(wanted)
-    assert found.flat.values.device == CUDA
-    assert found.student.num_experts == wanted.student.num_experts
-    assert [decision.sources for decision in found.progress.growth] == [
-        decision.sources for decision in wanted.progress.growth
+    assert found.learner.flat.values.device == CUDA
+    assert found.learner.student.num_experts == wanted.learner.student.num_experts
+    assert [decision.sources for decision in found.learner.progress.growth] == [
+        decision.sources for decision in wanted.learner.progress.growth
     ]
-    torch.testing.assert_close(found.flat.values.cpu(), wanted.flat.values, rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(found.learner.flat.values.cpu(), wanted.learner.flat.values, rtol=1e-6, atol=1e-8)
 
 
 @pytest.mark.parametrize("until", [10, 25, 30])
@@ -56,9 +56,9 @@ def test_resuming_equals_going_on(trained, until: int) -> None:
     train(first, until=until)
     resumed.restore(through_a_file(first.state()))
     train(resumed)
-    torch.testing.assert_close(resumed.flat.values, wanted.flat.values, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(resumed.learner.flat.values, wanted.learner.flat.values, rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(
-        resumed.optimizer.second_moment, wanted.optimizer.second_moment, rtol=1e-6, atol=1e-15
+        resumed.learner.optimizer.second_moment, wanted.learner.optimizer.second_moment, rtol=1e-6, atol=1e-15
     )
 
 
@@ -66,7 +66,7 @@ def test_acts_as_on_the_cpu(trained) -> None:
     _, trainer = trained
     tasks, observations = trainer.config.stream.distinct_tasks, stage_data(1).observations
     acted = []
-    for student in (trainer.student, copy.deepcopy(trainer.student).to(CPU)):
+    for student in (trainer.learner.student, copy.deepcopy(trainer.learner.student).to(CPU)):
         actor = StudentActor(student, tasks)
         actor.reset(tasks)
         acted.append(np.stack([actor.act(observations[[step, step + 30, step + 60]]) for step in range(20)]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
@@ -106,3 +107,12 @@ def grow(
                 source, torch.from_numpy(ROW_NOISE * rms * noise), group=group, closed=not student.is_conditioned
             )
     return GrowthDecision(stage, task, found.task, found.loss, reason, num_new, sources, group)
+
+
+def opening_offset(step: int, opening_steps: int) -> float:
+    """Router logit offset of experts that were added when the stage began.
+
+    The logarithm of a share that grows linearly to 1: the unnormalised probability of a new expert grows from
+    1/opening_steps of that of its source, of which it is a copy, to all of it.
+    """
+    return math.log(min(step + 1, opening_steps) / opening_steps)

@@ -11,7 +11,6 @@ import torch
 
 from cpd.comm import Comm, choose_device
 from cpd.distill.growth import GrowthDecision
-from cpd.distill.schedule import curve_steps
 from cpd.distill.stage_data import StageData, admitted_teachers, read_stage
 from cpd.distill.trainer import StepReport, StudentTrainer
 from cpd.envs.cells import Cell, EnvPool, evaluate_cells
@@ -27,6 +26,11 @@ from cpd.student.network import save_student
 
 #: Episodes per forward pass of a curve's evaluation: few, so that several ranks have something to do.
 CURVE_CHUNK = 5
+
+
+def curve_steps(num_points: int, steps_per_stage: int) -> list[int]:
+    """The steps of a stage after which its learning curve gets a point: evenly spaced, the last one at its end."""
+    return [round(steps_per_stage * point / num_points) for point in range(1, num_points + 1)]
 
 
 def run_student(
@@ -117,7 +121,7 @@ class Distillation:
 
     def work(self) -> str | None:
         """All stages that are left, or as many as can be; returns the task whose teacher is lacking."""
-        progress, tasks = self.trainer.progress, self.config.stream.tasks
+        progress, tasks = self.trainer.learner.progress, self.config.stream.tasks
         self.session.begin("distill", self._steps_before(len(tasks)), self._steps_done())
         if self.config.distill.protocol == "joint" and self.pending:
             return next(task for task in tasks if task in self.pending)
@@ -152,12 +156,12 @@ class Distillation:
         return num_stages * self.config.distill.steps_per_stage
 
     def _steps_done(self) -> int:
-        progress = self.trainer.progress
+        progress = self.trainer.learner.progress
         return self._steps_before(progress.stage) + progress.step
 
     def _stage(self, stage: int, data: StageData) -> None:
         """The rest of one stage."""
-        trainer, progress = self.trainer, self.trainer.progress
+        trainer, progress = self.trainer, self.trainer.learner.progress
         for decision in trainer.begin_stage(data):
             self._record(event="growth", **{**self._told(decision), "sources": str(decision.sources)})
         for step in range(progress.step, self.config.distill.steps_per_stage):
@@ -184,7 +188,7 @@ class Distillation:
     def _record_step(self, report: StepReport) -> None:
         if self.log is None:
             return
-        progress, tasks = self.trainer.progress, self.config.stream.distinct_tasks
+        progress, tasks = self.trainer.learner.progress, self.config.stream.distinct_tasks
         values: dict[str, float | int | str | None] = {
             "stage": progress.stage,
             "step": progress.step,
@@ -212,7 +216,7 @@ class Distillation:
 
     def _save_if_due(self) -> None:
         """Save now and then; save and stop if any rank was asked to."""
-        step, logging = self.trainer.progress.step, self.config.logging
+        step, logging = self.trainer.learner.progress.step, self.config.logging
         # At a stage's end, too: there may be fewer steps in it than between two looks.
         due = step % logging.agree_every == 0 or step == self.config.distill.steps_per_stage
         if due and self.comm.any(self.interrupt.requested):
@@ -222,20 +226,20 @@ class Distillation:
 
     def _stop(self) -> NoReturn:
         self._save_checkpoint()
-        progress = self.trainer.progress
+        progress = self.trainer.learner.progress
         raise InterruptedBySignal(
             f"asked to stop; saved at stage {progress.stage}, step {progress.step}: launch again to go on"
         )
 
     def _save_checkpoint(self) -> None:
         """Save on rank 0, after making sure that all ranks hold the same student."""
-        digest = hashlib.sha256(self.trainer.flat.values.cpu().numpy().tobytes()).hexdigest()
+        digest = hashlib.sha256(self.trainer.learner.flat.values.cpu().numpy().tobytes()).hexdigest()
         if len(set(self.comm.gather(digest))) > 1:
             raise RuntimeError(
                 "the ranks' students have drifted apart: the machines, or their libraries, compute differently; "
                 "use machines of one kind"
             )
-        progress = self.trainer.progress
+        progress = self.trainer.learner.progress
         name = f"stage-{progress.stage:02d}-step-{progress.step:06d}"
         if self.log is None or name == self._saved:
             return
@@ -262,10 +266,10 @@ class Distillation:
             "memory_steps": trainer.memory.num_steps,
             "memory_bytes": trainer.memory.num_bytes,
             "memory_budget": trainer.memory.budget,
-            "growth": [self._told(decision) for decision in trainer.progress.growth],
-            "skipped_stages": list(trainer.progress.skipped),
+            "growth": [self._told(decision) for decision in trainer.learner.progress.growth],
+            "skipped_stages": list(trainer.learner.progress.skipped),
         }
-        save_student(self.element.stage_policy(stage), trainer.student, description)
+        save_student(self.element.stage_policy(stage), trainer.learner.student, description)
 
     def _told(self, decision: GrowthDecision) -> dict[str, Any]:
         """A decision as it is recorded, with names for tasks."""
@@ -275,16 +279,16 @@ class Distillation:
 
     def _evaluate_if_due(self) -> None:
         """Add a point to the current task's curve; for the record only, nothing here acts on it."""
-        progress, evaluation = self.trainer.progress, self.config.evaluation
+        progress, evaluation = self.trainer.learner.progress, self.config.evaluation
         stage, step = progress.stage, progress.step
         if step not in curve_steps(evaluation.curve_points, self.config.distill.steps_per_stage):
             return
         if any((row.stage, row.step) == (stage, step) for row in self.curves):
             return
         task = self.config.stream.tasks[stage]
-        self.trainer.refresh_prototypes()
+        self.trainer.learner.refresh_prototypes()
         outcomes = evaluate_cells(
-            make_actor(self.trainer.student, self.config.stream.distinct_tasks),
+            make_actor(self.trainer.learner.student, self.config.stream.distinct_tasks),
             [Cell(task, evaluation.goal_set, evaluation.num_episodes_brief)],
             self.config.stream.horizon,
             self.pool,
@@ -314,10 +318,10 @@ class Distillation:
     def summary(self) -> str:
         """One line on how it ended."""
         trainer = self.trainer
-        skipped = [self.config.stream.tasks[stage] for stage in trainer.progress.skipped]
+        skipped = [self.config.stream.tasks[stage] for stage in trainer.learner.progress.skipped]
         parts = [
             f"{len(self.config.stream.tasks) - len(skipped)} stages",
-            f"{trainer.student.num_experts} experts a layer",
+            f"{trainer.learner.student.num_experts} experts a layer",
             f"memory {trainer.memory.num_steps} steps, {trainer.memory.num_bytes / 1024:.0f} KiB",
         ]
         return ", ".join(parts) + (f"; skipped: {', '.join(skipped)}" if skipped else "")

@@ -52,8 +52,7 @@ from cpd.config import Config
 from cpd.config.load import load, merge, read_toml
 from cpd.distill.batches import Batch
 from cpd.distill.losses import LOSSES, load_balance_loss, router_z_loss
-from cpd.distill.schedule import learning_rate
-from cpd.distill.trainer import StudentTrainer
+from cpd.distill.trainer import StudentTrainer, learning_rate
 from jobs.launch_options import RECIPES
 from tests.distill.synthetic import third_stage
 
@@ -67,7 +66,7 @@ class LocalLoss(nn.Module):
 
     def __init__(self, trainer: StudentTrainer) -> None:
         super().__init__()
-        self.student, self.config = trainer.student, trainer.config.distill
+        self.student, self.config = trainer.learner.student, trainer.config.distill
 
     def forward(self, batch: Batch, num_tokens: int) -> Tensor:
         """The mean over this rank's tokens."""
@@ -91,21 +90,21 @@ class LocalLoss(nn.Module):
 def ddp_step(config: Config, comm: Comm) -> Callable[[], Any]:
     """A training step of the same student under DistributedDataParallel."""
     trainer = third_stage(config, comm, CPU)
-    for parameter in trainer.student.parameters():  # no views of the flat vector: torch's own way
+    for parameter in trainer.learner.student.parameters():  # no views of the flat vector: torch's own way
         parameter.data, parameter.grad = parameter.data.clone(), None
     wrapped = DistributedDataParallel(LocalLoss(trainer), gradient_as_bucket_view=True)
     optimizer = torch.optim.AdamW(wrapped.parameters(), lr=config.distill.lr, weight_decay=0.0, fused=True)
 
     def step() -> None:
-        batch = trainer.source.batch(trainer.progress.step)
+        batch = trainer.learner.source.batch(trainer.learner.progress.step)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(config.distill, trainer.progress.step)
+            group["lr"] = learning_rate(config.distill, trainer.learner.progress.step)
         optimizer.zero_grad(set_to_none=False)
         wrapped(batch, int(batch.valid_RL.sum())).backward()
         norm = nn.utils.clip_grad_norm_(wrapped.parameters(), config.distill.max_grad_norm)
         assert torch.isfinite(norm)
         optimizer.step()
-        trainer.progress.step += 1
+        trainer.learner.progress.step += 1
 
     return step
 

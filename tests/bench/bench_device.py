@@ -34,7 +34,7 @@ CALLS = 60
 
 def acting(config: Config, trainer: StudentTrainer, num_envs: int) -> Callable[[], Any]:
     """One step of `num_envs` episodes at once, past the student's context."""
-    actor = StudentActor(trainer.student, config.stream.distinct_tasks)
+    actor = StudentActor(trainer.learner.student, config.stream.distinct_tasks)
     actor.reset(config.stream.tasks[:1] * num_envs)
     obs_BO = np.repeat(stage_data(0, 1, 10).observations[:1], num_envs, axis=0)
     return lambda: actor.act(obs_BO)

@@ -51,7 +51,7 @@ def main() -> None:
     torch.set_num_threads(config.torch_threads)
     comm = connect()
     trainer = third_stage(config, comm, torch.device("cpu"))
-    source, student = trainer.source, trainer.student
+    source, student = trainer.learner.source, trainer.learner.student
     batch = source.batch(0)
 
     def forward() -> None:
@@ -64,14 +64,14 @@ def main() -> None:
         "step": median_milliseconds(trainer.train_step),
         "batch": median_milliseconds(lambda: source.batch(1)),
         "forward": median_milliseconds(forward),
-        "reduce": median_milliseconds(lambda: trainer.flat.reduce_grads(comm)),
-        "update": median_milliseconds(lambda: trainer.optimizer.step(0.0)),
+        "reduce": median_milliseconds(lambda: trainer.learner.flat.reduce_grads(comm)),
+        "update": median_milliseconds(lambda: trainer.learner.optimizer.step(0.0)),
         "act, 5 episodes": median_milliseconds(lambda: actor.act(obs_BO)),
     }
     if comm.rank:
         return
     tokens = config.distill.batch_size * config.student.context
-    sizes = f"{trainer.flat.size} parameters, {student.num_experts} experts a layer"
+    sizes = f"{trainer.learner.flat.size} parameters, {student.num_experts} experts a layer"
     print(f"{comm.size} ranks, {tokens} tokens a step, {sizes}")
     for name, milliseconds in times.items():
         print(f"  {name:16s} {milliseconds:8.2f} ms  {100 * milliseconds / times['step']:5.1f} % of a step")

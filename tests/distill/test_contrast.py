@@ -149,25 +149,25 @@ class TestPrototypes:
         trainer = make_trainer(distill={"steps_per_stage": 15})
         for stage in range(3):
             train(trainer, until=15 * (stage + 1))
-            assert_remembered(trainer.student, trainer.memory.segments, set(range(stage + 1)))
+            assert_remembered(trainer.learner.student, trainer.memory.segments, set(range(stage + 1)))
 
     def test_refreshed_within_a_stage_they_follow_the_encoder(self):
         trainer = make_trainer(distill={"steps_per_stage": 30})
         train(trainer, until=45)
-        stale = trainer.student.prototypes_KZ.clone()
+        stale = trainer.learner.student.prototypes_KZ.clone()
         assert stale[0].any() and not stale[1].any()
-        trainer.refresh_prototypes()
-        fresh = trainer.student.prototypes_KZ
+        trainer.learner.refresh_prototypes()
+        fresh = trainer.learner.student.prototypes_KZ
         kept = trainer.memory.segments.observations_by_task()[0]
-        torch.testing.assert_close(fresh[0], prototype(trainer.student, kept))
+        torch.testing.assert_close(fresh[0], prototype(trainer.learner.student, kept))
         assert not torch.allclose(fresh[0], stale[0])
-        assert fresh[1] @ prototype(trainer.student, stage_data(1).observations) > 0.98
+        assert fresh[1] @ prototype(trainer.learner.student, stage_data(1).observations) > 0.98
 
     def test_without_a_memory_the_present_tasks_is_left_as_its_data_make_it(self):
         trainer = make_trainer(memory={"selection": "none"}, distill={"steps_per_stage": 10})
         train(trainer, until=10)
-        found = trainer.student.prototypes_KZ
-        assert found[0] @ prototype(trainer.student, stage_data(0).observations) > 0.98
+        found = trainer.learner.student.prototypes_KZ
+        assert found[0] @ prototype(trainer.learner.student, stage_data(0).observations) > 0.98
         assert not found[1:].any()
 
 
@@ -195,8 +195,8 @@ def test_curves_are_measured_with_prototypes_of_the_encoder_as_it_is(make_run):
     assert not state["curves"]
     trainer = StudentTrainer(element.config, element.seed, SerialComm(), torch.device("cpu"))
     trainer.restore(state["trainer"])
-    saved = trainer.student.prototypes_KZ.clone()
+    saved = trainer.learner.student.prototypes_KZ.clone()
     teacher = run.teacher_of("drawer-close-v3", element.seed)
     trainer.begin_stage(read_stage(run, teacher, SerialComm(), element.config.distill.episodes))
-    trainer.refresh_prototypes()
-    assert saved[0].any() and torch.equal(saved, trainer.student.prototypes_KZ)
+    trainer.learner.refresh_prototypes()
+    assert saved[0].any() and torch.equal(saved, trainer.learner.student.prototypes_KZ)

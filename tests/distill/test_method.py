@@ -19,9 +19,10 @@ LONG = {"steps_per_stage": 120, "lr": 5e-3}
 def outputs(trainer: StudentTrainer, task: int) -> torch.Tensor:
     """The student's Gaussian on a task's data, seen as that task."""
     data = stage_data(task)
-    obs = torch.from_numpy(np.stack([data.observations[i : i + 4] for i in range(100)])).to(trainer.student.dtype)
+    windows = np.stack([data.observations[i : i + 4] for i in range(100)])
+    obs = torch.from_numpy(windows).to(trainer.learner.student.dtype)
     with torch.no_grad():
-        out = trainer.student(obs, task_B=torch.full((100,), task))
+        out = trainer.learner.student(obs, task_B=torch.full((100,), task))
     return torch.cat([out.mean_BLA, out.log_std_BLA], -1)
 
 
@@ -42,7 +43,7 @@ def test_nothing_of_an_earlier_task_moves_under_momentum_and_weight_decay(precis
 def masked_by_hand(trainer: StudentTrainer) -> float:
     """The share of parameters that the third of three stages must not move."""
     count = 0
-    for name, parameter in trainer.student.named_parameters():
+    for name, parameter in trainer.learner.student.named_parameters():
         parts = name.split(".")
         if ".experts." in name or ".router." in name:
             count += parameter.numel() * (int(parts[4]) < 4)
@@ -50,18 +51,18 @@ def masked_by_hand(trainer: StudentTrainer) -> float:
             count += parameter.numel() * 2 // 3
         elif parts[0] != "encoder":
             count += parameter.numel()
-    return count / trainer.flat.size
+    return count / trainer.learner.flat.size
 
 
 def test_without_tasks_experts_belong_to_the_task_they_were_added_for():
     trainer = make_trainer(distill={"steps_per_stage": 40}, student={"task_identity": "none"})
     train(trainer, until=40)
-    before = {name: p.detach().clone() for name, p in trainer.student.named_parameters()}
+    before = {name: p.detach().clone() for name, p in trainer.learner.student.named_parameters()}
     train(trainer, until=80)
-    for name, parameter in trainer.student.named_parameters():
+    for name, parameter in trainer.learner.student.named_parameters():
         assert (name not in before) or torch.equal(parameter, before[name]), name
     trainer.begin_stage(stage_data(2))
-    added = {name for name, p in trainer.student.named_parameters() if p.requires_grad}
+    added = {name for name, p in trainer.learner.student.named_parameters() if p.requires_grad}
     assert len(added) == 2 * 2 * 3 and all(".experts." in name or ".router." in name for name in added)
 
 
@@ -73,12 +74,12 @@ def test_new_experts_change_nothing_when_they_come_and_then_live():
     assert torch.equal(outputs(trainer, 0), before)
     assert (decision.num_new, decision.nearest_task, decision.group) == (2, 0, 1)
     assert decision.sources == [sorted(layer, reverse=layer[0] > layer[1]) for layer in decision.sources]
-    start = [[p.clone() for p in moe.experts[2].parameters()] for moe in trainer.student.moes]
+    start = [[p.clone() for p in moe.experts[2].parameters()] for moe in trainer.learner.student.moes]
     for _ in range(40):
         report = trainer.train_step(report=True)
     for shares in report.expert_shares:
         assert min(shares[2:]) > 0.05 and max(shares[:2]) == 0.0
-    for layer, moe in enumerate(trainer.student.moes):
+    for layer, moe in enumerate(trainer.learner.student.moes):
         for old, new in zip(start[layer], moe.experts[2].parameters(), strict=True):
             assert (new - old).abs().max() > 1e-3
 
@@ -89,7 +90,7 @@ def test_learns_every_task_and_forgets_none_without_replay():
     before: list[float] = []
     for stage in range(3):
         train(trainer, until=120 * (stage + 1))
-        errors = [mean_error(trainer, task) for task in range(stage + 1)]
+        errors = [mean_error(trainer.learner.student, task) for task in range(stage + 1)]
         assert errors[-1] < 0.15 * naive[stage]
         assert errors[:-1] == before
         before = errors
@@ -105,7 +106,7 @@ def test_a_frozen_head_expresses_what_the_first_task_had_no_use_for():
         else:
             data.teacher_mean[:] = np.sign(data.teacher_mean)
         trainer.begin_stage(data)
-        while trainer.progress.step < trainer.config.distill.steps_per_stage:
+        while trainer.learner.progress.step < trainer.config.distill.steps_per_stage:
             trainer.train_step()
         trainer.end_stage(data)
     found = outputs(trainer, 1)[..., :4].abs().mean((0, 1))
@@ -119,9 +120,9 @@ def test_with_experts_unmasked_those_of_earlier_tasks_move_and_what_is_shared_do
         student={"task_identity": "none"},
     )
     train(trainer, until=40)
-    before = {name: p.detach().clone() for name, p in trainer.student.named_parameters()}
+    before = {name: p.detach().clone() for name, p in trainer.learner.student.named_parameters()}
     train(trainer, until=80)
-    now = dict(trainer.student.named_parameters())
+    now = dict(trainer.learner.student.named_parameters())
     moved = {name for name, parameter in before.items() if not torch.equal(now[name], parameter)}
     assert moved == {name for name in before if ".experts." in name or ".router." in name}
 
@@ -136,7 +137,7 @@ def test_the_share_asked_for_is_masked_and_moves_not_at_all_or_less(context):
         )
         train(trainer, until=30)
         trainer.begin_stage(stage_data(1))
-        mask, flat = trainer.protection.update_mask(trainer), trainer.flat
+        mask, flat = trainer.protection.update_mask(trainer.learner), trainer.learner.flat
         shared = shared_by_all(trainer)
         protected = shared[mask[shared] < 1.0]
         # A window of one step has no use for queries and keys: these are no part of what is shared out.
@@ -161,7 +162,7 @@ def is_shared(name: str) -> bool:
 
 def shared_by_all(trainer: StudentTrainer) -> torch.Tensor:
     """Where in the vector of parameters those are that all tasks share."""
-    slots = trainer.flat.slots.items()
+    slots = trainer.learner.flat.slots.items()
     return torch.cat([torch.arange(slot.start, slot.stop) for name, slot in slots if is_shared(name)])
 
 
@@ -176,7 +177,7 @@ def test_a_scaled_mask_is_the_least_protected_importance_by_each_one_s_own():
     importance = trainer.protection.state()["importance"][shared]
     num_protected = round(0.25 * int((importance > 0).sum()))
     least = importance.sort(descending=True).values[num_protected - 1]
-    mask = trainer.protection.update_mask(trainer)[shared]
+    mask = trainer.protection.update_mask(trainer.learner)[shared]
     torch.testing.assert_close(mask, (least / importance).clamp(max=1.0))
 
 
@@ -188,8 +189,8 @@ def test_the_importance_of_a_parameter_adds_up_over_the_stages():
     for stage in range(2):
         train(trainer, until=10 * stage + 9)
         trainer.train_step()
-        trainer.flat.freeze(None)
-        found.append(fisher(trainer, stage_data(stage), 32))
+        trainer.learner.flat.freeze(None)
+        found.append(fisher(trainer.learner, stage_data(stage), 32))
         trainer.end_stage(stage_data(stage))
     first, total = found
     total[: len(first)] += first  # growth adds parameters at the end
@@ -204,7 +205,7 @@ def test_a_task_that_comes_again_may_move_its_own_experts():
     train(trainer)
     assert torch.equal(outputs(trainer, 1), other)
     assert not torch.equal(outputs(trainer, 0), before)
-    assert trainer.student.num_experts == 4
+    assert trainer.learner.student.num_experts == 4
 
 
 def test_the_task_is_recognised_from_few_stored_steps():
@@ -216,7 +217,7 @@ def test_the_task_is_recognised_from_few_stored_steps():
     for task in range(3):
         data = stage_data(task, num_episodes=40)
         opening = data.observations[data.offsets[12:-1]]
-        actor = StudentActor(trainer.student, TASKS)
+        actor = StudentActor(trainer.learner.student, TASKS)
         actor.reset([""] * len(opening))
         actor.act(opening)
         right += int((actor.believed[-1] == task).sum())
@@ -227,7 +228,7 @@ def test_contrastive_batches_hold_equal_shares_and_depend_on_the_step_alone():
     config = make_config().distill
     trainer = make_trainer(distill={"steps_per_stage": 10})
     train(trainer, until=20)
-    make = lambda: ContrastSource(stage_data(2), trainer.memory.segments, config, 1, 2, trainer.device)  # noqa: E731
+    make = lambda: ContrastSource(stage_data(2), trainer.memory.segments, config, 1, 2, trainer.learner.device)  # noqa: E731
     (obs, task), (again, _) = make().batch(7), make().batch(7)
     assert torch.equal(obs, again)
     assert torch.bincount(task).tolist() == [config.contrast_batch_size // 3] * 3
@@ -240,12 +241,12 @@ def test_on_demand_grows_where_the_experts_of_no_task_serve(threshold, experts):
         student={"expansion": "on_demand", "demand_threshold": threshold}, distill={"steps_per_stage": 30}
     )
     train(trainer)
-    assert trainer.student.num_experts == experts
-    assert [decision.num_new for decision in trainer.progress.growth] == [(experts - 2) // 2] * 2
+    assert trainer.learner.student.num_experts == experts
+    assert [decision.num_new for decision in trainer.learner.progress.growth] == [(experts - 2) // 2] * 2
     verdict = "exceeds" if experts > 2 else "is within"
-    for decision in trainer.progress.growth:
+    for decision in trainer.learner.progress.growth:
         assert f"{verdict} demand_threshold" in decision.reason and f"{decision.probe_loss:.3g}" in decision.reason
-    groups = trainer.student.group_K.tolist()
+    groups = trainer.learner.student.group_K.tolist()
     assert groups == ([0, 1, 2] if experts > 2 else [0, 0, 0])
 
 
@@ -257,7 +258,7 @@ def test_experts_that_serve_another_task_too_do_not_move_for_it():
     train(trainer, until=30)
     first, second = outputs(trainer, 0), outputs(trainer, 1)
     train(trainer, until=60)
-    assert trainer.student.group_K.tolist()[:2] == [0, 0]
+    assert trainer.learner.student.group_K.tolist()[:2] == [0, 0]
     assert torch.equal(outputs(trainer, 0), first)
     assert not torch.equal(outputs(trainer, 1), second)
 
@@ -272,7 +273,7 @@ def test_rehearsal_labels_mixtures_of_one_task_by_the_student_before():
     trainer.begin_stage(stage_data(1))
     for _ in range(10):
         trainer.train_step()
-    batch = trainer.source.batch(10)
+    batch = trainer.learner.source.batch(10)
     rows = batch.replayed_R.bool()
     assert int(rows.sum()) == 16 and set(batch.task_R[rows].tolist()) == {0}
     stored = torch.from_numpy(trainer.memory.segments.observations).double()
@@ -284,5 +285,5 @@ def test_rehearsal_labels_mixtures_of_one_task_by_the_student_before():
     with torch.no_grad():
         wanted = anchor(batch.obs_RLO[rows], task_B=batch.task_R[rows]).mean_BLA.clamp(-1, 1)
     assert torch.equal(relabelled.teacher_mean_RLA[rows], wanted)
-    trainer.flat.values.copy_(trainer._rehearsal.values)
+    trainer.learner.flat.values.copy_(trainer._rehearsal.values)
     assert torch.equal(outputs(trainer, 0), before)

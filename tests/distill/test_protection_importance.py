@@ -17,7 +17,7 @@ def outputs(trainer, data, step: int) -> np.ndarray:
     """The Gaussian's [8] means and log deviations at a step of `data`, seen with its past."""
     start = data.window_starts(4)[step]
     with torch.no_grad():
-        out = trainer.student(torch.from_numpy(data.observations[start : step + 1]).double()[None])
+        out = trainer.learner.student(torch.from_numpy(data.observations[start : step + 1]).double()[None])
     return torch.cat([out.mean_BLA[0, -1], out.log_std_BLA[0, -1]]).numpy()
 
 
@@ -25,12 +25,12 @@ def test_is_the_mean_of_squared_derivatives_of_single_states():
     trainer = make_plain()
     train(trainer, until=60)
     data = stage_data(1)
-    found = fisher(trainer, data, NUM_WINDOWS, exact=True)
+    found = fisher(trainer.learner, data, NUM_WINDOWS, exact=True)
     steps = generator(1, "fisher", 1).integers(data.num_steps, size=NUM_WINDOWS)
 
-    values, compared = trainer.flat.values, 0
+    values, compared = trainer.learner.flat.values, 0
     weights = [np.concatenate([np.exp(-2 * outputs(trainer, data, step)[4:]), [2.0] * 4]) for step in steps]
-    for slot in trainer.flat.slots.values():
+    for slot in trainer.learner.flat.slots.values():
         for index in {slot.start, (slot.start + slot.stop) // 2}:
             wanted, kept, width = 0.0, float(values[index]), 1e-5
             for step, weight in zip(steps, weights, strict=True):
@@ -43,7 +43,7 @@ def test_is_the_mean_of_squared_derivatives_of_single_states():
             np.testing.assert_allclose(float(found[index]), wanted, rtol=1e-4, atol=1e-9)
             compared += wanted > 1e-6
     assert compared > 60
-    assert not trainer.flat.grads.any()
+    assert not trainer.learner.flat.grads.any()
 
 
 def test_random_signs_estimate_it_without_bias():
@@ -53,8 +53,8 @@ def test_random_signs_estimate_it_without_bias():
     data = stage_data(0)
     errors = []
     for num_windows in (25, 400):
-        exact = fisher(trainer, data, num_windows, exact=True)
-        found = fisher(trainer, data, num_windows)
+        exact = fisher(trainer.learner, data, num_windows, exact=True)
+        found = fisher(trainer.learner, data, num_windows)
         errors.append(float((found - exact).abs().sum() / exact.sum()))
     assert errors[1] < 0.15
     assert 0.15 < errors[1] / errors[0] < 0.4
@@ -65,10 +65,10 @@ def test_is_of_the_student_not_of_its_error():
     trainer = make_plain()
     train(trainer, until=60)
     data = stage_data(0)
-    found = fisher(trainer, data, NUM_WINDOWS)
+    found = fisher(trainer.learner, data, NUM_WINDOWS)
     data.teacher_mean[:] = 0.0
-    assert torch.equal(fisher(trainer, data, NUM_WINDOWS), found)
+    assert torch.equal(fisher(trainer.learner, data, NUM_WINDOWS), found)
     assert (found >= 0).all() and (found > 0).float().mean() > 0.5
     # Only experts that are not chosen have none.
-    without = {name for name, part in trainer.flat.slots.items() if (found[part] == 0).any()}
+    without = {name for name, part in trainer.learner.flat.slots.items() if (found[part] == 0).any()}
     assert all(".experts." in name or ".router." in name for name in without)

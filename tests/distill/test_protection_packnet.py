@@ -11,7 +11,7 @@ from cpd.distill.protection.packnet import FREE
 from cpd.distill.trainer import StudentTrainer
 from cpd.run.provenance import labels
 from cpd.student.actor import StudentActor, TaskwiseActor, make_actor
-from cpd.student.network import load_student, save_student
+from cpd.student.network import Student, load_student, save_student
 from tests.distill.synthetic import stage_data
 from tests.distill.test_trainer import TASKS, make_config, make_trainer, mean_error, through_a_file, train
 
@@ -25,18 +25,16 @@ SETTINGS = {
 SHORT = {**SETTINGS, "distill": {"steps_per_stage": 20, "weight_decay": 0.1}}
 
 
-class Viewed:
-    """Looks to `mean_error` like the trainer of the student that acts for one task."""
-
-    def __init__(self, trainer: StudentTrainer, task: int) -> None:
-        self.student = trainer.student.packing.view(trainer.student, task)
+def viewed(trainer: StudentTrainer, task: int) -> Student:
+    """The student as it acts for one task."""
+    return trainer.learner.student.packing.view(trainer.learner.student, task)
 
 
 def outputs(trainer: StudentTrainer, task: int) -> torch.Tensor:
     data = stage_data(task)
     obs = torch.from_numpy(np.stack([data.observations[i : i + 4] for i in range(100)])).double()
     with torch.no_grad():
-        out = Viewed(trainer, task).student(obs)
+        out = viewed(trainer, task)(obs)
     return torch.cat([out.mean_BLA, out.log_std_BLA])
 
 
@@ -64,21 +62,21 @@ def trainer_outputs_without_mask(trainer: StudentTrainer, task: int) -> torch.Te
     data = stage_data(task)
     obs = torch.from_numpy(np.stack([data.observations[i : i + 4] for i in range(100)])).double()
     with torch.no_grad():
-        out = trainer.student(obs)
+        out = trainer.learner.student(obs)
     return torch.cat([out.mean_BLA, out.log_std_BLA])
 
 
 def test_every_task_is_learned_in_its_share(stages):
     trainer, _ = stages
     for task in range(3):
-        assert mean_error(Viewed(trainer, task), task) < 0.25 * float(
+        assert mean_error(viewed(trainer, task), task) < 0.25 * float(
             np.square(stage_data(task).teacher_mean).mean()
         )
 
 
 def test_every_stage_keeps_an_equal_share_of_every_matrix_and_the_first_the_rest(stages):
     trainer, _ = stages
-    owner, flat = trainer.protection.state()["owner"], trainer.flat
+    owner, flat = trainer.protection.state()["owner"], trainer.learner.flat
     for name, slot in flat.slots.items():
         counts = [int((owner[slot] == stage).sum()) for stage in range(3)]
         size = slot.stop - slot.start
@@ -92,20 +90,20 @@ def test_every_stage_keeps_an_equal_share_of_every_matrix_and_the_first_the_rest
 def test_prunes_the_smallest_in_time_and_goes_on_with_the_rest():
     trainer = make_trainer(**SHORT)
     train(trainer, until=14)  # 20 steps, of which the last six retrain
-    before = trainer.flat.values.clone()
+    before = trainer.learner.flat.values.clone()
     assert not (trainer.protection.state()["owner"] == FREE).any()
     trainer.train_step()
-    slot = trainer.flat.slots["blocks.0.attention.qkv.weight"]
+    slot = trainer.learner.flat.slots["blocks.0.attention.qkv.weight"]
     free = trainer.protection.state()["owner"][slot] == FREE
     assert int(free.sum()) == len(free) - round(len(free) / 3)
     assert before[slot][free].abs().max() <= before[slot][~free].abs().min()
     for _ in range(5):
         trainer.train_step()
-        assert not trainer.flat.values[slot][free].any()
-    assert (trainer.flat.values[slot][~free] != before[slot][~free]).all()
+        assert not trainer.learner.flat.values[slot][free].any()
+    assert (trainer.learner.flat.values[slot][~free] != before[slot][~free]).all()
     trainer.end_stage(stage_data(0))
     train(trainer, until=40)
-    assert (trainer.flat.values[slot][free] != 0).any()
+    assert (trainer.learner.flat.values[slot][free] != 0).any()
 
 
 def test_without_steps_to_retrain_it_prunes_at_the_stages_end():
@@ -121,9 +119,9 @@ def test_a_task_that_comes_again_gets_another_share_and_acts_with_it():
     trainer = make_trainer(tasks=[TASKS[0], TASKS[1], TASKS[0]], **SHORT)
     train(trainer, until=40)
     other = outputs(trainer, 1)
-    assert trainer.student.packing.latest_stage.tolist() == [0, 1]
+    assert trainer.learner.student.packing.latest_stage.tolist() == [0, 1]
     train(trainer)
-    assert trainer.student.packing.latest_stage.tolist() == [2, 1]
+    assert trainer.learner.student.packing.latest_stage.tolist() == [2, 1]
     assert torch.equal(outputs(trainer, 1), other)
     assert torch.equal(outputs(trainer, 0), trainer_outputs_without_mask(trainer, 0))
 
@@ -132,15 +130,15 @@ def test_the_file_tells_who_owns_what(tmp_path):
     trainer = make_trainer(**SHORT)
     train(trainer, until=40)
     path = tmp_path / "student.safetensors"
-    save_student(path, trainer.student, {})
+    save_student(path, trainer.learner.student, {})
     loaded = load_student(path)
-    actor, wanted = make_actor(loaded, TASKS), make_actor(trainer.student, TASKS)
+    actor, wanted = make_actor(loaded, TASKS), make_actor(trainer.learner.student, TASKS)
     assert isinstance(actor, TaskwiseActor)
-    assert loaded.packing.owners.keys() == trainer.flat.slots.keys()
+    assert loaded.packing.owners.keys() == trainer.learner.flat.slots.keys()
     obs = stage_data(0).observations[:5]
     said = []
     for task in range(3):
-        own = StudentActor(Viewed(trainer, task).student, TASKS)
+        own = StudentActor(viewed(trainer, task), TASKS)
         for one in (actor, wanted, own):
             one.reset([TASKS[task]] * 5)
         found = actor.act(obs)
@@ -161,7 +159,7 @@ def test_resuming_equals_going_on_bit_for_bit(until):
     train(first, until=until)
     resumed.restore(through_a_file(first.state()))
     train(resumed)
-    assert torch.equal(resumed.flat.values, straight.flat.values)
+    assert torch.equal(resumed.learner.flat.values, straight.learner.flat.values)
     assert torch.equal(resumed.protection.state()["owner"], straight.protection.state()["owner"])
 
 

@@ -42,9 +42,9 @@ def with_agem(**over):
 def forgotten(trainer) -> float:
     """How much the first task's error rose from its own stage's end to the stream's."""
     train(trainer, until=120)
-    learned = mean_error(trainer, 0)
+    learned = mean_error(trainer.learner.student, 0)
     train(trainer)
-    return mean_error(trainer, 0) - learned
+    return mean_error(trainer.learner.student, 0) - learned
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ def forgotten_without() -> float:
 def test_less_is_forgotten_in_as_many_steps(forgotten_without, settings, share):
     trainer = make_trainer(**settings)
     assert forgotten(trainer) < share * forgotten_without
-    assert mean_error(trainer, 2) < 0.5 * float(np.square(stage_data(2).teacher_mean).mean())
+    assert mean_error(trainer.learner.student, 2) < 0.5 * float(np.square(stage_data(2).teacher_mean).mean())
 
 
 class TestEWC:
@@ -67,31 +67,31 @@ class TestEWC:
         for stage in range(2):
             train(trainer, until=25 * (stage + 1) - 1)
             trainer.train_step()
-            terms.append((fisher(trainer, stage_data(stage), 32), trainer.flat.values.clone()))
+            terms.append((fisher(trainer.learner, stage_data(stage), 32), trainer.learner.flat.values.clone()))
             trainer.end_stage(stage_data(stage))
-        values, strength = trainer.flat.values, trainer.config.protection.ewc_strength
+        values, strength = trainer.learner.flat.values, trainer.config.protection.ewc_strength
         values += 0.1 * torch.randn(values.shape, generator=torch.Generator().manual_seed(0), dtype=values.dtype)
         theta = values.clone().requires_grad_()
         penalty = strength / 2 * sum((F * (theta - centre).square()).sum() for F, centre in terms)
         penalty.backward()
-        trainer.flat.grads.fill_(0.25)
-        trainer.protection.adjust_gradient(trainer)
-        torch.testing.assert_close(trainer.flat.grads - 0.25, theta.grad, rtol=1e-9, atol=1e-12)
+        trainer.learner.flat.grads.fill_(0.25)
+        trainer.protection.adjust_gradient(trainer.learner)
+        torch.testing.assert_close(trainer.learner.flat.grads - 0.25, theta.grad, rtol=1e-9, atol=1e-12)
 
     def test_without_an_earlier_stage_nothing_is_added(self):
         trainer = make_trainer(**with_ewc(distill=SHORT))
         train(trainer, until=10)
-        before = trainer.flat.grads.clone()
-        trainer.protection.adjust_gradient(trainer)
-        assert torch.equal(trainer.flat.grads, before)
+        before = trainer.learner.flat.grads.clone()
+        trainer.protection.adjust_gradient(trainer.learner)
+        assert torch.equal(trainer.learner.flat.grads, before)
 
     def test_parameters_that_growth_adds_are_free_at_first(self):
         trainer = make_trainer(**with_ewc(distill=SHORT, student={"opening_steps": 5, "task_identity": "none"}))
         train(trainer, until=25)
-        old_size = trainer.flat.size
+        old_size = trainer.learner.flat.size
         held = trainer.protection.state()["precision"].clone()
         train(trainer, until=26)
-        assert trainer.flat.size > old_size
+        assert trainer.learner.flat.size > old_size
         now = trainer.protection.state()["precision"]
         assert torch.equal(now[:old_size], held) and not now[old_size:].any()
         train(trainer, until=50)
@@ -106,14 +106,14 @@ class TestAGEM:
         trainer.begin_stage(stage_data(1))
         seen = set()
         for _ in range(25):
-            step = trainer.progress.step
-            trainer.gradient(trainer.source.batch(step))
-            plain = trainer.flat.grads.clone()
-            trainer.gradient(trainer.source.reference(step, 16))
-            reference = trainer.flat.grads.clone()
-            trainer.flat.grads.copy_(plain)
-            trainer.protection.adjust_gradient(trainer)
-            found, product = trainer.flat.grads, float(plain @ reference)
+            step = trainer.learner.progress.step
+            trainer.learner.gradient(trainer.learner.source.batch(step))
+            plain = trainer.learner.flat.grads.clone()
+            trainer.learner.gradient(trainer.learner.source.reference(step, 16))
+            reference = trainer.learner.flat.grads.clone()
+            trainer.learner.flat.grads.copy_(plain)
+            trainer.protection.adjust_gradient(trainer.learner)
+            found, product = trainer.learner.flat.grads, float(plain @ reference)
             scale = float(plain.norm() * reference.norm())
             assert float(found @ reference) > -1e-12 * scale  # a step along -found raises memory's loss no more
             if product < 0:
@@ -140,33 +140,33 @@ class TestAGEM:
     def test_the_reference_comes_from_memory_and_the_batch_does_not(self):
         trainer = make_trainer(**with_agem(distill={**SHORT, "replay_share": 0.0}))
         train(trainer, until=26)
-        assert not trainer.source.batch(3).replayed_R.any()
-        reference = trainer.source.reference(3, 16)
+        assert not trainer.learner.source.batch(3).replayed_R.any()
+        reference = trainer.learner.source.reference(3, 16)
         assert reference.replayed_R.all() and len(reference.task_R) == 16 and not reference.task_R.any()
-        assert not torch.equal(reference.obs_RLO, trainer.source.reference(4, 16).obs_RLO)
+        assert not torch.equal(reference.obs_RLO, trainer.learner.source.reference(4, 16).obs_RLO)
 
     def test_memorys_gradient_is_of_its_imitation_alone_and_so_the_encoders_stays_as_it_is(self):
         student = {"expansion": "none", "task_identity": "inferred", "num_experts": 4}
         distill = {**SHORT, "replay_share": 0.0, "contrast_batch_size": 32}
         trainer = make_trainer(**with_agem(distill=distill, student=student))
         train(trainer, until=26)
-        flat = trainer.flat
+        flat = trainer.learner.flat
         encoder = torch.cat(
             [torch.arange(s.start, s.stop) for n, s in flat.slots.items() if n.startswith("encoder.")]
         )
         num_projected = 0
         for _ in range(8):
-            step = trainer.progress.step
-            with_contrast = trainer.gradient(trainer.source.batch(step))
+            step = trainer.learner.progress.step
+            with_contrast = trainer.learner.gradient(trainer.learner.source.batch(step))
             plain = flat.grads.clone()
-            without = trainer.gradient(trainer.source.reference(step, 16), contrast=False)
+            without = trainer.learner.gradient(trainer.learner.source.reference(step, 16), contrast=False)
             reference = flat.grads.clone()
             assert with_contrast.contrast > 0 and without.contrast == 0
             assert plain[encoder].any() and not reference[encoder].any()
             product = float(plain @ reference)
             taken_out = min(product, 0.0) / float(reference @ reference) * reference
             flat.grads.copy_(plain)
-            trainer.protection.adjust_gradient(trainer)
+            trainer.protection.adjust_gradient(trainer.learner)
             torch.testing.assert_close(flat.grads, plain - taken_out)
             assert torch.equal(flat.grads[encoder], plain[encoder])
             num_projected += product < 0
@@ -200,7 +200,7 @@ def test_resuming_equals_going_on_bit_for_bit(settings, until):
     train(first, until=until)
     resumed.restore(through_a_file(first.state()))
     train(resumed)
-    assert torch.equal(resumed.flat.values, straight.flat.values)
+    assert torch.equal(resumed.learner.flat.values, straight.learner.flat.values)
     assert resumed.protection.report() == straight.protection.report()
 
 

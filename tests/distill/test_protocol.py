@@ -39,12 +39,12 @@ def lesson(trainer: StudentTrainer, task: int) -> StageData:
 def train(trainer: StudentTrainer, until: int = 10**6) -> None:
     """Train over the stream, or up to a number of steps in all."""
     steps = trainer.config.distill.steps_per_stage
-    for stage in range(trainer.progress.stage, 3):
+    for stage in range(trainer.learner.progress.stage, 3):
         if stage * steps == until:
             return
         trainer.begin_stage(lesson(trainer, stage))
-        while trainer.progress.step < steps:
-            if stage * steps + trainer.progress.step == until:
+        while trainer.learner.progress.step < steps:
+            if stage * steps + trainer.learner.progress.step == until:
                 return
             trainer.train_step()
         trainer.end_stage(lesson(trainer, stage))
@@ -54,7 +54,7 @@ class TestJoint:
     def test_every_batch_mixes_all_tasks_evenly(self):
         trainer = of("joint", batch_size=512)
         trainer.begin_stage(lesson(trainer, 1))
-        batch = trainer.source.batch(0)
+        batch = trainer.learner.source.batch(0)
         shares = torch.bincount(batch.task_R) / 512
         assert ((shares > 0.25) & (shares < 0.42)).all()
         assert not batch.replayed_R.any()
@@ -66,37 +66,39 @@ class TestJoint:
     def test_tasks_with_more_data_come_no_more_often(self):
         trainer = of("joint", batch_size=3_000)
         trainer.begin_stage(replace(stage_data(0, 40), others=(stage_data(1, 4), stage_data(2, 12))))
-        assert torch.bincount(trainer.source.batch(0).task_R).tolist() == pytest.approx([1_000] * 3, rel=0.1)
+        task_R = trainer.learner.source.batch(0).task_R
+        assert torch.bincount(task_R).tolist() == pytest.approx([1_000] * 3, rel=0.1)
 
     def test_a_student_that_knows_of_tasks_does_not_grow_either(self):
         trainer = make_trainer(distill={**SHORT, "protocol": "joint"})
         assert trainer.begin_stage(lesson(trainer, 0)) == []
         trainer.train_step()
-        assert trainer.student.num_experts == trainer.config.student.num_experts
+        assert trainer.learner.student.num_experts == trainer.config.student.num_experts
 
     def test_learns_all_tasks_without_growth_or_memory(self):
         trainer = of("joint", **LONG)
         train(trainer)
+        student = trainer.learner.student
         for task in range(3):
-            assert mean_error(trainer, task) < 0.1 * float(np.square(stage_data(task).teacher_mean).mean())
-        assert trainer.student.num_experts == trainer.config.student.num_experts
+            assert mean_error(student, task) < 0.1 * float(np.square(stage_data(task).teacher_mean).mean())
+        assert student.num_experts == trainer.config.student.num_experts
         assert trainer.memory.num_steps == trainer.memory.budget == 0
 
 
 class TestSingleTask:
     def test_every_stage_trains_a_fresh_student_as_if_there_were_no_other(self):
         trainer = of("single_task", **SHORT)
-        first = trainer.flat.values.clone()
+        first = trainer.learner.flat.values.clone()
         train(trainer, until=40)
         trainer.begin_stage(lesson(trainer, 2))
-        assert torch.equal(trainer.flat.values, first)
+        assert torch.equal(trainer.learner.flat.values, first)
         train(trainer)
         alone = of("continual", **SHORT)
         for _ in range(2):
             alone.skip_stage()
         train(alone)
-        assert torch.equal(trainer.flat.values, alone.flat.values)
-        assert trainer.student.num_experts == trainer.config.student.num_experts
+        assert torch.equal(trainer.learner.flat.values, alone.learner.flat.values)
+        assert trainer.learner.student.num_experts == trainer.config.student.num_experts
         assert trainer.memory.num_steps == 0
 
 
@@ -108,7 +110,7 @@ def test_resuming_equals_going_on_bit_for_bit(protocol, until):
     train(first, until=until)
     resumed.restore(through_a_file(first.state()))
     train(resumed)
-    assert torch.equal(resumed.flat.values, straight.flat.values)
+    assert torch.equal(resumed.learner.flat.values, straight.learner.flat.values)
 
 
 def test_what_a_bound_does_not_look_at_is_warned_about():

@@ -15,8 +15,10 @@ from cpd.comm import DivergedError, SerialComm
 from cpd.config import Config
 from cpd.config.load import load
 from cpd.distill.batches import Batch
-from cpd.distill.schedule import curve_steps, learning_rate, opening_offset
-from cpd.distill.trainer import StudentTrainer
+from cpd.distill.growth import opening_offset
+from cpd.distill.run_student import curve_steps
+from cpd.distill.trainer import StudentTrainer, learning_rate
+from cpd.student.network import Student
 from tests.distill.synthetic import stage_data
 
 GOLDEN = Path(__file__).with_name("golden_losses.json")
@@ -66,13 +68,13 @@ def train(trainer: StudentTrainer, until: int | None = None) -> None:
     """Train over the stream, or up to a number of steps in all."""
     config, tasks = trainer.config, trainer.config.stream
     steps = config.distill.steps_per_stage
-    for stage in range(trainer.progress.stage, len(tasks.tasks)):
+    for stage in range(trainer.learner.progress.stage, len(tasks.tasks)):
         if stage * steps == until:
             return
         data = stage_data(tasks.distinct_tasks.index(tasks.tasks[stage]))
         trainer.begin_stage(data)
-        while trainer.progress.step < steps:
-            if stage * steps + trainer.progress.step == until:
+        while trainer.learner.progress.step < steps:
+            if stage * steps + trainer.learner.progress.step == until:
                 return
             trainer.train_step()
         trainer.end_stage(data)
@@ -88,7 +90,7 @@ def through_a_file(state: dict) -> dict:
 def new_task_shares(trainer: StudentTrainer, batch: Batch) -> np.ndarray:
     """[layers, experts] shares of the assignments of a batch."""
     with torch.no_grad():
-        out = trainer.student(batch.obs_RLO, task_B=batch.task_R, valid_BL=batch.valid_RL)
+        out = trainer.learner.student(batch.obs_RLO, task_B=batch.task_R, valid_BL=batch.valid_RL)
     return np.stack([(stats.counts_E / stats.counts_E.sum()).numpy() for stats in out.stats])
 
 
@@ -98,26 +100,27 @@ def test_growth_changes_no_output_by_a_single_bit_and_then_lives(precision):
     trainer = make_plain(distill={"precision": precision})
     train(trainer, until=60)
     data = stage_data(1)
-    obs = torch.from_numpy(np.stack([data.observations[i : i + 4] for i in range(200)])).to(trainer.student.dtype)
+    windows = np.stack([data.observations[i : i + 4] for i in range(200)])
+    obs = torch.from_numpy(windows).to(trainer.learner.student.dtype)
     with torch.no_grad():
-        before = trainer.student(obs)
+        before = trainer.learner.student(obs)
         decisions = trainer.begin_stage(data)
-        after = trainer.student(obs)
+        after = trainer.learner.student(obs)
     assert torch.equal(before.mean_BLA, after.mean_BLA)
     assert torch.equal(before.log_std_BLA, after.log_std_BLA)
 
     (decision,) = decisions
     assert (decision.stage, decision.task, decision.num_new) == (1, 1, 1)
-    probe = trainer._source.probe()
+    probe = trainer.learner.source.probe()
     shares = new_task_shares(trainer, probe)
     assert shares.shape == (2, 4)
     assert decision.sources == [[int(shares[layer].argmax())] for layer in range(2)]
 
-    start = [[p.clone() for p in moe.experts[4].parameters()] for moe in trainer.student.moes]
+    start = [[p.clone() for p in moe.experts[4].parameters()] for moe in trainer.learner.student.moes]
     for _ in range(60):
         trainer.train_step()
     assert (new_task_shares(trainer, probe)[:, 4] > 0.05).all()
-    for layer, moe in enumerate(trainer.student.moes):
+    for layer, moe in enumerate(trainer.learner.student.moes):
         assert moe.logit_offset.tolist() == [0.0] * 5
         for old, new in zip(start[layer], moe.experts[4].parameters(), strict=True):
             assert (new - old).abs().max() > 1e-3
@@ -127,20 +130,20 @@ def test_growth_is_closed_until_the_first_step_and_open_after_the_schedule():
     trainer = make_plain()
     train(trainer, until=60)
     trainer.begin_stage(stage_data(1))
-    assert trainer.student.moes[0].logit_offset.tolist()[4] == -np.inf
+    assert trainer.learner.student.moes[0].logit_offset.tolist()[4] == -np.inf
     offsets = []
     for _ in range(31):
         trainer.train_step()
-        offsets.append(trainer.student.moes[1].logit_offset.tolist()[4])
+        offsets.append(trainer.learner.student.moes[1].logit_offset.tolist()[4])
     np.testing.assert_allclose(np.exp(offsets), [*(np.arange(1, 31) / 30), 1.0])
 
 
 def test_growth_is_open_at_the_end_of_a_stage_that_is_shorter_than_the_schedule():
     trainer = make_plain(distill={"steps_per_stage": 20})
     train(trainer, until=39)
-    assert trainer.student.moes[0].logit_offset.tolist()[4] < 0.0
+    assert trainer.learner.student.moes[0].logit_offset.tolist()[4] < 0.0
     trainer.train_step()
-    assert trainer.student.moes[0].logit_offset.tolist() == [0.0] * 5
+    assert trainer.learner.student.moes[0].logit_offset.tolist() == [0.0] * 5
 
 
 def test_experts_are_added_for_new_tasks_only():
@@ -156,18 +159,18 @@ def test_experts_are_added_for_new_tasks_only():
             trainer.train_step()
         trainer.end_stage(data)
         held.append(trainer.memory.num_steps)
-        experts.append(trainer.student.num_experts)
+        experts.append(trainer.learner.student.num_experts)
     assert experts == [2, 4, 4, 4]
     # Half of the stream's budget of 0.2 x 2 x 280 steps would hold the first task's twice.
     assert trainer.memory.budget == 112
     assert held[1] == held[2] == held[3] <= 112
-    assert trainer.progress.seen == [0, 1]
+    assert trainer.learner.progress.seen == [0, 1]
 
 
 def test_expansion_none_adds_nothing():
     trainer = make_trainer(student={"expansion": "none"}, distill={"steps_per_stage": 3})
     train(trainer)
-    assert trainer.student.num_experts == 2 and not trainer.progress.growth
+    assert trainer.learner.student.num_experts == 2 and not trainer.learner.progress.growth
 
 
 def test_a_skipped_stage_is_recorded_and_changes_nothing():
@@ -175,7 +178,7 @@ def test_a_skipped_stage_is_recorded_and_changes_nothing():
     trainer.skip_stage()
     data = stage_data(1)
     assert trainer.begin_stage(data) == []
-    assert trainer.progress.skipped == [0] and trainer.progress.seen == [1]
+    assert trainer.learner.progress.skipped == [0] and trainer.learner.progress.seen == [1]
 
 
 #: Everything that a checkpoint must hold: while an expert opens; belief, masks and rehearsal; importance.
@@ -214,12 +217,12 @@ def test_resuming_equals_going_on_bit_for_bit(straight, until):
     resumed = make_short(name)
     resumed.restore(through_a_file(first.state()))
     train(resumed)
-    assert torch.equal(resumed.flat.values, wanted.flat.values)
-    assert torch.equal(resumed.optimizer.second_moment, wanted.optimizer.second_moment)
-    assert resumed.progress == wanted.progress
+    assert torch.equal(resumed.learner.flat.values, wanted.learner.flat.values)
+    assert torch.equal(resumed.learner.optimizer.second_moment, wanted.learner.optimizer.second_moment)
+    assert resumed.learner.progress == wanted.learner.progress
     assert resumed.memory.num_steps == wanted.memory.num_steps
     for (key, left), right in zip(
-        resumed.student.state_dict().items(), wanted.student.state_dict().values(), strict=True
+        resumed.learner.student.state_dict().items(), wanted.learner.student.state_dict().values(), strict=True
     ):
         assert torch.equal(left, right), key
 
@@ -230,20 +233,21 @@ def test_replay_alone_learns_without_forgetting_much():
     naive = [float(np.square(stage_data(task).teacher_mean).mean()) for task in range(3)]
     for stage in range(3):
         train(trainer, until=120 * (stage + 1))
-        assert mean_error(trainer, stage) < 0.1 * naive[stage]
+        assert mean_error(trainer.learner.student, stage) < 0.1 * naive[stage]
     for task in range(2):
-        assert mean_error(trainer, task) < 0.2 * naive[task]
+        assert mean_error(trainer.learner.student, task) < 0.2 * naive[task]
 
 
-def mean_error(trainer: StudentTrainer, task: int) -> float:
+def mean_error(student: Student, task: int) -> float:
     """Mean squared error of the action, with full windows, over a task's data."""
     data = stage_data(task)
     starts = data.window_starts(4)
     full = np.flatnonzero(np.arange(data.num_steps) - starts == 3)
-    obs = torch.from_numpy(np.stack([data.observations[i - 3 : i + 1] for i in full])).to(trainer.student.dtype)
+    windows = np.stack([data.observations[i - 3 : i + 1] for i in full])
+    obs = torch.from_numpy(windows).to(student.dtype)
     with torch.no_grad():
         task_B = torch.full((len(obs),), task)
-        mean = trainer.student(obs, task_B=task_B).mean_BLA[:, -1].numpy()
+        mean = student(obs, task_B=task_B).mean_BLA[:, -1].numpy()
     return float(np.square(mean - data.teacher_mean[full]).mean())
 
 
@@ -271,8 +275,8 @@ def test_losses_of_the_first_steps_are_the_known_ones(name, make):
     for stage in range(2):
         data = stage_data(stage)
         trainer.begin_stage(data)
-        while trainer.progress.step < trainer.config.distill.steps_per_stage:
-            report = trainer.train_step(report=trainer.progress.step < 5)
+        while trainer.learner.progress.step < trainer.config.distill.steps_per_stage:
+            report = trainer.train_step(report=trainer.learner.progress.step < 5)
             found += [report.loss] if report else []
         trainer.end_stage(data)
     golden = json.loads(GOLDEN.read_text())[name]

@@ -80,7 +80,7 @@ def train(comm: Comm, method: str = "ours") -> dict[str, np.ndarray]:
             norms.append(report.grad_norm)
         trainer.end_stage(data)
     return {
-        "values": trainer.flat.values.numpy(),
+        "values": trainer.learner.flat.values.numpy(),
         "losses": np.array(losses),
         "norms": np.array(norms),
         "max_norm": np.array(trainer.config.distill.max_grad_norm),

@@ -51,10 +51,10 @@ def test_growth_of_a_dense_student_changes_no_output_by_a_single_bit():
     train(trainer, until=60)
     data = stage_data(1)
     obs = torch.from_numpy(data.observations[None, :4]).double()
-    before = trainer.student(obs).mean_BLA
+    before = trainer.learner.student(obs).mean_BLA
     trainer.begin_stage(data)
-    assert trainer.student.num_experts == 2
-    assert torch.equal(trainer.student(obs).mean_BLA, before)
+    assert trainer.learner.student.num_experts == 2
+    assert torch.equal(trainer.learner.student(obs).mean_BLA, before)
 
 
 def test_learns_and_leaves_its_router_alone():
@@ -63,12 +63,12 @@ def test_learns_and_leaves_its_router_alone():
         protection={"kind": "none"},
         distill={"steps_per_stage": 60, "lr": 5e-3, "weight_decay": 0.1},
     )
-    routers = [moe.router[0].detach().clone() for moe in trainer.student.moes]
+    routers = [moe.router[0].detach().clone() for moe in trainer.learner.student.moes]
     trainer.begin_stage(stage_data(0))
     first = trainer.train_step(report=True)
     train(trainer, until=59)
     last = trainer.train_step(report=True)
     assert last.imitation < 0.3 * first.imitation
     assert last.expert_shares == [[1.0], [1.0]]
-    for moe, router in zip(trainer.student.moes, routers, strict=True):
+    for moe, router in zip(trainer.learner.student.moes, routers, strict=True):
         assert torch.equal(moe.router[0], router)

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from cpd.config import Config
+from cpd.distill.learner import StudentLearner
 from cpd.distill.protection.base import Protection
-
-if TYPE_CHECKING:
-    from cpd.distill.trainer import StudentTrainer
 
 
 class AGEM(Protection):
@@ -27,18 +25,18 @@ class AGEM(Protection):
         self._num_steps = 0
         self._num_projected = 0
 
-    def begin_stage(self, trainer: StudentTrainer) -> None:
+    def begin_stage(self, learner: StudentLearner) -> None:
         """Count anew."""
         self._num_steps = self._num_projected = 0
 
-    def adjust_gradient(self, trainer: StudentTrainer) -> None:
+    def adjust_gradient(self, learner: StudentLearner) -> None:
         """Project, if the gradient points against memory's."""
-        reference = trainer.source.reference(trainer.progress.step, self.config.protection.agem_windows)
+        reference = learner.source.reference(learner.progress.step, self.config.protection.agem_windows)
         if reference is None:
             return
-        grads = trainer.flat.grads
+        grads = learner.flat.grads
         gradient = grads.clone()
-        trainer.gradient(reference, contrast=False)
+        learner.gradient(reference, contrast=False)
         product = float(gradient @ grads)
         self._num_steps += 1
         if product < 0.0:
@@ -54,6 +52,6 @@ class AGEM(Protection):
         """The counts."""
         return {"num_steps": self._num_steps, "num_projected": self._num_projected}
 
-    def restore(self, state: Mapping[str, Any], trainer: StudentTrainer) -> None:
+    def restore(self, state: Mapping[str, Any], learner: StudentLearner) -> None:
         """Take them over."""
         self._num_steps, self._num_projected = state["num_steps"], state["num_projected"]

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from cpd.config import Config
 from cpd.distill.flat import FlatParameters
+from cpd.distill.learner import StudentLearner
 from cpd.distill.protection.base import Protection
 from cpd.distill.protection.importance import fisher
-
-if TYPE_CHECKING:
-    from cpd.distill.stage_data import StageData
-    from cpd.distill.trainer import StudentTrainer
+from cpd.distill.stage_data import StageData
 
 
 class EWC(Protection):
@@ -41,16 +39,16 @@ class EWC(Protection):
         if len(self._precision):
             self._precision, self._centre = new.carried(self._precision, old), new.carried(self._centre, old)
 
-    def adjust_gradient(self, trainer: StudentTrainer) -> None:
+    def adjust_gradient(self, learner: StudentLearner) -> None:
         """Add the penalty's gradient."""
         if len(self._precision):
-            strength, values = self.config.protection.ewc_strength, trainer.flat.values
-            trainer.flat.grads.addcmul_(self._precision, values - self._centre, value=strength)
+            strength, values = self.config.protection.ewc_strength, learner.flat.values
+            learner.flat.grads.addcmul_(self._precision, values - self._centre, value=strength)
 
-    def end_stage(self, trainer: StudentTrainer, data: StageData) -> None:
+    def end_stage(self, learner: StudentLearner, data: StageData) -> None:
         """Add this stage's term."""
-        new = fisher(trainer, data, self.config.protection.fisher_windows)
-        values = trainer.flat.values
+        new = fisher(learner, data, self.config.protection.fisher_windows)
+        values = learner.flat.values
         if not len(self._precision):
             self._precision, self._centre = torch.zeros_like(values), values.clone()
         self._precision += new
@@ -65,8 +63,8 @@ class EWC(Protection):
         """Both vectors."""
         return {"precision": self._precision, "centre": self._centre}
 
-    def restore(self, state: Mapping[str, Any], trainer: StudentTrainer) -> None:
+    def restore(self, state: Mapping[str, Any], learner: StudentLearner) -> None:
         """Take them over."""
         self._precision, self._centre = (
-            state[name].to(trainer.device).clone() for name in ("precision", "centre")
+            state[name].to(learner.device).clone() for name in ("precision", "centre")
         )

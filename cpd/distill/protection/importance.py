@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from cpd.distill.batches import BatchSource
+from cpd.distill.learner import StudentLearner
 from cpd.distill.memory.segments import Segments
 from cpd.distill.stage_data import StageData
 from cpd.envs.tasks import ACTION_SIZE
 from cpd.seeding import generator
 
-if TYPE_CHECKING:
-    from cpd.distill.trainer import StudentTrainer
 
-
-def fisher(trainer: StudentTrainer, data: StageData, num_windows: int, *, exact: bool = False) -> Tensor:
+def fisher(learner: StudentLearner, data: StageData, num_windows: int, *, exact: bool = False) -> Tensor:
     """The diagonal Fisher information of the student's Gaussian over the states of `data`; a collective.
 
     For a diagonal Gaussian N(m, s^2) the expectation over actions has a closed form (e.g. Malago and Pistone
@@ -38,28 +35,28 @@ def fisher(trainer: StudentTrainer, data: StageData, num_windows: int, *, exact:
     the time.
 
     Args:
-        trainer: its student is looked at, as it is, with nothing at rest; its gradients are overwritten.
+        learner: its student is looked at, as it is, with nothing at rest; its gradients are overwritten.
         data: where states come from.
         num_windows: states over all ranks.
         exact: take a backward pass per output.
 
     Returns:
-        [P] laid out as `trainer.flat`, the same on every rank; for any number of ranks, up to rounding.
+        [P] laid out as `learner.flat`, the same on every rank; for any number of ranks, up to rounding.
     """
-    config, flat, comm, stage = trainer.config, trainer.flat, trainer.comm, trainer.progress.stage
+    config, flat, comm, stage = learner.config, learner.flat, learner.comm, learner.progress.stage
     source = BatchSource(
-        data, Segments.empty(), config.distill, config.student.context, trainer.seed, stage, comm, trainer.device
+        data, Segments.empty(), config.distill, config.student.context, learner.seed, stage, comm, learner.device
     )
     batch = source.sample(num_windows, "fisher")
     num_outputs = 2 * ACTION_SIZE
-    draws = generator(trainer.seed, "fisher signs", stage).integers(2, size=(num_windows, 1, num_outputs))
+    draws = generator(learner.seed, "fisher signs", stage).integers(2, size=(num_windows, 1, num_outputs))
     signs = np.eye(num_outputs)[None].repeat(num_windows, 0) if exact else 2.0 * draws - 1.0
     total = torch.zeros_like(flat.values)
     assert len(flat.grads) == flat.size
     mine = signs[comm.rank :: comm.size]
     for row, (length, signs_JA) in enumerate(zip(batch.valid_RL.sum(1).long().tolist(), mine, strict=True)):
         window = slice(row, row + 1)
-        out = trainer.student(batch.obs_RLO[window, :length], task_B=batch.task_R[window])
+        out = learner.student(batch.obs_RLO[window, :length], task_B=batch.task_R[window])
         mean_A, log_std_A = out.mean_BLA[0, -1], out.log_std_BLA[0, -1]
         outputs = torch.cat([mean_A / log_std_A.detach().exp(), math.sqrt(2.0) * log_std_A])
         for weights in torch.from_numpy(signs_JA).to(outputs):

@@ -7,18 +7,16 @@ gradient, and its momentum and weight decay would move a parameter whose gradien
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from cpd.distill.flat import FlatParameters
+from cpd.distill.learner import StudentLearner
 from cpd.distill.protection.base import Protection
 from cpd.distill.protection.importance import fisher
-
-if TYPE_CHECKING:
-    from cpd.distill.stage_data import StageData
-    from cpd.distill.trainer import StudentTrainer
+from cpd.distill.stage_data import StageData
 
 
 class Masking(Protection):
@@ -39,32 +37,32 @@ class Masking(Protection):
         self._importance: Tensor | None = None
         self._mask: Tensor | None = None
 
-    def begin_stage(self, trainer: StudentTrainer) -> None:
+    def begin_stage(self, learner: StudentLearner) -> None:
         """Make the mask of the stage that begins."""
-        self._mask = self._make_mask(trainer)
+        self._mask = self._make_mask(learner)
 
     def grow(self, old: FlatParameters, new: FlatParameters) -> None:
         """New parameters have not mattered to anything yet."""
         if self._importance is not None:
             self._importance = new.carried(self._importance, old)
 
-    def update_mask(self, trainer: StudentTrainer) -> Tensor | None:
+    def update_mask(self, learner: StudentLearner) -> Tensor | None:
         """The stage's mask; None in the first."""
         return self._mask
 
-    def end_stage(self, trainer: StudentTrainer, data: StageData) -> None:
+    def end_stage(self, learner: StudentLearner, data: StageData) -> None:
         """Add the stage's importance to what was accumulated."""
         if self.config.protection.needs_importance:
-            found = fisher(trainer, data, self.config.protection.fisher_windows)
+            found = fisher(learner, data, self.config.protection.fisher_windows)
             self._importance = found if self._importance is None else self._importance + found
 
     def report(self) -> dict[str, float]:
         """The share of all parameters that cannot move freely."""
         return {"masked_share": 0.0 if self._mask is None else float((self._mask < 1.0).double().mean())}
 
-    def _make_mask(self, trainer: StudentTrainer) -> Tensor | None:
-        progress, flat = trainer.progress, trainer.flat
-        present = trainer.present_task
+    def _make_mask(self, learner: StudentLearner) -> Tensor | None:
+        progress, flat = learner.progress, learner.flat
+        present = learner.current_task
         if all(task == present for task in progress.seen):
             return None
         mask = torch.ones_like(flat.values)
@@ -72,16 +70,16 @@ class Masking(Protection):
         for name, slot in flat.slots.items():
             if name.startswith("encoder."):
                 shared[slot] = False
-            elif (own := self._own_share(name, trainer, present)) is not None:
+            elif (own := self._own_share(name, learner, present)) is not None:
                 shared[slot] = False
                 if self.config.protection.mask_experts:
-                    mask[slot] = own.expand(trainer.flat.shapes[name]).reshape(-1)
+                    mask[slot] = own.expand(learner.flat.shapes[name]).reshape(-1)
         self._mask_shared(mask, shared)
         return mask
 
-    def _own_share(self, name: str, trainer: StudentTrainer, present: int) -> Tensor | None:
+    def _own_share(self, name: str, learner: StudentLearner, present: int) -> Tensor | None:
         """1 where the present task may move a parameter that tasks have to themselves, else 0; None if shared."""
-        student = trainer.student
+        student = learner.student
         if name == "task":
             rows = torch.zeros(student.num_tasks, 1, device=student.device, dtype=student.dtype)
             rows[present] = 1.0
@@ -90,12 +88,12 @@ class Masking(Protection):
         if "moe" not in parts or parts[3] not in ("experts", "router"):
             return None
         moe = student.moes[int(parts[1])]
-        owners = self._owners(trainer, int(parts[4]), int(moe.group_E[int(parts[4])]))
+        owners = self._owners(learner, int(parts[4]), int(moe.group_E[int(parts[4])]))
         return moe.logit_offset.new_tensor(float(owners == [present]))
 
-    def _owners(self, trainer: StudentTrainer, expert: int, group: int) -> list[int]:
+    def _owners(self, learner: StudentLearner, expert: int, group: int) -> list[int]:
         """The tasks that an expert belongs to: those of its group; without groups, the one it was added for."""
-        student, progress = trainer.student, trainer.progress
+        student, progress = learner.student, learner.progress
         if student.is_conditioned:
             return [task for task in progress.seen if int(student.group_K[task]) == group]
         added_for = [progress.seen[0]] * self.config.student.num_experts
@@ -122,8 +120,8 @@ class Masking(Protection):
         """Accumulated importance and the present mask."""
         return {"importance": self._importance, "mask": self._mask}
 
-    def restore(self, state: Mapping[str, Any], trainer: StudentTrainer) -> None:
+    def restore(self, state: Mapping[str, Any], learner: StudentLearner) -> None:
         """Take both over."""
         self._importance, self._mask = (
-            None if state[name] is None else state[name].to(trainer.device) for name in ("importance", "mask")
+            None if state[name] is None else state[name].to(learner.device) for name in ("importance", "mask")
         )

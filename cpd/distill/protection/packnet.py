@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 
 from cpd.config import Config
+from cpd.distill.learner import StudentLearner
 from cpd.distill.protection.base import Protection
+from cpd.distill.stage_data import StageData
 from cpd.student.packing import Packing
-
-if TYPE_CHECKING:
-    from cpd.distill.stage_data import StageData
-    from cpd.distill.trainer import StudentTrainer
 
 #: Owner of weights that no stage has needed yet; greater than every stage.
 FREE: Final = torch.iinfo(torch.int16).max
@@ -41,36 +39,36 @@ class PackNet(Protection):
         self._mask: Tensor | None = None
         self._is_pruned = False
 
-    def begin_stage(self, trainer: StudentTrainer) -> None:
+    def begin_stage(self, learner: StudentLearner) -> None:
         """Take all weights that have no owner."""
-        progress = trainer.progress
+        progress = learner.progress
         if not len(self._owner):
-            self._owner = torch.full_like(trainer.flat.values, FREE, dtype=torch.int16)
+            self._owner = torch.full_like(learner.flat.values, FREE, dtype=torch.int16)
         self._owner[self._owner == FREE] = progress.stage
-        self._latest_stage[trainer.present_task] = progress.stage
+        self._latest_stage[learner.current_task] = progress.stage
         self._is_pruned = False
-        self._follow_owners(trainer)
+        self._follow_owners(learner)
 
-    def begin_step(self, trainer: StudentTrainer) -> None:
+    def begin_step(self, learner: StudentLearner) -> None:
         """Prune when the time has come."""
         config = self.config.distill
         retrain_steps = round(self.config.protection.packnet_retrain_share * config.steps_per_stage)
-        if not self._is_pruned and trainer.progress.step >= config.steps_per_stage - retrain_steps:
-            self._prune(trainer)
+        if not self._is_pruned and learner.progress.step >= config.steps_per_stage - retrain_steps:
+            self._prune(learner)
 
-    def update_mask(self, trainer: StudentTrainer) -> Tensor | None:
+    def update_mask(self, learner: StudentLearner) -> Tensor | None:
         """1 for what the present stage owns."""
         return self._mask
 
-    def end_stage(self, trainer: StudentTrainer, data: StageData) -> None:
+    def end_stage(self, learner: StudentLearner, data: StageData) -> None:
         """Prune, if there were no steps to retrain."""
         if not self._is_pruned:
-            self._prune(trainer)
+            self._prune(learner)
 
     @torch.no_grad()
-    def _prune(self, trainer: StudentTrainer) -> None:
+    def _prune(self, learner: StudentLearner) -> None:
         """Keep the largest weights of every matrix, set the others to 0, and give them up."""
-        flat, stage = trainer.flat, trainer.progress.stage
+        flat, stage = learner.flat, learner.progress.stage
         num_left = len(self.config.stream.tasks) - stage
         for slot in flat.slots.values():
             mine = torch.nonzero((self._owner[slot] == stage) & (flat.matrices[slot] > 0)).squeeze(1)
@@ -80,14 +78,14 @@ class PackNet(Protection):
             flat.values[given_up] = 0.0
             self._owner[given_up] = FREE
         self._is_pruned = True
-        self._follow_owners(trainer)
+        self._follow_owners(learner)
 
-    def _follow_owners(self, trainer: StudentTrainer) -> None:
+    def _follow_owners(self, learner: StudentLearner) -> None:
         """Make the mask of updates, and tell the student who owns what."""
-        flat = trainer.flat
-        self._mask = (self._owner == trainer.progress.stage).to(flat.values)
+        flat = learner.flat
+        self._mask = (self._owner == learner.progress.stage).to(flat.values)
         owners = {name: self._owner[slot].view(flat.shapes[name]) for name, slot in flat.slots.items()}
-        trainer.student.packing = Packing(owners, self._latest_stage)
+        learner.student.packing = Packing(owners, self._latest_stage)
 
     def report(self) -> dict[str, float]:
         """The share of all parameters that have no owner yet."""
@@ -97,10 +95,10 @@ class PackNet(Protection):
         """Owners and where in the stage."""
         return {"owner": self._owner, "latest_stage": self._latest_stage, "is_pruned": self._is_pruned}
 
-    def restore(self, state: Mapping[str, Any], trainer: StudentTrainer) -> None:
+    def restore(self, state: Mapping[str, Any], learner: StudentLearner) -> None:
         """Take them over."""
-        self._owner = state["owner"].to(trainer.device).clone()
+        self._owner = state["owner"].to(learner.device).clone()
         self._latest_stage = state["latest_stage"].clone()
         self._is_pruned = state["is_pruned"]
         if len(self._owner):
-            self._follow_owners(trainer)
+            self._follow_owners(learner)

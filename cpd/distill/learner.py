@@ -1,0 +1,209 @@
+"""The student while it learns: its network, its flat parameters, and the gradient of its loss."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from cpd.comm import Comm
+from cpd.config import Config
+from cpd.distill.batches import Batch, BatchSource
+from cpd.distill.contrast import ContrastSource
+from cpd.distill.flat import AdamW, FlatParameters
+from cpd.distill.growth import GrowthDecision
+from cpd.distill.losses import LOSSES, load_balance_loss, router_z_loss
+from cpd.distill.memory.segments import Segments
+from cpd.distill.stage_data import StageData
+from cpd.seeding import derive
+from cpd.student.network import Student, StudentOutput
+from cpd.student.task_embedding import info_nce
+
+
+class LossTerms(NamedTuple):
+    """The parts of a batch's loss, without gradient; this rank's summands of the global values."""
+
+    distance_RL: Tensor
+    """To the teachers, by token; 0 beyond a window's end."""
+    load_balance: Tensor
+    router_z: Tensor
+    contrast: Tensor
+    counts_LE: Tensor
+    """Assignments to each open expert, by layer."""
+
+
+@dataclass
+class Progress:
+    """Where in the stream the student is; kept in checkpoints."""
+
+    stage: int = 0
+    step: int = 0
+    """Steps done in this stage."""
+    begun: bool = False
+    """Whether this stage's growth has happened."""
+    num_opening: int = 0
+    """Experts per layer that were added when this stage began."""
+    growth: list[GrowthDecision] = field(default_factory=list)
+    seen: list[int] = field(default_factory=list)
+    """Tasks distilled so far, by position among the distinct ones, in order of their first stage."""
+    skipped: list[int] = field(default_factory=list)
+    """Stages without an admitted teacher."""
+
+    def next_stage(self) -> None:
+        """Move to the start of the next stage."""
+        self.stage, self.step, self.begun, self.num_opening = self.stage + 1, 0, False, 0
+
+
+class StudentLearner:
+    """One rank's copy of the student, its optimiser, and the batches of the current stage.
+
+    This is what a `StudentTrainer` moves through the stages, and what a `Protection` sees in its hooks.
+
+    Attributes:
+        student: the network.
+        flat: its parameters and gradients as flat vectors.
+        optimizer: AdamW on `flat`.
+        progress: the position in the stream.
+    """
+
+    def __init__(self, config: Config, seed: int, comm: Comm, device: torch.device) -> None:
+        """Draw the initial weights, the same on every rank."""
+        self.config, self.seed, self.comm, self.device = config, seed, comm, device
+        self.progress = Progress()
+        self._source: BatchSource | None = None
+        self._contrast: ContrastSource | None = None
+        self.initialise()
+
+    def initialise(self) -> None:
+        """Draw the initial weights and create a new optimiser."""
+        student = self._build(self.config.student.num_experts)
+        student.initialise(torch.Generator().manual_seed(derive(self.seed, "student")))
+        self._set_student(student)
+
+    def _build(self, num_experts: int) -> Student:
+        config = self.config
+        dtype = getattr(torch, config.distill.precision)
+        num_tasks = len(config.stream.distinct_tasks)
+        return Student(config.student, num_tasks, num_experts=num_experts, dtype=dtype)
+
+    def _set_student(self, student: Student, names: Sequence[str] = ()) -> None:
+        """Lay out the parameters of `student`, those in `names` first, for a new optimiser."""
+        self.student = student.to(self.device)
+        self.flat = FlatParameters(self.student, names)
+        self.optimizer = AdamW(self.flat, self.config.distill.weight_decay)
+
+    @property
+    def source(self) -> BatchSource:
+        """The batches of the current stage."""
+        assert self._source is not None, "open_stage comes first"
+        return self._source
+
+    @property
+    def current_task(self) -> int:
+        """The task of the current stage, by position among the distinct ones."""
+        return self.source.task
+
+    def open_stage(self, data: StageData, memory: Segments) -> None:
+        """Create the batches of the current stage, from its data and the memory."""
+        config, stage = self.config, self.progress.stage
+        self._source = BatchSource(
+            data, memory, config.distill, config.student.context, self.seed, stage, self.comm, self.device
+        )
+        if self.student.encoder is not None:
+            self._contrast = ContrastSource(data, memory, config.distill, self.seed, stage, self.device)
+
+    def close_stage(self) -> None:
+        """Release the batches of the current stage."""
+        self._source = self._contrast = None
+
+    def refresh_prototypes(self) -> None:
+        """Bring the prototypes up to date with the encoder; before the student acts in the middle of a stage."""
+        if self._contrast is not None:
+            self._contrast.refresh_prototypes(self.student)
+
+    def add_parameters(self) -> FlatParameters:
+        """Append the parameters that growth has added to `flat` and the optimiser; returns the previous `flat`."""
+        old, self.flat = self.flat, FlatParameters(self.student, self.flat.names)
+        self.optimizer.grow(self.flat)
+        return old
+
+    def gradient(self, batch: Batch, *, contrast: bool = True) -> LossTerms:
+        """Make `flat.grads` the gradient of the global batch's loss, the same on every rank; a collective.
+
+        The contrastive loss is of the step's own batch, whatever `batch` is; without `contrast` it is left out.
+        """
+        config = self.config.distill
+        out = self.student(batch.obs_RLO, task_B=batch.task_R, valid_BL=batch.valid_RL)
+        distance_RL = batch.valid_RL * self.token_loss(out, batch)
+        # Sums over this rank's tokens, divided by the global count: the sum over ranks is the global mean.
+        imitation = distance_RL.sum() / batch.num_tokens
+        balance = self._balance(out, batch)
+        router_z = router_z_loss(torch.stack([stats.z_square_sum for stats in out.stats]), batch.num_tokens)
+        contrastive = self._contrastive_loss() if contrast else self.flat.values.new_zeros(())
+        total = imitation + config.load_balance_coef * balance + config.router_z_coef * router_z
+        total = total + config.contrast_coef * contrastive
+        self.flat.grads.zero_()
+        total.backward()  # type: ignore[no-untyped-call]
+        self.flat.reduce_grads(self.comm)
+        counts_LE = torch.stack([stats.counts_E for stats in out.stats])
+        return LossTerms(
+            distance_RL.detach(), balance.detach(), router_z.detach(), contrastive.detach(), counts_LE
+        )
+
+    def _contrastive_loss(self) -> Tensor:
+        """This rank's part of the contrastive loss, which every rank computes as a whole."""
+        contrast = None if self._contrast is None else self._contrast.batch(self.progress.step)
+        if contrast is None:
+            return self.flat.values.new_zeros(())
+        obs_NO, task_N = contrast
+        temperature = self.config.student.embedding_temperature
+        return info_nce(self.student.embedding(obs_NO), task_N, temperature) / self.comm.size
+
+    def _balance(self, out: StudentOutput, batch: Batch) -> Tensor:
+        """This rank's part of the load balance loss; where tokens have no choice, of its constant value, 1.
+
+        Not worked out then: the experts' global shares take a collective, for which all ranks would wait in the
+        middle of every step.
+        """
+        if not self.student.chooses_experts:
+            return self.flat.values.new_tensor(1.0 / self.comm.size)
+        counts_LE = torch.stack([stats.counts_E for stats in out.stats]).cpu()
+        self.comm.all_reduce_sum(counts_LE.numpy())
+        shares_LE = counts_LE.to(self.device, self.student.dtype) / (batch.num_tokens * self.config.student.top_k)
+        return load_balance_loss(
+            torch.stack([stats.prob_sums_E for stats in out.stats]),
+            shares_LE,
+            batch.num_tokens,
+            self.student.moes[0].group_E[: shares_LE.shape[1]],
+        )
+
+    def token_loss(self, out: StudentOutput, batch: Batch) -> Tensor:
+        """[R, L] the distance to the teacher."""
+        loss = LOSSES[self.config.distill.loss]
+        return loss(out.mean_BLA, out.log_std_BLA, batch.teacher_mean_RLA, batch.teacher_log_std_RLA)
+
+    def state(self) -> dict[str, Any]:
+        """All that the next step depends on, for a checkpoint; random streams are functions of seed and step."""
+        return {
+            "progress": asdict(self.progress),
+            "num_experts": self.student.num_experts,
+            "buffers": {n: t for n, t in self.student.state_dict().items() if n not in self.flat.slots},
+            "names": self.flat.names,
+            "values": self.flat.values,
+            "optimizer": self.optimizer.state(),
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Continue from what `state()` returned, on any number of ranks."""
+        progress = dict(state["progress"])
+        progress["growth"] = [GrowthDecision(**decision) for decision in progress["growth"]]
+        self.progress = Progress(**progress)
+        student = self._build(state["num_experts"])
+        student.load_state_dict(state["buffers"], strict=False)
+        self._set_student(student, state["names"])
+        self.flat.values.copy_(state["values"])
+        self.optimizer.restore(state["optimizer"])
+        self.close_stage()
