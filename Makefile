@@ -6,7 +6,7 @@ PY := $(VENV)/bin/python
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-slurm test-slurm-slow check format miniature slurm-up slurm-down slurm-demo clean
+.PHONY: help setup demo figures test test-slow test-slurm test-slurm-slow check format miniature slurm-up slurm-down slurm-demo clean
 .PHONY: bench-env bench-teacher bench-moe bench-distill bench-ddp bench-device bench-dpp bench-slurm
 SLURM_STATE ?= /tmp/cpd-slurm-$(shell id -u)
 
@@ -18,6 +18,9 @@ setup: ## create the environment and install the pinned packages
 
 demo: setup ## the whole pipeline on real Meta-World in four to eight minutes, no cluster needed
 	@$(PY) -m jobs.launch demo --profile local
+
+figures: setup ## draw every published figure and table again, offline, in about 8 core-minutes
+	@$(PY) -m analysis.draw_published
 
 # By file: what a file's tests share is made once. In the order of the files, since those with few tests take longest.
 # Four at most, since the tests under MPI want cores of their own.

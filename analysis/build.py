@@ -19,7 +19,6 @@ from analysis.figures import (
     fig_losses,
     fig_masks,
     fig_methods,
-    fig_profile,
     fig_retrieval,
     fig_stream,
     fig_success_matrix,
@@ -38,7 +37,7 @@ from cpd.evaluation.publish import check_stand_ins_place, publish_results
 #: Files that a build makes, or has made of other data.
 OWN = re.compile(
     r"((success_matrix|usage|retrieval)(_.+)?|stream|losses|masks|methods|profile|transfer|finals|teacher_student"
-    r"|teacher_curves|table_(tasks|seeds|methods|starts))\.(pdf|png|txt|csv|tex|md)"
+    r"|teacher_curves|table_(tasks|seeds|methods|look_alikes|starts))\.(pdf|png|txt|csv|tex|md)"
 )
 EXAMPLES = """examples:
   python -m analysis.build runs/demo                       gather, then draw into runs/demo/figures
@@ -142,7 +141,6 @@ def _figures_of_all(data: Dataset) -> Iterable[tuple[str, Draw, str]]:
         yield "masks", partial(fig_masks.draw, data), fig_masks.caption(data)
     if len(methods) > 1:
         yield "methods", partial(fig_methods.draw, data), fig_methods.caption(data)
-        yield "profile", partial(fig_profile.draw, data), fig_profile.caption(data)
         yield "transfer", partial(fig_transfer.draw, data), fig_transfer.caption(data)
         yield "finals", partial(fig_finals.draw, data), fig_finals.caption(data)
     # More bars than these per task would be no figure any more.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,16 @@ from cpd.evaluation.student_measures import Rate, StudentResults
 from cpd.evaluation.summary import MethodMeasures, Summary, summarize, without_students
 from cpd.run.files import read_json
 from cpd.run.progress import read_status
-from cpd.run.tables import CurveRow, LossRow, RetrievalRow, StageRow, StartRow, UsageRow
+from cpd.run.tables import (
+    CurveRow,
+    LossRow,
+    RetrievalRow,
+    StageRow,
+    StartRow,
+    UsageRow,
+    find_table,
+    read_table,
+)
 
 #: A task looks like others if more than this share of its episodes begin nearer to one of another task.
 ALIKE = 0.05
@@ -261,10 +271,9 @@ def _teacher_rates(tables: Tables) -> Iterable[tuple[tuple[str, int], Rate]]:
 
 def _teacher_curves(tables: Tables) -> Iterable[TeacherCurve]:
     path = tables.folder / "teacher_curves.csv"
-    if not path.exists():
+    if not find_table(path):
         return
-    with path.open(newline="") as file:
-        records = list(csv.DictReader(file))
+    records = list(csv.DictReader(io.StringIO(read_table(path), newline="")))
 
     def numbers(rows: Sequence[dict[str, str]], key: str) -> tuple[float, ...]:
         return tuple(float(row.get(key) or "nan") for row in rows)

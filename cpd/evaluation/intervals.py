@@ -144,17 +144,6 @@ def over_seeds(scores: Floats, statistic: Statistic, num_resamples: int = 10_000
     return Aggregate(estimate, float(low), float(high), per_seed, note)
 
 
-def performance_profile(scores: Floats, thresholds: Floats) -> Floats:
-    """(T,) share of the N x J runs with a score above each threshold (Agarwal et al. 2021).
-
-    Args:
-        scores: (N, J) scores by seed and task.
-        thresholds: (T,)
-    """
-    profile: Floats = (scores.reshape(-1)[None] > thresholds[:, None]).mean(axis=1)
-    return profile
-
-
 def probability_of_improvement(scores: Floats, other: Floats) -> float:
     """Mean over tasks of `P(X_j > Y_j) + P(X_j = Y_j) / 2` over pairs of seeds (Agarwal et al. 2021).
 

@@ -6,7 +6,6 @@ A folder of published teachers holds the long-form tables of `cpd.evaluation.gat
 
 from __future__ import annotations
 
-import shutil
 import textwrap
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
@@ -19,9 +18,9 @@ from cpd.evaluation.gather import GATHERED, find_results, gather
 from cpd.evaluation.results_folder import HELD_OUT, TEACHER, Tables, labels_of, read_tables
 from cpd.evaluation.summary import summarize
 from cpd.run.directory import Run, TeacherElement, published_policy
-from cpd.run.files import DamagedFileError, atomic_write, copy, read_json, sha256, write_json
+from cpd.run.files import DamagedFileError, copy, read_json, sha256, write_json
 from cpd.run.reuse import LATER
-from cpd.run.tables import EpisodeRow, EvaluationRow, read_rows, write_rows
+from cpd.run.tables import EpisodeRow, EvaluationRow, compress_tables, find_table, read_rows, write_rows
 
 #: The tables that tell of teachers alone.
 TABLES = ("config.json", "teachers.csv", "teacher_curves.csv")
@@ -65,7 +64,7 @@ def publish_teachers(run: Run, folder: Path) -> list[Path]:
         if (run.results / name).exists():
             copy(run.results / name, folder / name)
         else:
-            (folder / name).unlink(missing_ok=True)
+            _remove(folder, name)
     evaluations = read_rows(run.results / "evaluations.csv", EvaluationRow)
     episodes = read_rows(run.results / "episodes.csv", EpisodeRow)
     write_rows(folder / "evaluations.csv", [row for row in evaluations if row.method == TEACHER])
@@ -74,6 +73,7 @@ def publish_teachers(run: Run, folder: Path) -> list[Path]:
     write_json(folder / "timings.json", timings)
     measures = summarize(read_tables(folder)).to_json()
     write_json(folder / "metrics.json", {**measures, "provenance": report["provenance"]})
+    compress_tables(folder)
     published = []
     for teacher in finished:
         target = published_policy(folder, teacher.task, teacher.seed)
@@ -127,7 +127,7 @@ def _lacks(table: Any, key: str) -> bool:
 def _check_free(run: Run, folder: Path) -> None:
     config = to_dict(run.config)
     check_place(folder, config, WRITTEN)
-    others = sorted(name for name in GATHERED - WRITTEN if (folder / name).exists())
+    others = sorted(name for name in GATHERED - WRITTEN if find_table(folder / name))
     if others:
         raise ValueError(
             f"{folder} holds results of students ({', '.join(others[:3])}), which the teachers of "
@@ -172,7 +172,7 @@ def check_place(folder: Path, config: Mapping[str, Any], written: Collection[str
             f"{folder} is a folder of folders ({inside[0].parent.name} is one) with results of their own: give "
             f"{name!r} one too, such as {folder / name}"
         )
-    found = sorted(file for file in written if (folder / file).exists())
+    found = sorted(file for file in written if find_table(folder / file))
     if found:
         raise ValueError(
             f"{folder} has no config.json, so nobody knows what its {', '.join(found[:3])} are of, and publishing "
@@ -261,14 +261,21 @@ def publish_results(path: Path, folder: Path) -> Path:
             f"{path} was evaluated on {tables.goal_set} goals, to choose settings by: it belongs in a folder "
             f"{TUNING}/, not beside results on held-out goals"
         )
-    files = [results / name for name in sorted(GATHERED) if (results / name).exists()]
-    for file in files:
-        with atomic_write(folder / file.name) as temporary:
-            shutil.copyfile(file, temporary)
-    # Tables that are not there any more must not stay behind: they would be drawn as if they belonged to the rest.
-    for name in GATHERED - {file.name for file in files}:
-        (folder / name).unlink(missing_ok=True)
+    for name in sorted(GATHERED):
+        file = find_table(results / name)
+        # A stale table, or a stale form of one, would be drawn as if it belonged to the rest.
+        if file is None or file.name != name:
+            _remove(folder, name)
+        if file is not None:
+            copy(file, folder / file.name)
+    compress_tables(folder)
     return folder
+
+
+def _remove(folder: Path, name: str) -> None:
+    """Remove a published file in whichever form it is there."""
+    while file := find_table(folder / name):
+        file.unlink()
 
 
 def _check_free_for_results(folder: Path, config: Mapping[str, Any]) -> None:
@@ -278,7 +285,7 @@ def _check_free_for_results(folder: Path, config: Mapping[str, Any]) -> None:
     if (folder / "policies").exists():
         raise ValueError(f"{folder} holds policies; publish {config['name']!r} to a folder of its own")
     check_place(folder, config, GATHERED)
-    strangers = [path.name for path in folder.iterdir() if path.name not in RESULT_FILES]
+    strangers = [path.name for path in folder.iterdir() if path.name.removesuffix(".gz") not in RESULT_FILES]
     if strangers:
         raise ValueError(
             f"{folder} holds what no results consist of ({', '.join(sorted(strangers)[:3])}); publish to a folder "
@@ -289,7 +296,7 @@ def _check_free_for_results(folder: Path, config: Mapping[str, Any]) -> None:
 def _check_no_student_lost(tables: Tables, folder: Path) -> None:
     """Raise ValueError if students whose results are published would be lost."""
     before = folder / "evaluations.csv"
-    if not before.exists():
+    if not find_table(before):
         return
     lost = _students(read_rows(before, EvaluationRow)) - _students(tables.evaluations)
     if lost:

@@ -23,6 +23,7 @@ from cpd.run.tables import (
     StartRow,
     TeacherRow,
     UsageRow,
+    find_table,
     read_rows,
 )
 
@@ -84,7 +85,7 @@ def read_tables(folder: Path) -> Tables:
         raise ValueError(f"{folder} is not a results folder: it has no config.json; give a run or its results/")
 
     def rows(name: str, kind: type[Any]) -> list[Any]:
-        return read_rows(folder / name, kind) if (folder / name).exists() else []
+        return read_rows(folder / name, kind) if find_table(folder / name) else []
 
     return Tables(
         folder,

@@ -3,22 +3,27 @@
 Rows that are results carry the labels of their conditions, in the last columns.
 
 Floats are written so that they read back exactly, flags as 1 and 0, and what was not measured as an empty cell.
+A published folder may hold a table in compressed form, `<name>.csv.gz`; readers accept both.
 """
 
 from __future__ import annotations
 
 import csv
+import gzip
 import io
+import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from types import NoneType
 from typing import Any, TypeVar, get_args, get_type_hints
 
-from cpd.run.files import write_text
+from cpd.run.files import DamagedFileError, atomic_write, write_text
 from cpd.run.provenance import Labels
 
 Row = TypeVar("Row")
+#: Bytes from which `compress_tables` compresses a table.
+LARGE_TABLE = 100_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,15 +176,51 @@ def read_rows(path: Path, kind: type[Row]) -> list[Row]:
     """
     hints = get_type_hints(kind)
     parsers = {name: _parser(hints[name]) for name in _columns(kind)}
-    with path.open(newline="") as file:
-        reader = csv.reader(file)
-        header = next(reader, [])
-        if header != list(parsers):
-            raise ValueError(
-                f"{path}: the columns are {','.join(header)}, but a table of {kind.__name__} has "
-                f"{','.join(parsers)}; it was written by another version or damaged: make it anew"
-            )
-        return list(_parsed(path, kind, parsers, reader))
+    reader = csv.reader(io.StringIO(read_table(path), newline=""))
+    header = next(reader, [])
+    if header != list(parsers):
+        raise ValueError(
+            f"{path}: the columns are {','.join(header)}, but a table of {kind.__name__} has "
+            f"{','.join(parsers)}; it was written by another version or damaged: make it anew"
+        )
+    return list(_parsed(path, kind, parsers, reader))
+
+
+def _compressed(path: Path) -> Path:
+    return path.with_name(f"{path.name}.gz")
+
+
+def find_table(path: Path) -> Path | None:
+    """The file that holds the table `path`: `path` itself or else its compressed form; None if neither exists."""
+    return next((file for file in (path, _compressed(path)) if file.exists()), None)
+
+
+def read_table(path: Path) -> str:
+    """The text of the table `path`, plain or compressed.
+
+    Raises:
+        FileNotFoundError: if there is neither form.
+        DamagedFileError: if the compressed form cannot be decompressed.
+    """
+    file = find_table(path) or path
+    content = file.read_bytes()
+    if file == path:
+        return content.decode()
+    try:
+        return gzip.decompress(content).decode()
+    except (OSError, EOFError, zlib.error) as error:
+        raise DamagedFileError(f"{file} is damaged ({error}): restore it, or publish the run again") from None
+
+
+def compress_tables(folder: Path) -> None:
+    """Replace every table of `folder` that is large by its compressed form; equal tables give equal bytes."""
+    for path in sorted(folder.glob("*.csv")):
+        if path.stat().st_size < LARGE_TABLE:
+            _compressed(path).unlink(missing_ok=True)
+            continue
+        with atomic_write(_compressed(path)) as temporary:
+            temporary.write_bytes(gzip.compress(path.read_bytes(), 9, mtime=0))
+        path.unlink()
 
 
 def _columns(kind: type[Any]) -> list[str]:

@@ -26,7 +26,6 @@ from analysis.figures import (
     fig_losses,
     fig_masks,
     fig_methods,
-    fig_profile,
     fig_retrieval,
     fig_stream,
     fig_success_matrix,
@@ -57,7 +56,7 @@ FIGURES = (
     "retrieval",
 )
 #: Those that compare methods.
-COMPARISONS = ("methods", "profile", "finals")
+COMPARISONS = ("methods", "finals")
 
 
 @pytest.fixture
@@ -332,7 +331,7 @@ def draw_all(folder: Path) -> Iterator[Figure]:
             fig_losses.draw(data),
             fig_masks.draw(data),
             *(
-                (draw(data) for draw in (fig_methods.draw, fig_profile.draw, fig_transfer.draw, fig_finals.draw))
+                (draw(data) for draw in (fig_methods.draw, fig_transfer.draw, fig_finals.draw))
                 if several
                 else (fig_teacher_student.draw(data), fig_teacher_curves.draw(data))
             ),

@@ -293,19 +293,6 @@ def test_bootstrap_is_seeded_and_draws_seeds_with_all_their_tasks() -> None:
     assert result.low == result.high == pytest.approx(0.5)
 
 
-@given(score_tables())
-def test_performance_profile_falls_from_one_to_zero(scores: np.ndarray) -> None:
-    profile = intervals.performance_profile(scores, np.linspace(-0.01, 1.0, 20))
-    assert profile[0] == 1.0
-    assert profile[-1] == 0.0
-    assert (np.diff(profile) <= 0).all()
-
-
-def test_performance_profile_by_hand() -> None:
-    scores = np.array([[0.2, 0.4], [0.6, 1.0]])
-    np.testing.assert_allclose(intervals.performance_profile(scores, np.array([0.0, 0.4, 0.9])), [1.0, 0.5, 0.25])
-
-
 @given(score_tables(), st.integers(1, 4))
 def test_probability_of_improvement_is_antisymmetric(scores: np.ndarray, num_other: int) -> None:
     other = np.random.default_rng(num_other).random((num_other, scores.shape[1])).round(1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+from collections.abc import Callable
 from pathlib import Path
 from typing import get_type_hints
 
@@ -9,7 +11,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cpd.run.tables import EpisodeRow, EvaluationRow, read_rows, write_rows
+from cpd.run.files import DamagedFileError
+from cpd.run.tables import (
+    LARGE_TABLE,
+    EpisodeRow,
+    EvaluationRow,
+    compress_tables,
+    find_table,
+    read_rows,
+    write_rows,
+)
 
 # Labels are names: text without control characters.
 NAME = st.text(st.characters(exclude_categories=("Cs", "Cc")), max_size=12)
@@ -77,3 +88,30 @@ def test_damaged_tables(tmp_path: Path, text: str, cause: str) -> None:
     path.write_text(text.format(header=header))
     with pytest.raises(ValueError, match=cause):
         read_rows(path, EpisodeRow)
+
+
+def test_large_tables_are_compressed_to_the_same_bytes_and_read_as_they_are(tmp_path: Path) -> None:
+    row = EpisodeRow("teacher", 1, None, "push-v3", "training", 3, True, False, 500, 1e-7)
+    rows = [row] * (LARGE_TABLE // 40)
+    contents = []
+    for name in ("first", "second"):
+        large, small = tmp_path / name / "large.csv", tmp_path / name / "small.csv"
+        write_rows(large, rows)
+        write_rows(small, [row])
+        compress_tables(large.parent)
+        assert {path.name for path in large.parent.iterdir()} == {"large.csv.gz", "small.csv"}
+        assert (read_rows(large, EpisodeRow), read_rows(small, EpisodeRow)) == (rows, [row])
+        contents.append((tmp_path / name / "large.csv.gz").read_bytes())
+    assert contents[0] == contents[1]
+    write_rows(large, [row])
+    assert read_rows(large, EpisodeRow) == [row], "the plain form is the newer one"
+    compress_tables(large.parent)
+    assert find_table(large) == large and not large.with_name("large.csv.gz").exists()
+
+
+@pytest.mark.parametrize("damage", [lambda content: content[:-20], lambda content: b"x" + content])
+def test_a_damaged_compressed_table_is_refused_by_name(tmp_path: Path, damage: Callable[[bytes], bytes]) -> None:
+    file = tmp_path / "episodes.csv.gz"
+    file.write_bytes(damage(gzip.compress(b"method,seed\n" * 100)))
+    with pytest.raises(DamagedFileError, match=r"episodes\.csv\.gz"):
+        read_rows(tmp_path / "episodes.csv", EpisodeRow)

@@ -1,0 +1,48 @@
+"""What is committed: a light tree, no picture that nobody sees, no dead link."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+MAX_BYTES = 50_000_000
+
+
+def tracked() -> list[Path]:
+    try:
+        listing = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True, text=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("not a git checkout")
+    files = [ROOT / name for name in listing.stdout.split("\0") if name]
+    return [file for file in files if file.exists()]
+
+
+def links(page: Path) -> set[Path]:
+    """The files that a Markdown page links to or shows."""
+    targets = re.findall(r"\]\(([^)\s#]+)[^)]*\)", page.read_text())
+    return {(page.parent / target).resolve() for target in targets if "://" not in target}
+
+
+def pages() -> list[Path]:
+    return [file for file in tracked() if file.suffix == ".md"]
+
+
+def test_the_tracked_tree_is_light() -> None:
+    assert sum(file.stat().st_size for file in tracked()) <= MAX_BYTES
+
+
+def test_every_link_of_a_page_leads_to_a_file() -> None:
+    assert not [(page.relative_to(ROOT), link) for page in pages() for link in links(page) if not link.exists()]
+
+
+def test_of_published_figures_exactly_those_that_a_page_shows_are_committed() -> None:
+    shown = {link for page in pages() for link in links(page)}
+    committed = {file for file in tracked() if "figures" in file.relative_to(ROOT).parts[2:]}
+    committed = {file for file in committed if (ROOT / "analysis" / "results") in file.parents}
+    assert committed
+    assert not committed - shown
+    assert not {link for link in shown if link.suffix == ".png"} - set(tracked())
