@@ -21,8 +21,9 @@ CORE_MINUTES = 8
 
 def figure_folders(root: Path) -> dict[Path, tuple[Path, ...]]:
     """Every folder of figures below `root` and the folders of results that it is drawn from; the largest first."""
-    results = [path.parent for path in root.rglob("stages.csv")]
-    folders = {folder / "figures": (folder,) for folder in results}
+    folders: dict[Path, tuple[Path, ...]] = {}
+    for table in root.rglob("stages.csv"):
+        folders[table.parent / "figures"] = (table.parent,)
     for target, names in TOGETHER.items():
         if all((root / name).is_dir() for name in names):
             folders[root / target] = tuple(root / name for name in names)
