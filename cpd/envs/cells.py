@@ -1,4 +1,4 @@
-"""Evaluation in cells: episodes of one task on one goal set, shared over ranks in chunks."""
+"""Evaluate cells of the success matrix: episodes of one task on one goal set, shared over ranks in chunks."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from cpd.envs.episodes import Actor, Outcome, run_episodes
 from cpd.envs.goals import Goal, Split, goal_set
 from cpd.envs.vector_env import VectorEnv, make_vector_env
 
-#: Episodes of a task per forward pass. What a pass is made of is fixed, so results do not depend on the number of
-#: ranks.
+#: Episodes of a task per forward pass. Rounding depends on a batch's composition, so that is fixed: results do not
+#: depend on the number of ranks.
 CHUNK = 25
-#: Tasks per forward pass. A small network's pass takes about as long for a hundred episodes as for ten, but passes
-#: are what ranks share, so they must not be too few.
+#: Tasks per forward pass. A small network's pass takes about as long for a hundred episodes as for ten, but ranks
+#: share whole passes, so there must be enough of them.
 TASKS_PER_PASS = 4
 
 
@@ -25,27 +25,27 @@ class Cell(NamedTuple):
     goal_set: Split
     num_episodes: int
     to_the_end: bool = False
-    """Whether episodes run on after success, so that success at the last step is known."""
+    """Whether episodes continue after success, so that success at the last step is known."""
 
 
 class EnvPool:
-    """This process's environments, made once per task and used again for every evaluation."""
+    """This process's environments: made at a task's first use, then reused by every evaluation."""
 
     def __init__(self, reward_version: str, num_workers: int = 1, num_envs: int = CHUNK) -> None:
-        """Nothing is made yet; a task's `num_envs` environments will live in `num_workers` processes."""
+        """Make no environment yet; each task will have `num_envs` of them, in `num_workers` processes."""
         self._reward_version = reward_version
         self._num_workers = num_workers
         self._num_envs = max(num_envs, CHUNK)
         self._envs: dict[str, VectorEnv] = {}
 
     def get(self, task: str) -> VectorEnv:
-        """The environments of `task`, at least `CHUNK`."""
+        """Return the environments of `task`, at least `CHUNK`; the first call makes them."""
         if task not in self._envs:
             self._envs[task] = make_vector_env([task] * self._num_envs, self._num_workers, self._reward_version)
         return self._envs[task]
 
     def close(self) -> None:
-        """Free them."""
+        """Close all environments."""
         for envs in self._envs.values():
             envs.close()
         self._envs.clear()
@@ -55,12 +55,12 @@ class _Chunk(NamedTuple):
     """Episodes of one cell that act together."""
 
     cell: int
-    """Its position."""
+    """Index of the cell."""
     goals: tuple[Goal, ...]
 
 
 def _passes(cells: Sequence[Cell], chunk: int, tasks_per_pass: int) -> list[list[_Chunk]]:
-    """All episodes, in chunks of one task, which share a pass with those of other tasks where they can."""
+    """Divide all episodes into chunks of one task; a pass takes chunks of several tasks where possible."""
     passes: list[list[_Chunk]] = []
     for index, cell in enumerate(cells):
         goals = goal_set(cell.task, cell.goal_set, cell.num_episodes)
@@ -91,7 +91,7 @@ def evaluate_cells(
     should_stop: Callable[[], bool] = lambda: False,
     advance: Callable[[int], None] = lambda episodes: None,
 ) -> list[list[Outcome]] | None:
-    """Act in all episodes of `cells`; a collective.
+    """Run all episodes of `cells`; a collective.
 
     Args:
         actor: the policy, on every rank the same.
@@ -101,13 +101,13 @@ def evaluate_cells(
         comm: the ranks that share the work.
         chunk: episodes of a task per forward pass, at most `CHUNK`.
         tasks_per_pass: how many tasks act in one pass, at most.
-        should_stop: looked at after every step.
-        advance: told the number of episodes this rank has just finished.
+        should_stop: polled before every step.
+        advance: called with the number of episodes that this rank has just finished.
 
     Returns:
         For each cell its outcomes in goal order, on every rank; None if any rank was asked to stop.
     """
-    found: list[tuple[int, Outcome]] = []
+    indexed: list[tuple[int, Outcome]] = []
     for chunks in share_of(comm, _passes(cells, chunk, tasks_per_pass)):
         outcomes = run_episodes(
             actor,
@@ -118,11 +118,12 @@ def evaluate_cells(
         )
         if not outcomes:
             break
-        found += [(index, outcome) for (index, _), own in zip(chunks, outcomes, strict=True) for outcome in own]
+        for (index, _), chunk_outcomes in zip(chunks, outcomes, strict=True):
+            indexed += [(index, outcome) for outcome in chunk_outcomes]
         advance(sum(map(len, outcomes)))
     if comm.any(should_stop()):
         return None
     by_cell: list[list[Outcome]] = [[] for _ in cells]
-    for index, outcome in gathered_rows(comm, found):
+    for index, outcome in gathered_rows(comm, indexed):
         by_cell[index].append(outcome)
     return [sorted(outcomes, key=lambda outcome: outcome.goal) for outcomes in by_cell]

@@ -1,4 +1,4 @@
-"""Whole deterministic episodes of an actor: the one loop behind validation, evaluation and gates."""
+"""Run whole deterministic episodes: the one loop behind validation, evaluation and gates."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from cpd.envs.vector_env import VectorEnv
 
 
 class Actor(Protocol):
-    """A policy that acts in many episodes at once, and may remember each one's past."""
+    """A policy that acts in many episodes at once, and may keep a state for each."""
 
     def reset(self, tasks: Sequence[str]) -> None:
-        """Forget all: fresh episodes begin, one for each name. Only a student that is told may use the names."""
+        """Start one episode per name, without memory. Only a student that is given the task may use the names."""
 
     def act(self, obs_BO: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         """Deterministic actions `[B, A]`, clipped to [-1, 1], for the episodes' current observations `[B, O]`."""
@@ -27,18 +27,18 @@ class Outcome(NamedTuple):
 
     goal: int
     success: bool
-    """The flag was set at some step."""
+    """Success at any step."""
     success_last: bool | None
-    """The flag at the last step; None where the episode ended at its first success."""
+    """Success at the last step; None if the episode ended at its first success."""
     length: int
     episode_return: float
 
 
 class RunningEpisodes:
-    """Episodes of one task under way, one per goal, in the first slots of an environment."""
+    """Episodes of one task in progress, one per goal, in the first slots of a vector environment."""
 
     def __init__(self, envs: VectorEnv, goals: Sequence[Goal]) -> None:
-        """Begin them; at most `envs.num_envs`."""
+        """Start them; at most `envs.num_envs`."""
         assert 0 < len(goals) <= envs.num_envs
         self.goals = goals
         self._envs = envs
@@ -51,16 +51,16 @@ class RunningEpisodes:
 
     @property
     def observations(self) -> npt.NDArray[np.float32]:
-        """[goals, 39], those of ended episodes as they were at their end."""
+        """[goals, 39]; an episode that has ended keeps its last observation."""
         return self._envs.observations[: len(self.goals)]
 
     @property
     def is_running(self) -> bool:
-        """Whether any episode is."""
+        """Whether any episode still runs."""
         return bool(self._running.any())
 
     def step(self, actions_BA: npt.NDArray[np.float32], stop_at_success: bool) -> None:
-        """Act in what still runs."""
+        """Step the episodes that still run."""
         if not self.is_running:
             return
         num_goals = len(self.goals)
@@ -74,7 +74,7 @@ class RunningEpisodes:
             self._running[:num_goals] &= ~self._success
 
     def outcomes(self, stop_at_success: bool) -> list[Outcome]:
-        """In the goals' order."""
+        """Return the outcomes in the goals' order."""
         last = self._envs.successes
         return [
             Outcome(
@@ -96,20 +96,20 @@ def run_episodes(
     stop_at_success: bool = True,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> list[list[Outcome]]:
-    """One episode per goal, in lock-step from the first step on.
+    """Run one episode per goal, all in lock-step from the first step on.
 
-    The batch that the actor sees keeps its composition until all are done (finished episodes stay with their last
-    observation), so that results depend on the goals alone and not on how work was split over processes.
+    The actor's batch keeps its composition until all episodes have ended: an ended episode stays in it with its
+    last observation. So results depend on the goals alone, not on how work was split over processes.
 
     Args:
         actor: the policy.
-        groups: environments with goals for their first slots, all of one task; no environment twice.
+        groups: vector environments with goals of one task each, for their first slots; no environment twice.
         horizon: steps per episode.
         stop_at_success: whether an episode ends at its first success.
-        should_stop: looked at before every step.
+        should_stop: polled before every step.
 
     Returns:
-        For each part its outcomes in the goals' order; an empty list if `should_stop()` turned true.
+        For each group its outcomes in the goals' order; an empty list if `should_stop()` returned true.
     """
     running = [RunningEpisodes(envs, goals) for envs, goals in groups]
     actor.reset([goal.task for episodes in running for goal in episodes.goals])

@@ -1,8 +1,8 @@
 """Training, validation and held-out goals, drawn by Meta-World's own generator.
 
 A goal is the vector that Meta-World draws at a reset (object and target positions, three to six numbers).
-`metaworld.MT1(task, seed=s)` draws fifty of them per seed; this module yields the same vectors without the
-hand-placing physics that makes MT1 slow.
+`metaworld.MT1(task, seed=s)` draws fifty of them per seed; this module draws the same vectors, but
+does not simulate how the hand moves to its place, which makes MT1 slow.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Goal(NamedTuple):
 
 
 def goal_set(task: str, split: Split, num_goals: int = 50) -> tuple[Goal, ...]:
-    """The first `num_goals` goals of a split, always the same ones.
+    """Return the first `num_goals` goals of a split, always the same ones.
 
     Args:
         task: Meta-World task name.
@@ -96,11 +96,11 @@ def _disjoint_splits(task: str, num_blocks: int) -> dict[str, tuple[Goal, ...]]:
 def _mt1_rand_vecs(task: str, seed: int) -> tuple[npt.NDArray[np.float64], ...]:
     """The fifty vectors of `metaworld.MT1(task, seed=seed)`, in order.
 
-    The draws do not depend on the physics: a reset draws until its own rejection test, which looks at the
-    drawn positions only, is content. So the task's reset code is run as it is, without placing the hand.
+    The draws do not depend on the physics: a reset draws until its rejection test passes, and that test reads
+    only the drawn positions. So the task's own reset code runs here, but without placing the hand.
     """
     env: Any = build_stock(_goal_drawing_class(task))
-    env.draw_from(np.random.RandomState(seed))  # the legacy generator, as MT1
+    env.draw_from(np.random.RandomState(seed))  # the legacy generator, as in MT1
     vectors = []
     for _ in range(GOALS_PER_SEED):
         env.reset()
@@ -113,7 +113,7 @@ def _mt1_rand_vecs(task: str, seed: int) -> tuple[npt.NDArray[np.float64], ...]:
 
 @cache
 def _goal_drawing_class(task: str) -> type[Any]:
-    """Subclass of the task's class whose resets draw goals from a given generator and skip the physics."""
+    """Subclass the task's class: resets draw goals from a given generator and skip the physics."""
     base: Any = metaworld_class(task)
 
     class GoalDrawing(base):  # type: ignore[misc]
@@ -127,7 +127,7 @@ def _goal_drawing_class(task: str) -> type[Any]:
             super()._reset_hand(steps=1)
 
         def do_simulation(self, ctrl: Any, n_frames: Any) -> None:
-            """Leave the hand where it is: placing it is what makes a reset slow."""
+            """Leave the hand where it is: moving it makes a reset slow."""
             mujoco.mj_forward(self.model, self.data)
 
         def _get_state_rand_vec(self) -> npt.NDArray[np.float64]:

@@ -1,8 +1,9 @@
 """Meta-World's task classes by name, and cheap construction of many environments of one task.
 
-Resets write two small arrays of a compiled model, so all environments of a task in a process share one model
-and put their own values of these arrays back when they take it over. It is a light one
-(`cpd.envs.fast.model`); Meta-World's own classes and pictures get complete ones (21 MB, 0.15 s to compile).
+A reset writes two small arrays of the compiled model and nothing else of it. So all environments of a task in a
+process share one model, and an environment writes its values of these arrays before it uses the model. The shared
+model is a light one (`cpd.envs.fast.model`). Meta-World's own classes and the renderer use complete models (21 MB,
+0.15 s to compile).
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ GOAL_FIELDS: Final = ("body_pos", "site_pos")
 
 
 def metaworld_class(task: str) -> type[Any]:
-    """Meta-World's own class of a v3 task.
+    """Return Meta-World's own class of a v3 task.
 
     Raises:
         ValueError: no such task; the message suggests the nearest name.
@@ -33,24 +34,24 @@ def metaworld_class(task: str) -> type[Any]:
         near = difflib.get_close_matches(task, ALL_V3_ENVIRONMENTS, n=1)
         hint = f"did you mean {near[0]!r}?" if near else "names look like 'push-v3'"
         raise ValueError(f"unknown Meta-World task {task!r}: {hint}")
-    found: type[Any] = ALL_V3_ENVIRONMENTS[task]
-    return found
+    stock: type[Any] = ALL_V3_ENVIRONMENTS[task]
+    return stock
 
 
 class SharedModel:
-    """One compiled model with the token of the environment whose goal it holds. Not for several threads.
+    """One compiled model, shared by environments, and the owner of the goal in it. Not thread-safe.
 
     Attributes:
         model: the model that environments step; its `GOAL_FIELDS` belong to `owner`.
-        owner: any object that identifies an environment; None when nobody's values are in place.
+        owner: any object that identifies an environment; None if the model holds no environment's values.
         pristine: copies of the `GOAL_FIELDS` as compiled.
-        mocap_is_weld_only: nothing but equality constraints of the one mocap body depends on where it is, so
-            that moving it leaves inertias, contacts, transmissions and bias forces as they are.
+        mocap_is_weld_only: the position of the one mocap body enters equality constraints only, so that moving
+            it changes no inertia, contact, transmission or bias force.
     """
 
     def __init__(self, path: str) -> None:
         self.model = light_model(path)
-        # Else each step clears the visualisation flags of 32,000 mesh nodes six times.
+        # Otherwise each step clears the visualisation flags of 32,000 mesh nodes six times.
         self.model.vis.global_.bvactive = 0
         self.owner: object = None
         self.pristine: tuple[npt.NDArray[np.float64], ...] = self.fields()
@@ -61,13 +62,14 @@ class SharedModel:
         return tuple(getattr(self.model, name).copy() for name in GOAL_FIELDS)
 
     def take(self, owner: object, fields: tuple[npt.NDArray[np.float64], ...]) -> None:
-        """Make `owner` the one whose `fields` the model holds."""
+        """Write `fields` into the model and make `owner` its owner."""
         for name, value in zip(GOAL_FIELDS, fields, strict=True):
             getattr(self.model, name)[:] = value
         self.owner = owner
 
 
 def _mocap_is_weld_only(model: mujoco.MjModel) -> bool:
+    # Each condition excludes one way in which MuJoCo could read the pose of the mocap body or of its children.
     moved = model.body_mocapid[model.body_rootid] >= 0
     collides = (model.geom_contype | model.geom_conaffinity).astype(bool)
     return (
@@ -87,12 +89,12 @@ def _mocap_is_weld_only(model: mujoco.MjModel) -> bool:
 
 @lru_cache(maxsize=16)
 def shared_model(path: str) -> SharedModel:
-    """The process's one model of an XML file. Of models without environments, the last 16 used are kept."""
+    """Return this process's shared model of an XML file; the 16 used last are cached."""
     return SharedModel(path)
 
 
 def complete_model(path: str) -> mujoco.MjModel:
-    """A model of an XML file for the caller alone: a copy of one that was compiled before, if possible."""
+    """Return a complete model of an XML file for the caller alone: a copy, which is faster than compiling."""
     return copy.copy(_compiled(path))
 
 
@@ -103,7 +105,7 @@ def _compiled(path: str) -> mujoco.MjModel:
 
 @cache
 def _stock_class(base: Any) -> Any:
-    """Subclass of one of Meta-World's classes that copies the compiled model instead of compiling the XML."""
+    """Subclass one of Meta-World's classes: copy the compiled model instead of compiling the XML."""
 
     class CopiedModel(base):  # type: ignore[misc]
         def _initialize_simulation(self) -> tuple[mujoco.MjModel, mujoco.MjData]:
@@ -117,11 +119,11 @@ def _stock_class(base: Any) -> Any:
 
 
 def grow_framebuffer(model: mujoco.MjModel, width: int, height: int) -> None:
-    """Make room for rendering at a size in pixels, as Gymnasium's constructor does."""
+    """Enlarge the offscreen buffer to a size in pixels, as Gymnasium's constructor does."""
     model.vis.global_.offwidth = max(model.vis.global_.offwidth, width)
     model.vis.global_.offheight = max(model.vis.global_.offheight, height)
 
 
 def build_stock(base: Any, **kwargs: Any) -> Any:
-    """An instance of one of Meta-World's classes with a model of its own, compiled once per process."""
+    """Return an instance of one of Meta-World's classes with its own model, a copy of one compiled per process."""
     return _stock_class(base)(**kwargs)

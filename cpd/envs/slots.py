@@ -1,7 +1,7 @@
-"""Slots: the environments of a vector environment and the arrays through which they are driven.
+"""The slots of a vector environment: an environment each, and arrays with a row for each.
 
-The arrays lie in one flat buffer, so that worker processes can map the same memory: per step nothing is
-pickled and nothing but a byte goes through a pipe.
+The arrays lie in one flat buffer, which worker processes map, too. So a step pickles nothing, and only one byte
+goes through a pipe.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from cpd.envs.tasks import ACTION_SIZE, OBSERVATION_SIZE
 #: Room for one goal's vector; Meta-World's longest has six numbers.
 MAX_RAND_VEC_SIZE: Final = 16
 
+#: Bytes; arrays begin at cache lines, which suits every dtype.
 _ALIGNMENT: Final = 64
 _FIELDS: Final[tuple[tuple[str, Any, tuple[int, ...]], ...]] = (
     ("observations", np.float32, (OBSERVATION_SIZE,)),
@@ -35,7 +36,7 @@ _FIELDS: Final[tuple[tuple[str, Any, tuple[int, ...]], ...]] = (
 
 
 class SlotError(RuntimeError):
-    """An environment, or the process that runs it, failed; the message names the task and holds the cause."""
+    """An environment or its worker process failed. The message names the task and contains the cause."""
 
 
 class SlotArrays:
@@ -44,11 +45,11 @@ class SlotArrays:
     Attributes:
         observations: [N, 39] float32, the current observation of each slot.
         rewards: [N] float64 of the last step; 0 after a reset.
-        grasps: [N] float64, how near the last step came to holding the object, 0 to 1, where that is wanted.
-        wants_grasps: [N] bool, the slots for which it is.
+        grasps: [N] float64, `TaskEnv.grasp` of the last step, for the slots that want it.
+        wants_grasps: [N] bool, whether a step computes `grasps`.
         successes: [N] bool of the last step, not latched; False after a reset.
         actions: [N, 4] float32, input of a step.
-        selected: [N] bool, the slots that the next step or reset is for.
+        selected: [N] bool, the slots that the next step or reset applies to.
         rand_vec_sizes: [N] int64 and
         rand_vecs: [N, 16] float64, input of a reset.
     """
@@ -72,7 +73,7 @@ class SlotArrays:
 
     @staticmethod
     def size(num_slots: int) -> int:
-        """Bytes that `num_slots` slots need."""
+        """Return the bytes that `num_slots` slots need."""
         return sum(
             _padded(num_slots * int(np.prod(shape, dtype=int)) * np.dtype(dtype).itemsize)
             for _, dtype, shape in _FIELDS
@@ -84,11 +85,11 @@ def _padded(num_bytes: int) -> int:
 
 
 class SlotGroup:
-    """The environments of some of the slots, stepped one after another in this process.
+    """Some of the slots, stepped one after another in this process.
 
     Args:
         tasks: one task name per slot, of all slots.
-        slots: which of them are this group's.
+        slots: indices of this group's slots.
         arrays: the rows of all slots.
         reward_version: Meta-World's reward functions, "v1" or "v2".
     """

@@ -15,7 +15,7 @@ from cpd.envs.goals import Goal
 from cpd.envs.registry import build_stock, metaworld_class
 from cpd.envs.tasks import MAX_EPISODE_STEPS
 
-#: Where observations tell of the object's position, in metres.
+#: The object's position in an observation, metres.
 OBJECT: Final = slice(4, 7)
 
 REWARD_VERSIONS: Final = ("v1", "v2")
@@ -24,13 +24,13 @@ REWARD_VERSIONS: Final = ("v1", "v2")
 class TaskEnv:
     """A Meta-World task with the goal visible, as in its multi-task benchmarks.
 
-    Neither horizon nor auto-reset: the caller resets in time. Given a goal and actions, an episode is always
-    the same, whatever was done with the environment before.
+    It has no horizon and no auto-reset: the caller resets in time. The goal and the actions determine an episode;
+    what the environment did earlier has no influence.
 
     Args:
         task: Meta-World task name, such as "push-v3".
         reward_version: Meta-World's reward functions, "v1" or "v2".
-        accelerated: use the bit-exact faster classes where they were verified for the installed versions.
+        accelerated: use the bit-exact, faster classes if they are verified for the installed versions.
 
     Raises:
         ValueError: unknown task or reward version.
@@ -56,7 +56,7 @@ class TaskEnv:
             ValueError: a goal of another task, or one of the wrong size.
         """
         if goal.task != self.task:
-            raise ValueError(f"a goal of {goal.task} was given to an environment of {self.task}")
+            raise ValueError(f"{self.task}: cannot reset to a goal of {goal.task}")
         if goal.rand_vec.shape != (self._rand_vec_size,):
             raise ValueError(
                 f"{self.task}: a goal has {self._rand_vec_size} numbers, got shape {goal.rand_vec.shape}"
@@ -67,7 +67,7 @@ class TaskEnv:
         env._last_rand_vec = np.array(goal.rand_vec, dtype=np.float64)  # resets keep views of it
         if env._partially_observable:
             env._partially_observable = False
-            env.__dict__.pop("sawyer_observation_space", None)
+            env.__dict__.pop("sawyer_observation_space", None)  # cached for a hidden goal
         obs, _ = env.reset()
         self._has_goal = True
         first: npt.NDArray[np.float64] = obs
@@ -91,14 +91,14 @@ class TaskEnv:
             raise ValueError(f"{self.task}: reset to a goal before the first step")
         if env.curr_path_length >= MAX_EPISODE_STEPS:
             raise ValueError(
-                f"{self.task}: an episode has at most {MAX_EPISODE_STEPS} steps; reset before going on"
+                f"{self.task}: an episode has at most {MAX_EPISODE_STEPS} steps; reset before the next step"
             )
         obs, reward, _, _, info = env.step(np.asarray(action, dtype=np.float32))
         self._grasp_reward = float(info["grasp_reward"])
         return obs, float(reward), bool(info["success"])
 
     def grasp(self, obs: npt.NDArray[np.float64]) -> float:
-        """How near the last step, which returned `obs`, came to holding the object, 0 to 1.
+        """Return how nearly the last step, which returned `obs`, grasped the object, 0 to 1.
 
         The mean of Meta-World's `grasp_reward` (in its `info`), which is 0 almost everywhere for some tasks, and
         of the fingers' nearness to the object, `1 - tanh(10 d)` at d metres (as in robosuite; Zhu et al. 2020).
@@ -108,7 +108,7 @@ class TaskEnv:
 
     @property
     def unwrapped(self) -> Any:
-        """Meta-World's environment underneath, for rendering and scripted experts, with its goal in its model."""
+        """Meta-World's environment, with this goal in its model; for rendering and scripted experts."""
         if isinstance(self._env, FastSawyer):
             self._env.take_model()
         return self._env

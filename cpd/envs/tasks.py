@@ -1,17 +1,17 @@
-"""Meta-World's task names and the streams built from them. Static: a login node needs no simulator."""
+"""Meta-World's task names and the named streams. Imports no simulator, so that a login node can read them."""
 
 from __future__ import annotations
 
-#: Of all of Meta-World's tasks.
+#: The same for all tasks.
 OBSERVATION_SIZE = 39
 ACTION_SIZE = 4
 #: Meta-World refuses a 501st step.
 MAX_EPISODE_STEPS = 500
-#: Of each goal set: the seeds of fifty that it may draw from end where the next set's begin.
+#: Per goal set: a seed gives fifty goals, and a set's thousand seeds end where the next set's begin.
 MAX_GOALS = 50_000
 
 #: All fifty Meta-World v3 tasks in alphabetical order, which is also the `mt50` stream's order.
-#: A test holds this equal to the installed metaworld.
+#: A test compares it with the installed metaworld.
 ALL_TASKS: tuple[str, ...] = (
     "assembly-v3",
     "basketball-v3",

@@ -1,7 +1,7 @@
-"""Lock-step vector environments: many slots, one step for all, in this process or spread over workers.
+"""Lock-step vector environments: one step advances many slots, in this process or in worker processes.
 
-Results do not depend on the number of workers: a slot's numbers are its own environment's, and nothing else
-of that environment depends on where it runs.
+Results do not depend on the number of workers: slots share no state that a step reads, and an environment computes
+the same in every process.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def make_vector_env(tasks: Sequence[str], num_workers: int, reward_version: str 
 
     Args:
         tasks: the task of each slot; names may repeat.
-        num_workers: processes to spread the slots over; up to 1 runs everything in this process.
+        num_workers: processes that share the slots; with 0 or 1, all slots run in this process.
         reward_version: Meta-World's reward functions, "v1" or "v2".
 
     Raises:
@@ -58,8 +58,8 @@ class VectorEnv(abc.ABC):
         num_envs: N, the number of slots.
         observations: [N, 39] float32, the current observation of each slot; written in place.
         rewards: [N] float64 of each slot's last step, 0 after a reset; written in place.
-        grasps: [N] float64, how near each slot's last step came to holding the object (`TaskEnv.grasp`); written
-            in place while it is wanted, since that takes 3 % of a step.
+        grasps: [N] float64, how nearly each slot's last step grasped the object (`TaskEnv.grasp`); written in
+            place while `want_grasps` is on, since it takes 3 % of a step.
         successes: [N] bool of each slot's last step, not latched, False after a reset; written in place.
     """
 
@@ -73,7 +73,7 @@ class VectorEnv(abc.ABC):
         self.successes: npt.NDArray[np.bool_] = arrays.successes
 
     def want_grasps(self, wanted: bool) -> None:
-        """Whether steps are to fill `grasps` from here on; at first they are not."""
+        """Set whether steps fill `grasps`; at first they do not."""
         self._arrays.wants_grasps[:] = wanted
 
     def reset(self, slots: Sequence[int] | npt.NDArray[np.integer[Any]], goals: Sequence[Goal]) -> None:
@@ -95,7 +95,7 @@ class VectorEnv(abc.ABC):
             if goal.task != self.tasks[slot]:
                 raise ValueError(f"slot {slot} runs {self.tasks[slot]}, but got a goal of {goal.task}")
             if goal.rand_vec.ndim != 1 or goal.rand_vec.size > MAX_RAND_VEC_SIZE:
-                raise ValueError(f"slot {slot}: no goal has shape {goal.rand_vec.shape}")
+                raise ValueError(f"slot {slot}: the goal has shape {goal.rand_vec.shape}, expected [3..6]")
             arrays.selected[slot] = True
             arrays.rand_vec_sizes[slot] = goal.rand_vec.size
             arrays.rand_vecs[slot, : goal.rand_vec.size] = goal.rand_vec
@@ -112,7 +112,7 @@ class VectorEnv(abc.ABC):
             ValueError: a wrong shape, or an active slot's action that is not finite.
             SlotError: a step failed (for instance beyond 500 in an episode), or its worker died.
 
-        With workers, an exception other than ValueError (an interrupt, say) closes the environment.
+        With workers, any exception but ValueError, such as an interrupt, closes the environment.
         """
         arrays = self._arrays
         if actions.shape != (self.num_envs, ACTION_SIZE):
@@ -170,7 +170,7 @@ class _SerialVectorEnv(VectorEnv):
 
 
 class _ProcessVectorEnv(VectorEnv):
-    """Slots divided over worker processes, which share the arrays and are driven by a byte through a pipe."""
+    """Slots divided over worker processes, which share the arrays and get one byte per order through a pipe."""
 
     def __init__(self, tasks: Sequence[str], num_workers: int, reward_version: str) -> None:
         size = SlotArrays.size(len(tasks))
@@ -178,7 +178,7 @@ class _ProcessVectorEnv(VectorEnv):
         with tempfile.TemporaryFile(dir=_shared_memory_directory()) as file:
             file.truncate(size)
             super().__init__(tasks, SlotArrays(len(tasks), mmap.mmap(file.fileno(), size)))
-            # In turn: callers that use fewer slots than there are use the first, and all workers should have some.
+            # Interleaved: callers that need fewer slots use the first ones, which should lie on different workers.
             self._slots = [range(i, len(tasks), num_workers) for i in range(num_workers)]
             self._workers = [
                 _start_worker(self.tasks, slots, reward_version, file.fileno()) for slots in self._slots
@@ -201,12 +201,12 @@ class _ProcessVectorEnv(VectorEnv):
                     self._fail(i, b"")
             self._await(busy)
         except BaseException:
-            # After an interrupt, answers that nobody read would be taken for those to later orders.
+            # After an interrupt, an unread answer would be taken for the answer to a later order.
             self.close()
             raise
 
     def _await(self, workers: Sequence[int]) -> None:
-        """Wait for one answer of each worker."""
+        """Wait for one answer from each worker."""
         for i in workers:
             stream = self._workers[i].stdout
             assert stream is not None
@@ -215,7 +215,7 @@ class _ProcessVectorEnv(VectorEnv):
                 self._fail(i, answer)
 
     def _fail(self, index: int, answer: bytes) -> None:
-        """Close everything and raise what went wrong in worker `index`."""
+        """Close everything and raise the error of worker `index`."""
         process, slots = self._workers[index], self._slots[index]
         names = ", ".join(sorted({self.tasks[slot] for slot in slots}))
         which = f"slots {', '.join(map(str, slots))}"
@@ -242,7 +242,7 @@ def _shared_memory_directory() -> str | None:
 
 
 def _start_worker(tasks: Sequence[str], slots: range, reward_version: str, memory: int) -> subprocess.Popen[bytes]:
-    """A fresh interpreter (never a fork: MPI may be initialised here) that serves `slots`."""
+    """Start a new interpreter that serves `slots`. Never a fork: MPI may be initialised in this process."""
     settings = {
         "tasks": list(tasks),
         "slots": list(slots),
@@ -271,7 +271,7 @@ def _read_exactly(descriptor: int, num_bytes: int) -> bytes:
 
 
 def _end_workers(workers: list[subprocess.Popen[bytes]]) -> None:
-    """Close the pipes, on which workers end by themselves; kill one that does not."""
+    """Close the pipes, upon which workers end by themselves; kill those that do not."""
     for process in workers:
         for stream in (process.stdin, process.stdout):
             assert stream is not None

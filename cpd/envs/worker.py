@@ -1,7 +1,7 @@
-"""The process behind some slots of a vector environment: `sampler` starts it and writes one byte per order.
+"""The worker process of a vector environment: `vector_env` starts it and writes one byte per order.
 
-Orders arrive on standard input, answers leave on standard output, arrays are shared memory. The process ends
-when its standard input does, so it outlives neither `close()` nor a parent that was killed.
+Orders arrive on standard input, answers leave on standard output, and the arrays lie in shared memory. The process
+ends when its standard input closes, so it outlives neither `close()` nor a parent that was killed.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ LENGTH: Final = struct.Struct("<Q")
 
 
 def main(settings: str) -> None:
-    """Serve orders until the parent goes away.
+    """Serve orders until the parent closes the pipe or ends.
 
     Args:
         settings: JSON with the keys `tasks`, `slots`, `reward_version`, and `memory`, the inherited file
             descriptor of the shared arrays.
     """
-    # A batch system signals every process of a job, a terminal the whole group: what is to be done about it
-    # is the parent's decision, and this process follows the pipe.
+    # A batch system signals every process of a job, and a terminal the whole group. The parent decides what to do;
+    # this process follows the pipe only.
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(signum, signal.SIG_IGN)
     answers = os.dup(sys.stdout.fileno())

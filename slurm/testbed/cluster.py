@@ -136,19 +136,19 @@ class Testbed:
         """Start a daemon in the foreground of a session of its own, and remember it."""
         binary = program(words[0])
         assert binary is not None
-        own = {STATE_VARIABLE: str(self.state), SOCKET_VARIABLE: str(self.state / "mysql.socket")}
+        marks = {STATE_VARIABLE: str(self.state), SOCKET_VARIABLE: str(self.state / "mysql.socket")}
         with (self.state / "log" / f"{name}.out").open("ab") as output:
             process = subprocess.Popen(
                 [binary, *words[1:]],
-                env=self.environment | own,
+                env=self.environment | marks,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
                 start_new_session=True,
                 cwd=self.state,
             )
-        known = self._recorded() | {name: (process.pid, start_ticks(process.pid))}
-        self._pid_file.write_text(json.dumps(known))
+        daemons = self._recorded() | {name: (process.pid, start_ticks(process.pid))}
+        self._pid_file.write_text(json.dumps(daemons))
 
     def start_node(self, node: str) -> None:
         """Start the daemon of one virtual node."""
@@ -319,14 +319,16 @@ class Testbed:
                 os.kill(process, signal.SIGKILL)
 
     def _belonging(self) -> Iterator[int]:
-        """Processes that this cluster's daemons or jobs started and that still run, told by their environment."""
-        own = f"{STATE_VARIABLE}={self.state}".encode()
-        job = (f"SLURM_CONF={self.conf}".encode(), b"SLURM_JOB_ID=")
+        """Yield the living processes of this cluster's daemons and jobs, recognised by their environment."""
+        daemon_variable = f"{STATE_VARIABLE}={self.state}".encode()
+        conf_variable = f"SLURM_CONF={self.conf}".encode()
         for entry in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
                 variables = (entry / "environ").read_bytes().split(b"\0")
-                inside_job = job[0] in variables and any(v.startswith(job[1]) for v in variables)
-                if (own in variables or inside_job) and int(entry.name) != os.getpid():
+                inside_job = job_variables[0] in variables and any(
+                    v.startswith(job_variables[1]) for v in variables
+                )
+                if (daemon_variable in variables or inside_job) and int(entry.name) != os.getpid():
                     yield int(entry.name)
 
 

@@ -30,8 +30,8 @@ def test_passes_hold_every_episode_once_and_no_task_twice(cells: list[Cell]) -> 
         assert len({cell.task for cell in members}) == len(members) <= TASKS_PER_PASS
         assert len({cell.to_the_end for cell in members}) == 1
         assert all(0 < len(chunk.goals) <= CHUNK for chunk in chunks)
-    found = sorted((chunk.cell, goal.index) for chunks in passes for chunk in chunks for goal in chunk.goals)
-    assert found == [(index, goal) for index, cell in enumerate(cells) for goal in range(cell.num_episodes)]
+    episodes = sorted((chunk.cell, goal.index) for chunks in passes for chunk in chunks for goal in chunk.goals)
+    assert episodes == [(index, goal) for index, cell in enumerate(cells) for goal in range(cell.num_episodes)]
 
 
 def test_tasks_of_a_row_share_passes() -> None:
@@ -48,19 +48,19 @@ def test_episodes_end_as_they_do_with_their_task_alone(to_the_end: bool) -> None
     cells.append(Cell(TASKS[0], "validation", 2, to_the_end))
     pool = EnvPool("v2")
 
-    def found(tasks_per_pass: int) -> list[list[tuple]]:
+    def evaluate(tasks_per_pass: int) -> list[list[tuple]]:
         experts = TaskwiseActor(lambda task: TeacherActor(ScriptedPolicy(task, 0.1)))
         outcomes = evaluate_cells(experts, cells, 60, pool, SerialComm(), tasks_per_pass=tasks_per_pass)
         assert outcomes is not None
-        return [[tuple(outcome) for outcome in own] for own in outcomes]
+        return [[tuple(outcome) for outcome in cell_outcomes] for cell_outcomes in outcomes]
 
-    together = found(4)
-    assert together == found(1)
+    together = evaluate(4)
+    assert together == evaluate(1)
     pool.close()
-    assert [[outcome[0] for outcome in own] for own in together] == [
+    assert [[outcome[0] for outcome in outcomes] for outcomes in together] == [
         list(range(cell.num_episodes)) for cell in cells
     ]
-    lengths = {outcome[3] for own in together for outcome in own}
+    lengths = {outcome[3] for outcomes in together for outcome in outcomes}
     assert lengths == {60} if to_the_end else len(lengths) > 3
 
 

@@ -127,10 +127,10 @@ def test_a_restored_reset_is_a_real_one(task):
     """Also that resets write no model fields but GOAL_FIELDS, on which sharing the model rests."""
     goals = goal_set(task, "training")
     stock = build_stock(metaworld_class(task))
-    before = {name: array.copy() for name, array in numeric_arrays(stock.model).items()}
+    fields = {name: array.copy() for name, array in numeric_arrays(stock.model).items()}
     set_goal(stock, goals[0])
     stock.reset()
-    assert differing(before, numeric_arrays(stock.model)) <= set(GOAL_FIELDS)
+    assert differing(fields, numeric_arrays(stock.model)) <= set(GOAL_FIELDS)
 
     fast = accelerated_class(task)()
     for goal in (goals[0], goals[1], goals[0]):
@@ -162,9 +162,9 @@ def test_a_light_model_simulates_what_the_complete_one_does(task):
     different = {name for name in differing(a, b) if not name.startswith(assets)}
     sums = {"body_contype", "body_conaffinity"}
     assert different <= {"body_geomnum", "body_geomadr", "body_bvhadr", "body_bvhnum"} | sums
-    for g, own in enumerate(geoms):
+    for g, complete_g in enumerate(geoms):
         if light.geom_dataid[g] >= 0:
-            mesh, twin = light.mesh(light.geom_dataid[g]), complete.mesh(complete.geom_dataid[own])
+            mesh, twin = light.mesh(light.geom_dataid[g]), complete.mesh(complete.geom_dataid[complete_g])
             vertices = [
                 model.mesh_vert[int(m.vertadr[0]) : int(m.vertadr[0]) + int(m.vertnum[0])]
                 for model, m in ((light, mesh), (complete, twin))
@@ -187,13 +187,13 @@ def test_forgotten_environments_are_freed():
         gc.collect()
         return sum(isinstance(thing, FastData) for thing in gc.get_objects())
 
-    goal, before = goal_set("reach-v3", "training")[0], count()
+    goal, num_kept = goal_set("reach-v3", "training")[0], count()
     env = TaskEnv("reach-v3")
     env.reset(goal)
     env.step(np.zeros(4))
-    assert count() == before + 1
+    assert count() == num_kept + 1
     del env
-    assert count() == before
+    assert count() == num_kept
 
 
 def test_environments_of_a_task_do_not_see_each_other():
@@ -244,13 +244,13 @@ def test_metaworld_itself_is_left_alone():
     assert made.compute_reward.__globals__["SawyerDoorEnvV3"] is made
 
 
-@pytest.mark.parametrize(("package", "found"), [("metaworld", "3.1.1"), ("mujoco", "3.3.0")])
-def test_unverified_versions_are_refused_by_name(package, found, monkeypatch):
+@pytest.mark.parametrize(("package", "installed"), [("metaworld", "3.1.1"), ("mujoco", "3.3.0")])
+def test_unverified_versions_are_refused_by_name(package, installed, monkeypatch):
     monkeypatch.setitem(accelerated.VERIFIED_VERSIONS, package, ("0.0.1",))
-    with pytest.raises(UnverifiedError, match=f"verified against {package} 0.0.1, but {found} is installed"):
+    with pytest.raises(UnverifiedError, match=f"{package} 0.0.1.*{installed}"):
         accelerated_class("push-v3")
     goal = goal_set("push-v3", "training")[0]
-    with pytest.warns(UserWarning, match=f"{package} 0.0.1.*slower"):
+    with pytest.warns(UserWarning, match=f"{package} 0.0.1"):
         fallback = TaskEnv("push-v3")
     assert type(fallback.unwrapped).__mro__[1] is metaworld_class("push-v3")
     monkeypatch.undo()
@@ -259,7 +259,7 @@ def test_unverified_versions_are_refused_by_name(package, found, monkeypatch):
 
 def test_inexact_arithmetic_is_refused_by_name(monkeypatch):
     monkeypatch.setattr(accelerated, "_first_inexact_helper", lambda: "tolerance")
-    with pytest.raises(UnverifiedError, match="the accelerated tolerance differs in the last bits"):
+    with pytest.raises(UnverifiedError, match=r"tolerance.*numpy"):
         check_installation()
 
 

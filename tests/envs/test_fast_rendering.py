@@ -51,12 +51,12 @@ def compare(task):
 def test_pictures_are_those_of_metaworld(task):
     # MuJoCo chooses how to render when it is imported, hence a process of its own.
     code = f"from tests.envs.test_fast_rendering import compare; compare({task!r})"
-    found = subprocess.run(
+    done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code],
         env=os.environ | {"MUJOCO_GL": "egl"},
         capture_output=True,
         text=True,
     )
-    if found.returncode == NO_GRAPHICS or "mujoco.egl" in found.stderr:
-        pytest.skip(f"nothing can be rendered here: {(found.stdout + found.stderr).strip().splitlines()[-1]}")
-    assert found.returncode == 0, found.stderr
+    if done.returncode == NO_GRAPHICS or "mujoco.egl" in done.stderr:
+        pytest.skip(f"nothing can be rendered here: {(done.stdout + done.stderr).strip().splitlines()[-1]}")
+    assert done.returncode == 0, done.stderr

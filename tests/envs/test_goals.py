@@ -39,9 +39,9 @@ def test_all_goals_are_those_of_mt1(task):
 
 
 def test_generating_goals_leaves_the_global_random_state_alone():
-    before = np.random.get_state()[1].copy()  # noqa: NPY002
+    state = np.random.get_state()[1].copy()  # noqa: NPY002
     goal_set("plate-slide-v3", "held_out", 7)
-    np.testing.assert_array_equal(np.random.get_state()[1], before)  # noqa: NPY002
+    np.testing.assert_array_equal(np.random.get_state()[1], state)  # noqa: NPY002
 
 
 def test_fewer_goals_are_a_prefix_of_more():
@@ -62,18 +62,18 @@ def test_equal_goals_are_named():
     b = Goal("reach-v3", "held_out", 8, np.array([0.25, 0.5, 0.75]))
     other_task = Goal("push-v3", "held_out", 8, np.array([0.25, 0.5, 0.75]))
     check_disjoint([a], [other_task])
-    with pytest.raises(ValueError, match=r"reach-v3: training goal 3 and held_out goal 8 are equal \(\[0.25"):
+    with pytest.raises(ValueError, match=r"reach-v3.*training goal 3.*held_out goal 8.*0\.25"):
         check_disjoint([a], [b])
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "facts"),
     [
-        (("puhs-v3", "training"), "did you mean 'push-v3'"),
-        (("push-v3", "test"), "choose one of training, validation, held_out"),
-        (("push-v3", "training", 0), "between 1 and"),
+        (("puhs-v3", "training"), "puhs-v3.*push-v3"),
+        (("push-v3", "test"), "test.*training, validation, held_out"),
+        (("push-v3", "training", 0), "num_goals.*1.*50000.*0"),
     ],
 )
-def test_mistakes_are_explained(arguments, message):
-    with pytest.raises(ValueError, match=message):
+def test_mistakes_are_explained(arguments, facts):
+    with pytest.raises(ValueError, match=facts):
         goal_set(*arguments)

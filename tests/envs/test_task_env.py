@@ -96,25 +96,25 @@ def test_returned_observations_are_the_callers():
 def test_mistakes_are_explained(accelerated):
     env = TaskEnv("reach-v3", accelerated=accelerated)
     goal = goal_set("reach-v3", "training")[0]
-    with pytest.raises(ValueError, match="reach-v3: reset to a goal before the first step"):
+    with pytest.raises(ValueError, match="reach-v3"):
         env.step(np.zeros(4))
-    with pytest.raises(ValueError, match="a goal of push-v3 was given to an environment of reach-v3"):
+    with pytest.raises(ValueError, match=r"reach-v3.*push-v3"):
         env.reset(goal_set("push-v3", "training")[0])
-    with pytest.raises(ValueError, match="a goal has 6 numbers"):
+    with pytest.raises(ValueError, match=r"6.*\(3,\)"):
         env.reset(Goal("reach-v3", "training", 0, np.zeros(3)))
     env.reset(goal)
     for _ in range(500):
         env.step(np.zeros(4))
-    with pytest.raises(ValueError, match="reach-v3: an episode has at most 500 steps"):
+    with pytest.raises(ValueError, match=r"reach-v3.*500"):
         env.step(np.zeros(4))
     env.reset(goal)
     env.step(np.zeros(4))
 
 
 def test_unknown_names_are_refused():
-    with pytest.raises(ValueError, match="did you mean 'reach-v3'"):
+    with pytest.raises(ValueError, match=r"reach-v2.*reach-v3"):
         TaskEnv("reach-v2")
-    with pytest.raises(ValueError, match="unknown reward version 'v3'"):
+    with pytest.raises(ValueError, match=r"'v3'.*'v2'"):
         TaskEnv("reach-v3", reward_version="v3")
 
 

@@ -105,26 +105,26 @@ def test_mistakes_are_explained(num_workers):
     tasks = ["reach-v3", "push-v3"]
     reach, push = goals_for(tasks, 0)
     with make_vector_env(tasks, num_workers) as env:
-        for slots, goals, message in [
-            ([0], [push], "slot 0 runs reach-v3, but got a goal of push-v3"),
-            ([0, 1], [reach], "2 slots but 1 goals"),
-            ([2], [reach], "slot 2 does not exist"),
-            ([0, 0], [reach, reach], "slot 0 is named twice"),
+        for slots, goals, facts in [
+            ([0], [push], "slot 0.*reach-v3.*push-v3"),
+            ([0, 1], [reach], "2 slots.*1 goal"),
+            ([2], [reach], "slot 2"),
+            ([0, 0], [reach, reach], "slot 0"),
         ]:
-            with pytest.raises(ValueError, match=message):
+            with pytest.raises(ValueError, match=facts):
                 env.reset(slots, goals)
         env.reset([0, 1], [reach, push])
-        for actions, active, message in [
-            (np.zeros((1, 4), np.float32), None, "actions have shape"),
-            (np.zeros((2, 4), np.float32), np.ones(3, bool), "active has shape"),
-            (np.full((2, 4), np.nan, np.float32), np.array([False, True]), r"slot 1 \(push-v3\) is not finite"),
+        for actions, active, facts in [
+            (np.zeros((1, 4), np.float32), None, r"actions.*\(1, 4\).*\(2, 4\)"),
+            (np.zeros((2, 4), np.float32), np.ones(3, bool), r"active.*\(3,\).*\(2,\)"),
+            (np.full((2, 4), np.nan, np.float32), np.array([False, True]), r"slot 1 \(push-v3\)"),
         ]:
-            with pytest.raises(ValueError, match=message):
+            with pytest.raises(ValueError, match=facts):
                 env.step(actions, active)
     with pytest.raises(ValueError, match="closed"):
         env.step(np.zeros((2, 4), np.float32))
     env.close()
-    with pytest.raises(ValueError, match="at least one task"):
+    with pytest.raises(ValueError, match="task"):
         make_vector_env([], num_workers)
 
 
@@ -133,13 +133,13 @@ def test_an_exception_arrives_with_its_traceback_and_task(num_workers):
     tasks = ["reach-v3", "push-v3"]
     with make_vector_env(tasks, num_workers) as env:
         env.reset([0], [goals_for(tasks, 0)[0]])
-        with pytest.raises(SlotError, match=r"(?s)slot 1 \(push-v3\).*Traceback.*reset to a goal before"):
+        with pytest.raises(SlotError, match=r"(?s)slot 1 \(push-v3\).*Traceback.*ValueError: push-v3"):
             env.step(np.zeros((2, 4), np.float32))
 
 
 @pytest.mark.parametrize("num_workers", [1, 2])
 def test_an_environment_that_cannot_be_made_is_named(num_workers):
-    with pytest.raises(SlotError, match=r"(?s)slot 1 \(puhs-v3\).*did you mean 'push-v3'"):
+    with pytest.raises(SlotError, match=r"(?s)slot 1 \(puhs-v3\).*'push-v3'"):
         make_vector_env(["push-v3", "puhs-v3"], num_workers)
 
 
@@ -149,7 +149,7 @@ def test_a_killed_worker_is_reported():
         env.reset(range(3), goals_for(tasks, 0))
         pids = worker_pids(env)
         os.kill(pids[1], signal.SIGKILL)
-        with pytest.raises(SlotError, match=r"worker 1 \(slots 1: push-v3\) died with exit status -9"):
+        with pytest.raises(SlotError, match=r"worker 1.*slots 1: push-v3.* -9"):
             for _ in range(100):
                 env.step(np.zeros((3, 4), np.float32))
         assert wait_until_gone(pids)

@@ -1,7 +1,7 @@
 """Bit-exact scalar versions of the helpers that Meta-World's task code calls most.
 
-Each falls back to the original for any argument it was not written for, so that a namespace in which these
-stand for the originals behaves like the original one.
+Each calls the original for arguments that it was not written for. So a namespace that holds these in place of the
+originals behaves like the original one.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _NUMBERS: Final = frozenset((float, np.float64, int))
 #: The raw ufunc: `np.clip` is a wrapper that costs several times as much.
 clip_ufunc: Final[Any] = importlib.import_module("numpy._core.umath").clip
 
-# What metaworld's `_sigmoids` computes anew at each call for its default value at the margin, 0.1.
+# metaworld's `_sigmoids` computes these at each call, from its default value at the margin, 0.1.
 _LONG_TAIL_SCALE: Final = float(np.sqrt(1 / 0.1 - 1))
 _GAUSSIAN_SCALE: Final = float(np.sqrt(-2 * np.log(0.1)))
 
@@ -61,13 +61,13 @@ def tolerance(
         try:
             # NumPy's exp and the C library's differ in the last bit.
             return float(np.exp(-0.5 * (distance * _GAUSSIAN_SCALE) ** 2))
-        except OverflowError:  # Python's power refuses where NumPy's returns infinity
+        except OverflowError:  # Python's power raises where NumPy's returns infinity
             pass
     return _stock_tolerance(x, bounds, margin, sigmoid, value_at_margin)
 
 
 def long_tail(x: float, lower: float, upper: float, margin: float) -> Any:
-    """`tolerance` with the sigmoid of that name, for numbers; it does not ask whether they are some."""
+    """`tolerance` with the long-tail sigmoid, for numbers; their types are not checked."""
     if margin <= 0 or lower > upper:
         return _stock_tolerance(x, (lower, upper), margin, "long_tail")
     if lower <= x <= upper:
@@ -75,17 +75,17 @@ def long_tail(x: float, lower: float, upper: float, margin: float) -> Any:
     distance = float((lower - x if x < lower else x - upper) / margin)
     try:
         return 1 / ((distance * _LONG_TAIL_SCALE) ** 2 + 1)
-    except OverflowError:  # Python's power refuses where NumPy's returns infinity
+    except OverflowError:  # Python's power raises where NumPy's returns infinity
         return _stock_tolerance(x, (lower, upper), margin, "long_tail")
 
 
 def norm(x: Any, ord: Any = None, axis: Any = None, keepdims: bool = False) -> Any:
-    """`numpy.linalg.norm`; a float64 vector takes the same two operations without the dispatch."""
+    """`numpy.linalg.norm`; a float64 vector gets NumPy's own two operations without its dispatch."""
     if (
         type(x) is np.ndarray
         and x.ndim == 1
         and x.dtype is _float64
-        and x.flags.c_contiguous  # a strided dot product adds in another order than the copy that stock takes
+        and x.flags.c_contiguous  # a strided dot product adds in another order than NumPy, which copies first
         and (ord is None or ord == 2)
         and axis is None
         and not keepdims
@@ -95,7 +95,7 @@ def norm(x: Any, ord: Any = None, axis: Any = None, keepdims: bool = False) -> A
 
 
 def length(x: np.ndarray[Any, Any]) -> float:
-    """`norm` of a contiguous float64 vector, without asking whether it is one."""
+    """`norm` of a contiguous float64 vector; the type is not checked."""
     return math.sqrt(x.dot(x))
 
 
@@ -115,7 +115,7 @@ def hstack(arrays: Any) -> Any:
 
 
 class _Quaternion:
-    """What `FastRotation.from_matrix` returns: an orientation that can only be asked for its quaternion."""
+    """The result of `FastRotation.from_matrix`: an orientation that gives its quaternion only."""
 
     __slots__ = ("_quaternion",)
 
@@ -147,8 +147,8 @@ class FastRotation:
         else:
             x, y, z, w = m21 - m12, m02 - m20, m10 - m01, 1 + trace
         length = math.sqrt(x * x + y * y + z * z + w * w)
-        # For a rotation the length is four times the largest component, hence 2 to 4. SciPy looks at anything
-        # else more closely (it refuses singular matrices and orthogonalises skewed ones).
+        # For a rotation the length is four times the largest component, hence 2 to 4. SciPy treats other
+        # matrices differently (it refuses singular ones and orthogonalises skewed ones).
         if not 1.999 < length < 4.001:
             return Rotation.from_matrix(matrix)
         return _Quaternion(np.array((x / length, y / length, z / length, w / length)))
@@ -171,7 +171,7 @@ def _reward_namespace() -> types.ModuleType:
     return namespace
 
 
-#: What stands for what in the globals of rebound functions; originals are compared by identity.
+#: (original, replacement) in the globals of rebound functions; originals are recognised by identity.
 REPLACEMENTS: Final[tuple[tuple[Any, Any], ...]] = (
     (np, _numpy_namespace()),
     (reward_utils, _reward_namespace()),
@@ -181,7 +181,7 @@ REPLACEMENTS: Final[tuple[tuple[Any, Any], ...]] = (
 
 
 def fast_globals(original: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy of a module's globals in which the helpers of this module stand for the originals."""
+    """Copy a module's globals, with the helpers of this module in place of the originals."""
     copied = dict(original)
     for name, value in original.items():
         for stock, fast in REPLACEMENTS:
@@ -191,7 +191,7 @@ def fast_globals(original: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def rebind(function: Callable[..., Any], namespace: dict[str, Any]) -> Callable[..., Any]:
-    """The same function (code, defaults and closure) with other globals."""
+    """Return the same function (code, defaults and closure) with other globals."""
     assert isinstance(function, types.FunctionType)
     bound = types.FunctionType(
         function.__code__, namespace, function.__name__, function.__defaults__, function.__closure__
@@ -204,10 +204,10 @@ def rebind(function: Callable[..., Any], namespace: dict[str, Any]) -> Callable[
 
 
 def first_inexact_helper() -> str | None:
-    """The name of a helper that differs from its original in any bit on some samples; None if all agree.
+    """Return the name of a helper that differs from its original in any bit on random samples; None if none does.
 
-    The originals are other packages' compiled code, and how that was compiled (fused multiply-add, vectorised
-    exponentials) differs between machines; so this is asked where the helpers are about to be used.
+    The originals are compiled code of other packages. How that was compiled (fused multiply-add, vectorised
+    exponentials) differs between machines, so the check runs on the machine that will use the helpers.
     """
     generator = np.random.default_rng(0)
     for i in range(200):

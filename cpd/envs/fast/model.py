@@ -1,8 +1,7 @@
-"""Models without what only pictures show: simulated bit for bit alike, in less time and a sixth of the memory.
+"""Light models lack what only rendering needs. They simulate the same bits, faster, in a sixth of the memory.
 
-Of a task's model 18 of 21 MB are textures and the meshes of robot and furniture that nothing can touch. The
-position of each such geom is worked out anew at every physics step, and each is compiled from its file in every
-process that simulates.
+Of a task's model, 18 of 21 MB are textures and meshes of robot and furniture that nothing can touch. MuJoCo
+computes the position of each such geom at every physics step, and compiles it from its file in every process.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ import mujoco
 
 
 def light_model(path: str) -> mujoco.MjModel:
-    """Compile an XML file without textures, materials and what `keeps_geom` does not keep.
+    """Compile an XML file without textures, materials and the geoms that `keeps_geom` rejects.
 
     Bodies, joints, sites, actuators and constraints keep their numbers and values (a test compares every field
     for all fifty tasks); the ids of geoms change, their names do not.
@@ -35,7 +34,7 @@ def light_model(path: str) -> mujoco.MjModel:
 
 
 def keeps_geom(name: str, contype: int, conaffinity: int, filters: set[tuple[int, int]]) -> bool:
-    """Whether a simulation needs a geom: somebody may ask for it by its name, or it may touch another geom.
+    """Whether a simulation needs a geom: code may look it up by its name, or it may touch another geom.
 
     Args:
         name: the geom's name, empty if it has none.

@@ -1,4 +1,4 @@
-"""Complete models for rendering simulations that run on light ones (`cpd.envs.fast.model`)."""
+"""Complete models that render simulations of light ones (`cpd.envs.fast.model`)."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from cpd.envs.registry import GOAL_FIELDS, complete_model, grow_framebuffer
 
 _STATE: Final = mujoco.mjtState.mjSTATE_INTEGRATION
 
-#: Poses of what both models have. Copied, as they may be older than the state: Meta-World's resets leave some
-#: stale, and it moves target sites by hand.
+#: Poses of what both models contain. They are copied, since they may differ from those that the state gives:
+#: Meta-World's resets leave some stale, and it moves target sites by hand.
 _POSES: Final = (
     "xpos",
     "xquat",
@@ -29,10 +29,10 @@ _POSES: Final = (
 
 
 class RenderModel:
-    """A complete model and data that follow an environment's light ones.
+    """A complete model and its data, which copy the state of an environment's light ones.
 
     Args:
-        width, height: pixels that can be rendered.
+        width, height: largest picture that can be rendered, pixels.
     """
 
     def __init__(self, path: str, width: int, height: int) -> None:
@@ -41,7 +41,7 @@ class RenderModel:
         self.data = mujoco.MjData(self.model)
 
     def copy_state(self, model: mujoco.MjModel, data: mujoco.MjData) -> None:
-        """Take over goal and state of a simulation of the same task's light model."""
+        """Copy goal and state from a simulation of the same task's light model."""
         for name in GOAL_FIELDS:
             getattr(self.model, name)[:] = getattr(model, name)
         state = np.empty(mujoco.mj_stateSize(model, _STATE))
@@ -53,8 +53,9 @@ class RenderModel:
         self._place_geoms()
 
     def _place_geoms(self) -> None:
-        own: Any = self.model
-        geoms = zip(own.geom_pos, own.geom_quat, own.geom_bodyid, own.geom_sameframe, strict=True)
+        # From the copied poses of the bodies: the light model lacks most geoms, so theirs cannot be copied.
+        model: Any = self.model
+        geoms = zip(model.geom_pos, model.geom_quat, model.geom_bodyid, model.geom_sameframe, strict=True)
         for i, (position, quaternion, body, same_frame) in enumerate(geoms):
             xpos, xmat = self.data.geom_xpos[i], self.data.geom_xmat[i]
             mujoco.mj_local2Global(self.data, xpos, xmat, position, quaternion, body, same_frame)

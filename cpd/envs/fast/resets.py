@@ -1,6 +1,6 @@
-"""Resets of Meta-World tasks as values: taken once per goal, restored bit for bit in a hundredth of the time.
+"""Cached resets of Meta-World tasks: simulated once per goal, then restored to the bit in 1 % of the time.
 
-A real reset simulates 500 physics steps, and a given goal always ends in the same state.
+A real reset simulates 500 physics steps, and always ends in the same state for the same goal.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 _STATE: Final = mujoco.mjtState.mjSTATE_INTEGRATION
 
-#: What the caller sets, or construction, rather than resets and steps.
+#: Attributes that the caller or the constructor sets, not resets and steps.
 _SETTINGS: Final = frozenset(
     {
         "_freeze_rand_vec",
@@ -33,10 +33,10 @@ _SETTINGS: Final = frozenset(
     }
 )
 
-#: Kinds of attributes that resets and steps set. Lists, tuples and dictionaries hold only configuration.
+#: Types of the attributes that resets and steps set. Lists, tuples and dictionaries hold only configuration.
 _PLAIN: Final = (np.ndarray, np.generic, int, float, str, type(None))
 
-#: Arrays that are meaningful only up to sizes of the moment, or hold uninitialised memory, and one (134 kB) that
+#: Arrays of which only a varying number of rows is valid, or that hold uninitialised memory, and one (134 kB) that
 #: only visualisation reads.
 _SKIPPED_PREFIXES: Final = ("efc_", "contact", "island", "dof_island", "tendon_efcadr", "bvh_active")
 
@@ -49,13 +49,13 @@ class _DataView:
         self._shape, self._strides = like.shape, like.strides
 
     def in_data(self, data: Any) -> npt.NDArray[Any]:
-        """The same view of another simulation of the same model."""
+        """Return the same view of another simulation of the same model."""
         array = getattr(data, self._name)
         return np.ndarray(self._shape, array.dtype, array, self._offset, self._strides)
 
 
 def _data_arrays(data: Any) -> dict[str, npt.NDArray[Any]]:
-    """MuJoCo's arrays that describe the simulation's state and what derives from it."""
+    """Return MuJoCo's arrays of the simulation's state and of what derives from it."""
     arrays = {}
     for name in dir(type(data)):
         if name.startswith(("_", *_SKIPPED_PREFIXES)):
@@ -67,7 +67,7 @@ def _data_arrays(data: Any) -> dict[str, npt.NDArray[Any]]:
 
 
 class Attributes:
-    """The plain attributes (numbers, arrays, strings, None) of an environment at a moment."""
+    """The plain attributes (numbers, arrays, strings, None) of an environment at one moment."""
 
     def __init__(self, env: Any) -> None:
         owners = _data_arrays(env.data)
@@ -78,7 +78,7 @@ class Attributes:
             self._values[name] = _frozen(value, owners)
 
     def restore(self, env: Any) -> None:
-        """Give `env` these attributes; arrays are copied, views become views of its own data."""
+        """Set these attributes on `env`: arrays are copied, and views become views of its own data."""
         attributes = vars(env)
         for name, value in self._values.items():
             kind = type(value)
@@ -108,10 +108,10 @@ def _frozen(value: Any, owners: dict[str, npt.NDArray[Any]]) -> Any:
 
 
 class ResetState:
-    """Everything that a reset to a goal leaves behind.
+    """The complete state after a reset to a goal.
 
     Args:
-        env: an environment that was just reset; it is stepped and restored in here.
+        env: an environment that was just reset; the constructor steps it and then restores it.
         goal_fields: the model's fields with this goal (`registry.GOAL_FIELDS`).
         obs: [39] float64, what the reset returned.
     """
@@ -124,8 +124,8 @@ class ResetState:
         self._attributes = Attributes(env)
         self._state = np.empty(mujoco.mj_stateSize(env.model, _STATE))
         mujoco.mj_getState(env.model, env.data, self._state, _STATE)
-        # Setting the state and deriving the rest gives nearly all arrays. What it does not give (the solver's
-        # warm start, arrays that the reset left stale) shows after steps away from here, and is kept.
+        # Setting the state and calling mj_forward reproduces nearly all arrays, but not the solver's warm start
+        # and arrays that the reset left stale. Step away and restore to see which differ, and store those.
         self._patches: dict[str, npt.NDArray[Any]] = {}
         wanted = {name: array.copy() for name, array in _data_arrays(env.data).items()}
         env.data.ctrl[:] = 1.0
@@ -138,7 +138,7 @@ class ResetState:
         self._restore_data(env)
 
     def restore(self, env: Any) -> npt.NDArray[np.float64]:
-        """Put `env`, whose model holds `goal_fields`, into this state; returns the first observation, [39]."""
+        """Set `env`, whose model holds `goal_fields`, to this state; return the first observation, [39]."""
         self._attributes.restore(env)
         self._restore_data(env)
         return self._obs.copy()
@@ -157,10 +157,10 @@ class ResetState:
 
 
 class ResetCache:
-    """Least recently used reset states within a bound on memory.
+    """Reset states up to a limit on memory; the least recently used ones are dropped first.
 
     Args:
-        max_bytes: what is kept at most, approximately.
+        max_bytes: the limit; sizes are approximate.
     """
 
     def __init__(self, max_bytes: int) -> None:
@@ -172,14 +172,14 @@ class ResetCache:
         return len(self._states)
 
     def get(self, key: Hashable) -> ResetState | None:
-        """The state put under `key`, if it is still there."""
+        """Return the state of `key`; None if it is not in the cache."""
         state = self._states.get(key)
         if state is not None:
             self._states.move_to_end(key)
         return state
 
     def put(self, key: Hashable, state: ResetState) -> None:
-        """Keep a state, and forget the least recently used ones that no longer fit."""
+        """Store a state, and drop the least recently used ones that no longer fit."""
         assert key not in self._states
         self._states[key] = state
         self.num_bytes += state.num_bytes
@@ -188,10 +188,10 @@ class ResetCache:
             self.num_bytes -= oldest.num_bytes
 
     def clear(self) -> None:
-        """Forget all."""
+        """Drop all states."""
         self._states.clear()
         self.num_bytes = 0
 
 
-#: The process's cache: some 15 kB a goal, shared by all environments.
+#: This process's cache, shared by all environments; about 15 kB per goal.
 RESET_CACHE: Final = ResetCache(64 * 2**20)

@@ -1,8 +1,8 @@
-"""Faster versions of what Meta-World's fifty tasks share, bit-exact; the tasks' own code stays theirs.
+"""Bit-exact, faster versions of the code that Meta-World's fifty tasks share.
 
-`FastSawyer` slips in between a task's class and Meta-World's base class. What was slow there (metaworld 3.1.1):
-named look-ups, scans of the contact list in Python, array temporaries and clips through wrappers, and a call
-of `mj_rnePostConstraint` whose results nobody reads.
+`FastSawyer` stands between a task's class and Meta-World's base class. Slow there (metaworld 3.1.1) are named
+look-ups, scans of the contact list in Python, temporary arrays, clips through wrappers, and a call of
+`mj_rnePostConstraint` whose results nobody reads.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ from cpd.envs.tasks import OBSERVATION_SIZE
 _FRAME_SIZE = 18
 _WRIST_QUATERNION = np.array([1.0, 0.0, 1.0, 0.0])
 _VELOCITY_STAGE = int(mujoco.mjtStage.mjSTAGE_VEL)
-# Of the smaller type, so that actions of float32 and of float64 both keep theirs, as in Meta-World.
+# float32, the smaller type: a clipped action keeps its own, float32 or float64, as in Meta-World.
 _ACTION_LOW = np.full(3, -1.0, dtype=np.float32)
 _ACTION_HIGH = np.full(3, 1.0, dtype=np.float32)
 
 
 class _Views(dict[tuple[str, str], Any]):
-    """Named views of a simulation's data; a dictionary that can be referred to weakly."""
+    """Named views of a simulation's data; a dictionary that supports weak references."""
 
     __slots__ = ("__weakref__",)
 
 
 class FastData(mujoco.MjData):  # type: ignore[misc]
-    """MjData that looks each name up once. The views are live, so keeping them is as good as asking again.
+    """MjData that looks up each name once. Views are live, so a kept one equals a new one.
 
-    A view keeps its data alive through C++, where the garbage collector does not see it: were the views kept
-    in here, no simulation would ever be freed. So the environment keeps them.
+    A view keeps its data alive through C++, where the garbage collector does not see it. If this object held the
+    views, no simulation would ever be freed. So the environment holds them, and this object a weak reference.
     """
 
     def __init__(self, model: mujoco.MjModel, views: _Views) -> None:
@@ -77,14 +77,16 @@ class FastData(mujoco.MjData):  # type: ignore[misc]
 class FastSawyer(SawyerXYZEnv):
     """Base class of the accelerated tasks; see `cpd.envs.fast.task_class.accelerated_class`.
 
-    Differences from the base class that can be seen: environments of a task share one compiled model, which
-    lacks nameless geoms that nothing can touch (`render` shows them all the same); a reset does not depend on
-    what was done before (in Meta-World, only stale site positions do); a reset to a goal that was seen before is
-    restored from a cache; accelerations that only `mj_rnePostConstraint` computes (`data.cacc`, `data.cfrc_int`,
-    `data.cfrc_ext`) stay zero.
+    Visible differences from Meta-World's base class:
+
+    - Environments of a task share one compiled model. It lacks nameless geoms that nothing can touch; `render`
+      still shows them.
+    - A reset does not depend on earlier steps. In Meta-World, only stale site positions do.
+    - A second reset to a goal is restored from a cache.
+    - What only `mj_rnePostConstraint` computes (`data.cacc`, `data.cfrc_int`, `data.cfrc_ext`) stays zero.
     """
 
-    #: Views of the simulation's data and look-up tables, which stay valid and are not part of a state.
+    #: Views of the simulation's data, which stay valid and are not part of a state.
     LIVE_ATTRIBUTES = frozenset(
         {
             "_ctrl",
@@ -139,7 +141,7 @@ class FastSawyer(SawyerXYZEnv):
         return shared.model, data
 
     def take_model(self) -> None:
-        """Put this environment's goal into the shared model; needed before looking at `model` from outside."""
+        """Write this environment's goal into the shared model; call it before you read `model` from outside."""
         if self._shared.owner is not self._token:
             self._shared.take(self._token, self._goal_fields)
 
@@ -172,6 +174,7 @@ class FastSawyer(SawyerXYZEnv):
         if not data.ncon:
             return False
         left_pad, right_pad = self._left_pad_id, self._right_pad_id
+        # In the order of the contacts, as Meta-World adds them: a sum of floats depends on the order.
         left = right = 0.0
         contact = data.contact
         for i, pair in enumerate(contact.geom.tolist()):
@@ -215,6 +218,7 @@ class FastSawyer(SawyerXYZEnv):
         xz_margin = length(obj_init_pos[::2] - self.init_tcp[::2]) - xz_thresh
         caging_xz = long_tail(length(tcp[::2] - obj_pos[::2]), 0, xz_thresh, xz_margin)
         caging = hamacher_product(hamacher_product(left, right), float(caging_xz))
+        # Not a float: the type of the action decides that of the result.
         closed = min(max(0, action[-1]), desired_gripper_effort) / desired_gripper_effort
         reward = hamacher_product(caging, closed if caging > 0.97 else 0.0)
         if high_density:
@@ -234,7 +238,7 @@ class FastSawyer(SawyerXYZEnv):
     def _get_curr_obs_combined_no_goal(self) -> npt.NDArray[np.float64]:
         frame = np.zeros(_FRAME_SIZE)
         frame[:3] = self._hand_xpos
-        # The fingers are at most 0.1 m apart, but for a little noise, which the limits hide.
+        # The fingers are at most 0.1 m apart, except for a little noise, which the clipping hides.
         frame[3] = min(max(length(self._right_claw_xpos - self._left_claw_xpos) / 0.1, 0.0), 1.0)
         positions = self._get_pos_objects()
         quaternions = self._get_quat_objects()
@@ -282,11 +286,14 @@ class FastSawyer(SawyerXYZEnv):
         return obs.copy(), reward, False, self.curr_path_length == self.max_path_length, info
 
     def _simulate(self) -> None:
-        """As `mj_step` x frame_skip, `mj_forward`; Meta-World's placing of target sites between is overwritten."""
+        """As `mj_step` x frame_skip, then `mj_forward`.
+
+        Meta-World places target sites between the two, but `mj_forward` overwrites their positions.
+        """
         model, data, qpos, qvel = self.model, self.data, self._qpos, self._qvel
         if (qpos.tobytes(), qvel.tobytes()) == self._forwarded:
-            # The last step ended with mj_forward in this very state, and what moved since, the mocap body, enters
-            # the weld constraint only: mj_step without what does not depend on constraints.
+            # The last step ended with mj_forward in exactly this state. Since then only the mocap body has moved,
+            # and it enters the weld constraint alone. So the first mj_step can skip what depends on no constraint.
             self._mocap_body_xpos[:] = self._mocap_pos
             mujoco.mj_makeConstraint(model, data)
             mujoco.mj_referenceConstraint(model, data)
@@ -305,20 +312,20 @@ class FastSawyer(SawyerXYZEnv):
     def reset(
         self, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[npt.NDArray[np.float64], dict[str, Any]]:
-        """As Meta-World's, from the state of a fresh environment; known goals come from the cache."""
+        """As Meta-World's, from the state of a new environment; the cache restores goals that were simulated."""
         if self._pristine_attributes is None:
             self._pristine_attributes = Attributes(self)
         self._forwarded = None
         goal = self._last_rand_vec
         if not self._freeze_rand_vec or goal is None:
-            self._start_afresh()
+            self._restore_pristine()
             obs, info = super().reset(seed=seed, options=options)
             self._goal_fields = self._shared.fields()
             return obs, info
         key = (type(self), self.reward_function_version, self._partially_observable, goal.tobytes())
         state = RESET_CACHE.get(key)
         if state is None:
-            self._start_afresh()
+            self._restore_pristine()
             obs, _ = super().reset(seed=seed, options=options)
             state = ResetState(self, self._shared.fields(), obs)
             RESET_CACHE.put(key, state)
@@ -326,8 +333,8 @@ class FastSawyer(SawyerXYZEnv):
         self._shared.take(self._token, state.goal_fields)
         return state.restore(self), {}
 
-    def _start_afresh(self) -> None:
-        """Put everything that a reset may read back to what the constructor left."""
+    def _restore_pristine(self) -> None:
+        """Restore everything that a reset may read to its value after construction."""
         assert self._pristine_attributes is not None
         self._pristine_attributes.restore(self)
         self._shared.take(self._token, self._shared.pristine)
@@ -335,7 +342,7 @@ class FastSawyer(SawyerXYZEnv):
         mujoco.mj_forward(self.model, self.data)
 
     def render(self) -> Any:
-        """As Gymnasium's, of a complete model that is put into this environment's state."""
+        """As Gymnasium's, with a complete model that is set to this environment's state."""
         self.take_model()
         if self._render_model is None:
             self._render_model = RenderModel(self.fullpath, self.width, self.height)

@@ -1,8 +1,8 @@
-"""Accelerated classes for Meta-World's tasks: same numbers, bit for bit, at several times the speed.
+"""Accelerated classes for Meta-World's tasks: the same bits at several times the speed.
 
-The tasks' code is neither copied nor patched. A task's functions are bound anew, in a subclass, to globals in
-which slow helpers (`numpy.linalg.norm`, `reward_utils.tolerance`, SciPy's rotations) have exact fast versions;
-what all tasks share is overridden by `FastSawyer`. Meta-World's own classes stay as they are, side by side.
+The tasks' code is neither copied nor patched. A subclass rebinds a task's functions to globals in which exact,
+fast versions replace slow helpers (`numpy.linalg.norm`, `reward_utils.tolerance`, SciPy's rotations).
+`FastSawyer` overrides what all tasks share. Meta-World's own classes stay unchanged.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from cpd.envs.fast.helpers import fast_globals, first_inexact_helper, rebind
 from cpd.envs.fast.sawyer import FastSawyer
 from cpd.envs.registry import metaworld_class
 
-#: What the test suite compared step by step.
+#: Versions that the test suite compared step by step.
 VERIFIED_VERSIONS: Final = {"metaworld": ("3.1.1",), "mujoco": ("3.3.0",)}
 
 
 class UnverifiedError(RuntimeError):
-    """Bit-exactness was not verified for what is installed, or does not hold on this machine."""
+    """Bit-exactness is not verified for the installed versions, or does not hold on this machine."""
 
 
 def check_installation() -> None:
@@ -51,13 +51,13 @@ _first_inexact_helper = cache(first_inexact_helper)
 
 
 def accelerated_class(task: str) -> type[Any]:
-    """A drop-in for Meta-World's class of a task: a subclass, exact in observation, reward and info.
+    """Return a drop-in subclass of Meta-World's class of a task, exact in observation, reward and info.
 
-    See `FastSawyer` for what differs beside speed.
+    See `FastSawyer` for the differences other than speed.
 
     Raises:
         ValueError: no such task.
-        UnverifiedError: a metaworld or mujoco that it was not verified against, or inexact arithmetic here.
+        UnverifiedError: unverified versions of metaworld or mujoco, or inexact arithmetic on this machine.
     """
     stock: Any = metaworld_class(task)
     check_installation()
@@ -80,7 +80,7 @@ def _accelerated(stock: Any) -> Any:
 
 
 def _rebound(member: Any, namespace: dict[str, Any]) -> Any:
-    """A class's member with its functions bound to `namespace`."""
+    """Rebind the functions of a class's member to `namespace`."""
     if isinstance(member, staticmethod):
         return staticmethod(rebind(member.__func__, namespace))
     if isinstance(member, property):
@@ -92,7 +92,7 @@ def _rebound(member: Any, namespace: dict[str, Any]) -> Any:
 
 
 def _unwrapped(function: types.FunctionType) -> Callable[..., Any]:
-    """The function inside Meta-World's `assert_task_is_set`, whose check `FastSawyer.step` makes once."""
+    """Return the function inside Meta-World's `assert_task_is_set`; `FastSawyer.step` makes that check once."""
     if function.__qualname__.endswith("assert_task_is_set.<locals>.inner"):
         (cell,) = [
             cell
