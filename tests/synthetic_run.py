@@ -99,8 +99,8 @@ def _write_teacher(run: Run, index: int, rate: float | None, labels: Labels) -> 
     state = "rejected" if rate is None else "done"
     seconds = {"train": 2.0 * length, "evaluate": 7.5, "rollouts": 12.25}
     write_json(element.status, asdict(StatusRecord(state=state, seconds=seconds, spans=spans(seconds))))
-    found = REJECTED_RATE if rate is None else rate
-    cell = ("teacher", element.seed, None, element.task, run.config.evaluation.goal_set, 50, found)
+    success = REJECTED_RATE if rate is None else rate
+    cell = ("teacher", element.seed, None, element.task, run.config.evaluation.goal_set, 50, success)
     _write_cell_files(element.evaluation, element.episodes, [cell], labels)
     (element.rejected if rate is None else element.complete).touch()
 
@@ -133,9 +133,11 @@ def _write_student(run: Run, position: int, rates: np.ndarray, final: int, label
             continue
         cells = []
         for task, rate in zip(tasks, rates[stage + 1], strict=True):
-            own = stage >= 0 and stream[stage] == task
+            is_diagonal = stage >= 0 and stream[stage] == task
             head = (student.method, student.seed, stage, task)
-            cells.append((*head, run.config.evaluation.goal_set, 50 if own or stage == final else 10, rate))
+            cells.append(
+                (*head, run.config.evaluation.goal_set, 50 if is_diagonal or stage == final else 10, rate)
+            )
             if stage == final:
                 cells.append((*head, "training", 50, rate))
         _write_cell_files(evaluation.row_file(stage), evaluation.row_episodes_file(stage), cells, labels)

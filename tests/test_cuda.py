@@ -38,15 +38,15 @@ def trained(request) -> tuple[str, StudentTrainer]:
 
 
 def test_distillation_learns_what_it_learns_on_the_cpu(trained) -> None:
-    name, found = trained
+    name, trainer = trained
     wanted = make(name, CPU)
     train(wanted)
-    assert found.learner.flat.values.device == CUDA
-    assert found.learner.student.num_experts == wanted.learner.student.num_experts
-    assert [decision.sources for decision in found.learner.progress.growth] == [
+    assert trainer.learner.flat.values.device == CUDA
+    assert trainer.learner.student.num_experts == wanted.learner.student.num_experts
+    assert [decision.sources for decision in trainer.learner.progress.growth] == [
         decision.sources for decision in wanted.learner.progress.growth
     ]
-    torch.testing.assert_close(found.learner.flat.values.cpu(), wanted.learner.flat.values, rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(trainer.learner.flat.values.cpu(), wanted.learner.flat.values, rtol=1e-6, atol=1e-8)
 
 
 @pytest.mark.parametrize("until", [10, 25, 30])

@@ -325,9 +325,7 @@ class Testbed:
         for entry in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
                 variables = (entry / "environ").read_bytes().split(b"\0")
-                inside_job = job_variables[0] in variables and any(
-                    v.startswith(job_variables[1]) for v in variables
-                )
+                inside_job = conf_variable in variables and any(v.startswith(b"SLURM_JOB_ID=") for v in variables)
                 if (daemon_variable in variables or inside_job) and int(entry.name) != os.getpid():
                     yield int(entry.name)
 

@@ -166,8 +166,12 @@ def main() -> None:
     arguments = parser.parse_args()
     if asked_size() == 1:
         command = mpi_command(arguments.ranks, [sys.executable, "-m", "tests.bench.bench_ddp", *sys.argv[1:]])
-        own = {RANKS_VARIABLE: str(arguments.ranks), "OMP_NUM_THREADS": "1"}
-        sys.exit(subprocess.run(command, env={**os.environ, **MPIEXEC_ENVIRONMENT, **own}, check=False).returncode)
+        rank_environment = {RANKS_VARIABLE: str(arguments.ranks), "OMP_NUM_THREADS": "1"}
+        sys.exit(
+            subprocess.run(
+                command, env={**os.environ, **MPIEXEC_ENVIRONMENT, **rank_environment}, check=False
+            ).returncode
+        )
     comm = connect()
     torch.set_num_threads(1)
 

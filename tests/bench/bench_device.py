@@ -51,7 +51,7 @@ def medians(calls: dict[str, Callable[[], Any]], num_calls: int) -> dict[str, fl
                 torch.cuda.synchronize()
             if index >= 3:
                 times[name].append((time.perf_counter() - start) * 1e3)
-    return {name: statistics.median(found) for name, found in times.items()}
+    return {name: statistics.median(values) for name, values in times.items()}
 
 
 def main() -> None:
@@ -71,9 +71,9 @@ def main() -> None:
     results: dict[str, dict[str, float]] = {}
 
     def compare(name: str, make: Callable[[torch.device], Callable[[], Any]], num_calls: int = CALLS) -> None:
-        results[name] = found = medians({label: make(device) for label, device in devices.items()}, num_calls)
-        line = ", ".join(f"{label} {milliseconds:8.2f} ms" for label, milliseconds in found.items())
-        ratio = f", cpu / cuda {found['cpu'] / found['cuda']:5.2f}" if "cuda" in found else ""
+        results[name] = times = medians({label: make(device) for label, device in devices.items()}, num_calls)
+        line = ", ".join(f"{label} {milliseconds:8.2f} ms" for label, milliseconds in times.items())
+        ratio = f", cpu / cuda {times['cpu'] / times['cuda']:5.2f}" if "cuda" in times else ""
         print(f"  {name:36s} {line}{ratio}", flush=True)
 
     raw = read_toml(arguments.recipe)

@@ -242,13 +242,13 @@ def tell_ratios(results: list[Result]) -> dict[str, str]:
     """For every task: how much longer the better of theirs took than ours."""
     ratios = {}
     for task in dict.fromkeys(result.task for result in results):
-        own = [r for r in results if r.task == task and r.learner.startswith("ours") and r.passed]
-        their = [r for r in results if r.task == task and r.learner.startswith("sb3")]
-        if not own or not their:
+        ours = [r for r in results if r.task == task and r.learner.startswith("ours") and r.passed]
+        theirs = [r for r in results if r.task == task and r.learner.startswith("sb3")]
+        if not ours or not theirs:
             continue
-        passed = [r.cpu_seconds for r in their if r.passed]
-        mark, seconds = ("", min(passed)) if passed else ("> ", min(r.cpu_seconds for r in their))
-        ratios[task] = f"{mark}{seconds / min(r.cpu_seconds for r in own):.1f}"
+        passed = [r.cpu_seconds for r in theirs if r.passed]
+        mark, seconds = ("", min(passed)) if passed else ("> ", min(r.cpu_seconds for r in theirs))
+        ratios[task] = f"{mark}{seconds / min(r.cpu_seconds for r in ours):.1f}"
     return ratios
 
 
@@ -265,17 +265,17 @@ def main() -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     machine = {"machine": platform.machine(), "cores": os.cpu_count(), "torch": torch.__version__}
-    found: dict[str, Any] = {"machine": machine, "cap_seconds": arguments.cap, "every_seconds": arguments.every}
+    report: dict[str, Any] = {"machine": machine, "cap_seconds": arguments.cap, "every_seconds": arguments.every}
 
     def keep() -> None:
         if arguments.json:
-            arguments.json.write_text(json.dumps(found, indent=1) + "\n")
+            arguments.json.write_text(json.dumps(report, indent=1) + "\n")
 
     if not arguments.no_throughput:
-        found["per_second"] = {"ppo_samples": ppo_samples()}
-        for name, rates in found["per_second"].items():
-            told = ", ".join(f"{who} {rate:.0f}" for who, rate in rates.items())
-            print(f"{name:28s} {told} per second: {rates['ours'] / rates['sb3']:.1f} x", flush=True)
+        report["per_second"] = {"ppo_samples": ppo_samples()}
+        for name, rates in report["per_second"].items():
+            line = ", ".join(f"{who} {rate:.0f}" for who, rate in rates.items())
+            print(f"{name:28s} {line} per second: {rates['ours'] / rates['sb3']:.1f} x", flush=True)
         keep()
     results: list[Result] = []
     print(f"\n{'task':24s}{'learner':12s}{'CPU s':>8s}{'elapsed':>9s}{'env steps':>11s}{'success':>9s}")
@@ -287,10 +287,10 @@ def main() -> None:
                 f"{task:24s}{result.learner:12s}{seconds:>8s}{result.elapsed_seconds:9.0f}{result.env_steps:11d}"
             )
             print(f"{line}{result.best_success:9.2f}", flush=True)
-            found["time_to_success"] = [asdict(one) for one in results]
+            report["time_to_success"] = [asdict(one) for one in results]
             keep()
-    found["ratios"] = tell_ratios(results)
-    for task, ratio in found["ratios"].items():
+    report["ratios"] = tell_ratios(results)
+    for task, ratio in report["ratios"].items():
         print(f"{task}: stable-baselines3's better learner takes {ratio} x as long as ours")
     keep()
 

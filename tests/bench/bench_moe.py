@@ -25,15 +25,15 @@ REPEATS, CALLS = 9, 20
 
 def best_milliseconds(contestants: dict[str, Callable[[], None]]) -> dict[str, float]:
     """The least processor time of a call, over repeats in turn."""
-    found = dict.fromkeys(contestants, float("inf"))
+    best = dict.fromkeys(contestants, float("inf"))
     for _ in range(REPEATS):
         for name, call in contestants.items():
             call()
             start = time.process_time()
             for _ in range(CALLS):
                 call()
-            found[name] = min(found[name], (time.process_time() - start) / CALLS * 1e3)
-    return found
+            best[name] = min(best[name], (time.process_time() - start) / CALLS * 1e3)
+    return best
 
 
 def compare(num_tokens: int, width: int, expert_width: int, num_experts: int, top_k: int) -> dict[str, float]:

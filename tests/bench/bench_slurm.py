@@ -41,10 +41,10 @@ class Seconds:
 
 def seconds(call: Callable[[], object]) -> Seconds:
     """Of a call that runs a command and waits for it."""
-    start, before = time.perf_counter(), os.times()
+    start, earlier = time.perf_counter(), os.times()
     call()
-    after = os.times()
-    spent = after.children_user + after.children_system - before.children_user - before.children_system
+    later = os.times()
+    spent = later.children_user + later.children_system - earlier.children_user - earlier.children_system
     return Seconds(time.perf_counter() - start, spent)
 
 
@@ -95,21 +95,21 @@ def main() -> None:
     bench = Measurement(folder)
     bench.testbed.up(Settings(state=bench.testbed.state))
     try:
-        found: dict[str, list[Seconds]] = {
+        results: dict[str, list[Seconds]] = {
             "array of fifty: jobs.launch": [bench.submit_fifty(i) for i in range(arguments.repeats)],
             "array of fifty: sbatch alone": [bench.sbatch_alone() for _ in range(arguments.repeats)],
         }
         root = bench.hundred()
-        found["hundred elements: jobs.status"] = [
+        results["hundred elements: jobs.status"] = [
             seconds(lambda: bench.python("jobs.status", str(root))) for _ in range(arguments.repeats)
         ]
-        found["Python's start alone"] = [
+        results["Python's start alone"] = [
             seconds(lambda: bench.python("timeit", "-n1", "-r1", "pass")) for _ in range(arguments.repeats)
         ]
     finally:
         bench.testbed.down()
         shutil.rmtree(folder, ignore_errors=True)
-    for name, values in found.items():
+    for name, values in results.items():
         walls, processors = [v.wall for v in values], [v.processor for v in values]
         print(
             f"{name:<30} fastest {min(walls):5.2f} s ({min(processors):.2f})  "
@@ -117,7 +117,7 @@ def main() -> None:
         )
     if arguments.json:
         arguments.json.write_text(
-            json.dumps({name: [asdict(v) for v in values] for name, values in found.items()}, indent=2) + "\n"
+            json.dumps({name: [asdict(v) for v in values] for name, values in results.items()}, indent=2) + "\n"
         )
 
 

@@ -62,7 +62,7 @@ def measure(task: str, workers: Sequence[int], iterations: int) -> dict[int, lis
     """By number of workers, whose iterations take turns; the first, which fills caches, is left out."""
     goals = goal_set(task, "training", 50)
     learners = {count: PPOLearner(CONFIG, seed=1) for count in workers}
-    found: dict[int, list[Iteration]] = {count: [] for count in workers}
+    iterations: dict[int, list[Iteration]] = {count: [] for count in workers}
     with contextlib.ExitStack() as stack:
         all_envs = {
             count: stack.enter_context(make_vector_env([task] * CONFIG.num_envs, count)) for count in workers
@@ -75,8 +75,8 @@ def measure(task: str, workers: Sequence[int], iterations: int) -> dict[int, lis
                 )
                 simulator = simulator_seconds(envs, task, batch)
                 update, _ = timed(learner.update, batch, iteration)
-                found[count].append(Iteration(sampling, simulator, update))
-    return {count: times[1:] for count, times in found.items()}
+                iterations[count].append(Iteration(sampling, simulator, update))
+    return {count: times[1:] for count, times in iterations.items()}
 
 
 def summary(times: Sequence[Iteration]) -> dict[str, float]:
@@ -101,9 +101,9 @@ def main() -> None:
     torch.set_num_threads(1)
     results: dict[str, Any] = {"task": arguments.task}
     for workers, times in measure(arguments.task, arguments.workers, arguments.iterations).items():
-        found = summary(times)
-        results[f"workers_{workers}"] = found
-        print(f"{workers} worker(s): " + ", ".join(f"{name} {value:.3g}" for name, value in found.items()))
+        seconds = summary(times)
+        results[f"workers_{workers}"] = seconds
+        print(f"{workers} worker(s): " + ", ".join(f"{name} {value:.3g}" for name, value in seconds.items()))
     if arguments.json:
         arguments.json.write_text(json.dumps(results, indent=2) + "\n")
 

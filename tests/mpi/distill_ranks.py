@@ -104,8 +104,8 @@ class AskedAfter(Interrupt):
 def main() -> int:
     comm = connect()
     if sys.argv[1] == "train":
-        found = train(comm, sys.argv[3])
-        np.savez(f"{sys.argv[2]}-{comm.rank}.npz", **found)
+        arrays = train(comm, sys.argv[3])
+        np.savez(f"{sys.argv[2]}-{comm.rank}.npz", **arrays)
         return 0
     run = Run(Path(sys.argv[2]))
     # Only the last rank is asked, as when a signal reaches one process.

@@ -45,13 +45,13 @@ def update(comm: Comm, *, one_step: bool) -> dict[str, np.ndarray]:
     config = replace(CONFIG, minibatch_size=whole, num_epochs=1) if one_step else CONFIG
     learner = PPOLearner(config, seed=1, comm=comm)
     slots = own_slots(comm, config.num_envs)
-    told = []
+    learned_values = []
     for iteration in range(1 if one_step else NUM_ITERATIONS):
         learned = learner.update(batch(iteration, slots), iteration, critic_only=iteration == 1)
-        told.append(list(learned.values()))
+        learned_values.append(list(learned.values()))
     check_ranks_agree([*learner.parameters(), *learner.policy.normalizer.state_dict().values()], comm)
     return {
-        "told": np.array(told),
+        "learned": np.array(learned_values),
         "values": torch.cat([p.detach().flatten() for p in learner.parameters()]).numpy(),
         "grads": torch.cat([p.grad.flatten() for p in learner.parameters() if p.grad is not None]).numpy(),
         "normalizer": torch.stack([learner.policy.normalizer.mean, learner.policy.normalizer.std]).numpy(),

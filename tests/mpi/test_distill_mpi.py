@@ -67,10 +67,10 @@ def test_stops_together_and_goes_on_with_another_number_of_ranks(mpi, make_stude
         element = run.students()[0]
         assert element.complete.exists() == (code == 0)
         assert json.loads(element.status.read_text())["state"] == ("done" if code == 0 else "stopped")
-    wanted, found = final_weights(straight), final_weights(run)
-    assert wanted.keys() == found.keys()
+    wanted, weights = final_weights(straight), final_weights(run)
+    assert wanted.keys() == weights.keys()
     for name, value in wanted.items():
-        np.testing.assert_allclose(found[name], value, rtol=1e-8, atol=1e-9, err_msg=name)
+        np.testing.assert_allclose(weights[name], value, rtol=1e-8, atol=1e-9, err_msg=name)
     steps = [line["step"] for line in map(json.loads, run.students()[0].metrics.open()) if "step" in line]
     assert steps == [1, 5, 10, 15, 20, 25, 30, 35, 40] * 2
 

@@ -72,8 +72,8 @@ def products(teacher: TeacherElement) -> dict[str, str]:
 
 
 def description(teacher: TeacherElement) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(teacher.policy.with_suffix(".json").read_text())["training"]
-    return found
+    training: dict[str, Any] = json.loads(teacher.policy.with_suffix(".json").read_text())["training"]
+    return training
 
 
 def test_two_ranks_have_the_gradient_of_one(mpi, tmp_path: Path) -> None:
@@ -83,20 +83,20 @@ def test_two_ranks_have_the_gradient_of_one(mpi, tmp_path: Path) -> None:
     np.testing.assert_array_equal(first["grads"], second["grads"])
     np.testing.assert_allclose(first["grads"], alone["grads"], rtol=1e-4, atol=1e-6 * np.abs(alone["grads"]).max())
     np.testing.assert_allclose(first["normalizer"], alone["normalizer"], rtol=1e-12)
-    np.testing.assert_allclose(first["told"], alone["told"], rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(first["learned"], alone["learned"], rtol=1e-4, atol=1e-6)
 
 
 def test_two_and_three_ranks_learn_what_one_learns(mpi, tmp_path: Path) -> None:
     alone = teacher_ranks.update(SerialComm(), one_step=False)
     for ranks in (2, 3):
         succeed(mpi(ranks, *SCRIPT, "update", str(tmp_path / str(ranks)), "all", CPD_RANKS=str(ranks)))
-        found = [np.load(tmp_path / f"{ranks}-{rank}.npz") for rank in range(ranks)]
-        for other in found:
-            np.testing.assert_array_equal(other["values"], found[0]["values"])
-            np.testing.assert_array_equal(other["told"], found[0]["told"])
+        by_rank = [np.load(tmp_path / f"{ranks}-{rank}.npz") for rank in range(ranks)]
+        for other in by_rank:
+            np.testing.assert_array_equal(other["values"], by_rank[0]["values"])
+            np.testing.assert_array_equal(other["learned"], by_rank[0]["learned"])
         # Adam turns rounding of a gradient near zero into a part of its step of 1e-3.
-        np.testing.assert_allclose(found[0]["values"], alone["values"], rtol=1e-3, atol=1e-4)
-        np.testing.assert_allclose(found[0]["told"], alone["told"], rtol=1e-2, atol=1e-4)
+        np.testing.assert_allclose(by_rank[0]["values"], alone["values"], rtol=1e-3, atol=1e-4)
+        np.testing.assert_allclose(by_rank[0]["learned"], alone["learned"], rtol=1e-2, atol=1e-4)
 
 
 def test_a_run_is_shared_and_says_so(mpi, make_teacher_run) -> None:

@@ -51,10 +51,10 @@ def test_growth_of_a_dense_student_changes_no_output_by_a_single_bit():
     train(trainer, until=60)
     data = stage_data(1)
     obs = torch.from_numpy(data.observations[None, :4]).double()
-    before = trainer.learner.student(obs).mean_BLA
+    mean_BLA = trainer.learner.student(obs).mean_BLA
     trainer.begin_stage(data)
     assert trainer.learner.student.num_experts == 2
-    assert torch.equal(trainer.learner.student(obs).mean_BLA, before)
+    assert torch.equal(trainer.learner.student(obs).mean_BLA, mean_BLA)
 
 
 def test_learns_and_leaves_its_router_alone():

@@ -50,10 +50,10 @@ def test_is_a_softmax_over_all_experts_renormalised_over_the_chosen(num_experts,
 
 def test_offsets_enter_the_softmax():
     moe, x = make_moe(), tokens(30)
-    before = moe(x)[0]
+    output = moe(x)[0]
     moe.logit_offset[3] = -1.5
     torch.testing.assert_close(moe(x)[0], token_by_token(moe, x), rtol=1e-10, atol=1e-10)
-    assert not torch.equal(before, moe(x)[0])
+    assert not torch.equal(output, moe(x)[0])
 
 
 def test_all_tokens_to_one_expert_lose_none():
@@ -89,24 +89,24 @@ class TestGrowth:
     def test_changes_no_output_by_a_single_bit(self, dtype):
         for num_tokens in (1, 7, 64, 500):
             moe, x = make_moe(dtype=dtype), tokens(num_tokens, dtype=dtype)
-            before = moe(x)[0]
+            output = moe(x)[0]
             moe.grow(2, 0.1 * torch.ones(8), group=0, closed=True)
-            assert torch.equal(before, moe(x)[0])
+            assert torch.equal(output, moe(x)[0])
 
     def test_appends_and_touches_nothing_else(self):
         moe = make_moe()
-        before = {name: value.clone() for name, value in moe.named_parameters()}
+        parameters = {name: value.clone() for name, value in moe.named_parameters()}
         moe.grow(2, torch.full((8,), 0.25), group=0, closed=True)
         after = dict(moe.named_parameters())
-        assert set(after) - set(before) == {
+        assert set(after) - set(parameters) == {
             "experts.4.up.weight",
             "experts.4.down.weight",
             "router.4",
         }
-        for name, value in before.items():
+        for name, value in parameters.items():
             assert torch.equal(value, after[name])
-        assert torch.equal(after["experts.4.up.weight"], before["experts.2.up.weight"])
-        torch.testing.assert_close(after["router.4"], before["router.2"] + 0.25)
+        assert torch.equal(after["experts.4.up.weight"], parameters["experts.2.up.weight"])
+        torch.testing.assert_close(after["router.4"], parameters["router.2"] + 0.25)
         assert moe.logit_offset.tolist() == [0, 0, 0, 0, -math.inf]
 
     def test_an_opened_copy_gets_tokens_and_gradient(self):
@@ -124,11 +124,11 @@ class TestGroups:
     def test_a_group_of_its_own_changes_no_other_output_by_a_single_bit(self):
         moe, x = make_moe(), tokens(64)
         group = torch.zeros(64, dtype=torch.int64)
-        before = moe(x, group_N=group)[0]
-        torch.testing.assert_close(before, moe(x)[0])
+        output = moe(x, group_N=group)[0]
+        torch.testing.assert_close(output, moe(x)[0])
         for _ in range(2):
             moe.grow(1, torch.ones(8), group=1, closed=False)
-        assert torch.equal(before, moe(x, group_N=group)[0])
+        assert torch.equal(output, moe(x, group_N=group)[0])
 
     def test_tokens_choose_among_their_groups_experts_alone(self):
         moe, x = make_moe(), tokens(40)

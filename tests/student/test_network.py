@@ -49,10 +49,10 @@ def test_later_observations_do_not_change_earlier_outputs(step, seed):
     changed = obs.clone()
     changed[:, step:] = observations(3, 5 - step, seed=seed + 1)
     with torch.no_grad():
-        before, after = student(obs), student(changed)
-    torch.testing.assert_close(before.mean_BLA[:, :step], after.mean_BLA[:, :step], rtol=0, atol=1e-12)
-    torch.testing.assert_close(before.log_std_BLA[:, :step], after.log_std_BLA[:, :step], rtol=0, atol=1e-12)
-    assert (before.mean_BLA[:, step:] - after.mean_BLA[:, step:]).abs().max() > 1e-6
+        output, after = student(obs), student(changed)
+    torch.testing.assert_close(output.mean_BLA[:, :step], after.mean_BLA[:, :step], rtol=0, atol=1e-12)
+    torch.testing.assert_close(output.log_std_BLA[:, :step], after.log_std_BLA[:, :step], rtol=0, atol=1e-12)
+    assert (output.mean_BLA[:, step:] - after.mean_BLA[:, step:]).abs().max() > 1e-6
 
 
 @settings(max_examples=25, deadline=None)
@@ -75,8 +75,8 @@ def test_rows_of_a_batch_do_not_see_each_other(data):
     student, obs = make_student(), observations(6, 5)
     rows = data.draw(st.lists(st.integers(0, 5), min_size=1, max_size=8))
     with torch.no_grad():
-        whole, part = student(obs), student(obs[rows])
-    torch.testing.assert_close(whole.mean_BLA[rows], part.mean_BLA, rtol=0, atol=1e-12)
+        whole, subset = student(obs), student(obs[rows])
+    torch.testing.assert_close(whole.mean_BLA[rows], subset.mean_BLA, rtol=0, atol=1e-12)
 
 
 def test_gradient_of_every_parameter_is_right():

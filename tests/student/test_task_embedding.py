@@ -124,10 +124,10 @@ class TestBelief:
             actions.append(actor.act(obs))
         np.testing.assert_array_equal(*actions)
         for position, task in enumerate(TASKS):
-            told = StudentActor(make_student(task_identity="given"), TASKS)
-            told.reset([task] * 2)
-            told.act(obs)
-            assert told.believed[-1].tolist() == [position] * 2
+            actor = StudentActor(make_student(task_identity="given"), TASKS)
+            actor.reset([task] * 2)
+            actor.act(obs)
+            assert actor.believed[-1].tolist() == [position] * 2
 
     def test_mixing_tasks_in_a_batch_gives_what_each_gets_alone(self):
         student = knowing(0, 1, 2)

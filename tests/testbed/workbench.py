@@ -79,8 +79,8 @@ class Workbench:
         """Number of the one of an element's jobs that runs."""
         numbers = {entry.job for entry in ledger(Run(root))[element]}
         running = self.slurm("squeue", "-h", "-r", "-t", "R", "-o", "%i").split()
-        (found,) = numbers.intersection(running)
-        return found
+        (number,) = numbers.intersection(running)
+        return number
 
     def urgent_job(self) -> str:
         """Submit what preempts everything; returns its number."""
