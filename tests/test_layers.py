@@ -1,8 +1,9 @@
-"""The rules on imports, checked by reading the code."""
+"""The rules on imports and names, checked by reading the code."""
 
 from __future__ import annotations
 
 import ast
+import collections
 import graphlib
 import subprocess
 import sys
@@ -82,6 +83,21 @@ def test_files_import_each_other_in_no_circle() -> None:
 def test_no_two_folders_have_one_name() -> None:
     folders = {path.parent.relative_to(ROOT) for path in [*MODULES.values(), *(ROOT / "slurm").rglob("*.py")]}
     assert len({folder.name for folder in folders}) == len(folders)
+
+
+def test_a_public_name_is_defined_once() -> None:
+    """`main` starts a program, and a name that three or more files of one folder define is its convention."""
+    places = collections.defaultdict(list)
+    for path in [*MODULES.values(), *(ROOT / "slurm").rglob("*.py")]:
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ClassDef | ast.FunctionDef) and not node.name.startswith("_"):
+                places[node.name].append(path.relative_to(ROOT))
+    several = {
+        name: paths
+        for name, paths in places.items()
+        if len(paths) > 1 and name != "main" and (len(paths) < 3 or len({path.parent for path in paths}) > 1)
+    }
+    assert not several
 
 
 def test_mpi_is_imported_in_one_place() -> None:
