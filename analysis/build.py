@@ -32,7 +32,8 @@ from analysis.published_teachers import find_published
 from analysis.style import paper_style, save_figure, stamp
 from analysis.terminal import show
 from cpd.evaluation.gather import find_results
-from cpd.evaluation.publish import check_stand_ins_place, publish_results
+from cpd.evaluation.publish import publish_results
+from cpd.run.claim import check_repository_place, claim
 
 #: Files that a build makes, or has made of other data.
 OWN = re.compile(
@@ -47,8 +48,6 @@ EXAMPLES = """examples:
   python -m analysis.build runs/moe runs/dense --out compare   methods side by side
 """
 
-#: Folders of a run directory that are none for figures.
-RUN_FOLDERS = ("launcher", "logs", "results", "students", "teachers")
 MOST_BARS = 4
 Draw = Callable[[], Figure | None]
 
@@ -79,7 +78,7 @@ def load_all(paths: Sequence[Path]) -> Dataset:
 def figures_folder(paths: Sequence[Path], out: Path | None) -> Path:
     """Where the figures go."""
     if out is not None:
-        _check_out(out)
+        claim(out, "figures")
         return out
     if len(paths) != 1:
         raise ValueError("several directories need --out DIR, the folder for their common figures")
@@ -87,24 +86,9 @@ def figures_folder(paths: Sequence[Path], out: Path | None) -> Path:
     return (path.parent if path.name == "results" else path) / "figures"
 
 
-def _check_out(out: Path) -> None:
-    """Raise ValueError if no figures may, or can, be written to `out`."""
-    file = next((place for place in (out, *out.parents) if place.exists() and not place.is_dir()), None)
-    if file is not None:
-        raise ValueError(
-            f"--out {out} names a file{'' if file == out else f' ({file})'}: give a folder for figures"
-        )
-    if (out / "config.json").exists():
-        raise ValueError(f"--out {out} is a folder of results: choose one for figures, e.g. {out / 'figures'}")
-    place = out.resolve()
-    for root in place.parents:
-        if (root / "provenance.json").exists() and place.relative_to(root).parts[0] in RUN_FOLDERS:
-            raise ValueError(f"--out {out} is among a run's own files: choose another, e.g. {root / 'figures'}")
-
-
 def _build(data: Dataset, folder: Path, *, sweep: bool) -> list[Path]:
     """Draw into `folder`; with `sweep`, which is for folders of ours alone, remove what was drawn there before."""
-    check_stand_ins_place(data.labels["teacher_recipe"], folder)
+    check_repository_place(folder, data.labels["teacher_recipe"])
     written: list[Path] = []
     with paper_style():
         for name, method, draw, caption in _figures(data):
@@ -166,7 +150,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     try:
         if arguments.out is not None:
-            _check_out(arguments.out)
+            claim(arguments.out, "figures")
         if len(arguments.paths) == 1 and arguments.paths[0].is_dir() and find_published(arguments.paths[0]):
             if arguments.publish is not None:
                 raise ValueError(

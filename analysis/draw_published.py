@@ -11,7 +11,7 @@ from pathlib import Path
 from analysis.build import build
 from analysis.build_teachers import build_teachers
 from analysis.published_teachers import find_published
-from cpd.evaluation.publish import RESULTS
+from cpd.run.claim import REPOSITORY_RESULTS
 
 #: Figures of several folders together: where they go, and what they show.
 TOGETHER = {"stand-ins/figures": ("stand-ins/ablation", "stand-ins/baselines", "stand-ins/tuned", "stand-ins/ewc")}
@@ -49,7 +49,7 @@ def draw(target: Path, sources: tuple[Path, ...]) -> tuple[int, float]:
 
 def main() -> int:
     """Command line of `python -m analysis.draw_published`; returns the exit code."""
-    folders = figure_folders(RESULTS)
+    folders = figure_folders(REPOSITORY_RESULTS)
     processes = os.cpu_count() or 1
     print(
         f"drawing {len(folders)} folders of figures with {processes} processes: about {CORE_MINUTES} core-minutes",
@@ -59,7 +59,7 @@ def main() -> int:
         futures = {pool.submit(draw, target, sources): target for target, sources in folders.items()}
         for number, future in enumerate(as_completed(futures), start=1):
             num_files, seconds = future.result()
-            name = futures[future].relative_to(RESULTS)
+            name = futures[future].relative_to(REPOSITORY_RESULTS)
             print(f"[{number}/{len(folders)}] {name}: {num_files} files in {seconds:.0f} s", flush=True)
     return 0
 

@@ -20,6 +20,7 @@ from cpd.config import Config, changes, continued
 from cpd.config.load import ConfigError, setting_lines, to_dict
 from cpd.config.profile import Profile
 from cpd.config.retired import upgrade
+from cpd.run.claim import claim
 from cpd.run.directory import Element, Run, RunError, StudentElement
 from cpd.run.files import DamagedFileError, read_json, write_json
 from cpd.run.interrupt import EXIT_INTERRUPTED, Interrupt
@@ -28,7 +29,7 @@ from cpd.run.progress import progress_line, read_status
 from cpd.run.provenance import code_version, provenance
 from cpd.run.reuse import PlannedRun, ReuseError, find_reusable, reuse
 from jobs.common import EXIT_FAILED, EXIT_USAGE, exit_quietly, log
-from jobs.launch_options import build_parser, check_options, check_run_dir, check_same_experiment, load_both
+from jobs.launch_options import build_parser, check_options, check_run_dir, load_both
 from jobs.launch_slurm import Choice, cancel_chain, dry_run, submit_chain
 from jobs.status import print_failures, run_status, screen_table
 
@@ -53,9 +54,9 @@ def prepare(root: Path, config: Config, profile: Profile) -> Run:
     Raises:
         RunError: if settings that affect results differ from what `root` holds.
     """
+    claim(root, "run", config)
     config_path = root / "config.json"
     if config_path.exists():
-        check_same_experiment(root, config)
         old = Run(root)
         started_with = read_json(root / "provenance.json")["code"]
         if started_with != code_version():

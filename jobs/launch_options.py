@@ -8,16 +8,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cpd.config import Config, differences
+from cpd.config import Config
 from cpd.config.load import WHOLE, ConfigError, load, merge, parse_overrides, read_toml, suggestion
 from cpd.config.profile import Profile, load_profile
-from cpd.run.directory import Run, RunError
-from cpd.run.files import is_temporary, read_json
+from cpd.run.claim import claim
+from cpd.run.directory import RunError
+from cpd.run.files import read_json
 from jobs.common import parser_with_examples
 
 RECIPES = Path(__file__).resolve().parent / "recipes"
-#: What may be left of a run directory that was begun and not made: it is begun again.
-BEGUN = ("launcher", "provenance.json", "profile.json")
 COMMAND_LINE = "the command line"
 
 
@@ -113,43 +112,17 @@ def _paths(tables: Mapping[str, Any], path: str = "") -> Iterator[str]:
 
 
 def check_run_dir(root: Path, config: Config, profile: str | None) -> None:
-    """Refuse what cannot become the run directory of this experiment, before anything is written to it.
+    """Refuse a directory that cannot become, or is not, the run of this experiment, before anything is written.
 
     Raises:
-        RunError: if `root` holds something else than a run, or one of another experiment; or one that was begun on
-            Slurm, and no `profile` is named.
+        RunError: if it cannot; or if the run was launched on Slurm and no `profile` is named.
     """
-    if not root.exists():
-        return
-    if not root.is_dir():
-        raise RunError(f"{root} is no directory; choose another --run-dir")
-    if not (root / "config.json").exists():
-        strangers = [path.name for path in root.iterdir() if path.name not in BEGUN and not is_temporary(path)]
-        if strangers:
-            raise RunError(
-                f"{root} exists and is no run directory (it holds {', '.join(sorted(strangers)[:3])}); choose "
-                "another --run-dir"
-            )
-        return
-    Run(root).check_launched()
-    check_same_experiment(root, config)
+    claim(root, "run", config)
     recorded = root / "profile.json"
     if profile is None and recorded.exists() and read_json(recorded)["cluster"] == "slurm":
         raise RunError(
-            f"{root} was begun with a Slurm profile: name it again (--profile NAME), or go on here with "
-            "--profile local"
-        )
-
-
-def check_same_experiment(root: Path, config: Config) -> None:
-    """Raise RunError if settings that affect results differ from those of the run that `root` holds."""
-    changed = differences(Run(root).config, config)
-    if changed:
-        lines = "\n".join(f"  {line}" for line in changed)
-        raise RunError(
-            f"{root} holds a run with other settings (its -> those asked for):\n{lines}\n"
-            f"Use another --run-dir (with --teachers-from {root} its teachers are taken over where the settings "
-            "that made them agree), or remove this one to start over"
+            f"{root} was launched with a Slurm profile: name it again (--profile NAME), or use --profile local to "
+            "continue on this machine"
         )
 
 

@@ -18,6 +18,7 @@ from rich.text import Text
 
 from cpd.cluster.ledger import LedgerEntry, ledger
 from cpd.cluster.queue import REMEDIES, JobState, QueueView, state_told_by
+from cpd.run.claim import expect
 from cpd.run.directory import Element, Run
 from cpd.run.lease import Holder, current_holder
 from cpd.run.progress import StatusRecord, clock, number, read_status
@@ -285,8 +286,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     try:
         run = Run(arguments.run_dir)
-        if (run.root / "metrics.json").exists():
-            run.check_launched()  # it may be published results
+        expect(run.root, "run", "name a directory that `jobs.launch` made")
         rows = run_status(run)
     except ValueError as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)

@@ -24,12 +24,12 @@ import os
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
-from cpd.config.load import first_few
 from cpd.evaluation.look_alikes import start_rows
 from cpd.evaluation.results_folder import TEACHER, read_tables
 from cpd.evaluation.summary import summarize
+from cpd.run.claim import check_none_lost, collected, kind_of
 from cpd.run.directory import Element, Run, RunError, StudentElement, TeacherElement
 from cpd.run.files import read_json, write_json, write_text
 from cpd.run.progress import read_metrics, read_status
@@ -42,29 +42,11 @@ from cpd.run.tables import (
     StageRow,
     TeacherRow,
     UsageRow,
+    find_table,
     read_rows,
     write_rows,
 )
 
-#: The files of a results folder; `status.json` is the report's own.
-GATHERED: Final = frozenset(
-    {
-        "config.json",
-        "curves.csv",
-        "episodes.csv",
-        "evaluations.csv",
-        "losses.csv",
-        "metrics.json",
-        "retrieval.csv",
-        "stages.csv",
-        "starts.csv",
-        "status.json",
-        "teacher_curves.csv",
-        "teachers.csv",
-        "timings.json",
-        "usage.csv",
-    }
-)
 #: Points of a loss curve within a stage, at most: enough to see it, few enough to be published.
 LOSS_POINTS = 100
 
@@ -82,7 +64,14 @@ def gather(run: Run) -> dict[str, Any]:
     if not any((run.root / part).is_dir() for part in ("teachers", "students")):
         raise RunError(f"{run.root} has neither teachers nor students yet; `jobs.launch` makes them")
     evaluations, episodes = _evaluations(run)
-    _check_no_less(run, evaluations)
+    if (table := run.results / "evaluations.csv").exists():
+        check_none_lost(
+            run.results,
+            evaluated(read_rows(table, EvaluationRow)),
+            evaluated(evaluations),
+            f"{run.root} no longer has them. `python -m analysis.build {run.results}` draws them; to gather "
+            f"without them, remove {table} first",
+        )
     curves = [row for s in run.students() if s.curves.exists() for row in read_rows(s.curves, CurveRow)]
     _write_table(run.results / "evaluations.csv", evaluations)
     _write_table(run.results / "episodes.csv", episodes)
@@ -104,22 +93,8 @@ def gather(run: Run) -> dict[str, Any]:
     return report
 
 
-def _check_no_less(run: Run, evaluations: Iterable[EvaluationRow]) -> None:
-    """Raise RunError if somebody whose results were gathered is not there any more."""
-    before = run.results / "evaluations.csv"
-    if not before.exists():
-        return
-    lost = _evaluated(read_rows(before, EvaluationRow)) - _evaluated(evaluations)
-    if lost:
-        raise RunError(
-            f"{run.results} has results of {first_few(sorted(lost))}, of which {run.root} holds nothing any more: "
-            f"they are kept as they are (`python -m analysis.build {run.results}` draws them); to gather without "
-            f"them, remove {before} first"
-        )
-
-
-def _evaluated(rows: Iterable[EvaluationRow]) -> set[str]:
-    """Teachers and students that have rows."""
+def evaluated(rows: Iterable[EvaluationRow]) -> set[str]:
+    """Return the names of the teachers and students that have rows."""
     return {f"{row.task if row.method == TEACHER else row.method} (seed {row.seed})" for row in rows}
 
 
@@ -262,41 +237,27 @@ MOST_NAMED = 12
 
 
 def find_results(path: Path) -> Path:
-    """The results folder that `path` is or holds; a run's is gathered first, if it may be written.
+    """Return the results folder that `path` is or holds; gather a run's results first, if it is writable.
 
     Raises:
-        ValueError: if there is none.
+        RunError: if there is none.
     """
     if not path.is_dir():
-        raise ValueError(f"{path} is not a directory; give a run directory, or one with gathered results")
-    if not any((folder / "config.json").exists() for folder in (path, path / "results")):
-        _refuse_collection(path)
-    if any((path / part).is_dir() for part in ("teachers", "students")):
+        raise RunError(f"{path} is not a directory; name a run directory or a folder of results")
+    if kind_of(path) == "run" and any((path / part).is_dir() for part in ("teachers", "students")):
         run = Run(path)
         if os.access(run.root, os.W_OK):
             gather(run)
         elif not (run.results / "teachers.csv").exists():
-            raise ValueError(f"{path} may only be read, and holds no gathered results: its owner makes them")
+            raise RunError(f"{path} is read-only and has no gathered results; ask its owner to gather them")
         return run.results
     for folder in (path / "results", path):
-        if (folder / "teachers.csv").exists() and (folder / "config.json").exists():
+        if (folder / "config.json").exists() and find_table(folder / "teachers.csv"):
             return folder
-    raise ValueError(f"{path} holds neither a run (config.json, teachers/, students/) nor gathered results")
-
-
-def _refuse_collection(path: Path) -> None:
-    """Raise ValueError if what can be built lies in folders of `path`, or in folders of those; names some."""
-    configs = sorted([*path.glob("*/config.json"), *path.glob("*/*/config.json")])
-    found = [
-        config.parent.relative_to(path).as_posix()
-        for config in configs
-        if any((config.parent / part).exists() for part in ("teachers.csv", "teachers", "students"))
-        # A run stands for its own results.
-        and not (config.parent.name == "results" and (config.parent.parent / "config.json").exists())
-    ]
-    if found:
-        rest = f" and {len(found) - MOST_NAMED} more" if len(found) > MOST_NAMED else ""
-        raise ValueError(
-            f"{path} holds no results itself, but its folders do: {', '.join(found[:MOST_NAMED])}{rest}; give one "
-            f"of them, e.g. {path / found[0]}"
+    if folders := collected(path):
+        rest = f" and {len(folders) - MOST_NAMED} more" if len(folders) > MOST_NAMED else ""
+        raise RunError(
+            f"{path} is no results folder, but these folders in it are: {', '.join(folders[:MOST_NAMED])}{rest}; "
+            f"name one of them, e.g. {path / folders[0]}"
         )
+    raise RunError(f"{path} is neither a run directory nor a folder of results; name one")

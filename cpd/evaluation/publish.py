@@ -6,30 +6,21 @@ A folder of published teachers holds the long-form tables of `cpd.evaluation.gat
 
 from __future__ import annotations
 
-import textwrap
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from cpd.config import changes
-from cpd.config.load import first_few, to_dict
-from cpd.config.retired import upgrade
-from cpd.evaluation.gather import GATHERED, find_results, gather
-from cpd.evaluation.results_folder import HELD_OUT, TEACHER, Tables, labels_of, read_tables
+from cpd.config.load import to_dict
+from cpd.evaluation.gather import evaluated, find_results, gather
+from cpd.evaluation.results_folder import TEACHER, labels_of, read_tables
 from cpd.evaluation.summary import summarize
+from cpd.run.claim import RESULT_FILES, check_none_lost, check_repository_place, claim
 from cpd.run.directory import Run, TeacherElement, published_policy
 from cpd.run.files import DamagedFileError, copy, read_json, sha256, write_json
-from cpd.run.reuse import LATER
 from cpd.run.tables import EpisodeRow, EvaluationRow, compress_tables, find_table, read_rows, write_rows
 
 #: The tables that tell of teachers alone.
 TABLES = ("config.json", "teachers.csv", "teacher_curves.csv")
-#: All that publishing writes, or removes.
-WRITTEN = frozenset({*TABLES, "evaluations.csv", "episodes.csv", "timings.json", "metrics.json", "policies"})
-#: What a run directory is known by.
-RUN_PARTS = ("teachers", "students", "provenance.json")
-#: What an experiment is known by, whatever else its configuration says.
-IDENTITY = ("name:", "stream:", "stream.tasks:", "teacher:")
 
 
 def publish_teachers(run: Run, folder: Path) -> list[Path]:
@@ -55,8 +46,10 @@ def publish_teachers(run: Run, folder: Path) -> list[Path]:
     finished = [teacher for teacher in run.teachers() if teacher.finished]
     if not finished:
         raise ValueError(f"{run.root} has no finished teacher yet; launch it again to go on")
-    _check_free(run, folder)
-    _check_none_lost(run, folder)
+    claim(folder, "teachers", to_dict(run.config))
+    unfinished = [teacher for teacher in run.teachers() if not teacher.finished]
+    published = [t.name for t in unfinished if published_policy(folder, t.task, t.seed).exists()]
+    check_none_lost(folder, published, (), f"launch {run.root} again to finish them, or choose another folder")
     for teacher in finished:
         _check_whole(teacher)
     report = gather(run)
@@ -74,17 +67,17 @@ def publish_teachers(run: Run, folder: Path) -> list[Path]:
     measures = summarize(read_tables(folder)).to_json()
     write_json(folder / "metrics.json", {**measures, "provenance": report["provenance"]})
     compress_tables(folder)
-    published = []
+    policies = []
     for teacher in finished:
         target = published_policy(folder, teacher.task, teacher.seed)
         copy(teacher.policy, target)
         copy(teacher.policy.with_suffix(".json"), target.with_suffix(".json"))
-        published.append(target)
+        policies.append(target)
     # What an earlier publication left would pass for policies that this config.json made.
-    for stale in set((folder / "policies").glob("*.safetensors")) - set(published):
+    for stale in set((folder / "policies").glob("*.safetensors")) - set(policies):
         stale.unlink()
         stale.with_suffix(".json").unlink(missing_ok=True)
-    return published
+    return policies
 
 
 def _check_whole(teacher: TeacherElement) -> None:
@@ -124,122 +117,6 @@ def _lacks(table: Any, key: str) -> bool:
     return bool(rest) and table[name] is not None and _lacks(table[name], rest)
 
 
-def _check_free(run: Run, folder: Path) -> None:
-    config = to_dict(run.config)
-    check_place(folder, config, WRITTEN)
-    others = sorted(name for name in GATHERED - WRITTEN if find_table(folder / name))
-    if others:
-        raise ValueError(
-            f"{folder} holds results of students ({', '.join(others[:3])}), which the teachers of "
-            f"{config['name']!r} would spoil: choose a folder of their own"
-        )
-
-
-def _check_none_lost(run: Run, folder: Path) -> None:
-    """Raise ValueError if `folder` holds policies of teachers that `run` is to have, but has not finished yet."""
-    lost = [t.name for t in run.teachers() if not t.finished and published_policy(folder, t.task, t.seed).exists()]
-    if lost:
-        raise ValueError(
-            f"{folder} holds policies of {first_few(lost)}, which {run.root} has not finished: they would be "
-            "lost; launch it again to finish them, or choose a folder of its own"
-        )
-
-
-def check_place(folder: Path, config: Mapping[str, Any], written: Collection[str]) -> None:
-    """Raise ValueError if publishing to `folder` would overwrite anything but the same experiment's results.
-
-    Args:
-        folder: where to publish; it need not exist.
-        config: the configuration of what is to be published.
-        written: the names of what publishing writes or removes.
-    """
-    name = config["name"]
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder} is not a folder: choose another place for {name!r}")
-    place = folder.resolve()
-    for root in (place, place.parent) if place.name == "results" else (place,):
-        part = next((part for part in RUN_PARTS if (root / part).exists()), None)
-        if part:
-            raise ValueError(
-                f"{folder} {'is' if root == place else 'belongs to'} a run directory (there is {root / part}): "
-                f"choose a folder of its own for what is published of {name!r}"
-            )
-    if (folder / "config.json").exists():
-        _check_same_experiment(folder / "config.json", config)
-        return
-    if inside := sorted(folder.glob("*/config.json")):
-        raise ValueError(
-            f"{folder} is a folder of folders ({inside[0].parent.name} is one) with results of their own: give "
-            f"{name!r} one too, such as {folder / name}"
-        )
-    found = sorted(file for file in written if find_table(folder / file))
-    if found:
-        raise ValueError(
-            f"{folder} has no config.json, so nobody knows what its {', '.join(found[:3])} are of, and publishing "
-            f"{name!r} would overwrite them: choose a folder of its own"
-        )
-
-
-def _check_same_experiment(path: Path, ours: Mapping[str, Any]) -> None:
-    """Raise ValueError unless the published config.json at `path` is of `ours`, or of a shorter version of it."""
-    theirs = read_json(path)
-    if not isinstance(theirs, dict):
-        raise ValueError(
-            f"{path} is not a configuration: choose another folder for what is published of {ours['name']!r}"
-        )
-    theirs = upgrade(theirs)
-    parts = ("name", "stream", "teacher")
-    differing = [
-        line
-        for line in changes({part: theirs.get(part) for part in parts}, {part: ours[part] for part in parts})
-        # What one of them says nothing of was no setting yet.
-        if line.startswith(IDENTITY)
-        or not (line.startswith(LATER) or ": None -> " in line or line.endswith(" -> None"))
-    ]
-    if not differing:
-        # Seeds and steps may be added; with fewer, teachers that are kept there would be lost.
-        before, now = theirs["teacher"], ours["teacher"]
-        fewer_seeds = not set(before.get("seeds", ())) <= set(now["seeds"])
-        if fewer_seeds or before.get("max_env_steps", 0) > now["max_env_steps"]:
-            lines = changes(before, now, "teacher")
-            differing = [line for line in lines if line.startswith(("teacher.seeds:", "teacher.max_env_steps:"))]
-    if differing:
-        shown = "; ".join(textwrap.shorten(line, 160, placeholder=" ...") for line in differing[:3])
-        raise ValueError(
-            f"{path.parent} holds published results of another experiment, {theirs.get('name')!r}, which those of "
-            f"{ours['name']!r} would replace; they differ (there -> here) in {shown}: choose a folder of its own"
-        )
-
-
-#: Where published results of real teachers are kept, and below it those of stand-ins.
-RESULTS = Path(__file__).resolve().parents[2] / "analysis" / "results"
-STAND_INS = RESULTS / "stand-ins"
-#: Recipes of teachers that no policy gradient has touched.
-STAND_IN_RECIPES = ("scripted",)
-#: What may lie in a folder of published results.
-RESULT_FILES = {*GATHERED, "README.md", "figures"}
-#: Folder for results on the goals that settings are chosen by.
-TUNING = "tuning"
-
-
-def check_stand_ins_place(teacher_recipe: str, folder: Path) -> None:
-    """Raise ValueError if results with such teachers may not be kept, or drawn, in `folder`.
-
-    Args:
-        teacher_recipe: the label, several joined by slashes.
-        folder: anywhere; only places below `RESULTS` are of concern.
-    """
-    place = folder.resolve()
-    is_stand_in = any(recipe in STAND_IN_RECIPES for recipe in teacher_recipe.split("/"))
-    if is_stand_in and place.is_relative_to(RESULTS) and not place.is_relative_to(STAND_INS):
-        raise ValueError(
-            f"results with stand-ins for teachers (recipe {teacher_recipe}) are kept apart, in {STAND_INS}, and "
-            f"never beside those of RL teachers: {folder} is not there"
-        )
-    if teacher_recipe and not is_stand_in and place.is_relative_to(STAND_INS):
-        raise ValueError(f"{STAND_INS} is for stand-ins, but these teachers are real (recipe {teacher_recipe})")
-
-
 def publish_results(path: Path, folder: Path) -> Path:
     """Copy the results of a run (gathered first), or gathered results, to `folder`; figures are drawn there anew.
 
@@ -252,16 +129,20 @@ def publish_results(path: Path, folder: Path) -> Path:
     """
     results = find_results(path)
     tables = read_tables(results)
-    _check_free_for_results(folder, tables.config)
-    _check_no_student_lost(tables, folder)
-    recipe = labels_of(tables.evaluations)["teacher_recipe"] or tables.config["teacher"]["recipe"]
-    check_stand_ins_place(recipe, folder)
-    if tables.goal_set != HELD_OUT and folder.resolve().is_relative_to(RESULTS) and TUNING not in folder.parts:
-        raise ValueError(
-            f"{path} was evaluated on {tables.goal_set} goals, to choose settings by: it belongs in a folder "
-            f"{TUNING}/, not beside results on held-out goals"
+    claim(folder, "results", tables.config)
+    if find_table(table := folder / "evaluations.csv"):
+        students = [row for row in read_rows(table, EvaluationRow) if row.method != TEACHER]
+        missing = "; ".join(summarize(tables).missing[-3:])
+        check_none_lost(
+            folder,
+            evaluated(students),
+            evaluated(tables.evaluations),
+            f"{results} does not have them{f' ({missing})' if missing else ''}. Finish the run, or choose another "
+            "folder (`python -m analysis.build DIR DIR --out FIGURES` draws several side by side)",
         )
-    for name in sorted(GATHERED):
+    recipe = labels_of(tables.evaluations)["teacher_recipe"] or tables.config["teacher"]["recipe"]
+    check_repository_place(folder, recipe, tables.goal_set)
+    for name in sorted(RESULT_FILES):
         file = find_table(results / name)
         # A stale table, or a stale form of one, would be drawn as if it belonged to the rest.
         if file is None or file.name != name:
@@ -276,39 +157,3 @@ def _remove(folder: Path, name: str) -> None:
     """Remove a published file in whichever form it is there."""
     while file := find_table(folder / name):
         file.unlink()
-
-
-def _check_free_for_results(folder: Path, config: Mapping[str, Any]) -> None:
-    """Raise ValueError if `folder` holds something else than results of this experiment, published before."""
-    if not folder.exists():
-        return
-    if (folder / "policies").exists():
-        raise ValueError(f"{folder} holds policies; publish {config['name']!r} to a folder of its own")
-    check_place(folder, config, GATHERED)
-    strangers = [path.name for path in folder.iterdir() if path.name.removesuffix(".gz") not in RESULT_FILES]
-    if strangers:
-        raise ValueError(
-            f"{folder} holds what no results consist of ({', '.join(sorted(strangers)[:3])}); publish to a folder "
-            "of its own"
-        )
-
-
-def _check_no_student_lost(tables: Tables, folder: Path) -> None:
-    """Raise ValueError if students whose results are published would be lost."""
-    before = folder / "evaluations.csv"
-    if not find_table(before):
-        return
-    lost = _students(read_rows(before, EvaluationRow)) - _students(tables.evaluations)
-    if lost:
-        named = first_few([f"{method} (seed {seed})" for method, seed in sorted(lost)])
-        missing = "; ".join(summarize(tables).missing[-3:])
-        raise ValueError(
-            f"the results published in {folder} have students that {tables.folder} has not: {named}"
-            f"{f' ({missing})' if missing else ''}; finish the run first, or publish to a folder of its own "
-            "(`python -m analysis.build DIR DIR --out FIGURES` draws several side by side)"
-        )
-
-
-def _students(rows: Iterable[EvaluationRow]) -> set[tuple[str, int]]:
-    """Method and seed of each."""
-    return {(row.method, row.seed) for row in rows if row.method != TEACHER}

@@ -145,20 +145,6 @@ class Run:
         if not self.config_path.exists():
             raise RunError(f"{root} is not a run directory: it has no config.json; `jobs.launch` makes one")
 
-    def check_launched(self) -> None:
-        """Raise RunError unless `jobs.launch` made this: published results look alike, and runs lose files."""
-        if (self.root / "provenance.json").exists():
-            return
-        if part := next((self.root / p for p in ("teachers", "students") if (self.root / p).exists()), None):
-            raise RunError(
-                f"{self.root} is a run (there is {part}) without its provenance.json, which tells by which "
-                "code it was made: copy it whole, or launch into another directory"
-            )
-        raise RunError(
-            f"{self.root} holds published results, not a run (`python -m analysis.build {self.root}` draws them): "
-            "give a directory that `jobs.launch` made, or that is not there yet"
-        )
-
     @property
     def config_path(self) -> Path:
         """The frozen configuration."""

@@ -8,7 +8,8 @@ import numpy as np
 
 from analysis.draw_published import draw, figure_folders
 from cpd.envs.tasks import STREAMS
-from cpd.evaluation.publish import RESULTS, publish_results
+from cpd.evaluation.publish import publish_results
+from cpd.run.claim import REPOSITORY_RESULTS
 from tests.synthetic_run import write_run
 
 RATES = np.array([[0.1, 0.0, 0.0], [0.9, 0.1, 0.0], [0.7, 0.8, 0.2], [0.5, 0.9, 0.96]])
@@ -28,6 +29,6 @@ def test_every_published_folder_is_drawn_into_figures_of_its_own(tmp_path: Path)
 
 
 def test_all_committed_results_are_drawn() -> None:
-    drawn = {folder for sources in figure_folders(RESULTS).values() for folder in sources}
-    committed = {path.parent for path in RESULTS.rglob("config.json")}
+    drawn = {folder for sources in figure_folders(REPOSITORY_RESULTS).values() for folder in sources}
+    committed = {path.parent for path in REPOSITORY_RESULTS.rglob("config.json")}
     assert {folder for folder in committed if not {folder, folder.parent} & drawn} == set()

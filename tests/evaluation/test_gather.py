@@ -235,7 +235,7 @@ def test_what_was_gathered_is_not_lost_with_the_run_s_own_files(tmp_path: Path) 
     gather(run)
     before = {path: path.read_bytes() for path in run.results.iterdir()}
     shutil.rmtree(run.evaluations()[1].path)
-    with pytest.raises(RunError, match=r"has results of moe \(seed 2\), of which .* holds nothing any more"):
+    with pytest.raises(RunError, match=r"moe \(seed 2\)"):
         gather(run)
     shutil.rmtree(run.root / "students")
     with pytest.raises(RunError, match=r"moe \(seed 1\), moe \(seed 2\)"):

@@ -107,8 +107,7 @@ def test_results_of_another_experiment_are_never_overwritten(
         other = renewed(run, tmp_path / label, **tables)
         assert publish_main([str(other.root), str(kept)]) == 2
         error = capsys.readouterr().err
-        assert f"{kept} holds published results of another experiment, 'mini'" in error and told in error
-        assert "choose a folder of its own" in error
+        assert str(kept) in error and told in error
     assert before == {path: path.read_bytes() for path in kept.rglob("*") if path.is_file()}
 
 
@@ -137,13 +136,13 @@ def test_runs_and_unknown_files_are_not_published_over(
     publish_teachers(run, tmp_path / "shelf" / "mini")
     (tmp_path / "students" / "losses.csv").write_text("mine")
     for folder, told in (
-        (other.root, "is a run directory"),
-        (run.root, "is a run directory"),
-        (run.results, "belongs to a run directory"),
-        (tmp_path / "begun", "provenance.json"),
-        (tmp_path / "tables", "nobody knows what its metrics.json"),
-        (tmp_path / "file", "is not a folder"),
-        (tmp_path / "students", "holds results of students (losses.csv)"),
+        (other.root, "run directory"),
+        (run.root, "run directory"),
+        (run.results, str(run.root.resolve())),
+        (tmp_path / "begun", "run directory"),
+        (tmp_path / "tables", "metrics.json"),
+        (tmp_path / "file", "is a file"),
+        (tmp_path / "students", "losses.csv"),
         (tmp_path / "shelf", f"such as {tmp_path / 'shelf' / 'mini'}"),
     ):
         assert publish_main([str(run.root), str(folder)]) == 2
@@ -176,7 +175,7 @@ def test_policies_of_teachers_that_are_not_finished_are_not_lost(
     assert len(kept) == 2
     assert publish_main([str(begun.root), str(tmp_path / "kept")]) == 2
     error = capsys.readouterr().err
-    assert "holds policies of teachers/window-close-v3/seed-1, which" in error and "has not finished" in error
+    assert "teachers/window-close-v3/seed-1" in error and str(begun.root) in error
     assert kept == {path: path.read_bytes() for path in kept}
 
 
@@ -204,7 +203,7 @@ def test_building_does_not_publish_teachers(run: Run, tmp_path: Path, capsys: py
     assert not (tmp_path / "again").exists()
     (tmp_path / "file").touch()
     assert build_main([str(tmp_path / "kept"), "--out", str(tmp_path / "file")]) == 2
-    assert "names a file" in capsys.readouterr().err
+    assert "is a file" in capsys.readouterr().err
 
 
 def test_figures_and_scores_are_made_from_the_files_alone(run: Run, tmp_path: Path) -> None:
