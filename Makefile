@@ -1,8 +1,8 @@
-# Every target sets up its environment first. VENV=path uses another environment, PYTHON=python3.12 another Python.
+# Every target first sets up its environment. VENV=path uses another environment, PYTHON=python3.12 another Python.
 VENV ?= .venv
 PYTHON ?= python3
 PY := $(VENV)/bin/python
-# Keep numerical libraries from starting threads behind the recipe's back.
+# The recipe sets the number of threads; without this, numerical libraries start one per core.
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
@@ -22,8 +22,8 @@ demo: setup ## the whole pipeline on real Meta-World in four to eight minutes, n
 figures: setup ## draw every published figure and table again, offline, in about 8 core-minutes
 	@$(PY) -m analysis.draw_published
 
-# By file: what a file's tests share is made once. In the order of the files, since those with few tests take longest.
-# Four at most, since the tests under MPI want cores of their own.
+# By file: fixtures that a file's tests share are made once. In file order: pytest-xdist would begin with the files of
+# many tests, but those of few take longest. At most four workers, since the tests under MPI need further cores.
 test: setup ## all tests but the slow ones
 	$(PY) -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
@@ -33,7 +33,7 @@ test-slow: setup ## the slow tests
 test-slurm: setup ## the tests against a real Slurm that is started on this machine
 	$(PY) -m pytest tests/testbed -rs -m 'slurm and not slow'
 
-test-slurm-slow: setup ## the long ones: everything goes wrong in one run, time limits, rarer settings
+test-slurm-slow: setup ## the slow Slurm tests: many failures in one run, time limits, rarer settings
 	$(PY) -m pytest tests/testbed -rs -m 'slurm and slow'
 
 check: setup ## lint and types
@@ -54,21 +54,21 @@ miniature: setup ## the pipeline end to end with tiny budgets, two tasks and two
 slurm-up: setup ## start a real Slurm on this machine: a controller and two virtual nodes
 	@$(PY) -m slurm.testbed --state $(SLURM_STATE) up
 
-slurm-down: setup ## end it
+slurm-down: setup ## stop that Slurm
 	@$(PY) -m slurm.testbed --state $(SLURM_STATE) down
 
-slurm-demo: slurm-up ## the demo through that Slurm: job arrays, dependencies, srun MPI
+slurm-demo: slurm-up ## the demo on that Slurm: job arrays, dependencies, MPI through srun
 	SLURM_CONF=$(SLURM_STATE)/slurm.conf $(PY) -m jobs.launch demo --profile testbed --run-dir runs/slurm-demo
 	SLURM_CONF=$(SLURM_STATE)/slurm.conf $(PY) -m jobs.status runs/slurm-demo --watch
-	@# Again: nothing is left to submit, and the results are told.
+	@# Again: nothing is left to submit, so this prints the results.
 	SLURM_CONF=$(SLURM_STATE)/slurm.conf $(PY) -m jobs.launch demo --profile testbed --run-dir runs/slurm-demo
 
-bench-env: setup ## the accelerated environment and the sampler against stock Meta-World
+bench-env: setup ## accelerated and vector environments against stock Meta-World
 	$(PY) -m tests.bench.bench_env
 
 bench-teacher: setup ## where a PPO iteration's time goes; time to 95 % success against stable-baselines3
 	$(PY) -m tests.bench.bench_teacher
-	@# In a folder of its own: a reference to measure against is no dependency.
+	@# In its own folder: a reference to measure against is no dependency.
 	@[ -d build/bench/stable_baselines3 ] || $(PY) -m pip install --quiet --disable-pip-version-check --no-deps \
 		--target build/bench -r requirements-bench.lock
 	PYTHONPATH=build/bench $(PY) -W ignore -m tests.bench.bench_learners
@@ -91,5 +91,5 @@ bench-dpp: setup ## DPP selection against the published algorithm
 bench-slurm: setup ## submitting an array of fifty, and the status of a hundred elements
 	$(PY) -m tests.bench.bench_slurm
 
-clean: ## remove caches and what the miniature made; runs/ stays
+clean: ## remove caches and build/; runs/ stays
 	rm -rf build .pytest_cache .mypy_cache .ruff_cache .hypothesis

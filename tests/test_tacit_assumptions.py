@@ -1,4 +1,4 @@
-"""Beliefs about other packages on which this project silently rests. When one breaks, an upgrade did it."""
+"""Assumptions about other packages that this project rests on. If one fails, an upgrade broke it."""
 
 import gymnasium
 import metaworld

@@ -12,9 +12,9 @@ from slurm.testbed.conf import PARTITION, URGENT_PARTITION, Settings
 
 
 def at_least_one(text: str) -> int:
-    """A number of things of which a cluster needs one."""
+    """Parse a whole number from 1 on."""
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text}: a whole number from 1 on is needed")
+        raise argparse.ArgumentTypeError(f"{text}: expected a whole number from 1 on")
     return int(text)
 
 
@@ -41,8 +41,8 @@ def testbed_parser() -> argparse.ArgumentParser:
     up.add_argument(
         "--munge",
         action="store_true",
-        help="authenticate by a private munged: do so on machines that others use, since without it every local "
-        "user can run jobs as you",
+        help="authenticate with a private munged; needed on shared machines, since without it every local user "
+        "can run jobs as you",
     )
     up.add_argument("--accounting", action="store_true", help="slurmdbd on a private MariaDB, for sacct")
     up.add_argument(
@@ -58,7 +58,7 @@ def testbed_parser() -> argparse.ArgumentParser:
 
 
 def settings_of(arguments: argparse.Namespace) -> Settings:
-    """The cluster that the command line asks for."""
+    """Return the settings that the command line asks for."""
     return Settings(
         state=arguments.state.absolute(),
         num_nodes=arguments.nodes,
@@ -76,7 +76,7 @@ def settings_of(arguments: argparse.Namespace) -> Settings:
 
 
 def status_lines(testbed: Testbed) -> list[str]:
-    """The state of the cluster, and what to do with it."""
+    """Return lines with the state of the cluster and the commands that use it."""
     daemons, states = testbed.daemons(), testbed.node_states()
     option = f" --state {testbed.state}" if testbed.state != default_state().absolute() else ""
     lines = [f"state     {testbed.state}"]
@@ -100,7 +100,7 @@ def status_lines(testbed: Testbed) -> list[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Start, end or show the test cluster; returns the exit code."""
+    """Start, stop or show the test cluster; return the exit code."""
     arguments = testbed_parser().parse_args(argv)
     testbed = Testbed(arguments.state)
     try:

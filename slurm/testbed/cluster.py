@@ -1,4 +1,4 @@
-"""Starting and ending the test cluster's daemons."""
+"""Start and stop the daemons of the test cluster."""
 
 from __future__ import annotations
 
@@ -32,19 +32,19 @@ PACKAGES = {
     "mariadb-install-db": "mariadb-server",
 }
 START_SECONDS = 60.0
-#: Lies in the state of a cluster of ours: only such a folder is ever removed.
+#: Marks the state folder of a test cluster: only folders with this file are ever removed.
 MARKER = "test-cluster"
 SYSTEM_FOLDERS = ("/usr/sbin", "/usr/bin", "/sbin", "/bin")
 
 
 class TestbedError(RuntimeError):
-    """The test cluster cannot be started or ended; says what to do."""
+    """The test cluster cannot be started or stopped; the message says what to do."""
 
     __test__ = False  # not a test, whatever its name
 
 
 def default_state() -> Path:
-    """Where the cluster keeps its files unless told otherwise: a short path of this user's own."""
+    """Return the default state folder: a short path that belongs to this user."""
     runtime = os.environ.get("XDG_RUNTIME_DIR")
     return Path(runtime) / "cpd-slurm" if runtime else Path(f"/tmp/cpd-slurm-{os.getuid()}")
 
@@ -62,7 +62,7 @@ def needed_programs(munge: bool, accounting: bool) -> list[str]:
 
 
 def missing_packages(munge: bool = False, accounting: bool = False) -> str:
-    """What to say about missing programs: empty if there are none, else with the command that installs them."""
+    """Return a message about missing programs, with the command that installs them; empty if none is missing."""
     absent = [name for name in needed_programs(munge, accounting) if program(name) is None]
     if not absent:
         return ""
@@ -133,7 +133,7 @@ class Testbed:
         return {name: pid for name, (pid, ticks) in self._recorded().items() if is_alive(pid, ticks)}
 
     def start_daemon(self, name: str, *words: str) -> None:
-        """Start a daemon in the foreground of a session of its own, and remember it."""
+        """Start a daemon in the foreground of a new session, and record its process."""
         binary = program(words[0])
         assert binary is not None
         marks = {STATE_VARIABLE: str(self.state), SOCKET_VARIABLE: str(self.state / "mysql.socket")}
@@ -282,7 +282,7 @@ class Testbed:
     # ------------------------------------------------------------------ down
 
     def down(self) -> list[str]:
-        """End all jobs and daemons and whatever they left; returns what had to be killed. Harmless if not up."""
+        """Stop all jobs and daemons and kill what remains; return the killed processes. Safe if not up."""
         if "slurmctld" in self.daemons():
             self.cancel_all()
         daemons = self.daemons()
@@ -298,7 +298,7 @@ class Testbed:
         return [str(process) for process in stubborn]
 
     def cancel_all(self, seconds: float = 3.0) -> None:
-        """End all jobs, which are given no time to save, and wait for as long at most until they have left."""
+        """Kill all jobs without time to save, and wait at most `seconds` until they have left the queue."""
         self.command("scancel", "--signal=KILL", f"--user={user_name()}", "--full", check=False)
         self.command("scancel", f"--user={user_name()}", check=False)
         deadline = time.monotonic() + seconds

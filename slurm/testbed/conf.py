@@ -1,6 +1,6 @@
 """The configuration files of the test cluster.
 
-Every setting is there for a reason that is given; https://slurm.schedmd.com/slurm.conf.html describes them.
+https://slurm.schedmd.com/slurm.conf.html describes the settings.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ PARTITION, URGENT_PARTITION = "main", "urgent"
 
 @dataclass(frozen=True)
 class Settings:
-    """What a test cluster is made of."""
+    """Settings of a test cluster."""
 
     state: Path
     """Folder of everything the cluster writes; a short path, since unix sockets lie in it."""
@@ -51,7 +51,7 @@ class Settings:
 
     @property
     def devices(self) -> list[Path]:
-        """What stands for each node's GPUs."""
+        """Empty files that stand for each node's GPUs."""
         return [self.state / f"gpu{number}" for number in range(self.gpus)]
 
     @property
@@ -81,8 +81,8 @@ def memory_mib() -> int:
 
 
 def authentication_lines(settings: Settings) -> list[str]:
-    """Lines on who believes whom."""
-    # A credential that lives on delays the restart of a requeued job: 120 s by default.
+    """Lines on authentication."""
+    # A requeued job restarts only after its credential has expired: by default after 120 s.
     expire = "cred_expire=5"
     if settings.munge:
         return ["AuthType=auth/munge", "CredType=cred/munge", f"AuthInfo=socket={settings.munge_socket},{expire}"]
@@ -145,7 +145,7 @@ def slurm_conf(settings: Settings) -> str:
 
 
 def memory_lines(settings: Settings) -> list[str]:
-    """Lines on memory: each node has the machine's whole memory, so that sharing it out would protect nothing."""
+    """Lines on memory. Every node claims the machine's whole memory, so allocating it would protect nothing."""
     if not settings.enforce_memory:
         return ["SelectTypeParameters=CR_CPU"]
     # Without cgroups, Slurm looks at the jobs' memory now and then.
@@ -157,14 +157,14 @@ def memory_lines(settings: Settings) -> list[str]:
 
 
 def accounting_lines(settings: Settings) -> list[str]:
-    """Lines on where ended jobs are remembered."""
+    """Lines on where records of ended jobs are kept."""
     if not settings.accounting:
         return ["AccountingStorageType=accounting_storage/none"]
     return [
         "AccountingStorageType=accounting_storage/slurmdbd",
         "AccountingStorageHost=127.0.0.1",
         f"AccountingStoragePort={settings.ports['slurmdbd']}",
-        # Talking to slurmdbd heeds this and not AuthInfo.
+        # Connections to slurmdbd use this and not AuthInfo.
         *([f"AccountingStoragePass={settings.munge_socket}"] if settings.munge else []),
     ]
 

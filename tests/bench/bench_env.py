@@ -2,9 +2,9 @@
 
     python -m tests.bench.bench_env [--tasks push-v3 reach-v3] [--quick] [--json PATH]
 
-Everything is measured in one run, interleaved, with uniformly random actions; of several repeats the fastest
-counts. Single environments are measured in CPU time of one thread, which other load disturbs little, the
-sampler in elapsed time. Ratios travel, absolute figures do not.
+One run measures everything, interleaved, with uniformly random actions; the fastest of several repeats counts.
+Single environments are measured in CPU time of one thread, which other load disturbs little, and vector
+environments in elapsed time. Ratios hold on other machines; absolute figures do not.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def random_actions(num_steps: int, seed: int = 0) -> np.ndarray:
 
 
 class GymTask:
-    """`gym.make`, as Meta-World's documentation has it: with its wrappers, random goals, 500-step episodes."""
+    """`gym.make` as in Meta-World's documentation: with its wrappers, random goals and 500-step episodes."""
 
     def __init__(self, task: str) -> None:
         self.env = gymnasium.make("Meta-World/MT1", env_name=task, seed=1)
@@ -68,7 +68,7 @@ class AcceleratedTask:
 
 
 class PhysicsOnly:
-    """The simulation that a step cannot do without: mj_step x 5 and mj_forward, on Meta-World's own model."""
+    """The simulation that every step needs: mj_step x 5 and mj_forward, on Meta-World's own model."""
 
     def __init__(self, task: str) -> None:
         self.task_env = TaskEnv(task, accelerated=False)
@@ -118,11 +118,11 @@ def bench_task(task: str, num_steps: int, num_repeats: int) -> dict[str, float]:
     return result
 
 
-def bench_sampler(task: str, num_workers: int, slots_per_worker: int, num_repeats: int) -> dict[str, float]:
+def bench_vector_env(task: str, num_workers: int, slots_per_worker: int, num_repeats: int) -> dict[str, float]:
     """Steps per second of all slots together, in episodes of 200 steps with their resets, at equal processes.
 
-    Gymnasium's asynchronous vector environment has one environment per process, ours as many slots as wanted;
-    so that the same number of processes is busy, Gymnasium's gets `num_workers` environments.
+    Gymnasium's asynchronous vector environment has one environment per process, ours any number of slots. So
+    Gymnasium's gets `num_workers` environments, and both keep the same number of processes busy.
     """
     goals = goal_set(task, "training")
     actions = random_actions(EPISODE * num_workers * slots_per_worker).reshape(EPISODE, -1, 4)
@@ -174,7 +174,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tasks", nargs="+", default=list(ALL_TASKS), metavar="TASK")
     parser.add_argument("--quick", action="store_true", help="fewer steps and repeats, noisier")
-    parser.add_argument("--workers", type=int, default=2, help="processes of the sampler comparison")
+    parser.add_argument("--workers", type=int, default=2, help="processes of the vector environments")
     parser.add_argument("--json", type=Path, help="write the raw rates here")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -196,8 +196,8 @@ def main() -> None:
     print("medians: " + ", ".join(f"{name} {value:.2f}" for name, value in medians.items()))
 
     sampler_task = arguments.tasks[0] if len(arguments.tasks) == 1 else "push-v3"
-    sampler = bench_sampler(sampler_task, arguments.workers, 8, num_repeats)
-    print(f"\nsampler, {sampler_task}, {arguments.workers} processes, steps per second of all slots together")
+    sampler = bench_vector_env(sampler_task, arguments.workers, 8, num_repeats)
+    print(f"\nvector environments, {sampler_task}, {arguments.workers} processes, steps per second of all slots")
     for name, rate in sampler.items():
         print(f"{name:24s}{rate:8.0f}{rate / sampler['gym_async']:8.2f} x")
     if arguments.json:

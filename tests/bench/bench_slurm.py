@@ -1,4 +1,4 @@
-"""What launching and looking cost on a real Slurm: fifty elements submitted, the status of a hundred shown.
+"""The cost of launching and of the status on a real Slurm: submit fifty elements, show the status of a hundred.
 
     python -m tests.bench.bench_slurm [--repeats 5] [--json PATH]
 
@@ -33,14 +33,14 @@ PROFILE = 'cluster = "slurm"\nsingle_machine = true\nsbatch = { hold = true }\n'
 
 @dataclass(frozen=True)
 class Seconds:
-    """What a command took."""
+    """The cost of a command."""
 
     wall: float
     processor: float
 
 
 def seconds(call: Callable[[], object]) -> Seconds:
-    """Of a call that runs a command and waits for it."""
+    """Measure a call that runs a command and waits for it."""
     start, earlier = time.perf_counter(), os.times()
     call()
     later = os.times()
@@ -72,7 +72,7 @@ class Measurement:
         return seconds(lambda: self.testbed.command(*words))
 
     def hundred(self) -> Path:
-        """A run with a hundred teachers, half of which have got somewhere."""
+        """Make a run with a hundred teachers, half of which have begun to train."""
         root = self.folder / "hundred"
         self.launch(root, "--teacher.seeds", "[1, 2]")
         teachers = Run(root).teachers()
