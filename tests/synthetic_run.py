@@ -54,7 +54,7 @@ def write_run(
         "name": root.name,
         "method": method,
         "seeds": list(students),
-        "stream": {"tasks": list(stream), "horizon": labels.horizon, "reward_version": labels.reward_version},
+        "stream": {"tasks": list(stream), "horizon": labels.horizon},
         "teacher": {"recipe": labels.teacher_recipe, "seeds": list(teacher_seeds)},
         "student": {"task_identity": labels.task_identity},
         "evaluation": {"goal_set": goal_set},

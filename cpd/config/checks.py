@@ -1,19 +1,15 @@
-"""What settings of a method mean for each other: which cannot stand together, and which have no effect."""
+"""Rules between the settings of a method: which exclude each other, and which have no effect."""
 
 from __future__ import annotations
 
 from operator import attrgetter
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
-from cpd.config.student import MemoryConfig, ProtectionConfig, StudentConfig
+from cpd.config.student import MethodConfig
 from cpd.config.types import is_given
 
-if TYPE_CHECKING:
-    from cpd.config.experiment import Config
-
-#: A setting, the setting by which it has an effect, and the values with which it has.
+#: A setting, the setting that it depends on, and the values of the latter with which it has an effect.
 NEEDS: Final = (
-    ("protection.fisher_windows", "protection.kind", ("mask", "ewc")),
     ("protection.mask_experts", "protection.kind", ("mask",)),
     ("protection.mask_fraction", "protection.kind", ("mask",)),
     ("protection.mask_mode", "protection.kind", ("mask",)),
@@ -21,138 +17,152 @@ NEEDS: Final = (
     ("protection.agem_windows", "protection.kind", ("agem",)),
     ("protection.packnet_retrain_share", "protection.kind", ("packnet",)),
     ("memory.share", "memory.selection", ("reservoir", "uniform", "dpp")),
-    ("memory.dpp_candidates", "memory.selection", ("dpp",)),
     ("memory.start_share", "memory.selection", ("uniform", "dpp")),
     ("student.experts_per_task", "student.expansion", ("per_task", "on_demand")),
     ("student.demand_threshold", "student.expansion", ("on_demand",)),
-    ("student.embedding_size", "student.task_identity", ("inferred", "given")),
-    ("student.embedding_width", "student.task_identity", ("inferred", "given")),
-    ("student.embedding_temperature", "student.task_identity", ("inferred", "given")),
-    ("student.belief_decay", "student.task_identity", ("inferred",)),
     ("distill.contrast_coef", "student.task_identity", ("inferred", "given")),
-    ("distill.contrast_batch_size", "student.task_identity", ("inferred", "given")),
-    ("distill.contrast_noise", "student.task_identity", ("inferred", "given")),
 )
 
 
-def contradictions(config: Config) -> list[str]:
-    """Settings that cannot stand together, one line each, with what to do."""
-    found = []
-    if config.protection.kind == "agem":
-        if config.memory.selection == "none":
-            found.append("protection.kind = 'agem' needs a memory: choose another memory.selection than 'none'")
-        if config.distill.replay_share:
-            found.append(
-                "protection.kind = 'agem' compares the batch's gradient with memory's, so that no row of it may "
-                "come from memory: set distill.replay_share = 0"
-            )
-    if config.protection.kind == "packnet":
-        wanted = (
-            (
-                "memory.selection",
-                config.memory.selection,
-                "rows of earlier tasks would train weights they never use",
-            ),
-            ("student.expansion", config.student.expansion, "it divides a network of fixed size"),
-            ("student.task_identity", config.student.task_identity, "the task's mask tells the student the task"),
+def contradictions(method: MethodConfig, num_tasks: int) -> list[str]:
+    """Settings that exclude each other on a stream of `num_tasks` tasks: a line each, which begins with a path."""
+    student, kind = method.student, method.protection.kind
+    lines = []
+    if kind == "agem" and method.memory.selection == "none":
+        lines.append("memory.selection: protection.kind = 'agem' needs a memory; choose another value than 'none'")
+    if kind == "agem" and method.distill.replay_share:
+        lines.append(
+            "distill.replay_share: protection.kind = 'agem' compares the gradient of new data with that of the "
+            "memory, so no row of a batch may come from the memory; set it to 0"
         )
-        found += [
-            f"protection.kind = 'packnet' needs {key} = 'none': {reason}"
-            for key, value, reason in wanted
-            if value != "none"
-        ]
-    student = config.student
-    if _masks_everything(config) and student.task_identity == "none" and student.expansion != "per_task":
-        found.append(
-            f"student.expansion = {student.expansion!r} with student.task_identity = 'none': a task without "
-            "experts of its own would have nothing to train, since all is masked that earlier tasks use; set "
-            "protection.mask_fraction below 1, protection.mask_experts = false, or student.expansion = 'per_task'"
-        )
-    return found
-
-
-def _masks_everything(config: Config) -> bool:
-    """Whether a new task may train what is its own alone."""
-    protection = config.protection
-    return (
-        config.distill.protocol == "continual"
-        and len(config.stream.distinct_tasks) > 1
-        and protection.kind == "mask"
-        and protection.mask_experts
-        and protection.mask_fraction == 1.0
-    )
-
-
-def _chooses_experts(student: StudentConfig) -> bool:
-    """Whether tokens may ever have more experts to choose from than they take."""
-    if student.expansion != "none" and student.task_identity == "none":
-        return True
-    sizes = [student.num_experts, *([] if student.expansion == "none" else [student.experts_per_task])]
-    return max(sizes) > student.top_k
-
-
-def _reads_memory(config: Config) -> bool:
-    """Whether anything but its own choice reads what is stored."""
-    tells_tasks = config.student.task_identity in ("inferred", "given")
-    return config.distill.replay_share > 0 or config.protection.kind == "agem" or tells_tasks
-
-
-def without_effect(config: Config) -> list[str]:
-    """Settings that are given but have no effect; each line begins with a setting's dotted path."""
-    found, protection = [], config.protection
-    if config.distill.protocol != "continual":
-        defaults = MemoryConfig(), ProtectionConfig(), StudentConfig()
-        given = {
-            "memory.selection": config.memory != defaults[0] and config.memory.selection != "none",
-            "protection.kind": protection.kind not in (defaults[1].kind, "none"),
-            "student.expansion": config.student.expansion not in (defaults[2].expansion, "none"),
-            "distill.replay_share": config.distill.replay_share > 0,
+    if kind == "packnet":
+        reasons = {
+            "memory.selection": "replayed rows would train weights that their tasks never use",
+            "student.expansion": "PackNet divides a network of fixed size",
+            "student.task_identity": "the mask of a task already tells the student the task",
         }
-        found += [
-            f"{key} has no effect: distill.protocol is {config.distill.protocol!r}"
-            for key, is_there in given.items()
-            if is_there
+        lines += [
+            f"{path}: protection.kind = 'packnet' needs 'none': {reason}"
+            for path, reason in reasons.items()
+            if attrgetter(path)(method) != "none"
         ]
-    for key, chooser, values in NEEDS:
-        section, name = key.split(".")
-        chosen = attrgetter(chooser)(config)
-        if chosen not in values and is_given(getattr(config, section), name):
-            found.append(f"{key} has no effect: {chooser} is {chosen!r}")
-    if protection.kind == "mask" and not protection.needs_importance:
-        found += [
-            f"protection.{name} has no effect: protection.mask_fraction is {protection.mask_fraction:g}"
-            for name in ("mask_mode", "fisher_windows")
-            if is_given(protection, name)
-        ]
-    student = config.student
-    if student.task_identity != "none" and is_given(student, "opening_steps"):
-        found.append("student.opening_steps has no effect: experts are open to their own tasks alone")
-    added_are_alone = student.task_identity != "none" and student.experts_per_task == 1
-    if student.context == 1 and is_given(student, "num_heads"):
-        found.append("student.num_heads has no effect: student.context is 1: attention sees one observation")
-    if student.top_k == 1 and not (student.num_experts == 1 and (student.expansion == "none" or added_are_alone)):
-        found.append("student.top_k = 1 leaves one expert a gate of 1: the loss trains no router; 2 or more do")
-    if not _chooses_experts(student) and is_given(config.distill, "load_balance_coef"):
-        found.append("distill.load_balance_coef has no effect: no group has more than student.top_k experts")
-    distill = config.distill
-    if distill.replay_share and config.memory.selection == "none":
-        found.append("distill.replay_share has no effect: memory.selection is 'none'")
-    elif distill.replay_share and _masks_everything(config) and config.student.task_identity != "none":
-        found.append(
-            "distill.replay_share takes rows from the present task and gives them to none: all that earlier tasks "
-            "use is masked"
+    # Without a task identity, a task that adds no experts has no parameters of its own.
+    adds_always = student.expansion == "per_task"
+    if _freezes_all_but_own(method, num_tasks) and student.task_identity == "none" and not adds_always:
+        lines.append(
+            f"student.expansion: {student.expansion!r} with student.task_identity = 'none' can leave a task "
+            "nothing to train, since everything that earlier tasks use is frozen; set student.expansion = "
+            "'per_task', protection.mask_fraction below 1, or protection.mask_experts = false"
         )
-    if _masks_everything(config) and config.student.expansion == "none":
-        found.append(
-            "student.expansion = 'none' leaves a new task's policy nothing but its task vector to train: all "
-            "is masked that the first task uses; protection.mask_fraction below 1, or protection.mask_experts = "
-            "false, lets more of it move"
+    return lines
+
+
+def without_effect(method: MethodConfig, num_tasks: int) -> list[str]:
+    """Settings without effect on a stream of `num_tasks` tasks: a line each, which begins with a path."""
+    return [
+        *_without_effect_on_protocol(method),
+        *_without_effect_by_choice(method),
+        *_without_effect_on_experts(method),
+        *_without_effect_on_memory(method, num_tasks),
+    ]
+
+
+def _without_effect_on_protocol(method: MethodConfig) -> list[str]:
+    """The joint and single-task bounds have no memory, no protection and no growth."""
+    if method.distill.protocol == "continual":
+        return []
+    default = MethodConfig()
+    # A recipe may leave these at their defaults, or say "none" to be clear about it.
+    is_set = {
+        "memory.selection": method.memory != default.memory and method.memory.selection != "none",
+        "protection.kind": method.protection.kind not in (default.protection.kind, "none"),
+        "student.expansion": method.student.expansion not in (default.student.expansion, "none"),
+        "distill.replay_share": method.distill.replay_share > 0,
+    }
+    reason = f"has no effect: distill.protocol is {method.distill.protocol!r}"
+    return [f"{path} {reason}" for path, flag in is_set.items() if flag]
+
+
+def _without_effect_by_choice(method: MethodConfig) -> list[str]:
+    """What belongs to another kind of protection, selection, expansion or identity than the chosen one."""
+    lines = []
+    for path, chooser, values in NEEDS:
+        section, name = path.split(".")
+        chosen = attrgetter(chooser)(method)
+        if chosen not in values and is_given(getattr(method, section), name):
+            lines.append(f"{path} has no effect: {chooser} is {chosen!r}")
+    protection = method.protection
+    if protection.kind == "mask" and not protection.needs_importance and is_given(protection, "mask_mode"):
+        # Either all shared parameters are frozen or none: their importance is never estimated.
+        lines.append(
+            f"protection.mask_mode has no effect: protection.mask_fraction is {protection.mask_fraction:g}"
+        )
+    return lines
+
+
+def _without_effect_on_experts(method: MethodConfig) -> list[str]:
+    """What concerns attention, experts and their router."""
+    student = method.student
+    lines = []
+    if student.task_identity != "none" and is_given(student, "opening_steps"):
+        # The tokens of a new task see its own experts only, which have no older ones to compete with.
+        lines.append("student.opening_steps has no effect: a task's experts serve that task alone")
+    if student.context == 1 and is_given(student, "num_heads"):
+        lines.append("student.num_heads has no effect: student.context is 1, so attention sees one observation")
+    # With one expert per token, the gate is a softmax over one logit: always 1, and without gradient. That does
+    # not matter where every group has a single expert, as in a dense student.
+    groups_are_single = student.num_experts == 1 and (
+        student.expansion == "none" or (student.task_identity != "none" and student.experts_per_task == 1)
+    )
+    if student.top_k == 1 and not groups_are_single:
+        lines.append("student.top_k = 1 leaves the router untrained: the gate of a single expert is always 1")
+    if not _chooses_experts(method) and is_given(method.distill, "load_balance_coef"):
+        lines.append("distill.load_balance_coef has no effect: no group has more than student.top_k experts")
+    return lines
+
+
+def _without_effect_on_memory(method: MethodConfig, num_tasks: int) -> list[str]:
+    """What concerns the memory, its replay, and what masks leave to train."""
+    distill, selection = method.distill, method.memory.selection
+    has_identity = method.student.task_identity != "none"
+    freezes_all_but_own = _freezes_all_but_own(method, num_tasks)
+    lines = []
+    if distill.replay_share and selection == "none":
+        lines.append("distill.replay_share has no effect: memory.selection is 'none'")
+    elif distill.replay_share and freezes_all_but_own and has_identity:
+        # Replayed rows take the places of rows of the new task, and their gradient is masked entirely.
+        lines.append("distill.replay_share trains nothing: everything that earlier tasks use is frozen")
+    if freezes_all_but_own and method.student.expansion == "none":
+        lines.append(
+            "student.expansion = 'none' leaves only the task vector of a new task to train: everything that the "
+            "first task uses is frozen; set protection.mask_fraction below 1, or protection.mask_experts = false"
         )
     if distill.rehearsal and not distill.replay_share:
-        found.append("distill.rehearsal has no effect: distill.replay_share is 0")
-    if distill.protocol == "continual" and config.memory.selection != "none" and not _reads_memory(config):
-        found.append(
-            "memory.selection has no effect: nothing reads the memory; set distill.replay_share above 0, or "
-            "memory.selection = 'none'"
+        lines.append("distill.rehearsal has no effect: distill.replay_share is 0")
+    # Replay, A-GEM and the task embedding read the memory.
+    reads_memory = distill.replay_share > 0 or method.protection.kind == "agem"
+    reads_memory |= method.student.task_identity in ("inferred", "given")
+    if distill.protocol == "continual" and selection != "none" and not reads_memory:
+        lines.append(
+            "memory.selection has no effect: nothing reads the memory; set it to 'none', or distill.replay_share "
+            "above 0"
         )
-    return found
+    return lines
+
+
+def _freezes_all_but_own(method: MethodConfig, num_tasks: int) -> bool:
+    """Whether a task after the first trains nothing but its own experts and task vector."""
+    protection = method.protection
+    masks = method.distill.protocol == "continual" and num_tasks > 1 and protection.kind == "mask"
+    return masks and protection.mask_experts and protection.mask_fraction == 1.0
+
+
+def _chooses_experts(method: MethodConfig) -> bool:
+    """Whether some token has more experts to choose from than it takes."""
+    student = method.student
+    if student.expansion != "none" and student.task_identity == "none":
+        return True  # all experts are in one group, which grows
+    group_sizes = [student.num_experts]
+    if student.expansion != "none":
+        group_sizes.append(student.experts_per_task)
+    return max(group_sizes) > student.top_k

@@ -25,8 +25,6 @@ class StreamConfig:
     """Task names, or the name of a stream: demo, cw10, cw20, mt10, mt50."""
     horizon: Annotated[int, Field(ge=1, le=MAX_EPISODE_STEPS)] = MAX_EPISODE_STEPS
     """Episode length in environment steps, for rollouts, student and evaluation."""
-    reward_version: Literal["v1", "v2"] = "v2"
-    """Meta-World's reward functions (not the -v3 suffix of the tasks)."""
 
     @property
     def distinct_tasks(self) -> tuple[str, ...]:
@@ -58,8 +56,6 @@ class LoggingConfig:
     """A learner's iterations between resume checkpoints."""
     metrics_every: Positive = 20
     """Distillation steps between records in metrics.jsonl."""
-    agree_every: Positive = 10
-    """Distillation steps between the ranks' agreements on whether to stop."""
 
 
 Label = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")]
@@ -88,8 +84,6 @@ class Config(MethodConfig):
     """Student seeds; seed number s learns from teacher seed number s mod len(teacher.seeds)."""
     teachers_from: str = ""
     """Another run's directory, or a folder of published teachers: those that are there are taken over."""
-    torch_threads: Positive = 1
-    """Threads of a process's tensor arithmetic: part of the recipe, since it changes rounding."""
     stream: StreamConfig
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     rollouts: RolloutConfig = field(default_factory=RolloutConfig)
@@ -97,38 +91,43 @@ class Config(MethodConfig):
     logging: LoggingConfig = field(default_factory=LoggingConfig)
 
     def __post_init__(self) -> None:
+        problems = [*self._budget_problems(), *contradictions(self, len(self.stream.distinct_tasks))]
+        # A variant inherits the mistakes of the whole, which would come up again with each.
+        if problems := problems or self._method_problems():
+            raise ConfigError(problems, "the configuration")
+
+    def _budget_problems(self) -> list[str]:
+        """Numbers that another section makes too large or too small."""
+        lines = []
         if self.evaluation.curve_points > self.distill.steps_per_stage:
-            raise ValueError(
-                f"evaluation.curve_points ({self.evaluation.curve_points}) exceeds "
-                f"distill.steps_per_stage ({self.distill.steps_per_stage})"
+            lines.append(
+                f"evaluation.curve_points: {self.evaluation.curve_points} exceeds distill.steps_per_stage = "
+                f"{self.distill.steps_per_stage}"
             )
         windows = len(self.stream.distinct_tasks) if self.memory.selection in ("uniform", "dpp") else 1
         has_memory = self.distill.protocol == "continual" and self.memory.selection != "none"
         if has_memory and self.memory_steps < windows * self.student.context:
-            raise ValueError(
-                f"memory.share = {self.memory.share} gives {self.memory_steps} steps, less than {windows} "
-                f"window(s) of student.context = {self.student.context}; raise it or set memory.selection = 'none'"
+            lines.append(
+                f"memory.share: {self.memory.share} gives {self.memory_steps} steps, less than {windows} windows "
+                f"of student.context = {self.student.context}; increase it, or set memory.selection = 'none'"
             )
-        if found := contradictions(self):
-            raise ValueError("; ".join(found))
-        self._check_methods()
+        return lines
 
-    def _check_methods(self) -> None:
-        """Raise one ConfigError with the mistakes of all variants."""
+    def _method_problems(self) -> list[str]:
+        """Labels that clash, and the mistakes of every variant as a configuration of its own."""
         problems = []
         if self.method == "teacher":
             problems.append("method: 'teacher' is the label of the teachers; choose another")
         if self.method in self.variants:
-            problems.append(f"variants.{self.method}: that is the label of the method which the variants vary")
+            problems.append(f"variants.{self.method}: method has the same label; choose another")
         if self.variants_only and not self.variants:
-            problems.append("variants_only: there are no variants")
+            problems.append("variants_only: there are no variants; add one, or set it to false")
         for label in self.variants:
             try:
                 self.of_method(label)
             except ConfigError as error:
-                problems += [f"variants.{label}.{line}".replace(".(whole):", ":") for line in error.problems]
-        if problems:
-            raise ConfigError(problems, "the configuration")
+                problems += [f"variants.{label}.{line}" for line in error.problems]
+        return problems
 
     @property
     def methods(self) -> tuple[str, ...]:
@@ -148,29 +147,29 @@ class Config(MethodConfig):
         return round(self.memory.share * len(self.stream.distinct_tasks) * self.rollouts.num_steps)
 
     def warnings(self) -> list[str]:
-        """Settings that are given but have no effect, or an odd one; those of variants begin with their path."""
-        found = self._own_warnings()
-        for label, given in self.variants.items():
-            mine = [line for line in self.of_method(label)._own_warnings() if _mentions(given, line)]
-            found += [f"variants.{label}.{line}" for line in mine]
-        return found
+        """Settings without effect, or with an odd one: a line each, which begins with a path."""
+        lines = self._method_warnings()
+        for label, tables in self.variants.items():
+            # What a variant inherits without effect is no mistake of its author.
+            typed = [line for line in self.of_method(label)._method_warnings() if _mentions(tables, line)]
+            lines += [f"variants.{label}.{line}" for line in typed]
+        return lines
 
-    def _own_warnings(self) -> list[str]:
-        """The warnings about everything but the variants; each begins with a setting's dotted path."""
-        found = without_effect(self)
+    def _method_warnings(self) -> list[str]:
+        lines = without_effect(self, len(self.stream.distinct_tasks))
+        steps = self.distill.steps_per_stage
         opens = self.student.expansion != "none" and self.student.task_identity == "none"
-        if opens and self.student.opening_steps > self.distill.steps_per_stage:
-            found.append(
-                f"student.opening_steps ({self.student.opening_steps}) exceeds distill.steps_per_stage "
-                f"({self.distill.steps_per_stage}): experts are wholly open at the end of their stage only"
+        if opens and self.student.opening_steps > steps:
+            lines.append(
+                f"student.opening_steps = {self.student.opening_steps} exceeds distill.steps_per_stage = {steps}: "
+                "new experts open fully only when their stage ends"
             )
-        if self.distill.lr_warmup_steps >= self.distill.steps_per_stage:
-            found.append(
-                f"distill.lr_warmup_steps ({self.distill.lr_warmup_steps}) is not below distill.steps_per_stage "
-                f"({self.distill.steps_per_stage}): the learning rate reaches distill.lr at the end, if at all"
+        if self.distill.lr_warmup_steps >= steps:
+            lines.append(
+                f"distill.lr_warmup_steps = {self.distill.lr_warmup_steps} is not below distill.steps_per_stage = "
+                f"{steps}: the learning rate reaches distill.lr only at the end of a stage, or never"
             )
-        found += [f"teacher.{line}" for line in self.teacher.warnings()]
-        return found
+        return lines + [f"teacher.{line}" for line in self.teacher.warnings()]
 
 
 def _mentions(tables: Mapping[str, Any], warning: str) -> bool:

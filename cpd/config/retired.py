@@ -12,7 +12,25 @@ from copy import deepcopy
 from typing import Any, Final
 
 #: Retired settings by dotted path, with the value that is now built in.
-RETIRED: Final[dict[str, Any]] = {"teacher.learner": "ppo"}
+RETIRED: Final[dict[str, Any]] = {
+    "torch_threads": 1,
+    "teacher.learner": "ppo",
+    "stream.reward_version": "v2",
+    "rollouts.noise_hold": 8,
+    "rollouts.assumed_std": 0.1,
+    "student.embedding_size": 32,
+    "student.embedding_width": 128,
+    "student.embedding_temperature": 0.1,
+    "student.belief_decay": 0.9,
+    "student.min_log_std": -3.0,
+    "student.max_log_std": 0.5,
+    "memory.dpp_candidates": 2_000,
+    "protection.fisher_windows": 256,
+    "distill.contrast_batch_size": 256,
+    "distill.contrast_noise": 0.1,
+    "distill.final_lr_share": 0.1,
+    "logging.agree_every": 10,
+}
 #: Whole tables without effect under the values of `RETIRED`: dropped whatever they hold.
 RETIRED_TABLES: Final[tuple[str, ...]] = ("teacher.sac",)
 #: Renamed settings: old path -> new path.

@@ -48,20 +48,10 @@ class StudentConfig:
     """How the policy comes to know the task when it acts. inferred: from the episode's observations alone, by
     contrastive embedding; given: the same student, but told which task's prototype to believe in; onehot: told the
     task's number, there is no embedding; none: not at all, there is no task in the policy."""
-    embedding_size: Positive = 32
-    embedding_width: Positive = 128
-    """Hidden width of the embedding's encoder."""
-    embedding_temperature: PositiveFloat = 0.1
-    belief_decay: Share = 0.9
-    """Weight of each further observation of an episode in the belief, as a share of the one before."""
-    min_log_std: float = -3.0
-    max_log_std: float = 0.5
 
     def __post_init__(self) -> None:
         if self.width % self.num_heads:
             raise ValueError(f"width ({self.width}) is not a multiple of num_heads ({self.num_heads})")
-        if self.min_log_std >= self.max_log_std:
-            raise ValueError(f"min_log_std ({self.min_log_std}) is not below max_log_std ({self.max_log_std})")
         if self.top_k > self.num_experts:
             raise ValueError(f"top_k ({self.top_k}) exceeds num_experts ({self.num_experts})")
         if self.expansion != "none" and self.task_identity != "none" and self.top_k > self.experts_per_task:
@@ -82,9 +72,6 @@ class MemoryConfig:
     """uniform and dpp: share of each task's segments that open an episode: by these a task is recognised."""
     share: Annotated[float, Field(gt=0.0, le=1.0)] = 0.1
     """Budget as a share of the whole stream's data (distinct tasks x rollouts.num_steps)."""
-    dpp_candidates: Annotated[int, Field(ge=1, le=5_000)] = 2_000
-    """Segments of a task, of those that open an episode and of the others each, between which `dpp` chooses; of
-    more, this many are drawn evenly over its rollouts."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -103,8 +90,6 @@ class ProtectionConfig:
     learned with the first task."""
     mask_mode: Literal["hard", "scaled"] = "hard"
     """mask: protected parameters do not move; or by the less the more important they are."""
-    fisher_windows: Positive = 256
-    """States per stage from which the importance of parameters is estimated (mask, ewc)."""
     ewc_strength: PositiveFloat = 1.0
     """Weight of EWC's penalty against the mean loss of a batch."""
     agem_windows: Positive = 128
@@ -140,14 +125,8 @@ class DistillConfig:
     of stored segments with their teacher's labels."""
     contrast_coef: NonNegativeFloat = 1.0
     """Weight of the contrastive loss of the task embedding."""
-    contrast_batch_size: Positive = 256
-    """Observations per step, an equal share for every task seen."""
-    contrast_noise: NonNegativeFloat = 0.1
-    """Standard deviation of the noise on them, in the student's scaling of observations (15 cm are 1)."""
     lr: PositiveFloat = 3e-3
     lr_warmup_steps: Count = 50
-    final_lr_share: Share = 0.1
-    """Learning rate at a stage's end, as a share of `lr` (cosine decay within each stage)."""
     weight_decay: NonNegativeFloat = 0.0
     max_grad_norm: PositiveFloat = 1.0
     loss: Literal["forward_kl", "reverse_kl", "mse"] = "reverse_kl"

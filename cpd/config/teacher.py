@@ -258,11 +258,7 @@ class RolloutConfig:
     """Share of episodes in which noise is added to the executed action."""
     noise_scales: tuple[NonNegativeFloat, ...] = (0.1, 0.3, 0.6)
     """Standard deviations of that noise, in turn."""
-    noise_hold: Positive = 8
-    """Steps for which each noise sample is held, in every second turn through the scales."""
     steps_after_success: Count = 20
     """Steps kept after an episode's first success, at which it ends."""
     shard_steps: Positive = 50_000
     """A shard is rolled once it holds this many steps."""
-    assumed_std: PositiveFloat = 0.1
-    """Standard deviation declared for deterministic teachers (labelled `assumed`)."""

@@ -8,6 +8,8 @@ Dimensions: N observations, O observation size.
 
 from __future__ import annotations
 
+from typing import Final
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -20,8 +22,12 @@ from cpd.seeding import generator
 from cpd.student.network import Student
 from cpd.student.observations import observation_scaling
 
+#: Observations per step, an equal share for every task seen.
+BATCH_SIZE: Final = 256
+#: Standard deviation of the noise on them, in the student's scaling of observations (15 cm are 1).
+NOISE: Final = 0.1
 #: Observations of the present task from which its prototype is made while its stage lasts.
-PROTOTYPE_SIZE = 512
+PROTOTYPE_SIZE: Final = 512
 
 
 class ContrastSource:
@@ -34,7 +40,7 @@ class ContrastSource:
     def __init__(
         self, data: StageData, memory: Segments, config: DistillConfig, seed: int, stage: int, device: torch.device
     ) -> None:
-        self._config, self._seed, self._stage, self._device = config, seed, stage, device
+        self._seed, self._stage, self._device = seed, stage, device
         self._dtype = getattr(torch, config.precision)
         self._lessons = {lesson.task: lesson for lesson in (data, *data.others)}
         stored = memory.observations_by_task()
@@ -46,11 +52,11 @@ class ContrastSource:
         if num_tasks == 1:
             return None
         rng = generator(self._seed, "contrast", self._stage, step)
-        num_each = max(self._config.contrast_batch_size // num_tasks, 2)
+        num_each = max(BATCH_SIZE // num_tasks, 2)
         parts = [self._mixtures(stored, num_each, rng) for stored in self._stored.values()]
         parts += [self._drawn(lesson, num_each, rng) for lesson in self._lessons.values()]
         obs_NO = np.concatenate(parts)
-        obs_NO += self._config.contrast_noise * observation_scaling()[1] * rng.standard_normal(obs_NO.shape)
+        obs_NO += NOISE * observation_scaling()[1] * rng.standard_normal(obs_NO.shape)
         task_N = np.repeat([*self._stored, *self._lessons], num_each)
         return torch.from_numpy(obs_NO).to(self._device, self._dtype), torch.from_numpy(task_N).to(self._device)
 

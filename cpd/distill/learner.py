@@ -159,8 +159,7 @@ class StudentLearner:
         if contrast is None:
             return self.flat.values.new_zeros(())
         obs_NO, task_N = contrast
-        temperature = self.config.student.embedding_temperature
-        return info_nce(self.student.embedding(obs_NO), task_N, temperature) / self.comm.size
+        return info_nce(self.student.embedding(obs_NO), task_N) / self.comm.size
 
     def _balance(self, out: StudentOutput, batch: Batch) -> Tensor:
         """This rank's part of the load balance loss; where tokens have no choice, of its constant value, 1.

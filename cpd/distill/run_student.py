@@ -5,11 +5,11 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import asdict, replace
-from typing import Any, NoReturn
+from typing import Any, Final, NoReturn
 
 import torch
 
-from cpd.comm import Comm, choose_device
+from cpd.comm import TORCH_THREADS, Comm, choose_device
 from cpd.distill.growth import GrowthDecision
 from cpd.distill.stage_data import StageData, admitted_teachers, read_stage
 from cpd.distill.trainer import StepReport, StudentTrainer
@@ -24,6 +24,8 @@ from cpd.run.tables import CurveRow, write_rows
 from cpd.student.actor import make_actor
 from cpd.student.network import save_student
 
+#: Distillation steps between the ranks' agreements on whether to stop.
+AGREE_EVERY: Final = 10
 #: Episodes per forward pass of a curve's evaluation: few, so that several ranks have something to do.
 CURVE_CHUNK = 5
 
@@ -52,7 +54,7 @@ def run_student(
         ValueError: if a teacher is not finished, was rejected where the recipe forbids that, or has unsound
             rollouts.
     """
-    torch.set_num_threads(element.config.torch_threads)
+    torch.set_num_threads(TORCH_THREADS)
     with begin_attempt(element, comm, log) as attempt:
         if comm.broadcast(element.complete.exists()):
             attempt.finish("done")
@@ -93,7 +95,7 @@ class Distillation:
         self.trainer = StudentTrainer(element.config, element.seed, comm, choose_device(comm))
         self.curves: list[CurveRow] = []
         self._lessons: dict[str, StageData] = {}
-        self.pool = EnvPool(element.config.stream.reward_version)
+        self.pool = EnvPool()
         self._loss: float | None = None
         self._saved = ""
         metrics_size = self._resume()
@@ -218,7 +220,7 @@ class Distillation:
         """Save now and then; save and stop if any rank was asked to."""
         step, logging = self.trainer.learner.progress.step, self.config.logging
         # At a stage's end, too: there may be fewer steps in it than between two looks.
-        due = step % logging.agree_every == 0 or step == self.config.distill.steps_per_stage
+        due = step % AGREE_EVERY == 0 or step == self.config.distill.steps_per_stage
         if due and self.comm.any(self.interrupt.requested):
             self._stop()
         elif step % logging.checkpoint_every == 0:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -21,6 +21,9 @@ from cpd.distill.memory.memory import ReplayMemory, make_selection
 from cpd.distill.protection import make_protection
 from cpd.distill.rehearsal import Rehearsal
 from cpd.distill.stage_data import StageData
+
+#: Learning rate at a stage's end, as a share of `distill.lr`.
+FINAL_LR_SHARE: Final = 0.1
 
 
 @dataclass(frozen=True)
@@ -48,25 +51,21 @@ class StepReport:
 
 
 def learning_rate(config: DistillConfig, step: int) -> float:
-    """The learning rate of step `step` of a stage: linear warm-up, then a cosine down to `final_lr_share`."""
+    """The learning rate of step `step` of a stage: linear warm-up, then a cosine down to `FINAL_LR_SHARE`."""
     if step < config.lr_warmup_steps:
         return config.lr * (step + 1) / config.lr_warmup_steps
     decay_steps = max(config.steps_per_stage - config.lr_warmup_steps, 1)
     progress = (step - config.lr_warmup_steps) / decay_steps
-    return config.lr * (
-        config.final_lr_share + (1.0 - config.final_lr_share) * (1.0 + math.cos(math.pi * progress)) / 2.0
-    )
+    return config.lr * (FINAL_LR_SHARE + (1.0 - FINAL_LR_SHARE) * (1.0 + math.cos(math.pi * progress)) / 2.0)
 
 
 def _shared_batches(config: Config) -> dict[str, int]:
     """The number of rows of every kind of batch that ranks share, by the setting that defines it."""
     protection = config.protection
     rows = {"distill.batch_size": config.distill.batch_size}
-    if config.distill.protocol == "continual":  # otherwise nothing is protected
-        if protection.kind == "agem":
-            rows["protection.agem_windows"] = protection.agem_windows
-        if protection.needs_importance:
-            rows["protection.fisher_windows"] = protection.fisher_windows
+    # The other protocols protect nothing.
+    if config.distill.protocol == "continual" and protection.kind == "agem":
+        rows["protection.agem_windows"] = protection.agem_windows
     return rows
 
 

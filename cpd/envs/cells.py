@@ -31,9 +31,8 @@ class Cell(NamedTuple):
 class EnvPool:
     """This process's environments: made at a task's first use, then reused by every evaluation."""
 
-    def __init__(self, reward_version: str, num_workers: int = 1, num_envs: int = CHUNK) -> None:
+    def __init__(self, num_workers: int = 1, num_envs: int = CHUNK) -> None:
         """Make no environment yet; each task will have `num_envs` of them, in `num_workers` processes."""
-        self._reward_version = reward_version
         self._num_workers = num_workers
         self._num_envs = max(num_envs, CHUNK)
         self._envs: dict[str, VectorEnv] = {}
@@ -41,7 +40,7 @@ class EnvPool:
     def get(self, task: str) -> VectorEnv:
         """Return the environments of `task`, at least `CHUNK`; the first call makes them."""
         if task not in self._envs:
-            self._envs[task] = make_vector_env([task] * self._num_envs, self._num_workers, self._reward_version)
+            self._envs[task] = make_vector_env([task] * self._num_envs, self._num_workers)
         return self._envs[task]
 
     def close(self) -> None:

@@ -91,17 +91,14 @@ class SlotGroup:
         tasks: one task name per slot, of all slots.
         slots: indices of this group's slots.
         arrays: the rows of all slots.
-        reward_version: Meta-World's reward functions, "v1" or "v2".
     """
 
-    def __init__(
-        self, tasks: Sequence[str], slots: Sequence[int], arrays: SlotArrays, reward_version: str
-    ) -> None:
+    def __init__(self, tasks: Sequence[str], slots: Sequence[int], arrays: SlotArrays) -> None:
         self._arrays = arrays
         self._envs: list[tuple[int, TaskEnv]] = []
         for slot in slots:
             try:
-                self._envs.append((slot, TaskEnv(tasks[slot], reward_version=reward_version)))
+                self._envs.append((slot, TaskEnv(tasks[slot])))
             except Exception as error:
                 raise _slot_error("constructing", slot, tasks[slot]) from error
 

@@ -13,12 +13,10 @@ from cpd.envs.fast.sawyer import FastSawyer
 from cpd.envs.fast.task_class import UnverifiedError, accelerated_class
 from cpd.envs.goals import Goal
 from cpd.envs.registry import build_stock, metaworld_class
-from cpd.envs.tasks import MAX_EPISODE_STEPS
+from cpd.envs.tasks import MAX_EPISODE_STEPS, REWARD_VERSION
 
 #: The object's position in an observation, metres.
 OBJECT: Final = slice(4, 7)
-
-REWARD_VERSIONS: Final = ("v1", "v2")
 
 
 class TaskEnv:
@@ -29,19 +27,15 @@ class TaskEnv:
 
     Args:
         task: Meta-World task name, such as "push-v3".
-        reward_version: Meta-World's reward functions, "v1" or "v2".
         accelerated: use the bit-exact, faster classes if they are verified for the installed versions.
 
     Raises:
-        ValueError: unknown task or reward version.
+        ValueError: unknown task.
     """
 
-    def __init__(self, task: str, *, reward_version: str = "v2", accelerated: bool = True) -> None:
-        if reward_version not in REWARD_VERSIONS:
-            raise ValueError(f"unknown reward version {reward_version!r}: choose 'v1' or 'v2'")
+    def __init__(self, task: str, *, accelerated: bool = True) -> None:
         self.task = task
-        self.reward_version = reward_version
-        self._env: Any = _build(task, reward_version, accelerated)
+        self._env: Any = _build(task, accelerated)
         self._rand_vec_size = int(self._env._random_reset_space.low.size)
         self._has_goal = False
         self._grasp_reward = 0.0
@@ -118,10 +112,10 @@ class TaskEnv:
         self._env.close()
 
 
-def _build(task: str, reward_version: str, accelerated: bool) -> Any:
+def _build(task: str, accelerated: bool) -> Any:
     if accelerated:
         try:
-            return accelerated_class(task)(reward_function_version=reward_version)
+            return accelerated_class(task)(reward_function_version=REWARD_VERSION)
         except UnverifiedError as error:
             warnings.warn(f"{error}; using Meta-World's own, slower classes", stacklevel=3)
-    return build_stock(metaworld_class(task), reward_function_version=reward_version)
+    return build_stock(metaworld_class(task), reward_function_version=REWARD_VERSION)

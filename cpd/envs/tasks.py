@@ -7,6 +7,8 @@ OBSERVATION_SIZE = 39
 ACTION_SIZE = 4
 #: Meta-World refuses a 501st step.
 MAX_EPISODE_STEPS = 500
+#: Meta-World's reward functions; independent of the -v3 suffix of its tasks.
+REWARD_VERSION = "v2"
 #: Per goal set: a seed gives fifty goals, and a set's thousand seeds end where the next set's begin.
 MAX_GOALS = 50_000
 

@@ -30,13 +30,12 @@ from cpd.envs.tasks import ACTION_SIZE
 _CLOSE_TIMEOUT_S: Final = 10.0
 
 
-def make_vector_env(tasks: Sequence[str], num_workers: int, reward_version: str = "v2") -> VectorEnv:
+def make_vector_env(tasks: Sequence[str], num_workers: int) -> VectorEnv:
     """A vector environment with one slot per entry of `tasks`.
 
     Args:
         tasks: the task of each slot; names may repeat.
         num_workers: processes that share the slots; with 0 or 1, all slots run in this process.
-        reward_version: Meta-World's reward functions, "v1" or "v2".
 
     Raises:
         ValueError: no tasks.
@@ -46,8 +45,8 @@ def make_vector_env(tasks: Sequence[str], num_workers: int, reward_version: str 
         raise ValueError("a vector environment needs at least one task")
     num_workers = min(num_workers, len(tasks))
     if num_workers <= 1:
-        return _SerialVectorEnv(tasks, reward_version)
-    return _ProcessVectorEnv(tasks, num_workers, reward_version)
+        return _SerialVectorEnv(tasks)
+    return _ProcessVectorEnv(tasks, num_workers)
 
 
 class VectorEnv(abc.ABC):
@@ -150,10 +149,10 @@ class VectorEnv(abc.ABC):
 class _SerialVectorEnv(VectorEnv):
     """All slots in this process."""
 
-    def __init__(self, tasks: Sequence[str], reward_version: str) -> None:
+    def __init__(self, tasks: Sequence[str]) -> None:
         arrays = SlotArrays(len(tasks), bytearray(SlotArrays.size(len(tasks))))
         super().__init__(tasks, arrays)
-        self._group: SlotGroup | None = SlotGroup(self.tasks, range(self.num_envs), arrays, reward_version)
+        self._group: SlotGroup | None = SlotGroup(self.tasks, range(self.num_envs), arrays)
 
     def _run(self, order: bytes) -> None:
         if self._group is None:
@@ -172,7 +171,7 @@ class _SerialVectorEnv(VectorEnv):
 class _ProcessVectorEnv(VectorEnv):
     """Slots divided over worker processes, which share the arrays and get one byte per order through a pipe."""
 
-    def __init__(self, tasks: Sequence[str], num_workers: int, reward_version: str) -> None:
+    def __init__(self, tasks: Sequence[str], num_workers: int) -> None:
         size = SlotArrays.size(len(tasks))
         # An unlinked file rather than a named segment: nothing is left behind, however this process ends.
         with tempfile.TemporaryFile(dir=_shared_memory_directory()) as file:
@@ -180,9 +179,7 @@ class _ProcessVectorEnv(VectorEnv):
             super().__init__(tasks, SlotArrays(len(tasks), mmap.mmap(file.fileno(), size)))
             # Interleaved: callers that need fewer slots use the first ones, which should lie on different workers.
             self._slots = [range(i, len(tasks), num_workers) for i in range(num_workers)]
-            self._workers = [
-                _start_worker(self.tasks, slots, reward_version, file.fileno()) for slots in self._slots
-            ]
+            self._workers = [_start_worker(self.tasks, slots, file.fileno()) for slots in self._slots]
         self._end = weakref.finalize(self, _end_workers, self._workers)
         self._await(range(num_workers))
 
@@ -241,14 +238,9 @@ def _shared_memory_directory() -> str | None:
     return "/dev/shm" if Path("/dev/shm").is_dir() else None
 
 
-def _start_worker(tasks: Sequence[str], slots: range, reward_version: str, memory: int) -> subprocess.Popen[bytes]:
+def _start_worker(tasks: Sequence[str], slots: range, memory: int) -> subprocess.Popen[bytes]:
     """Start a new interpreter that serves `slots`. Never a fork: MPI may be initialised in this process."""
-    settings = {
-        "tasks": list(tasks),
-        "slots": list(slots),
-        "reward_version": reward_version,
-        "memory": memory,
-    }
+    settings = {"tasks": list(tasks), "slots": list(slots), "memory": memory}
     code = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from cpd.envs import worker; "
     code += "worker.main(sys.argv[2])"
     # One thread per worker: the slots are the parallelism, and BLAS threads would fight over the cores.

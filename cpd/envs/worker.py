@@ -29,8 +29,8 @@ def main(settings: str) -> None:
     """Serve orders until the parent closes the pipe or ends.
 
     Args:
-        settings: JSON with the keys `tasks`, `slots`, `reward_version`, and `memory`, the inherited file
-            descriptor of the shared arrays.
+        settings: JSON with the keys `tasks`, `slots`, and `memory`, the inherited file descriptor of the shared
+            arrays.
     """
     # A batch system signals every process of a job, and a terminal the whole group. The parent decides what to do;
     # this process follows the pipe only.
@@ -51,7 +51,7 @@ def _serve(settings: dict[str, object], orders: int, answers: int) -> None:
         tasks, slots = settings["tasks"], settings["slots"]
         assert isinstance(tasks, list) and isinstance(slots, list)
         memory = mmap.mmap(int(str(settings["memory"])), SlotArrays.size(len(tasks)))
-        group = SlotGroup(tasks, slots, SlotArrays(len(tasks), memory), str(settings["reward_version"]))
+        group = SlotGroup(tasks, slots, SlotArrays(len(tasks), memory))
         handlers = {STEP: group.step, RESET: group.reset}
         os.write(answers, DONE)
         while order := os.read(orders, 1):

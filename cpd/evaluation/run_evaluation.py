@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from cpd.comm import Comm, choose_device
+from cpd.comm import TORCH_THREADS, Comm, choose_device
 from cpd.config import Config
 from cpd.envs.cells import TASKS_PER_PASS, Cell, EnvPool, evaluate_cells
 from cpd.envs.episodes import Actor, Outcome
@@ -125,7 +125,7 @@ def run_evaluation(
         LeaseHeldError: if another process is evaluating this student.
         InterruptedBySignal: if asked to stop; the rows finished so far are kept.
     """
-    torch.set_num_threads(element.config.torch_threads)
+    torch.set_num_threads(TORCH_THREADS)
     with begin_attempt(element, comm, log) as attempt:
         is_whole = comm.broadcast(run.students()[element.index].complete.exists())
         _fill_rows(run, element, comm, interrupt, attempt, is_whole)
@@ -166,7 +166,7 @@ def _fill_rows(
         done += num_episodes * comm.size
         attempt.advance(min(done, total))
 
-    pool = EnvPool(config.stream.reward_version)
+    pool = EnvPool()
     device = choose_device(comm)
     for stage in todo:
         model = load_student(student.stage_policy(stage)).to(device)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from cpd.config import Config
+from cpd.envs.tasks import REWARD_VERSION
 
 PACKAGES = ("torch", "mpi4py", "metaworld", "mujoco", "submitit", "h5py", "numpy")
 
@@ -39,7 +40,7 @@ def labels(config: Config) -> Labels:
         config.teacher.recipe,
         config.stream.horizon,
         "given" if is_told else config.student.task_identity,
-        config.stream.reward_version,
+        REWARD_VERSION,
         version("metaworld"),
         version("mujoco"),
     )

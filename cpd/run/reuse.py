@@ -32,8 +32,6 @@ from cpd.run.shards.schema import INDEX_NAME, ShardIndex
 
 #: Settings that make a teacher, but for those that do not change what a trained policy is.
 MAKING = ("stream.", "teacher.")
-#: What a stand-in has for a standard deviation is part of its policy.
-MAKING_STAND_INS = (*MAKING, "rollouts.assumed_std:")
 LATER = ("stream.tasks", "teacher.seeds", "teacher.gate", "teacher.on_rejected", "teacher.max_env_steps:")
 
 
@@ -86,8 +84,7 @@ def find_reusable(run: Run, folder: Path) -> list[Reuse]:
     if folder.resolve() == run.root.resolve():
         raise ReuseError(f"teachers_from = {str(folder)!r} is the run itself")
     changed = _changed_settings(folder, run.config)
-    making = MAKING_STAND_INS if run.config.teacher.recipe == "scripted" else MAKING
-    wrong = [f"  {line}" for line in changed if line.startswith(making) and not line.startswith(LATER)]
+    wrong = [f"  {line}" for line in changed if line.startswith(MAKING) and not line.startswith(LATER)]
     if wrong:
         raise ReuseError(
             f"the teachers in {folder} were made with other settings (theirs -> ours); copy theirs into the "

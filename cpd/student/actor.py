@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
@@ -17,13 +18,16 @@ from cpd.envs.episodes import Actor
 from cpd.student.network import Student
 from cpd.student.task_embedding import NEVER
 
+#: Weight of each further observation of an episode in the belief, as a share of the one before.
+BELIEF_DECAY: Final = 0.9
+
 
 class StudentActor:
     """The student's mean, clipped, given each episode's last `context` steps. Rows do not see each other.
 
     Satisfies `cpd.envs.episodes.Actor`. In the mode `inferred` it is told nothing. The evidence of every
     observation since the episode began is added up, and the task for which most speaks is believed. The t-th
-    observation counts `belief_decay`^t: what comes later is more and more of the student's own making, under
+    observation counts `BELIEF_DECAY`^t: what comes later is more and more of the student's own making, under
     the belief that it had.
     """
 
@@ -67,7 +71,7 @@ class StudentActor:
         if self._evidence_BK is not None:
             if student.known_K.any():
                 self._evidence_BK += self._weight * student.evidence(window[:, -1])
-                self._weight *= student.config.belief_decay
+                self._weight *= BELIEF_DECAY
             task_B = self._evidence_BK.argmax(1)
         if task_B is not None:
             self.believed.append(task_B.cpu().numpy())

@@ -11,7 +11,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import safetensors.torch
 import torch
@@ -20,13 +20,18 @@ from torch import Tensor, nn
 
 from cpd.config import StudentConfig
 from cpd.config.load import load, to_dict
+from cpd.config.retired import upgrade
 from cpd.envs.tasks import ACTION_SIZE, OBSERVATION_SIZE
 from cpd.run.files import atomic_write, read_json, write_json
 from cpd.student.moe import MoE, RouterStats
 from cpd.student.observations import observation_scaling
 from cpd.student.packing import Packing
-from cpd.student.task_embedding import TaskEncoder
+from cpd.student.task_embedding import EMBEDDING_SIZE, TEMPERATURE, TaskEncoder
 from cpd.student.transformer import Block
+
+#: Bounds of the policy's log standard deviation.
+MIN_LOG_STD: Final = -3.0
+MAX_LOG_STD: Final = 0.5
 
 
 class StudentOutput(NamedTuple):
@@ -87,12 +92,8 @@ class Student(nn.Module):
         self.task = (
             nn.Parameter(torch.zeros(num_tasks, config.width, dtype=dtype)) if self.is_conditioned else None
         )
-        self.encoder = (
-            TaskEncoder(OBSERVATION_SIZE, config.embedding_width, config.embedding_size, dtype)
-            if config.task_identity in ("inferred", "given")
-            else None
-        )
-        self.register_buffer("prototypes_KZ", torch.zeros(num_tasks, config.embedding_size, dtype=dtype))
+        self.encoder = TaskEncoder(dtype) if config.task_identity in ("inferred", "given") else None
+        self.register_buffer("prototypes_KZ", torch.zeros(num_tasks, EMBEDDING_SIZE, dtype=dtype))
         self.register_buffer("known_K", torch.zeros(num_tasks, dtype=torch.bool))
         self.register_buffer("group_K", torch.zeros(num_tasks, dtype=torch.int64))
         self.blocks = nn.ModuleList(
@@ -170,7 +171,7 @@ class Student(nn.Module):
 
     def evidence(self, obs_BO: Tensor) -> Tensor:
         """How much raw observations speak for each task, `[B, K]`: similarity to the prototypes by temperature."""
-        evidence_BK: Tensor = self.embedding(obs_BO) @ self.prototypes_KZ.t() / self.config.embedding_temperature
+        evidence_BK: Tensor = self.embedding(obs_BO) @ self.prototypes_KZ.t() / TEMPERATURE
         return evidence_BK
 
     @torch.no_grad()
@@ -206,8 +207,8 @@ class Student(nn.Module):
                 stats.append(layer_stats)
         mean_BLA, spread_BLA = self.head(self.norm(x_BLD)).split(ACTION_SIZE, -1)
         # A smooth clamp: at a hard one's borders the gradient would vanish for good.
-        middle = (config.max_log_std + config.min_log_std) / 2
-        half = (config.max_log_std - config.min_log_std) / 2
+        middle = (MAX_LOG_STD + MIN_LOG_STD) / 2
+        half = (MAX_LOG_STD - MIN_LOG_STD) / 2
         return StudentOutput(mean_BLA, middle + half * spread_BLA.tanh(), tuple(stats))
 
 
@@ -258,8 +259,9 @@ def load_student(path: Path) -> Student:
     centre, scale = observation_scaling()
     if [centre.tolist(), scale.tolist()] != [description["obs_centre"], description["obs_scale"]]:
         raise ValueError(f"{path} was trained with another scaling of observations than this code's; distil again")
+    settings = upgrade({"student": description["student"]})["student"]
     student = Student(
-        load(StudentConfig, description["student"], str(description_path)),
+        load(StudentConfig, settings, str(description_path)),
         description["num_tasks"],
         num_experts=description["num_experts"],
         dtype=getattr(torch, description["dtype"]),

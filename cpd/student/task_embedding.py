@@ -5,12 +5,20 @@ Dimensions: B episodes or rows, O observation size, Z embedding size, K tasks of
 
 from __future__ import annotations
 
+from typing import Final
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cpd.envs.tasks import OBSERVATION_SIZE
+
+EMBEDDING_SIZE: Final = 32
+#: Hidden width of the encoder.
+ENCODER_WIDTH: Final = 128
+TEMPERATURE: Final = 0.1
 #: Evidence for a task that is not known.
-NEVER = float("-inf")
+NEVER: Final = float("-inf")
 
 
 class TaskEncoder(nn.Module):
@@ -20,11 +28,11 @@ class TaskEncoder(nn.Module):
     Lindenstrauss 1984): tasks that look different are told apart before anything has been learned.
     """
 
-    def __init__(self, obs_size: int, hidden_size: int, embedding_size: int, dtype: torch.dtype) -> None:
+    def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
-        self.linear = nn.Linear(obs_size, embedding_size, dtype=dtype)
-        self.hidden = nn.Linear(obs_size, hidden_size, dtype=dtype)
-        self.out = nn.Linear(hidden_size, embedding_size, dtype=dtype)
+        self.linear = nn.Linear(OBSERVATION_SIZE, EMBEDDING_SIZE, dtype=dtype)
+        self.hidden = nn.Linear(OBSERVATION_SIZE, ENCODER_WIDTH, dtype=dtype)
+        self.out = nn.Linear(ENCODER_WIDTH, EMBEDDING_SIZE, dtype=dtype)
 
     def forward(self, scaled_BO: Tensor) -> Tensor:
         """Scaled observations to unit vectors `[B, Z]`."""
@@ -32,7 +40,7 @@ class TaskEncoder(nn.Module):
         return F.normalize(z_BZ, dim=-1)
 
 
-def info_nce(z_BZ: Tensor, task_B: Tensor, temperature: float) -> Tensor:
+def info_nce(z_BZ: Tensor, task_B: Tensor, temperature: float = TEMPERATURE) -> Tensor:
     """Contrastive loss with all other rows of the same task as positives, mean over rows.
 
     For row i with positives P(i): -1/|P(i)| sum_{p in P(i)} log(exp(z_i z_p / t) / sum_{a != i} exp(z_i z_a / t)),

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +22,9 @@ from cpd.run.interrupt import Interrupt, InterruptedBySignal
 from cpd.run.shards.schema import Episode
 from cpd.seeding import derive, generator
 from cpd.teachers.policy import FloatArray, Teacher
+
+#: Steps for which each noise sample is held, in every second turn through the scales.
+NOISE_HOLD: Final = 8
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,7 @@ def plan_episode(number: int, goals: Sequence[Goal], config: RolloutConfig, seed
         goals[int(order[position])],
         derive(seed, "rollout-noise", number),
         config.noise_scales[scale_position] if is_noisy else 0.0,
-        config.noise_hold if scale_turn % 2 else 1,
+        NOISE_HOLD if scale_turn % 2 else 1,
     )
 
 

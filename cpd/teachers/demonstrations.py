@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Final, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -26,6 +26,9 @@ from cpd.run.interrupt import Interrupt, InterruptedBySignal
 from cpd.seeding import generator
 from cpd.teachers.policy import Distribution, FloatArray, Teacher, publish_tensors, read_tensors
 
+#: Standard deviation declared for experts, which are deterministic (labelled `assumed` in shards).
+ASSUMED_STD: Final = 0.1
+
 
 class ScriptedPolicy:
     """The scripted expert of one task, a deterministic function of the observation.
@@ -37,7 +40,7 @@ class ScriptedPolicy:
 
     std_source: Literal["policy", "assumed"] = "assumed"
 
-    def __init__(self, task: str, assumed_std: float) -> None:
+    def __init__(self, task: str, assumed_std: float = ASSUMED_STD) -> None:
         self.task = task
         self.assumed_std = assumed_std
         expert_class: Any = ENV_POLICY_MAP[task]
@@ -172,4 +175,4 @@ class Demonstrator:
 
     @cached_property
     def _expert(self) -> ScriptedPolicy:
-        return ScriptedPolicy(self.task, assumed_std=1.0)  # only its mean is used
+        return ScriptedPolicy(self.task)

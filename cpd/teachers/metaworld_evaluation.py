@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from metaworld.evaluation import evaluation
 
+from cpd.envs.tasks import REWARD_VERSION
 from cpd.teachers.policy import Teacher, TeacherActor
 
 
@@ -47,7 +48,6 @@ def evaluate_with_metaworld(
     seed: int,
     horizon: int,
     num_episodes: int = 50,
-    reward_version: str = "v2",
 ) -> ProtocolResult:
     """Run Meta-World's evaluation; success is the flag at any step, since its episodes end there.
 
@@ -57,7 +57,6 @@ def evaluate_with_metaworld(
         seed: of `metaworld.MT1`, which draws fifty goals from it; each is met once in fifty episodes.
         horizon: steps per episode, at most 500.
         num_episodes: beyond fifty the goals come again.
-        reward_version: "v1" or "v2"; no effect on success.
 
     Raises:
         ValueError: if `seed` is 0, which Meta-World takes for none.
@@ -67,7 +66,7 @@ def evaluate_with_metaworld(
     options: dict[str, Any] = {
         "task_select": "pseudorandom",
         "max_episode_steps": horizon,
-        "reward_function_version": reward_version,
+        "reward_function_version": REWARD_VERSION,
     }
     envs: Any = gym.make_vec(
         "Meta-World/custom-mt-envs", envs_list=[task], vector_strategy="sync", seed=seed, **options

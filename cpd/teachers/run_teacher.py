@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from cpd.comm import Comm, SerialComm
+from cpd.comm import TORCH_THREADS, Comm, SerialComm
 from cpd.config import Config
 from cpd.envs.cells import Cell, EnvPool, evaluate_cells
 from cpd.envs.goals import goal_set
@@ -61,7 +61,7 @@ def run_teacher(
     if comm.broadcast(element.finished):
         log(f"{element.name} is finished")
         return
-    torch.set_num_threads(run.config.torch_threads)
+    torch.set_num_threads(TORCH_THREADS)
     with begin_attempt(element, comm, log) as attempt:
         if attempt.is_writer:
             sweep_temporaries(element.path)
@@ -75,7 +75,7 @@ def env_pool(config: Config, num_workers: int, num_ranks: int = 1) -> EnvPool:
     starts: nothing may fork afterwards.
     """
     num_envs = -(-config.teacher.learner_settings.num_envs // num_ranks)
-    return EnvPool(config.stream.reward_version, num_workers, num_envs)
+    return EnvPool(num_workers, num_envs)
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ class _Work:
         }
         if config.teacher.recipe == "scripted":
             self.attempt.begin("train", 1, unit="experts")
-            expert = ScriptedPolicy(element.task, config.rollouts.assumed_std)
+            expert = ScriptedPolicy(element.task)
             success = validate(expert, config, element.task, self.pool, self.interrupt, self.comm)
             if self.attempt.is_writer:
                 self.withdraw()

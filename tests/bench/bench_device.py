@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from cpd.comm import SerialComm
+from cpd.comm import TORCH_THREADS, SerialComm
 from cpd.config import Config
 from cpd.config.load import load, merge, read_toml
 from cpd.distill.trainer import StudentTrainer
@@ -79,7 +79,7 @@ def main() -> None:
     raw = read_toml(arguments.recipe)
     for batch_size in arguments.batch_sizes:
         config = load(Config, merge(raw, {"distill": {"batch_size": batch_size}}), str(arguments.recipe))
-        torch.set_num_threads(config.torch_threads)
+        torch.set_num_threads(TORCH_THREADS)
         compare(
             f"distillation step, {batch_size} windows",
             lambda on, c=config: third_stage(c, SerialComm(), on).train_step,

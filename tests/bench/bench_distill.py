@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from cpd.comm import connect
+from cpd.comm import TORCH_THREADS, connect
 from cpd.config import Config
 from cpd.config.load import load, merge, read_toml
 from cpd.student.actor import StudentActor
@@ -48,7 +48,7 @@ def main() -> None:
     arguments = parser.parse_args()
     over = {"distill": {"batch_size": arguments.batch_size}} if arguments.batch_size else {}
     config = load(Config, merge(read_toml(arguments.recipe), over), str(arguments.recipe))
-    torch.set_num_threads(config.torch_threads)
+    torch.set_num_threads(TORCH_THREADS)
     comm = connect()
     trainer = third_stage(config, comm, torch.device("cpu"))
     source, student = trainer.learner.source, trainer.learner.student

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from cpd.comm import SerialComm
 from cpd.config import DistillConfig
+from cpd.distill import contrast
 from cpd.distill.contrast import ContrastSource, prototypes_from_memory
 from cpd.distill.memory.segments import Segments
 from cpd.distill.run_student import run_student
@@ -29,9 +30,16 @@ def memory_of(steps_by_task: dict[int, int]) -> Segments:
     return Segments.concatenate([Segments.empty(), *parts])
 
 
-def source_of(data: StageData, memory: Segments, **over) -> ContrastSource:
-    config = DistillConfig(**{"precision": "float64", "contrast_noise": 0.0, **over})
-    return ContrastSource(data, memory, config, 1, 2, torch.device("cpu"))
+@pytest.fixture
+def source_of(monkeypatch):
+    """Makes a source, by default without noise."""
+
+    def make(data: StageData, memory: Segments, batch_size: int = 256, noise: float = 0.0) -> ContrastSource:
+        monkeypatch.setattr(contrast, "BATCH_SIZE", batch_size)
+        monkeypatch.setattr(contrast, "NOISE", noise)
+        return ContrastSource(data, memory, DistillConfig(precision="float64"), 1, 2, torch.device("cpu"))
+
+    return make
 
 
 def drawn(source: ContrastSource, task: int, step: int = 0) -> np.ndarray:
@@ -46,22 +54,22 @@ def places(obs_NO: np.ndarray, data: StageData) -> np.ndarray:
 
 
 class TestBatch:
-    def test_is_none_while_there_is_but_one_task(self):
+    def test_is_none_while_there_is_but_one_task(self, source_of):
         assert source_of(stage_data(0), Segments.empty()).batch(0) is None
         assert source_of(stage_data(0), memory_of({0: 5})).batch(0) is None
 
-    def test_half_of_a_present_tasks_observations_open_an_episode(self):
+    def test_half_of_a_present_tasks_observations_open_an_episode(self, source_of):
         data = stage_data(2)
-        steps = places(drawn(source_of(data, memory_of({0: 5}), contrast_batch_size=400), 2), data)
+        steps = places(drawn(source_of(data, memory_of({0: 5}), batch_size=400), 2), data)
         opens = np.isin(steps, data.offsets[:-1])
         assert len(steps) == 200
         assert set(steps[opens]) == set(data.offsets[:-1])
         assert 100 <= opens.sum() < 115, "the others come from all steps: one in 24 opens an episode"
         assert (np.bincount(steps[~opens] * 10 // data.num_steps, minlength=10) > 0).all()
 
-    def test_an_earlier_tasks_are_mixtures_of_two_that_are_stored_of_it(self):
+    def test_an_earlier_tasks_are_mixtures_of_two_that_are_stored_of_it(self, source_of):
         memory = memory_of({0: 3, 1: 3})
-        source = source_of(stage_data(2), memory, contrast_batch_size=600)
+        source = source_of(stage_data(2), memory, batch_size=600)
         for task, stored in memory.observations_by_task().items():
             stored = stored.astype(np.float64)
             rows = drawn(source, task)
@@ -79,22 +87,22 @@ class TestBatch:
             alike = np.abs(rows[:, None] - stored).max(2).min(1) < 1e-9
             assert (np.sum(found, 0) + alike == 1).all()
 
-    def test_a_task_that_comes_again_is_drawn_from_its_data_alone(self):
+    def test_a_task_that_comes_again_is_drawn_from_its_data_alone(self, source_of):
         data = stage_data(0)
-        source = source_of(data, memory_of({0: 5, 1: 5}), contrast_batch_size=100)
+        source = source_of(data, memory_of({0: 5, 1: 5}), batch_size=100)
         obs, task = source.batch(0)
         assert torch.bincount(task).tolist() == [50, 50]
         places(obs[task == 0].numpy(), data)
 
-    def test_every_task_has_a_positive_in_the_smallest_batch(self):
-        _, task = source_of(stage_data(2), memory_of({0: 5, 1: 5}), contrast_batch_size=1).batch(0)
+    def test_every_task_has_a_positive_in_the_smallest_batch(self, source_of):
+        _, task = source_of(stage_data(2), memory_of({0: 5, 1: 5}), batch_size=1).batch(0)
         assert torch.bincount(task).tolist() == [2, 2, 2]
 
     @pytest.mark.parametrize("noise", [0.05, 0.4])
-    def test_noise_is_in_the_students_scaling_and_each_numbers_own(self, noise):
+    def test_noise_is_in_the_students_scaling_and_each_numbers_own(self, noise, source_of):
         """Of tasks with one observation each, so that all that varies is the noise."""
         data = stage_data(2, num_episodes=1, length=1)
-        source = source_of(data, memory_of({0: 1}), contrast_batch_size=2_000, contrast_noise=noise)
+        source = source_of(data, memory_of({0: 1}), batch_size=2_000, noise=noise)
         for task, only in ((0, stage_data(0).observations[0]), (2, data.observations[0])):
             rows = drawn(source, task)
             scaled = (rows - only) / observation_scaling()[1]
@@ -103,9 +111,9 @@ class TestBatch:
             assert np.abs(np.corrcoef(scaled.T) - np.eye(39)).max() < 0.2
             assert not np.array_equal(rows, drawn(source, task, step=1))
 
-    def test_without_noise_observations_are_as_they_were(self):
+    def test_without_noise_observations_are_as_they_were(self, source_of):
         data = stage_data(2, num_episodes=1, length=1)
-        source = source_of(data, memory_of({0: 1}), contrast_batch_size=20)
+        source = source_of(data, memory_of({0: 1}), batch_size=20)
         for task, only in ((0, stage_data(0).observations[0]), (2, data.observations[0])):
             np.testing.assert_allclose(drawn(source, task), np.tile(only, (10, 1)), rtol=0, atol=1e-15)
 
@@ -133,7 +141,7 @@ class TestPrototypes:
         assert_remembered(student, memory, {0, 2})
         assert (student.prototypes_KZ[1] == 5.0).all()
 
-    def test_within_a_stage_the_present_tasks_is_of_its_data_and_the_others_are_of_memory(self):
+    def test_within_a_stage_the_present_tasks_is_of_its_data_and_the_others_are_of_memory(self, source_of):
         student, memory = make_student(task_identity="inferred"), memory_of({0: 7, 1: 4})
         data = stage_data(0, num_episodes=30)
         source_of(data, memory).refresh_prototypes(student)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from cpd.distill.contrast import ContrastSource
+from cpd.distill.contrast import BATCH_SIZE, ContrastSource
 from cpd.distill.protection.importance import fisher
 from cpd.distill.trainer import StudentTrainer
 from cpd.student.actor import StudentActor
@@ -131,7 +131,7 @@ def test_with_experts_unmasked_those_of_earlier_tasks_move_and_what_is_shared_do
 def test_the_share_asked_for_is_masked_and_moves_not_at_all_or_less(context):
     for mode in ("hard", "scaled"):
         trainer = make_trainer(
-            protection={"mask_fraction": 0.25, "mask_mode": mode, "fisher_windows": 64},
+            protection={"mask_fraction": 0.25, "mask_mode": mode},
             distill={"steps_per_stage": 30},
             student={"context": context},
         )
@@ -168,7 +168,7 @@ def shared_by_all(trainer: StudentTrainer) -> torch.Tensor:
 
 def test_a_scaled_mask_is_the_least_protected_importance_by_each_one_s_own():
     trainer = make_trainer(
-        protection={"mask_fraction": 0.25, "mask_mode": "scaled", "fisher_windows": 64},
+        protection={"mask_fraction": 0.25, "mask_mode": "scaled"},
         distill={"steps_per_stage": 10},
     )
     train(trainer, until=10)
@@ -182,9 +182,7 @@ def test_a_scaled_mask_is_the_least_protected_importance_by_each_one_s_own():
 
 
 def test_the_importance_of_a_parameter_adds_up_over_the_stages():
-    trainer = make_trainer(
-        protection={"mask_fraction": 0.5, "fisher_windows": 32}, distill={"steps_per_stage": 10}
-    )
+    trainer = make_trainer(protection={"mask_fraction": 0.5}, distill={"steps_per_stage": 10})
     found = []
     for stage in range(2):
         train(trainer, until=10 * stage + 9)
@@ -231,7 +229,7 @@ def test_contrastive_batches_hold_equal_shares_and_depend_on_the_step_alone():
     make = lambda: ContrastSource(stage_data(2), trainer.memory.segments, config, 1, 2, trainer.learner.device)  # noqa: E731
     (obs, task), (again, _) = make().batch(7), make().batch(7)
     assert torch.equal(obs, again)
-    assert torch.bincount(task).tolist() == [config.contrast_batch_size // 3] * 3
+    assert torch.bincount(task).tolist() == [BATCH_SIZE // 3] * 3
     assert not torch.equal(obs, make().batch(8)[0])
 
 

@@ -21,7 +21,7 @@ PLAIN = {
 }
 LONG = {"steps_per_stage": 120, "lr": 5e-3}
 SHORT = {"steps_per_stage": 25}
-EWC_KIND = {"kind": "ewc", "fisher_windows": 32, "ewc_strength": 1.0}
+EWC_KIND = {"kind": "ewc", "ewc_strength": 1.0}
 AGEM_KIND = {"kind": "agem", "agem_windows": 16}
 
 
@@ -147,7 +147,7 @@ class TestAGEM:
 
     def test_memorys_gradient_is_of_its_imitation_alone_and_so_the_encoders_stays_as_it_is(self):
         student = {"expansion": "none", "task_identity": "inferred", "num_experts": 4}
-        distill = {**SHORT, "replay_share": 0.0, "contrast_batch_size": 32}
+        distill = {**SHORT, "replay_share": 0.0}
         trainer = make_trainer(**with_agem(distill=distill, student=student))
         train(trainer, until=26)
         flat = trainer.learner.flat
@@ -205,10 +205,9 @@ def test_resuming_equals_going_on_bit_for_bit(settings, until):
 
 
 def test_settings_that_another_kind_looks_at_are_warned_about():
-    given = {"kind": "none", "ewc_strength": 2.0, "agem_windows": 4, "fisher_windows": 8}
+    given = {"kind": "none", "ewc_strength": 2.0, "agem_windows": 4}
     assert make_config(protection=given).warnings() == [
-        f"protection.{name} has no effect: protection.kind is 'none'"
-        for name in ("fisher_windows", "ewc_strength", "agem_windows")
+        f"protection.{name} has no effect: protection.kind is 'none'" for name in ("ewc_strength", "agem_windows")
     ]
     assert make_config(protection={**given, "kind": "ewc"}).warnings() == [
         "protection.agem_windows has no effect: protection.kind is 'ewc'"

@@ -46,7 +46,7 @@ def test_episodes_end_as_they_do_with_their_task_alone(to_the_end: bool) -> None
         Cell(task, "held_out", number, to_the_end) for task, number in zip(TASKS[:3], (3, 30, 2), strict=True)
     ]
     cells.append(Cell(TASKS[0], "validation", 2, to_the_end))
-    pool = EnvPool("v2")
+    pool = EnvPool()
 
     def evaluate(tasks_per_pass: int) -> list[list[tuple]]:
         experts = TaskwiseActor(lambda task: TeacherActor(ScriptedPolicy(task, 0.1)))

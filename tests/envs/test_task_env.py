@@ -9,6 +9,7 @@ import pytest
 from cpd.envs.fast.resets import RESET_CACHE, ResetCache
 from cpd.envs.goals import Goal, goal_set
 from cpd.envs.task_env import TaskEnv
+from cpd.envs.tasks import REWARD_VERSION
 
 TASKS = ("push-v3", "basketball-v3", "sweep-into-v3", "stick-pull-v3", "window-close-v3")
 
@@ -22,13 +23,11 @@ def episode(env, goal, num_steps=40, seed=0):
 
 
 @pytest.mark.parametrize("accelerated", [True, False])
-@pytest.mark.parametrize("reward_version", ["v1", "v2"])
 @pytest.mark.parametrize("task", TASKS)
-def test_the_past_does_not_matter(task, reward_version, accelerated):
+def test_the_past_does_not_matter(task, accelerated):
     goals = goal_set(task, "training")
-    settings = {"reward_version": reward_version, "accelerated": accelerated}
-    fresh = episode(TaskEnv(task, **settings), goals[3])
-    used = TaskEnv(task, **settings)
+    fresh = episode(TaskEnv(task, accelerated=accelerated), goals[3])
+    used = TaskEnv(task, accelerated=accelerated)
     episode(used, goals[7], seed=1)
     episode(used, goals[8], num_steps=7, seed=2)
     RESET_CACHE.clear()
@@ -37,12 +36,11 @@ def test_the_past_does_not_matter(task, reward_version, accelerated):
     np.testing.assert_array_equal(episode(used, goals[3]), fresh)
 
 
-@pytest.mark.parametrize("reward_version", ["v1", "v2"])
-def test_it_is_the_multi_task_benchmark(reward_version):
+def test_it_is_the_multi_task_benchmark():
     """Against Meta-World used as its documentation says."""
     benchmark = metaworld.MT1("hammer-v3", seed=2001)
-    stock = benchmark.train_classes["hammer-v3"](reward_function_version=reward_version)
-    env = TaskEnv("hammer-v3", reward_version=reward_version)
+    stock = benchmark.train_classes["hammer-v3"](reward_function_version=REWARD_VERSION)
+    env = TaskEnv("hammer-v3")
     for index in (0, 5):
         task, goal = benchmark.train_tasks[index], goal_set("hammer-v3", "held_out")[index]
         np.testing.assert_array_equal(pickle.loads(task.data)["rand_vec"], goal.rand_vec)
@@ -114,8 +112,6 @@ def test_mistakes_are_explained(accelerated):
 def test_unknown_names_are_refused():
     with pytest.raises(ValueError, match=r"reach-v2.*reach-v3"):
         TaskEnv("reach-v2")
-    with pytest.raises(ValueError, match=r"'v3'.*'v2'"):
-        TaskEnv("reach-v3", reward_version="v3")
 
 
 def test_the_reset_cache_is_bounded_and_forgets_the_least_recently_used():

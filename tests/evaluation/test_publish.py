@@ -283,7 +283,7 @@ def test_meta_world_s_evaluation_agrees_with_ours_episode_for_episode() -> None:
     # The scripted expert of reach needs 33 to 59 steps, so that a horizon of 48 separates its goals.
     expert, horizon = ScriptedPolicy("reach-v3", 0.1), 48
     theirs = evaluate_with_metaworld(expert, "reach-v3", seed=HELD_OUT_SEED, horizon=horizon)
-    pool = EnvPool("v2")
+    pool = EnvPool()
     goals = goal_set("reach-v3", "held_out", 50)
     outcomes = [
         outcome

@@ -237,7 +237,6 @@ def test_published_policies_spare_the_training(finished: Path, tmp_path: Path) -
         ({"stream": {"horizon": 50}}, "stream.horizon: 60 -> 50"),
         ({"teacher": {"horizon": 50}}, "teacher.horizon: 40 -> 50"),
         ({"teacher": {"recipe": "rl"}}, "teacher.recipe: 'scripted' -> 'rl'"),
-        ({"rollouts": {"assumed_std": 0.2}}, "rollouts.assumed_std: 0.1 -> 0.2"),
     ],
 )
 def test_other_settings_of_training_are_refused_by_name(

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from cpd.student import actor as actor_module
 from cpd.student.actor import StudentActor
 from cpd.student.task_embedding import TaskEncoder, info_nce
 from tests.student.test_network import TASKS, make_student, observations
@@ -39,7 +40,7 @@ def test_info_nce_is_least_where_tasks_are_apart_and_alike_within():
 
 
 def test_embeddings_are_unit_vectors_that_the_first_weights_keep_apart():
-    encoder = TaskEncoder(39, 64, 32, torch.float64)
+    encoder = TaskEncoder(torch.float64)
     near, far = torch.randn(2, 39, dtype=torch.float64)
     z = encoder(torch.stack([near, near + 0.01, far]))
     torch.testing.assert_close(z.norm(dim=1), torch.ones(3, dtype=torch.float64))
@@ -79,17 +80,19 @@ class TestBelief:
             actor.act(observations(1, seed=seed).float().numpy())
         assert actor.believed[-1].tolist() == [0]
 
-    def test_later_evidence_counts_ever_less(self):
+    def test_later_evidence_counts_ever_less(self, monkeypatch):
         """With 0.4^t all that follows weighs less than the first observation; with 1 it outweighs it."""
         for decay, believed in ((0.4, 0), (1.0, 1)):
-            actor = StudentActor(knowing(0, 1, belief_decay=decay), TASKS)
+            monkeypatch.setattr(actor_module, "BELIEF_DECAY", decay)
+            actor = StudentActor(knowing(0, 1), TASKS)
             actor.reset([""] * 1)
             for seed in (0, 1, 1, 1):
                 actor.act(observations(1, seed=seed).float().numpy())
             assert actor.believed[-1].tolist() == [believed]
 
-    def test_turns_where_evidence_adds_up(self):
-        actor = StudentActor(knowing(0, 1, belief_decay=1.0), TASKS)
+    def test_turns_where_evidence_adds_up(self, monkeypatch):
+        monkeypatch.setattr(actor_module, "BELIEF_DECAY", 1.0)
+        actor = StudentActor(knowing(0, 1), TASKS)
         actor.reset([""] * 1)
         for seed in (0, 1, 1, 1, 1):
             actor.act(observations(1, seed=seed).float().numpy())

@@ -16,11 +16,12 @@ from cpd.envs.task_env import TaskEnv
 from cpd.envs.vector_env import make_vector_env
 from cpd.run.interrupt import Interrupt, InterruptedBySignal
 from cpd.run.shards.schema import Episode
-from cpd.teachers.collect import collect, plan_episode
+from cpd.teachers import collect as collect_module
+from cpd.teachers.collect import NOISE_HOLD, collect, plan_episode
 from cpd.teachers.demonstrations import ScriptedPolicy
 
 TASK = "drawer-close-v3"
-CONFIG = RolloutConfig(num_steps=700, steps_after_success=5, noise_scales=(0.2, 0.8), noise_hold=4)
+CONFIG = RolloutConfig(num_steps=700, steps_after_success=5, noise_scales=(0.2, 0.8))
 HORIZON = 90
 GOALS = 6
 
@@ -141,20 +142,21 @@ def test_it_is_what_a_single_environment_does(episodes: list[Episode]) -> None:
 )
 @settings(max_examples=40, deadline=None)
 def test_plans_spread_the_noise(share: float, scales: tuple[float, ...], num_goals: int) -> None:
-    config = RolloutConfig(noisy_share=share, noise_scales=scales, noise_hold=6)
+    config = RolloutConfig(noisy_share=share, noise_scales=scales)
     goals = goal_set(TASK, "training", num_goals)
     plans = [plan_episode(number, goals, config, 3) for number in range(120)]
     noisy = [plan for plan in plans if plan.noise_scale > 0]
     assert abs(len(noisy) - 120 * share) <= 1
     for position, plan in enumerate(noisy):
         assert plan.noise_scale == scales[position % len(scales)]
-        assert plan.noise_hold == (6 if position // len(scales) % 2 else 1)
+        assert plan.noise_hold == (NOISE_HOLD if position // len(scales) % 2 else 1)
     assert len({plan.seed for plan in plans}) == 120
 
 
-def test_held_noise_is_held() -> None:
+def test_held_noise_is_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(collect_module, "NOISE_HOLD", 4)
     goals = goal_set(TASK, "training", 2)
-    config = RolloutConfig(noisy_share=1.0, noise_scales=(0.5,), noise_hold=4)
+    config = RolloutConfig(noisy_share=1.0, noise_scales=(0.5,))
     white, held = (plan_episode(number, goals, config, 1).noise(30) for number in (0, 1))
     assert len(np.unique(white[:, 0])) == 30
     assert len(np.unique(held[:, 0])) == 8

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from workbench import DRAWER, EVALUATION, LASTING, LONG, STUDENT, WINDOW, Workbench, variation
+from workbench import DRAWER, EVALUATION, LASTING, LONG, ROOT, STUDENT, WINDOW, Workbench, variation
 
 from cpd.cluster.ledger import ledger
 from cpd.run.directory import Run
@@ -142,9 +142,15 @@ def test_a_dependency_that_can_never_be_met_ends_its_dependent(bench: Workbench,
 
 @pytest.mark.slow
 def test_running_out_of_time_without_saving_is_told(bench: Workbench, tmp_path: Path) -> None:
-    root = tmp_path / "run"
+    root, folder = tmp_path / "run", tmp_path / "python"
     # A student that never looks at the flag.
-    bench.launch(root, "--distill.steps_per_stage", "1000000", "--logging.agree_every", "1000000")
+    folder.mkdir()
+    (folder / "sitecustomize.py").write_text(
+        "from cpd.distill import run_student\nrun_student.AGREE_EVERY = 10**6\n"
+    )
+    setup = f'setup = ["export MPIR_CVAR_CH4_NETMOD=ofi FI_TCP_IFACE=lo PYTHONPATH={folder}:{ROOT}"]'
+    profile = variation(tmp_path, setup=setup)
+    bench.launch(root, "--distill.steps_per_stage", "1000000", profile=profile)
     bench.until(root, STUDENT, 0)
     bench.slurm("scontrol", "update", f"JobId={bench.job(root, STUDENT)}", "TimeLimit=1")
     bench.drain()

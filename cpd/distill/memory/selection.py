@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 import numpy as np
 import numpy.typing as npt
 
@@ -10,6 +12,10 @@ from cpd.distill.memory.dpp import FloatArray, select, standardise
 from cpd.distill.memory.segments import Segments
 from cpd.seeding import generator
 from cpd.student.observations import observation_scaling
+
+#: Segments of a task, of those that open an episode and of the others each, among which `dpp` chooses; of more,
+#: this many are drawn evenly over its rollouts. It bounds the rows and columns of a kernel's factor.
+MAX_CANDIDATES: Final = 2_000
 
 
 def starts_first(
@@ -78,8 +84,8 @@ class Diverse:
     """
 
     def __init__(self, seed: int, config: MemoryConfig) -> None:
-        """`config.dpp_candidates` bounds cost: each kernel's factor has that many rows and columns at most."""
-        self._seed, self._limit, self._start_share = seed, config.dpp_candidates, config.start_share
+        """`config.start_share` is heeded."""
+        self._seed, self._start_share = seed, config.start_share
 
     def choose(self, held: Segments, offered: Segments, budget: int) -> npt.NDArray[np.int64]:
         """The segments that equal shares of `budget` steps leave."""
@@ -103,9 +109,9 @@ class Diverse:
 
     def _greedy(self, offered: Segments, budget: int, draws: np.random.Generator) -> npt.NDArray[np.int64]:
         most_that_fit = int((np.cumsum(np.sort(offered.length)) <= budget).sum())
-        num_items = min(most_that_fit, self._limit, len(offered))
+        num_items = min(most_that_fit, MAX_CANDIDATES, len(offered))
         quality = np.ones(len(offered))
-        greedy = select(segment_features(offered), quality, num_items, draws, limit=self._limit)
+        greedy = select(segment_features(offered), quality, num_items, draws, limit=MAX_CANDIDATES)
         others = np.setdiff1d(np.arange(len(offered)), greedy)
         return np.concatenate([greedy, draws.permutation(others)])
 

@@ -12,7 +12,7 @@ from cpd.config import Config
 from cpd.distill.flat import FlatParameters
 from cpd.distill.learner import StudentLearner
 from cpd.distill.protection.base import Protection
-from cpd.distill.protection.importance import fisher
+from cpd.distill.protection.importance import FISHER_WINDOWS, fisher
 from cpd.distill.stage_data import StageData
 
 
@@ -47,7 +47,7 @@ class EWC(Protection):
 
     def end_stage(self, learner: StudentLearner, data: StageData) -> None:
         """Add this stage's term."""
-        new = fisher(learner, data, self.config.protection.fisher_windows)
+        new = fisher(learner, data, FISHER_WINDOWS)
         values = learner.flat.values
         if not len(self._precision):
             self._precision, self._centre = torch.zeros_like(values), values.clone()

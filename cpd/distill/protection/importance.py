@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Final
 
 import numpy as np
 import torch
@@ -14,6 +15,9 @@ from cpd.distill.memory.segments import Segments
 from cpd.distill.stage_data import StageData
 from cpd.envs.tasks import ACTION_SIZE
 from cpd.seeding import generator
+
+#: States per stage from which the importance of parameters is estimated.
+FISHER_WINDOWS: Final = 256
 
 
 def fisher(learner: StudentLearner, data: StageData, num_windows: int, *, exact: bool = False) -> Tensor:
@@ -37,7 +41,7 @@ def fisher(learner: StudentLearner, data: StageData, num_windows: int, *, exact:
     Args:
         learner: its student is looked at, as it is, with nothing at rest; its gradients are overwritten.
         data: where states come from.
-        num_windows: states over all ranks.
+        num_windows: states over all ranks, at least one each.
         exact: take a backward pass per output.
 
     Returns:

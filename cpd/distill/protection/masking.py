@@ -15,7 +15,7 @@ from torch import Tensor
 from cpd.distill.flat import FlatParameters
 from cpd.distill.learner import StudentLearner
 from cpd.distill.protection.base import Protection
-from cpd.distill.protection.importance import fisher
+from cpd.distill.protection.importance import FISHER_WINDOWS, fisher
 from cpd.distill.stage_data import StageData
 
 
@@ -53,7 +53,7 @@ class Masking(Protection):
     def end_stage(self, learner: StudentLearner, data: StageData) -> None:
         """Add the stage's importance to what was accumulated."""
         if self.config.protection.needs_importance:
-            found = fisher(learner, data, self.config.protection.fisher_windows)
+            found = fisher(learner, data, FISHER_WINDOWS)
             self._importance = found if self._importance is None else self._importance + found
 
     def report(self) -> dict[str, float]:

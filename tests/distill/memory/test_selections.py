@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from cpd.comm import SerialComm
 from cpd.config import MemoryConfig
+from cpd.distill.memory import selection
 from cpd.distill.memory.dpp import select
 from cpd.distill.memory.memory import SELECTIONS, ReplayMemory, make_selection
 from cpd.distill.memory.segments import Segments, cut_segments
@@ -106,9 +107,11 @@ def test_a_resumed_memory_goes_on_bit_for_bit(name, until, tmp_path):
 
 
 @EVERY
-def test_seeds_differ_and_repeat(name):
+def test_seeds_differ_and_repeat(name, monkeypatch):
+    monkeypatch.setattr(selection, "MAX_CANDIDATES", 20)
+
     def held(seed: int) -> list[tuple[int, int]]:
-        memory = memory_of(name, 80, seed, **({"dpp_candidates": 20} if name == "dpp" else {}))
+        memory = memory_of(name, 80, seed)
         for task in range(3):
             memory.offer(stage(task, [25] * 8))
         return stored_steps(memory)
@@ -186,11 +189,12 @@ def test_dpp_spreads_wider_than_uniform():
     assert least_distance("dpp") > 1.3 * least_distance("uniform")
 
 
-def test_dpp_fills_what_its_candidates_leave():
-    memory = memory_of("dpp", 100, dpp_candidates=5)
+def test_dpp_fills_what_its_candidates_leave(monkeypatch):
+    monkeypatch.setattr(selection, "MAX_CANDIDATES", 5)
+    memory = memory_of("dpp", 100)
     memory.offer(stage(0, [24] * 6))
     assert memory.num_steps == 100
-    few = memory_of("dpp", 20, dpp_candidates=5)
+    few = memory_of("dpp", 20)
     few.offer(stage(0, [24] * 6))
     assert identities(few, 0) == identities(memory, 0)[:5]
 
