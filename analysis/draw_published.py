@@ -37,7 +37,7 @@ def _num_bytes(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.rglob("*.csv*"))
 
 
-def draw(target: Path, sources: tuple[Path, ...]) -> tuple[int, float]:
+def draw_folder(target: Path, sources: tuple[Path, ...]) -> tuple[int, float]:
     """Draw one folder of figures; returns the number of files written and the seconds taken."""
     start = time.monotonic()
     if find_published(sources[0]):
@@ -56,7 +56,7 @@ def main() -> int:
         flush=True,
     )
     with ProcessPoolExecutor(processes) as pool:
-        futures = {pool.submit(draw, target, sources): target for target, sources in folders.items()}
+        futures = {pool.submit(draw_folder, target, sources): target for target, sources in folders.items()}
         for number, future in enumerate(as_completed(futures), start=1):
             num_files, seconds = future.result()
             name = futures[future].relative_to(REPOSITORY_RESULTS)

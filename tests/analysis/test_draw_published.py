@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from analysis.draw_published import draw, figure_folders
+from analysis.draw_published import draw_folder, figure_folders
 from cpd.envs.tasks import STREAMS
 from cpd.evaluation.publish import publish_results
 from cpd.run.claim import REPOSITORY_RESULTS
@@ -24,7 +24,7 @@ def test_every_published_folder_is_drawn_into_figures_of_its_own(tmp_path: Path)
     folders = figure_folders(tmp_path / "results")
     assert set(folders) == {tmp_path / "results" / name / "figures" for name in ("group/one", "two")}
     target = tmp_path / "results" / "two" / "figures"
-    num_files, _ = draw(target, folders[target])
+    num_files, _ = draw_folder(target, folders[target])
     assert num_files == len(list(target.iterdir())) > 0
 
 
