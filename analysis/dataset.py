@@ -13,21 +13,12 @@ import numpy as np
 
 from cpd.evaluation import intervals
 from cpd.evaluation.intervals import FEW_SEEDS, Floats
-from cpd.evaluation.results_folder import TEACHER, Tables, read_tables
+from cpd.evaluation.results_folder import TEACHER, Tables, merge_tables, read_tables
 from cpd.evaluation.student_measures import Rate, StudentResults
 from cpd.evaluation.summary import MethodMeasures, Summary, summarize, without_students
 from cpd.run.files import read_json
 from cpd.run.progress import read_status
-from cpd.run.tables import (
-    CurveRow,
-    LossRow,
-    RetrievalRow,
-    StageRow,
-    StartRow,
-    UsageRow,
-    find_table,
-    read_table,
-)
+from cpd.run.tables import find_table, read_table
 
 #: A task looks like others if more than this share of its episodes begin nearer to one of another task.
 ALIKE = 0.05
@@ -59,24 +50,14 @@ class Dataset:
 
     name: str
     labels: dict[str, str]
-    stream: tuple[str, ...]
-    goals: str
-    """What success was measured on: `held-out` or `validation` goals."""
+    tables: Tables
+    """The rows of all results folders, with the configuration of the first."""
     students: tuple[StudentResults, ...]
     methods: tuple[MethodMeasures, ...]
-    curves: tuple[CurveRow, ...]
-    losses: tuple[LossRow, ...]
-    stages: tuple[StageRow, ...]
-    usage: tuple[UsageRow, ...]
-    retrieval: tuple[RetrievalRow, ...]
-    starts: tuple[StartRow, ...]
-    steps_per_stage: dict[str, int]
-    """Optimisation steps of a stage, by method."""
-    afresh: frozenset[str]
-    """Methods by which every stage trains a student of its own."""
+    distill: dict[str, dict[str, Any]]
+    """The distillation settings of every method."""
     task_identities: dict[str, str]
     """How a method's students come to know the task."""
-    gate: float
     teacher_rates: dict[tuple[str, int], Rate]
     """Teachers' success by task and teacher seed."""
     rejected: frozenset[tuple[str, int]]
@@ -84,6 +65,21 @@ class Dataset:
     teacher_curves: tuple[TeacherCurve, ...]
     timings: tuple[dict[str, Any], ...]
     missing: tuple[str, ...]
+
+    @property
+    def stream(self) -> tuple[str, ...]:
+        """The task of every stage."""
+        return self.tables.stream
+
+    @property
+    def goals(self) -> str:
+        """What success was measured on: `held-out` or `validation` goals."""
+        return self.tables.goal_set.replace("_", "-")
+
+    @property
+    def gate(self) -> float:
+        """The success on validation goals that admits a teacher."""
+        return float(self.tables.config["teacher"]["gate"])
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -108,9 +104,10 @@ class Dataset:
         """Tasks that the first observation does not tell from others: how often it is nearest to each other's."""
         found: dict[str, dict[str, float]] = {}
         for task in self.tasks:
-            episodes = sum(row.episodes for row in self.starts if (row.task, row.other) == (task, task))
+            rows = [row for row in self.tables.starts if row.task == task]
+            episodes = sum(row.episodes for row in rows if row.other == task)
             shares = {
-                other: sum(row.nearest for row in self.starts if (row.task, row.other) == (task, other)) / episodes
+                other: sum(row.nearest for row in rows if row.other == other) / episodes
                 for other in self.tasks
                 if episodes and other != task
             }
@@ -162,8 +159,8 @@ def load_dataset(folders: Sequence[Path]) -> Dataset:
     tables = [read_tables(folder) for folder in folders]
     summaries = [summarize(table) for table in tables]
     _check_alike(tables, summaries)
-    first = tables[0]
-    settings = {
+    merged = merge_tables(tables)
+    distill = {
         method.method: table.method_config(method.method)["distill"]
         for table, summary in zip(tables, summaries, strict=True)
         for method in summary.methods
@@ -171,22 +168,13 @@ def load_dataset(folders: Sequence[Path]) -> Dataset:
     return Dataset(
         name=" + ".join(dict.fromkeys(s.name for s in summaries)),
         labels=_joined([s.labels for s in summaries]),
-        stream=first.stream,
-        goals=first.goal_set.replace("_", "-"),
+        tables=merged,
         students=tuple(student for s in summaries for student in s.students),
         methods=tuple(method for s in summaries for method in s.methods),
-        curves=tuple(row for t in tables for row in t.curves),
-        losses=tuple(row for t in tables for row in t.losses),
-        stages=tuple(row for t in tables for row in t.stages),
-        usage=tuple(row for t in tables for row in t.usage),
-        retrieval=tuple(row for t in tables for row in t.retrieval),
-        starts=tuple(dict.fromkeys(row for t in tables for row in t.starts)),
-        steps_per_stage={method: distill["steps_per_stage"] for method, distill in settings.items()},
-        afresh=frozenset(m for m, distill in settings.items() if distill["protocol"] == "single_task"),
-        task_identities={r.method: r.task_identity for t in tables for r in t.evaluations if r.method != TEACHER},
-        gate=first.config["teacher"]["gate"],
-        teacher_rates={key: rate for t in tables for key, rate in _teacher_rates(t)},
-        rejected=frozenset((r.task, r.seed) for t in tables for r in t.teachers if r.state == "rejected"),
+        distill=distill,
+        task_identities={row.method: row.task_identity for row in merged.evaluations if row.method != TEACHER},
+        teacher_rates=dict(_teacher_rates(merged)),
+        rejected=frozenset((row.task, row.seed) for row in merged.teachers if row.state == "rejected"),
         teacher_curves=tuple({(c.task, c.seed): c for t in tables for c in _teacher_curves(t)}.values()),
         timings=tuple(entry for t in tables for entry in _timings(t)),
         missing=tuple(_missing(summaries)),

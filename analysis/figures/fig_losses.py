@@ -26,7 +26,7 @@ def draw(data: Dataset) -> Figure | None:
         return None
     if len(methods) > MOST_LINES:
         return _panels(data, methods)
-    parts = [part for part in PARTS if any(getattr(row, part) is not None for row in data.losses)]
+    parts = [part for part in PARTS if any(getattr(row, part) is not None for row in data.tables.losses)]
     num_stages = len(data.stream)
     wide = num_stages > 6
     size, rotation = label_style(num_stages)
@@ -66,7 +66,7 @@ def draw(data: Dataset) -> Figure | None:
 
 def _methods(data: Dataset) -> list[str]:
     """Those with records, in the data's order."""
-    recorded = {row.method for row in data.losses}
+    recorded = {row.method for row in data.tables.losses}
     return [method for method in data.method_names if method in recorded]
 
 
@@ -100,14 +100,14 @@ def _decades(axes: Axes) -> float:
 def _lines(axes: Axes, data: Dataset, method: str, part: str, name: str, style: Mapping[str, Any]) -> None:
     """One line per stage, since losses jump between them."""
     values: dict[int, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for row in data.losses:
+    for row in data.tables.losses:
         value = getattr(row, part)
         if row.method == method and value is not None and value > 0:
             values[row.stage][row.step].append(value)
     label: str | None = name
     for stage, points in sorted(values.items()):
         steps = sorted(points)
-        xs = [stage + step / data.steps_per_stage[method] for step in steps]
+        xs = [stage + step / data.distill[method]["steps_per_stage"] for step in steps]
         means = [float(np.mean(points[step])) for step in steps]
         axes.plot(xs, means, linewidth=0.8, label=label, **style)
         label = None

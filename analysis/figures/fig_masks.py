@@ -40,7 +40,7 @@ def draw(data: Dataset) -> Figure | None:
 def _shares(data: Dataset) -> dict[str, Shares]:
     """Of every method that masks."""
     values: dict[str, Shares] = defaultdict(lambda: defaultdict(list))
-    for row in data.stages:
+    for row in data.tables.stages:
         if row.masked_share is not None:
             values[row.method][row.stage + 1].append(row.masked_share)
     return values

@@ -51,7 +51,7 @@ def draw(data: Dataset, method: str) -> Figure | None:
 def task_curves(data: Dataset, method: str) -> dict[str, dict[int, float]]:
     """By task, in stream order, and step: the share of episodes with the right belief, over all seeds."""
     counts: dict[str, dict[int, list[int]]] = {task: defaultdict(lambda: [0, 0]) for task in data.tasks}
-    for row in data.retrieval:
+    for row in data.tables.retrieval:
         if row.method == method:
             cell = counts[row.task][row.step]
             cell[0] += row.correct
@@ -67,7 +67,7 @@ def _line(curve: dict[int, float]) -> tuple[list[int], list[float]]:
 
 def caption(data: Dataset, method: str) -> str:
     """What the figure shows, without the conditions."""
-    seeds = len({row.seed for row in data.retrieval if row.method == method})
+    seeds = len({row.seed for row in data.tables.retrieval if row.method == method})
     few = len(data.tasks) <= FEW_TASKS
     alike = look_alikes(data)
     alike = f" Tasks of which episodes begin like another's: {alike}." if alike else ""

@@ -116,12 +116,13 @@ def _current_task(axes: Axes, data: Dataset, students: list[StudentResults]) -> 
         line: Line = defaultdict(list)
         for student in (s for s in students if s.admitted[column]):
             key = (student.method, student.seed, stage, task)
-            points = [r for r in data.curves if (r.method, r.seed, r.stage, r.task) == key]
-            start = rate_before(student.matrix, stage, afresh=student.method in data.afresh)
+            points = [r for r in data.tables.curves if (r.method, r.seed, r.stage, r.task) == key]
+            distill = data.distill[student.method]
+            start = rate_before(student.matrix, stage, single_task=distill["protocol"] == "single_task")
             if points and points[0].step > 0 and start is not None:
                 line[stage].append(start)
             for row in points:
-                line[stage + row.step / data.steps_per_stage[student.method]].append(row.successes / row.episodes)
+                line[stage + row.step / distill["steps_per_stage"]].append(row.successes / row.episodes)
         if line:
             label = None if labelled else "current task"
             width = 1.0 if len(data.stream) <= 25 else 0.6
@@ -164,8 +165,8 @@ def caption(data: Dataset) -> str:
             f"Average performance of {', '.join(m.method for m in data.methods)} over the stream of {data.name}, "
             f"over all tasks, those to come included.{behind(data.method_names)}{dots}"
         )
-    length = data.steps_per_stage[data.methods[0].method]
-    current = f"the current task within every stage ({length} steps each), and " if data.curves else ""
+    length = data.distill[data.methods[0].method]["steps_per_stage"]
+    current = f"the current task within every stage ({length} steps each), and " if data.tables.curves else ""
     return (
         f"Success over the stream of {data.name}: {current}after every stage the means over all tasks, those to "
         "come included (average performance), and over the tasks so far; tasks without an admitted teacher count "

@@ -50,7 +50,7 @@ def draw(data: Dataset, method: str) -> Figure | None:
 
 def _shares(data: Dataset, method: str) -> Floats | None:
     """[layers, tasks, experts], of the first seed that was looked at."""
-    rows = [row for row in data.usage if row.method == method]
+    rows = [row for row in data.tables.usage if row.method == method]
     if not rows:
         return None
     rows = [row for row in rows if row.seed == rows[0].seed]
@@ -67,7 +67,7 @@ def _shares(data: Dataset, method: str) -> Floats | None:
 
 def caption(data: Dataset, method: str) -> str:
     """What the figure shows, without the conditions."""
-    seeds = list(dict.fromkeys(row.seed for row in data.usage if row.method == method))
+    seeds = list(dict.fromkeys(row.seed for row in data.tables.usage if row.method == method))
     which = f" of seed {seeds[0]}" if len(seeds) > 1 else ""
     return (
         f"Experts of {method} at the end of the stream of {data.name}{which}: share of the router's top-k choices "

@@ -1,4 +1,4 @@
-"""Looking into a student while it acts: which experts it chooses, and which task it believes to face."""
+"""Recording a student while it acts: which experts its router chooses, and which task it infers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Counts = npt.NDArray[np.int64]
 
 
 def retrieval_steps(horizon: int) -> list[int]:
-    """The steps at which beliefs are recorded: every one at first, then ever fewer, and the last."""
+    """The steps at which beliefs are recorded: every step at first, then increasingly sparse, and the last."""
     steps, step = [], 1.0
     while step < horizon:
         steps.append(round(step))
@@ -28,25 +28,25 @@ def retrieval_steps(horizon: int) -> list[int]:
 
 
 class ExpertUsage:
-    """A student's actor that is watched; satisfies `cpd.envs.episodes.Actor` and acts as the actor itself does.
+    """A wrapper of a student's actor that records it; a `cpd.envs.episodes.Actor` with the same actions.
 
-    It counts every step of every row, so the episodes must run to their end.
+    It counts every step of every row, so all episodes must run to their end.
     """
 
     def __init__(self, student: Student, actor: Actor, tasks: Sequence[str], horizon: int) -> None:
-        """`tasks` are the stream's distinct tasks, in order; `actor` is the student's."""
+        """Record `actor`, which acts by `student`; `tasks` are the stream's distinct tasks, in order."""
         self._student, self._actor, self._tasks = student, actor, list(tasks)
         self._recorded = set(retrieval_steps(horizon))
         identity: str = student.config.task_identity
         self._believes = identity == "inferred"
         self._task, self._step = "", 0
         self._chosen: dict[tuple[str, int], Counts] = {}
-        """By task and layer the assignments to each expert, [E]."""
+        """By task and layer: the number of assignments to each expert, [E]."""
         self._retrieved: dict[tuple[str, int], tuple[int, int]] = {}
-        """By task and step the episodes, and those in which the right task was believed."""
+        """By task and step: the number of episodes, and of those in which the inferred task was the right one."""
 
     def reset(self, tasks: Sequence[str]) -> None:
-        """Fresh episodes begin, all of one task."""
+        """Begin new episodes, all of one task."""
         (self._task,) = set(tasks)
         self._step = 0
         self._actor.reset(tasks)
@@ -75,15 +75,15 @@ class ExpertUsage:
             self._chosen[key] = counts + self._chosen.get(key, np.zeros_like(counts))
 
     def rows(self, comm: Comm, **common: Any) -> tuple[list[UsageRow], list[RetrievalRow]]:
-        """What all ranks have seen, task by task; a collective. `common` are the columns that all rows share."""
+        """The records of all ranks, task by task; a collective. `common` has the columns that all rows share."""
         chosen: dict[tuple[str, int], Counts] = {}
         retrieved: dict[tuple[str, int], tuple[int, int]] = {}
-        for own_chosen, own_retrieved in comm.gather((self._chosen, self._retrieved)):
-            for key, counts in own_chosen.items():
+        for chosen_on_rank, retrieved_on_rank in comm.gather((self._chosen, self._retrieved)):
+            for key, counts in chosen_on_rank.items():
                 chosen[key] = counts + chosen.get(key, np.zeros_like(counts))
-            for key, (episodes, correct) in own_retrieved.items():
-                before = retrieved.get(key, (0, 0))
-                retrieved[key] = before[0] + episodes, before[1] + correct
+            for key, (episodes, correct) in retrieved_on_rank.items():
+                totals = retrieved.get(key, (0, 0))
+                retrieved[key] = totals[0] + episodes, totals[1] + correct
         order = self._tasks.index
         usage = [
             UsageRow(**common, task=task, layer=layer, expert=expert, chosen=int(count))
@@ -102,7 +102,7 @@ class ExpertUsage:
 def _ask_for_statistics(
     student: torch.nn.Module, inputs: tuple[Any, ...], options: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Let the last step of every window count: the one that is being acted in."""
+    """Restrict the router's statistics to the last step of every window: the one whose action is executed."""
     (obs_BLO,) = inputs
     valid_BL = torch.zeros(obs_BLO.shape[:2], dtype=obs_BLO.dtype, device=obs_BLO.device)
     valid_BL[:, -1] = 1.0

@@ -9,14 +9,10 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 Floats = NDArray[np.float64]
-
-
 Statistic = Callable[[Floats], Floats]
 
-
 Z_95 = 1.959963984540054
-
-
+#: With fewer seeds than these there is no interval over seeds.
 FEW_SEEDS = 5
 
 

@@ -1,8 +1,9 @@
-"""Which tasks cannot be told apart when an episode begins: what a student that is told nothing is up against.
+"""Which tasks look alike when an episode begins: no student without a task label can tell these apart at once.
 
-A teacher's episode is put beside the first observations of all teachers' other episodes, those of its task on its
-own goal left out. If the nearest is of another task, the tasks differ by less than their goals vary; tasks whose
-first observations coincide are nearest to each other by chance, or more often where their goals coincide too.
+The first observation of a teacher's episode is compared with those of all teachers' other episodes, except
+episodes of the same task on the same goal. If the nearest one belongs to another task, the tasks differ less than
+their goals do. Tasks whose first observations coincide are nearest to each other by chance, or more often if their
+goals coincide too.
 
 Dimensions: E episodes, O observation size.
 """
@@ -22,19 +23,19 @@ from cpd.run.tables import StartRow
 from cpd.student.observations import observation_scaling
 
 
-class LookAlikes(NamedTuple):
-    """How the episodes of one task begin."""
+class FirstObservations(NamedTuple):
+    """The first observations of one task's episodes, with their goals."""
 
     obs_EO: npt.NDArray[np.float64]
-    """Scaled as the student sees them."""
+    """Scaled as the student's input is."""
     goal_E: npt.NDArray[np.int64]
 
 
 def start_rows(run: Run) -> list[StartRow]:
-    """The table of a run whose teachers are finished, for the teachers of every seed.
+    """The table of look-alikes of a run, for the teachers of every seed.
 
-    Empty while a teacher is not finished, and where the rollouts of one can no longer be read: results do not need
-    them.
+    It is empty while a teacher is unfinished. It is also empty if the rollouts of one can no longer be read, since
+    results do not depend on them.
     """
     rows: list[StartRow] = []
     for seed in run.config.teacher.seeds:
@@ -45,39 +46,39 @@ def start_rows(run: Run) -> list[StartRow]:
         if not admitted:
             continue
         try:
-            starts = {teacher.task: _read(teacher) for teacher in admitted}
+            observations = {teacher.task: _read(teacher) for teacher in admitted}
         except (ShardError, OSError):
             return []
-        for (task, other), nearest in nearest_tasks(starts).items():
-            rows.append(StartRow(task, seed, other, len(starts[task].goal_E), nearest))
+        for (task, other), nearest in nearest_tasks(observations).items():
+            rows.append(StartRow(task, seed, other, len(observations[task].goal_E), nearest))
     return rows
 
 
-def _read(teacher: TeacherElement) -> LookAlikes:
+def _read(teacher: TeacherElement) -> FirstObservations:
     centre, scale = observation_scaling()
     observations, goals = first_observations(teacher.shards)
-    return LookAlikes((observations - centre) / scale, goals)
+    return FirstObservations((observations - centre) / scale, goals)
 
 
-def nearest_tasks(starts: Mapping[str, LookAlikes]) -> dict[tuple[str, str], int]:
-    """By task and other task the episodes whose nearest first observation (Euclidean) is one of the other's.
+def nearest_tasks(observations: Mapping[str, FirstObservations]) -> dict[tuple[str, str], int]:
+    """Count, by task and other task, the episodes whose nearest first observation (Euclidean) is of the other.
 
-    Every task's count with itself is there; of others, those that are not 0. An episode that has no other to be
-    compared with does not count.
+    The count of every task with itself is always included, other counts only if they are not 0. An episode that
+    can be compared with no other does not count.
     """
-    tasks = list(starts)
-    every_EO = np.concatenate([starts[task].obs_EO for task in tasks])
-    goal_E = np.concatenate([starts[task].goal_E for task in tasks])
-    task_E = np.repeat(np.arange(len(tasks)), [len(starts[task].goal_E) for task in tasks])
-    found: dict[tuple[str, str], int] = {}
+    tasks = list(observations)
+    every_EO = np.concatenate([observations[task].obs_EO for task in tasks])
+    goal_E = np.concatenate([observations[task].goal_E for task in tasks])
+    task_E = np.repeat(np.arange(len(tasks)), [len(observations[task].goal_E) for task in tasks])
+    nearest: dict[tuple[str, str], int] = {}
     for number, task in enumerate(tasks):
-        own = starts[task]
-        # One task at a time: all pairs at once would be gigabytes with fifty tasks.
-        distance_EE = np.square(own.obs_EO[:, None] - every_EO[None]).sum(-1)
-        distance_EE[(own.goal_E[:, None] == goal_E[None]) & (task_E == number)[None]] = np.inf
+        first = observations[task]
+        # One task at a time: the distances of all pairs of fifty tasks would take gigabytes.
+        distance_EE = np.square(first.obs_EO[:, None] - every_EO[None]).sum(-1)
+        distance_EE[(first.goal_E[:, None] == goal_E[None]) & (task_E == number)[None]] = np.inf
         comparable_E = np.isfinite(distance_EE).any(1)
         nearest_E = task_E[distance_EE.argmin(1)[comparable_E]]
         counts = np.bincount(nearest_E, minlength=len(tasks))
-        found[task, task] = int(counts[number])
-        found |= {(task, tasks[k]): int(counts[k]) for k in np.flatnonzero(counts) if k != number}
-    return found
+        nearest[task, task] = int(counts[number])
+        nearest |= {(task, tasks[k]): int(counts[k]) for k in np.flatnonzero(counts) if k != number}
+    return nearest

@@ -8,32 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cpd.evaluation.intervals import Floats
+from cpd.run.tables import EvaluationRow
 
 Bools = NDArray[np.bool_]
-
-
-class Counted(Protocol):
-    """What a row of a long-form table tells a success matrix: successes in so many episodes of a task.
-
-    The stage is the last one distilled before; -1: none; None: the row is a teacher's.
-    """
-
-    @property
-    def stage(self) -> int | None: ...
-    @property
-    def task(self) -> str: ...
-    @property
-    def goal_set(self) -> str: ...
-    @property
-    def episodes(self) -> int: ...
-    @property
-    def successes(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -54,16 +37,16 @@ class SuccessMatrix:
             return np.where(self.episodes > 0, self.successes / self.episodes, np.nan)
 
 
-def success_matrix(rows: Iterable[Counted], stream: Sequence[str], goal_set: str) -> SuccessMatrix:
+def success_matrix(rows: Iterable[EvaluationRow], stream: Sequence[str], goal_set: str) -> SuccessMatrix:
     """Assemble the success matrix of one student from its long-form rows.
 
     Args:
-        rows: rows of one method and seed; those of other goal sets are passed over.
+        rows: rows of one method and seed; rows of other goal sets are skipped.
         stream: the task of every stage.
         goal_set: the goals to count.
 
     Raises:
-        ValueError: for a stage or task outside the stream, or a cell that stands twice.
+        ValueError: for a stage or task outside the stream, or for two rows of one cell.
     """
     tasks = tuple(dict.fromkeys(stream))
     successes = np.zeros((len(stream) + 1, len(tasks)), np.int64)
@@ -240,9 +223,3 @@ def forward_transfer(area: Floats, baseline: Floats, at_most: Floats) -> tuple[F
     with np.errstate(divide="ignore", invalid="ignore"):
         gain = (area - baseline) / (1.0 - baseline)
     return np.where(left_out, np.nan, gain), left_out
-
-
-# ---- Uncertainty of one run, from its episode counts
-
-
-# ---- Uncertainty over seeds (Agarwal et al. 2021); scores are (..., N, J)

@@ -5,10 +5,10 @@ Needs nothing but the folder, so that results which were copied or published wit
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from cpd.config.load import merge
 from cpd.config.retired import upgrade
@@ -27,6 +27,17 @@ from cpd.run.tables import (
     read_rows,
 )
 
+#: The tables that are read, by the name of the field and of the file.
+TABLES: Final[dict[str, type[Any]]] = {
+    "evaluations": EvaluationRow,
+    "curves": CurveRow,
+    "teachers": TeacherRow,
+    "losses": LossRow,
+    "stages": StageRow,
+    "usage": UsageRow,
+    "retrieval": RetrievalRow,
+    "starts": StartRow,
+}
 TEACHER = "teacher"
 HELD_OUT = "held_out"
 
@@ -90,15 +101,16 @@ def read_tables(folder: Path) -> Tables:
     return Tables(
         folder,
         upgrade(read_json(path)),
-        rows("evaluations.csv", EvaluationRow),
-        rows("curves.csv", CurveRow),
-        rows("teachers.csv", TeacherRow),
-        rows("losses.csv", LossRow),
-        rows("stages.csv", StageRow),
-        rows("usage.csv", UsageRow),
-        rows("retrieval.csv", RetrievalRow),
-        rows("starts.csv", StartRow),
+        **{name: rows(f"{name}.csv", kind) for name, kind in TABLES.items()},
     )
+
+
+def merge_tables(tables: Sequence[Tables]) -> Tables:
+    """The first of `tables`, with the rows of all; a row that several of them share occurs once."""
+    rows: dict[str, Any] = {
+        name: list(dict.fromkeys(row for table in tables for row in getattr(table, name))) for name in TABLES
+    }
+    return replace(tables[0], **rows)
 
 
 def labels_of(rows: Iterable[EvaluationRow]) -> dict[str, str]:

@@ -89,10 +89,9 @@ def evaluation_rows(
 def _make_actor(element: StudentElement, model: Student, stages: Sequence[int]) -> Actor:
     """What row `stages[-1]` of the success matrix measures.
 
-    It is the student after that stage, with one exception: by the protocol `single_task` there is a student for
-    each task, and a row measures on each task the student of its latest stage so far, on tasks without one the
-    first student, from before training. So S[i, j] stays what it was when task j's stage ended: nothing is
-    forgotten, and the final row holds every task's own student.
+    This is the student after that stage. The protocol `single_task` is an exception, since it trains a student per
+    task: row i uses, for each task, the student from that task's latest stage up to i, or the untrained student if
+    it has none. S[i, j] then stays as it was at the end of task j's stage: nothing is forgotten.
 
     Args:
         element: the student's.
@@ -102,28 +101,28 @@ def _make_actor(element: StudentElement, model: Student, stages: Sequence[int]) 
     stream, device = element.config.stream, model.device
     if element.config.distill.protocol != "single_task":
         return make_actor(model, stream.distinct_tasks)
-    own = dict.fromkeys(stream.distinct_tasks, stages[0])
-    own |= {stream.tasks[stage]: stage for stage in stages if stage >= 0}
+    stage_of = dict.fromkeys(stream.distinct_tasks, stages[0])
+    stage_of |= {stream.tasks[stage]: stage for stage in stages if stage >= 0}
 
-    def own_actor(task: str) -> Actor:
-        stage = own[task]
-        there = model if stage == stages[-1] else load_student(element.stage_policy(stage)).to(device)
-        return make_actor(there, stream.distinct_tasks)
+    def actor_of(task: str) -> Actor:
+        stage = stage_of[task]
+        student = model if stage == stages[-1] else load_student(element.stage_policy(stage)).to(device)
+        return make_actor(student, stream.distinct_tasks)
 
-    return TaskwiseActor(own_actor)
+    return TaskwiseActor(actor_of)
 
 
 def run_evaluation(
     run: Run, element: StudentElement, comm: Comm, *, interrupt: Interrupt, log: Callable[[str], None]
 ) -> None:
-    """Fill the rows that are missing for one student; a collective.
+    """Evaluate the missing rows of one student's success matrix; a collective.
 
-    While the student is still learning, its newest stage is left for later: only if nothing follows does it
-    become the final row, of which more is measured.
+    While the student is still learning, its newest stage is not evaluated: if it turns out to be the last, its row
+    is the final one, which takes more episodes.
 
     Raises:
         LeaseHeldError: if another process is evaluating this student.
-        InterruptedBySignal: if asked to stop; the rows finished so far are kept.
+        InterruptedBySignal: if a stop is requested; the rows finished so far are kept.
     """
     torch.set_num_threads(TORCH_THREADS)
     with begin_attempt(element, comm, log) as attempt:
@@ -172,18 +171,19 @@ def _fill_rows(
         model = load_student(student.stage_policy(stage)).to(device)
         cells = sorted(row_cells(config, stage, stages[-1]), key=lambda cell: not cell.to_the_end)
         actor = _make_actor(student, model, stages[: stages.index(stage) + 1])
-        watch = ExpertUsage(model, actor, config.stream.distinct_tasks, config.stream.horizon)
+        usage = ExpertUsage(model, actor, config.stream.distinct_tasks, config.stream.horizon)
         before = done
-        # Only where episodes run to their end is every step of the actor one of an episode.
+        # Finished episodes stay in the batch that the actor sees: its records are of running episodes only if all
+        # episodes run to their end.
         outcomes: list[list[Outcome]] = []
-        for acting, to_the_end in ((watch, True), (actor, False)):
+        for acting, to_the_end in ((usage, True), (actor, False)):
             found = evaluate_cells(
                 acting,
                 [cell for cell in cells if cell.to_the_end == to_the_end],
                 config.stream.horizon,
                 pool,
                 comm,
-                tasks_per_pass=1 if acting is watch else TASKS_PER_PASS,  # what it sees is told by task
+                tasks_per_pass=1 if acting is usage else TASKS_PER_PASS,  # it records one task at a time
                 should_stop=lambda: interrupt.requested,
                 advance=advance,
             )
@@ -192,17 +192,16 @@ def _fill_rows(
             outcomes += found
         done = before + episodes[stage]
         label = labels(config)
-        usage, retrieval = watch.rows(comm, method=element.method, seed=element.seed, stage=stage, **asdict(label))
+        common: dict[str, Any] = {"method": element.method, "seed": element.seed, "stage": stage}
+        usage_rows, retrieval_rows = usage.rows(comm, **common, **asdict(label))
         if attempt.is_writer:
-            rows, episode_rows = evaluation_rows(
-                cells, outcomes, method=element.method, seed=element.seed, stage=stage, label=label
-            )
+            rows, episode_rows = evaluation_rows(cells, outcomes, **common, label=label)
             attempt.check()
-            # Of the students of single tasks only the last is watched: that is no table of the method's experts.
-            if usage and config.distill.protocol != "single_task":
-                write_rows(element.usage_file(stage), usage)
-            if retrieval:
-                write_rows(element.retrieval_file(stage), retrieval)
+            # Only the latest of the single-task students is recorded: no table of the method's experts.
+            if usage_rows and config.distill.protocol != "single_task":
+                write_rows(element.usage_file(stage), usage_rows)
+            if retrieval_rows:
+                write_rows(element.retrieval_file(stage), retrieval_rows)
             write_rows(element.row_episodes_file(stage), episode_rows)
             write_rows(element.row_file(stage), rows)  # last: it marks the row as measured
     pool.close()

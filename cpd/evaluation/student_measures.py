@@ -115,26 +115,16 @@ class StudentMeasures:
 
 @dataclass(frozen=True)
 class StudentResults:
-    """One student: its success matrix, its teachers' success, and its measures."""
+    """One student: its success matrix, its measures, and what aggregates over students need beside them."""
 
     method: str
     seed: int
     matrix: SuccessMatrix
-    teacher_successes: Floats
-    """(J,)"""
-    teacher_episodes: Floats
-    """(J,); 0 where a teacher was not evaluated."""
     admitted: Bools
-    """(J,)"""
+    """(J,) whether the task has an admitted teacher."""
     areas_at_most: tuple[float | None, ...]
-    """By stage, what `measures.areas` would be had every look within the stage been a full success."""
+    """By stage, what `measures.areas` would be if every evaluation within the stage were a full success."""
     measures: StudentMeasures
-
-    @property
-    def teacher_rates(self) -> Floats:
-        """(J,) success rates of its teachers, NaN where not evaluated."""
-        with np.errstate(invalid="ignore"):
-            return self.teacher_successes / self.teacher_episodes
 
 
 def measure_student(tables: Tables, method: str, seed: int) -> StudentResults:
@@ -148,14 +138,17 @@ def measure_student(tables: Tables, method: str, seed: int) -> StudentResults:
         for r in tables.evaluations
         if r.method == TEACHER and r.seed == teacher_seed and r.goal_set == tables.goal_set
     }
-    # One whose folder is not there (any more) was admitted, or its stage would have been skipped.
+    # A task without a row counts as admitted: its teacher's folder may have been removed since, but a student that
+    # learned without this teacher would have skipped the stage. Only a recorded rejection is certain.
     admitted = np.array([states.get(task) != "rejected" for task in matrix.tasks])
     successes, episodes = np.array([teachers.get(task, (0, 0)) for task in matrix.tasks], float).T
     with np.errstate(invalid="ignore"):
         teacher_rates = successes / episodes
+    # Joint and single-task students have no earlier success to lose: with NaN, every form of forgetting is None.
     continual = tables.method_config(method)["distill"]["protocol"] == "continual"
     final = final_stage(matrix.rates, matrix.stream, admitted)
     row = matrix.rates[final + 1] if final is not None else np.full(len(matrix.tasks), np.nan)
+    # Until the stream is evaluated to its end row K-1 is NaN throughout, and so is whatever depends on it.
     lost = forgetting(
         matrix.rates if continual else np.full_like(matrix.rates, np.nan),
         matrix.stream,
@@ -163,6 +156,7 @@ def measure_student(tables: Tables, method: str, seed: int) -> StudentResults:
         len(matrix.stream) - 1 if final is None else final,
     )
     own = own_stages(matrix.stream)
+    # The NaN rate of a teacher without evaluation episodes must not reach the mean.
     share = recovery(row, teacher_rates, admitted & (episodes > 0))
     reported = [row for row in rows if row.goal_set == tables.goal_set]
     training = success_matrix(rows, matrix.stream, "training")
@@ -202,10 +196,10 @@ def measure_student(tables: Tables, method: str, seed: int) -> StudentResults:
         ),
     )
     at_most = tuple(_areas(tables, matrix, method, seed, at_most=True))
-    return StudentResults(method, seed, matrix, successes, episodes, admitted, at_most, measures)
+    return StudentResults(method, seed, matrix, admitted, at_most, measures)
 
 
-def rate_before(matrix: SuccessMatrix, stage: int, *, afresh: bool = False) -> float | None:
+def rate_before(matrix: SuccessMatrix, stage: int, *, single_task: bool = False) -> float | None:
     """Success on a stage's own task just before that stage, None if not measured.
 
     Skipped stages have no row of their own; the row before them still holds.
@@ -213,9 +207,9 @@ def rate_before(matrix: SuccessMatrix, stage: int, *, afresh: bool = False) -> f
     Args:
         matrix: of one student.
         stage: from 0 on.
-        afresh: whether every stage trains a student of its own, which begins like that of the row before training.
+        single_task: whether every stage trains a separate student, starting from the untrained one.
     """
-    measured = [k for k in range(1 if afresh else stage + 1) if matrix.episodes[k].any()]
+    measured = [k for k in range(1 if single_task else stage + 1) if matrix.episodes[k].any()]
     return _number(matrix.rates[measured[-1], matrix.tasks.index(matrix.stream[stage])]) if measured else None
 
 
@@ -290,7 +284,7 @@ def _areas(
         if not points or points[-1][0] < length:
             yield None
             continue
-        start = rate_before(matrix, stage, afresh=settings["protocol"] == "single_task")
+        start = rate_before(matrix, stage, single_task=settings["protocol"] == "single_task")
         if points[0][0] > 0 and start is not None:
             points.insert(0, (0, start))
         yield area_under_curve([p[0] for p in points], [p[1] for p in points], length)

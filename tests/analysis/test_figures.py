@@ -140,7 +140,7 @@ def test_curves_and_losses_lie_within_their_stages(tmp_path: Path, steps: int) -
     assert f"the current task within every stage ({steps} steps each)" in fig_stream.caption(data)
     losses = fig_losses.draw(data)
     assert losses is not None
-    recorded = {row.stage + row.step / steps for row in data.losses}
+    recorded = {row.stage + row.step / steps for row in data.tables.losses}
     drawn = {float(x) for line in losses.axes[0].lines[:3] for x in line.get_xdata()}
     assert sorted(drawn) == pytest.approx(sorted(recorded))
 
@@ -163,11 +163,12 @@ def test_rejected_teachers_count_as_0_where_teachers_are_the_measure(tmp_path: P
 
 def test_usage_is_the_share_of_every_task_s_choices_of_the_first_seed(tmp_path: Path) -> None:
     data = made(tmp_path / "r", students={1: RATES, 2: RATES * 0.5})
-    data = replace(data, usage=tuple(replace(r, chosen=r.chosen + r.seed * r.expert) for r in data.usage))
+    usage = [replace(r, chosen=r.chosen + r.seed * r.expert) for r in data.tables.usage]
+    data = replace(data, tables=replace(data.tables, usage=usage))
     shares = fig_usage._shares(data, "moe")
     assert shares is not None
     for layer, column, expert in np.ndindex(shares.shape):
-        own = [row for row in data.usage if (row.seed, row.layer, row.task) == (1, layer, STREAM[column])]
+        own = [row for row in data.tables.usage if (row.seed, row.layer, row.task) == (1, layer, STREAM[column])]
         chosen = sum(row.chosen for row in own if row.expert == expert)
         assert shares[layer, column, expert] == pytest.approx(chosen / sum(row.chosen for row in own))
 
@@ -181,11 +182,11 @@ def test_numbers_of_transfer_keep_their_zeros() -> None:
     ]
 
 
-def test_a_student_that_every_stage_trains_afresh_begins_like_the_first() -> None:
+def test_a_separate_student_of_every_stage_begins_like_the_first() -> None:
     episodes = np.full((4, 2), 10)
     matrix = SuccessMatrix(("a", "b", "a"), ("a", "b"), np.array([[1, 0], [9, 0], [9, 8], [7, 8]]), episodes)
     assert rate_before(matrix, 2) == 0.9
-    assert rate_before(matrix, 2, afresh=True) == 0.1
+    assert rate_before(matrix, 2, single_task=True) == 0.1
 
 
 def test_figures_of_what_is_no_longer_there_are_removed_and_nothing_else(tmp_path: Path) -> None:

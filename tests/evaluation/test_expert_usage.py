@@ -36,14 +36,14 @@ def observations(count: int) -> list[np.ndarray]:
 
 def test_a_watched_student_acts_the_same_and_every_step_counts_top_k_times() -> None:
     model = student()
-    watch = ExpertUsage(model, StudentActor(model, TASKS), TASKS, horizon=9)
+    recorder = ExpertUsage(model, StudentActor(model, TASKS), TASKS, horizon=9)
     alone = StudentActor(model, TASKS)
     for task in ("b-v3", "a-v3", "b-v3"):
-        watch.reset([task] * 5)
+        recorder.reset([task] * 5)
         alone.reset([task] * 5)
         for obs in observations(7):
-            np.testing.assert_array_equal(watch.act(obs), alone.act(obs))
-    usage, retrieval = watch.rows(SerialComm(), **COMMON)
+            np.testing.assert_array_equal(recorder.act(obs), alone.act(obs))
+    usage, retrieval = recorder.rows(SerialComm(), **COMMON)
     assert retrieval == [], "a student that believes nothing retrieves nothing"
     assert list(dict.fromkeys((row.task, row.layer) for row in usage)) == [
         (task, layer) for task in ("a-v3", "b-v3") for layer in (0, 1)
@@ -70,13 +70,13 @@ class Believer:
 
 
 def test_beliefs_are_compared_with_the_task_at_the_recorded_steps() -> None:
-    watch = ExpertUsage(student(), Believer(), TASKS, horizon=9)  # type: ignore[arg-type]
-    watch._believes = True
+    recorder = ExpertUsage(student(), Believer(), TASKS, horizon=9)  # type: ignore[arg-type]
+    recorder._believes = True
     for task in ("b-v3", "a-v3", "b-v3"):
-        watch.reset([task] * 5)
+        recorder.reset([task] * 5)
         for obs in observations(9):
-            watch.act(obs)
-    _, rows = watch.rows(SerialComm(), **COMMON)
+            recorder.act(obs)
+    _, rows = recorder.rows(SerialComm(), **COMMON)
     found = {(row.task, row.step): (row.correct, row.episodes) for row in rows}
     steps = retrieval_steps(9)
     assert list(found) == [(task, step) for task in ("a-v3", "b-v3") for step in steps]

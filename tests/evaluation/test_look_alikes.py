@@ -12,7 +12,7 @@ import pytest
 from analysis.dataset import load_dataset
 from analysis.paper_tables import start_table
 from cpd.evaluation.gather import gather
-from cpd.evaluation.look_alikes import LookAlikes, nearest_tasks, start_rows
+from cpd.evaluation.look_alikes import FirstObservations, nearest_tasks, start_rows
 from cpd.run.directory import Run
 from cpd.run.shards.writer import ShardWriter
 from cpd.run.tables import StartRow, read_rows
@@ -25,22 +25,28 @@ RATES = np.array([[0.0, 0.0, 0.0], [1.0, 0.0, 0.0], [1.0, 1.0, 0.0], [0.8, 0.4, 
 HEIGHTS = {"reach-v3": (0.0, 0.2), "push-v3": (0.01, 0.21, 0.23), "window-close-v3": (5.0, 5.1)}
 
 
-def starts(*values: float, goals: tuple[int, ...] | None = None) -> LookAlikes:
-    return LookAlikes(np.array(values)[:, None], np.array(goals or range(len(values))))
+def first(*values: float, goals: tuple[int, ...] | None = None) -> FirstObservations:
+    return FirstObservations(np.array(values)[:, None], np.array(goals or range(len(values))))
 
 
 def test_nearest_neighbours_by_hand() -> None:
-    found = nearest_tasks({"a": starts(0.0, 1.0, 1.1), "b": starts(0.4, 5.0), "c": starts(7.0, 7.2)})
+    found = nearest_tasks(
+        {
+            "a": first(0.0, 1.0, 1.1),
+            "b": first(0.4, 5.0),
+            "c": first(7.0, 7.2),
+        }
+    )
     assert found == {("a", "a"): 2, ("a", "b"): 1, ("b", "b"): 0, ("b", "a"): 1, ("b", "c"): 1, ("c", "c"): 2}
 
 
 def test_another_episode_on_the_same_goal_proves_nothing() -> None:
-    found = nearest_tasks({"a": starts(0.0, 0.0, 3.0, goals=(7, 7, 8)), "b": starts(0.5, 9.0)})
+    found = nearest_tasks({"a": first(0.0, 0.0, 3.0, goals=(7, 7, 8)), "b": first(0.5, 9.0)})
     assert found["a", "b"] == 3
 
 
 def test_a_task_alone_on_its_only_goal_cannot_be_compared() -> None:
-    assert nearest_tasks({"a": starts(0.0, 0.0, goals=(1, 1))}) == {("a", "a"): 0}
+    assert nearest_tasks({"a": first(0.0, 0.0, goals=(1, 1))}) == {("a", "a"): 0}
 
 
 @pytest.fixture
