@@ -14,8 +14,8 @@ def _words(seed: int, path: tuple[int | str, ...]) -> list[int]:
 def generator(seed: int, *path: int | str) -> np.random.Generator:
     """A NumPy generator for the stream named by `path`, e.g. `generator(seed, "batch", stage, step)`.
 
-    Integers in `path` must be non-negative, and a name always be followed by as many: NumPy pads short seeds with
-    zeros, so that a 0 at the end may make no difference.
+    Integers in `path` must be non-negative, and the same number of them must always follow a name: NumPy pads
+    short seeds with zeros, so that a 0 at the end may make no difference.
     """
     return np.random.Generator(np.random.Philox(np.random.SeedSequence(_words(seed, path))))
 

@@ -33,7 +33,7 @@ from jobs.launch_options import build_parser, check_options, check_run_dir, load
 from jobs.launch_slurm import Choice, cancel_chain, dry_run, submit_chain
 from jobs.status import print_failures, run_status, screen_table
 
-#: What the user can mend, told in a line.
+#: Mistakes of the user, reported in one line without a traceback.
 MISTAKES = (
     ReuseError,
     ConfigError,
@@ -49,7 +49,7 @@ LINE_SECONDS = 15.0
 
 
 def prepare(root: Path, config: Config, profile: Profile) -> Run:
-    """Make the run directory, or check that the one there is of the same experiment; for its single launcher.
+    """Make the run directory, or check that it is of the same experiment; call with the launcher's lease held.
 
     Raises:
         RunError: if settings that affect results differ from what `root` holds.
@@ -60,19 +60,19 @@ def prepare(root: Path, config: Config, profile: Profile) -> Run:
         old = Run(root)
         started_with = read_json(root / "provenance.json")["code"]
         if started_with != code_version():
-            log(f"note: {root} was begun with code {started_with}, this is {code_version()}")
+            log(f"note: {root} was started with code {started_with}, this is {code_version()}")
         stored = upgrade(read_json(config_path))
         unsaid = [line for line in changes(stored, to_dict(old.config)) if ": None -> " in line]
         if unsaid:
             lines = "\n".join(f"  {line.replace('None -> ', '')}" for line in unsaid)
-            log(f"note: {root} is older than these settings; what is finished may not agree with them:\n{lines}")
+            log(f"note: {root} is older than these settings; finished elements may not agree with them:\n{lines}")
         config = continued(old.config, config)
         if old.is_extended_by(config):
-            old.report().complete.unlink(missing_ok=True)  # it has yet to tell of those that are new
+            old.report().complete.unlink(missing_ok=True)  # it lacks the new students
     else:
         write_json(root / "provenance.json", provenance())
     write_json(root / "profile.json", to_dict(profile))
-    # Its teachers are taken over before anything starts: only the name of where they come from is kept.
+    # Teachers are reused before anything starts, so that only the name of their source is kept.
     write_json(config_path, to_dict(replace(config, teachers_from=Path(config.teachers_from).name)))
     run = Run(root)
     run.logs.mkdir(exist_ok=True)
@@ -80,7 +80,7 @@ def prepare(root: Path, config: Config, profile: Profile) -> Run:
 
 
 def describe(run: Run, profile: Profile, chosen: Sequence[Element]) -> list[str]:
-    """What of `chosen` would run on this machine, in words."""
+    """Return lines that say what of `chosen` would run on this machine."""
     config, root = run.config, run.root
     methods = dict.fromkeys(element.method for element in chosen if isinstance(element, StudentElement))
     lines = [
@@ -123,7 +123,7 @@ def execute(run: Run, profile: Profile, interrupt: Interrupt, elements: Sequence
 
 
 class PlainProgress:
-    """Tells changes of state of some elements at once, and their progress now and then, a line each."""
+    """Prints a line whenever an element's state changes, and its progress every 15 seconds."""
 
     def __init__(self, run: Run, elements: Sequence[Element], view: QueueView) -> None:
         self._run, self._view = run, view
@@ -132,7 +132,7 @@ class PlainProgress:
         self._last = time.monotonic()
 
     def __call__(self) -> None:
-        """Look, and tell what is new."""
+        """Print what is new."""
         due = time.monotonic() - self._last >= LINE_SECONDS
         if due:
             self._last = time.monotonic()
@@ -169,15 +169,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         # Also before anything is created, so that a mistake leaves nothing behind.
         check_run_dir(root, config, arguments.profile)
-        found = find_reusable(PlannedRun(root, config), source) if (source := adopted_from(config)) else []
-        run: Run = PlannedRun(root, config, found)
+        source = Path(config.teachers_from) if config.teachers_from else None
+        reuses = find_reusable(PlannedRun(root, config), source) if source else []
+        run: Run = PlannedRun(root, config, reuses)
         chosen = run.select(choice.only)
         if profile.cluster == "local" and not arguments.prepare:
             check_needs(run, chosen)
         if arguments.dry_run:
             on_slurm = profile.cluster == "slurm"
             lines = dry_run(run, profile, choice) if on_slurm else describe(run, profile, chosen)
-            lines += [f"{adoption.teacher.name}: {adoption.summary}" for adoption in found]
+            lines += [f"{item.teacher.name}: {item.summary}" for item in reuses]
             print("\n".join([*lines, *(f"warning: {problem}" for problem in complaints(root, config, profile))]))
             return 0
         problems = complaints(root, config, profile)
@@ -185,8 +186,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise RunError("; ".join(problems))
         with Lease(root / "launcher").acquire():
             run = prepare(root, config, profile)
-            for adoption in reuse(run, source) if source else []:
-                log(f"{adoption.teacher.name}: {adoption.summary}")
+            for item in reuse(run, source) if source else []:
+                log(f"{item.teacher.name}: {item.summary}")
             if arguments.prepare:
                 log(f"{root} is ready")
             elif profile.cluster == "slurm":
@@ -202,11 +203,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_INTERRUPTED
 
 
-def adopted_from(config: Config) -> Path | None:
-    """Where teachers are to be taken over from, if anywhere."""
-    return Path(config.teachers_from) if config.teachers_from else None
-
-
 def check_needs(run: Run, elements: Sequence[Element]) -> None:
     """Raise RunError if one of `elements` needs what is neither finished nor among them."""
     unfinished = [element for element in elements if not element.finished]
@@ -214,8 +210,8 @@ def check_needs(run: Run, elements: Sequence[Element]) -> None:
         lacking = [e.name for e in run.dependencies(element) if not e.finished and e not in unfinished]
         if lacking:
             raise RunError(
-                f"{element.name} needs {', '.join(lacking)}: finish that first, name it by --only too, or take "
-                "over finished teachers by --teachers-from"
+                f"{element.name} needs {', '.join(lacking)}: finish that first, add it to --only, or reuse "
+                "finished teachers with --teachers-from"
             )
 
 
@@ -227,7 +223,7 @@ def conclude(run: Run, profile: Profile, only: Sequence[str] = ()) -> int:
         log(f"{run.root}: {len(unfinished)} of {len(run.elements())} elements to do")
         finished = execute(run, profile, interrupt, unfinished)
         if interrupt.requested:
-            log("stopped; nothing is lost: the same command goes on")
+            log("stopped; nothing is lost: the same command resumes")
             return EXIT_INTERRUPTED
         if not finished:
             return EXIT_FAILED

@@ -1,4 +1,4 @@
-"""What the launcher is asked for: its command line, recipe and settings, profile, and where the run is to be."""
+"""The launcher's command line: options, recipe, settings, profile and run directory."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def build_parser() -> argparse.ArgumentParser:
     """The command line; settings (`--section.key VALUE`) are taken from what it leaves over."""
     parser = parser_with_examples(
         "jobs.launch",
-        "Launch an experiment, or go on with it: finished elements are skipped, and the same command resumes.\n"
-        "Every setting of the recipe is an option, too (--settings lists them); in their names - and _ are alike.",
+        "Launch an experiment or resume it: the same command skips finished elements.\n"
+        "Every setting of a recipe is also an option (--settings lists them); - and _ in its name are the same.",
         [
             "python -m jobs.launch demo",
             "python -m jobs.launch demo --profile local --dry-run",
@@ -42,17 +42,19 @@ def build_parser() -> argparse.ArgumentParser:
         "--profile", help="a profile of slurm/profiles, or a .toml file (default: local, this machine)"
     )
     parser.add_argument("--run-dir", type=Path, help="the run's directory (default: runs/<name of the recipe>)")
-    parser.add_argument("--dry-run", action="store_true", help="tell what would run; create and start nothing")
+    parser.add_argument("--dry-run", action="store_true", help="print what would run; create and start nothing")
     parser.add_argument("--prepare", action="store_true", help="make the run directory and start nothing")
     parser.add_argument(
         "--only",
         action="append",
         default=[],
         metavar="NAME",
-        help="only an element, or a folder of them such as students/ewc; repeatable",
+        help="only this element or folder of elements, such as students/ewc; repeatable",
     )
     slurm = parser.add_argument_group("with a Slurm profile")
-    slurm.add_argument("--retry-failed", action="store_true", help="only what failed, and what depends on it")
+    slurm.add_argument(
+        "--retry-failed", action="store_true", help="submit only what failed and what depends on it"
+    )
     slurm.add_argument("--cancel", action="store_true", help="cancel the run's jobs (running ones save first)")
     parser.add_argument("--settings", action="store_true", help="list every setting, its default and meaning")
     return parser

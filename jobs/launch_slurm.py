@@ -1,4 +1,4 @@
-"""What `jobs.launch` does for a Slurm profile: show, submit or cancel a run's chain of jobs."""
+"""What `jobs.launch` does with a Slurm profile: print, submit or cancel a run's chain of jobs."""
 
 from __future__ import annotations
 
@@ -9,51 +9,51 @@ from cpd.cluster.estimate import costs, disk, gigabytes, wall_hours
 from cpd.cluster.ledger import ledger
 from cpd.cluster.plan import Submission, plan, texts
 from cpd.cluster.queue import SchedulerError
-from cpd.cluster.reconcile import Survey, read_queue, reconcile
+from cpd.cluster.reconcile import QueueState, read_queue, reconcile
 from cpd.cluster.submit import cancel, submit, withdraw
 from cpd.config.profile import Profile
 from cpd.run.directory import Run
 from cpd.run.progress import clock
 from jobs.common import log
 
-#: How often jobs that started too early are submitted anew within one launch.
+#: How often one launch resubmits jobs that started too early.
 MAX_ROUNDS = 3
 
 
 @dataclass(frozen=True)
 class Choice:
-    """Which elements the command line is about."""
+    """Which elements the command line names."""
 
     only: Sequence[str] = ()
     retry_failed: bool = False
 
 
 def dry_run(run: Run, profile: Profile, choice: Choice) -> list[str]:
-    """The text of every submission as sbatch would get it, and what it would cost; changes nothing.
+    """Return the sbatch text of every submission and the expected cost; change nothing.
 
     Raises:
         PlanError: if it could not be submitted.
     """
     try:
-        found, note = read_queue(run), ""
+        queued, note = read_queue(run), ""
     except SchedulerError as error:
-        found, note = Survey({}, {}, frozenset()), f"without a look at the queue ({error})"
-    submissions = plan(run, profile, found, choice.only, choice.retry_failed)
+        queued, note = QueueState({}, {}, frozenset()), f"the queue is unknown ({error})"
+    submissions = plan(run, profile, queued, choice.only, choice.retry_failed)
     lines = []
-    for name, text in texts(run, profile, submissions, found):
+    for name, text in texts(run, profile, submissions, queued):
         lines += [f"{'─' * 30} {name}", text]
-    return [*lines, "─" * 30, *cost_lines(run, profile, submissions, found), *([note] if note else [])]
+    return [*lines, "─" * 30, *cost_lines(run, profile, submissions, queued), *([note] if note else [])]
 
 
-def cost_lines(run: Run, profile: Profile, submissions: Sequence[Submission], found: Survey) -> list[str]:
-    """Counts, hours, disk, in words."""
+def cost_lines(run: Run, profile: Profile, submissions: Sequence[Submission], queued: QueueState) -> list[str]:
+    """Return lines with the numbers of jobs, the hours and the disk space."""
     elements = list(dict.fromkeys(element for submission in submissions for element in submission.elements))
     total = len(run.elements())
     finished = sum(element.finished for element in run.elements())
     jobs = sum(len(submission.tasks) for submission in submissions)
     lines = [
         f"{len(submissions)} calls of sbatch, {jobs} jobs, {len(elements)} of {total} elements "
-        f"({finished} finished, {len(found.active)} in the queue)"
+        f"({finished} finished, {len(queued.active)} in the queue)"
     ]
     expected = costs(run, profile, elements)
     for cost in expected:
@@ -65,49 +65,49 @@ def cost_lines(run: Run, profile: Profile, submissions: Sequence[Submission], fo
     size, files = disk(run.config)
     lines.append(
         f"  about {sum(cost.core_hours for cost in expected):.3g} core-hours, "
-        f"{clock(3600 * wall_hours(expected, profile))} from end to end if nothing has to wait, "
+        f"{clock(3600 * wall_hours(expected, profile))} from start to end if no job has to wait for nodes, "
         f"{gigabytes(size)} in {files} files for the whole run"
     )
     return lines
 
 
 def submit_chain(run: Run, profile: Profile, choice: Choice) -> None:
-    """Submit what is missing and tell how to follow it.
+    """Submit what is missing and print how to follow it.
 
     Raises:
         PlanError: if it cannot be submitted.
         SchedulerError: if Slurm cannot be asked, or refuses.
     """
-    found = reconcile(run, profile)
-    for name, who in found.held.items():
-        log(f"{name} is left alone: {who} is at work on it")
-    submissions = plan(run, profile, found, choice.only, choice.retry_failed)
+    queued = reconcile(run, profile)
+    for name, who in queued.held.items():
+        log(f"{name} is skipped: {who} is writing it")
+    submissions = plan(run, profile, queued, choice.only, choice.retry_failed)
     if not submissions:
-        log(f"{run.root}: nothing to submit ({len(found.active)} elements in the queue)")
+        log(f"{run.root}: nothing to submit ({len(queued.active)} elements in the queue)")
     for round_number in range(1, MAX_ROUNDS + 1):
         if not submissions:
             break
-        numbers, late = submit(run, profile, submissions, found)
+        numbers, late = submit(run, profile, submissions, queued)
         for submission in submissions:
             log(_submitted_line(submission, numbers[submission.name]))
-        print("\n".join(cost_lines(run, profile, submissions, found)))
+        print("\n".join(cost_lines(run, profile, submissions, queued)))
         if not late:
             break
         if choice.only or round_number == MAX_ROUNDS:
             names = ", ".join(element.name for element in late)
-            log(f"these will give up, since what they waited for had just ended; launch again: {names}")
+            log(f"these will exit, since their dependencies had just ended; launch again: {names}")
             break
         names = ", ".join(withdraw(run, late))
-        log(f"withdrawn, since what it waited for had just ended, to be submitted anew: {names}")
-        found = reconcile(run, profile)
-        submissions = plan(run, profile, found, choice.only, choice.retry_failed)
+        log(f"cancelled to be resubmitted, since their dependencies had just ended: {names}")
+        queued = reconcile(run, profile)
+        submissions = plan(run, profile, queued, choice.only, choice.retry_failed)
     if all(element.finished for element in run.elements()):
         from analysis.terminal import print_summary
 
         print_summary(run.results)
-    if found.active or submissions:
+    if queued.active or submissions:
         print(f"follow it:  python -m jobs.status {run.root} --watch")
-        print("end it:     the same command with --cancel; without, it goes on where it stopped")
+        print("cancel it:  the same command with --cancel; without it, the command resumes the run")
 
 
 def _submitted_line(submission: Submission, number: str) -> str:
@@ -118,7 +118,7 @@ def _submitted_line(submission: Submission, number: str) -> str:
 
 
 def cancel_chain(run: Run, profile: Profile, choice: Choice) -> None:
-    """Cancel the run's jobs and tell which.
+    """Cancel the run's jobs and print which.
 
     Raises:
         SchedulerError: if Slurm cannot be asked.
@@ -127,4 +127,4 @@ def cancel_chain(run: Run, profile: Profile, choice: Choice) -> None:
     names = cancel(run, profile, choice.only)
     for name in names:
         log(f"cancelled {name} (job {entries[name][-1].job})" if name in entries else f"cancelled {name}")
-    log("running jobs save before they end; nothing is lost" if names else f"{run.root} has no jobs in the queue")
+    log("running jobs save before they end: nothing is lost" if names else f"{run.root} has no jobs in the queue")

@@ -1,4 +1,4 @@
-"""One table of every element of a run: state, progress, rate, time left, last loss and success, and its log."""
+"""Show a run's elements in a table: state, progress, rate, time left, last loss and success, and log."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ from cpd.run.lease import Holder, current_holder
 from cpd.run.progress import StatusRecord, clock, number, read_status
 from jobs.common import EXIT_CTRL_C, EXIT_FAILED, EXIT_USAGE, exit_quietly, parser_with_examples
 
-#: Columns from which a terminal shows everything.
+#: Width in columns from which a terminal shows all columns of the table.
 WIDE = 120
-#: Columns that it takes beside the names of the elements, the least of its log included.
+#: Width of all columns but the names of elements, with the narrowest column for logs.
 BESIDE_NAMES = 75
-#: Columns where there is no terminal: as many as the rows need.
+#: Width where there is no terminal: rows never wrap.
 UNLIMITED = 10_000
 BAR_WIDTH = 8
-#: An element may have several jobs in the queue; the last so many are looked through for one that has started.
+#: An element may have several jobs in the queue: how many of the last ones are searched for one that started.
 MANY_JOBS = 60
-#: How much of the end of a log is read.
+#: Bytes read from the end of a log.
 TAIL_BYTES = 16_384
-#: Looks at a run on which nobody is at work any more, after which watching it ends.
+#: `--watch` ends after the run has been idle for this many seconds: a new job may not show at once.
 IDLE_LOOKS = 5
-#: Every state's style; the sooner it must be seen where there is not room for all, the further up.
+#: The style of every state; where rows do not fit, those further up are shown first.
 STYLES = {
     "running": "yellow",
     "starting": "yellow",
@@ -79,7 +79,7 @@ class ElementStatus:
 
 
 def element_status(run: Run, element: Element, log: str, job: JobState | None = None) -> ElementStatus:
-    """What the element's markers, its Slurm job if any, its lease and status.json say, in this order of trust."""
+    """Read an element's state from markers, Slurm job, lease and status.json, the most reliable first."""
     record = read_status(element.status)
     holder, attempts = current_holder(element.path / "attempts")
     state = _state(element, record, holder, job)
@@ -87,8 +87,8 @@ def element_status(run: Run, element: Element, log: str, job: JobState | None = 
         state = "waiting"  # its launcher, on this machine, is gone
     message = record.message
     if job and state == "killed":
-        told = state_told_by(log_tail(run.root / log) if log else ())
-        message = f"{REMEDIES.get(told, job.remedy)}{f' (was on {job.node})' if job.node else ''}"
+        log_state = state_told_by(log_tail(run.root / log) if log else ())
+        message = f"{REMEDIES.get(log_state, job.remedy)}{f' (was on {job.node})' if job.node else ''}"
     return ElementStatus(
         element=element.name,
         role=element.role,
@@ -123,7 +123,7 @@ def _state(element: Element, record: StatusRecord, holder: Holder | None, job: J
         return "running"
     if job and job.is_active:
         return "queued" if job.state not in at_work else "starting" if job.state == "RUNNING" else record.state
-    # Somebody was at work, or was to be, and neither finished nor said good-bye.
+    # A process was running, or was to run, and ended without recording a state.
     return "killed" if record.state == "running" or (job and record.state == "queued") else record.state
 
 
@@ -248,12 +248,14 @@ def failure_lines(run: Run, rows: Sequence[ElementStatus], num_lines: int = 6) -
     lines = []
     for row in rows:
         if row.state in ("failed", "killed"):
-            lines.append(f"{row.state.upper()} {row.element}: {row.message or 'its job ended without a word'}")
+            lines.append(
+                f"{row.state.upper()} {row.element}: {row.message or 'its job ended without an error message'}"
+            )
             log = _telling_log(run.root / row.log)
             if row.log and log.exists():
                 lines += [*(f"    {line}" for line in log_tail(log, num_lines)), f"  its whole log: {log}"]
     if lines:
-        lines.append("once the causes are mended, launch again: the same command goes on where they stopped")
+        lines.append("fix the causes and launch again: the same command resumes where they stopped")
     return lines
 
 
@@ -280,9 +282,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--watch",
         action="store_true",
-        help="redraw every second until all is finished (exit code 0), nobody is at work (1), or Ctrl-C (130)",
+        help="redraw every second until all is finished (exit code 0), no job is active (1), or Ctrl-C (130)",
     )
-    parser.add_argument("--json", action="store_true", help="for programs: a list of objects")
+    parser.add_argument("--json", action="store_true", help="print a list of objects, for programs")
     arguments = parser.parse_args(argv)
     try:
         run = Run(arguments.run_dir)
@@ -315,7 +317,7 @@ def print_failures(console: Console, run: Run, rows: Sequence[ElementStatus]) ->
 
 
 def watch(run: Run) -> int:
-    """Redraw the table until every element is finished, nobody is at work or in the queue, or the user stops it.
+    """Redraw the table until every element is finished, no job is active, or the user stops it.
 
     Returns:
         The exit code.
@@ -326,7 +328,6 @@ def watch(run: Run) -> int:
             while True:
                 rows = run_status(run, view)
                 live.update(screen_table(console, run, rows), refresh=True)
-                # A while, since a job that was just submitted may not show at once.
                 waiting = any(row.state in ("queued", "starting", "running") for row in rows)
                 idle = 0 if waiting else idle + 1
                 if all(element.finished for element in run.elements()) or idle > IDLE_LOOKS:
@@ -337,7 +338,7 @@ def watch(run: Run) -> int:
     print_failures(console, run, rows)
     if all(element.finished for element in run.elements()):
         return 0
-    console.print("nobody is at work on this run: launch it again to go on")
+    console.print("no job is active on this run: launch it again to resume")
     return EXIT_FAILED
 
 

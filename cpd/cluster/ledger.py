@@ -1,7 +1,7 @@
 """The ledger of submitted jobs: which job worked on which element, and where its log is.
 
-A submission to Slurm is entered twice: under its unique name before sbatch is called, and again with the job's
-number afterwards. If the launcher dies in between, the name tells the next launch what to look for in the queue.
+A submission to Slurm is entered twice: under its unique name before sbatch is called, and with the job's number
+afterwards. If the launcher dies in between, the next launch finds the job in the queue by its name.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class LedgerEntry:
     element: str
     role: Role
     job: str
-    """Number of the job; empty for a submission of which only the intention is known."""
+    """Number of the job; empty until sbatch has returned it."""
     log: str
     """Relative to the run directory; empty if `job` is."""
     time: float

@@ -29,24 +29,24 @@ STOP_SECONDS = 120.0
 
 @dataclass
 class LocalQueue:
-    """The elements of a run on their way through this machine's cores."""
+    """Runs elements on this machine, as many at a time as its cores allow."""
 
     run: Run
     profile: Profile
     interrupt: Interrupt
     elements: Sequence[Element]
-    """Those to see to; what they need must be finished or among them."""
+    """The elements to run; their dependencies must be finished or among them."""
     refresh: Callable[[], None] = lambda: None
     """Called about once a second, to redraw a display."""
     failed: list[Element] = field(default_factory=list)
     held: dict[str, Holder] = field(default_factory=dict)
-    """By name, elements that somebody else is at work on, and who."""
+    """By name, elements that another process is writing, and its identity."""
     _running: dict[str, tuple[Element, Any, int]] = field(default_factory=dict)
     _restarts: dict[str, int] = field(default_factory=dict)
     _refreshed: float = -math.inf
 
     def execute(self) -> bool:
-        """Run what is not finished; returns whether all of it is then.
+        """Run the unfinished elements; return whether all of them finished.
 
         An element that fails does not stop those that do not depend on it.
         """
@@ -64,7 +64,7 @@ class LocalQueue:
         return not pending and not self.failed and not self.held
 
     def _start_ready(self, pending: list[Element]) -> list[Element]:
-        """Start what can start; returns what still waits."""
+        """Start the elements that can start; return those that still wait."""
         waiting = []
         free = self.profile.usable_cores - sum(cpus for _, _, cpus in self._running.values())
         for element in pending:
@@ -87,7 +87,7 @@ class LocalQueue:
             self._refreshed = time.monotonic()
 
     def _reap(self, pending: list[Element]) -> bool:
-        """Take note of jobs that ended, and let elements wait again whose job was killed; whether any ended."""
+        """Handle jobs that ended, and queue killed elements again; return whether any job ended."""
         ended = False
         for name, (element, job, _) in list(self._running.items()):
             if not job.done():
@@ -104,7 +104,9 @@ class LocalQueue:
             if read_status(element.status).state == "failed":
                 self.failed.append(element)
             elif restarts > MAX_RESTARTS:
-                mark(element, "failed", f"its job ended {restarts} times without a word (killed? out of memory?)")
+                mark(
+                    element, "failed", f"its job ended {restarts} times without an error (killed? out of memory?)"
+                )
                 self.failed.append(element)
             else:
                 pending.append(element)

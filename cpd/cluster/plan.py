@@ -1,12 +1,12 @@
-"""Which jobs a run still lacks, within a site's limits, and what sbatch will be told of them.
+"""Plans the jobs that a run still lacks, within a site's limits, and their sbatch texts.
 
-Teachers are one array (or several, where a site limits their length); every student and every evaluation is a job
-of its own, since each depends on other elements; the report comes last. Dependencies are `afterany`: the chain
-goes on whatever became of a job, and an element that finds what it needs unfinished ends at once, naming it.
+Teachers form one array, or several where a site limits the length of arrays. Every student and every evaluation is
+a separate job, since each depends on other elements; the report comes last. Dependencies are `afterany`: a chain
+continues even if a job failed, and an element with an unfinished dependency exits at once and names it.
 
-In the order `overlap`, a student has one job for every teacher that is not finished, in the order of the stream:
-each learns as far as there are teachers, and is followed by a job that measures the stages that are done. A stage
-sees the same student and the same data in either order.
+In the order `overlap`, a student has one job for every unfinished teacher, in the order of the stream. Each trains
+as far as teachers are finished and is followed by a job that evaluates the finished stages. Students and data of a
+stage are the same in either order.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from cpd.cluster.ledger import ledger
-from cpd.cluster.reconcile import Survey
+from cpd.cluster.reconcile import QueueState
 from cpd.cluster.sbatch import executor
 from cpd.config.profile import Profile
 from cpd.config.types import Role
@@ -25,7 +25,7 @@ from cpd.run.progress import read_status
 
 
 class PlanError(ValueError):
-    """What was asked for cannot be submitted; says why."""
+    """The chosen elements cannot be submitted; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -37,12 +37,12 @@ class Submission:
     tasks: tuple[tuple[Element, ...], ...]
     """The elements of every job of the array; more than one where a site limits the number of jobs."""
     needs: tuple[Element, ...] = ()
-    """What must be over before it starts: elements in the queue, or of earlier submissions. The element itself
-    stands for an earlier job of its own."""
+    """What must end before it starts: elements in the queue or of earlier submissions; the element itself means
+    its own earlier job."""
     parallelism: int = 0
     """Jobs of the array that run at a time; 0: the profile's number."""
     partial: bool = False
-    """Whether it does what can be done while something that its element needs is not finished."""
+    """Whether it does what is possible before all dependencies of its element are finished."""
 
     @property
     def elements(self) -> list[Element]:
@@ -51,14 +51,14 @@ class Submission:
 
 
 def plan(
-    run: Run, profile: Profile, found: Survey, only: Sequence[str] = (), retry_failed: bool = False
+    run: Run, profile: Profile, queued: QueueState, only: Sequence[str] = (), retry_failed: bool = False
 ) -> list[Submission]:
-    """The submissions that are missing, in order.
+    """Return the missing submissions, in order.
 
     Args:
         run: the run.
         profile: limits of the site.
-        found: what is in the queue.
+        queued: which elements have jobs.
         only: names of elements, or of folders of them such as `teachers/push-v3`; empty: all.
         retry_failed: only what failed, and what depends on that.
 
@@ -69,10 +69,10 @@ def plan(
     """
     wanted = [
         element
-        for element in _chosen(run, found, only, retry_failed)
-        if not (element.finished or element.name in found.active or element.name in found.held)
+        for element in _chosen(run, queued, only, retry_failed)
+        if not (element.finished or element.name in queued.active or element.name in queued.held)
     ]
-    promised = {*found.active, *(element.name for element in wanted)}
+    promised = {*queued.active, *(element.name for element in wanted)}
     needs = {element.name: [e for e in run.dependencies(element) if not e.finished] for element in wanted}
     for element in wanted:
         lacking = [needed.name for needed in needs[element.name] if needed.name not in promised]
@@ -80,13 +80,15 @@ def plan(
             raise PlanError(
                 f"{element.name} needs {', '.join(lacking)}, which {'is' if len(lacking) == 1 else 'are'} neither "
                 "finished nor in the queue"
-                + "".join(f"; {name} is worked on by {found.held[name]}" for name in lacking if name in found.held)
+                + "".join(
+                    f"; {name} is worked on by {queued.held[name]}" for name in lacking if name in queued.held
+                )
             )
-    names = _Names(run, found.names)
+    names = _Names(run, queued.names)
     teachers = [element for element in wanted if element.role == "teacher"]
     others = [element for element in wanted if element.role != "teacher"]
     following = _overlapping(run, others, needs) if profile.order == "overlap" else _in_turn(others, needs)
-    arrays = _arrays(teachers, profile, len(following) + sum(map(len, found.active.values())))
+    arrays = _arrays(teachers, profile, len(following) + sum(map(len, queued.active.values())))
     submissions = [Submission("", "teacher", tasks, parallelism=parallelism) for tasks, parallelism in arrays]
     return [replace(submission, name=names.new(submission.role)) for submission in submissions + following]
 
@@ -99,31 +101,31 @@ def _in_turn(wanted: Sequence[Element], needs: dict[str, list[Element]]) -> list
 def _overlapping(run: Run, wanted: Sequence[Element], needs: dict[str, list[Element]]) -> list[Submission]:
     """Jobs of students and evaluations in turn, one for every teacher that is waited for, then the rest."""
     names = {element.name for element in wanted}
-    found: list[Submission] = []
+    submissions: list[Submission] = []
     for student, evaluation in zip(run.students(), run.evaluations(), strict=True):
         pair = [element for element in (student, evaluation) if element.name in names]
-        # Without its student there is nothing to come for an evaluation to follow.
+        # Without a job of its student, an evaluation has nothing to follow.
         teachers = needs.get(student.name, []) if student in pair else []
         if teachers and run.teacher_of(run.config.stream.tasks[0], student.seed).finished:
-            found += [Submission("", element.role, ((element,),), partial=True) for element in pair[:1]]
+            submissions += [Submission("", element.role, ((element,),), partial=True) for element in pair[:1]]
         for number, teacher in enumerate(teachers):
             for element in pair:
-                own = element in [e for submission in found for e in submission.elements]
+                own = element in [e for submission in submissions for e in submission.elements]
                 first = teacher if element is student else student
                 is_last = number == len(teachers) - 1
                 after = (first, *([element] if own else []))
-                # The last insists on all that it needs, so that what is lacking is told.
-                found.append(Submission("", element.role, ((element,),), after, partial=not is_last))
+                # The last job is not partial, so that it reports missing dependencies.
+                submissions.append(Submission("", element.role, ((element,),), after, partial=not is_last))
         if not teachers:
-            found += _in_turn(pair, needs)
-    return found + _in_turn([element for element in wanted if element.role == "report"], needs)
+            submissions += _in_turn(pair, needs)
+    return submissions + _in_turn([element for element in wanted if element.role == "report"], needs)
 
 
-def _chosen(run: Run, found: Survey, only: Sequence[str], retry_failed: bool) -> list[Element]:
+def _chosen(run: Run, queued: QueueState, only: Sequence[str], retry_failed: bool) -> list[Element]:
     elements = run.select(only)
     if retry_failed:
-        # Whoever was submitted and neither finished nor waits for something nor is at work has failed.
-        tried = ledger(run).keys() - found.active.keys() - found.held.keys()
+        # An element has failed if it was submitted and is neither finished, waiting, queued nor being written.
+        tried = ledger(run).keys() - queued.active.keys() - queued.held.keys()
         again: set[str] = set()
         for element in elements:
             failed = (
@@ -189,9 +191,11 @@ def _numeric(job: str) -> list[tuple[int, str]]:
     return [(int(part) if part.isdigit() else 0, part) for part in job.split("_")]
 
 
-def texts(run: Run, profile: Profile, submissions: Sequence[Submission], found: Survey) -> list[tuple[str, str]]:
+def texts(
+    run: Run, profile: Profile, submissions: Sequence[Submission], queued: QueueState
+) -> list[tuple[str, str]]:
     """Name and sbatch text of every submission; job numbers that only sbatch will tell are given as names."""
-    jobs = {name: own[-1].job for name, own in found.active.items()}
+    jobs = {name: own[-1].job for name, own in queued.active.items()}
     arrays: dict[str, list[str]] = {}
     result = []
     for submission in submissions:

@@ -1,4 +1,4 @@
-"""What of a run is in Slurm's queue already: the ledger, the queue and the leases, reconciled."""
+"""Finds which elements of a run are in Slurm's queue, from the ledger, the queue and the leases."""
 
 from __future__ import annotations
 
@@ -18,32 +18,32 @@ ENDING_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
-class Survey:
-    """Where the elements of a run stand."""
+class QueueState:
+    """Which unfinished elements of a run have jobs or are being written."""
 
     active: dict[str, list[JobState]]
-    """By element name: its jobs that are in the queue or at work, in the order of their submission."""
+    """By element name: its pending and running jobs, in the order of submission."""
     held: dict[str, str]
-    """By element name: who works on it without being a job in the queue."""
+    """By element name: the process that writes it without a job in the queue."""
     names: frozenset[str]
-    """Names of all jobs that the queue still shows."""
+    """Names of all jobs in the queue's listing."""
 
 
-def reconcile(run: Run, profile: Profile) -> Survey:
-    """Reconcile the ledger with the queue.
+def reconcile(run: Run, profile: Profile) -> QueueState:
+    """Enter lost job numbers into the ledger; return which elements have jobs.
 
     Raises:
         SchedulerError: if Slurm cannot be asked; nothing may be submitted then.
     """
     entries = slurm_entries(run)
     jobs = _settled_queue({entry.job for found in entries.values() for entry in found})
-    if _adopt_lost(run, profile, {name: found[-1] for name, found in entries.items()}, jobs):
+    if _enter_lost(run, profile, {name: found[-1] for name, found in entries.items()}, jobs):
         entries = slurm_entries(run)
     return standing(run, entries, jobs)
 
 
-def read_queue(run: Run) -> Survey:
-    """The same without entering anything into the ledger.
+def read_queue(run: Run) -> QueueState:
+    """Return which elements have jobs, without writing to the ledger.
 
     Raises:
         SchedulerError: if Slurm cannot be asked.
@@ -57,7 +57,7 @@ def slurm_entries(run: Run) -> dict[str, list[LedgerEntry]]:
     return {name: entries for name, entries in found.items() if entries}
 
 
-def standing(run: Run, entries: dict[str, list[LedgerEntry]], jobs: dict[str, JobState]) -> Survey:
+def standing(run: Run, entries: dict[str, list[LedgerEntry]], jobs: dict[str, JobState]) -> QueueState:
     """Where the unfinished elements stand, given their submissions and the queue."""
     by_number = {job.number: job for job in jobs.values()}
     active: dict[str, list[JobState]] = {}
@@ -69,18 +69,18 @@ def standing(run: Run, entries: dict[str, list[LedgerEntry]], jobs: dict[str, Jo
         own = [jobs[number] for number in numbers if number in jobs and jobs[number].is_active]
         holder, _ = current_holder(element.path / "attempts")
         if not own and holder:
-            # A job that was submitted by hand, or nobody that the queue knows.
+            # A job that was submitted by hand, or a process outside of the queue.
             job = by_number.get(holder.job) if holder.job else None
             own = [job] if job and job.is_active else []
             if job is None:
                 held[element.name] = f"process {holder.process} on {holder.host}"
         if own:
             active[element.name] = own
-    return Survey(active, held, frozenset(job.name for job in jobs.values()))
+    return QueueState(active, held, frozenset(job.name for job in jobs.values()))
 
 
 def _settled_queue(own: set[str]) -> dict[str, JobState]:
-    """The queue, once none of our jobs is just about to end or to be requeued, which cannot be told apart."""
+    """Return the queue once none of our jobs is COMPLETING: it may be ending or being requeued."""
     deadline = time.monotonic() + ENDING_SECONDS
     while True:
         jobs = queue()
@@ -90,10 +90,10 @@ def _settled_queue(own: set[str]) -> dict[str, JobState]:
         time.sleep(1.0)
 
 
-def _adopt_lost(
+def _enter_lost(
     run: Run, profile: Profile, entries: dict[str, LedgerEntry], jobs: dict[str, JobState]
 ) -> dict[str, LedgerEntry]:
-    """Find the jobs of submissions of which the ledger knows only the name, and enter their numbers."""
+    """Find the job numbers of submissions that the ledger knows by name only, and enter them."""
     lost = {name: entry for name, entry in entries.items() if not entry.job}
     if not lost:
         return {}
@@ -115,7 +115,7 @@ def _place(job: str) -> int | None:
 
 
 def _supply_pickles(run: Run, profile: Profile, found: dict[str, LedgerEntry], jobs: dict[str, JobState]) -> None:
-    """Give adopted jobs what submitit's launcher did not live to write; they wait for it for a minute."""
+    """Write the pickles that the killed launcher did not write; the jobs wait a minute for them."""
     elements = {element.name: element for element in run.elements()}
     by_job: dict[str, list[Element]] = {}
     for name, entry in found.items():

@@ -1,4 +1,4 @@
-"""What a job does about the Slurm that it runs under: look for its dependencies, and go back into the queue."""
+"""What a job does inside Slurm: check its dependencies, and requeue itself after it was stopped."""
 
 from __future__ import annotations
 
@@ -28,20 +28,19 @@ def slurm_job() -> str:
 
 
 def is_first_rank() -> bool:
-    """Whether this process is the one of its step that speaks for it, as far as Slurm or MPI tell."""
+    """Whether this process is rank 0 of its step, by the variables of Slurm and MPI."""
     names = ("SLURM_PROCID", "PMI_RANK", "OMPI_COMM_WORLD_RANK")
     return all(os.environ.get(name, "0") == "0" for name in names)
 
 
 def unfinished_dependencies(run: Run, element: Element) -> list[Element]:
-    """The elements that `element` needs and that are not finished; in a Slurm job, after a moment's patience."""
-    patience = VISIBILITY_SECONDS if slurm_job() else 0.0
-    deadline = time.monotonic() + patience
+    """Return the unfinished dependencies of `element`; in a Slurm job, wait some seconds for them."""
+    deadline = time.monotonic() + (VISIBILITY_SECONDS if slurm_job() else 0.0)
     while True:
         missing = []
         for needed in run.dependencies(element):
             if needed.path.exists():
-                # Opening a folder makes NFS look again; asking for a name may be answered from its cache.
+                # Listing a folder makes NFS ask the server; a lookup of one name may be answered from its cache.
                 list(needed.path.iterdir())
             if not needed.finished:
                 missing.append(needed)
@@ -51,31 +50,31 @@ def unfinished_dependencies(run: Run, element: Element) -> list[Element]:
 
 
 def describe_unfinished(missing: list[Element]) -> str:
-    """Why an element cannot start, naming what it needs."""
+    """Say why an element cannot start, with its unfinished dependencies."""
     found = []
     for element in missing:
         record = read_status(element.status)
-        # Its own message may tell of what it needs in turn, and so on.
+        # Its message may list its own dependencies in turn.
         message = textwrap.shorten(record.message, 100, placeholder=" ...")
         found.append(f"{element.name} ({record.state}{f': {message}' if message else ''})")
     return f"not started, since it needs {', '.join(found)}"
 
 
 def decline(element: Element, reason: str) -> None:
-    """Leave an element that cannot start as one that waits, with the reason."""
+    """Mark an element that cannot start as waiting, with the reason."""
     if is_first_rank():
         mark(element, "waiting", reason)
 
 
 def hand_back(run: Run, element: Element, comm: Comm, log: Callable[[str], None]) -> None:
-    """Let Slurm start this job again later, once all ranks have saved; a collective.
+    """Requeue this job once all ranks have saved; a collective.
 
-    Not by way of submitit, which counts a preemption as a time-out if the limit is short or mostly used up, and
-    ends rank 0 while the others go on as if nothing had happened. All ranks stay until the job is back in the
-    queue, since the first to leave would take the others with it.
+    submitit's own requeue is not used: it counts a preemption as a time-out if the limit is short or mostly used
+    up, and ends rank 0 while the other ranks continue. All ranks wait until the job is requeued, since srun ends
+    the others when the first one exits.
     """
     job = slurm_job()
-    # Within a job, a launcher with a local profile has children, which may not requeue what is not theirs.
+    # Children of a local launcher that runs inside a job must not requeue that job.
     if not job or LAUNCHER_VARIABLE in os.environ:
         return
     comm.barrier()
@@ -89,17 +88,17 @@ def _requeue(run: Run, element: Element, job: str) -> str:
     try:
         facts = _facts(run_command(["scontrol", "show", "job", "-o", job]))
         if facts.get("JobState") != "RUNNING":
-            # Requeueing a job that is being cancelled would revive it; one being requeued needs no help.
+            # Requeueing a job that is being cancelled would revive it.
             return f"Slurm is ending job {job} already"
         if facts.get("BatchFlag") != "1" or facts.get("Requeue") != "1":
-            return f"job {job} may not be requeued; launching again goes on"
+            return f"job {job} may not be requeued; launch again to resume"
         if is_stuck(run, element, job):
-            reason = "given up: the last requeues brought it no further; raise minutes, or max_timeouts"
+            reason = "given up: no progress since the last requeues; raise minutes or max_timeouts"
             mark(element, "failed", reason)
             return reason
         run_command(["scontrol", "requeue", job])
     except (SchedulerError, OSError, ValueError) as error:  # whatever it is, the other ranks wait for this one
-        return f"job {job} could not be requeued ({error}); launching again goes on"
+        return f"job {job} could not be requeued ({error}); launch again to resume"
     mark(element, "queued", "saved and requeued")
     return f"job {job} is back in the queue"
 
@@ -111,13 +110,13 @@ def _facts(text: str) -> dict[str, str]:
 
 
 def is_stuck(run: Run, element: Element, job: str) -> bool:
-    """Whether this job has been requeued too often in a row without getting any further."""
+    """Whether this job has been requeued too often in a row without progress."""
     record = read_status(element.status)
     checkpoints = sorted(path.name for path in element.checkpoints.glob("*/meta.json"))
     progress = [element.name, record.phase, record.done, *checkpoints]
     path = run.logs / f"{job}_requeues.json"
-    before = read_json(path) if path.exists() else {}
-    count = before["count"] + 1 if before.get("progress") == progress else 0
+    last = read_json(path) if path.exists() else {}
+    count = last["count"] + 1 if last.get("progress") == progress else 0
     write_json(path, {"progress": progress, "count": count})
     return count >= max_timeouts(run)
 

@@ -9,7 +9,7 @@ from cpd.cluster.element_job import log_name
 from cpd.cluster.ledger import LedgerEntry, append
 from cpd.cluster.plan import Submission, dependency, note
 from cpd.cluster.queue import SchedulerError, SubmissionRefusedError, run_command
-from cpd.cluster.reconcile import Survey, read_queue, reconcile
+from cpd.cluster.reconcile import QueueState, read_queue, reconcile
 from cpd.cluster.sbatch import element_work, executor, outside_of_jobs
 from cpd.config.profile import Profile
 from cpd.run.attempt import mark
@@ -21,19 +21,19 @@ UNANSWERED = ("Socket timed out", "Unable to contact slurm controller", "Zero By
 
 
 def submit(
-    run: Run, profile: Profile, submissions: Sequence[Submission], found: Survey
+    run: Run, profile: Profile, submissions: Sequence[Submission], queued: QueueState
 ) -> tuple[dict[str, str], list[Element]]:
-    """Submit in order, then let jobs that were pending already wait for what they need too.
+    """Submit in order, then make jobs that were already pending wait for their resubmitted dependencies.
 
     Returns:
-        The number of each submission, by its name; and the elements whose jobs cannot be made to wait, since they
-        started when they found what they need ended: they are about to end without having done anything.
+        The number of each submission, by its name; and the elements whose jobs had already started before their
+        dependencies were resubmitted: they will exit without doing anything.
 
     Raises:
         SchedulerError: if Slurm cannot be asked.
         SubmissionRefusedError: if sbatch refuses; what was submitted before stays, and launching again goes on.
     """
-    jobs = {name: own[-1].job for name, own in found.active.items()}
+    jobs = {name: own[-1].job for name, own in queued.active.items()}
     arrays: dict[str, list[str]] = {}
     numbers = {}
     for submission in submissions:
@@ -42,7 +42,7 @@ def submit(
         note(submission, number, jobs, arrays)
         numbers[submission.name] = number
     _sweep(run)
-    return numbers, _retarget(run, found, jobs, {element.name for s in submissions for element in s.elements})
+    return numbers, _retarget(run, queued, jobs, {element.name for s in submissions for element in s.elements})
 
 
 def _submit_one(run: Run, profile: Profile, submission: Submission, wait_for: str) -> str:
@@ -58,7 +58,7 @@ def _submit_one(run: Run, profile: Profile, submission: Submission, wait_for: st
             handles = made.submit_array(work)
     except Exception as error:
         for element in submission.elements:
-            mark(element, "waiting", "sbatch did not take it")
+            mark(element, "waiting", "sbatch refused it")
         # submitit wraps sbatch's own words into many others.
         lines = [line.partition("error: ")[2] for line in str(error).splitlines() if "sbatch: error: " in line]
         words = "; ".join(lines) or str(error)
@@ -96,11 +96,11 @@ def _sweep(run: Run) -> None:
         path.unlink(missing_ok=True)
 
 
-def _retarget(run: Run, found: Survey, jobs: dict[str, str], submitted: set[str]) -> list[Element]:
-    """Let jobs that were pending already wait for elements that were submitted anew; returns those too late."""
+def _retarget(run: Run, queued: QueueState, jobs: dict[str, str], submitted: set[str]) -> list[Element]:
+    """Make pending jobs wait for their resubmitted dependencies; return the elements whose jobs have started."""
     late = []
     for element in run.elements():
-        own = found.active.get(element.name, [])
+        own = queued.active.get(element.name, [])
         needed = [needed.name for needed in run.dependencies(element) if not needed.finished]
         if not own or not any(name in submitted for name in needed):
             continue
@@ -109,7 +109,7 @@ def _retarget(run: Run, found: Survey, jobs: dict[str, str], submitted: set[str]
         try:
             run_command(["scontrol", "update", f"JobId={own[-1].job}", f"Dependency={wait_for}"])
         except SchedulerError:
-            # It is not pending any more. If nobody is at work, it looks for what it needs, or has not got so far.
+            # The job is no longer pending. If no process holds the lease, it has not checked its dependencies yet.
             if current_holder(element.path / "attempts")[0] is None:
                 late.append(element)
     return late
@@ -138,14 +138,14 @@ def withdraw(run: Run, late: Sequence[Element]) -> list[str]:
     return _cancel(list(affected.values()), read_queue(run))
 
 
-def _cancel(elements: Sequence[Element], found: Survey) -> list[str]:
-    elements = [element for element in elements if element.name in found.active]
-    # The last first, so that none starts because what it waits for was cancelled before it.
-    numbers = [job.job for element in elements for job in found.active[element.name]]
+def _cancel(elements: Sequence[Element], queued: QueueState) -> list[str]:
+    elements = [element for element in elements if element.name in queued.active]
+    # The last first: cancelling a dependency first would start the job that waits for it.
+    numbers = [job.job for element in elements for job in queued.active[element.name]]
     numbers = list(dict.fromkeys(reversed(numbers)))
     if numbers:
         run_command(["scancel", *numbers])
     for element in elements:
-        if all(job.state == "PENDING" for job in found.active[element.name]):
+        if all(job.state == "PENDING" for job in queued.active[element.name]):
             mark(element, "waiting", "cancelled before it started")
     return [element.name for element in elements]

@@ -18,14 +18,14 @@ from cpd.run.interrupt import InterruptedBySignal
 from cpd.run.lease import STALE_SECONDS, Lease, LeaseHeldError, LeaseLostError, current_holder
 from cpd.run.progress import State, Status, read_status
 
-#: How long a successor waits for a dying predecessor to save and let go.
+#: How long an attempt waits for the previous one, which is ending, to save and release its lease.
 HANDOVER_SECONDS = 30.0
 #: How long mpiexec is given to pass on what a failing rank has written.
 FORWARDING_SECONDS = 0.5
 
 
 def handover_seconds() -> float:
-    """The same, or in a Slurm job, where a predecessor may have died on another node, until its lease is stale."""
+    """Return how long to wait for the lease: in a Slurm job, whose last node may have died, until it is stale."""
     return STALE_SECONDS + HANDOVER_SECONDS if "SLURM_JOB_ID" in os.environ else HANDOVER_SECONDS
 
 
@@ -52,7 +52,7 @@ class Attempt:
             self._status.begin(phase, total, done, unit)
 
     def advance(self, done: int, **values: Any) -> None:
-        """Tell progress; see `Status.advance`."""
+        """Record progress; see `Status.advance`."""
         if self._status:
             self._status.advance(done, **values)
 
@@ -68,8 +68,8 @@ def begin_attempt(
 ) -> Iterator[Attempt]:
     """Work on `element` as its single writer; a collective. The caller writes its marker and calls `finish`.
 
-    An exception in the block is told in status.json (`stopped` if the job was asked to stop, else `failed`) and
-    raised again.
+    An exception in the block is recorded in status.json (`stopped` if the job was asked to stop, else `failed`)
+    and raised again.
 
     Raises:
         LeaseHeldError: on every rank, if another process is the writer and does not let go in time.
@@ -121,13 +121,13 @@ def mpi_guard(element: Element, comm: Comm) -> Iterator[None]:
 
 
 def mark(element: Element, state: State, message: str = "") -> None:
-    """Let status.json tell what became of an element on which nobody is at work."""
+    """Write `state` to the status.json of an element unless a process is at work on it."""
     if current_holder(element.path / "attempts")[0] is None:
         force_status(element, state, message)
 
 
 def force_status(element: Element, state: State, message: str) -> None:
-    """The same even if somebody is: for a rank that fails where the writer, which it ends, does not."""
+    """Like `mark`, but even while another process holds the lease: for a rank that is about to end the writer."""
     record = read_status(element.status)
     record.state, record.message = state, message
     # Nothing but a display depends on it, and a launch marks many elements.

@@ -1,6 +1,6 @@
-"""The run directory: the only place that knows its paths.
+"""The run directory: the only module that knows its paths.
 
-A run is a set of elements, each one job's worth of work with a folder of its own:
+A run is a set of elements. An element is the work of one job and has its own folder:
 
     runs/<name>/
       config.json  provenance.json  profile.json  jobs.jsonl
@@ -25,12 +25,12 @@ from cpd.run.files import read_json
 
 
 class RunError(ValueError):
-    """A run directory that is not there, or not what it should be."""
+    """A directory that is missing, or does not hold what a command needs."""
 
 
 @dataclass(frozen=True)
 class Element:
-    """One job's worth of work: its role, its place in the role's array, and its folder."""
+    """The work of one job: its role, its number within the role, and its folder."""
 
     role: Role
     index: int
@@ -55,17 +55,17 @@ class Element:
 
     @property
     def complete(self) -> Path:
-        """Marker written last by an element that ended well."""
+        """Marker that a successful element writes last."""
         return self.path / "COMPLETE"
 
     @property
     def rejected(self) -> Path:
-        """Marker of a teacher that missed its gate."""
+        """Marker of a teacher whose validation success is below the gate."""
         return self.path / "REJECTED"
 
     @property
     def finished(self) -> bool:
-        """Whether nothing is left to do."""
+        """Whether the element is complete or rejected."""
         return self.complete.exists() or self.rejected.exists()
 
 
@@ -93,7 +93,7 @@ class TeacherElement(Element):
 
     @property
     def episodes(self) -> Path:
-        """The single episodes of that evaluation."""
+        """The episodes of that evaluation, one row each."""
         return self.path / "episodes.csv"
 
 
@@ -116,33 +116,34 @@ class StudentElement(Element):
         return self.path / "stages" / f"{'initial' if stage < 0 else f'stage-{stage:02d}'}.safetensors"
 
     def row_file(self, stage: int) -> Path:
-        """Where an evaluation keeps row `stage` of the success matrix."""
+        """Row `stage` of the success matrix."""
         return self.path / f"{'initial' if stage < 0 else f'stage-{stage:02d}'}.csv"
 
     def row_episodes_file(self, stage: int) -> Path:
-        """Where it keeps that row's single episodes."""
+        """The episodes of that row, one line each."""
         return self.row_file(stage).with_suffix(".episodes.csv")
 
     def usage_file(self, stage: int) -> Path:
-        """Where it keeps which experts acted, if it looked."""
+        """How often each expert was chosen, if it was recorded."""
         return self.row_file(stage).with_suffix(".usage.csv")
 
     def retrieval_file(self, stage: int) -> Path:
-        """Where it keeps which tasks were believed in, if it looked and the student believes."""
+        """How often a student that infers the task inferred the right one, if it was recorded."""
         return self.row_file(stage).with_suffix(".retrieval.csv")
 
 
 class Run:
     """A run directory with its frozen configuration."""
 
-    def __init__(self, root: Path) -> None:
-        """Open an existing run.
+    def __init__(self, root: Path, config: Config | None = None) -> None:
+        """Open an existing run, or one that is only planned if `config` is given.
 
         Raises:
-            RunError: if `root` is no run directory.
+            RunError: if `root` is not a run directory, and there is no `config`.
         """
         self.root = root
-        if not self.config_path.exists():
+        self._planned_config = config
+        if config is None and not self.config_path.exists():
             raise RunError(f"{root} is not a run directory: it has no config.json; `jobs.launch` makes one")
 
     @property
@@ -153,7 +154,7 @@ class Run:
     @cached_property
     def config(self) -> Config:
         """The frozen configuration, checked on load."""
-        return load(Config, read_json(self.config_path), str(self.config_path))
+        return self._planned_config or load(Config, read_json(self.config_path), str(self.config_path))
 
     @cached_property
     def method_configs(self) -> dict[str, Config]:
@@ -210,11 +211,11 @@ class Run:
         ]
 
     def report(self) -> Element:
-        """The gathering of results and the drawing of figures."""
+        """The element that gathers results and draws figures."""
         return Element("report", 0, self.results, "results")
 
     def is_trained(self, teacher: TeacherElement) -> bool:
-        """Whether there is nothing left to train, though perhaps to evaluate."""
+        """Whether the teacher's final policy exists; its evaluation and rollouts may be missing."""
         return teacher.policy.exists()
 
     def dependencies(self, element: Element) -> list[Element]:
@@ -230,21 +231,21 @@ class Run:
         return [*self.teachers(), *self.students(), *self.evaluations(), self.report()]
 
     def is_extended_by(self, config: Config) -> bool:
-        """Whether `config`, which agrees with this run's otherwise, has students that this run has not."""
+        """Whether `config`, which otherwise agrees with this run's, adds students."""
         return len(config.methods) * len(config.seeds) > len(self.students())
 
     def select(self, names: Sequence[str]) -> list[Element]:
-        """The elements with these names, or in folders with them such as `students/ewc`; all if none is given.
+        """Return the elements with these names, or in these folders, such as `students/ewc`; all without names.
 
         Raises:
-            RunError: for a name that fits no element, with a list of those that there are.
+            RunError: if a name fits no element; the message lists the folders of elements.
         """
         elements = self.elements()
         for name in names:
             if not any(matches(element, name) for element in elements):
                 folders = dict.fromkeys("/".join(element.name.split("/")[:2]) for element in elements)
-                known = folders if name.count("/") < 2 else [element.name for element in elements]
-                likely = nearest(name.rstrip("/"), known) or "."
+                candidates = folders if name.count("/") < 2 else [element.name for element in elements]
+                likely = nearest(name.rstrip("/"), candidates) or "."
                 listing = "\n".join(f"  {folder}" for folder in folders)
                 raise RunError(f"--only {name}: {self.root} has no such element{likely} It has\n{listing}")
         return [e for e in elements if not names or any(matches(e, name) for name in names)]

@@ -1,4 +1,4 @@
-"""Atomic files: written under a temporary name, flushed, synced and renamed, so that a reader never sees half."""
+"""Atomic files: written under a temporary name, synced and renamed, so that no reader sees a partial file."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ TEMPORARY_SUFFIX = ".tmp"
 
 
 class DamagedFileError(ValueError):
-    """A file of ours that something else has damaged or removed; names it."""
+    """A file was damaged or removed from outside; the message names it."""
 
 
 @contextlib.contextmanager
@@ -23,7 +23,7 @@ def atomic_write(path: Path, sync: bool = True) -> Iterator[Path]:
     """Yield a temporary sibling of `path` to write to; on leaving, sync it and rename it to `path`.
 
     If the block raises, the temporary is removed and `path` stays as it was. Without `sync`, which takes
-    milliseconds, a failure of the machine's power may lose what was written.
+    milliseconds, a power failure may lose the file.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     # Not tempfile: its mode 0600 would defeat a group's umask on a shared file system.
@@ -50,19 +50,19 @@ def sync_folder(folder: Path) -> None:
 
 
 def copy(source: Path, target: Path) -> None:
-    """Publish a copy of `source` at `target`; see `atomic_write`."""
+    """Copy `source` to `target` with `atomic_write`."""
     with atomic_write(target) as temporary:
         shutil.copyfile(source, temporary)
 
 
 def write_text(path: Path, text: str, sync: bool = True) -> None:
-    """Publish `text` at `path`; see `atomic_write`."""
+    """Write `text` to `path` with `atomic_write`."""
     with atomic_write(path, sync) as temporary:
         temporary.write_text(text)
 
 
 def write_json(path: Path, data: Any, sync: bool = True) -> None:
-    """Publish `data` as indented JSON at `path`; see `atomic_write`."""
+    """Write `data` as indented JSON to `path` with `atomic_write`."""
     write_text(path, json.dumps(data, indent=2) + "\n", sync)
 
 
@@ -87,11 +87,11 @@ def sha256(path: Path) -> str:
 
 
 def is_temporary(path: Path) -> bool:
-    """Whether a writer keeps, or was killed while it kept, `path` in place of a file that it was to publish."""
+    """Whether `path` is a temporary file of `atomic_write`."""
     return path.name.startswith(".") and path.name.endswith(TEMPORARY_SUFFIX)
 
 
 def sweep_temporaries(folder: Path) -> None:
-    """Remove the temporaries that killed writers left in `folder`; call only as its single writer."""
+    """Remove the temporary files that killed writers left in `folder`; call only as its single writer."""
     for path in folder.glob(f".*{TEMPORARY_SUFFIX}"):
         path.unlink(missing_ok=True)

@@ -1,6 +1,6 @@
-"""Asking a job to stop: a signal, or the death of its launcher, sets a flag and nothing else.
+"""Stopping a job: a signal, or the end of its launcher, sets a flag and does nothing else.
 
-The work loop looks at the flag between steps, saves, and leaves; no MPI call or file is touched in a handler.
+The work loop checks the flag between steps, saves and returns. A handler makes no MPI call and touches no file.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from cpd.run.lease import is_alive, start_ticks
 LAUNCHER_VARIABLE = "CPD_LAUNCHER"
 #: What a job exits with after saving because it was asked to stop (EX_TEMPFAIL: try again).
 EXIT_INTERRUPTED = 75
-#: Between two looks at whether the launcher lives.
+#: Seconds between two checks that the launcher is alive.
 WATCH_SECONDS = 0.5
 
 
@@ -28,12 +28,12 @@ class InterruptedBySignal(RuntimeError):
 class Interrupt:
     """The stop flag of this process.
 
-    A plain attribute, and no `threading.Event`: a second signal may come while the first is handled, and an
-    event's lock, which the first then holds, would never be given.
+    A plain attribute, not a `threading.Event`: a second signal may interrupt the handler of the first, which holds
+    the event's lock, and would deadlock.
     """
 
-    #: Whether one that is installed in the place of another takes over that one's request: in a job that does
-    #: several elements, a signal that comes as one ends is meant for the next.
+    #: Whether a newly installed Interrupt inherits a pending stop request from the one it replaces: in a job with
+    #: several elements, a signal that arrives as one ends is meant for the next.
     inherits = False
 
     def __init__(self) -> None:
@@ -52,9 +52,9 @@ class Interrupt:
     def install(self) -> Interrupt:
         """Handle SIGTERM, SIGINT, SIGUSR1 and SIGUSR2, and watch the launcher; call in the main thread."""
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
-            before = getattr(signal.signal(number, self._handle), "__self__", None)
-            if Interrupt.inherits and isinstance(before, Interrupt) and before.requested:
-                self._requested, self.signal_number = True, before.signal_number
+            replaced = getattr(signal.signal(number, self._handle), "__self__", None)
+            if Interrupt.inherits and isinstance(replaced, Interrupt) and replaced.requested:
+                self._requested, self.signal_number = True, replaced.signal_number
         launcher = os.environ.get(LAUNCHER_VARIABLE, "")
         if launcher:
             threading.Thread(target=self._watch, args=(launcher,), daemon=True, name="launcher-watch").start()

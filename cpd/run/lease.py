@@ -1,8 +1,8 @@
-"""One writer per element: a lease that is safe on shared file systems.
+"""Leases: one writer per element, also on shared file systems.
 
 Every attempt at an element creates the next file `attempts/0001.json`, `0002.json`, ... exclusively; the highest
-number holds the lease. A stale lease is taken over by creating the next number, which only one contender can
-do, and the old holder sees the higher number and stops. The files double as the history of attempts.
+number holds the lease. A process takes over a stale lease by creating the next number, which only one process can
+do; the old holder sees the higher number and stops. The files are also the history of attempts.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ STALE_SECONDS = 90.0
 
 
 class LeaseHeldError(RuntimeError):
-    """Somebody else is writing this element."""
+    """Another process is writing this element."""
 
 
 class LeaseLostError(RuntimeError):
@@ -54,7 +54,7 @@ class Holder:
         return f"process {self.process} on {self.host}{f' (job {self.job})' if self.job else ''}"
 
     def is_succeeded_by(self, other: Holder) -> bool:
-        """Whether `other` is a later start of the same Slurm job, which ends every earlier one."""
+        """Whether `other` is a later start of the same Slurm job; Slurm ends a job before it starts it again."""
         return bool(self.job) and self.job == other.job and self.restart < other.restart
 
 
@@ -87,7 +87,7 @@ class Lease:
         return self._attempts / f"{self.number:04d}.json"
 
     def acquire(self, wait_seconds: float = 0.0) -> Lease:
-        """Take the lease, waiting up to `wait_seconds` for a holder to let go.
+        """Take the lease; wait up to `wait_seconds` for a holder to release it.
 
         Raises:
             LeaseHeldError: if a living holder keeps it, naming host and process.
@@ -98,7 +98,7 @@ class Lease:
             holder, number = current_holder(self._attempts)
             if holder is None or holder.is_succeeded_by(Holder.current()):
                 self.number = number + 1
-                with contextlib.suppress(FileExistsError):  # another contender was first: look again
+                with contextlib.suppress(FileExistsError):  # another process was first: check again
                     self._create()
                     threading.Thread(target=self._beat, daemon=True, name="lease").start()
                     return self
@@ -141,7 +141,7 @@ class Lease:
             raise LeaseLostError(f"{self._attempts.parent} was taken over by another process; this one stops")
 
     def release(self) -> None:
-        """Let go."""
+        """Release the lease."""
         self._stop.set()
         if not self._superseded():
             holder = asdict(Holder.current()) | {"released": True}
@@ -165,7 +165,7 @@ def current_holder(attempts: Path) -> tuple[Holder | None, int]:
     try:
         holder = Holder(**json.loads(path.read_text()))
     except (ValueError, TypeError):
-        return None, numbers[-1]  # half of it was lost with the machine's power, and its writer too
+        return None, numbers[-1]  # a power failure cut the file short and ended its writer
     if holder.released:
         return None, numbers[-1]
     if holder.host == socket.gethostname():
@@ -176,7 +176,7 @@ def current_holder(attempts: Path) -> tuple[Holder | None, int]:
 
 
 def _age_seconds(path: Path) -> float:
-    """Age of a file by the file server's own clock, which hosts need not share; where only reading, by ours."""
+    """Return a file's age by the file server's clock, which may differ from ours; by ours if it is read-only."""
     probe = path.with_name(f".{socket.gethostname()}.{os.getpid()}.now")
     try:
         probe.touch()

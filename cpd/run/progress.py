@@ -1,4 +1,4 @@
-"""What a job tells while it works: metrics.jsonl for figures, status.json for tables, plain lines for its log."""
+"""Progress of a job: metrics.jsonl for figures, status.json for tables, plain lines for its log."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ LINE_SECONDS = 15.0
 
 
 class MetricsLog:
-    """Append-only metrics.jsonl, one JSON object a line, cut back on resume to what the checkpoint knew."""
+    """Append-only metrics.jsonl, one JSON object a line, truncated on resume to its size at the checkpoint."""
 
     def __init__(self, path: Path, size: int = 0) -> None:
-        """Open `path`, keeping its first `size` bytes (0: start anew)."""
+        """Open `path` and keep its first `size` bytes."""
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file: BinaryIO = path.open("ab")
         size = min(size, self._file.seek(0, os.SEEK_END))  # truncating beyond the end would pad with zeros
@@ -76,7 +76,7 @@ class StatusRecord:
 
 
 def read_status(path: Path) -> StatusRecord:
-    """The record in `path`, or an empty one if there is none yet, or none that can be read: it is for display."""
+    """Return the record in `path`, or an empty one if it is missing or damaged: it is for display only."""
     try:
         return StatusRecord(**read_json(path)) if path.exists() else StatusRecord()
     except (ValueError, TypeError):
@@ -84,7 +84,7 @@ def read_status(path: Path) -> StatusRecord:
 
 
 class Status:
-    """Keeps a job's status.json up to date and tells its progress in plain lines now and then."""
+    """Keeps a job's status.json up to date and logs a line of progress every 15 seconds."""
 
     def __init__(self, path: Path, log: Callable[[str], None] = lambda line: None) -> None:
         """Continue the record in `path`; `log` receives a line of progress every 15 seconds."""
@@ -101,7 +101,7 @@ class Status:
         self._last_line = time.monotonic()
 
     def begin(self, phase: str, total: int, done: int = 0, unit: str = "steps") -> None:
-        """Enter a phase of `total` units of which `done` are behind us."""
+        """Enter a phase of `total` units, `done` of which are finished."""
         record = self.record
         self._phase_base = record.seconds.get(phase, 0.0)
         self._phase_start, self._phase_first = time.monotonic(), done
@@ -113,7 +113,7 @@ class Status:
     def advance(
         self, done: int, *, success: float | None = None, loss: float | None = None, force: bool = False
     ) -> None:
-        """Tell how far the phase has come; written at most once a second unless `force`."""
+        """Record the progress of the phase; write it at most once a second unless `force`."""
         record, now = self.record, time.monotonic()
         record.done = done
         record.success = record.success if success is None else success
@@ -176,7 +176,7 @@ def clock(seconds: float) -> str:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All whole records of a metrics.jsonl; a line cut off by a kill is left out."""
+    """Return all complete records of a metrics.jsonl; skip a line that a kill cut off."""
     if not path.exists():
         return []
     lines = path.read_bytes().split(b"\n")[:-1]

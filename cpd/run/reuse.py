@@ -1,15 +1,13 @@
-"""Taking over teachers that were trained before, so that many experiments share one set.
+"""Reusing trained teachers, so that many experiments share one set.
 
-They come from another run's directory, or from a folder of published teachers, which holds `config.json` and
-`policies/<task>-seed-<n>.safetensors` with a description beside each. Everything is checked by its hash, and the
-run directory that takes them over stays self-contained: large files are linked (hard) or copied, and nothing
-points outside.
+The source is another run directory or a folder of published teachers, which holds `config.json` and
+`policies/<task>-seed-<n>.safetensors` with a description beside each policy. All files are checked by their
+hashes. The new run directory stays self-contained: large files are hard-linked or copied.
 
-What made the teachers must agree: the settings in `teacher` and `stream` except seeds, gate and tasks, and the
-versions of the simulator. Settings that only come later may differ: then the policy is taken over, and the
-teacher's own job evaluates it or collects its rollouts anew. A teacher that is not there is trained as usual. So
-is, where the budget of environment steps is another one, a teacher whose training that budget ended or would end;
-for all others it makes no difference.
+The settings that determine a teacher must agree: those in `teacher` and `stream` except seeds, gate and tasks, and
+the versions of the simulator. If only later settings differ, the policy is reused, and the teacher's job evaluates
+it or collects its rollouts again. A teacher that the source lacks is trained as usual. If max_env_steps differs, a
+teacher is retrained only if it stopped at the old budget or used more steps than the new one.
 """
 
 from __future__ import annotations
@@ -30,22 +28,22 @@ from cpd.run.progress import State, StatusRecord
 from cpd.run.provenance import labels
 from cpd.run.shards.schema import INDEX_NAME, ShardIndex
 
-#: Settings that make a teacher, but for those that do not change what a trained policy is.
+#: Settings that determine a teacher, except those in `LATER`, which do not change a trained policy.
 MAKING = ("stream.", "teacher.")
 LATER = ("stream.tasks", "teacher.seeds", "teacher.gate", "teacher.on_rejected", "teacher.max_env_steps:")
 
 
 class ReuseError(ValueError):
-    """Teachers that cannot be taken over; says why and what to do."""
+    """Teachers cannot be reused; the message says why and what to do."""
 
 
 @dataclass(frozen=True)
 class Reuse:
-    """What is taken over for one teacher of a run."""
+    """What one teacher of a run reuses."""
 
     teacher: TeacherElement
     policy: Path | None = None
-    """Its weights as they are there; None if it is not there and is trained as usual."""
+    """The source's weights; None if the teacher is trained as usual."""
     source: TeacherElement | None = None
     """The teacher in the other run; None for a published policy."""
     evaluation: bool = False
@@ -53,30 +51,32 @@ class Reuse:
     marker: str = ""
     """`COMPLETE` or `REJECTED` where nothing is left to do."""
     lacks_budget: bool = False
-    """Whether it is there, but would have trained longer, or less, within the budget that this run has."""
+    """Whether the source has the teacher, but its training depended on another max_env_steps."""
 
     @property
     def summary(self) -> str:
-        """One line on what becomes of the teacher."""
+        """One line that says what happens to the teacher."""
         if self.policy is None and self.teacher.policy.exists():
-            return "not there, but taken over before from elsewhere"
+            return "not in the source, but reused from another one before"
         if self.policy is None:
             return (
-                "trained anew, since the budget is another" if self.lacks_budget else "not there, trained as usual"
+                "trained again, since max_env_steps differs"
+                if self.lacks_budget
+                else "not in the source, trained as usual"
             )
         if self.marker:
-            return f"taken over as it is ({'admitted' if self.marker == 'COMPLETE' else 'rejected'})"
+            return f"reused ({'admitted' if self.marker == 'COMPLETE' else 'rejected'})"
         left = [] if self.evaluation else ["evaluated"]
         left += [] if self.rollouts else ["collects rollouts"]
-        return f"policy taken over, {' and '.join(left) or 'judged by this gate'} here"
+        return f"policy reused, {' and '.join(left) or 'judged by this gate'} here"
 
 
 def find_reusable(run: Run, folder: Path) -> list[Reuse]:
-    """What of the teachers in `folder` can be taken over for those of `run` on which no work has begun.
+    """Return what the teachers of `run` on which no work has begun can reuse from `folder`.
 
     Raises:
-        ReuseError: if there are no teachers for this run in `folder`, settings or versions disagree, or a file
-            is not the one that its record describes.
+        ReuseError: if `folder` has no teachers for this run, settings or versions disagree, or a file does not
+            match its record.
     """
     untouched = [t for t in run.teachers() if not (t.finished or (t.path / "attempts").exists())]
     if not untouched:
@@ -87,50 +87,46 @@ def find_reusable(run: Run, folder: Path) -> list[Reuse]:
     wrong = [f"  {line}" for line in changed if line.startswith(MAKING) and not line.startswith(LATER)]
     if wrong:
         raise ReuseError(
-            f"the teachers in {folder} were made with other settings (theirs -> ours); copy theirs into the "
-            "recipe, or train anew:\n" + "\n".join(wrong)
+            f"the teachers in {folder} were trained with other settings (theirs -> ours); copy theirs into the "
+            "recipe, or train new teachers:\n" + "\n".join(wrong)
         )
     try:
-        found = [_adoption(teacher, folder, changed, run.config) for teacher in untouched]
+        reuses = [_reuse_of(teacher, folder, changed, run.config) for teacher in untouched]
     except ReuseError:
         raise
     except ValueError as error:  # an index or a description that cannot be read
         raise ReuseError(str(error)) from None
-    if all(adoption.policy is None for adoption in found) and len(untouched) == len(run.teachers()):
+    if all(item.policy is None for item in reuses) and len(untouched) == len(run.teachers()):
         names = ", ".join(f"{t.task} seed {t.seed}" for t in untouched)
-        raise ReuseError(f"{folder} holds none of the finished teachers that are wanted: {names}")
-    return found
+        raise ReuseError(f"{folder} has no finished teacher that this run needs: {names}")
+    return reuses
 
 
 def reuse(run: Run, folder: Path) -> list[Reuse]:
-    """Take over what there is, enter it into provenance.json, and set the markers last; see `find_reusable`.
+    """Copy what `find_reusable` returns into `run`, record it in provenance.json, and set the markers last.
 
-    Doing it again after it was interrupted completes it.
+    After an interruption, calling it again completes the work.
     """
-    found = find_reusable(run, folder)
-    taken = {}
-    for adoption in found:
-        if adoption.policy is not None:
-            taken[adoption.teacher.name] = _take_over(adoption, adoption.policy, folder.resolve().name)
-    if taken:
+    reuses = find_reusable(run, folder)
+    records = {r.teacher.name: _copy_files(r, r.policy, folder.resolve().name) for r in reuses if r.policy}
+    if records:
         path = run.root / "provenance.json"
-        record = read_json(path) if path.exists() else {}
-        before = record.get("teachers", {})
-        write_json(path, {**record, "teachers": {**before, **taken}})
-    for adoption in found:
-        if adoption.source and adoption.marker:
-            copy(adoption.source.path / adoption.marker, adoption.teacher.path / adoption.marker)
-    return found
+        provenance = read_json(path) if path.exists() else {}
+        write_json(path, {**provenance, "teachers": {**provenance.get("teachers", {}), **records}})
+    for item in reuses:
+        if item.source and item.marker:
+            copy(item.source.path / item.marker, item.teacher.path / item.marker)
+    return reuses
 
 
 def _changed_settings(folder: Path, ours: Config) -> list[str]:
-    """What made the teachers in `folder` and differs from `ours`, as `dotted.path: theirs -> ours`."""
+    """Return the settings of the teachers in `folder` that are not `ours`, as `dotted.path: theirs -> ours`."""
     path = folder / "config.json"
     if not path.exists():
         raise ReuseError(
             f"teachers_from = {str(folder)!r}: no such run or folder of published teachers (it has no config.json)"
         )
-    # Only what concerns teachers: what older code said of students may not load any more.
+    # Only the tables that concern teachers: those of students may come from older code and no longer load.
     tables = upgrade(read_json(path))
     found = []
     for name in ("stream", "teacher", "rollouts", "evaluation"):
@@ -140,8 +136,8 @@ def _changed_settings(folder: Path, ours: Config) -> list[str]:
     return found
 
 
-def _adoption(teacher: TeacherElement, folder: Path, changed: Sequence[str], ours: Config) -> Reuse:
-    """What there is for one teacher, checked."""
+def _reuse_of(teacher: TeacherElement, folder: Path, changed: Sequence[str], ours: Config) -> Reuse:
+    """Check what `folder` has of one teacher."""
     published = published_policy(folder, teacher.task, teacher.seed)
     if published.exists():
         _check_policy(published, teacher, ours)
@@ -173,9 +169,9 @@ def _check_policy(policy: Path, teacher: TeacherElement, ours: Config) -> None:
         raise ReuseError(f"{policy} has no description ({path.name}) beside it")
     description = read_json(path)
     if sha256(policy) != description.get("sha256"):
-        raise ReuseError(f"{policy} is not the file that {path.name} describes: its hash differs")
+        raise ReuseError(f"{policy} is damaged: its hash differs from the one in {path.name}")
     if (description.get("task"), description.get("seed")) != (teacher.task, teacher.seed):
-        raise ReuseError(f"{path} describes another teacher than {teacher.task} seed {teacher.seed}")
+        raise ReuseError(f"{path} describes another teacher, not {teacher.task} seed {teacher.seed}")
     wanted = asdict(labels(ours))
     wrong = [
         f"{name} is {value!r} there, {wanted.get(name)!r} here"
@@ -183,11 +179,11 @@ def _check_policy(policy: Path, teacher: TeacherElement, ours: Config) -> None:
         if name != "task_identity" and wanted.get(name) != value
     ]
     if wrong:
-        raise ReuseError(f"{policy} was made under other conditions: {'; '.join(wrong)}; train anew")
+        raise ReuseError(f"{policy} was trained under other conditions: {'; '.join(wrong)}; train a new teacher")
 
 
 def _depends_on_budget(policy: Path, changed: Sequence[str], ours: Config) -> bool:
-    """Whether budgets differ, and training ended with theirs, or would have ended before with ours."""
+    """Whether budgets differ, and training stopped at theirs or used more steps than ours."""
     training = read_json(policy.with_suffix(".json")).get("training", {})
     is_other = any(line.startswith("teacher.max_env_steps:") for line in changed)
     ended = training.get("stopped_by") == "budget" or training.get("env_steps", 0) > ours.teacher.max_env_steps
@@ -198,24 +194,24 @@ def _check_shards(source: TeacherElement) -> None:
     path = source.shards / INDEX_NAME
     index = ShardIndex.from_dict(read_json(path), path)
     if index.attributes.policy_sha256 != sha256(source.policy):
-        raise ReuseError(f"{path}: these rollouts are another policy's than {source.policy}")
+        raise ReuseError(f"{path}: these rollouts were not collected by {source.policy}")
     for entry in index.shards:
         file = source.shards / entry.file
         if not file.is_file() or sha256(file) != entry.sha256:
             raise ReuseError(f"{file} is missing, or not the file that {INDEX_NAME} describes")
 
 
-def _take_over(adoption: Reuse, policy: Path, name: str) -> dict[str, Any]:
-    """Link or copy one teacher's files; returns what provenance.json keeps of it."""
-    teacher, source = adoption.teacher, adoption.source
+def _copy_files(item: Reuse, policy: Path, name: str) -> dict[str, Any]:
+    """Link or copy one teacher's files; return its entry of provenance.json."""
+    teacher, source = item.teacher, item.source
     record: dict[str, Any] = {"from": name, "policy_sha256": sha256(policy)}
-    if source and adoption.rollouts:
+    if source and item.rollouts:
         path = source.shards / INDEX_NAME
         for entry in ShardIndex.from_dict(read_json(path), path).shards:
             _link(source.shards / entry.file, teacher.shards / entry.file)
         copy(path, teacher.shards / INDEX_NAME)
         record["rollouts_sha256"] = sha256(path)
-    if source and adoption.evaluation:
+    if source and item.evaluation:
         copy(source.episodes, teacher.episodes)
         copy(source.evaluation, teacher.evaluation)
         record["evaluation_sha256"] = sha256(source.evaluation)
@@ -225,14 +221,14 @@ def _take_over(adoption: Reuse, policy: Path, name: str) -> dict[str, Any]:
     copy(policy.with_suffix(".json"), teacher.policy.with_suffix(".json"))
     success = read_json(policy.with_suffix(".json")).get("training", {}).get("validation_success")
     states: dict[str, State] = {"COMPLETE": "done", "REJECTED": "rejected"}
-    state = states.get(adoption.marker, "waiting")
-    status = StatusRecord(state=state, success=success, message=f"taken over from {name}")
+    state = states.get(item.marker, "waiting")
+    status = StatusRecord(state=state, success=success, message=f"reused from {name}")
     write_json(teacher.status, asdict(status))
     return record
 
 
 def _link(source: Path, target: Path) -> None:
-    """A hard link where there are such, else a copy: these files are replaced as wholes and never changed."""
+    """Make a hard link or else a copy. A link is safe: these files are replaced, never changed."""
     with atomic_write(target) as temporary:
         try:
             os.link(source, temporary)
@@ -241,25 +237,24 @@ def _link(source: Path, target: Path) -> None:
 
 
 class PlannedRun(Run):
-    """A run directory that may not be there yet."""
+    """A run directory that may not exist yet."""
 
     def __init__(self, root: Path, config: Config, reuses: Sequence[Reuse] = ()) -> None:
-        """Nothing is read or written; teachers that would be taken over as they are count as finished."""
-        self.root = root
-        self.__dict__["config"] = config
+        """Plan a run without writing anything; teachers that it would reuse as they are count as finished."""
+        super().__init__(root, config)
         self._is_extended = self.config_path.exists() and Run(root).is_extended_by(config)
         self._policies = {a.teacher.name for a in reuses if a.policy}
         self._elsewhere = {a.teacher.name: a.source.path for a in reuses if a.source and a.marker}
 
     def teachers(self) -> list[TeacherElement]:
-        """Those that would be taken over lie where they are now."""
+        """The teachers; those that would be reused as they are have their present paths."""
         return [replace(t, path=self._elsewhere.get(t.name, t.path)) for t in super().teachers()]
 
     def report(self) -> Element:
-        """One that has yet to tell of students that would be added lies where nothing is."""
+        """The report; if students would be added, its path does not exist, so that it counts as unfinished."""
         report = super().report()
         return replace(report, path=report.path / "anew") if self._is_extended else report
 
     def is_trained(self, teacher: TeacherElement) -> bool:
-        """Also those whose policy would be taken over."""
+        """Whether the policy exists or would be reused."""
         return teacher.name in self._policies or super().is_trained(teacher)

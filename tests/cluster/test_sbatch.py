@@ -13,7 +13,7 @@ import pytest
 from cpd.cluster.ledger import LedgerEntry, append
 from cpd.cluster.plan import PlanError, Submission, plan, texts
 from cpd.cluster.queue import JobState
-from cpd.cluster.reconcile import Survey
+from cpd.cluster.reconcile import QueueState
 from cpd.config.load import ConfigError, load
 from cpd.config.profile import Profile, load_profile
 from cpd.run.directory import Run, RunError
@@ -21,7 +21,7 @@ from cpd.run.progress import Status
 from jobs.launch import main
 
 ROOT = Path(__file__).resolve().parents[2]
-NOTHING = Survey({}, {}, frozenset())
+NOTHING = QueueState({}, {}, frozenset())
 
 
 def profile(**over: Any) -> Profile:
@@ -40,15 +40,17 @@ def srun(text: str) -> list[str]:
     return shlex.split(next(line for line in joined.splitlines() if line.startswith("srun ")))
 
 
-def tell(run: Run, given: Profile, found: Survey = NOTHING, **choice: Any) -> dict[str, str]:
+def tell(run: Run, given: Profile, found: QueueState = NOTHING, **choice: Any) -> dict[str, str]:
     """Texts by role and number, e.g. `teacher-1`."""
     submissions = plan(run, given, found, **choice)
     return {re.sub(r"^.*?-(\w+)-[0-9a-f]{6}", r"\1", name): t for name, t in texts(run, given, submissions, found)}
 
 
-def active(run: Run, *names: str, state: str = "RUNNING") -> Survey:
+def active(run: Run, *names: str, state: str = "RUNNING") -> QueueState:
     """A queue in which the named elements are at work, as jobs 100, 101, ..."""
-    return Survey({name: [JobState(str(100 + i), "x", state)] for i, name in enumerate(names)}, {}, frozenset())
+    return QueueState(
+        {name: [JobState(str(100 + i), "x", state)] for i, name in enumerate(names)}, {}, frozenset()
+    )
 
 
 def test_the_whole_chain(make_run) -> None:
@@ -313,7 +315,7 @@ def test_names_are_unique_in_ledger_and_queue(make_run) -> None:
     run: Run = make_run()
     first = plan(run, profile(), NOTHING)
     append(run, [entry(run, "results", "", name=first[-1].name)])
-    taken = Survey({}, {}, frozenset({first[-1].name.rpartition("-")[0] + "-9", "else-teacher-abcdef-40"}))
+    taken = QueueState({}, {}, frozenset({first[-1].name.rpartition("-")[0] + "-9", "else-teacher-abcdef-40"}))
     names = [submission.name for found in (NOTHING, taken) for submission in plan(run, profile(), found)]
     assert [int(name.rpartition("-")[2]) for name in names] == [5, 6, 7, 8, 10, 11, 12, 13]
     assert len(set(names)) == len(names)

@@ -122,7 +122,7 @@ def test_watching_a_run_on_which_nobody_works_ends(
     run = make_run()
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     assert main([str(run.root), "--watch"]) == 1
-    assert "nobody is at work on this run" in capsys.readouterr().out
+    assert "no job is active" in capsys.readouterr().out
 
     def interrupt(seconds: float) -> None:
         raise KeyboardInterrupt
