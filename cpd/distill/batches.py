@@ -1,4 +1,4 @@
-"""Batches: the global batch of a step is a pure function of seed, stage and step; a rank takes its rows of it.
+"""Batches: the global batch of a step is a pure function of seed, stage and step; a rank takes some of its rows.
 
 Dimensions: B rows (windows) of the global batch, R rows of this rank, L time steps, S stored steps.
 """
@@ -22,30 +22,30 @@ from cpd.seeding import generator
 
 
 class Mixture(NamedTuple):
-    """Windows whose observations are mixed into those of the rows of the global batch."""
+    """Windows whose observations are mixed into the rows of the global batch."""
 
     start: npt.NDArray[np.int64]
-    """[B] first step of each."""
+    """[B] first step."""
     weight: npt.NDArray[np.float64]
-    """[B] weight of the row's own observations; 1 leaves them as they are."""
+    """[B] weight of the row's original observations; 1 leaves them unchanged."""
 
 
 class Windows(NamedTuple):
-    """Rows of the global batch, as places in the stage's table of steps."""
+    """Rows of the global batch, as positions in the stage's table of steps."""
 
     start: npt.NDArray[np.int64]
     """[B] first step."""
     length: npt.NDArray[np.int64]
     """[B] number of steps."""
     mixture: Mixture | None = None
-    """What is mixed into the rows' observations, if anything."""
+    """Set if observations are mixed (rehearsal)."""
 
 
 class Batch(NamedTuple):
     """This rank's rows of a global batch."""
 
     obs_RLO: Tensor
-    """Raw observations; what lies beyond a window's end repeats its last step and counts nowhere."""
+    """Raw observations; positions beyond a window's end repeat its last step and are ignored."""
     teacher_mean_RLA: Tensor
     teacher_log_std_RLA: Tensor
     """Floored."""
@@ -62,10 +62,10 @@ class Batch(NamedTuple):
 class BatchSource:
     """The batches of one stage.
 
-    A row from the current task is the window that ends with a step drawn uniformly from all of the task's, so
-    that every step is seen with its full past and windows at an episode's start are short ones, as when acting;
-    jointly, a task is drawn first. A row from memory is a whole segment, drawn uniformly; with rehearsal, the
-    mixture of its observations with those of another segment of its task, in uniform proportions, over the steps
+    A row from the current task is the window that ends with a step drawn uniformly from all steps of the task.
+    Every step is thus seen with its full past, and windows at the start of an episode are short, as when acting.
+    In joint training a task is drawn first. A row from memory is a whole segment, drawn uniformly. With rehearsal
+    its observations are mixed, in uniform proportions, with those of another segment of its task, over the steps
     that both have.
     """
 
@@ -83,35 +83,34 @@ class BatchSource:
         self.task = data.task
         self._config, self._context, self._seed, self._stage, self._comm = config, context, seed, stage, comm
         self._memory_start, self._memory_length = memory.start, memory.length
-        lessons = [data, *data.others]
-        # The table's rows: memory's steps, then every lesson's.
-        first_row = np.cumsum([memory.num_steps, *(lesson.num_steps for lesson in lessons)])
-        starts = [lesson.window_starts(context) + row for lesson, row in zip(lessons, first_row[:-1], strict=True)]
+        tasks = [data, *data.others]
+        # The rows of the table: the steps of the memory, then those of every task.
+        first_row = np.cumsum([memory.num_steps, *(task.num_steps for task in tasks)])
+        starts = [task.window_starts(context) + row for task, row in zip(tasks, first_row[:-1], strict=True)]
         self._window_start = np.concatenate(starts)
-        self._lesson_begins, self._lesson_sizes = first_row[:-1] - first_row[0], np.diff(first_row)
+        self._task_rows, self._task_sizes = first_row[:-1] - first_row[0], np.diff(first_row)
         self._window_length = np.arange(first_row[0], first_row[-1]) - self._window_start + 1
         # One table for memory and current data, so that a batch is one gather.
         columns = [
-            np.concatenate([memory.observations, *(lesson.observations for lesson in lessons)]),
-            np.concatenate([memory.teacher_mean, *(lesson.teacher_mean for lesson in lessons)]),
-            np.concatenate([memory.teacher_log_std, *(lesson.teacher_log_std for lesson in lessons)]),
+            np.concatenate([memory.observations, *(task.observations for task in tasks)]),
+            np.concatenate([memory.teacher_mean, *(task.teacher_mean for task in tasks)]),
+            np.concatenate([memory.teacher_log_std, *(task.teacher_log_std for task in tasks)]),
         ]
         dtype = getattr(torch, config.precision)
         table = torch.from_numpy(np.concatenate(columns, axis=1)).to(dtype)
         table[:, -ACTION_SIZE:] = floored_log_std(table[:, -ACTION_SIZE:], config.std_floor)
         self._table = table.to(device)
-        current = [np.full(lesson.num_steps, lesson.task) for lesson in lessons]
-        task = np.concatenate([np.repeat(memory.task, memory.length), *current])
-        self._task = torch.from_numpy(task).to(device)
+        current = [np.full(task.num_steps, task.task) for task in tasks]
+        task_of_row = np.concatenate([np.repeat(memory.task, memory.length), *current])
+        self._task_of_row = torch.from_numpy(task_of_row).to(device)
         self._num_replayed = 0
         if len(memory):
             self._num_replayed = min(round(config.replay_share * config.batch_size), config.batch_size - 1)
         self._position = np.arange(context)
-        # The segments of a task, one after another, so that a partner is drawn by a number within the task.
+        # Segments ordered by task, so that a partner for rehearsal is drawn by its number within the task.
         self._by_task = np.argsort(memory.task, kind="stable")
-        _, group, self._task_counts = np.unique(memory.task, return_inverse=True, return_counts=True)
-        self._task_begins = np.cumsum(self._task_counts) - self._task_counts
-        self._task_group = group
+        _, self._group, self._group_sizes = np.unique(memory.task, return_inverse=True, return_counts=True)
+        self._group_begins = np.cumsum(self._group_sizes) - self._group_sizes
 
     def windows(self, step: int) -> Windows:
         """The global batch of `step`, rows from memory first."""
@@ -122,9 +121,9 @@ class BatchSource:
         length = np.concatenate([self._memory_length[replayed], self._window_length[current]])
         if not (self._config.rehearsal and self._num_replayed):
             return Windows(start, length)
-        group = self._task_group[replayed]
-        among = np.floor(rng.random(self._num_replayed) * self._task_counts[group]).astype(np.int64)
-        other = self._by_task[self._task_begins[group] + among]
+        group = self._group[replayed]
+        number = np.floor(rng.random(self._num_replayed) * self._group_sizes[group]).astype(np.int64)
+        other = self._by_task[self._group_begins[group] + number]
         partner, weight = start.copy(), np.ones(len(start))
         partner[: self._num_replayed] = self._memory_start[other]
         weight[: self._num_replayed] = rng.random(self._num_replayed)
@@ -132,13 +131,13 @@ class BatchSource:
         return Windows(start, length, Mixture(partner, weight))
 
     def _current_rows(self, rng: np.random.Generator, num_rows: int) -> npt.NDArray[np.int64]:
-        """Numbers of steps of the stage's data, every task's as often in the mean, however many it has."""
-        if len(self._lesson_sizes) == 1:
+        """Draw steps of the stage's data; every task is equally likely, however many steps it has."""
+        if len(self._task_sizes) == 1:
             rows: npt.NDArray[np.int64] = rng.integers(len(self._window_start), size=num_rows)
             return rows
-        lesson = rng.integers(len(self._lesson_sizes), size=num_rows)
-        rows = self._lesson_begins[lesson]
-        rows += np.floor(rng.random(num_rows) * self._lesson_sizes[lesson]).astype(np.int64)
+        task = rng.integers(len(self._task_sizes), size=num_rows)
+        rows = self._task_rows[task]
+        rows += np.floor(rng.random(num_rows) * self._task_sizes[task]).astype(np.int64)
         return rows
 
     def batch(self, step: int) -> Batch:
@@ -146,7 +145,7 @@ class BatchSource:
         return self._gather(self.windows(step), self._num_replayed)
 
     def reference(self, step: int, num_windows: int) -> Batch | None:
-        """This rank's rows of `num_windows` segments from memory, not those of `batch`; None without any."""
+        """This rank's rows of `num_windows` segments from memory, independent of `batch`; None if it is empty."""
         if not len(self._memory_start):
             return None
         rows = generator(self._seed, "reference", self._stage, step).integers(
@@ -155,11 +154,11 @@ class BatchSource:
         return self._gather(Windows(self._memory_start[rows], self._memory_length[rows]), num_windows)
 
     def probe(self) -> Batch:
-        """This rank's rows of a global batch of the current task alone, drawn apart from those trained on."""
+        """This rank's rows of a global batch of the current task alone, independent of training batches."""
         return self.sample(self._config.batch_size, "probe")
 
     def sample(self, num_windows: int, purpose: str) -> Batch:
-        """This rank's rows of `num_windows` windows of the current task, drawn for `purpose` alone."""
+        """This rank's rows of `num_windows` windows of the current task, from the random stream `purpose`."""
         rows = self._current_rows(generator(self._seed, purpose, self._stage), num_windows)
         return self._gather(Windows(self._window_start[rows], self._window_length[rows]), 0)
 
@@ -185,7 +184,7 @@ class BatchSource:
             mean,
             log_std,
             valid_RL,
-            self._task[rows_RL[:, 0]],
+            self._task_of_row[rows_RL[:, 0]],
             torch.from_numpy(replayed).to(device, self._table.dtype),
             int(windows.length.sum()),
         )

@@ -1,6 +1,6 @@
-"""All parameters as views of one flat vector, and AdamW on it.
+"""All parameters as views of one flat vector, and AdamW on that vector.
 
-With one vector, a step needs one all-reduce, and clipping, masks and penalties are vector operations.
+One vector means one all-reduce per step; clipping, masks and penalties are vector operations.
 """
 
 from __future__ import annotations
@@ -21,26 +21,25 @@ EPS: Final = 1e-8
 class FlatParameters:
     """The parameters of a module, moved into `values` [P], with their gradients in `grads` [G].
 
-    The module's parameters become views: writing to either side writes to both. Gradients are views too, into
-    which autograd adds; zero `grads` before every backward pass.
+    The parameters of the module become views of `values`, their gradients views of `grads`. Autograd accumulates
+    into `grads`: zero it before every backward pass.
 
-    Parameters that rest (see `freeze`) take no part in training: no gradient is computed, reduced or applied,
-    and none has a place in `grads`, so that what is reduced and clipped lies together; G is P while none rests.
+    Frozen parameters (see `freeze`) take no part in training. They have no place in `grads`, so that everything
+    that is reduced and clipped is contiguous. G equals P if none is frozen.
 
     Attributes:
         names: parameters in the order of the vector; those that growth adds come last.
-        slots: name to its slice of the vector.
-        shapes: name to its shape.
-        matrices: [P] 1 for elements of weight matrices, else 0: what weight decay applies to.
-        trainable: the slices of `values` that do not rest, in order; neighbours are merged. Their gradients follow
-            one another in `grads`.
+        slots: the slice of the vector of every parameter, by name.
+        shapes: the shape of every parameter, by name.
+        matrices: [P] 1 for elements of weight matrices, to which weight decay applies, else 0.
+        trainable: the slices of `values` that are not frozen, in order; adjacent slices are merged. `grads` holds
+            their gradients in this order.
     """
 
-    def __init__(self, module: nn.Module, known: Sequence[str] = ()) -> None:
-        """Move the parameters of `module`; those named in `known` come first, in that order."""
+    def __init__(self, module: nn.Module, first_names: Sequence[str] = ()) -> None:
+        """Move the parameters of `module`; `first_names` come first, in that order, so that growth appends."""
         parameters = dict(module.named_parameters())
-        new = [name for name in parameters if name not in set(known)]
-        self.names = [*known, *new]
+        self.names = [*first_names, *(name for name in parameters if name not in set(first_names))]
         assert set(self.names) == set(parameters)
         sizes = [parameters[name].numel() for name in self.names]
         first = parameters[self.names[0]]
@@ -65,62 +64,62 @@ class FlatParameters:
         return len(self.values)
 
     def carried(self, vector: Tensor, old: FlatParameters) -> Tensor:
-        """A vector laid out as `old`, laid out as this; 0 for parameters that `old` did not have."""
+        """Copy a vector from the layout `old` to this layout; parameters that `old` lacks get 0."""
         result = torch.zeros_like(self.values)
         for name, slot in old.slots.items():
             result[self.slots[name]] = vector[slot]
         return result
 
     def freeze(self, mask: Tensor | None) -> None:
-        """Let parameters rest of which `mask` [P] lets no element move, and wake all others; None wakes all.
+        """Freeze every parameter that `mask` [P] zeroes entirely and unfreeze all others; None unfreezes all.
 
-        `grads` is another tensor from then on.
+        This replaces `grads` by a new tensor.
         """
         self.trainable: list[slice] = []
-        moving = [name for name in self.names if mask is None or bool(mask[self.slots[name]].any())]
-        self.grads = self.values.new_zeros(sum(self.shapes[name].numel() for name in moving))
+        trained = [name for name in self.names if mask is None or bool(mask[self.slots[name]].any())]
+        self.grads = self.values.new_zeros(sum(self.shapes[name].numel() for name in trained))
         self._staging: Tensor | None = None
         for parameter in self._parameters.values():
             parameter.requires_grad_(False)
             parameter.grad = None
         start = 0
-        for name in moving:
+        for name in trained:
             parameter, slot = self._parameters[name], self.slots[name]
             parameter.requires_grad_(True)
             parameter.grad = self.grads[start : start + parameter.numel()].view(parameter.shape)
             start += parameter.numel()
-            if self.trainable and self.trainable[-1].stop == slot.start:
+            if self.trainable and self.trainable[-1].stop == slot.start:  # fewer, longer slices for the optimiser
                 slot = slice(self.trainable.pop().start, slot.stop)
             self.trainable.append(slot)
 
     def reduce_grads(self, comm: Comm) -> None:
-        """Replace `grads` by its sum over ranks."""
+        """Sum `grads` over ranks, in place; a collective."""
         if comm.size == 1:
             return
         if self.grads.device.type == "cpu":
             comm.all_reduce_sum(self.grads.numpy())
             return
-        if self._staging is None:
+        if self._staging is None:  # pinned host memory: MPI sees no device memory
             self._staging = torch.empty(self.grads.shape, dtype=self.grads.dtype, pin_memory=True)
         self._staging.copy_(self.grads)
         comm.all_reduce_sum(self._staging.numpy())
         self.grads.copy_(self._staging)
 
     def clip_grads(self, max_norm: float) -> float:
-        """Scale `grads` down to `max_norm` if its Euclidean norm is greater; returns the norm before."""
+        """Scale `grads` down to `max_norm` if its Euclidean norm is greater; returns the original norm."""
         norm = float(torch.linalg.vector_norm(self.grads))
         if norm > max_norm:
             self.grads.mul_(max_norm / norm)
         return norm
 
 
-class _Part(NamedTuple):
-    """Parameters of equal age that are trainable."""
+class _Span(NamedTuple):
+    """A contiguous span of trainable parameters of equal age."""
 
     values: slice
-    """Their place among all parameters."""
+    """Their slice of all parameters."""
     grads: slice
-    """Their place among those that are trainable."""
+    """Their slice of `grads`."""
     age: int
     """In updates, this one included."""
 
@@ -128,9 +127,9 @@ class _Part(NamedTuple):
 class AdamW:
     """Adam with decoupled weight decay (Loshchilov and Hutter 2019) on flat parameters that may grow.
 
-    Bias correction (Kingma and Ba 2015, algorithm 1) goes by the updates since a parameter was added, so that
-    those that growth adds start like those of a fresh optimiser. As in torch, updates in which a gradient was 0
-    count too: the task encoder, for which the first stage has no use, and a task's vector start with larger steps.
+    Bias correction (Kingma and Ba 2015, algorithm 1) counts the updates since a parameter was added, so that
+    parameters added by growth start as with a new optimiser. As in torch, updates with a zero gradient count too:
+    the task encoder, which the first stage does not train, and a task's vector start with larger steps.
     """
 
     def __init__(self, flat: FlatParameters, weight_decay: float = 0.0) -> None:
@@ -142,7 +141,7 @@ class AdamW:
         self.cohorts: list[list[int]] = [[0, flat.size, 0]]
 
     def grow(self, flat: FlatParameters) -> None:
-        """Take over the vector after growth; moments are carried over by name."""
+        """Switch to the vector after growth; moments are copied by parameter name."""
         assert flat.names[: len(self.flat.names)] == self.flat.names
         self.first_moment = flat.carried(self.first_moment, self.flat)
         self.second_moment = flat.carried(self.second_moment, self.flat)
@@ -156,24 +155,24 @@ class AdamW:
 
         Args:
             lr: learning rate.
-            mask: [P] factor on every element's update, weight decay included; moments go on as without, but
-                for parameters that rest. A factor on the gradient instead would be cancelled by Adam's
+            mask: [P] factor on every element's update, weight decay included. Moments are updated as without a
+                mask, except those of frozen parameters. A factor on the gradient would be cancelled by Adam's
                 normalisation.
         """
-        parts = self._advance()
-        values = [self.flat.values[part.values] for part in parts]
-        before = [part.clone() for part in values] if mask is not None else []
+        spans = self._advance()
+        values = [self.flat.values[span.values] for span in spans]
+        old_values = [value.clone() for value in values] if mask is not None else []
         if self.weight_decay:
-            for part, own in zip(parts, values, strict=True):
-                own.addcmul_(own, self.flat.matrices[part.values], value=-lr * self.weight_decay)
-        # One pass over the vectors instead of ten: they do not fit in a core's own cache.
+            for span, value in zip(spans, values, strict=True):
+                value.addcmul_(value, self.flat.matrices[span.values], value=-lr * self.weight_decay)
+        # Fused: one pass over the vectors instead of ten, since they do not fit in a core's private cache.
         adamw(
             values,
-            [self.flat.grads[part.grads] for part in parts],
-            [self.first_moment[part.values] for part in parts],
-            [self.second_moment[part.values] for part in parts],
+            [self.flat.grads[span.grads] for span in spans],
+            [self.first_moment[span.values] for span in spans],
+            [self.second_moment[span.values] for span in spans],
             max_exp_avg_sqs=[],
-            state_steps=[torch.full((), part.age - 1.0, device=self.flat.values.device) for part in parts],
+            state_steps=[torch.full((), span.age - 1.0, device=self.flat.values.device) for span in spans],
             fused=True,
             amsgrad=False,
             maximize=False,
@@ -184,22 +183,22 @@ class AdamW:
             weight_decay=0.0,
         )
         if mask is not None:
-            for part, old, new in zip(parts, before, values, strict=True):
-                torch.lerp(old, new, mask[part.values], out=new)
+            for span, old, new in zip(spans, old_values, values, strict=True):
+                torch.lerp(old, new, mask[span.values], out=new)
 
-    def _advance(self) -> list[_Part]:
-        """Let all cohorts grow older by an update; returns what is trainable of each."""
+    def _advance(self) -> list[_Span]:
+        """Count one more update for all cohorts; returns the trainable spans of each."""
         for cohort in self.cohorts:
             cohort[2] += 1
-        parts, offset = [], 0
+        spans, offset = [], 0
         for trainable in self.flat.trainable:
             for first, last, age in self.cohorts:
                 start, stop = max(trainable.start, first), min(trainable.stop, last)
                 if start < stop:
                     grads = slice(offset + start - trainable.start, offset + stop - trainable.start)
-                    parts.append(_Part(slice(start, stop), grads, age))
+                    spans.append(_Span(slice(start, stop), grads, age))
             offset += trainable.stop - trainable.start
-        return parts
+        return spans
 
     def state(self) -> dict[str, Any]:
         """For a checkpoint."""
@@ -210,7 +209,7 @@ class AdamW:
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Take over what `state()` returned; the flat vector has been restored before."""
+        """Continue from what `state()` returned; restore the flat vector first."""
         self.first_moment.copy_(state["first_moment"])
         self.second_moment.copy_(state["second_moment"])
         self.cohorts = [list(cohort) for cohort in state["cohorts"]]

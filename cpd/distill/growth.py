@@ -1,4 +1,4 @@
-"""Growth of the student at the start of a stage that brings a new task: whether, from what, and what for."""
+"""Growth of the student at the start of a stage with a new task: which experts are added, and copies of which."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ TokenLoss = Callable[[StudentOutput, Batch], Tensor]
 
 @dataclass(frozen=True)
 class Probe:
-    """How the student as it is serves a new task, seen as one of the tasks that it knows."""
+    """How well the student serves a new task when it treats it as one of the tasks seen."""
 
     task: int
-    """The task as which it was seen; 0 for a student without tasks."""
+    """The task that it is treated as; 0 for a student without task identity."""
     loss: float
-    """Mean over tokens of the global batch."""
+    """Mean over the tokens of the global batch."""
     counts_LE: npt.NDArray[np.float64]
     """Assignments by layer and expert."""
 
@@ -43,59 +43,59 @@ class GrowthDecision:
     stage: int
     task: int
     nearest_task: int
-    """The known task whose experts serve the new one best, of which new experts are copies; the first one where
-    the student is not conditioned on tasks, so that all share their experts."""
+    """The task seen whose experts serve the new one best; new experts are copies of them. The first task if the
+    student is not conditioned on tasks: all tasks then share their experts."""
     probe_loss: float
-    """The new task's loss under them."""
+    """The loss of the new task with these experts."""
     reason: str
     num_new: int
     """Experts added to every layer."""
     sources: list[list[int]]
-    """By layer, the experts that the new ones copy."""
+    """By layer, the experts that the new ones are copies of."""
     group: int
     """The group of experts that the task has now."""
 
 
-def probe(student: Student, batch: Batch, loss: TokenLoss, known: list[int], comm: Comm) -> Probe:
-    """See a batch of a new task as each of the tasks `known`, and tell the best; a collective."""
+def probe(student: Student, batch: Batch, loss: TokenLoss, seen: list[int], comm: Comm) -> Probe:
+    """Treat a batch of a new task as each of the tasks `seen`; returns the best result. A collective."""
     best: Probe | None = None
-    for task in known if student.is_conditioned else [0]:
+    for task in seen if student.is_conditioned else [0]:
         with torch.no_grad():
             out = student(batch.obs_RLO, task_B=torch.full_like(batch.task_R, task), valid_BL=batch.valid_RL)
             total = float((batch.valid_RL * loss(out, batch)).sum())
         counts_LE = torch.stack([stats.counts_E for stats in out.stats]).double().cpu().numpy()
         sums = np.append(counts_LE, total)
         comm.all_reduce_sum(sums)
-        found = Probe(task, float(sums[-1]) / batch.num_tokens, sums[:-1].reshape(counts_LE.shape))
-        if best is None or found.loss < best.loss:
-            best = found
+        result = Probe(task, float(sums[-1]) / batch.num_tokens, sums[:-1].reshape(counts_LE.shape))
+        if best is None or result.loss < best.loss:
+            best = result
     assert best is not None
     return best
 
 
 @torch.no_grad()
 def grow(
-    student: Student, found: Probe, *, seed: int, stage: int, task: int, num_new: int, reason: str
+    student: Student, best: Probe, *, seed: int, stage: int, task: int, num_new: int, reason: str
 ) -> GrowthDecision:
-    """Add `num_new` experts to every layer, or none, for a new task.
+    """Add `num_new` experts, possibly none, to every layer for a new task.
 
-    They copy the experts that serve the new task best as `found`, the j-th new one the j-th most used, and once
-    all are copied the first again: what serves the new task best so far is what should be refined for it. In a
-    student with tasks they are a group of their own, which no other task's tokens meet. In a student without, they
-    are closed at first. Without new experts the task shares those of the nearest one.
+    New experts are copies of those that serve the new task best according to `best`: the j-th new expert copies
+    the j-th most used one, starting over once all are copied. In a student with task identity they form a new
+    group, which tokens of other tasks never reach. In a student without, they are closed at first. Without new
+    experts the task shares those of the nearest task.
 
     Returns:
         What was done; the same on every rank.
     """
-    nearest_group = int(student.group_K[found.task])
+    nearest_group = int(student.group_K[best.task])
     if student.task is not None:
-        student.task[task] = student.task[found.task]
+        student.task[task] = student.task[best.task]
         student.group_K[task] = nearest_group
         if num_new:
             student.group_K[task] = int(student.moes[0].group_E.max()) + 1
     group = int(student.group_K[task])
     sources = []
-    for layer, (moe, counts_E) in enumerate(zip(student.moes, found.counts_LE, strict=True)):
+    for layer, (moe, counts_E) in enumerate(zip(student.moes, best.counts_LE, strict=True)):
         serving_E = moe.group_E.numpy(force=True) == nearest_group  # all, in a student without tasks
         ranking = [int(expert) for expert in np.argsort(-counts_E, kind="stable") if serving_E[expert]]
         sources.append([ranking[j % len(ranking)] for j in range(num_new)])
@@ -106,7 +106,7 @@ def grow(
             moe.grow(
                 source, torch.from_numpy(ROW_NOISE * rms * noise), group=group, closed=not student.is_conditioned
             )
-    return GrowthDecision(stage, task, found.task, found.loss, reason, num_new, sources, group)
+    return GrowthDecision(stage, task, best.task, best.loss, reason, num_new, sources, group)
 
 
 def opening_offset(step: int, opening_steps: int) -> float:

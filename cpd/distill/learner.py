@@ -24,10 +24,10 @@ from cpd.student.task_embedding import info_nce
 
 
 class LossTerms(NamedTuple):
-    """The parts of a batch's loss, without gradient; this rank's summands of the global values."""
+    """The terms of the loss of a batch, without gradient; this rank's summands of the global values."""
 
     distance_RL: Tensor
-    """To the teachers, by token; 0 beyond a window's end."""
+    """Distance to the teachers, by token; 0 beyond a window's end."""
     load_balance: Tensor
     router_z: Tensor
     contrast: Tensor
@@ -37,7 +37,7 @@ class LossTerms(NamedTuple):
 
 @dataclass
 class Progress:
-    """Where in the stream the student is; kept in checkpoints."""
+    """The position of the student in the stream; part of checkpoints."""
 
     stage: int = 0
     step: int = 0
@@ -45,7 +45,7 @@ class Progress:
     begun: bool = False
     """Whether this stage's growth has happened."""
     num_opening: int = 0
-    """Experts per layer that were added when this stage began."""
+    """Experts per layer that were added at the start of this stage and open gradually."""
     growth: list[GrowthDecision] = field(default_factory=list)
     seen: list[int] = field(default_factory=list)
     """Tasks distilled so far, by position among the distinct ones, in order of their first stage."""
@@ -120,7 +120,7 @@ class StudentLearner:
         self._source = self._contrast = None
 
     def refresh_prototypes(self) -> None:
-        """Bring the prototypes up to date with the encoder; before the student acts in the middle of a stage."""
+        """Recompute the prototypes with the current encoder, before the student acts within a stage."""
         if self._contrast is not None:
             self._contrast.refresh_prototypes(self.student)
 
@@ -131,9 +131,9 @@ class StudentLearner:
         return old
 
     def gradient(self, batch: Batch, *, contrast: bool = True) -> LossTerms:
-        """Make `flat.grads` the gradient of the global batch's loss, the same on every rank; a collective.
+        """Set `flat.grads` to the gradient of the loss of the global batch, the same on every rank; a collective.
 
-        The contrastive loss is of the step's own batch, whatever `batch` is; without `contrast` it is left out.
+        The contrastive loss uses a batch of its own, independent of `batch`; `contrast=False` omits it.
         """
         config = self.config.distill
         out = self.student(batch.obs_RLO, task_B=batch.task_R, valid_BL=batch.valid_RL)
@@ -154,7 +154,7 @@ class StudentLearner:
         )
 
     def _contrastive_loss(self) -> Tensor:
-        """This rank's part of the contrastive loss, which every rank computes as a whole."""
+        """This rank's share of the contrastive loss, which every rank computes completely."""
         contrast = None if self._contrast is None else self._contrast.batch(self.progress.step)
         if contrast is None:
             return self.flat.values.new_zeros(())
@@ -162,11 +162,8 @@ class StudentLearner:
         return info_nce(self.student.embedding(obs_NO), task_N) / self.comm.size
 
     def _balance(self, out: StudentOutput, batch: Batch) -> Tensor:
-        """This rank's part of the load balance loss; where tokens have no choice, of its constant value, 1.
-
-        Not worked out then: the experts' global shares take a collective, for which all ranks would wait in the
-        middle of every step.
-        """
+        """This rank's share of the load balance loss; it is 1 if tokens have no choice among experts."""
+        # Not computed then: the global shares of experts take a collective in the middle of every step.
         if not self.student.chooses_experts:
             return self.flat.values.new_tensor(1.0 / self.comm.size)
         counts_LE = torch.stack([stats.counts_E for stats in out.stats]).cpu()

@@ -16,22 +16,22 @@ Loss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 def forward_kl(mean: Tensor, log_std: Tensor, teacher_mean: Tensor, teacher_log_std: Tensor) -> Tensor:
-    """KL(teacher || student), which makes the student cover the teacher.
+    """KL(teacher || student), which makes the student cover the teacher's distribution.
 
     With student N(m, s^2) and teacher N(n, t^2), per dimension: log(s/t) + (t^2 + (m - n)^2) / (2 s^2) - 1/2
-    (Kullback and Leibler 1951; the diagonal case of e.g. Rasmussen and Williams 2006, eq. A.23). Its weight on
-    a mean's error is 1/s^2: that is why the teacher's deviation has a floor.
+    (Kullback and Leibler 1951; the diagonal case of e.g. Rasmussen and Williams 2006, eq. A.23). The error of
+    the mean is weighted by 1/s^2, hence the floor on the teacher's deviation.
     """
     return _kl(teacher_mean, teacher_log_std, mean, log_std)
 
 
 def reverse_kl(mean: Tensor, log_std: Tensor, teacher_mean: Tensor, teacher_log_std: Tensor) -> Tensor:
-    """KL(student || teacher), which makes the student seek the teacher's mode; `forward_kl` with roles changed."""
+    """KL(student || teacher), `forward_kl` with roles exchanged: it makes the student seek the teacher's mode."""
     return _kl(mean, log_std, teacher_mean, teacher_log_std)
 
 
 def squared_error(mean: Tensor, log_std: Tensor, teacher_mean: Tensor, teacher_log_std: Tensor) -> Tensor:
-    """Squared distance of the means, |m - n|^2; the deviations play no part and the student's gets no gradient."""
+    """Squared distance of the means, |m - n|^2; the student's deviation gets no gradient."""
     return (mean - teacher_mean).square().sum(-1)
 
 
@@ -51,20 +51,19 @@ LOSSES: Final[dict[Literal["forward_kl", "reverse_kl", "mse"], Loss]] = {
 
 
 def floored_log_std(log_std: Tensor, std_floor: float) -> Tensor:
-    """The teacher's log standard deviation as the loss sees it: at least log(std_floor)."""
+    """The teacher's log standard deviation for the loss: at least log(std_floor)."""
     return log_std.clamp(min=math.log(std_floor))
 
 
 def load_balance_loss(prob_sums_LE: Tensor, shares_LE: Tensor, num_tokens: int, group_E: Tensor) -> Tensor:
     """E * sum_e f_e P_e, mean over layers: 1 if tokens are spread evenly over E experts, up to E if not.
 
-    With groups of experts, of which each token may choose from one, it is the mean of that over the groups,
-    weighted by their tokens: with E_g experts and the share w_g of all tokens,
-    sum_g E_g / w_g sum_{e in g} f_e P_e.
+    If each token chooses within one group of experts, the loss is the mean over groups, weighted by their tokens:
+    with E_g experts in group g and its share w_g of all tokens, sum_g E_g / w_g sum_{e in g} f_e P_e.
 
-    The form of Switch Transformers (Fedus et al. 2022, eq. 4), for top-k as in GShard (Lepikhin et al. 2021).
-    It is not a mean over tokens, but with shares of the global batch, a rank's part of the gradient is exact:
-    shares carry no gradient, and P_e is a mean.
+    The form of Switch Transformers (Fedus et al. 2022, eq. 4), for top-k as in GShard (Lepikhin et al. 2021). It
+    is not a mean over tokens. With the shares of the global batch, a rank's part of the gradient is still exact,
+    since shares carry no gradient and P_e is a mean.
 
     Args:
         prob_sums_LE: router probabilities per layer and expert, summed over this rank's tokens.
@@ -92,15 +91,3 @@ def router_z_loss(z_square_sums_L: Tensor, num_tokens: int) -> Tensor:
         This rank's summand of the global value.
     """
     return z_square_sums_L.mean() / num_tokens
-
-
-__all__ = [
-    "LOSSES",
-    "Loss",
-    "floored_log_std",
-    "forward_kl",
-    "load_balance_loss",
-    "reverse_kl",
-    "router_z_loss",
-    "squared_error",
-]

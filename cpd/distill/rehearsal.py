@@ -1,4 +1,4 @@
-"""Rehearsal by self-distillation: what the student did before a stage is what it is taught again during it."""
+"""Rehearsal by self-distillation: replayed rows are labelled by the student as it was before the stage."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from cpd.student.network import Student
 
 
 class Rehearsal:
-    """A frozen copy of the student, which labels the rows that are replayed."""
+    """A frozen copy of the student, which labels replayed rows."""
 
     def __init__(
         self, student: Student, values: Tensor, flat: FlatParameters, std_floor: float, num_opening: int
     ) -> None:
-        """A copy of `student` with `values` for parameters, laid out as `flat`, its last `num_opening` closed.
+        """Copy `student` with parameters `values`, laid out as `flat`, and close its last `num_opening` experts.
 
-        Resumed in the middle of a stage, `student` has those that the stage added partly open.
+        They must be closed again when a run resumes in the middle of a stage, since they are partly open by then.
         """
         self.values = values
         self._student = copy.deepcopy(student)
@@ -34,7 +34,7 @@ class Rehearsal:
         self._std_floor = std_floor
 
     def relabel(self, batch: Batch) -> Batch:
-        """The batch with the copy's Gaussian, mean clipped and deviation floored, on its replayed rows."""
+        """Label replayed rows with the copy's Gaussian, its mean clipped and its deviation floored."""
         rows = batch.replayed_R.bool()
         if not rows.any():
             return batch

@@ -1,4 +1,4 @@
-"""One student: distil a run's teachers, one task after another, into it, and leave it to be evaluated."""
+"""Train one student: distil the teachers of a run into it, one task after another."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from cpd.run.tables import CurveRow, write_rows
 from cpd.student.actor import make_actor
 from cpd.student.network import save_student
 
-#: Distillation steps between the ranks' agreements on whether to stop.
+#: Episodes per forward pass when a learning curve is evaluated: few, so that several ranks share the work.
+CURVE_CHUNK: Final = 5
+#: Distillation steps between the agreements of ranks on whether to stop.
 AGREE_EVERY: Final = 10
-#: Episodes per forward pass of a curve's evaluation: few, so that several ranks have something to do.
-CURVE_CHUNK = 5
 
 
 def curve_steps(num_points: int, steps_per_stage: int) -> list[int]:
@@ -44,14 +44,14 @@ def run_student(
     log: Callable[[str], None],
     partial: bool = False,
 ) -> None:
-    """Distil the whole stream into one student, or what is left of it; a collective.
+    """Distil the whole stream into one student, from its newest checkpoint on; a collective.
 
-    With `partial`, the student gets no further than the first stage whose teacher is not finished.
+    With `partial`, stop before the first stage whose teacher is not finished.
 
     Raises:
         LeaseHeldError: if another process is training this student.
-        InterruptedBySignal: if asked to stop; everything is saved.
-        ValueError: if a teacher is not finished, was rejected where the recipe forbids that, or has unsound
+        InterruptedBySignal: if a signal asked to stop; everything is saved.
+        ValueError: if a teacher is not finished, was rejected although the recipe forbids it, or has damaged
             rollouts.
     """
     torch.set_num_threads(TORCH_THREADS)
@@ -62,11 +62,11 @@ def run_student(
         admitted, pending = admitted_teachers(run, element, comm, partial=partial)
         distillation = Distillation(run, element, comm, interrupt, attempt, admitted, pending)
         try:
-            lacking = distillation.work()
+            missing_task = distillation.run_stages()
         finally:
             distillation.close()
-        if lacking is not None:
-            attempt.finish("waiting", f"the next stage waits for the teacher of {lacking}")
+        if missing_task is not None:
+            attempt.finish("waiting", f"the next stage waits for the teacher of {missing_task}")
             return
         if attempt.is_writer:
             attempt.check()
@@ -75,7 +75,7 @@ def run_student(
 
 
 class Distillation:
-    """The trainer with all that surrounds it: checkpoints, stage policies, curves, metrics, and when to stop."""
+    """A trainer and its surroundings: checkpoints, stage policies, learning curves, metrics, stop requests."""
 
     def __init__(
         self,
@@ -88,13 +88,13 @@ class Distillation:
         pending: frozenset[str],
     ) -> None:
         """Continue from the newest checkpoint, if there is one."""
-        self.run, self.element, self.comm, self.interrupt, self.session = run, element, comm, interrupt, attempt
+        self.run, self.element, self.comm, self.interrupt, self.attempt = run, element, comm, interrupt, attempt
         self.config = element.config
         self.admitted, self.pending = admitted, pending
         self.label = labels(element.config)
         self.trainer = StudentTrainer(element.config, element.seed, comm, choose_device(comm))
         self.curves: list[CurveRow] = []
-        self._lessons: dict[str, StageData] = {}
+        self._stages_data: dict[str, StageData] = {}
         self.pool = EnvPool()
         self._loss: float | None = None
         self._saved = ""
@@ -103,9 +103,9 @@ class Distillation:
 
     def _resume(self) -> int:
         """Restore the newest checkpoint; returns the size of metrics.jsonl that belongs to it."""
-        checkpoint = self.comm.broadcast(latest(self.element.checkpoints) if self.session.is_writer else None)
+        checkpoint = self.comm.broadcast(latest(self.element.checkpoints) if self.attempt.is_writer else None)
         if checkpoint is None:
-            if self.session.is_writer:
+            if self.attempt.is_writer:
                 self.element.curves.unlink(missing_ok=True)
                 self._save_policy(-1)
             return 0
@@ -116,40 +116,40 @@ class Distillation:
         return int(state["metrics_size"])
 
     def close(self) -> None:
-        """Free environments and files."""
+        """Close environments and files."""
         self.pool.close()
         if self.log:
             self.log.close()
 
-    def work(self) -> str | None:
-        """All stages that are left, or as many as can be; returns the task whose teacher is lacking."""
+    def run_stages(self) -> str | None:
+        """Run the remaining stages, up to one whose teacher is not finished; returns the task of that teacher."""
         progress, tasks = self.trainer.learner.progress, self.config.stream.tasks
-        self.session.begin("distill", self._steps_before(len(tasks)), self._steps_done())
+        self.attempt.begin("distill", self._steps_before(len(tasks)), self._steps_done())
         if self.config.distill.protocol == "joint" and self.pending:
             return next(task for task in tasks if task in self.pending)
         for stage in range(progress.stage, len(tasks)):
-            self.session.check()
+            self.attempt.check()
             if tasks[stage] in self.pending:
                 return tasks[stage]
             if tasks[stage] in self.admitted:
-                self._stage(stage, self._lesson(tasks[stage]))
+                self._run_stage(stage, self._stage_data(tasks[stage]))
             else:
-                self._record(event="skipped", stage=stage, task=tasks[stage])
+                self._log(event="skipped", stage=stage, task=tasks[stage])
                 self.trainer.skip_stage()
         return None
 
-    def _lesson(self, task: str) -> StageData:
-        """What a stage of `task` distils; jointly the data of all teachers, read once."""
+    def _stage_data(self, task: str) -> StageData:
+        """The data of a stage of `task`; in joint training the data of all teachers, read once."""
         config = self.config.distill
         if config.protocol != "joint":
             return read_stage(self.run, self.admitted[task], self.comm, config.episodes)
-        if not self._lessons:
-            self._lessons = {
+        if not self._stages_data:
+            self._stages_data = {
                 name: read_stage(self.run, teacher, self.comm, config.episodes)
                 for name, teacher in self.admitted.items()
             }
-        others = [lesson for name, lesson in self._lessons.items() if name != task]
-        return replace(self._lessons[task], others=tuple(others))
+        others = tuple(data for name, data in self._stages_data.items() if name != task)
+        return replace(self._stages_data[task], others=others)
 
     def _steps_before(self, stage: int) -> int:
         """Optimisation steps in the stages before `stage`."""
@@ -161,35 +161,28 @@ class Distillation:
         progress = self.trainer.learner.progress
         return self._steps_before(progress.stage) + progress.step
 
-    def _stage(self, stage: int, data: StageData) -> None:
-        """The rest of one stage."""
+    def _run_stage(self, stage: int, data: StageData) -> None:
+        """Run the remaining steps of one stage."""
         trainer, progress = self.trainer, self.trainer.learner.progress
         for decision in trainer.begin_stage(data):
-            self._record(event="growth", **{**self._told(decision), "sources": str(decision.sources)})
+            self._log(event="growth", **{**self._growth_entry(decision), "sources": str(decision.sources)})
         for step in range(progress.step, self.config.distill.steps_per_stage):
             self._evaluate_if_due()
-            self._step(step)
+            is_logged = (step + 1) % self.config.logging.metrics_every == 0 or step == 0
+            if report := trainer.train_step(is_logged):
+                self._log_step(report)
+            self.attempt.advance(self._steps_done(), loss=self._loss)
             self._save_if_due()
         self._evaluate_if_due()
         trainer.end_stage(data)
-        if report := trainer.protection.report():
-            self._record(event="protection", stage=stage, **report)
-        if self.session.is_writer:
-            self.session.check()
+        if summary := trainer.protection.report():
+            self._log(event="protection", stage=stage, **summary)
+        if self.attempt.is_writer:
+            self.attempt.check()
             self._save_policy(stage)
         self._save_checkpoint()
 
-    def _step(self, step: int) -> None:
-        """One optimisation step, recorded now and then."""
-        due = (step + 1) % self.config.logging.metrics_every == 0 or step == 0
-        report = self.trainer.train_step(due)
-        if report:
-            self._record_step(report)
-        self.session.advance(self._steps_done(), loss=self._loss)
-
-    def _record_step(self, report: StepReport) -> None:
-        if self.log is None:
-            return
+    def _log_step(self, report: StepReport) -> None:
         progress, tasks = self.trainer.learner.progress, self.config.stream.distinct_tasks
         values: dict[str, float | int | str | None] = {
             "stage": progress.stage,
@@ -209,19 +202,19 @@ class Distillation:
         values |= {f"imitation.{tasks[task]}": value for task, value in report.by_task.items()}
         for layer, shares in enumerate(report.expert_shares):
             values |= {f"expert_share.{layer}.{expert}": share for expert, share in enumerate(shares)}
-        self.log.append(**values)
+        self._log(**values)
         self._loss = report.loss
 
-    def _record(self, **values: float | int | str | None) -> None:
+    def _log(self, **values: float | int | str | None) -> None:
         if self.log:
             self.log.append(**values)
 
     def _save_if_due(self) -> None:
-        """Save now and then; save and stop if any rank was asked to."""
+        """Save a checkpoint at regular steps; save and stop if any rank was asked to stop."""
         step, logging = self.trainer.learner.progress.step, self.config.logging
-        # At a stage's end, too: there may be fewer steps in it than between two looks.
-        due = step % AGREE_EVERY == 0 or step == self.config.distill.steps_per_stage
-        if due and self.comm.any(self.interrupt.requested):
+        # Agreement costs a collective, so it is rare; but a stage may have fewer steps than lie between two.
+        is_due = step % AGREE_EVERY == 0 or step == self.config.distill.steps_per_stage
+        if is_due and self.comm.any(self.interrupt.requested):
             self._stop()
         elif step % logging.checkpoint_every == 0:
             self._save_checkpoint()
@@ -230,22 +223,22 @@ class Distillation:
         self._save_checkpoint()
         progress = self.trainer.learner.progress
         raise InterruptedBySignal(
-            f"asked to stop; saved at stage {progress.stage}, step {progress.step}: launch again to go on"
+            f"stopped on request; saved at stage {progress.stage}, step {progress.step}: launch again to continue"
         )
 
     def _save_checkpoint(self) -> None:
-        """Save on rank 0, after making sure that all ranks hold the same student."""
+        """Save on rank 0, after checking that all ranks hold the same student."""
         digest = hashlib.sha256(self.trainer.learner.flat.values.cpu().numpy().tobytes()).hexdigest()
         if len(set(self.comm.gather(digest))) > 1:
             raise RuntimeError(
-                "the ranks' students have drifted apart: the machines, or their libraries, compute differently; "
-                "use machines of one kind"
+                "the ranks hold different students: their machines or libraries compute differently; use machines "
+                "of one kind"
             )
         progress = self.trainer.learner.progress
         name = f"stage-{progress.stage:02d}-step-{progress.step:06d}"
         if self.log is None or name == self._saved:
             return
-        self.session.check()
+        self.attempt.check()
         state: dict[str, Any] = {
             "trainer": self.trainer.state(),
             "curves": [asdict(row) for row in self.curves],
@@ -255,7 +248,7 @@ class Distillation:
         self._saved = name
 
     def _save_policy(self, stage: int) -> None:
-        """Keep the student as it is after `stage` for good."""
+        """Publish the student as it is after `stage`; -1 is before the first."""
         trainer, config = self.trainer, self.config
         description = {
             "method": self.element.method,
@@ -268,19 +261,19 @@ class Distillation:
             "memory_steps": trainer.memory.num_steps,
             "memory_bytes": trainer.memory.num_bytes,
             "memory_budget": trainer.memory.budget,
-            "growth": [self._told(decision) for decision in trainer.learner.progress.growth],
+            "growth": [self._growth_entry(decision) for decision in trainer.learner.progress.growth],
             "skipped_stages": list(trainer.learner.progress.skipped),
         }
         save_student(self.element.stage_policy(stage), trainer.learner.student, description)
 
-    def _told(self, decision: GrowthDecision) -> dict[str, Any]:
-        """A decision as it is recorded, with names for tasks."""
+    def _growth_entry(self, decision: GrowthDecision) -> dict[str, Any]:
+        """A growth decision as a log entry, with the names of tasks."""
         tasks = self.config.stream.distinct_tasks
         names = {"task": tasks[decision.task], "nearest_task": tasks[decision.nearest_task]}
         return {**asdict(decision), **names}
 
     def _evaluate_if_due(self) -> None:
-        """Add a point to the current task's curve; for the record only, nothing here acts on it."""
+        """Add a point to the learning curve of the current task. It is only recorded: nothing depends on it."""
         progress, evaluation = self.trainer.learner.progress, self.config.evaluation
         stage, step = progress.stage, progress.step
         if step not in curve_steps(evaluation.curve_points, self.config.distill.steps_per_stage):
@@ -312,13 +305,13 @@ class Distillation:
             **asdict(self.label),
         )
         self.curves.append(row)
-        self.session.advance(self._steps_done(), success=row.successes / row.episodes)
-        if self.session.is_writer:
-            self.session.check()
+        self.attempt.advance(self._steps_done(), success=row.successes / row.episodes)
+        if self.attempt.is_writer:
+            self.attempt.check()
             write_rows(self.element.curves, self.curves)
 
     def summary(self) -> str:
-        """One line on how it ended."""
+        """The result in one line."""
         trainer = self.trainer
         skipped = [self.config.stream.tasks[stage] for stage in trainer.learner.progress.skipped]
         parts = [

@@ -1,4 +1,4 @@
-"""Where a student's lessons come from: which teachers were admitted, and their rollouts."""
+"""The data of a stage: which teachers were admitted, and their rollouts."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from cpd.run.shards.schema import INDEX_NAME
 
 @dataclass(frozen=True)
 class StageData:
-    """What a stage distils: one teacher's rollouts, N steps in E episodes.
+    """The data of a stage: rollouts of one teacher, N steps in E episodes.
 
     Attributes:
         task: position of the task among the stream's distinct ones.
         offsets: [E + 1] int64; episode e has steps offsets[e]:offsets[e + 1].
         observations: [N, 39] float32, raw.
-        teacher_mean: [N, 4] float32, as executed: clipped to [-1, 1], since more could not be imitated.
+        teacher_mean: [N, 4] float32, as executed: clipped to [-1, 1], the range that a student can imitate.
         teacher_log_std: [N, 4] float32.
-        others: what the stage distils beside it, of other tasks (protocol `joint`).
+        others: data of other tasks that the stage distils together with it (protocol `joint`).
     """
 
     task: int
@@ -40,12 +40,12 @@ class StageData:
 
     @classmethod
     def from_rollouts(cls, rollouts: Rollouts, tasks: Sequence[str], episodes: EpisodeChoice = "all") -> StageData:
-        """The part of `rollouts` that distillation uses.
+        """Select the part of `rollouts` that distillation uses.
 
         Args:
-            rollouts: all that there is.
-            tasks: the stream's distinct ones.
-            episodes: `successful` leaves out those that failed, unless all did.
+            rollouts: all rollouts of the teacher.
+            tasks: the distinct tasks of the stream.
+            episodes: `successful` drops failed episodes, unless all failed.
         """
         lengths = np.diff(rollouts.offsets)
         kept = rollouts.episode_success if episodes == "successful" else np.ones(len(lengths), np.bool_)
@@ -66,13 +66,13 @@ class StageData:
         return len(self.observations)
 
     def segments(self, length: int) -> Segments:
-        """All steps, cut on a grid of `length` steps, for the memory to choose from."""
+        """All steps as segments of `length` steps, for the memory to choose from."""
         return cut_segments(
             self.task, self.offsets, self.observations, self.teacher_mean, self.teacher_log_std, length
         )
 
     def window_starts(self, context: int) -> npt.NDArray[np.int64]:
-        """[N] the first step of the window that ends with each step: of `context` steps, fewer near the start."""
+        """[N] the first step of the window that ends with each step; windows are short at an episode's start."""
         steps = np.arange(self.num_steps)
         episode_start = np.repeat(self.offsets[:-1], np.diff(self.offsets))
         return np.maximum(steps - context + 1, episode_start)
@@ -83,56 +83,53 @@ def admitted_teachers(
 ) -> tuple[dict[str, TeacherElement], frozenset[str]]:
     """The student's teachers that passed their gates, by task, and the tasks whose teachers are not finished.
 
-    A collective. Without `partial` no teacher may be unfinished.
+    A collective. Without `partial`, every teacher must be finished.
 
     Raises:
-        ValueError: on every rank: a teacher is not finished; or one was rejected and the recipe says to stop;
-            or all were rejected.
+        ValueError: on every rank, if a teacher is not finished, if one was rejected and the recipe says to stop,
+            or if all were rejected.
     """
     teachers = [run.teacher_of(task, element.seed) for task in run.config.stream.distinct_tasks]
-    found = comm.broadcast([(teacher.complete.exists(), teacher.rejected.exists()) for teacher in teachers])
-    admitted = {t.task: t for t, (complete, _) in zip(teachers, found, strict=True) if complete}
-    unfinished = [t.name for t, marks in zip(teachers, found, strict=True) if not any(marks)]
-    pending = frozenset(t.task for t, marks in zip(teachers, found, strict=True) if not any(marks))
+    markers = comm.broadcast([(teacher.complete.exists(), teacher.rejected.exists()) for teacher in teachers])
+    admitted = {t.task: t for t, (complete, _) in zip(teachers, markers, strict=True) if complete}
+    unfinished = [t for t, marked in zip(teachers, markers, strict=True) if not any(marked)]
+    pending = frozenset(t.task for t in unfinished)
     rejected = [t.name for t in teachers if t.task not in admitted and t.task not in pending]
     if unfinished and not partial:
         raise ValueError(
-            f"{run.root}: {_names(unfinished)} neither COMPLETE nor REJECTED; launch the run again to finish "
-            "training before distillation"
+            f"{run.root}: teachers without COMPLETE or REJECTED: {', '.join(t.name for t in unfinished)}; launch "
+            "the run again to finish their training"
         )
     if rejected and run.config.teacher.on_rejected == "stop":
         raise ValueError(
-            f"{run.root}: {_names(rejected)} rejected (missed teacher.gate = {run.config.teacher.gate}) and "
-            "teacher.on_rejected is 'stop'; raise teacher.max_env_steps, lower the gate, or choose 'skip'"
+            f"{run.root}: rejected teachers: {', '.join(rejected)} (they missed teacher.gate = "
+            f"{run.config.teacher.gate}), and teacher.on_rejected is 'stop'; raise teacher.max_env_steps, lower "
+            "the gate, or set it to 'skip'"
         )
     if not (admitted or pending):
         raise ValueError(f"{run.root}: all teachers were rejected ({', '.join(rejected)}): nothing to distil")
     return admitted, pending
 
 
-def _names(names: Sequence[str]) -> str:
-    return f"{', '.join(names)} {'is' if len(names) == 1 else 'are'}"
-
-
 def read_stage(run: Run, teacher: TeacherElement, comm: Comm, episodes: EpisodeChoice = "all") -> StageData:
-    """A teacher's rollouts, or `episodes` of them, read and checked by every rank; a collective.
+    """Read and check the rollouts of a teacher on every rank; a collective.
 
     Raises:
-        ShardError: if they are not sound or not this teacher's.
-        ValueError: if the policy is damaged, or if the ranks did not find the same rollouts.
+        ShardError: if the rollouts are damaged or those of another teacher.
+        ValueError: if the policy is damaged, or if the ranks read different rollouts.
     """
     policy = sha256(teacher.policy) if teacher.policy.exists() else None
     description = teacher.policy.with_suffix(".json")
     if policy and description.exists() and read_json(description).get("sha256") != policy:
         raise ValueError(
             f"{teacher.policy} is damaged: it is not the file that {description.name} describes; restore it, or "
-            f"remove {teacher.path} and launch again, which trains this teacher anew"
+            f"remove {teacher.path} and launch again to train this teacher again"
         )
     rollouts = read_rollouts(teacher.shards, task=teacher.task, labels=labels(run.config), policy_sha256=policy)
-    found = comm.gather(sha256(teacher.shards / INDEX_NAME))
-    if comm.any(len(set(found)) > 1):
+    digests = comm.gather(sha256(teacher.shards / INDEX_NAME))
+    if comm.any(len(set(digests)) > 1):
         raise ValueError(
-            f"the ranks see different contents of {teacher.shards}: the run directory must lie on a file system "
-            "that all nodes share"
+            f"the ranks see different contents of {teacher.shards}: move the run directory to a file system that "
+            "all nodes share"
         )
     return StageData.from_rollouts(rollouts, run.config.stream.distinct_tasks, episodes)

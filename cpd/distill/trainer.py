@@ -17,7 +17,8 @@ from cpd.distill.batches import Batch
 from cpd.distill.contrast import prototypes_from_memory
 from cpd.distill.growth import GrowthDecision, grow, opening_offset, probe
 from cpd.distill.learner import LossTerms, StudentLearner
-from cpd.distill.memory.memory import ReplayMemory, make_selection
+from cpd.distill.memory.memory import ReplayMemory
+from cpd.distill.memory.selection import make_selection
 from cpd.distill.protection import make_protection
 from cpd.distill.rehearsal import Rehearsal
 from cpd.distill.stage_data import StageData

@@ -1,4 +1,4 @@
-"""The student as a policy that acts in episodes, and its belief about which task each of them is of.
+"""The student as a policy that acts in episodes, and its belief about the task of each episode.
 
 Dimensions: B episodes, O observation size, A action size, K distinct tasks of the stream.
 """
@@ -18,17 +18,17 @@ from cpd.envs.episodes import Actor
 from cpd.student.network import Student
 from cpd.student.task_embedding import NEVER
 
-#: Weight of each further observation of an episode in the belief, as a share of the one before.
+#: Weight of each further observation of an episode in the belief, relative to the previous one.
 BELIEF_DECAY: Final = 0.9
 
 
 class StudentActor:
-    """The student's mean, clipped, given each episode's last `context` steps. Rows do not see each other.
+    """Acts with the student's clipped mean, given the last `context` steps of each episode.
 
-    Satisfies `cpd.envs.episodes.Actor`. In the mode `inferred` it is told nothing. The evidence of every
-    observation since the episode began is added up, and the task for which most speaks is believed. The t-th
-    observation counts `BELIEF_DECAY`^t: what comes later is more and more of the student's own making, under
-    the belief that it had.
+    Satisfies `cpd.envs.episodes.Actor`. With task identity `inferred`, the actor sums the evidence of all
+    observations since the episode began, and believes in the task with the most evidence. The t-th observation is
+    weighted by `BELIEF_DECAY`^t: later observations depend more and more on the student's own actions, and thereby
+    on its belief so far.
     """
 
     def __init__(self, student: Student, tasks: Sequence[str]) -> None:
@@ -36,22 +36,22 @@ class StudentActor:
         self._student = student
         self._tasks = list(tasks)
         self._history: deque[npt.NDArray[np.float32]] = deque(maxlen=student.config.context)
-        self._told_B: Tensor | None = None
+        self._given_task_B: Tensor | None = None
         self._evidence_BK: Tensor | None = None
         self._weight = 1.0
         self.believed: list[npt.NDArray[np.int64]] = []
-        """For every step since the reset the tasks acted for, [B], told or believed; empty if unconditioned."""
+        """For every step since the reset, the tasks acted for, [B], given or inferred; empty if unconditioned."""
 
     def reset(self, tasks: Sequence[str]) -> None:
-        """Begin a fresh episode of each of `tasks`, which are looked at only if the student is told.
+        """Begin a new episode of each of `tasks`, which are used only if the student is given the task.
 
         Raises:
-            ValueError: if the student is told the task, and its stream lacks one of `tasks`.
+            ValueError: if the student is given the task and its stream lacks one of `tasks`.
         """
         student = self._student
         self._history.clear()
         self.believed = []
-        self._told_B, self._evidence_BK, self._weight = None, None, 1.0
+        self._given_task_B, self._evidence_BK, self._weight = None, None, 1.0
         if student.config.task_identity == "inferred":
             never_K = torch.where(student.known_K, 0.0, NEVER).to(student.dtype)
             self._evidence_BK = never_K.repeat(len(tasks), 1)
@@ -59,15 +59,15 @@ class StudentActor:
             for task in tasks:
                 if task not in self._tasks:
                     raise ValueError(f"this student's stream has {', '.join(self._tasks)}, but not {task}")
-            self._told_B = torch.tensor([self._tasks.index(task) for task in tasks], device=student.device)
+            self._given_task_B = torch.tensor([self._tasks.index(task) for task in tasks], device=student.device)
 
     @torch.no_grad()
     def act(self, obs_BO: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-        """Deterministic actions `[B, A]` in [-1, 1] for the observations `[B, O]` that come next."""
+        """Deterministic actions `[B, A]` in [-1, 1] for the next observations `[B, O]`."""
         student = self._student
         self._history.append(obs_BO.astype(np.float32, copy=True))
         window = torch.from_numpy(np.stack(self._history, axis=1)).to(student.device, student.dtype)
-        task_B = self._told_B
+        task_B = self._given_task_B
         if self._evidence_BK is not None:
             if student.known_K.any():
                 self._evidence_BK += self._weight * student.evidence(window[:, -1])
@@ -81,43 +81,43 @@ class StudentActor:
 
 
 class TaskwiseActor:
-    """Acts in the episodes of each task with an actor of its own; satisfies `cpd.envs.episodes.Actor`."""
+    """Uses a separate actor for each task; satisfies `cpd.envs.episodes.Actor`."""
 
     def __init__(self, make: Callable[[str], Actor]) -> None:
-        """`make` gives the actor of a task, and is called once for each at most."""
+        """`make` creates the actor of a task; it is called at most once per task."""
         self._make = make
-        self._made: dict[str, Actor] = {}
+        self._actors: dict[str, Actor] = {}
         self._rows: dict[str, npt.NDArray[np.intp]] = {}
         self._order_B = np.zeros(0, np.intp)
 
     def reset(self, tasks: Sequence[str]) -> None:
-        """Begin a fresh episode of each of `tasks`."""
+        """Begin a new episode of each of `tasks`."""
         self._rows = {task: np.flatnonzero(np.array(tasks) == task) for task in dict.fromkeys(tasks)}
         self._order_B = np.argsort(np.concatenate(list(self._rows.values())))
         for task, rows in self._rows.items():
-            if task not in self._made:
-                self._made[task] = self._make(task)
-            self._made[task].reset([task] * len(rows))
+            if task not in self._actors:
+                self._actors[task] = self._make(task)
+            self._actors[task].reset([task] * len(rows))
 
     def act(self, obs_BO: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-        """The actions `[B, A]` of each task's own actor."""
-        parts = [self._made[task].act(obs_BO[rows]) for task, rows in self._rows.items()]
+        """The actions `[B, A]` of the actors of all tasks."""
+        parts = [self._actors[task].act(obs_BO[rows]) for task, rows in self._rows.items()]
         return np.concatenate(parts)[self._order_B]
 
 
 def make_actor(student: Student, tasks: Sequence[str]) -> Actor:
-    """The policy that `student` is; `tasks` are the stream's distinct ones, in order.
+    """The policy of `student`; `tasks` are the distinct tasks of its stream, in order.
 
-    Where weights have owners, it acts for each task with those that were there for it: told the task by its mask.
-    It raises ValueError for a task that has none.
+    If weights have owners (PackNet), the policy of a task uses only the weights that existed at its latest stage;
+    it raises ValueError for a task outside `tasks`.
     """
     packing = student.packing
     if packing is None:
         return StudentActor(student, tasks)
 
-    def own_actor(task: str) -> Actor:
+    def actor_of(task: str) -> Actor:
         if task not in tasks:
             raise ValueError(f"this student has masks for {', '.join(tasks)}, but not for {task}")
         return StudentActor(packing.view(student, tasks.index(task)), tasks)
 
-    return TaskwiseActor(own_actor)
+    return TaskwiseActor(actor_of)

@@ -1,7 +1,7 @@
-"""The experts' arithmetic with its own backward pass.
+"""The experts' computation, with a hand-written backward pass.
 
-Left to autograd, the many small pieces cost more than the multiplications in them: here each expert takes two
-products forward and four backward, and everything else is done for all experts at once.
+With autograd, many small operations would cost more than the matrix products. Here each expert takes two products
+forward and four backward, and everything else is done for all experts at once.
 
 Dimensions: N tokens, k experts per token, M = N k assignments sorted by expert, D width, F hidden width.
 """
@@ -24,12 +24,12 @@ class _ExpertMix(torch.autograd.Function):
     ) -> Tensor:
         top_k = gates_Nk.shape[1]
         token_M = order_M // top_k
-        # Where each assignment went: gathering by it undoes the sort without any scatter.
+        # The inverse permutation: gathering by it undoes the sort without a scatter.
         place_M = torch.empty_like(order_M)
         place_M[order_M] = torch.arange(len(order_M), device=order_M.device)
         x_MD = x_ND.index_select(0, token_M)
         hidden_MF = x_MD.new_empty(len(x_MD), weights[0].shape[0])
-        # Experts without tokens are left out: most, where tokens keep to their task's group.
+        # Skip experts without tokens: most of them, if tokens choose within the group of their task.
         for start, stop, up_FD, _ in _parts(sizes, weights):
             if start < stop:
                 torch.mm(x_MD[start:stop], up_FD.t(), out=hidden_MF[start:stop])
@@ -71,7 +71,7 @@ class _ExpertMix(torch.autograd.Function):
 
 
 def _parts(sizes: Sequence[int], weights: Sequence[Tensor]) -> list[tuple[int, int, Tensor, Tensor]]:
-    """Per expert its rows among the assignments, start and stop, and its two matrices."""
+    """For each expert, the start and stop of its rows among the assignments, and its two matrices."""
     parts, start = [], 0
     for expert, size in enumerate(sizes):
         parts.append((start, start + size, weights[2 * expert], weights[2 * expert + 1]))
@@ -82,19 +82,19 @@ def _parts(sizes: Sequence[int], weights: Sequence[Tensor]) -> list[tuple[int, i
 def mix_experts(
     x_ND: Tensor, gates_Nk: Tensor, chosen_Nk: Tensor, ups_FD: Sequence[Tensor], downs_DF: Sequence[Tensor]
 ) -> Tensor:
-    """The chosen experts' outputs, `down gelu(up x)`, summed with their gates as weights.
+    """The sum of the chosen experts' outputs, `down gelu(up x)`, weighted by their gates.
 
     Args:
         x_ND: tokens.
         gates_Nk: weight of each chosen expert.
-        chosen_Nk: their numbers.
+        chosen_Nk: indices of the chosen experts.
         ups_FD: first matrix of every expert.
         downs_DF: second matrix of every expert.
 
     Returns:
-        `[N, D]`. Differentiable once, in tokens, gates and matrices.
+        `[N, D]`, differentiable once with respect to tokens, gates and matrices.
     """
-    # A stable sort keeps tokens in order within an expert, so that rounding does not depend on the sort.
+    # A stable sort keeps the order of tokens within an expert, so that rounding is reproducible.
     order_M = chosen_Nk.reshape(-1).argsort(stable=True)
     sizes = torch.bincount(chosen_Nk.reshape(-1), minlength=len(ups_FD)).tolist()
     weights = [matrix for pair in zip(ups_FD, downs_DF, strict=True) for matrix in pair]

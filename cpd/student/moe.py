@@ -1,13 +1,13 @@
 """A mixture-of-experts feed-forward block that can grow.
 
-Dimensions: N tokens, D width, E open experts, P of them present, whom some token may choose, k experts chosen per
+Dimensions: N tokens, D width, E open experts, P of them present (some token may choose them), k experts chosen per
 token.
 """
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,7 @@ from cpd.student.expert_mix import mix_experts
 
 
 class RouterStats(NamedTuple):
-    """Sums over a rank's valid tokens, from which the router's losses and the experts' usage follow."""
+    """Sums over the valid tokens of a rank, for the losses of the router and the usage of experts."""
 
     counts_E: Tensor
     """Assignments to each expert, k per token; no gradient."""
@@ -42,14 +42,14 @@ class Expert(nn.Module):
 
 
 class MoE(nn.Module):
-    """Dropless top-k routing: a softmax over the k greatest logits weighs the experts' outputs.
+    """Dropless top-k routing: a softmax over the k greatest logits weights the outputs of the experts.
 
-    Everything is kept per expert, router rows included, so that growth appends parameters and touches none.
-    Every expert is of a group; a token that is given a group chooses among that group's experts alone.
+    Every parameter belongs to one expert, router rows included, so that growth appends parameters and changes
+    none. Every expert belongs to a group. A token with a group chooses among the experts of that group only.
 
-    `logit_offset` is added to the logits. An expert whose offset is minus infinity is closed: it is left out of
-    the computation altogether, so that outputs do not change by a single bit when it is appended. Closed
-    experts are always the last ones. While but one is open this is a dense layer, and its router is not trained.
+    `logit_offset` is added to the logits. An expert whose offset is minus infinity is closed: it is excluded from
+    the computation, so that appending it does not change a single bit of the output. Closed experts are always the
+    last ones. While only one expert is open, this is a dense layer, and its router is not trained.
     """
 
     logit_offset: Tensor
@@ -66,12 +66,12 @@ class MoE(nn.Module):
 
     @property
     def num_experts(self) -> int:
-        """Experts, closed ones included."""
+        """The number of experts, including closed ones."""
         return len(self.experts)
 
     @torch.no_grad()
     def grow(self, source: int, row_noise_D: Tensor, *, group: int, closed: bool) -> None:
-        """Append an expert: a copy of expert `source` whose router row is moved by `row_noise_D`."""
+        """Append a copy of expert `source`; `row_noise_D` is added to its router row."""
         original = self.experts[source]
         copy = Expert(self.width, self.expert_width, self.dtype).to(self.logit_offset.device)
         copy.load_state_dict(original.state_dict())
@@ -88,8 +88,8 @@ class MoE(nn.Module):
 
         Args:
             x_ND: tokens.
-            valid_N: 1 for tokens that count, 0 for padding; statistics are only made if it is given.
-            group_N: the group whose experts each token may choose, of at least k; default: all experts.
+            valid_N: 1 for tokens, 0 for padding; statistics are computed only with it.
+            group_N: the group whose experts (at least k) each token may choose from; default: all experts.
 
         Returns:
             `[N, D]` and the statistics.
@@ -113,10 +113,9 @@ class MoE(nn.Module):
         return y_ND, stats if group_N is None else _for_all(stats, present, num_open)
 
     def _logits_by_group(self, x_ND: Tensor, group_N: Tensor) -> tuple[list[int], Tensor]:
-        """The experts of all groups that there are tokens of, and every token's logits for them, `[N, P]`.
+        """The experts of all groups that have tokens, and the logits of every token for them, `[N, P]`.
 
-        Logits for experts of another group than the token's are -inf. A product for each group: in one for all
-        experts, rounding would depend on how many there are, and a new group would move the outputs of the others.
+        Logits for experts of other groups than the token's are -inf.
         """
         groups = torch.unique(group_N).tolist()
         group_P = [(expert, group) for expert, group in enumerate(self.group_E.tolist()) if group in groups]
@@ -124,37 +123,39 @@ class MoE(nn.Module):
         if len(groups) == 1:
             return present, F.linear(x_ND, self._rows(present))
         logits_NP = x_ND.new_full((len(x_ND), len(present)), -math.inf)
+        # One product per group: the rounding of a product with all experts would depend on their number, and a new
+        # group would change the outputs of the others.
         for group in groups:
-            places = [place for place, (_, own) in enumerate(group_P) if own == group]
+            columns = [column for column, (_, expert_group) in enumerate(group_P) if expert_group == group]
             tokens = (group_N == group).nonzero()
-            logits_NP[tokens, torch.tensor(places, device=tokens.device)] = F.linear(
-                x_ND[tokens.squeeze(1)], self._rows([present[place] for place in places])
+            logits_NP[tokens, torch.tensor(columns, device=tokens.device)] = F.linear(
+                x_ND[tokens.squeeze(1)], self._rows([present[column] for column in columns])
             )
         return present, logits_NP
 
     def _rows(self, experts: list[int]) -> Tensor:
-        """The router's rows of some experts."""
+        """The router rows of some experts."""
         return torch.stack([self.router[expert] for expert in experts])
 
     def _matrices(self, experts: list[int]) -> tuple[list[Tensor], list[Tensor]]:
         """The first and the second matrices of some experts."""
-        found = [expert for expert in (self.experts[number] for number in experts) if isinstance(expert, Expert)]
-        return [expert.up.weight for expert in found], [expert.down.weight for expert in found]
+        modules = [cast(Expert, self.experts[expert]) for expert in experts]
+        return [module.up.weight for module in modules], [module.down.weight for module in modules]
 
 
 def _dense_stats(valid_N: Tensor) -> RouterStats:
-    """With one expert there is no choice, and the router plays no part."""
+    """The statistics of a single expert, which every token uses without the router."""
     tokens_1 = valid_N.sum().reshape(1)
     return RouterStats(tokens_1, tokens_1, tokens_1.new_zeros(()))
 
 
 def _for_all(stats: RouterStats, present: list[int], num_experts: int) -> RouterStats:
-    """Statistics of all experts from those of the `present` ones."""
-    places = torch.tensor(present, device=stats.counts_E.device)
+    """Statistics of all experts, given those of the `present` ones; the others are 0."""
+    indices = torch.tensor(present, device=stats.counts_E.device)
     zeros_E = stats.prob_sums_E.new_zeros(num_experts)
     return RouterStats(
-        zeros_E.index_copy(0, places, stats.counts_E),
-        zeros_E.index_copy(0, places, stats.prob_sums_E),
+        zeros_E.index_copy(0, indices, stats.counts_E),
+        zeros_E.index_copy(0, indices, stats.prob_sums_E),
         stats.z_square_sum,
     )
 
@@ -162,7 +163,7 @@ def _for_all(stats: RouterStats, present: list[int], num_experts: int) -> Router
 def _stats(logits_NE: Tensor, chosen_Nk: Tensor, valid_N: Tensor) -> RouterStats:
     weights = valid_N.repeat_interleave(chosen_Nk.shape[1])
     log_probs_NE = logits_NE.log_softmax(-1)
-    # logsumexp, which log_softmax has worked out already; at a chosen expert, since others may be at -inf.
+    # logsumexp, recovered from log_softmax at a chosen expert, since the logits of others may be -inf.
     first_N1 = chosen_Nk[:, :1]
     z_N = (logits_NE.gather(1, first_N1) - log_probs_NE.gather(1, first_N1)).squeeze(1)
     return RouterStats(

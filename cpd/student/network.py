@@ -1,4 +1,4 @@
-"""The generalist student: a window of observations in, a Gaussian over actions out, at every step of the window.
+"""The student network: maps a window of observations to a Gaussian over actions at every step of the window.
 
 Dimensions: B windows or episodes, L time steps, O observation size, A action size, D width, N = B L tokens,
 K distinct tasks of the stream, Z embedding size.
@@ -11,7 +11,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, cast
 
 import safetensors.torch
 import torch
@@ -35,7 +35,7 @@ MAX_LOG_STD: Final = 0.5
 
 
 class StudentOutput(NamedTuple):
-    """What the student says of every step of every window; step i has seen steps 0..i only."""
+    """The student's output at every step of every window; step i depends on steps 0..i only."""
 
     mean_BLA: Tensor
     """Not clipped."""
@@ -45,16 +45,16 @@ class StudentOutput(NamedTuple):
 
 
 class Student(nn.Module):
-    """The policy network, and what it knows of tasks; see `StudentConfig` for its sizes.
+    """The policy network with its task prototypes; `StudentConfig` defines its sizes.
 
-    Unless `task_identity` is `none`, the policy is conditioned on a task, be it told or believed: a learned vector
-    is added to every token, and the task's group of experts is the one that its tokens may choose from.
+    Unless `task_identity` is `none`, the policy is conditioned on a task, given or inferred: a learned vector is
+    added to every token, and tokens choose among the experts of the task's group only.
 
     Attributes:
-        encoder: embeds observations, to tell tasks apart; only if the student must or may infer them.
-        prototypes_KZ: the mean embedding of every task that is known, of unit length.
+        encoder: embeds observations to distinguish tasks; None unless `task_identity` is `inferred` or `given`.
+        prototypes_KZ: the mean embedding of every known task, of unit length.
         known_K: bool, tasks whose stage has begun.
-        group_K: int64, each task's group of experts; 0, the first, while it is not known.
+        group_K: int64, the group of experts of each task; 0, the first, for unknown tasks.
     """
 
     obs_centre: Tensor
@@ -71,17 +71,17 @@ class Student(nn.Module):
         num_experts: int | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        """Build with zero or default values; `initialise` draws the first weights.
+        """Build with zero or default values; `initialise` draws the initial weights.
 
         Args:
             config: sizes.
             num_tasks: K.
             num_experts: experts per layer now; default: as at the first stage.
-            dtype: of parameters and arithmetic.
+            dtype: type of parameters and computation.
         """
         super().__init__()
         self.config, self.num_tasks = config, num_tasks
-        #: Who owns which weight, where a protection gives weights to tasks.
+        #: The owners of weights, if a protection assigns weights to stages.
         self.packing: Packing | None = None
         experts = config.num_experts if num_experts is None else num_experts
         centre, scale = observation_scaling()
@@ -105,14 +105,10 @@ class Student(nn.Module):
 
     @torch.no_grad()
     def initialise(self, generator: torch.Generator) -> None:
-        """Draw the first weights: matrices by fan-in, what feeds the residual stream scaled down by depth.
-
-        So is the task encoder's output, whose scale does not count, since it is normalised.
-
-        The head is no exception, though a smaller one would begin nearer to nothing: it acts on normalised
-        features, so that its weights bound the actions, and where masks freeze it after the first task, it must
-        be able to express what that task had no use for.
-        """
+        """Draw the initial weights: matrices by fan-in, scaled down by depth if they feed the residual stream."""
+        # The head is not scaled down, although smaller initial actions would be usual: it acts on normalised
+        # features, so its weights bound the actions. If masks freeze it after the first task, it must be able to
+        # express actions that the first task does not need.
         residual_scale = 1.0 / math.sqrt(2 * self.config.num_layers)
         for name, parameter in self.named_parameters():
             if name.endswith(".bias"):
@@ -127,15 +123,13 @@ class Student(nn.Module):
 
     @property
     def is_conditioned(self) -> bool:
-        """Whether the policy depends on a task, told or believed."""
+        """Whether the policy is conditioned on a task, given or inferred."""
         return self.config.task_identity != "none"
 
     @property
     def moes(self) -> list[MoE]:
         """The mixture-of-experts block of every layer."""
-        found = [block.moe for block in self.blocks if isinstance(block, Block)]
-        assert len(found) == self.config.num_layers
-        return found
+        return [cast(Block, block).moe for block in self.blocks]
 
     @property
     def num_experts(self) -> int:
@@ -144,17 +138,17 @@ class Student(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of parameters and arithmetic."""
+        """The type of parameters and computation."""
         return self.head.weight.dtype
 
     @property
     def device(self) -> torch.device:
-        """Where the parameters are."""
+        """The device of the parameters."""
         return self.head.weight.device
 
     @property
     def chooses_experts(self) -> bool:
-        """Whether tokens have more experts to choose from than they take; else nothing is there to balance."""
+        """Whether tokens can choose among more than `top_k` experts; otherwise there is nothing to balance."""
         sizes = Counter(self.moes[0].group_E.tolist()).values() if self.task is not None else [self.num_experts]
         return max(sizes) > self.config.top_k
 
@@ -170,13 +164,13 @@ class Student(nn.Module):
         return z_BZ
 
     def evidence(self, obs_BO: Tensor) -> Tensor:
-        """How much raw observations speak for each task, `[B, K]`: similarity to the prototypes by temperature."""
+        """The evidence of raw observations for each task, `[B, K]`: similarity to prototypes over temperature."""
         evidence_BK: Tensor = self.embedding(obs_BO) @ self.prototypes_KZ.t() / TEMPERATURE
         return evidence_BK
 
     @torch.no_grad()
     def set_prototype(self, task: int, obs_NO: Tensor) -> None:
-        """Make the prototype of `task` the direction of the mean embedding of raw observations."""
+        """Set the prototype of `task` to the normalised mean embedding of raw observations."""
         self.prototypes_KZ[task] = F.normalize(self.embedding(obs_NO).mean(0), dim=0)
 
     def forward(
@@ -186,9 +180,9 @@ class Student(nn.Module):
 
         Args:
             obs_BLO: windows of raw observations, left-aligned, at most `context` steps.
-            task_B: positions of the tasks, told or believed, among the stream's distinct ones; needed unless
+            task_B: tasks, given or inferred, by position among the stream's distinct ones; required unless
                 `task_identity` is `none`.
-            valid_BL: 1 for steps, 0 for padding at a window's end; makes router statistics.
+            valid_BL: 1 for steps, 0 for padding at a window's end; with it, router statistics are computed.
         """
         config = self.config
         length = obs_BLO.shape[1]
@@ -206,22 +200,22 @@ class Student(nn.Module):
             if layer_stats is not None:
                 stats.append(layer_stats)
         mean_BLA, spread_BLA = self.head(self.norm(x_BLD)).split(ACTION_SIZE, -1)
-        # A smooth clamp: at a hard one's borders the gradient would vanish for good.
+        # A smooth clamp, since the gradient of a hard one is zero outside its bounds.
         middle = (MAX_LOG_STD + MIN_LOG_STD) / 2
         half = (MAX_LOG_STD - MIN_LOG_STD) / 2
         return StudentOutput(mean_BLA, middle + half * spread_BLA.tanh(), tuple(stats))
 
 
 def save_student(path: Path, student: Student, description: Mapping[str, Any]) -> None:
-    """Publish the weights at `path`, and beside it, before them, a JSON file that describes them.
+    """Write the weights to `path`, after a JSON file beside it that describes them; both atomically.
 
     Args:
         path: ends in `.safetensors`.
         student: the policy.
-        description: what else to say, such as stage, labels, growth.
+        description: further entries of the JSON file, such as stage, labels, growth.
     """
-    every = student.state_dict() | (student.packing.tensors() if student.packing else {})
-    tensors = {name: value.detach().cpu().contiguous() for name, value in every.items()}
+    tensors = student.state_dict() | (student.packing.tensors() if student.packing else {})
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     data = safetensors.torch.save(tensors)
     centre, scale = observation_scaling()
     write_json(
@@ -243,22 +237,22 @@ def save_student(path: Path, student: Student, description: Mapping[str, Any]) -
 
 
 def load_student(path: Path) -> Student:
-    """The student that `save_student` published at `path`, on the CPU.
+    """Load the student that `save_student` wrote to `path`, on the CPU.
 
     Raises:
-        ValueError: if weights and description do not belong together, or observations were scaled differently.
+        ValueError: if weights and description do not match, or if observations were scaled differently.
     """
     description_path = path.with_suffix(".json")
     description = read_json(description_path)
     data = path.read_bytes()
     if hashlib.sha256(data).hexdigest() != description["sha256"]:
         raise ValueError(
-            f"{path} is damaged: it is not what {description_path.name} describes; restore it, or remove the "
-            "student's folder and launch again, which distils it anew"
+            f"{path} is damaged: its hash is not the one in {description_path.name}; restore it, or remove the "
+            "student's folder and launch again to distil it again"
         )
     centre, scale = observation_scaling()
     if [centre.tolist(), scale.tolist()] != [description["obs_centre"], description["obs_scale"]]:
-        raise ValueError(f"{path} was trained with another scaling of observations than this code's; distil again")
+        raise ValueError(f"{path} was trained with another scaling of observations; distil the student again")
     settings = upgrade({"student": description["student"]})["student"]
     student = Student(
         load(StudentConfig, settings, str(description_path)),

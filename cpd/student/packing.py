@@ -1,4 +1,4 @@
-"""Weights that have owners, so that every task can be acted for with those that were there for it."""
+"""Owners of weights (PackNet), so that every task is served by the weights that existed at its latest stage."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ from torch import Tensor, nn
 
 Module = TypeVar("Module", bound=nn.Module)
 
-#: Prefix of the owners' names in a file of weights.
+#: Prefix of the names of owners in a file of weights.
 PREFIX = "owner."
-#: Name of the tasks' latest stages there.
+#: Name of `latest_stage` in a file of weights.
 LATEST = "latest_stage"
 
 
 @dataclass(frozen=True)
 class Packing:
-    """Who owns which weight.
+    """The owners of all weights.
 
     Attributes:
-        owners: for every parameter of the student the stage that owns each of its elements, int16.
-        latest_stage: [tasks] int16, the latest stage of each of the stream's distinct tasks; -1 for none.
+        owners: int16, for every parameter, the stage that owns each of its elements.
+        latest_stage: [tasks] int16, the latest stage of each distinct task of the stream; -1 for none.
     """
 
     owners: Mapping[str, Tensor]
     latest_stage: Tensor
 
     def view(self, student: Module, task: int) -> Module:
-        """A copy of `student` for `task`: 0 where a weight belongs to a stage after the task's latest.
+        """A copy of `student` for `task`, with the weights of stages after the task's latest one set to 0.
 
-        For a task without a stage nothing is left out.
+        If the task has had no stage, all weights are kept.
         """
         stage = int(self.latest_stage[task])
         result = copy.deepcopy(student)
@@ -44,12 +44,12 @@ class Packing:
         return result
 
     def tensors(self) -> dict[str, Tensor]:
-        """As they are kept in a file of weights."""
+        """The entries for a file of weights."""
         return {f"{PREFIX}{name}": owner for name, owner in self.owners.items()} | {LATEST: self.latest_stage}
 
     @classmethod
     def pop_from(cls, tensors: dict[str, Tensor]) -> Packing | None:
-        """Take what `tensors()` returned out of a file's tensors; None if there is nothing of it."""
+        """Remove the entries of a packing from the tensors of a file; returns None if there are none."""
         if LATEST not in tensors:
             return None
         names = [name for name in tensors if name.startswith(PREFIX)]

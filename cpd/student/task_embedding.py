@@ -1,4 +1,4 @@
-"""A contrastive embedding of observations, from which the student tells which task an episode is of.
+"""A contrastive embedding of observations, from which the student infers the task of an episode.
 
 Dimensions: B episodes or rows, O observation size, Z embedding size, K tasks of the stream.
 """
@@ -17,15 +17,15 @@ EMBEDDING_SIZE: Final = 32
 #: Hidden width of the encoder.
 ENCODER_WIDTH: Final = 128
 TEMPERATURE: Final = 0.1
-#: Evidence for a task that is not known.
+#: Evidence for an unknown task.
 NEVER: Final = float("-inf")
 
 
 class TaskEncoder(nn.Module):
-    """An observation's place on the unit sphere: a linear map plus what a hidden layer adds to it.
+    """Maps an observation to the unit sphere by the sum of a linear map and a hidden layer.
 
-    The linear path makes the first weights a random projection, which nearly keeps distances (Johnson and
-    Lindenstrauss 1984): tasks that look different are told apart before anything has been learned.
+    With its initial weights, the linear path is a random projection, which nearly preserves distances (Johnson and
+    Lindenstrauss 1984): tasks that look different are distinguished before any training.
     """
 
     def __init__(self, dtype: torch.dtype) -> None:
@@ -45,7 +45,7 @@ def info_nce(z_BZ: Tensor, task_B: Tensor, temperature: float = TEMPERATURE) -> 
 
     For row i with positives P(i): -1/|P(i)| sum_{p in P(i)} log(exp(z_i z_p / t) / sum_{a != i} exp(z_i z_a / t)),
     InfoNCE (van den Oord et al. 2018) with several positives (Khosla et al. 2020, eq. 2). Rows without a positive
-    do not count. Zero where all rows are of one task: there is nothing to tell apart.
+    are ignored. The loss is 0 if all rows are of one task.
     """
     if bool((task_B == task_B[0]).all()):
         return z_BZ.sum() * 0.0

@@ -13,7 +13,7 @@ from cpd.student.moe import MoE, RouterStats
 
 
 class CausalSelfAttention(nn.Module):
-    """Multi-head attention of every step to itself and the steps before it (Vaswani et al. 2017)."""
+    """Multi-head attention of every step to itself and earlier steps (Vaswani et al. 2017)."""
 
     def __init__(self, width: int, num_heads: int, dtype: torch.dtype) -> None:
         super().__init__()
@@ -25,7 +25,7 @@ class CausalSelfAttention(nn.Module):
         """`[B, L, D]` to `[B, L, D]`."""
         batch, length, width = x_BLD.shape
         if length == 1:
-            # One key gets all the attention, whatever the query: the mixture is the value itself.
+            # A single key gets all the attention, whatever the query: the output is the value itself.
             value_BLD = F.linear(x_BLD, self.qkv.weight[2 * width :], self.qkv.bias[2 * width :])
             alone: Tensor = self.out(value_BLD)
             return alone

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from cpd.distill.memory.dpp import Similarity, greedy_map, median_bandwidth, preselect, rbf_similarity, select
+from cpd.distill.memory.dpp import JITTER, Similarity, greedy_map, median_bandwidth, preselect, select
 
 NUM_TASKS = 10
 EPISODE = 100
@@ -37,9 +37,15 @@ def trajectories(num_steps: int, num_features: int, seed: int = 0) -> np.ndarray
     return (paths + 0.02 * rng.normal(size=paths.shape)).reshape(-1, num_features)[:num_steps]
 
 
-def naive_greedy(similarity: Similarity, quality: np.ndarray, num_items: int) -> list[int]:
+def kernel_of(similarity: Similarity) -> np.ndarray:
+    """The whole matrix."""
+    num_candidates = len(similarity)
+    return similarity.rows(np.arange(num_candidates)) + JITTER * np.eye(num_candidates)
+
+
+def naive_greedy(similarity: Similarity, num_items: int) -> list[int]:
     """The whole kernel, and a determinant per candidate and step."""
-    kernel = similarity.matrix() * np.outer(quality, quality)
+    kernel = kernel_of(similarity)
     chosen: list[int] = []
     for _ in range(num_items):
         open_ = [i for i in range(len(kernel)) if i not in chosen]
@@ -48,13 +54,13 @@ def naive_greedy(similarity: Similarity, quality: np.ndarray, num_items: int) ->
     return chosen
 
 
-def plain_greedy(similarity: Similarity, quality: np.ndarray, num_items: int) -> list[int]:
+def plain_greedy(similarity: Similarity, num_items: int) -> list[int]:
     """Chen, Zhang & Zhou (2018) as published: every candidate is brought up to date at every step."""
     factor = np.empty((num_items, len(similarity)))
-    residual = similarity.diagonal.copy()
+    residual = np.full(len(similarity), 1.0 + JITTER)
     chosen: list[int] = []
     for j in range(num_items):
-        item = int(np.argmax(quality**2 * residual))
+        item = int(np.argmax(residual))
         chosen.append(item)
         row = similarity.rows([item])[0] - factor[:j, item] @ factor[:j]
         factor[j] = row / np.sqrt(residual[item])
@@ -76,10 +82,6 @@ def best_seconds(
     return best, returned
 
 
-def qualities(num_candidates: int) -> np.ndarray:
-    return 2.0 ** np.random.default_rng(1).uniform(-1, 1, num_candidates)
-
-
 def bench_small(num_repeats: int) -> list[dict[str, float]]:
     """Against naive greedy selection, where that is affordable."""
     title = "greedy, small sets"
@@ -87,8 +89,8 @@ def bench_small(num_repeats: int) -> list[dict[str, float]]:
     rows = []
     for num_candidates, num_items in ((100, 10), (300, 20), (600, 30)):
         features = trajectories(num_candidates, 39)
-        similarity = rbf_similarity(features, median_bandwidth(features, np.random.default_rng(0)))
-        arguments = similarity, qualities(num_candidates), num_items
+        similarity = Similarity.rbf(features, median_bandwidth(features, np.random.default_rng(0)))
+        arguments = similarity, num_items
         seconds, chosen = best_seconds(
             {
                 "naive": lambda a=arguments: naive_greedy(*a),
@@ -106,10 +108,10 @@ def bench_small(num_repeats: int) -> list[dict[str, float]]:
     return rows
 
 
-def spread(features: np.ndarray, bandwidth: float, quality: np.ndarray, chosen: np.ndarray) -> dict[str, float]:
-    """log det(L_Y) per item, and how far the candidates are from the nearest chosen one, in bandwidths."""
-    similarity = rbf_similarity(features[chosen], bandwidth)
-    log_det = np.linalg.slogdet(similarity.matrix())[1] + 2 * np.log(quality[chosen]).sum()
+def spread(features: np.ndarray, bandwidth: float, chosen: np.ndarray) -> dict[str, float]:
+    """log det(S_Y) per item, and how far the candidates are from the nearest chosen one, in bandwidths."""
+    similarity = Similarity.rbf(features[chosen], bandwidth)
+    log_det = np.linalg.slogdet(kernel_of(similarity))[1]
     some = features[:: max(1, len(features) // 2_000)]
     squares = (some**2).sum(1)[:, None] + (features[chosen] ** 2).sum(1) - 2 * some @ features[chosen].T
     nearest = np.sqrt(np.maximum(squares.min(axis=1), 0)) / bandwidth
@@ -123,15 +125,14 @@ def spread(features: np.ndarray, bandwidth: float, quality: np.ndarray, chosen: 
 def bench_large(features: np.ndarray, num_items: int, num_repeats: int) -> dict[str, Any]:
     """All candidates and a pre-selection of them, with bandwidth and kernel in the time."""
     num_candidates, num_features = features.shape
-    quality = qualities(num_candidates)
     bandwidth = median_bandwidth(features, np.random.default_rng(0))
 
     def plain() -> np.ndarray:
-        similarity = rbf_similarity(features, median_bandwidth(features, np.random.default_rng(0)))
-        return np.array(plain_greedy(similarity, quality, num_items))
+        similarity = Similarity.rbf(features, median_bandwidth(features, np.random.default_rng(0)))
+        return np.array(plain_greedy(similarity, num_items))
 
-    def ours(limit: int | None = None) -> np.ndarray:
-        return select(features, quality, num_items, np.random.default_rng(0), limit=limit)
+    def ours(limit: int = num_candidates) -> np.ndarray:
+        return select(features, num_items, np.random.default_rng(0), limit)
 
     few = f"ours, {PRESELECTED} pre-selected"
     methods: dict[str, Callable[[], Any]] = {
@@ -145,7 +146,7 @@ def bench_large(features: np.ndarray, num_items: int, num_repeats: int) -> dict[
     print(f"\n{title:28s}{'log det/k':>10s}{'mean dist':>10s}{'max dist':>10s}{'seconds':>9s}{'plain/it':>9s}")
     rows: dict[str, Any] = {"num_candidates": num_candidates, "num_features": num_features, "num_items": num_items}
     for name, items in chosen.items():
-        rows[name] = spread(features, bandwidth, quality, items)
+        rows[name] = spread(features, bandwidth, items)
         print(f"{name:28s}{''.join(f'{value:10.3f}' for value in rows[name].values())}", end="")
         if name in seconds:
             rows[name]["seconds"] = seconds[name]

@@ -62,7 +62,7 @@ class Segments:
 
     @property
     def num_steps(self) -> int:
-        """S, the distinct time steps held."""
+        """S."""
         return len(self.observations)
 
     @property
@@ -80,13 +80,15 @@ class Segments:
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
     def observations_by_task(self) -> dict[int, npt.NDArray[np.float32]]:
-        """The raw observations of every task that is held, [steps, O], by position of the task."""
+        """The raw observations of every held task, [steps, O], by position of the task."""
         task_S = np.repeat(self.task, self.length)
         return {int(task): self.observations[task_S == task] for task in np.unique(task_S)}
 
     def take(self, chosen: npt.NDArray[np.int64]) -> Segments:
         """The segments at the positions `chosen`, in that order."""
-        rows = ranges(self.start[chosen], self.length[chosen])
+        length = self.length[chosen]
+        # The rows of the chosen segments, one run after another.
+        rows = np.arange(length.sum()) + np.repeat(self.start[chosen] - (np.cumsum(length) - length), length)
         return Segments(
             **{name: array[chosen if name in PER_SEGMENT else rows] for name, array in self.arrays().items()}
         )
@@ -94,16 +96,8 @@ class Segments:
     @staticmethod
     def concatenate(parts: Sequence[Segments]) -> Segments:
         """All segments of all parts, in order."""
-        every = [part.arrays() for part in parts]
-        return Segments(**{name: np.concatenate([arrays[name] for arrays in every]) for name in every[0]})
-
-
-def ranges(start: npt.NDArray[np.int64], length: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """`start[i], start[i] + 1, ..., start[i] + length[i] - 1` for every i, one after another."""
-    total = int(length.sum())
-    begins = np.cumsum(length) - length
-    result: npt.NDArray[np.int64] = np.arange(total) + np.repeat(start - begins, length)
-    return result
+        names = [field.name for field in fields(Segments)]
+        return Segments(**{name: np.concatenate([getattr(part, name) for part in parts]) for name in names})
 
 
 def cut_segments(

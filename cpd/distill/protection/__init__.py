@@ -1,6 +1,6 @@
-"""What guards a student's earlier tasks beside replay: one small class a file, behind one interface.
+"""Protections of earlier tasks, besides replay: one class per file, behind one interface.
 
-`PROTECTIONS` names them as `ProtectionConfig.kind` does; another one takes a file here and a line there.
+`PROTECTIONS` lists them by the names that `ProtectionConfig.kind` uses; a new one is a file here and a line there.
 """
 
 from __future__ import annotations
@@ -25,6 +25,6 @@ PROTECTIONS: Final[Mapping[str, type[Protection]]] = {
 
 
 def make_protection(config: Config, seed: int) -> Protection:
-    """The protection that `config.protection.kind` names; none where nothing can be forgotten."""
+    """The protection that `config.protection.kind` names; `none` unless the protocol is continual."""
     kind = config.protection.kind if config.distill.protocol == "continual" else "none"
     return PROTECTIONS[kind](config, seed)

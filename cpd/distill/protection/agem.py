@@ -11,13 +11,13 @@ from cpd.distill.protection.base import Protection
 
 
 class AGEM(Protection):
-    """No step may increase the loss on memory: what of the gradient g points against memory's r is taken out.
+    """Project the gradient g if it opposes memory's gradient r, so that no step increases the loss on memory.
 
         g <- g - (g r / r r) r    where g r < 0    (the paper's eq. 11)
 
-    r is the gradient on windows drawn from the memory anew in every step, which costs a second backward pass;
-    the training batch itself holds none of them. Both gradients are those of global batches, so that the
-    projection is the same for any number of ranks.
+    r is the gradient on windows that every step draws from the memory, at the cost of a second backward pass; they
+    are not part of the training batch. Both gradients are those of global batches, so that the projection is the
+    same for any number of ranks.
     """
 
     def __init__(self, config: Config, seed: int) -> None:
@@ -26,11 +26,11 @@ class AGEM(Protection):
         self._num_projected = 0
 
     def begin_stage(self, learner: StudentLearner) -> None:
-        """Count anew."""
+        """Reset the counts."""
         self._num_steps = self._num_projected = 0
 
     def adjust_gradient(self, learner: StudentLearner) -> None:
-        """Project, if the gradient points against memory's."""
+        """Project the gradient if it opposes memory's."""
         reference = learner.source.reference(learner.progress.step, self.config.protection.agem_windows)
         if reference is None:
             return
@@ -45,7 +45,7 @@ class AGEM(Protection):
         grads.copy_(gradient)
 
     def report(self) -> dict[str, float]:
-        """The share of the stage's steps that were projected."""
+        """The share of the stage's steps whose gradient was projected."""
         return {"projected_share": self._num_projected / max(self._num_steps, 1)}
 
     def state(self) -> dict[str, int]:
@@ -53,5 +53,5 @@ class AGEM(Protection):
         return {"num_steps": self._num_steps, "num_projected": self._num_projected}
 
     def restore(self, state: Mapping[str, Any], learner: StudentLearner) -> None:
-        """Take them over."""
+        """Restore the counts."""
         self._num_steps, self._num_projected = state["num_steps"], state["num_projected"]

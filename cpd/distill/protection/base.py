@@ -14,10 +14,9 @@ from cpd.distill.stage_data import StageData
 
 
 class Protection:
-    """Hooks of the trainer's stages and steps; as it stands, sequential fine-tuning.
+    """Hooks into the stages and steps of training. The base class does nothing: sequential fine-tuning.
 
-    Everything that a hook does must be the same on every rank. Vectors over parameters are laid out as
-    `learner.flat`, [P].
+    A hook must have the same effect on every rank. Vectors over parameters have the layout of `learner.flat`, [P].
     """
 
     def __init__(self, config: Config, seed: int) -> None:
@@ -27,35 +26,35 @@ class Protection:
         """Called once when a stage begins, after growth; not when a run resumes in the middle of one."""
 
     def grow(self, old: FlatParameters, new: FlatParameters) -> None:
-        """Lay vectors out anew after growth: `new.carried(vector, old)`."""
+        """Convert vectors to the layout after growth: `new.carried(vector, old)`."""
 
     def begin_step(self, learner: StudentLearner) -> None:
         """Change `learner.flat.values` before the step's gradient is computed."""
 
     def adjust_gradient(self, learner: StudentLearner) -> None:
-        """Change `learner.flat.grads`, which is summed over ranks but not clipped yet.
+        """Change `learner.flat.grads`, which are summed over ranks but not clipped yet.
 
-        It has places for what is trainable only: for everything unless `update_mask` holds parameters in place.
+        They have places for trainable parameters only: those that `update_mask` does not zero entirely.
         """
 
     def update_mask(self, learner: StudentLearner) -> Tensor | None:
-        """[P] the factor on every parameter's update in this step; None for 1 everywhere.
+        """[P] the factor on the update of every element in this step; None for 1 everywhere.
 
-        What it holds in place as a whole when a stage begins rests for the whole stage: within a stage a mask may
-        narrow, not widen.
+        Parameters that it zeroes entirely when a stage begins are frozen for the whole stage. Within a stage, a
+        mask may therefore only become stricter.
         """
         return None
 
     def end_stage(self, learner: StudentLearner, data: StageData) -> None:
-        """Learn what must be kept from now on; before the memory chooses from `data`."""
+        """Record what later stages must preserve. Called before the memory chooses from `data`."""
 
     def report(self) -> dict[str, float]:
         """Numbers for metrics.jsonl at a stage's end."""
         return {}
 
     def state(self) -> dict[str, Any]:
-        """For a checkpoint: tensors, numbers, and lists and dictionaries of them."""
+        """The state for a checkpoint: tensors, numbers, and lists and dictionaries of them."""
         return {}
 
     def restore(self, state: Mapping[str, Any], learner: StudentLearner) -> None:
-        """Take over what `state()` returned; the trainer's flat vector has been restored before."""
+        """Continue from what `state()` returned. Called after `learner` is restored."""

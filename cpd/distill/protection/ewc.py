@@ -17,16 +17,16 @@ from cpd.distill.stage_data import StageData
 
 
 class EWC(Protection):
-    """A quadratic pull to where each earlier stage ended, by the parameters' importance there.
+    """A quadratic penalty towards the parameters at the end of each earlier stage, weighted by importance there.
 
-    The penalty is a sum over earlier stages j, as in the paper (not an online average, which would let early
-    stages fade):
+    The penalty is a sum over earlier stages j, as in the paper (not an online average, in which early stages
+    fade):
 
         strength / 2 * sum_j sum_p F_jp (theta_p - theta*_jp)^2
 
-    A sum of quadratics is one quadratic, up to a constant, with precision sum_j F_j around the F-weighted mean
-    of the theta*_j: two vectors, however many stages. A task that comes again adds a term like any other, and
-    parameters that growth adds are free until their first stage has ended. No data are kept.
+    A sum of quadratics is one quadratic, up to a constant, with precision sum_j F_j around the F-weighted mean of
+    the theta*_j. Two vectors therefore suffice for any number of stages. A task that comes again adds one more
+    term, and parameters that growth adds are free until their first stage has ended. No data are kept.
     """
 
     def __init__(self, config: Config, seed: int) -> None:
@@ -35,18 +35,18 @@ class EWC(Protection):
         self._centre = torch.zeros(0)
 
     def grow(self, old: FlatParameters, new: FlatParameters) -> None:
-        """New parameters are not held."""
+        """Give new parameters precision 0: no penalty."""
         if len(self._precision):
             self._precision, self._centre = new.carried(self._precision, old), new.carried(self._centre, old)
 
     def adjust_gradient(self, learner: StudentLearner) -> None:
-        """Add the penalty's gradient."""
+        """Add the gradient of the penalty."""
         if len(self._precision):
             strength, values = self.config.protection.ewc_strength, learner.flat.values
             learner.flat.grads.addcmul_(self._precision, values - self._centre, value=strength)
 
     def end_stage(self, learner: StudentLearner, data: StageData) -> None:
-        """Add this stage's term."""
+        """Add the term of this stage."""
         new = fisher(learner, data, FISHER_WINDOWS)
         values = learner.flat.values
         if not len(self._precision):
@@ -56,7 +56,7 @@ class EWC(Protection):
         self._centre += share * (values - self._centre)
 
     def report(self) -> dict[str, float]:
-        """The precision's mean, to which a useful strength is inverse."""
+        """The mean precision; a useful strength is inversely proportional to it."""
         return {"mean_precision": float(self._precision.mean())}
 
     def state(self) -> dict[str, Tensor]:
@@ -64,7 +64,7 @@ class EWC(Protection):
         return {"precision": self._precision, "centre": self._centre}
 
     def restore(self, state: Mapping[str, Any], learner: StudentLearner) -> None:
-        """Take them over."""
+        """Restore both vectors."""
         self._precision, self._centre = (
             state[name].to(learner.device).clone() for name in ("precision", "centre")
         )

@@ -1,4 +1,4 @@
-"""How much each parameter matters to what the student does: the diagonal of the Fisher information."""
+"""The importance of each parameter for what the student does: the diagonal of the Fisher information."""
 
 from __future__ import annotations
 
@@ -24,28 +24,28 @@ def fisher(learner: StudentLearner, data: StageData, num_windows: int, *, exact:
     """The diagonal Fisher information of the student's Gaussian over the states of `data`; a collective.
 
     For a diagonal Gaussian N(m, s^2) the expectation over actions has a closed form (e.g. Malago and Pistone
-    2015), so that no actions are drawn:
+    2015), so no actions are drawn:
 
         F_p = E_x[ sum_d (dm_d/dp)^2 / s_d^2 + 2 (dlog s_d/dp)^2 ]
 
-    It is a mean over single states' squares: neither the square of a batch's mean gradient, nor that of the
-    distillation loss, which vanishes where the student has learned. A state x is a step drawn uniformly from
-    `data`, with its past in the window.
+    The squares are averaged over single states. The square of a batch's mean gradient would be another quantity,
+    and the gradient of the distillation loss vanishes where the student has learned. A state x is a step drawn
+    uniformly from `data`, with its past in the window.
 
-    The sum over outputs takes a backward pass each, or one with random signs, as in Hutchinson's (1990) trace
-    estimator: E[(sum_d e_d g_d)^2] = sum_d g_d^2 for independent e_d = +-1. The latter is the default, since
-    for the same time it sees more states: with 300,000 parameters its mean error was .06 of F's mean after
-    256 states, against .10 after 64 with the exact sum, and .08 with actions drawn from the student in twice
-    the time.
+    The sum over outputs takes one backward pass per output, or a single one with random signs, as in Hutchinson's
+    (1990) trace estimator: E[(sum_d e_d g_d)^2] = sum_d g_d^2 for independent e_d = +-1. Random signs are the
+    default, since they see more states in the same time: with 300,000 parameters the mean error was .06 of F's
+    mean after 256 states, against .10 after 64 with the exact sum, and .08 with actions drawn from the student in
+    twice the time.
 
     Args:
-        learner: its student is looked at, as it is, with nothing at rest; its gradients are overwritten.
-        data: where states come from.
-        num_windows: states over all ranks, at least one each.
-        exact: take a backward pass per output.
+        learner: its student is evaluated with no parameter frozen; its gradients are overwritten.
+        data: the source of states.
+        num_windows: number of states over all ranks, at least one each.
+        exact: run one backward pass per output.
 
     Returns:
-        [P] laid out as `learner.flat`, the same on every rank; for any number of ranks, up to rounding.
+        [P] in the layout of `learner.flat`, the same on every rank and, up to rounding, for any number of ranks.
     """
     config, flat, comm, stage = learner.config, learner.flat, learner.comm, learner.progress.stage
     source = BatchSource(
@@ -67,7 +67,7 @@ def fisher(learner: StudentLearner, data: StageData, num_windows: int, *, exact:
             flat.grads.zero_()
             (weights @ outputs).backward(retain_graph=exact)
             total.addcmul_(flat.grads, flat.grads, value=1.0 / num_windows)
-    # Summed as the gradients' vector, which knows how to from any device.
+    # `grads` carries the sum over ranks, since it can be reduced from any device.
     flat.grads.copy_(total)
     flat.reduce_grads(comm)
     total.copy_(flat.grads)

@@ -1,7 +1,7 @@
-"""Parameter masking: what matters to earlier tasks does not move, or moves less.
+"""Parameter masking: parameters that matter to earlier tasks get no update, or a smaller one.
 
-The optimiser's update is masked, not the gradient: Adam's normalisation would cancel a constant factor on the
-gradient, and its momentum and weight decay would move a parameter whose gradient is zero.
+The mask applies to the optimiser's update, not to the gradient: Adam's normalisation would cancel a constant
+factor on the gradient, and momentum and weight decay would move a parameter whose gradient is zero.
 """
 
 from __future__ import annotations
@@ -20,16 +20,17 @@ from cpd.distill.stage_data import StageData
 
 
 class Masking(Protection):
-    """Masks of three kinds of parameters.
+    """Masks for three kinds of parameters.
 
-    - What a task has to itself (its vector, and the experts and router rows of its group or, in a student without
-      tasks, those that were added for it): with `mask_experts` it moves in the stages of its own task only.
-    - What all tasks share (embedding, attention, norms, head): it is protected as a whole or, with `mask_fraction`
-      below 1, by its accumulated Fisher information: of the parameters that have any, the share with the greatest.
-      (Others have had no part in any task: a window of one step leaves queries and keys without effect, 45 % of
-      what is shared.) `hard`: what is protected does not move. `scaled`: with importance F and the least protected
-      importance F*, it moves by the factor F* / F.
-    - The task encoder is never masked: prototypes are made anew when it has changed.
+    - Parameters that belong to one task (its vector, and the experts and router rows of its group or, in a student
+      without task identity, those that were added for it): with `mask_experts`, only stages of that task update
+      them.
+    - Parameters that all tasks share (embedding, attention, norms, head): all are protected or, with
+      `mask_fraction` below 1, those with the greatest accumulated Fisher information, as a share of the parameters
+      that have any. (The others played no part in any task: a window of one step leaves queries and keys, 45 % of
+      the shared parameters, without effect.) `hard`: protected parameters get no update. `scaled`: the update is
+      multiplied by F* / F, where F is the importance and F* the least importance that is protected.
+    - The task encoder is never masked: prototypes are recomputed when it changes.
     """
 
     def __init__(self, config: Any, seed: int) -> None:
@@ -38,61 +39,60 @@ class Masking(Protection):
         self._mask: Tensor | None = None
 
     def begin_stage(self, learner: StudentLearner) -> None:
-        """Make the mask of the stage that begins."""
+        """Compute the mask of the stage."""
         self._mask = self._make_mask(learner)
 
     def grow(self, old: FlatParameters, new: FlatParameters) -> None:
-        """New parameters have not mattered to anything yet."""
+        """Give new parameters importance 0."""
         if self._importance is not None:
             self._importance = new.carried(self._importance, old)
 
     def update_mask(self, learner: StudentLearner) -> Tensor | None:
-        """The stage's mask; None in the first."""
+        """The mask of the stage; None while there is only one task."""
         return self._mask
 
     def end_stage(self, learner: StudentLearner, data: StageData) -> None:
-        """Add the stage's importance to what was accumulated."""
+        """Accumulate the importance of the stage."""
         if self.config.protection.needs_importance:
-            found = fisher(learner, data, FISHER_WINDOWS)
-            self._importance = found if self._importance is None else self._importance + found
+            importance = fisher(learner, data, FISHER_WINDOWS)
+            self._importance = importance if self._importance is None else self._importance + importance
 
     def report(self) -> dict[str, float]:
-        """The share of all parameters that cannot move freely."""
+        """The share of all parameters whose update is reduced."""
         return {"masked_share": 0.0 if self._mask is None else float((self._mask < 1.0).double().mean())}
 
     def _make_mask(self, learner: StudentLearner) -> Tensor | None:
-        progress, flat = learner.progress, learner.flat
-        present = learner.current_task
-        if all(task == present for task in progress.seen):
+        flat = learner.flat
+        if all(task == learner.current_task for task in learner.progress.seen):
             return None
         mask = torch.ones_like(flat.values)
         shared = torch.ones(flat.size, dtype=torch.bool, device=mask.device)
         for name, slot in flat.slots.items():
             if name.startswith("encoder."):
                 shared[slot] = False
-            elif (own := self._own_share(name, learner, present)) is not None:
+            elif (factor := self._task_factor(name, learner)) is not None:
                 shared[slot] = False
                 if self.config.protection.mask_experts:
-                    mask[slot] = own.expand(learner.flat.shapes[name]).reshape(-1)
+                    mask[slot] = factor.expand(flat.shapes[name]).reshape(-1)
         self._mask_shared(mask, shared)
         return mask
 
-    def _own_share(self, name: str, learner: StudentLearner, present: int) -> Tensor | None:
-        """1 where the present task may move a parameter that tasks have to themselves, else 0; None if shared."""
+    def _task_factor(self, name: str, learner: StudentLearner) -> Tensor | None:
+        """1 where a parameter of tasks belongs to the current task alone, else 0; None if all tasks share it."""
         student = learner.student
         if name == "task":
             rows = torch.zeros(student.num_tasks, 1, device=student.device, dtype=student.dtype)
-            rows[present] = 1.0
+            rows[learner.current_task] = 1.0
             return rows
-        parts = name.split(".")
-        if "moe" not in parts or parts[3] not in ("experts", "router"):
+        path = name.split(".")  # blocks.<layer>.moe.experts.<expert>... or blocks.<layer>.moe.router.<expert>
+        if "moe" not in path or path[3] not in ("experts", "router"):
             return None
-        moe = student.moes[int(parts[1])]
-        owners = self._owners(learner, int(parts[4]), int(moe.group_E[int(parts[4])]))
-        return moe.logit_offset.new_tensor(float(owners == [present]))
+        moe, expert = student.moes[int(path[1])], int(path[4])
+        owners = self._owners(learner, expert, int(moe.group_E[expert]))
+        return moe.logit_offset.new_tensor(float(owners == [learner.current_task]))
 
     def _owners(self, learner: StudentLearner, expert: int, group: int) -> list[int]:
-        """The tasks that an expert belongs to: those of its group; without groups, the one it was added for."""
+        """The tasks that own an expert: those of its group or, without groups, the task it was added for."""
         student, progress = learner.student, learner.progress
         if student.is_conditioned:
             return [task for task in progress.seen if int(student.group_K[task]) == group]
@@ -117,11 +117,11 @@ class Masking(Protection):
         mask[shared] = factor.to(mask.dtype)
 
     def state(self) -> dict[str, Any]:
-        """Accumulated importance and the present mask."""
+        """Accumulated importance and the current mask."""
         return {"importance": self._importance, "mask": self._mask}
 
     def restore(self, state: Mapping[str, Any], learner: StudentLearner) -> None:
-        """Take both over."""
+        """Restore both."""
         self._importance, self._mask = (
             None if state[name] is None else state[name].to(learner.device) for name in ("importance", "mask")
         )

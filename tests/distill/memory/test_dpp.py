@@ -17,33 +17,27 @@ from cpd.distill.memory.dpp import (
     greedy_map,
     median_bandwidth,
     preselect,
-    rbf_similarity,
     select,
-    standardise,
 )
-from cpd.student.observations import observation_scaling
 
 seeds = st.integers(0, 2**32 - 1)
 
 
-def draw(seed: int, num_candidates: int, num_features: int) -> tuple[Similarity, np.ndarray]:
-    """Random candidates with qualities from 1/3 to 3."""
+def draw(seed: int, num_candidates: int, num_features: int) -> Similarity:
+    """Random candidates."""
     rng = np.random.default_rng(seed)
     features = rng.normal(size=(num_candidates, num_features))
-    quality = 3.0 ** rng.uniform(-1, 1, num_candidates)
-    return rbf_similarity(features, median_bandwidth(features, rng)), quality
+    return Similarity.rbf(features, median_bandwidth(features, rng))
 
 
-def dense_kernel(similarity: Similarity, quality: np.ndarray) -> np.ndarray:
-    """L, written down from its definition."""
+def dense_kernel(similarity: Similarity) -> np.ndarray:
+    """S, written down from its definition."""
     x, n = similarity.features, len(similarity)
 
     def entry(a: np.ndarray, b: np.ndarray) -> float:
         return math.exp(-((a - b) ** 2).sum() / 2)
 
-    similarities = np.array([[entry(x[i], x[j]) for j in range(n)] for i in range(n)])
-    similarities += similarity.jitter * np.eye(n)
-    return np.diag(quality) @ similarities @ np.diag(quality)
+    return np.array([[entry(x[i], x[j]) for j in range(n)] for i in range(n)]) + dpp.JITTER * np.eye(n)
 
 
 def log_det(kernel: np.ndarray, chosen: list[int]) -> float:
@@ -52,13 +46,16 @@ def log_det(kernel: np.ndarray, chosen: list[int]) -> float:
 
 
 def naive_greedy(kernel: np.ndarray, num_items: int) -> tuple[list[int], float]:
-    """Greedy selection with every determinant recomputed, and the closest call: best minus second best."""
+    """Greedy selection with every determinant recomputed, and the closest call: best minus second best.
+
+    The first choice is no call: all gains are equal, and the lowest index wins.
+    """
     chosen: list[int] = []
     closest = math.inf
     for _ in range(num_items):
         gains = {i: log_det(kernel, [*chosen, i]) for i in range(len(kernel)) if i not in chosen}
         best, *others = sorted(gains, key=lambda i: -gains[i])
-        if others:
+        if chosen and others:
             closest = min(closest, gains[best] - gains[others[0]])
         chosen.append(best)
     return chosen, closest
@@ -66,27 +63,27 @@ def naive_greedy(kernel: np.ndarray, num_items: int) -> tuple[list[int], float]:
 
 @pytest.mark.parametrize("seed", range(8))
 def test_greedy_is_the_argmax_of_the_gain_at_every_step(seed: int) -> None:
-    similarity, quality = draw(seed, 40, 16)
-    expected, closest = naive_greedy(dense_kernel(similarity, quality), 14)
+    similarity = draw(seed, 40, 16)
+    expected, closest = naive_greedy(dense_kernel(similarity), 14)
     assert closest > 1e-9
-    assert greedy_map(similarity, quality, 14).tolist() == expected
+    assert greedy_map(similarity, 14).tolist() == expected
 
 
 @pytest.mark.parametrize(("num_contenders", "max_block"), [(1, 1), (4, 3), (30, 64), (200, 5)])
 def test_looking_at_few_contenders_changes_nothing(
     monkeypatch: pytest.MonkeyPatch, num_contenders: int, max_block: int
 ) -> None:
-    similarity, quality = draw(3, 150, 40)
-    expected, closest = naive_greedy(dense_kernel(similarity, quality), 20)
+    similarity = draw(3, 150, 40)
+    expected, closest = naive_greedy(dense_kernel(similarity), 20)
     assert closest > 1e-9
     monkeypatch.setattr(dpp, "NUM_CONTENDERS", num_contenders)
     monkeypatch.setattr(dpp, "MAX_BLOCK", max_block)
-    assert greedy_map(similarity, quality, 20).tolist() == expected
+    assert greedy_map(similarity, 20).tolist() == expected
 
 
 def test_greedy_over_thousands_equals_greedy_over_the_whole_matrix() -> None:
-    similarity, quality = draw(11, 1300, 12)
-    kernel = similarity.matrix() * np.outer(quality, quality)
+    similarity = draw(11, 1300, 12)
+    kernel = similarity.rows(np.arange(1300)) + dpp.JITTER * np.eye(1300)
     variance, chosen = np.diag(kernel).copy(), []
     for _ in range(100):  # Gaussian elimination of the chosen one's row
         item = int(np.argmax(variance))
@@ -94,16 +91,16 @@ def test_greedy_over_thousands_equals_greedy_over_the_whole_matrix() -> None:
         kernel -= np.outer(kernel[:, item], kernel[item] / kernel[item, item])
         variance = np.diag(kernel).copy()
         variance[chosen] = 0
-    assert greedy_map(similarity, quality, 100).tolist() == chosen
+    assert greedy_map(similarity, 100).tolist() == chosen
 
 
 def test_greedy_comes_close_to_the_likeliest_set() -> None:
     shortfalls, hits = [], 0
     for seed in range(20):
-        similarity, quality = draw(seed, 10, 5)
-        kernel = dense_kernel(similarity, quality)
-        best = max(log_det(kernel, list(s)) for s in combinations(range(10), 4))
-        shortfalls.append(best - log_det(kernel, greedy_map(similarity, quality, 4).tolist()))
+        similarity = draw(seed, 10, 5)
+        kernel = dense_kernel(similarity)
+        best = max(log_det(kernel, [0, *s]) for s in combinations(range(1, 10), 3))  # 0 comes first
+        shortfalls.append(best - log_det(kernel, greedy_map(similarity, 4).tolist()))
         hits += shortfalls[-1] < 1e-12
     assert min(shortfalls) > -1e-9
     assert max(shortfalls) < 0.5
@@ -113,30 +110,22 @@ def test_greedy_comes_close_to_the_likeliest_set() -> None:
 @settings(deadline=None, max_examples=25)
 @given(seed=seeds, shorter=st.integers(0, 10), longer=st.integers(0, 10))
 def test_a_prefix_is_the_choice_for_a_smaller_budget(seed: int, shorter: int, longer: int) -> None:
-    similarity, quality = draw(seed, 25, 10)
+    similarity = draw(seed, 25, 10)
     shorter, longer = sorted((shorter, longer))
-    order = greedy_map(similarity, quality, longer)
+    order = greedy_map(similarity, longer)
     assert order.dtype == np.int64 and len(set(order.tolist())) == longer
-    assert np.array_equal(order[:shorter], greedy_map(similarity, quality, shorter))
+    assert np.array_equal(order[:shorter], greedy_map(similarity, shorter))
 
 
 @settings(deadline=None, max_examples=25)
 @given(seed=seeds)
 def test_the_order_of_the_candidates_does_not_matter(seed: int) -> None:
-    similarity, quality = draw(seed, 20, 9)
-    order, closest = naive_greedy(dense_kernel(similarity, quality), 8)
+    similarity = draw(seed, 20, 9)
+    order, closest = naive_greedy(dense_kernel(similarity), 8)
     assume(closest > 1e-8)
-    permutation = np.random.default_rng(seed).permutation(20)
-    permuted = greedy_map(similarity.take(permutation), quality[permutation], 8)
+    permutation = np.append(0, 1 + np.random.default_rng(seed).permutation(19))
+    permuted = greedy_map(similarity.take(permutation), 8)
     assert permutation[permuted].tolist() == order
-
-
-@settings(deadline=None, max_examples=25)
-@given(seed=seeds, exponent=st.floats(-100, 100))
-def test_scaling_all_qualities_changes_nothing(seed: int, exponent: float) -> None:
-    similarity, quality = draw(seed, 20, 9)
-    scaled = quality * 10.0**exponent
-    assert np.array_equal(greedy_map(similarity, quality, 8), greedy_map(similarity, scaled, 8))
 
 
 @settings(deadline=None, max_examples=25)
@@ -145,34 +134,34 @@ def test_copies_come_after_all_distinct_candidates(seed: int, copies: list[int])
     rng = np.random.default_rng(seed)
     distinct = rng.normal(size=(len(copies), 6))
     kind = rng.permutation(np.repeat(np.arange(len(copies)), copies))
-    similarity = rbf_similarity(distinct[kind], median_bandwidth(distinct, rng))
-    order = greedy_map(similarity, 3.0 ** rng.uniform(-1, 1, len(copies))[kind], len(kind))
+    similarity = Similarity.rbf(distinct[kind], median_bandwidth(distinct, rng))
+    order = greedy_map(similarity, len(kind))
     assert set(kind[order[: len(copies)]].tolist()) == set(range(len(copies)))
     assert sorted(order.tolist()) == list(range(len(kind)))
 
 
 def test_ties_go_to_the_lowest_index() -> None:
     corners = np.eye(6)
-    assert greedy_map(rbf_similarity(corners, 1.0), np.ones(6), 6).tolist() == [0, 1, 2, 3, 4, 5]
+    assert greedy_map(Similarity.rbf(corners, 1.0), 6).tolist() == [0, 1, 2, 3, 4, 5]
     twice = np.concatenate([corners, corners])[::-1]
-    assert greedy_map(rbf_similarity(twice, 1.0), np.ones(12), 6).tolist() == [0, 1, 2, 3, 4, 5]
+    assert greedy_map(Similarity.rbf(twice, 1.0), 6).tolist() == [0, 1, 2, 3, 4, 5]
     # More copies than contenders, so that some of the tied are looked at and some are not. Points 0 and 2 are
     # farther apart than 0 and 1; after all three, copies add only jitter, point 0's less after each.
     many = np.tile(np.array([[0.0, 1.0], [2.0, 5.0], [9.0, 1.0]]), (1500, 1))
-    assert greedy_map(rbf_similarity(many, 1.0), np.ones(4500), 7).tolist() == [0, 2, 1, 3, 4, 5, 6]
+    assert greedy_map(Similarity.rbf(many, 1.0), 7).tolist() == [0, 2, 1, 3, 4, 5, 6]
 
 
-def test_quality_and_diversity_by_hand() -> None:
-    similarity = rbf_similarity(np.array([[0.0], [0.1], [3.0], [6.0]]), 1.0)
-    assert greedy_map(similarity, np.array([1.0, 1.1, 1.0, 0.9]), 3).tolist() == [1, 2, 3]
-    assert greedy_map(similarity, np.array([1.0, 1.1, 1.0, 1e-3]), 3).tolist() == [1, 2, 0]
+def test_diversity_by_hand() -> None:
+    # From 0 all the way to 6, which leaves 3 unexplained; 0.1 adds next to nothing.
+    similarity = Similarity.rbf(np.array([[0.0], [0.1], [3.0], [6.0]]), 1.0)
+    assert greedy_map(similarity, 4).tolist() == [0, 3, 2, 1]
 
 
 def test_the_full_matrix_is_never_formed() -> None:
     num_candidates, num_features, num_items = 20_000, 8, 10
-    similarity, quality = draw(0, num_candidates, num_features)
+    similarity = draw(0, num_candidates, num_features)
     tracemalloc.start()
-    greedy_map(similarity, quality, num_items)
+    greedy_map(similarity, num_items)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 8 * num_candidates * (4 * num_items + num_features + 20) < 8 * num_candidates**2 / 50
@@ -180,11 +169,10 @@ def test_the_full_matrix_is_never_formed() -> None:
 
 def test_greedy_sets_are_more_diverse_than_uniform_ones() -> None:
     rng = np.random.default_rng(8)
-    similarity, _ = draw(8, 200, 3)
-    quality = np.ones(200)
-    kernel = similarity.matrix()
+    similarity = draw(8, 200, 3)
+    kernel = dense_kernel(similarity)
     uniform = [log_det(kernel, rng.choice(200, 8, replace=False).tolist()) for _ in range(20)]
-    assert log_det(kernel, greedy_map(similarity, quality, 8).tolist()) > max(uniform) + 1
+    assert log_det(kernel, greedy_map(similarity, 8).tolist()) > max(uniform) + 1
 
 
 def test_preselection_takes_one_of_every_stretch() -> None:
@@ -222,71 +210,19 @@ def test_bandwidth_is_the_median_distance() -> None:
 
 def test_rbf_far_from_the_origin() -> None:
     features = np.random.default_rng(0).normal(size=(30, 5))
-    near, far = (rbf_similarity(features + shift, 2.0).matrix() for shift in (0.0, 1e4))
+    near, far = (Similarity.rbf(features + shift, 2.0).rows(np.arange(30)) for shift in (0.0, 1e4))
     assert np.allclose(near, far, rtol=0, atol=1e-10)
     assert near[0, 1] == pytest.approx(math.exp(-((features[0] - features[1]) ** 2).sum() / 8))
 
 
-def test_standardise_with_the_students_constants() -> None:
-    centre, scale = observation_scaling()
-    observations = np.random.default_rng(0).normal(size=(7, 39)).astype(np.float32)
-    features = standardise(observations, centre, scale)
-    assert features.shape == (7, 39) and features.dtype == np.float64
-    assert np.allclose(features * scale + centre, observations)
-    assert np.array_equal(features[2:4], standardise(observations[2:4], centre, scale))
-    with pytest.raises(ValueError, match=r"centre \(38,\)"):
-        standardise(observations, centre[1:], scale)
-    with pytest.raises(ValueError, match=r"scale\[3\] = 0.0"):
-        standardise(observations, centre, np.where(np.arange(39) == 3, 0.0, 1.0))
-
-
 def test_select_is_its_parts_in_a_row() -> None:
-    data = np.random.default_rng(6)
-    features, quality = data.normal(size=(2500, 6)).astype(np.float32), data.uniform(1, 2, 2500)
-    chosen = select(features, quality, 12, np.random.default_rng(1), limit=300)
+    features = np.random.default_rng(6).normal(size=(2500, 6))
+    chosen = select(features, 12, np.random.default_rng(1), limit=300)
     rng = np.random.default_rng(1)
     left = preselect(2500, 300, rng)
-    similarity = rbf_similarity(features[left], median_bandwidth(features[left], rng))
-    assert np.array_equal(chosen, left[greedy_map(similarity, quality[left], 12)])
-
-
-def test_a_rank_too_low_is_an_error_with_a_remedy() -> None:
-    rng = np.random.default_rng(0)
-    features = rng.normal(size=(50, 7))
-    assert len(select(features, np.ones(50), 40, rng, jitter=0)) == 40
-    copies, ones = np.repeat(features[:5], 2, axis=0), np.ones(10)
-    assert len(select(copies, ones, 5, rng, jitter=0)) == 5
-    with pytest.raises(ValueError, match="rank 5, which cannot give 6 items: use a jitter, or ask for at most 5"):
-        select(copies, ones, 6, rng, jitter=0)
-    assert len(set(select(copies, ones, 6, rng).tolist())) == 6
-
-
-def test_mistakes_are_named() -> None:
-    rng = np.random.default_rng(0)
-    features, ones = rng.normal(size=(20, 3)), np.ones(20)
-    similarity = rbf_similarity(features, 1.0)
-    with pytest.raises(ValueError, match="21 items cannot be chosen from 20 candidates"):
-        greedy_map(similarity, ones, 21)
-    with pytest.raises(ValueError, match=r"quality\[4\] = -1.0"):
-        greedy_map(similarity, np.where(np.arange(20) == 4, -1.0, 1.0), 3)
-    with pytest.raises(ValueError, match=r"quality has shape \(19,\)"):
-        greedy_map(similarity, ones[1:], 3)
-    with pytest.raises(ValueError, match=r"features\[2\] holds a value that is not finite"):
-        rbf_similarity(np.where(np.arange(20)[:, None] == 2, np.nan, features), 1.0)
-    with pytest.raises(ValueError, match=r"shape \[N, D\]"):
-        rbf_similarity(features[0], 1.0)
-    with pytest.raises(ValueError, match="jitter = 1e-12 must be 0 or at least 1e-09"):
-        rbf_similarity(features, 1.0, 1e-12)
-    with pytest.raises(ValueError, match=r"bandwidth = 0\.0"):
-        rbf_similarity(features, 0.0)
-    with pytest.raises(ValueError, match="limit = 0"):
-        preselect(20, 0, rng)
-    with pytest.raises(ValueError, match="limit = 4 leaves fewer candidates than the 5"):
-        select(features, ones, 5, rng, limit=4)
+    similarity = Similarity.rbf(features[left], median_bandwidth(features[left], rng))
+    assert np.array_equal(chosen, left[greedy_map(similarity, 12)])
 
 
 def test_nothing_wanted() -> None:
-    rng = np.random.default_rng(0)
-    similarity = rbf_similarity(rng.normal(size=(4, 2)), 1.0)
-    assert greedy_map(similarity, np.ones(4), 0).tolist() == []
-    assert select(np.zeros((0, 3)), np.zeros(0), 0, rng).tolist() == []
+    assert greedy_map(draw(0, 4, 2), 0).tolist() == []

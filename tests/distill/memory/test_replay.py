@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cpd.config import MemoryConfig
-from cpd.distill.memory.memory import ReplayMemory, make_selection
+from cpd.distill.memory.memory import ReplayMemory
 from cpd.distill.memory.segments import PER_SEGMENT, Segments, cut_segments
+from cpd.distill.memory.selection import make_selection
 
 
 def stage(task: int, lengths: list[int], segment: int = 4) -> Segments:

@@ -13,9 +13,9 @@ from cpd.comm import SerialComm
 from cpd.config import MemoryConfig
 from cpd.distill.memory import selection
 from cpd.distill.memory.dpp import select
-from cpd.distill.memory.memory import SELECTIONS, ReplayMemory, make_selection
+from cpd.distill.memory.memory import ReplayMemory
 from cpd.distill.memory.segments import Segments, cut_segments
-from cpd.distill.memory.selection import segment_features
+from cpd.distill.memory.selection import SELECTIONS, make_selection, segment_features
 from cpd.run.checkpoint import latest, save
 from cpd.seeding import generator
 
@@ -174,7 +174,7 @@ def test_dpp_holds_the_greedy_choice_for_whatever_share_is_left():
     for task, segments in enumerate(stages):
         left = identities(memory, task)
         draws = generator(1, "dpp", task)
-        best = select(segment_features(segments), np.ones(len(segments)), len(left), draws, limit=2_000)
+        best = select(segment_features(segments), len(left), draws, limit=2_000)
         assert left == segments.first_step[best].tolist()
 
 
