@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,6 +31,7 @@ from cpd.evaluation.measures import SuccessMatrix
 from cpd.evaluation.results_folder import read_tables
 from cpd.evaluation.student_measures import rate_before
 from cpd.evaluation.summary import summarize
+from cpd.run.directory import RunError
 from cpd.run.files import read_json, write_json
 from tests.synthetic_run import write_run
 
@@ -203,7 +205,7 @@ def test_figures_of_what_is_no_longer_there_are_removed_and_nothing_else(tmp_pat
     assert (own / "notes.txt").exists()
     build([run.root], theirs)
     assert (theirs / "success_matrix.pdf").exists(), "a folder of the user's is not swept"
-    with pytest.raises(ValueError, match="is a folder of results"):
+    with pytest.raises(RunError, match=re.escape(str(own))):
         build([run.root], run.root)
 
 
