@@ -93,7 +93,9 @@ def test_curves_do_not_influence_training(make_student_run):
 
 
 @pytest.mark.parametrize("count", [3, 40, 55])
-def test_stopping_and_launching_again_equals_going_on(make_student_run, count):
+def test_stopping_and_launching_again_equals_going_on(make_student_run, count, monkeypatch):
+    monkeypatch.setattr("cpd.distill.run_student.AGREE_EVERY", 1)
+
     class AskedAfter(Interrupt):
         looks = 0
 

@@ -12,6 +12,7 @@ import torch
 from cpd.comm import Comm, connect
 from cpd.config import Config
 from cpd.config.load import load, merge
+from cpd.distill import run_student as run_student_module
 from cpd.distill.run_student import run_student
 from cpd.distill.trainer import StudentTrainer
 from cpd.run.directory import Run
@@ -110,6 +111,7 @@ def main() -> int:
     run = Run(Path(sys.argv[2]))
     # Only the last rank is asked, as when a signal reaches one process.
     interrupt = AskedAfter(int(sys.argv[3])) if comm.rank == comm.size - 1 else Interrupt()
+    run_student_module.AGREE_EVERY = 1
     try:
         run_student(run, run.students()[0], comm, interrupt=interrupt, log=lambda line: None)
     except InterruptedBySignal:
