@@ -14,12 +14,13 @@ from cpd.config.experiment import (
     differences,
 )
 from cpd.config.student import DistillConfig, MemoryConfig, MethodConfig, ProtectionConfig, StudentConfig
-from cpd.config.teacher import PPOConfig, RolloutConfig, TeacherConfig, WarmStartConfig
+from cpd.config.teacher import ExplorationConfig, PPOConfig, RolloutConfig, TeacherConfig, WarmStartConfig
 
 __all__ = [
     "Config",
     "DistillConfig",
     "EvaluationConfig",
+    "ExplorationConfig",
     "LoggingConfig",
     "MemoryConfig",
     "MethodConfig",

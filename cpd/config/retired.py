@@ -30,14 +30,38 @@ RETIRED: Final[dict[str, Any]] = {
     "distill.contrast_noise": 0.1,
     "distill.final_lr_share": 0.1,
     "logging.agree_every": 10,
+    "teacher.ppo.max_log_std": 0.5,
+    "teacher.ppo.mean_penalty": 0.01,
+    "teacher.validate_from": 0.5,
+    "teacher.warm_start.batch_size": 256,
+    "teacher.warm_start.burst_every": 25,
+    "teacher.warm_start.burst_scale": 0.6,
+    "teacher.warm_start.burst_steps": 8,
+    "teacher.warm_start.critic_iterations": 2,
+    "teacher.warm_start.learning_rate": 1e-3,
+    "teacher.warm_start.light_scale": 0.1,
+    "teacher.warm_start.light_share": 0.25,
+    "teacher.warm_start.num_cloning_steps": 1_000,
+    "teacher.warm_start.num_dagger_episodes": 20,
+    "teacher.warm_start.steps_after_success": 30,
+    "teacher.warm_start.steps_per_check": 200,
 }
 #: Whole tables without effect under the values of `RETIRED`: dropped whatever they hold.
 RETIRED_TABLES: Final[tuple[str, ...]] = ("teacher.sac",)
 #: Renamed settings: old path -> new path.
-RENAMED: Final[dict[str, str]] = {}
+RENAMED: Final[dict[str, str]] = {
+    "teacher.exploring_rate": "teacher.exploration.step_rate",
+    "teacher.exploring_share": "teacher.exploration.start_share",
+    "teacher.exploring_steps": "teacher.exploration.max_steps",
+    "teacher.exploring_until": "teacher.exploration.stop_at_success",
+    "teacher.ppo.exploring_min_log_std": "teacher.exploration.min_log_std",
+}
 #: Like `RENAMED`, for settings that had an effect with `teacher.recipe = "demo_rl"` only. There they overrule the
 #: new path, which had none; with other recipes they are dropped.
-RENAMED_FOR_DEMO_RL: Final[dict[str, str]] = {}
+RENAMED_FOR_DEMO_RL: Final[dict[str, str]] = {
+    f"teacher.warm_start.rl_{name}": f"teacher.ppo.{name}"
+    for name in ("hidden_sizes", "init_log_std", "learning_rate", "target_kl")
+}
 
 _MISSING: Final = object()
 

@@ -1,8 +1,8 @@
-"""Collecting a finished teacher's rollouts: what students will learn from.
+"""Collect a finished teacher's rollouts, from which students learn.
 
-Half of the episodes (by default) add noise to the executed action, so that the data covers states that a student
+Half of the episodes (by default) add noise to the executed action, so that the data cover states that a student
 reaches when it errs; the label is always the teacher's clean distribution at the state. Episodes end a few steps
-after their first success: teachers trained with termination on success have never seen what comes later.
+after their first success, since teachers trained with termination on success have never seen later states.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from cpd.run.shards.schema import Episode
 from cpd.seeding import derive, generator
 from cpd.teachers.policy import FloatArray, Teacher
 
-#: Steps for which each noise sample is held, in every second turn through the scales.
+#: Steps for which each noise sample is held, in every second pass through the scales.
 NOISE_HOLD: Final = 8
 
 
 @dataclass(frozen=True)
 class EpisodePlan:
-    """What is settled about episode number `number` before it starts.
+    """The goal and the noise of an episode, fixed before it starts.
 
     Attributes:
-        goal: its initial condition, among the training goals.
+        goal: its initial condition, one of the training goals.
         seed: of its noise.
         noise_scale: standard deviation of the noise; 0 for a clean episode.
         noise_hold: steps for which each sample of the noise is held.
@@ -56,25 +56,25 @@ class EpisodePlan:
 def plan_episode(number: int, goals: Sequence[Goal], config: RolloutConfig, seed: int) -> EpisodePlan:
     """The plan of episode `number`, a pure function of its arguments.
 
-    Goals are dealt in passes, each in a new order. Noisy episodes are spread evenly; they take the scales in
-    turn, and in every second turn through the scales the noise is held.
+    Goals are dealt in passes, each in a new order. Noisy episodes are spread evenly. They take the scales in turn,
+    and in every second pass through the scales the noise is held.
     """
-    turn, position = divmod(number, len(goals))
-    order = generator(seed, "rollout-goals", turn).permutation(len(goals))
+    goal_pass, position = divmod(number, len(goals))
+    order = generator(seed, "rollout-goals", goal_pass).permutation(len(goals))
     # The number of noisy episodes among the first n is floor(n * share).
     num_noisy = int(number * config.noisy_share)
     is_noisy = int((number + 1) * config.noisy_share) > num_noisy and bool(config.noise_scales)
-    scale_turn, scale_position = divmod(num_noisy, max(1, len(config.noise_scales)))
+    scale_pass, scale_position = divmod(num_noisy, max(1, len(config.noise_scales)))
     return EpisodePlan(
         goals[int(order[position])],
         derive(seed, "rollout-noise", number),
         config.noise_scales[scale_position] if is_noisy else 0.0,
-        NOISE_HOLD if scale_turn % 2 else 1,
+        NOISE_HOLD if scale_pass % 2 else 1,
     )
 
 
 class _Recorder:
-    """Collects the rows of a round of episodes, one column per slot, while they run in lock-step."""
+    """Records a round of episodes that run in lock-step: steps in rows, slots in columns."""
 
     def __init__(self, num_slots: int, horizon: int) -> None:
         self.observations = np.empty((horizon + 1, num_slots, OBSERVATION_SIZE), np.float32)
@@ -115,10 +115,10 @@ def collect(
     seed: int,
     interrupt: Interrupt,
 ) -> Iterator[Episode]:
-    """Episodes in their fixed order, exactly `config.num_steps` steps in all; the last one is cut to fit.
+    """Yield episodes in a fixed order, exactly `config.num_steps` steps in all; the last one is cut to fit.
 
-    Results do not depend on where the slots of `envs` run, but do on their number, which sets how many
-    observations the teacher sees at once (its arithmetic may round differently).
+    Results do not depend on where the slots of `envs` run. They depend on their number, which sets the teacher's
+    batch size, and so how its arithmetic rounds.
 
     Raises:
         InterruptedBySignal: if asked to stop.
@@ -144,7 +144,7 @@ def _run_round(
     remaining: int,
     interrupt: Interrupt,
 ) -> _Recorder:
-    """One episode per slot, as far as `remaining` steps in slot order need them."""
+    """Run one episode per slot, as far as `remaining` steps in slot order need them."""
     num_slots = envs.num_envs
     recorder = _Recorder(num_slots, horizon)
     noise_TBA = np.stack([plan.noise(horizon) for plan in plans], axis=1)
@@ -153,7 +153,7 @@ def _run_round(
     envs.reset(range(num_slots), [plan.goal for plan in plans])
     for t in range(horizon):
         if interrupt.requested:
-            raise InterruptedBySignal("asked to stop while collecting rollouts; launch again to collect them anew")
+            raise InterruptedBySignal("asked to stop while collecting rollouts; launch again to repeat it")
         recorder.observations[t] = envs.observations
         raw_mean_BA, log_std_BA = teacher.distribution(envs.observations)
         mean_BA = np.clip(raw_mean_BA, -1.0, 1.0)
@@ -167,7 +167,7 @@ def _run_round(
         steps_left -= 1
         succeeded = running & envs.successes
         steps_left[succeeded] = np.minimum(steps_left[succeeded], config.steps_after_success)
-        # Episodes never get shorter, so whatever lies behind enough steps will not be needed.
+        # Episodes only grow, so slots after those that already have enough steps are not needed.
         needed = np.concatenate([[True], np.cumsum(recorder.length)[:-1] < remaining])
         running &= (steps_left > 0) & needed
         if not running.any():

@@ -1,7 +1,7 @@
 """The scripted expert: the labelled stand-in for a teacher, and the source of demonstrations for cloning.
 
-Everything is a pure function of (settings, task, seed). Shape letters: B rows, O = 39 observation, A = 4 action,
-T steps, N episodes, M episodes still running.
+Everything is a pure function of (settings, task, seed), whatever the number of workers. Shape letters: B rows, O =
+39 observation, A = 4 action, T steps, N episodes, M episodes still running.
 """
 
 from __future__ import annotations
@@ -17,17 +17,29 @@ import numpy as np
 import torch
 from metaworld.policies import ENV_POLICY_MAP
 
-from cpd.config import WarmStartConfig
 from cpd.envs.cells import CHUNK
 from cpd.envs.goals import Goal
 from cpd.envs.tasks import ACTION_SIZE
 from cpd.envs.vector_env import VectorEnv
 from cpd.run.interrupt import Interrupt, InterruptedBySignal
 from cpd.seeding import generator
-from cpd.teachers.policy import Distribution, FloatArray, Teacher, publish_tensors, read_tensors
+from cpd.teachers.policy import Distribution, FloatArray, Teacher, read_tensors, write_tensors
 
-#: Standard deviation declared for experts, which are deterministic (labelled `assumed` in shards).
+#: Standard deviation declared for scripted experts (labelled `assumed`), which are deterministic.
 ASSUMED_STD: Final = 0.1
+#: Share of demonstrations with white noise of LIGHT_SCALE on the expert's actions; the others have bursts of
+#: noise.
+LIGHT_SHARE: Final = 0.25
+LIGHT_SCALE: Final = 0.1
+#: Standard deviation of the vector that a burst adds to every executed action.
+BURST_SCALE: Final = 0.6
+#: Longest burst in steps, and mean number of steps from the start of one burst to the next.
+BURST_STEPS: Final = 8
+BURST_EVERY: Final = 25
+#: Steps after an episode's first success at which it ends.
+STEPS_AFTER_SUCCESS: Final = 30
+#: Episodes of each DAgger round.
+NUM_DAGGER_EPISODES: Final = 20
 
 
 class ScriptedPolicy:
@@ -35,7 +47,7 @@ class ScriptedPolicy:
 
     Args:
         task: Meta-World task name.
-        assumed_std: the standard deviation declared for it, since it has none of its own.
+        assumed_std: the standard deviation declared for it, since it has none.
     """
 
     std_source: Literal["policy", "assumed"] = "assumed"
@@ -54,14 +66,14 @@ class ScriptedPolicy:
 
 
 def save_scripted(policy: ScriptedPolicy, path: Path, description: dict[str, Any]) -> None:
-    """Publish the stand-in in the form of a policy: its standard deviation is all the tensors it has."""
+    """Write the stand-in to `path` in the form of a policy, whose only tensor is its standard deviation."""
     tensors = {"log_std_A": torch.full((ACTION_SIZE,), math.log(policy.assumed_std))}
     architecture = {"kind": "scripted", "task": policy.task, "assumed_std": policy.assumed_std}
-    publish_tensors(tensors, path, {"architecture": architecture, **description})
+    write_tensors(tensors, path, {"architecture": architecture, **description})
 
 
 def load_scripted(path: Path) -> ScriptedPolicy:
-    """The stand-in saved at `path`.
+    """Load the stand-in saved at `path`.
 
     Raises:
         ValueError: if it is missing, damaged, or of another kind.
@@ -72,7 +84,7 @@ def load_scripted(path: Path) -> ScriptedPolicy:
 
 
 class Labelled(NamedTuple):
-    """States that were visited, and what the expert would do there.
+    """Visited states, and what the expert would do there.
 
     Attributes:
         obs_BO: observations.
@@ -83,43 +95,46 @@ class Labelled(NamedTuple):
     labels_BA: FloatArray
 
 
-def demonstration_noise(number: int, horizon: int, config: WarmStartConfig, seed: int) -> FloatArray:
-    """The noise `[horizon, A]` added to the expert's executed actions in demonstration `number`."""
+def demonstration_noise(number: int, horizon: int, seed: int) -> FloatArray:
+    """The noise `[horizon, A]` to add to the expert's executed actions in demonstration `number`.
+
+    Noise leads the expert to states off its path, so that the data show how to recover.
+    """
     rng = generator(seed, "demonstration-noise", number)
-    if int((number + 1) * config.light_share) > int(number * config.light_share):
-        return np.float32(config.light_scale) * rng.standard_normal((horizon, ACTION_SIZE), dtype=np.float32)
+    if int((number + 1) * LIGHT_SHARE) > int(number * LIGHT_SHARE):
+        return np.float32(LIGHT_SCALE) * rng.standard_normal((horizon, ACTION_SIZE), dtype=np.float32)
     noise_TA = np.zeros((horizon, ACTION_SIZE), np.float32)
-    for _ in range(math.ceil(horizon / config.burst_every)):
-        start, length = int(rng.integers(horizon)), int(rng.integers(1, config.burst_steps + 1))
+    for _ in range(math.ceil(horizon / BURST_EVERY)):
+        start, length = int(rng.integers(horizon)), int(rng.integers(1, BURST_STEPS + 1))
         burst_A = rng.standard_normal(ACTION_SIZE, dtype=np.float32)
-        noise_TA[start : start + length] = np.float32(config.burst_scale) * burst_A
+        noise_TA[start : start + length] = np.float32(BURST_SCALE) * burst_A
     return noise_TA
 
 
 @dataclass(frozen=True)
 class Demonstrator:
-    """The scripted expert of a task, and where and how it is watched.
+    """The scripted expert of a task, with the episodes in which it acts or labels.
 
     Attributes:
         task: Meta-World task name.
-        goals: training goals, dealt in an order of each round's own.
+        goals: training goals; every round deals them in another order.
         envs: at least `CHUNK` slots of the task.
-        config: numbers of episodes and their noise.
-        horizon: longest episode.
+        num_demonstrations: episodes in which the expert acts.
+        horizon: longest episode in steps.
         seed: of goals and noise.
-        interrupt: looked at after every step; every method raises `InterruptedBySignal` if asked to stop.
+        interrupt: checked after every step; every method raises `InterruptedBySignal` if asked to stop.
     """
 
     task: str
     goals: Sequence[Goal]
     envs: VectorEnv
-    config: WarmStartConfig
+    num_demonstrations: int
     horizon: int
     seed: int
     interrupt: Interrupt
 
     def gather(self, round_number: int, clone: Teacher | None = None) -> Labelled:
-        """The labelled states of one round, in a fixed order, however many processes step `envs`.
+        """The labelled states of one round, in a fixed order.
 
         Args:
             round_number: 0 for the demonstrations, from 1 for DAgger rounds.
@@ -130,7 +145,7 @@ class Demonstrator:
 
     def _steps(self, round_number: int, clone: Teacher | None) -> Iterator[Labelled]:
         """The steps of one round's episodes, one chunk of episodes after another."""
-        num_episodes = self.config.num_demonstrations if clone is None else self.config.num_dagger_episodes
+        num_episodes = self.num_demonstrations if clone is None else NUM_DAGGER_EPISODES
         order = generator(self.seed, "demonstration-goals", round_number).permutation(len(self.goals))
         # A chunk's composition is fixed, since a clone's arithmetic may depend on the size of its batch.
         for first in range(0, num_episodes, CHUNK):
@@ -139,7 +154,7 @@ class Demonstrator:
             noise_NTA = np.zeros((len(numbers), self.horizon, ACTION_SIZE), np.float32)
             if clone is None:
                 for row_TA, number in zip(noise_NTA, numbers, strict=True):
-                    row_TA[:] = demonstration_noise(number, self.horizon, self.config, self.seed)
+                    row_TA[:] = demonstration_noise(number, self.horizon, self.seed)
             self.envs.reset(range(len(numbers)), goals)
             yield from self._chunk(clone, noise_NTA)
 
@@ -151,25 +166,25 @@ class Demonstrator:
         executed = np.zeros((envs.num_envs, ACTION_SIZE), np.float32)
         for t in range(self.horizon):
             if self.interrupt.requested:
-                raise InterruptedBySignal("asked to stop in the warm start; launch again to start it anew")
+                raise InterruptedBySignal("asked to stop in the warm start; launch again to repeat it")
             obs_NO = envs.observations[:num_episodes].copy()
             slots_M = np.flatnonzero(running)
             labels_MA = self._expert_actions(obs_NO[slots_M])
-            wanted_MA = labels_MA
-            if clone is not None:  # it sees all, since its arithmetic may depend on how many those are
-                wanted_MA = np.clip(clone.distribution(obs_NO).raw_mean, -1.0, 1.0)[slots_M]
-            executed[slots_M] = np.clip(wanted_MA + noise_NTA[slots_M, t], -1.0, 1.0)
+            action_MA = labels_MA
+            if clone is not None:  # it gets all rows, since its arithmetic may depend on their number
+                action_MA = np.clip(clone.distribution(obs_NO).raw_mean, -1.0, 1.0)[slots_M]
+            executed[slots_M] = np.clip(action_MA + noise_NTA[slots_M, t], -1.0, 1.0)
             envs.step(executed, running)
             yield Labelled(obs_NO[slots_M], labels_MA)
             steps_left -= 1
             succeeded = running & envs.successes
-            steps_left[succeeded] = np.minimum(steps_left[succeeded], self.config.steps_after_success)
+            steps_left[succeeded] = np.minimum(steps_left[succeeded], STEPS_AFTER_SUCCESS)
             running &= steps_left > 0
             if not running.any():
                 return
 
     def _expert_actions(self, obs_NO: FloatArray) -> FloatArray:
-        """What the expert would do, `[N, A]`, clipped."""
+        """The expert's actions `[N, A]`, clipped."""
         actions_NA: FloatArray = np.clip(self._expert.distribution(obs_NO).raw_mean, -1.0, 1.0)
         return actions_NA
 

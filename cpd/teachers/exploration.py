@@ -1,4 +1,4 @@
-"""What leads episodes away from where the policy itself would go: noise, random starts, perturbations."""
+"""Exploration: correlated noise on actions, random starts of episodes, perturbations within them."""
 
 from __future__ import annotations
 
@@ -25,55 +25,56 @@ def correlated_noise(
 
 @dataclass(frozen=True)
 class Exploration:
-    """Leads episodes to states that the policy itself may never visit: a random action is held for a while.
+    """Bring episodes to states that the policy itself may never visit, by repeating one random action.
 
-    At the start of an episode (exploring starts; Sutton and Barto 2018, section 5.3), or amidst it (an excursion),
-    where the fingers do what the policy wants of them, without noise, so that what they hold is carried along. A
-    success on the way ends nothing: it counts if it still holds after the policy's next step.
+    This happens at the start of an episode (exploring starts; Sutton and Barto 2018, section 5.3) or within it (a
+    perturbation). In a perturbation the gripper keeps the command of the policy, without noise, so that it carries
+    along what it holds. A success during these steps ends nothing: it counts if it still holds after the policy's
+    next step.
     """
 
-    share: float = 0.0
-    """Of episodes that begin so."""
-    rate: float = 0.0
-    """Excursions per step."""
-    longest: int = 1
-    """Most steps for which the action is held; their number is drawn uniformly."""
+    start_share: float = 0.0
+    """Share of episodes that start so."""
+    step_rate: float = 0.0
+    """Probability of a perturbation per step."""
+    max_steps: int = 1
+    """Most repetitions of the action; their number is drawn uniformly."""
 
-    def begin(self, envs: VectorEnv, slots: Sequence[int], rngs: Sequence[np.random.Generator]) -> int:
-        """Step the environments of `slots`, fresh from their reset, where chance so decides.
+    def start(self, envs: VectorEnv, slots: Sequence[int], rngs: Sequence[np.random.Generator]) -> int:
+        """Step the environments of `slots`, which have just been reset, with probability `start_share` each.
 
         Args:
             envs: all environments.
             slots: those that begin an episode.
-            rngs: one for every environment that is sampled; none are needed without a share.
+            rngs: one for every environment that is sampled; none are needed if `start_share` is 0.
 
         Returns:
             The number of environment steps taken.
         """
-        if not self.share:
+        if not self.start_share:
             return 0
         actions = np.zeros((envs.num_envs, 4), np.float32)
         lengths = np.zeros(envs.num_envs, np.int64)
         for slot in slots:
             actions[slot] = rngs[slot].uniform(-1.0, 1.0, 4)
-            is_chosen = rngs[slot].random() < self.share
-            lengths[slot] = is_chosen * rngs[slot].integers(1, self.longest, endpoint=True)
-        _hold(envs, actions, lengths)
+            is_chosen = rngs[slot].random() < self.start_share
+            lengths[slot] = is_chosen * rngs[slot].integers(1, self.max_steps, endpoint=True)
+        _repeat(envs, actions, lengths)
         return int(lengths.sum())
 
     def perturb(
         self,
         envs: VectorEnv,
-        left_N: npt.NDArray[np.int64],
-        efforts_N: npt.NDArray[np.float32],
+        max_steps_N: npt.NDArray[np.int64],
+        gripper_N: npt.NDArray[np.float32],
         rngs: Sequence[np.random.Generator],
     ) -> npt.NDArray[np.int64]:
-        """Step environments amidst their episodes, where chance so decides.
+        """Step environments within their episodes, with probability `step_rate` each.
 
         Args:
             envs: N environments or more.
-            left_N: most steps that each may take; none strays without any.
-            efforts_N: of the fingers meanwhile, clipped to [-1, 1].
+            max_steps_N: most steps that each may take; 0 excludes it.
+            gripper_N: the grippers' commands meanwhile, clipped to [-1, 1].
             rngs: one for every environment.
 
         Returns:
@@ -82,14 +83,14 @@ class Exploration:
         actions = np.zeros((envs.num_envs, 4), np.float32)
         lengths = np.zeros(envs.num_envs, np.int64)
         for slot, rng in enumerate(rngs):
-            if rng.random() < self.rate and left_N[slot] > 0:
-                actions[slot] = [*rng.uniform(-1.0, 1.0, 3), np.clip(efforts_N[slot], -1.0, 1.0)]
-                lengths[slot] = min(left_N[slot], rng.integers(1, self.longest, endpoint=True))
-        _hold(envs, actions, lengths)
+            if rng.random() < self.step_rate and max_steps_N[slot] > 0:
+                actions[slot] = [*rng.uniform(-1.0, 1.0, 3), np.clip(gripper_N[slot], -1.0, 1.0)]
+                lengths[slot] = min(max_steps_N[slot], rng.integers(1, self.max_steps, endpoint=True))
+        _repeat(envs, actions, lengths)
         return lengths[: len(rngs)]
 
 
-def _hold(envs: VectorEnv, actions: npt.NDArray[np.float32], lengths: npt.NDArray[np.int64]) -> None:
+def _repeat(envs: VectorEnv, actions: npt.NDArray[np.float32], lengths: npt.NDArray[np.int64]) -> None:
     """Repeat every environment's action for its number of steps."""
     for t in range(lengths.max()):
         envs.step(actions, lengths > t)

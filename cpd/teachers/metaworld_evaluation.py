@@ -1,7 +1,7 @@
-"""Meta-World's own evaluation of a teacher: its environments, its goals, its loop, none of ours.
+"""Meta-World's own evaluation of a teacher, with its environments, its goals and its loop.
 
-An independent check of our numbers: nothing of the accelerated environment, the cached resets or `cpd.envs` takes
-part. With the first seed of a split of `cpd.envs.goals`, the goals are those of that split.
+This is an independent check of our numbers: it uses neither the accelerated environment, nor the cached resets,
+nor `cpd.envs`. With the first seed of a split in `cpd.envs.goals`, the goals are those of that split.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ class MetaWorldAgent:
         return self._actor.act(observations.astype(np.float32)).astype(np.float64)
 
     def reset(self, env_mask: npt.NDArray[np.bool_]) -> None:
-        """Nothing to forget."""
+        """Do nothing: a teacher has no memory."""
 
 
-class ProtocolResult(NamedTuple):
-    """What `metaworld.evaluation.evaluation` found."""
+class MetaWorldResult(NamedTuple):
+    """The result of `metaworld.evaluation.evaluation`."""
 
     successes: int
     episodes: int
@@ -48,7 +48,7 @@ def evaluate_with_metaworld(
     seed: int,
     horizon: int,
     num_episodes: int = 50,
-) -> ProtocolResult:
+) -> MetaWorldResult:
     """Run Meta-World's evaluation; success is the flag at any step, since its episodes end there.
 
     Args:
@@ -56,13 +56,13 @@ def evaluate_with_metaworld(
         task: Meta-World task name.
         seed: of `metaworld.MT1`, which draws fifty goals from it; each is met once in fifty episodes.
         horizon: steps per episode, at most 500.
-        num_episodes: beyond fifty the goals come again.
+        num_episodes: beyond fifty the goals repeat.
 
     Raises:
-        ValueError: if `seed` is 0, which Meta-World takes for none.
+        ValueError: if `seed` is 0, which Meta-World treats as no seed.
     """
     if seed < 1:
-        raise ValueError(f"seed must be at least 1, got {seed}: Meta-World would draw goals from no seed at all")
+        raise ValueError(f"seed must be at least 1, got {seed}: Meta-World treats 0 as no seed")
     options: dict[str, Any] = {
         "task_select": "pseudorandom",
         "max_episode_steps": horizon,
@@ -72,9 +72,8 @@ def evaluate_with_metaworld(
         "Meta-World/custom-mt-envs", envs_list=[task], vector_strategy="sync", seed=seed, **options
     )
     try:
-        envs.call("toggle_sample_tasks_on_reset", True)  # off by default, and needed for the first goal even
-        found = evaluation(MetaWorldAgent(teacher), envs, num_episodes)
+        envs.call("toggle_sample_tasks_on_reset", True)  # off by default, and needed even for the first goal
+        success_rate, mean_return, *_ = evaluation(MetaWorldAgent(teacher), envs, num_episodes)
     finally:
         envs.close()
-    success_rate, mean_return = found[0], found[1]
-    return ProtocolResult(round(success_rate * num_episodes), num_episodes, mean_return)
+    return MetaWorldResult(round(success_rate * num_episodes), num_episodes, mean_return)

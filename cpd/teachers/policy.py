@@ -1,4 +1,4 @@
-"""Teachers' policies: the Gaussian ones that RL trains, their file form, and how a policy acts.
+"""Teachers' policies: the Gaussian policy that RL trains, its files, and how a teacher acts.
 
 Shape letters: B batch, O = 39 observation, A = 4 action.
 """
@@ -20,15 +20,15 @@ from torch import Tensor, nn
 from cpd.comm import Comm, SerialComm
 from cpd.envs.tasks import ACTION_SIZE, OBSERVATION_SIZE
 from cpd.run.files import atomic_write, read_json, sha256, write_json
-from cpd.teachers.ranks import moments
+from cpd.teachers.ranks import column_moments
 
 
 class RunningMoments(nn.Module):
-    """Mean and variance of everything seen, kept in float64 as buffers so that they travel with their module.
+    """Mean and variance of everything seen, in float64 buffers, so that they are saved with their module.
 
     Args:
         size: D, number of components.
-        min_std: least standard deviation given out; a constant component is not blown up.
+        min_std: lower bound of `std`, so that a constant component is not blown up.
     """
 
     count: Tensor
@@ -45,8 +45,8 @@ class RunningMoments(nn.Module):
 
     @torch.no_grad()
     def update(self, x_BD: Tensor, comm: Comm | None = None) -> None:
-        """Take in the rows of `x_BD`, those of all ranks with a communicator; a collective then."""
-        num_new, new_mean, new_squares = moments(x_BD.double(), comm or SerialComm())
+        """Add the rows of `x_BD`; with a communicator, those of all ranks, as a collective."""
+        num_new, new_mean, new_squares = column_moments(x_BD.double(), comm or SerialComm())
         total = self.count + num_new
         delta = new_mean - self.mean
         self.sum_of_squares += new_squares + delta**2 * (self.count * num_new / total)
@@ -68,7 +68,7 @@ KIND: Final = "gaussian_mlp"
 
 #: Normalised observations are clipped to this many standard deviations.
 OBSERVATION_CLIP: Final = 8.0
-#: Meta-World's observations are metres and unit quaternions; what moves less than this is noise.
+#: Meta-World's observations are metres and unit quaternions; variation below this is noise.
 MIN_OBSERVATION_STD: Final = 1e-3
 
 
@@ -85,7 +85,7 @@ class Distribution(NamedTuple):
 
 
 class Teacher(Protocol):
-    """What acts, and says how: a policy without memory of the past."""
+    """A policy without memory, with the distribution of its actions."""
 
     std_source: Literal["policy", "assumed"]
 
@@ -151,7 +151,7 @@ class TeacherActor:
         self._teacher = teacher
 
     def reset(self, tasks: Sequence[str]) -> None:
-        """Nothing to forget."""
+        """Do nothing: a teacher has no memory."""
 
     def act(self, obs_BO: FloatArray) -> FloatArray:
         """The mean as executed, `[B, A]` in [-1, 1]."""
@@ -177,7 +177,7 @@ def gaussian_log_prob(x_BA: Tensor, mean_BA: Tensor, log_std_A: Tensor) -> Tenso
 
 
 def save_policy(policy: GaussianPolicy, path: Path, description: dict[str, Any]) -> None:
-    """Publish the weights at `path` (safetensors), then `description` and the architecture beside them (JSON)."""
+    """Write the weights to `path` (safetensors), then `description` and the architecture beside them (JSON)."""
     architecture = {
         "kind": KIND,
         "observation_size": OBSERVATION_SIZE,
@@ -187,22 +187,26 @@ def save_policy(policy: GaussianPolicy, path: Path, description: dict[str, Any])
         "observation_clip": OBSERVATION_CLIP,
     }
     tensors = {name: tensor.contiguous() for name, tensor in policy.state_dict().items()}
-    publish_tensors(tensors, path, {"architecture": architecture, **description})
+    write_tensors(tensors, path, {"architecture": architecture, **description})
 
 
-def publish_tensors(tensors: dict[str, Tensor], path: Path, description: dict[str, Any]) -> None:
-    """Publish `tensors` at `path` and then `description`, with their hash, beside it as JSON."""
-    path.with_suffix(".json").unlink(missing_ok=True)  # the marker never stands beside others' weights
+def write_tensors(tensors: dict[str, Tensor], path: Path, description: dict[str, Any]) -> None:
+    """Write `tensors` to `path`, and then `description`, with their hash, beside it as JSON.
+
+    The description marks the policy as whole, so it never lies beside the weights of another policy.
+    """
+    path.with_suffix(".json").unlink(missing_ok=True)
     with atomic_write(path) as temporary:
-        temporary.write_bytes(safetensors.torch.save(tensors))  # save_file would bar the group: mode 0600
+        # Not save_file: it would set mode 0600, and shut out the group.
+        temporary.write_bytes(safetensors.torch.save(tensors))
     write_json(path.with_suffix(".json"), {**description, "sha256": sha256(path)})
 
 
 def read_tensors(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors at `path` and their description, checked to be of an architecture of that `kind`.
+    """Read the tensors at `path` and their description, and check their hash and kind.
 
     Raises:
-        ValueError: if a file is missing, damaged, or describes another kind, naming the file.
+        ValueError: if a file is missing, damaged, or describes another kind; it names the file.
     """
     description_path = path.with_suffix(".json")
     for file in (path, description_path):
@@ -214,23 +218,23 @@ def read_tensors(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, An
         raise ValueError(f"{description_path} describes a policy of kind {described_kind!r}, not {kind!r}")
     if sha256(path) != description.get("sha256"):
         raise ValueError(
-            f"{path} is damaged or not the file that {description_path.name} describes: their hashes differ; "
+            f"{path} is damaged or is not the file that {description_path.name} describes: the hashes differ; "
             f"{_remedy(path)}"
         )
     return safetensors.torch.load_file(path), description
 
 
 def _remedy(path: Path) -> str:
-    """What to do about a policy at `path` that cannot be used."""
+    """What the user can do about a policy at `path` that cannot be used."""
     marker = path.parent / "COMPLETE"
     if not marker.exists():
-        return "put back the policy and its description, or publish its run again (`python -m jobs.publish`)"
-    ours = f"{path}, {path.with_suffix('.json').name} and {marker.name}"
-    return f"remove what there is of {ours}, and launch again to train the teacher anew"
+        return "restore the policy and its description, or publish its run again (`python -m jobs.publish`)"
+    files = f"{path}, {path.with_suffix('.json').name} and {marker.name}"
+    return f"remove {files}, as far as they exist, and launch again to train the teacher again"
 
 
 def load_policy(path: Path) -> GaussianPolicy:
-    """The policy saved at `path`, ready to act.
+    """Load the policy saved at `path`, ready to act.
 
     Raises:
         ValueError: if it is missing, damaged, or of another kind.

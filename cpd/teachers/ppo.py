@@ -1,19 +1,20 @@
 """The PPO learner (Schulman et al. 2017) of a single-task teacher.
 
-Departures from the textbook, each for a reason:
-- Exploration noise is correlated in time, which moves a hand further than white noise of the same variance;
-  log-probabilities are computed as if it were white.
-- Success ends a training episode. Meta-World's reward is dense, so a plain termination would punish success by
-  cutting off what was still to come: the value of a success is that of the largest reward for ever after
-  (`teacher.terminate_on_success = false` lets episodes go on instead).
-- Means are unbounded and actions clipped by the environment; a penalty keeps means from drifting far beyond.
+It departs from the textbook in three points:
+- Exploration noise is correlated in time, which moves a hand further than white noise of the same variance.
+  Log-probabilities are computed as if it were white.
+- Success ends a training episode. Meta-World's reward is dense, so a plain termination would punish success: it
+  would cut off all later rewards. The value of a success is therefore that of the largest reward forever after
+  (`teacher.terminate_on_success = false` lets episodes continue instead).
+- Means are unbounded and the environment clips actions; a penalty keeps means from drifting far beyond the bounds.
 
-Everything runs on the CPU: the simulator takes most of an iteration, and at these network sizes an update is bound
-by the overhead of its many small operations, which a GPU does not lower.
+Everything runs on the CPU: the simulator takes most of an iteration, and at these network sizes the overhead of
+many small operations limits an update, which a GPU does not lower.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from itertools import chain
 from typing import Any, Final, NamedTuple
@@ -23,10 +24,11 @@ from torch import Tensor, nn
 
 from cpd.comm import Comm, SerialComm
 from cpd.config import PPOConfig
+from cpd.config.teacher import MAX_LOG_STD
 from cpd.envs.tasks import OBSERVATION_SIZE
 from cpd.seeding import derive, generator
 from cpd.teachers.policy import GaussianPolicy, RunningMoments, gaussian_log_prob, mlp
-from cpd.teachers.ranks import largest, moments_over_ranks, own_slots, reduce_gradients
+from cpd.teachers.ranks import largest, moments_over_ranks, reduce_gradients, slots_of_rank
 from cpd.teachers.rollout import LARGEST_REWARD, Experience
 
 
@@ -35,9 +37,8 @@ def gae(
 ) -> Tensor:
     """Advantages `[T, N]`: `A_t = delta_t + gamma * lam * A_{t+1}`, with `A_{t+1} = 0` where a segment ends.
 
-    `delta_t = r_t + gamma * V'_t - V_t`, where V' is the value of what follows step t: of the next observation
-    where the episode goes on, of the last one where it was cut by a time limit, and whatever stands for the
-    future where it ended in a terminal state.
+    `delta_t = r_t + gamma * V'_t - V_t`, where V' is the value of what follows step t: of the next observation if
+    the episode continues or a time limit cut it, and of a terminal state if it ended there.
 
     Args:
         rewards_TN: rewards of T steps in N environments.
@@ -58,15 +59,18 @@ def gae(
     return advantages_TN
 
 
-#: Means may leave [-1, 1] by this much before the penalty sets in.
+#: Means may leave [-1, 1] by this much before the penalty begins.
 MEAN_MARGIN: Final = 0.2
+#: Weight of the penalty on action means beyond that margin.
+MEAN_PENALTY: Final = 0.01
 MIN_VALUE_STD: Final = 1e-2
 
 
 class Samples(NamedTuple):
-    """An iteration's experience as the losses see it, flattened to B = S x N rows."""
+    """An iteration's experience as the losses use it, flattened to B = S x N rows."""
 
     obs_BO: Tensor
+    """Normalised observations."""
     actions_BA: Tensor
     old_log_prob_B: Tensor
     advantages_B: Tensor
@@ -80,9 +84,9 @@ class PPOLearner:
     Args:
         config: the recipe.
         seed: of the initial weights and of the order of minibatches.
-        keep_normalizer: leave the policy's observation statistics as they are; new ones would change what a cloned
-            policy does.
-        comm: the ranks that share the iteration's environments; all of them learn the same.
+        keep_normalizer: leave the policy's observation statistics unchanged; new ones would change the actions of
+            a cloned policy.
+        comm: the ranks that share the iteration's environments; all of them compute the same update.
     """
 
     def __init__(
@@ -91,7 +95,7 @@ class PPOLearner:
         self.config = config
         self.seed = seed
         self._comm: Comm = comm or SerialComm()
-        self._slots = own_slots(self._comm, config.num_envs)
+        self._slots = slots_of_rank(self._comm, config.num_envs)
         self._keep_normalizer = keep_normalizer
         torch_generator = torch.Generator().manual_seed(derive(seed, "weights"))
         self.policy = GaussianPolicy(config.hidden_sizes, config.init_log_std, torch_generator)
@@ -101,13 +105,8 @@ class PPOLearner:
         self.optimizer = torch.optim.Adam(self.parameters(), lr=config.learning_rate, fused=True)
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """Those of the policy, then those of the value network."""
+        """The parameters of the policy, then those of the value network."""
         return chain(self.policy.parameters(), self.value_net.parameters())
-
-    def policy_updates(self, learned: dict[str, float]) -> int:
-        """Gradient steps on the policy in what `update` returned."""
-        num_rows = self.config.num_envs * self.config.steps_per_env
-        return int(learned["epochs"]) * (num_rows // self.config.minibatch_size)
 
     def state(self) -> dict[str, Any]:
         """Everything that the next update depends on."""
@@ -120,7 +119,7 @@ class PPOLearner:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Restore what `state` gave."""
+        """Restore what `state` returned."""
         self.policy.load_state_dict(state["policy"])
         self.value_net.load_state_dict(state["value_net"])
         self.value_moments.load_state_dict(state["value_moments"])
@@ -128,70 +127,99 @@ class PPOLearner:
         self.optimizer.load_state_dict(state["optimizer"])
 
     def update(
-        self, batch: Experience, iteration: int, *, critic_only: bool = False, exploring: bool = False
+        self,
+        experience: Experience,
+        iteration: int,
+        *,
+        critic_only: bool = False,
+        min_log_std: float | None = None,
     ) -> dict[str, float]:
-        """Learn from an iteration's batch; with `critic_only` the policy stays exactly as it is, and while
-        `exploring` its deviation keeps to the bound that is meant for that.
+        """Learn from an iteration's experience.
+
+        Args:
+            experience: of this rank's environments.
+            iteration: its number, which decides the order of minibatches.
+            critic_only: train the value network and leave the policy unchanged.
+            min_log_std: lower bound of the policy's log standard deviation; None: the configured one.
 
         Returns:
-            For the record: `kl` (nats, from the old policy, estimated over the last epoch), `policy_loss`,
-            `value_loss`, `grad_norm` (the policy's, before clipping), `value_explained` (share of the targets'
-            variance, before the update), `log_std` (mean), `entropy` (nats), `epochs`.
+            `kl` (nats, from the old policy, estimated over the last epoch), `policy_loss`, `value_loss`,
+            `grad_norm` (the policy's, before clipping), `value_explained` (share of the targets' variance, before
+            the update), `log_std` (mean), `entropy` (nats), `epochs`.
         """
-        samples, explained = self._prepare(batch)
-        config = self.config
-        least = config.least_log_std(exploring=exploring)
-        steps: list[dict[str, float]] = []
+        config, log_std_A = self.config, self.policy.log_std_A
+        samples, explained = self._prepare(experience)
+        num_rows = config.num_envs * len(experience.rewards)
+        records: list[dict[str, float]] = []
         kl, epoch = 0.0, 0
         for epoch in range(1, config.num_epochs + 1):
-            num_rows = config.num_envs * batch.rewards.shape[0]
             rows_of_minibatches = self._minibatches(num_rows, iteration, epoch)
-            minibatches = [Samples(*(tensor[rows] for tensor in samples)) for rows in rows_of_minibatches]
-            for minibatch in minibatches:
-                steps.append(self._step(minibatch, critic_only))
+            for minibatch in [Samples(*(tensor[rows] for tensor in samples)) for rows in rows_of_minibatches]:
+                loss, statistics = self._losses(minibatch, critic_only)
+                self.optimizer.zero_grad()
+                if self._comm.size == 1:
+                    loss.backward()  # type: ignore[no-untyped-call]  # torch has no annotations here
+                else:
+                    share = len(minibatch.obs_BO) / config.minibatch_size
+                    statistics = self._backward_over_ranks(loss, statistics, share, critic_only)
+                grad_norm = nn.utils.clip_grad_norm_(self.policy.parameters(), config.max_grad_norm)
+                nn.utils.clip_grad_norm_(self.value_net.parameters(), config.max_grad_norm)
+                self.optimizer.step()
                 with torch.no_grad():
-                    self.policy.log_std_A.clamp_(least, config.max_log_std)
-            own = steps[-len(rows_of_minibatches) :]
-            kl = sum(step["kl"] for step in own) / len(own)
+                    log_std_A.clamp_(config.min_log_std if min_log_std is None else min_log_std, MAX_LOG_STD)
+                names = ("kl", "policy_loss", "value_loss", "grad_norm")
+                records.append(dict(zip(names, (*statistics.tolist(), grad_norm.item()), strict=True)))
+            last_epoch = records[-len(rows_of_minibatches) :]
+            kl = sum(record["kl"] for record in last_epoch) / len(last_epoch)
             if kl > config.target_kl:
                 break
-        log_std = float(self.policy.log_std_A.detach().mean())
+        log_std = float(log_std_A.detach().mean())
         return {
             "kl": kl,
-            **{name: sum(step[name] for step in steps) / len(steps) for name in steps[0] if name != "kl"},
+            **{
+                name: sum(record[name] for record in records) / len(records)
+                for name in ("policy_loss", "value_loss", "grad_norm")
+            },
             "value_explained": explained,
             "log_std": log_std,
-            "entropy": self.policy.log_std_A.numel() * (log_std + 0.5 * (1 + _LOG_2PI)),
+            "entropy": log_std_A.numel() * (log_std + 0.5 * (1 + math.log(2 * math.pi))),
             "epochs": float(epoch),
         }
 
     @torch.no_grad()
-    def _prepare(self, batch: Experience) -> tuple[Samples, float]:
-        """Advantages and targets, with observation statistics that know this batch already."""
+    def _prepare(self, experience: Experience) -> tuple[Samples, float]:
+        """Update the statistics of observations and values, then compute advantages and value targets.
+
+        Returns:
+            The samples, and the share of the targets' variance that the value network explained.
+        """
         config = self.config
-        obs_BO = torch.from_numpy(batch.obs).flatten(0, 1)
-        next_obs_BO = torch.from_numpy(batch.next_obs).flatten(0, 1)
-        actions_BA = torch.from_numpy(batch.actions).flatten(0, 1)
-        # Old means are taken after this, so that ratios start at one.
+        obs_BO = torch.from_numpy(experience.obs).flatten(0, 1)
+        next_obs_BO = torch.from_numpy(experience.next_obs).flatten(0, 1)
+        actions_BA = torch.from_numpy(experience.actions).flatten(0, 1)
+        # Before the old means are computed, so that ratios start at one.
         if not self._keep_normalizer:
             self.policy.normalizer.update(obs_BO, self._comm)
-        self.largest_reward = largest(max(self.largest_reward, float(batch.rewards.max())), self._comm)
+        self.largest_reward = largest(max(self.largest_reward, float(experience.rewards.max())), self._comm)
+        # The value of a terminal state: the largest reward forever after.
         success_value = self.largest_reward * config.reward_scale / (1 - config.gamma)
 
-        shape = batch.rewards.shape
+        # Where a time limit cut an episode, next_values are those of its last observation: it would have
+        # continued.
+        shape = experience.rewards.shape
         values_SN = self._values(obs_BO).reshape(shape)
-        terminated_SN = torch.from_numpy(batch.terminated)
+        terminated_SN = torch.from_numpy(experience.terminated)
         next_values_SN = self._values(next_obs_BO).reshape(shape).masked_fill(terminated_SN, success_value)
-        rewards_SN = torch.from_numpy(batch.rewards) * config.reward_scale
-        ends_SN = torch.from_numpy(batch.ends)
+        rewards_SN = torch.from_numpy(experience.rewards) * config.reward_scale
+        ends_SN = torch.from_numpy(experience.ends)
         advantages_SN = gae(rewards_SN, values_SN, next_values_SN, ends_SN, config.gamma, config.gae_lambda)
         targets_B1 = (advantages_SN + values_SN).reshape(-1, 1)
-        of_advantages = moments_over_ranks(advantages_SN, self._comm)
-        of_targets = moments_over_ranks(targets_B1, self._comm)
-        explained = float(1 - of_advantages.variance / of_targets.variance.clamp_min(1e-12))
+        advantage_moments = moments_over_ranks(advantages_SN, self._comm)
+        target_moments = moments_over_ranks(targets_B1, self._comm)
+        explained = float(1 - advantage_moments.variance / target_moments.variance.clamp_min(1e-12))
         self.value_moments.update(targets_B1, self._comm)
         targets_B = ((targets_B1 - self.value_moments.mean) / self.value_moments.std).float().squeeze(1)
-        advantages_B = (advantages_SN.flatten() - of_advantages.mean) / (of_advantages.std + 1e-8)
+        advantages_B = (advantages_SN.flatten() - advantage_moments.mean) / (advantage_moments.std + 1e-8)
         mean_BA = self.policy(obs_BO)
         log_prob_B = gaussian_log_prob(actions_BA, mean_BA, self.policy.log_std_A)
         normalized_BO = self.policy.normalize(obs_BO)
@@ -204,21 +232,21 @@ class PPOLearner:
         return normalized_B * std + mean
 
     def _minibatches(self, num_rows: int, iteration: int, epoch: int) -> list[Tensor]:
-        """Disjoint indices of this rank's rows in the epoch's minibatches; a remainder waits for another epoch."""
+        """Disjoint indices of this rank's rows in the epoch's minibatches, without a last incomplete one."""
         rng = generator(self.seed, "minibatches", iteration, epoch)
         order = torch.from_numpy(rng.permutation(num_rows))
         size = self.config.minibatch_size
         minibatches = [order[start : start + size] for start in range(0, num_rows - size + 1, size)]
-        return [self._own(rows) for rows in minibatches] if self._comm.size > 1 else minibatches
+        return [self._local_rows(rows) for rows in minibatches] if self._comm.size > 1 else minibatches
 
-    def _own(self, rows: Tensor) -> Tensor:
-        """Those of an iteration's `rows` that were sampled here, as indices of this rank's batch."""
+    def _local_rows(self, rows: Tensor) -> Tensor:
+        """Those of an iteration's `rows` that this rank sampled, as indices of its own samples."""
         steps, slots = rows // self.config.num_envs, rows % self.config.num_envs
-        is_own = (slots >= self._slots.start) & (slots < self._slots.stop)
-        return steps[is_own] * len(self._slots) + slots[is_own] - self._slots.start
+        is_local = (slots >= self._slots.start) & (slots < self._slots.stop)
+        return steps[is_local] * len(self._slots) + slots[is_local] - self._slots.start
 
-    def _step(self, samples: Samples, critic_only: bool) -> dict[str, float]:
-        """One step of the optimiser; `samples.obs_BO` are normalised already."""
+    def _losses(self, samples: Samples, critic_only: bool) -> tuple[Tensor, Tensor]:
+        """The loss of a minibatch, and its `[3]` KL divergence, policy loss and value loss."""
         config, log_std_A = self.config, self.policy.log_std_A
         mean_BA = self.policy.net(samples.obs_BO)
         log_prob_B = gaussian_log_prob(samples.actions_BA, mean_BA, log_std_A)
@@ -227,37 +255,24 @@ class PPOLearner:
         clipped_B = ratio_B.clamp(1 - config.clip_ratio, 1 + config.clip_ratio)
         policy_loss = -torch.min(ratio_B * samples.advantages_B, clipped_B * samples.advantages_B).mean()
         excess_BA = (mean_BA.abs() - (1 + MEAN_MARGIN)).clamp_min(0)
-        penalty = config.mean_penalty * (excess_BA**2).sum(dim=-1).mean()
+        penalty = MEAN_PENALTY * (excess_BA**2).sum(dim=-1).mean()
         entropy = log_std_A.sum()  # up to a constant
         value_B = self.value_net(samples.obs_BO).squeeze(-1)
         value_loss = nn.functional.huber_loss(value_B, samples.targets_B)
-        self.optimizer.zero_grad()
-        # Adam leaves parameters without a gradient alone.
-        loss = value_loss if critic_only else policy_loss + penalty - config.entropy_coef * entropy + value_loss
         # Schulman's estimator of KL(old || new): unbiased and never negative.
         kl = (ratio_B - 1 - log_ratio_B).mean()
-        told = torch.stack((kl, policy_loss, value_loss)).detach()
-        if self._comm.size == 1:
-            loss.backward()
-        else:
-            told = self._backward_together(loss, told, len(samples.obs_BO) / config.minibatch_size, critic_only)
-        grad_norm = nn.utils.clip_grad_norm_(self.policy.parameters(), config.max_grad_norm)
-        nn.utils.clip_grad_norm_(self.value_net.parameters(), config.max_grad_norm)
-        self.optimizer.step()
-        kl_value, policy_value, value_value = told.tolist()
-        return {
-            "kl": kl_value,
-            "policy_loss": policy_value,
-            "value_loss": value_value,
-            "grad_norm": grad_norm.item(),
-        }
+        statistics = torch.stack((kl, policy_loss, value_loss)).detach()
+        if critic_only:  # the policy's parameters then have no gradient, and Adam skips them
+            return value_loss, statistics
+        return policy_loss + penalty - config.entropy_coef * entropy + value_loss, statistics
 
-    def _backward_together(self, loss: Tensor, told: Tensor, share: float, critic_only: bool) -> Tensor:
-        """Gradients of the minibatch's mean, of which this rank has a `share`; returns the mean of `told`."""
+    def _backward_over_ranks(self, loss: Tensor, statistics: Tensor, share: float, critic_only: bool) -> Tensor:
+        """Compute the gradients of the whole minibatch's mean; returns the mean of `statistics`; a collective.
+
+        This rank holds a `share` of the minibatch's rows. If it holds none, the mean over its rows is not a
+        number.
+        """
         if share:
-            (loss * share).backward()  # type: ignore[no-untyped-call]  # torch leaves it without annotations
+            (loss * share).backward()  # type: ignore[no-untyped-call]  # torch has no annotations here
         trained = [*self.value_net.parameters()] if critic_only else [*self.parameters()]
-        return reduce_gradients(trained, told * share if share else torch.zeros_like(told), self._comm)
-
-
-_LOG_2PI: Final = 1.8378770664093453
+        return reduce_gradients(trained, statistics * share if share else torch.zeros_like(statistics), self._comm)

@@ -1,8 +1,8 @@
-"""What the ranks of a data-parallel teacher do together.
+"""Collective operations of the ranks that train one teacher.
 
-Decentralised and synchronous, as in DD-PPO (Wijmans et al. 2020): every rank steps its part of the environments,
-and all learn the same from the samples of all. With one rank everything here is what torch does by itself, bit for
-bit.
+Training is decentralised and synchronous, as in DD-PPO (Wijmans et al. 2020): every rank steps some of the
+environments, and all ranks compute the same update from the samples of all. With one rank, everything here is what
+torch does by itself, bit for bit.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ T = TypeVar("T")
 
 
 class RanksDifferError(RuntimeError):
-    """Ranks that should hold the same parameters do not."""
+    """Ranks that should hold the same parameters hold different ones."""
 
 
-def own_slots(comm: Comm, num_envs: int) -> range:
-    """This rank's part of an iteration's environments: consecutive ones, as even as can be; one at least."""
+def slots_of_rank(comm: Comm, num_envs: int) -> range:
+    """This rank's share of an iteration's environments: consecutive ones, as even as possible, at least one."""
     assert num_envs >= comm.size, "see TeacherConfig.check_ranks"
     bounds = np.linspace(0, num_envs, comm.size + 1).astype(int)
     return range(int(bounds[comm.rank]), int(bounds[comm.rank + 1]))
 
 
 class Moments(NamedTuple):
-    """Moments of a variable over the samples of all ranks, in its own precision."""
+    """Moments of a variable over the samples of all ranks, in the precision of its samples."""
 
     mean: Tensor
     std: Tensor
-    """Of a sample, unbiased."""
+    """Unbiased."""
     variance: Tensor
 
 
@@ -45,20 +45,20 @@ def moments_over_ranks(x: Tensor, comm: Comm) -> Moments:
     """The moments of all elements of `x`, over ranks; a collective."""
     if comm.size == 1:
         return Moments(x.mean(), x.std(), x.var())
-    count, mean_1, squares_1 = moments(x.double().reshape(-1, 1), comm)
+    count, mean_1, squares_1 = column_moments(x.double().reshape(-1, 1), comm)
     variance = squares_1[0] / (count - 1)
     return Moments(mean_1[0].to(x.dtype), variance.sqrt().to(x.dtype), variance.to(x.dtype))
 
 
-def moments(x_BD: Tensor, comm: Comm) -> tuple[int, Tensor, Tensor]:
-    """Number of rows of all ranks, their mean [D], and the sum of squared deviations from it [D]; a collective."""
-    count = len(x_BD) if comm.size == 1 else int(reduced(torch.tensor([float(len(x_BD))]).double(), comm))
-    mean_D = reduced(x_BD.sum(dim=0), comm) / count
-    return count, mean_D, reduced(((x_BD - mean_D) ** 2).sum(dim=0), comm)
+def column_moments(x_BD: Tensor, comm: Comm) -> tuple[int, Tensor, Tensor]:
+    """Count the rows of all ranks; also their mean [D] and sum of squared deviations from it [D]; a collective."""
+    count = len(x_BD) if comm.size == 1 else int(reduce_sum(torch.tensor([float(len(x_BD))]).double(), comm))
+    mean_D = reduce_sum(x_BD.sum(dim=0), comm) / count
+    return count, mean_D, reduce_sum(((x_BD - mean_D) ** 2).sum(dim=0), comm)
 
 
-def reduced(x: Tensor, comm: Comm) -> Tensor:
-    """The sum of `x` over ranks; a collective."""
+def reduce_sum(x: Tensor, comm: Comm) -> Tensor:
+    """Return the sum of `x` over ranks; a collective."""
     if comm.size == 1:
         return x
     total = x.detach().contiguous().clone()
@@ -66,23 +66,23 @@ def reduced(x: Tensor, comm: Comm) -> Tensor:
     return total
 
 
-def reduce_gradients(parameters: Iterable[Tensor], told: Tensor, comm: Comm) -> Tensor:
+def reduce_gradients(parameters: Iterable[Tensor], statistics: Tensor, comm: Comm) -> Tensor:
     """Sum the gradients of `parameters` over ranks, in place; a collective.
 
-    A rank without a gradient, having no rows in a minibatch, takes part with zeros.
+    A rank that has no rows in a minibatch, and so no gradient, contributes zeros.
 
     Args:
         parameters: in the same order on every rank.
-        told: further numbers to be summed in the same message.
+        statistics: further numbers to sum in the same message.
 
     Returns:
-        The sum of `told`.
+        The sum of `statistics`.
     """
     if comm.size == 1:
-        return told
+        return statistics
     trained = list(parameters)
-    parts = [p.grad.flatten() if p.grad is not None else torch.zeros(p.numel(), dtype=p.dtype) for p in trained]
-    flat = reduced(torch.cat([*parts, told]), comm)
+    grads = [p.grad.flatten() if p.grad is not None else torch.zeros(p.numel(), dtype=p.dtype) for p in trained]
+    flat = reduce_sum(torch.cat([*grads, statistics]), comm)
     start = 0
     for parameter in trained:
         end = start + parameter.numel()
@@ -92,39 +92,39 @@ def reduce_gradients(parameters: Iterable[Tensor], told: Tensor, comm: Comm) -> 
 
 
 def largest(value: float, comm: Comm) -> float:
-    """The greatest `value` of all ranks; a collective."""
+    """The largest `value` of all ranks; a collective."""
     return comm.broadcast(max(comm.gather(value), default=value))
 
 
 def float_mean(value: float, weight: float, comm: Comm) -> float:
-    """The mean of the ranks' values with their weights; a collective."""
+    """The weighted mean of the ranks' values; a collective."""
     if comm.size == 1:
         return value
     return float_sum(comm, value * weight) / float_sum(comm, weight)
 
 
 def check_ranks_agree(tensors: Sequence[Tensor], comm: Comm) -> None:
-    """Raise unless all ranks hold the same `tensors`, bit for bit; a collective.
+    """Check that all ranks hold the same `tensors`, bit for bit; a collective.
 
     Raises:
-        RanksDifferError: on every rank.
+        RanksDifferError: on every rank, if they do not.
     """
     if comm.size == 1:
         return
     digest = hashlib.sha256()
     for tensor in tensors:
         digest.update(tensor.detach().contiguous().numpy().tobytes())
-    found = comm.broadcast(comm.gather(digest.hexdigest()))
-    odd = [rank for rank, other in enumerate(found) if other != found[0]]
-    if odd:
+    digests = comm.broadcast(comm.gather(digest.hexdigest()))
+    differing = [rank for rank, other in enumerate(digests) if other != digests[0]]
+    if differing:
         raise RanksDifferError(
-            f"the parameters of rank(s) {', '.join(map(str, odd))} differ from rank 0's: the ranks must run the "
-            "same versions on processors of the same type"
+            f"the parameters of rank(s) {', '.join(map(str, differing))} differ from rank 0's: run the same "
+            "versions on processors of the same type on all ranks"
         )
 
 
 def on_first_rank(comm: Comm, work: Callable[[], T]) -> T:
-    """Let rank 0 do `work` while the others wait, and give its result to all; a collective.
+    """Run `work` on rank 0 while the others wait, and return its result on all ranks; a collective.
 
     Raises:
         InterruptedBySignal: on every rank, if rank 0 was asked to stop.

@@ -19,25 +19,25 @@ from cpd.seeding import generator
 from cpd.teachers.exploration import Exploration, correlated_noise
 from cpd.teachers.policy import FloatArray, GaussianPolicy
 
-#: Meta-World's v2 rewards lie in [0, 10]; with what training adds to them, the bound grows with what was seen.
+#: Meta-World's v2 rewards lie in [0, 10]. Training may add to them; the learner then uses the largest reward seen.
 LARGEST_REWARD: Final = 10.0
 
 
 @dataclass(frozen=True)
 class Experience:
-    """What happened in an iteration, or in this rank's part of its environments.
+    """What happened in an iteration, in all of its environments or in those of this rank.
 
     Attributes:
         obs: [S, N, O] before each step.
         next_obs: [S, N, O] after it, and before any reset.
         actions: [S, N, A] as sampled; executed clipped to [-1, 1].
-        rewards: [S, N], Meta-World's with what training adds to them (`rewarded`).
+        rewards: [S, N], Meta-World's with what training adds to them (`EpisodeRules.rewards`).
         terminated: [S, N] bool, the step reached success, and that ended the episode.
-        ends: [S, N] bool, the step is the last of its segment: termination, time limit, an excursion, or the
+        ends: [S, N] bool, the step is the last of its segment: termination, time limit, a perturbation, or the
             iteration's end.
         train_success: share of environments whose first episode reached success.
         train_return: mean undiscounted return of these first episodes, in `rewards`.
-        exploring_steps: steps of exploring starts and excursions, which are not among the others.
+        exploring_steps: steps of random starts and perturbations, which the arrays do not contain.
     """
 
     obs: FloatArray
@@ -52,9 +52,9 @@ class Experience:
 
 
 class GoalDealer:
-    """Deals training goals to resets: each environment walks through the goals in an order of its own.
+    """Deals training goals to resets: each environment walks through the goals in one shuffled order.
 
-    The walks start evenly apart in one shuffled order, so that an iteration's first episodes differ.
+    The walks begin at evenly spaced places of that order, so that an iteration's first episodes differ.
     """
 
     def __init__(self, goals: Sequence[Goal], num_envs: int, rng: np.random.Generator) -> None:
@@ -80,27 +80,26 @@ class EpisodeRules:
     """Longest episode in steps."""
     terminate_on_success: bool = True
     """Whether success ends an episode."""
-    exploring: Exploration = NO_EXPLORATION
-    """How they are perturbed on purpose."""
+    exploration: Exploration = NO_EXPLORATION
+    """Random starts and perturbations."""
     grasp_bonus: float = 0.0
-    """Weight in rewards of how near a step comes to holding the object."""
+    """b, weight of the nearness to a grasp in rewards."""
     reward_convexity: float = 0.0
-    """Weight in rewards of the square of Meta-World's."""
+    """c, weight of the square of Meta-World's reward."""
 
+    def rewards(self, envs: VectorEnv) -> npt.NDArray[np.float32]:
+        """[N] rewards of the last step: r + c r^2 + b g, with Meta-World's reward r and the nearness g to a grasp.
 
-def rewarded(envs: VectorEnv, rules: EpisodeRules) -> npt.NDArray[np.float32]:
-    """[N] rewards of the last step: r + c r^2 + b g, of Meta-World's reward r and nearness g to a grasp.
-
-    Where b is not 0, grasps must be wanted (`VectorEnv.want_grasps`).
-    """
-    rewards = envs.rewards + rules.reward_convexity * envs.rewards**2 + rules.grasp_bonus * envs.grasps
-    return rewards.astype(np.float32)
+        If b is not 0, `envs` must measure grasps (`VectorEnv.want_grasps`).
+        """
+        rewards = envs.rewards + self.reward_convexity * envs.rewards**2 + self.grasp_bonus * envs.grasps
+        return rewards.astype(np.float32)
 
 
 class _Episodes:
-    """Begins the episodes of an iteration in the environments `slots` of it, and perturbs them.
+    """Begins the episodes of an iteration in its environments `slots`, and perturbs them.
 
-    Chance and goals are the whole iteration's.
+    Random numbers and goals belong to the environment within the iteration, not to the rank that steps it.
     """
 
     def __init__(
@@ -115,30 +114,36 @@ class _Episodes:
     ) -> None:
         self._envs, self._slots, self._rules = envs, slots, rules
         self._dealer = GoalDealer(goals, num_envs, generator(seed, "goals", iteration))
-        exploring = rules.exploring
-        self._start_rngs = [generator(seed, "starts", iteration, slot) for slot in slots if exploring.share]
-        self._stray_rngs = [generator(seed, "excursions", iteration, slot) for slot in slots if exploring.rate]
+        self._start_rngs, self._perturbation_rngs = (
+            [generator(seed, stream, iteration, slot) for slot in slots if is_needed]
+            for stream, is_needed in (
+                ("starts", rules.exploration.start_share),
+                ("excursions", rules.exploration.step_rate),
+            )
+        )
         self.lengths_N = np.zeros(len(slots), np.int64)
-        self.num_exploring_steps = 0
+        self.num_exploration_steps = 0
 
     def begin(self, ended: Sequence[int]) -> None:
-        """The next episodes in the environments numbered `ended` here."""
+        """Begin the next episodes in the environments `ended`, by their place in `slots`."""
         if ended:
             self._envs.reset(ended, [self._dealer.deal(self._slots[slot]) for slot in ended])
-            self.num_exploring_steps += self._rules.exploring.begin(self._envs, ended, self._start_rngs)
+            self.num_exploration_steps += self._rules.exploration.start(self._envs, ended, self._start_rngs)
             self.lengths_N[ended] = 0
 
     def perturb(self, policy: GaussianPolicy) -> npt.NDArray[np.bool_]:
-        """[N] which episodes were perturbed; none reaches its end meanwhile."""
+        """Perturb some episodes, at most up to the step before their last one; returns which [N]."""
         num_envs = len(self._slots)
-        if not self._rules.exploring.rate:
+        exploration = self._rules.exploration
+        if not exploration.step_rate:
             return np.zeros(num_envs, np.bool_)
-        wanted_NA = policy.explore(self._envs.observations[:num_envs], np.zeros((num_envs, 4), np.float32))
-        left_N = np.where(self.lengths_N > 0, self._rules.horizon - 1 - self.lengths_N, 0)
-        strayed_N = self._rules.exploring.perturb(self._envs, left_N, wanted_NA[:, 3], self._stray_rngs)
-        self.lengths_N += strayed_N
-        self.num_exploring_steps += int(strayed_N.sum())
-        return strayed_N > 0
+        action_NA = policy.explore(self._envs.observations[:num_envs], np.zeros((num_envs, 4), np.float32))
+        # An episode of length 0 has just begun; the policy takes its first step.
+        max_steps_N = np.where(self.lengths_N > 0, self._rules.horizon - 1 - self.lengths_N, 0)
+        num_steps_N = exploration.perturb(self._envs, max_steps_N, action_NA[:, 3], self._perturbation_rngs)
+        self.lengths_N += num_steps_N
+        self.num_exploration_steps += int(num_steps_N.sum())
+        return num_steps_N > 0
 
 
 def sample(
@@ -153,9 +158,9 @@ def sample(
     slots: range | None = None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> Experience | None:
-    """Act with exploration noise for an iteration, from fresh resets on, in the first slots of `envs`.
+    """Act with exploration noise for an iteration, beginning with resets, in the first slots of `envs`.
 
-    Where an episode ends the next one starts; the iteration's end cuts all.
+    Where an episode ends the next one begins; the end of the iteration cuts all of them.
 
     Args:
         policy: acts in all environments at once.
@@ -165,12 +170,12 @@ def sample(
         rules: of the episodes.
         seed: of noise and goals.
         iteration: number of the iteration.
-        slots: which of the iteration's `num_envs` environments are stepped here; None: all. Noise and goals are
-            those of the whole iteration, whoever steps the others.
-        should_stop: looked at before every step.
+        slots: which of the iteration's `num_envs` environments are stepped here; None: all. Each has the same
+            noise and goals whatever the ranks.
+        should_stop: called before every step.
 
     Returns:
-        The batch; None if `should_stop()` turned true.
+        The experience; None if `should_stop()` returned true.
     """
     num_steps, slots = config.steps_per_env, slots or range(config.num_envs)
     num_envs = len(slots)
@@ -192,17 +197,18 @@ def sample(
         if should_stop():
             return None
         episodes.begin(ended)
-        perturbed[t - 1] = episodes.perturb(policy)  # at t = 0, where all begin, none is
+        # A perturbation ends the segment of the step before it. At t = 0 all episodes have just begun: none is.
+        perturbed[t - 1] = episodes.perturb(policy)
         obs[t] = envs.observations[:num_envs]
         actions[t] = policy.explore(obs[t], noise_SNA[t])
         executed[:num_envs] = np.clip(actions[t], -1.0, 1.0)
         envs.step(executed, active)
         next_obs[t] = envs.observations[:num_envs]
-        rewards[t] = rewarded(envs, rules)[:num_envs]
+        rewards[t] = rules.rewards(envs)[:num_envs]
         successes[t] = envs.successes[:num_envs]
         episodes.lengths_N += 1
-        is_late = episodes.lengths_N == rules.horizon
-        ends[t] = (successes[t] & rules.terminate_on_success) | is_late | (t == num_steps - 1)
+        is_timeout = episodes.lengths_N == rules.horizon
+        ends[t] = (successes[t] & rules.terminate_on_success) | is_timeout | (t == num_steps - 1)
         ended = np.flatnonzero(ends[t]).tolist()
     in_first = np.arange(num_steps)[:, None] <= ends.argmax(axis=0)  # steps of first episodes
     return Experience(
@@ -214,5 +220,5 @@ def sample(
         ends | perturbed,
         train_success=float((successes & in_first).any(axis=0).mean()),
         train_return=float((rewards * in_first).sum(axis=0).mean()),
-        exploring_steps=episodes.num_exploring_steps,
+        exploring_steps=episodes.num_exploration_steps,
     )

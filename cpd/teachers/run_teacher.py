@@ -1,4 +1,4 @@
-"""One element of the teachers' job array: train, evaluate, collect; each phase is skipped once it is published."""
+"""One element of the teachers' job array: train, evaluate, collect. A phase whose files exist is skipped."""
 
 from __future__ import annotations
 
@@ -39,48 +39,69 @@ def run_teacher(
     log: Callable[[str], None],
     comm: Comm | None = None,
 ) -> None:
-    """Bring one teacher to its end: COMPLETE with shards, or REJECTED if it missed the gate; a collective.
+    """Finish one teacher: COMPLETE with shards, or REJECTED if it missed the gate; a collective.
 
-    A finished element is left as it is, an interrupted one goes on where it stopped.
+    A finished element is left unchanged; an interrupted one continues where it stopped.
 
     Args:
         run: the run directory.
         element: one of `run.teachers()`.
         pool: this rank's environments, from `env_pool`; results do not depend on its number of workers.
-        interrupt: the stop flag, looked at after every environment step.
+        interrupt: the stop flag, checked after every environment step.
         log: receives plain lines of progress.
         comm: the ranks that train together; None: this process alone.
 
     Raises:
         LeaseHeldError: if another process is working on this teacher.
         LeaseLostError: if another process took over meanwhile.
-        InterruptedBySignal: if asked to stop; everything needed to go on has been saved.
-        ValueError: if the learner cannot be shared by so many ranks.
+        InterruptedBySignal: if asked to stop; everything needed to continue has been saved.
+        ValueError: if that many ranks cannot share the learner's environments.
     """
     comm = comm or SerialComm()
     if comm.broadcast(element.finished):
         log(f"{element.name} is finished")
         return
     torch.set_num_threads(TORCH_THREADS)
+    gate = run.config.teacher.gate
+    description_path = element.policy.with_suffix(".json")
     with begin_attempt(element, comm, log) as attempt:
         if attempt.is_writer:
             sweep_temporaries(element.path)
-        _Work(run.config, element, pool, interrupt, attempt, comm).finish()
+        phases = _Phases(run.config, element, pool, interrupt, attempt, comm)
+        # One rank looks which files exist: a shared file system may show different ones to different nodes.
+        if not on_first_rank(comm, description_path.exists):
+            phases.train()
+        description = on_first_rank(comm, lambda: read_json(description_path))
+        success: float = description["training"]["validation_success"]
+        if not on_first_rank(comm, element.evaluation.exists):
+            phases.evaluate(on_first_rank(comm, phases.load))
+        if success < gate:
+            reason = f"validation success {success:.2f} is below the gate of {gate:.2f}"
+            if attempt.is_writer:
+                attempt.check()
+                write_text(element.rejected, reason + "\n")
+            attempt.finish("rejected", reason, success=success)
+            return
+        on_first_rank(comm, phases.collect)
+        if attempt.is_writer:
+            attempt.check()
+            element.complete.touch()
+        attempt.finish("done", success=success)
 
 
 def env_pool(config: Config, num_workers: int, num_ranks: int = 1) -> EnvPool:
-    """Environments for one of `num_ranks` ranks, in `num_workers` processes, not made yet.
+    """Environments for one of `num_ranks` ranks, in `num_workers` processes; the pool makes them on first use.
 
-    They are to be closed in the end. Under MPI, those that live in other processes are to be made before it
-    starts: nothing may fork afterwards.
+    The caller closes the pool. Under MPI, the caller makes environments in other processes before MPI starts:
+    nothing may fork afterwards.
     """
-    num_envs = -(-config.teacher.learner_settings.num_envs // num_ranks)
+    num_envs = -(-config.teacher.ppo.num_envs // num_ranks)
     return EnvPool(num_workers, num_envs)
 
 
 @dataclass(frozen=True)
-class _Work:
-    """What all phases need."""
+class _Phases:
+    """The phases of one teacher's work, with what all of them need."""
 
     config: Config
     element: TeacherElement
@@ -89,37 +110,13 @@ class _Work:
     attempt: Attempt
     comm: Comm
 
-    def finish(self) -> None:
-        """Run the phases that are missing, and set the marker."""
-        element, gate = self.element, self.config.teacher.gate
-        description_path = element.policy.with_suffix(".json")
-        # What is there is looked at by one rank: a shared file system may show each something else.
-        if not on_first_rank(self.comm, description_path.exists):
-            self.train()
-        description = on_first_rank(self.comm, lambda: read_json(description_path))
-        success: float = description["training"]["validation_success"]
-        if not on_first_rank(self.comm, element.evaluation.exists):
-            self.evaluate(on_first_rank(self.comm, self.load))
-        if success < gate:
-            reason = f"validation success {success:.2f} is below the gate of {gate:.2f}"
-            if self.attempt.is_writer:
-                self.attempt.check()
-                write_text(element.rejected, reason + "\n")
-            self.attempt.finish("rejected", reason, success=success)
-            return
-        on_first_rank(self.comm, self.collect)
-        if self.attempt.is_writer:
-            self.attempt.check()
-            element.complete.touch()
-        self.attempt.finish("done", success=success)
-
     def load(self) -> Teacher:
-        """The published teacher."""
+        """The teacher in its files."""
         is_scripted = self.config.teacher.recipe == "scripted"
         return load_scripted(self.element.policy) if is_scripted else load_policy(self.element.policy)
 
     def train(self) -> None:
-        """Make the teacher's policy and publish it."""
+        """Make the teacher's policy and write it."""
         config, element = self.config, self.element
         description: dict[str, Any] = {
             "task": element.task,
@@ -143,13 +140,13 @@ class _Work:
             checkpoint.prune(element.checkpoints, keep=0)
 
     def withdraw(self) -> None:
-        """Remove what an earlier policy may have left, before another one is published."""
+        """Remove the results of an earlier policy, before another one is written."""
         self.attempt.check()
         self.element.evaluation.unlink(missing_ok=True)
         clear_shards(self.element.shards)
 
     def evaluate(self, teacher: Teacher) -> None:
-        """Measure success as with students: to the episodes' end, and on training goals."""
+        """Measure success as for students: to the end of episodes, and on training goals, too."""
         config, element = self.config, self.element
         num_training = min(config.evaluation.num_episodes, config.teacher.num_training_goals)
         cells = [
@@ -162,7 +159,7 @@ class _Work:
 
         def advance(num_episodes: int) -> None:
             nonlocal done
-            done += num_episodes * self.comm.size  # the other ranks are about as far
+            done += num_episodes * self.comm.size  # an estimate: the other ranks have done about as many
             self.attempt.advance(min(done, total))
 
         outcomes = evaluate_cells(
@@ -175,7 +172,7 @@ class _Work:
             advance=advance,
         )
         if outcomes is None:
-            raise InterruptedBySignal("asked to stop while evaluating; launch again to go on")
+            raise InterruptedBySignal("asked to stop while evaluating; launch again to continue")
         if not self.attempt.is_writer:
             return
         rows, episodes = evaluation_rows(
@@ -186,7 +183,7 @@ class _Work:
         write_rows(element.evaluation, rows)  # last: it marks the phase as done
 
     def has_shards(self) -> bool:
-        """Whether this very policy's rollouts have been published."""
+        """Whether the shards hold the rollouts of this policy."""
         if not (self.element.shards / INDEX_NAME).exists():
             return False
         try:
@@ -195,7 +192,7 @@ class _Work:
             return False
 
     def collect(self) -> None:
-        """Write the rollouts if they are missing; an attempt cut short starts again, since it takes seconds."""
+        """Write the rollouts if they are missing. Interrupted, it starts again, since it takes seconds only."""
         if self.has_shards():
             return
         teacher = self.load()

@@ -1,7 +1,7 @@
-"""Training one teacher: a warm start if the recipe has one, iterations of its learner, validation, early stopping,
-and checkpoints to resume from exactly.
+"""Train one teacher: a warm start if the recipe has one, then iterations of PPO with validation and early
+stopping.
 
-Under MPI all of it is a collective; only rank 0 writes.
+Checkpoints resume training exactly. Under MPI all of it is a collective; only rank 0 writes.
 """
 
 from __future__ import annotations
@@ -9,12 +9,13 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Final
 
 from torch import Tensor
 
 from cpd.comm import Comm, DivergedError, SerialComm, float_sum
 from cpd.config import Config
+from cpd.config.teacher import CRITIC_ITERATIONS
 from cpd.envs.cells import Cell, EnvPool, evaluate_cells
 from cpd.envs.goals import goal_set
 from cpd.run import checkpoint
@@ -26,50 +27,54 @@ from cpd.teachers.demonstrations import Demonstrator
 from cpd.teachers.exploration import Exploration
 from cpd.teachers.policy import GaussianPolicy, Teacher, TeacherActor
 from cpd.teachers.ppo import PPOLearner
-from cpd.teachers.ranks import check_ranks_agree, float_mean, on_first_rank, own_slots
-from cpd.teachers.rollout import EpisodeRules, sample
+from cpd.teachers.ranks import check_ranks_agree, float_mean, on_first_rank, slots_of_rank
+from cpd.teachers.rollout import NO_EXPLORATION, EpisodeRules, sample
 from cpd.teachers.warm_start import WarmStart, warm_start
+
+#: Share of successful training episodes from which validation is worth its time. While most training episodes
+#: fail, validation would fail too, and cost more than the training: failing episodes last longest.
+VALIDATE_FROM: Final = 0.5
 
 
 @dataclass(frozen=True)
 class TrainingSummary:
-    """How a teacher came to be, for its description."""
+    """How a teacher was trained, for its description."""
 
     learner: str
     ranks: tuple[int, ...]
-    """Numbers of MPI ranks that trained it, ascending: more than one where it was resumed with another number."""
+    """Numbers of MPI ranks that trained it, ascending: more than one if it was resumed with another number."""
     iterations: int
     env_steps: int
-    """Of RL: those of demonstrations and validations come on top."""
+    """Of RL, without demonstrations and validations."""
     policy_updates: int
     """Gradient steps of RL on the policy, up to the end of training."""
     stopped_by: str
     """`validation`: the stopping rule; `budget`: max_env_steps."""
     selected_iteration: int
-    """Iteration after which the final policy was taken: the last of the best on validation goals."""
+    """Iteration of the final policy: the last of those with the best success on validation goals."""
     validation_success: float
     """Success rate of the final policy on validation goals."""
     warm_start: WarmStart | None
-    """Where RL started from, success rate included; None if from scratch."""
+    """The policy that RL started from; None if from scratch."""
 
 
 @dataclass
 class _Progress:
-    """Where training stands, beside the learner."""
+    """The state of training beside the learner's; checkpoints hold it under these names."""
 
     iteration: int = 0
     env_steps: int = 0
     passes: int = 0
-    """Successive validations, up to now, that reached `stop_success`."""
+    """Latest validations in a row that reached `stop_success`."""
     best_success: float = -1.0
     best_iteration: int = 0
     policy_updates: int = 0
     is_exploring: bool = True
-    """Until `exploring_until` is exceeded."""
+    """Until `exploration.stop_at_success` is exceeded."""
     ranks: list[int] = field(default_factory=list)
     """Numbers of ranks that took part, ascending."""
     warm_start: dict[str, Any] | None = None
-    """A `WarmStart`, once it is over."""
+    """A `WarmStart`, once it has ended."""
     unrecorded: dict[str, float] = field(default_factory=dict)
     """Metrics of the present iteration, until it has been validated (if due) and recorded."""
 
@@ -77,7 +82,7 @@ class _Progress:
 def validate(
     teacher: Teacher, config: Config, task: str, pool: EnvPool, interrupt: Interrupt, comm: Comm | None = None
 ) -> float:
-    """Success rate on validation goals with deterministic actions, at the stream's horizon; shared by the ranks.
+    """Success rate on validation goals with deterministic actions, at the stream's horizon; a collective.
 
     Raises:
         InterruptedBySignal: if asked to stop.
@@ -91,19 +96,19 @@ def validate(
         should_stop=lambda: interrupt.requested,
     )
     if outcomes is None:
-        raise InterruptedBySignal("asked to stop while validating; launch again to go on")
+        raise InterruptedBySignal("asked to stop while validating; launch again to continue")
     return sum(outcome.success for outcome in outcomes[0]) / len(outcomes[0])
 
 
 class TeacherTrainer:
-    """One teacher's training, from its newest checkpoint on if there is one.
+    """One teacher's training, which continues from its newest checkpoint if there is one.
 
     Args:
         config: the run's.
         element: the teacher, of which this process is the single writer.
-        pool: environments, at least this rank's part of the learner's `num_envs` per task.
-        interrupt: looked at after every environment step.
-        attempt: told of progress.
+        pool: environments, at least as many per task as this rank steps.
+        interrupt: checked after every environment step.
+        attempt: receives progress.
         comm: the ranks that train together.
 
     Raises:
@@ -125,26 +130,21 @@ class TeacherTrainer:
         self._element = element
         self._pool = pool
         self._interrupt = interrupt
-        self._session = attempt
-        self._settings = settings = config.teacher.learner_settings
-        self._slots = own_slots(self._comm, settings.num_envs)
-        self._has_demonstrations = config.teacher.recipe == "demo_rl"
-        # Iterations in which only the value network learns.
-        self._num_critic_iterations = (
-            config.teacher.warm_start.critic_iterations if self._has_demonstrations else 0
-        )
-        self._steps_per_iteration = settings.num_envs * settings.steps_per_env
+        self._attempt = attempt
+        ppo = config.teacher.ppo
+        self._slots = slots_of_rank(self._comm, ppo.num_envs)
+        self._has_warm_start = config.teacher.recipe == "demo_rl"
+        self._num_critic_iterations = CRITIC_ITERATIONS if self._has_warm_start else 0
+        self._steps_per_iteration = ppo.num_envs * ppo.steps_per_env
         self._goals = goal_set(element.task, "training", config.teacher.num_training_goals)
-        self._learner = PPOLearner(
-            settings, element.seed, keep_normalizer=self._has_demonstrations, comm=self._comm
-        )
+        self._learner = PPOLearner(ppo, element.seed, keep_normalizer=self._has_warm_start, comm=self._comm)
         self._progress = _Progress()
         self._best_policy: dict[str, Tensor] = {}
         self._metrics = self._resume()
 
     def _resume(self) -> MetricsLog | None:
-        """Restore the newest checkpoint; returns the metrics' log on the rank that writes."""
-        is_writer, metrics_size = self._session.is_writer, 0
+        """Restore the newest checkpoint; returns the log of metrics on the rank that writes."""
+        is_writer, metrics_size = self._attempt.is_writer, 0
         newest = self._comm.broadcast(checkpoint.latest(self._element.checkpoints) if is_writer else None)
         if newest is not None:
             state = newest.load()
@@ -158,14 +158,14 @@ class TeacherTrainer:
     def _save(self) -> None:
         if self._metrics is None:
             return  # another rank writes
-        if self._has_demonstrations and self._progress.warm_start is None:
-            return  # a warm start that was cut short starts again
+        if self._has_warm_start and self._progress.warm_start is None:
+            return  # an interrupted warm start is repeated from its beginning
         # Names sort by progress: an iteration is trained first, then recorded.
         name = f"iteration-{self._progress.iteration:06d}-{'1' if self._progress.unrecorded else '2'}"
         newest = checkpoint.latest(self._element.checkpoints)
         if newest and newest.path.name == name:
-            return  # the same state; a kill while overwriting it would damage it
-        self._session.check()
+            return  # it holds the same state, and a kill while overwriting it would damage it
+        self._attempt.check()
         state: dict[str, Any] = {
             "learner": self._learner.state(),
             "best_policy": self._best_policy,
@@ -176,26 +176,26 @@ class TeacherTrainer:
 
     @property
     def _is_spent(self) -> bool:
-        """Whether the budget has no room for another iteration; there is always one that moves the policy."""
+        """Whether the budget has no room for another iteration; one iteration always trains the policy."""
         progress = self._progress
         no_room = progress.env_steps + self._steps_per_iteration > self._config.teacher.max_env_steps
         return progress.policy_updates > 0 and no_room
 
     def run(self) -> tuple[GaussianPolicy, TrainingSummary]:
-        """Train until the stopping rule or the budget ends it.
+        """Train until the stopping rule or the budget ends training.
 
         Returns:
-            The policy that was best on validation goals (the last one of equals), and how it came to be.
+            The policy with the best success on validation goals (the last of equals), and how it was trained.
 
         Raises:
-            InterruptedBySignal: if asked to stop; everything up to the last whole iteration has been saved.
-            DivergedError: on every rank, if an update leaves numbers that are not finite; it is not saved.
+            InterruptedBySignal: if asked to stop; the last whole iteration has been saved.
+            DivergedError: on every rank, if an update gives numbers that are not finite; it is not saved.
         """
         progress = self._progress
         try:
-            if self._has_demonstrations and progress.warm_start is None:
+            if self._has_warm_start and progress.warm_start is None:
                 self._warm_start()
-            self._session.begin("train", self._config.teacher.max_env_steps, progress.env_steps)
+            self._attempt.begin("train", self._config.teacher.max_env_steps, progress.env_steps)
             while True:
                 if progress.unrecorded:
                     self._validate_and_record()
@@ -208,7 +208,7 @@ class TeacherTrainer:
         finally:
             if self._metrics:
                 self._metrics.close()
-        # Only what has been through policy gradients is ever selected: no warm start passes for RL.
+        # Only policies that RL has trained are selected: a warm start never counts as one.
         assert progress.policy_updates > 0
         assert progress.best_iteration > self._num_critic_iterations
         policy = self._learner.policy
@@ -226,37 +226,33 @@ class TeacherTrainer:
         )
 
     def _warm_start(self) -> None:
-        """Warm-start the policy on one rank, whose decisions the others take over."""
+        """Warm-start the policy on rank 0 and copy it to the others."""
         teacher, element, policy = self._config.teacher, self._element, self._learner.policy
-        self._session.begin("warm start", 1, unit="warm starts")
+        self._attempt.begin("warm start", 1, unit="warm starts")
         demonstrator = Demonstrator(
             element.task,
             self._goals,
             self._pool.get(element.task),
-            teacher.warm_start,
+            teacher.warm_start.num_demonstrations,
             teacher.horizon,
             element.seed,
             self._interrupt,
         )
 
-        def work() -> tuple[WarmStart, dict[str, Tensor]]:
-            done = warm_start(
+        def clone() -> tuple[WarmStart, dict[str, Tensor]]:
+            record = warm_start(
                 policy,
                 demonstrator,
+                teacher.warm_start,
                 validate=lambda: validate(policy, self._config, element.task, self._pool, self._interrupt),
             )
-            return done, policy.state_dict()
+            return record, policy.state_dict()
 
-        done, state = on_first_rank(self._comm, work)
+        record, state = on_first_rank(self._comm, clone)
         policy.load_state_dict(state)
-        self._progress.warm_start = asdict(done)
-        self._session.advance(1, success=done.validation_success)
+        self._progress.warm_start = asdict(record)
+        self._attempt.advance(1, success=record.validation_success)
         self._save()
-
-    def _validate(self) -> float:
-        return validate(
-            self._learner.policy, self._config, self._element.task, self._pool, self._interrupt, self._comm
-        )
 
     @property
     def _has_passed(self) -> bool:
@@ -268,81 +264,87 @@ class TeacherTrainer:
 
     @property
     def _rules(self) -> EpisodeRules:
-        teacher = self._config.teacher
-        exploring = Exploration(teacher.exploring_share, teacher.exploring_rate, teacher.exploring_steps)
+        teacher, exploration = self._config.teacher, NO_EXPLORATION
+        if self._progress.is_exploring:
+            settings = teacher.exploration
+            exploration = Exploration(settings.start_share, settings.step_rate, settings.max_steps)
         return EpisodeRules(
             teacher.horizon,
             teacher.terminate_on_success,
-            exploring if self._progress.is_exploring else Exploration(),
+            exploration,
             teacher.grasp_bonus,
             teacher.reward_convexity,
         )
 
     def _iterate(self) -> None:
         """Sample and learn; nothing changes if the job is asked to stop meanwhile."""
-        progress = self._progress
+        progress, teacher = self._progress, self._config.teacher
         start = time.monotonic()
-        batch = sample(
+        experience = sample(
             self._learner.policy,
             self._pool.get(self._element.task),
             self._goals,
-            self._settings,
+            teacher.ppo,
             self._rules,
             self._element.seed,
             progress.iteration,
             slots=self._slots,
             should_stop=lambda: self._interrupt.requested,
         )
-        # A rank that was not asked has sampled in vain; all stop where the last iteration ended.
-        if self._comm.any(batch is None) or batch is None:
-            raise InterruptedBySignal("asked to stop while training; launch again to go on")
+        # If one rank was asked to stop, all stop after the last iteration; what the others sampled is dropped.
+        if self._comm.any(experience is None) or experience is None:
+            raise InterruptedBySignal("asked to stop while training; launch again to continue")
         sampled = time.monotonic()
         critic_only = progress.iteration < self._num_critic_iterations
+        min_log_std = teacher.ppo.min_log_std
+        if progress.is_exploring:
+            min_log_std = max(min_log_std, teacher.exploration.min_log_std)
         learned = self._learner.update(
-            batch, progress.iteration, critic_only=critic_only, exploring=progress.is_exploring
+            experience, progress.iteration, critic_only=critic_only, min_log_std=min_log_std
         )
         check_ranks_agree([*self._learner.policy.state_dict().values()], self._comm)
         self._check_finite(learned)
         progress.iteration += 1
-        exploring_steps = float_sum(self._comm, batch.exploring_steps)
+        exploring_steps = float_sum(self._comm, experience.exploring_steps)
         progress.env_steps += self._steps_per_iteration + round(exploring_steps)
         if not critic_only:
-            progress.policy_updates += self._learner.policy_updates(learned)
+            progress.policy_updates += int(learned["epochs"]) * (
+                self._steps_per_iteration // teacher.ppo.minibatch_size
+            )
         progress.unrecorded = {
-            "train_success": float_mean(batch.train_success, len(self._slots), self._comm),
-            "train_return": float_mean(batch.train_return, len(self._slots), self._comm),
+            "train_success": float_mean(experience.train_success, len(self._slots), self._comm),
+            "train_return": float_mean(experience.train_return, len(self._slots), self._comm),
             "exploring_steps": exploring_steps,
             **learned,
             "sample_seconds": sampled - start,
             "update_seconds": time.monotonic() - sampled,
         }
-        progress.is_exploring &= progress.unrecorded["train_success"] <= self._config.teacher.exploring_until
-        self._session.advance(progress.env_steps)
+        progress.is_exploring &= progress.unrecorded["train_success"] <= teacher.exploration.stop_at_success
+        self._attempt.advance(progress.env_steps)
 
     def _check_finite(self, learned: dict[str, float]) -> None:
-        """Raise DivergedError, before anything is saved, if the update has left the policy with no use."""
-        lost = [name for name, value in learned.items() if not math.isfinite(value)]
+        """Raise DivergedError, before anything is saved, if the update gave numbers that are not finite."""
+        names = [name for name, value in learned.items() if not math.isfinite(value)]
         if not all(bool(tensor.isfinite().all()) for tensor in self._learner.policy.parameters()):
-            lost.append("the policy")
-        if lost:
-            key = "warm_start.rl_learning_rate" if self._has_demonstrations else "ppo.learning_rate"
+            names.append("the policy")
+        if names:
             raise DivergedError(
                 f"{self._element.name}: not finite after the update of iteration {self._progress.iteration + 1}: "
-                f"{', '.join(lost)}; lower teacher.{key}"
+                f"{', '.join(names)}; lower teacher.ppo.learning_rate"
             )
 
     def _validate_and_record(self) -> None:
-        """Finish an iteration: validate if it is due, record, and save now and then."""
+        """Finish an iteration: validate and save if that is due, and record its metrics."""
         teacher, progress = self._config.teacher, self._progress
         start = time.monotonic()
         success: float | None = None
-        # While most training episodes fail, validation would fail too, and cost more than the training:
-        # failing episodes last longest.
-        is_promising = progress.unrecorded["train_success"] >= teacher.validate_from
-        is_due = progress.iteration % teacher.validate_every == 0 and is_promising
-        is_due &= progress.policy_updates > 0
+        is_promising = progress.unrecorded["train_success"] >= VALIDATE_FROM
+        is_due = progress.iteration % teacher.validate_every == 0 and is_promising and progress.policy_updates > 0
+        # The end of the budget is validated in any case, so that there is a policy to select.
         if is_due or self._is_spent:
-            success = self._validate()
+            success = validate(
+                self._learner.policy, self._config, self._element.task, self._pool, self._interrupt, self._comm
+            )
             progress.passes = progress.passes + 1 if success >= teacher.stop_success else 0
             if success >= progress.best_success:
                 progress.best_success, progress.best_iteration = success, progress.iteration
@@ -357,6 +359,6 @@ class TeacherTrainer:
                 validation_seconds=time.monotonic() - start,
             )
         progress.unrecorded = {}
-        self._session.advance(progress.env_steps, success=success, loss=None)
+        self._attempt.advance(progress.env_steps, success=success, loss=None)
         if progress.iteration % self._config.logging.teacher_checkpoint_every == 0 or self._is_over:
             self._save()

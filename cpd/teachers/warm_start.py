@@ -1,11 +1,11 @@
 """The warm start of `demo_rl`: demonstrations, cloning and DAgger, ended while success is still modest.
 
-A clone of the scripted expert may well pass the gate by itself, and would then be imitation under RL's name. So
-the policy is validated after every small increment of cloning, and an increment that carries it beyond the cap is
-taken back and repeated in halves.
+A clone of the scripted expert may well pass the gate by itself, and RL would then get the credit for imitation. So
+the policy is validated after every small increment of cloning, and an increment that exceeds the cap is undone and
+repeated in halves.
 
-Everything is a pure function of (settings, task, seed). The whole takes a minute at most, so one that was cut
-short starts again. Shape letters: B rows, O = 39 observation, A = 4 action.
+Everything is a pure function of (settings, task, seed). It takes a minute at most, so an interrupted warm start is
+repeated from its beginning. Shape letters: B rows, O = 39 observation, A = 4 action.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -25,39 +25,44 @@ from cpd.seeding import generator
 from cpd.teachers.demonstrations import Demonstrator, Labelled
 from cpd.teachers.policy import GaussianPolicy
 
+#: Gradient steps on the demonstrations, and again after each DAgger round.
+NUM_CLONING_STEPS: Final = 1_000
+#: Gradient steps between validations; halved whenever the cap is exceeded.
+STEPS_PER_CHECK: Final = 200
+BATCH_SIZE: Final = 256
+LEARNING_RATE: Final = 1e-3
+
 
 @dataclass(frozen=True)
 class WarmStart:
-    """How the policy came to be from which RL starts."""
+    """A record of how the policy was made from which RL starts."""
 
     validation_success: float
     """Success rate on validation goals before RL; at most the cap, unless the untrained policy exceeds it."""
     highest_success: float
-    """The highest rate that cloning reached on the way; where it exceeds the cap, that policy was dropped."""
+    """The highest rate that cloning reached; if it exceeds the cap, that policy was dropped."""
     cloning_steps: int
     """Gradient steps of cloning behind the policy."""
     dagger_rounds: int
     demonstration_env_steps: int
     """Environment steps whose states the expert labelled: demonstrations and DAgger rounds."""
     cloning_loss: float
-    """Mean loss over the last increment that was kept; 0 without any."""
+    """Mean loss over the last increment that was kept; 0 if there is none."""
 
 
 class Cloner:
     """Regression of a policy's mean on labels, with minibatches that depend on the seed and the step alone.
 
     Args:
-        policy: its mean network learns; the rest of it stays as it is.
-        config: batch size and learning rate.
+        policy: its mean network learns; the rest of it does not change.
         seed: of the minibatches.
     """
 
-    def __init__(self, policy: GaussianPolicy, config: WarmStartConfig, seed: int) -> None:
+    def __init__(self, policy: GaussianPolicy, seed: int) -> None:
         self.num_steps = 0
         self._policy = policy
-        self._config = config
         self._seed = seed
-        self._optimizer = torch.optim.Adam(policy.net.parameters(), lr=config.learning_rate, fused=True)
+        self._optimizer = torch.optim.Adam(policy.net.parameters(), lr=LEARNING_RATE, fused=True)
 
     def state(self) -> dict[str, Any]:
         """A copy of everything that the next step depends on."""
@@ -70,7 +75,7 @@ class Cloner:
         )
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go back to what `state` gave."""
+        """Restore what `state` returned."""
         self._policy.net.load_state_dict(state["net"])
         self._optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
         self.num_steps = state["num_steps"]
@@ -81,10 +86,10 @@ class Cloner:
         losses: list[Tensor] = []
         for _ in range(num_steps):
             rng = generator(self._seed, "cloning", self.num_steps)
-            rows = torch.from_numpy(rng.integers(len(obs_BO), size=self._config.batch_size))
+            rows = torch.from_numpy(rng.integers(len(obs_BO), size=BATCH_SIZE))
             loss = nn.functional.huber_loss(self._policy(obs_BO[rows]), labels_BA[rows])
             self._optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it without annotations
+            loss.backward()  # type: ignore[no-untyped-call]  # torch has no annotations here
             self._optimizer.step()
             self.num_steps += 1
             losses.append(loss.detach())
@@ -93,7 +98,7 @@ class Cloner:
 
 @dataclass
 class _Search:
-    """Cloning up to the target and never beyond the cap; holds the last policy that kept to it."""
+    """Cloning up to the target and never beyond the cap; it holds the last policy below the cap."""
 
     cloner: Cloner
     config: WarmStartConfig
@@ -105,20 +110,22 @@ class _Search:
     is_over: bool = False
 
     def clone(self, data: Labelled) -> None:
-        """A round of cloning; ends the search where the target is reached or cannot be approached further."""
-        end = self.cloner.num_steps + self.config.num_cloning_steps
+        """Run a round of cloning; end the search if the target is reached or no increment stays below the cap."""
+        end = self.cloner.num_steps + NUM_CLONING_STEPS
         kept = self.cloner.state()
-        beyond = -1  # where the cap was exceeded: the same steps on the same data lead to the same weights
+        # The number of steps that exceeded the cap last. The same steps on the same data give the same weights, so
+        # an increment that ends there again needs no second validation.
+        exceeded_at = -1
         while not self.is_over and self.cloner.num_steps < end:
             num_steps = min(self.increment, end - self.cloner.num_steps)
-            if self.cloner.num_steps + num_steps == beyond:
+            if self.cloner.num_steps + num_steps == exceeded_at:
                 self._halve()
                 continue
             loss = self.cloner.run(data, num_steps)
             success = self.validate()
             self.highest = max(self.highest, success)
             if success > self.config.success_cap:
-                beyond = self.cloner.num_steps
+                exceeded_at = self.cloner.num_steps
                 self.cloner.restore(kept)
                 self._halve()
                 continue
@@ -130,26 +137,28 @@ class _Search:
         self.is_over = self.increment == 0
 
 
-def warm_start(policy: GaussianPolicy, demonstrator: Demonstrator, validate: Callable[[], float]) -> WarmStart:
-    """Clone the scripted expert into `policy`, in place, until it succeeds now and then.
+def warm_start(
+    policy: GaussianPolicy, demonstrator: Demonstrator, config: WarmStartConfig, validate: Callable[[], float]
+) -> WarmStart:
+    """Clone the scripted expert into `policy`, in place, up to a modest success rate.
 
-    The policy's observation statistics are those of the demonstrations from then on.
+    The policy's observation statistics become those of the demonstrations.
 
     Args:
-        policy: fresh from initialisation.
-        demonstrator: the expert, and the settings.
-        validate: the policy's present success rate on validation goals.
+        policy: newly initialised.
+        demonstrator: the expert.
+        config: target, cap, and number of DAgger rounds.
+        validate: returns the policy's present success rate on validation goals.
 
     Raises:
-        InterruptedBySignal: if asked to stop; nothing of the attempt is worth keeping.
+        InterruptedBySignal: if asked to stop; nothing is kept.
     """
-    config = demonstrator.config
     data = demonstrator.gather(0)
     assert data.obs_BO.shape[1] == OBSERVATION_SIZE
     policy.normalizer.update(torch.from_numpy(data.obs_BO))
     untrained = validate()
-    cloner = Cloner(policy, config, demonstrator.seed)
-    search = _Search(cloner, config, validate, untrained, untrained, config.steps_per_check)
+    cloner = Cloner(policy, demonstrator.seed)
+    search = _Search(cloner, config, validate, untrained, untrained, STEPS_PER_CHECK)
     search.is_over = untrained >= config.success_target
     round_number = 0
     search.clone(data)

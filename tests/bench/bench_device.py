@@ -1,4 +1,4 @@
-"""What an accelerator brings, or costs: distillation and acting on the CPU and on CUDA, side by side.
+"""Distillation and acting on the CPU and on CUDA, side by side.
 
     OMP_NUM_THREADS=1 python -m tests.bench.bench_device [--batch-sizes 256 4096] [--json PATH] [recipe.toml]
 
@@ -41,7 +41,7 @@ def acting(config: Config, trainer: StudentTrainer, num_envs: int) -> Callable[[
 
 
 def medians(calls: dict[str, Callable[[], Any]], num_calls: int) -> dict[str, float]:
-    """Median wall milliseconds of each call, the contestants in turn; devices are waited for."""
+    """Median wall milliseconds of each call, alternating, with synchronised devices."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     for index in range(num_calls + 3):
         for name, call in calls.items():
@@ -55,7 +55,7 @@ def medians(calls: dict[str, Callable[[], Any]], num_calls: int) -> dict[str, fl
 
 
 def main() -> None:
-    """Time everything on every device there is."""
+    """Time everything on every available device."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", nargs="?", type=Path, default=RECIPES / "cw10.toml")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[256, 4096])
@@ -66,7 +66,7 @@ def main() -> None:
         devices["cuda"] = torch.device("cuda", 0)
         print(f"cuda is {torch.cuda.get_device_name(0)}, torch {torch.__version__}")
     else:
-        print("there is no CUDA device here: the CPU alone is timed")
+        print("no CUDA device is visible: only the CPU is timed")
 
     results: dict[str, dict[str, float]] = {}
 

@@ -3,14 +3,14 @@
     make bench-teacher        or, with stable-baselines3 on the PYTHONPATH,
     python -m tests.bench.bench_learners [--tasks drawer-close-v3 ...] [--cap 300] [--json PATH]
 
-stable-baselines3's PPO and SAC run as a user would have them: `MlpPolicy` with its default settings on
-`gym.make("Meta-World/MT1")`. Ours run with the defaults of `cpd.config`, on the accelerated environment. All learn
-in one process with one thread. Every learner is judged alike: deterministic actions, our fifty validation goals,
-success at any of 500 steps, looked at after every `--every` seconds of training, which do not count. A look ends
-as soon as more than two of the fifty have failed.
+stable-baselines3's PPO and SAC run as a user would run them: `MlpPolicy` with its default settings on
+`gym.make("Meta-World/MT1")`. Our PPO runs with the defaults of `cpd.config`, on the accelerated environment. All learn
+in one process with one thread. Every learner is evaluated in the same way: deterministic actions, our fifty validation
+goals, success at any of 500 steps, after every `--every` seconds of training. Evaluations do not count as training
+time, and end as soon as more than two of the fifty goals have failed.
 
-Seconds are those of the processor that training took, which other load disturbs little; elapsed ones stand beside
-them. Ratios travel, absolute figures do not.
+The seconds are processor time of training, which other load changes little; the table also shows elapsed time. Ratios
+compare across machines, absolute figures do not.
 """
 
 from __future__ import annotations
@@ -45,18 +45,18 @@ NUM_GOALS, CHUNK, MOST_FAILURES = 50, 10, 2
 
 @dataclass
 class Clock:
-    """Training time, which stands still while a policy is judged."""
+    """Training time, which stops while a policy is evaluated."""
 
     cap: float
     every: float
     cpu: float = 0.0
     elapsed: float = 0.0
-    _next_look: float = 0.0
+    _next_evaluation: float = 0.0
     _started: tuple[float, float] | None = None
 
     def start(self) -> None:
         self._started = (time.process_time(), time.perf_counter())
-        self._next_look = self._next_look or self.every
+        self._next_evaluation = self._next_evaluation or self.every
 
     def stop(self) -> None:
         assert self._started is not None
@@ -64,18 +64,18 @@ class Clock:
         self.elapsed += time.perf_counter() - self._started[1]
 
     def is_due(self) -> bool:
-        """Whether it is time to look; stops the clock for a moment to tell."""
+        """Whether it is time to evaluate; restarts the clock to find out."""
         self.stop()
         self.start()
-        return self.cpu >= self._next_look
+        return self.cpu >= self._next_evaluation
 
-    def looked(self) -> None:
-        self._next_look = self.cpu + self.every
+    def evaluated(self) -> None:
+        self._next_evaluation = self.cpu + self.every
 
 
 @dataclass
 class Judge:
-    """Tells whether a policy has passed."""
+    """Evaluates whether a policy passes."""
 
     envs: VectorEnv
     task: str
@@ -88,7 +88,7 @@ class Judge:
             (outcomes,) = run_episodes(actor, [(self.envs, goals[start : start + CHUNK])], HORIZON)
             failures += sum(not outcome.success for outcome in outcomes)
             if failures > MOST_FAILURES:
-                # Those not looked at count as failures.
+                # Goals that were not evaluated count as failures.
                 self.best = max(self.best, (start + CHUNK - failures) / NUM_GOALS)
                 return False
         self.best = max(self.best, 1 - failures / NUM_GOALS)
@@ -107,11 +107,11 @@ class Result:
     elapsed_seconds: float
     env_steps: int
     best_success: float
-    """A lower bound, where a look was cut short."""
+    """A lower bound if an evaluation ended early."""
 
 
 def train_ours(task: str, seed: int, clock: Clock, judge: Judge) -> tuple[bool, int]:
-    """Returns whether it passed, and its environment steps."""
+    """Train one learner; returns whether it passed, and its environment steps."""
     config = PPOConfig()
     clock.start()
     learner = PPOLearner(config, seed)
@@ -126,7 +126,7 @@ def train_ours(task: str, seed: int, clock: Clock, judge: Judge) -> tuple[bool, 
             if clock.is_due():
                 clock.stop()
                 passed = judge.passes(TeacherActor(learner.policy))
-                clock.looked()
+                clock.evaluated()
                 if passed:
                     return True, iteration * config.num_envs * config.steps_per_env
                 clock.start()
@@ -141,18 +141,18 @@ class TheirActor:
         self._model = model
 
     def reset(self, tasks: Sequence[str]) -> None:
-        """Nothing to forget."""
+        """Do nothing: the policy has no memory."""
 
     def act(self, obs_BO: np.ndarray) -> np.ndarray:
         return np.clip(self._model.predict(obs_BO, deterministic=True)[0], -1, 1).astype(np.float32)
 
 
 def train_theirs(kind: str, task: str, seed: int, clock: Clock, judge: Judge) -> tuple[bool, int]:
-    """Returns whether it passed, and its environment steps."""
+    """Train one learner; returns whether it passed, and its environment steps."""
     import stable_baselines3
     from stable_baselines3.common.callbacks import BaseCallback
 
-    class Look(BaseCallback):
+    class Evaluation(BaseCallback):
         passed = False
 
         def _on_step(self) -> bool:
@@ -161,19 +161,19 @@ def train_theirs(kind: str, task: str, seed: int, clock: Clock, judge: Judge) ->
             if clock.is_due():
                 clock.stop()
                 self.passed = judge.passes(TheirActor(self.model))
-                clock.looked()
+                clock.evaluated()
                 clock.start()
             return not self.passed and clock.cpu < clock.cap
 
     clock.start()
-    look = Look()
+    evaluation = Evaluation()
     env = gymnasium.make("Meta-World/MT1", env_name=task, seed=seed)
     make = {"ppo": stable_baselines3.PPO, "sac": stable_baselines3.SAC}[kind]
     model = make("MlpPolicy", env, seed=seed, device="cpu")
-    model.learn(total_timesteps=10**9, callback=look)
+    model.learn(total_timesteps=10**9, callback=evaluation)
     clock.stop()
     env.close()
-    return look.passed, model.num_timesteps
+    return evaluation.passed, model.num_timesteps
 
 
 def time_to_success(task: str, seed: int, cap: float, every: float, names: list[str]) -> Iterator[Result]:
@@ -200,7 +200,7 @@ def synthetic_batch(num_steps: int, num_envs: int) -> Experience:
 
 
 def fastest(runs: dict[str, Callable[[], None]], num_repeats: int = 3) -> dict[str, float]:
-    """Least CPU seconds of each, alternating; the first round warms up."""
+    """The fewest CPU seconds of each, in alternating runs; the first round warms up."""
     best = dict.fromkeys(runs, float("inf"))
     for repeat in range(num_repeats + 1):
         for name, run in runs.items():
@@ -212,7 +212,7 @@ def fastest(runs: dict[str, Callable[[], None]], num_repeats: int = 3) -> dict[s
 
 
 def discard(result: object) -> None:
-    """So that a lambda returns nothing."""
+    """Make a lambda return None."""
 
 
 def ppo_samples() -> dict[str, float]:
@@ -238,7 +238,7 @@ def ppo_samples() -> dict[str, float]:
 LEARNERS = ["ours-ppo", "sb3-ppo", "sb3-sac"]
 
 
-def tell_ratios(results: list[Result]) -> dict[str, str]:
+def ratios_of(results: list[Result]) -> dict[str, str]:
     """For every task: how much longer the better of theirs took than ours."""
     ratios = {}
     for task in dict.fromkeys(result.task for result in results):
@@ -258,25 +258,25 @@ def main() -> None:
     parser.add_argument("--learners", nargs="+", choices=LEARNERS, default=LEARNERS)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--cap", type=float, default=300.0, help="CPU seconds of training per learner at most")
-    parser.add_argument("--every", type=float, default=5.0, help="CPU seconds of training between looks")
+    parser.add_argument("--every", type=float, default=5.0, help="CPU seconds of training between evaluations")
     parser.add_argument("--no-throughput", action="store_true")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     machine = {"machine": platform.machine(), "cores": os.cpu_count(), "torch": torch.__version__}
-    report: dict[str, Any] = {"machine": machine, "cap_seconds": arguments.cap, "every_seconds": arguments.every}
+    record: dict[str, Any] = {"machine": machine, "cap_seconds": arguments.cap, "every_seconds": arguments.every}
 
-    def keep() -> None:
+    def save() -> None:
         if arguments.json:
-            arguments.json.write_text(json.dumps(report, indent=1) + "\n")
+            arguments.json.write_text(json.dumps(record, indent=1) + "\n")
 
     if not arguments.no_throughput:
-        report["per_second"] = {"ppo_samples": ppo_samples()}
-        for name, rates in report["per_second"].items():
-            line = ", ".join(f"{who} {rate:.0f}" for who, rate in rates.items())
-            print(f"{name:28s} {line} per second: {rates['ours'] / rates['sb3']:.1f} x", flush=True)
-        keep()
+        record["per_second"] = {"ppo_samples": ppo_samples()}
+        for name, rates in record["per_second"].items():
+            text = ", ".join(f"{who} {rate:.0f}" for who, rate in rates.items())
+            print(f"{name:28s} {text} per second: {rates['ours'] / rates['sb3']:.1f} x", flush=True)
+        save()
     results: list[Result] = []
     print(f"\n{'task':24s}{'learner':12s}{'CPU s':>8s}{'elapsed':>9s}{'env steps':>11s}{'success':>9s}")
     for task in arguments.tasks:
@@ -287,12 +287,12 @@ def main() -> None:
                 f"{task:24s}{result.learner:12s}{seconds:>8s}{result.elapsed_seconds:9.0f}{result.env_steps:11d}"
             )
             print(f"{line}{result.best_success:9.2f}", flush=True)
-            report["time_to_success"] = [asdict(one) for one in results]
-            keep()
-    report["ratios"] = tell_ratios(results)
-    for task, ratio in report["ratios"].items():
+            record["time_to_success"] = [asdict(one) for one in results]
+            save()
+    record["ratios"] = ratios_of(results)
+    for task, ratio in record["ratios"].items():
         print(f"{task}: stable-baselines3's better learner takes {ratio} x as long as ours")
-    keep()
+    save()
 
 
 if __name__ == "__main__":

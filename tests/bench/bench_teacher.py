@@ -1,10 +1,10 @@
-"""Where a teacher's training time goes: simulator, policy, update; and what a second worker brings.
+"""Where a teacher's training time goes: simulator, policy, update; and how much a second worker saves.
 
     python -m tests.bench.bench_teacher [--task window-close-v3] [--workers 1 2] [--iterations 4] [--json PATH]
 
-Iterations are those of the default recipe. Everything runs in one process with one thread of tensor arithmetic
-(and the sampler's workers); settings to be compared alternate, and of several repeats the fastest counts. Ratios
-travel, absolute figures do not.
+Iterations have the default settings. Everything runs in one process with one thread of tensor arithmetic (and the
+workers of the environments). Numbers of workers alternate, and the fastest of several repeats counts. Ratios compare
+across machines, absolute figures do not.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ def timed(function: Any, *arguments: Any) -> tuple[float, Any]:
     return time.perf_counter() - start, result
 
 
-def simulator_seconds(envs: VectorEnv, task: str, batch: Experience) -> float:
-    """The batch's steps once more, without a policy; resets at its segments' ends."""
+def simulator_seconds(envs: VectorEnv, task: str, experience: Experience) -> float:
+    """Time the same steps without a policy, with resets at the ends of segments."""
     goals = goal_set(task, "training", CONFIG.num_envs)
-    actions = batch.actions.clip(-1, 1)
+    actions = experience.actions.clip(-1, 1)
     start = time.perf_counter()
     envs.reset(range(CONFIG.num_envs), goals)
     for t in range(len(actions)):
         envs.step(actions[t])
-        slots = batch.ends[t].nonzero()[0]
+        slots = experience.ends[t].nonzero()[0]
         if len(slots) and t < len(actions) - 1:
             envs.reset(slots, [goals[slot] for slot in slots])
     return time.perf_counter() - start
@@ -59,10 +59,10 @@ class Iteration(NamedTuple):
 
 
 def measure(task: str, workers: Sequence[int], iterations: int) -> dict[int, list[Iteration]]:
-    """By number of workers, whose iterations take turns; the first, which fills caches, is left out."""
+    """Time iterations by number of workers, alternating; the first one, which fills caches, is left out."""
     goals = goal_set(task, "training", 50)
     learners = {count: PPOLearner(CONFIG, seed=1) for count in workers}
-    iterations: dict[int, list[Iteration]] = {count: [] for count in workers}
+    iterations_by_workers: dict[int, list[Iteration]] = {count: [] for count in workers}
     with contextlib.ExitStack() as stack:
         all_envs = {
             count: stack.enter_context(make_vector_env([task] * CONFIG.num_envs, count)) for count in workers
@@ -70,17 +70,17 @@ def measure(task: str, workers: Sequence[int], iterations: int) -> dict[int, lis
         for iteration in range(iterations + 1):
             for count, envs in all_envs.items():
                 learner = learners[count]
-                sampling, batch = timed(
+                sampling, experience = timed(
                     sample, learner.policy, envs, goals, CONFIG, EpisodeRules(HORIZON), 1, iteration
                 )
-                simulator = simulator_seconds(envs, task, batch)
-                update, _ = timed(learner.update, batch, iteration)
-                iterations[count].append(Iteration(sampling, simulator, update))
-    return {count: times[1:] for count, times in iterations.items()}
+                simulator = simulator_seconds(envs, task, experience)
+                update, _ = timed(learner.update, experience, iteration)
+                iterations_by_workers[count].append(Iteration(sampling, simulator, update))
+    return {count: times[1:] for count, times in iterations_by_workers.items()}
 
 
 def summary(times: Sequence[Iteration]) -> dict[str, float]:
-    """The fastest of every part; the simulator's share is the median of the iterations' own."""
+    """The fastest of every part, and the median of the iterations' shares of the simulator."""
     sampling, simulator, update = (min(parts) for parts in zip(*times, strict=True))
     return {
         "sample_seconds": sampling,
@@ -101,9 +101,8 @@ def main() -> None:
     torch.set_num_threads(1)
     results: dict[str, Any] = {"task": arguments.task}
     for workers, times in measure(arguments.task, arguments.workers, arguments.iterations).items():
-        seconds = summary(times)
-        results[f"workers_{workers}"] = seconds
-        print(f"{workers} worker(s): " + ", ".join(f"{name} {value:.3g}" for name, value in seconds.items()))
+        results[f"workers_{workers}"] = figures = summary(times)
+        print(f"{workers} worker(s): " + ", ".join(f"{name} {value:.3g}" for name, value in figures.items()))
     if arguments.json:
         arguments.json.write_text(json.dumps(results, indent=2) + "\n")
 

@@ -116,7 +116,7 @@ def test_a_longer_version_of_the_same_experiment_is_published_over_it(run: Run, 
     more = {"seeds": [*run.config.teacher.seeds, 7], "max_env_steps": 2 * run.config.teacher.max_env_steps}
     longer = renewed(run, tmp_path / "longer", teacher=more)
     config = json.loads((tmp_path / "kept" / "config.json").read_text())
-    del config["teacher"]["exploring_steps"]  # as if it had not been a setting yet
+    del config["teacher"]["exploration"]  # as if it had not been a setting yet
     write_json(tmp_path / "kept" / "config.json", config)
     assert publish_main([str(longer.root), str(tmp_path / "kept")]) == 0
     published = json.loads((tmp_path / "kept" / "config.json").read_text())["teacher"]

@@ -13,8 +13,9 @@ from cpd.comm import Comm, connect
 from cpd.config import PPOConfig
 from cpd.run.directory import Run
 from cpd.run.interrupt import Interrupt, InterruptedBySignal
+from cpd.teachers import trainer
 from cpd.teachers.ppo import PPOLearner
-from cpd.teachers.ranks import check_ranks_agree, own_slots
+from cpd.teachers.ranks import check_ranks_agree, slots_of_rank
 from cpd.teachers.rollout import Experience
 from cpd.teachers.run_teacher import env_pool, run_teacher
 from tests.mpi.distill_ranks import AskedAfter
@@ -44,7 +45,7 @@ def update(comm: Comm, *, one_step: bool) -> dict[str, np.ndarray]:
     whole = CONFIG.num_envs * CONFIG.steps_per_env
     config = replace(CONFIG, minibatch_size=whole, num_epochs=1) if one_step else CONFIG
     learner = PPOLearner(config, seed=1, comm=comm)
-    slots = own_slots(comm, config.num_envs)
+    slots = slots_of_rank(comm, config.num_envs)
     learned_values = []
     for iteration in range(1 if one_step else NUM_ITERATIONS):
         learned = learner.update(batch(iteration, slots), iteration, critic_only=iteration == 1)
@@ -66,6 +67,7 @@ def main() -> int:
     if sys.argv[1] == "differ":
         check_ranks_agree([torch.full((3,), float(comm.rank))], comm)
         return 0
+    trainer.VALIDATE_FROM = 0.0
     run = Run(Path(sys.argv[2]))
     # Only the last rank is asked, as when a signal reaches one process.
     interrupt = AskedAfter(int(sys.argv[3])) if comm.rank == comm.size - 1 else Interrupt()

@@ -2,32 +2,38 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
+import pytest
 import torch
 
-from cpd.config import WarmStartConfig
 from cpd.envs.goals import Goal, goal_set
 from cpd.envs.task_env import TaskEnv
 from cpd.envs.vector_env import VectorEnv, make_vector_env
 from cpd.run.interrupt import Interrupt
+from cpd.teachers import demonstrations
 from cpd.teachers.demonstrations import Demonstrator, Labelled, ScriptedPolicy, demonstration_noise
 from cpd.teachers.policy import FloatArray, GaussianPolicy
 
 TASK = "drawer-close-v3"
 HORIZON = 100
 NUM_GOALS = 10
-CONFIG = WarmStartConfig(num_demonstrations=4, num_dagger_episodes=3, steps_after_success=5)
+NUM_DEMONSTRATIONS, NUM_DAGGER_EPISODES, STEPS_AFTER_SUCCESS = 4, 3, 5
 
 
-def demonstrator(envs: VectorEnv, config: WarmStartConfig = CONFIG, horizon: int = HORIZON) -> Demonstrator:
-    return Demonstrator(TASK, goal_set(TASK, "training", NUM_GOALS), envs, config, horizon, 1, Interrupt())
+@pytest.fixture(autouse=True)
+def few_episodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demonstrations, "NUM_DAGGER_EPISODES", NUM_DAGGER_EPISODES)
+    monkeypatch.setattr(demonstrations, "STEPS_AFTER_SUCCESS", STEPS_AFTER_SUCCESS)
 
 
-def shown(config: WarmStartConfig = CONFIG) -> Labelled:
+def demonstrator(envs: VectorEnv, horizon: int = HORIZON) -> Demonstrator:
+    goals = goal_set(TASK, "training", NUM_GOALS)
+    return Demonstrator(TASK, goals, envs, NUM_DEMONSTRATIONS, horizon, 1, Interrupt())
+
+
+def shown() -> Labelled:
     with make_vector_env([TASK] * 25, 1) as envs:
-        return demonstrator(envs, config).gather(0)
+        return demonstrator(envs).gather(0)
 
 
 def goals_of(first_obs_NO: FloatArray) -> list[Goal]:
@@ -53,16 +59,16 @@ def pusher() -> GaussianPolicy:
 def test_in_demonstrations_the_expert_acts_with_noise_and_its_clean_actions_are_the_labels() -> None:
     found = shown()
     episodes = []
-    for number, goal in enumerate(goals_of(found.obs_BO[: CONFIG.num_demonstrations])):
+    for number, goal in enumerate(goals_of(found.obs_BO[:NUM_DEMONSTRATIONS])):
         env, rows, left = TaskEnv(TASK), [], HORIZON
-        noise = demonstration_noise(number, HORIZON, CONFIG, 1)
+        noise = demonstration_noise(number, HORIZON, 1)
         obs = env.reset(goal).astype(np.float32)
         for t in range(HORIZON):
             label = expert(obs)
             rows.append((obs, label))
             following, _, success = env.step((label + noise[t]).clip(-1, 1))
             obs = following.astype(np.float32)
-            left = min(left - 1, CONFIG.steps_after_success) if success else left - 1
+            left = min(left - 1, STEPS_AFTER_SUCCESS) if success else left - 1
             if left == 0:
                 break
         episodes.append(rows)
@@ -77,8 +83,8 @@ def test_in_dagger_rounds_the_clones_clean_actions_are_executed_and_the_experts_
     clone = pusher()
     with make_vector_env([TASK] * 25, 1) as envs:
         found = demonstrator(envs).gather(1, clone)
-    obs_TNO = found.obs_BO.reshape(HORIZON, CONFIG.num_dagger_episodes, 39)
-    labels_TNA = found.labels_BA.reshape(HORIZON, CONFIG.num_dagger_episodes, 4)
+    obs_TNO = found.obs_BO.reshape(HORIZON, NUM_DAGGER_EPISODES, 39)
+    labels_TNA = found.labels_BA.reshape(HORIZON, NUM_DAGGER_EPISODES, 4)
     means_TNA = np.array([clone.distribution(obs_NO).raw_mean for obs_NO in obs_TNO])
     assert 0.1 < (np.abs(means_TNA) > 1).mean() < 0.9
     for slot, goal in enumerate(goals_of(obs_TNO[0])):
@@ -91,18 +97,21 @@ def test_in_dagger_rounds_the_clones_clean_actions_are_executed_and_the_experts_
             assert not success
 
 
-def test_rounds_deal_goals_in_orders_of_their_own() -> None:
-    config = replace(CONFIG, num_dagger_episodes=NUM_GOALS)
+def test_rounds_deal_goals_in_orders_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demonstrations, "NUM_DAGGER_EPISODES", NUM_GOALS)
     with make_vector_env([TASK] * 25, 1) as envs:
-        found = [demonstrator(envs, config, 1).gather(number, pusher()) for number in (1, 2)]
+        found = [demonstrator(envs, 1).gather(number, pusher()) for number in (1, 2)]
     first, second = ([goal.index for goal in goals_of(labelled.obs_BO)] for labelled in found)
     assert sorted(first) == sorted(second) == list(range(NUM_GOALS))
     assert first != second
 
 
-def test_demonstrations_go_on_after_success_for_as_long_as_configured() -> None:
-    lengths = [len(shown(replace(CONFIG, steps_after_success=steps)).obs_BO) for steps in (0, 1, 7, HORIZON)]
+def test_demonstrations_go_on_after_success(monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths = []
+    for steps in (0, 1, 7, HORIZON):
+        monkeypatch.setattr(demonstrations, "STEPS_AFTER_SUCCESS", steps)
+        lengths.append(len(shown().obs_BO))
     succeeded = lengths[1] - lengths[0]
-    assert 0 < succeeded <= CONFIG.num_demonstrations
+    assert 0 < succeeded <= NUM_DEMONSTRATIONS
     assert lengths[2] - lengths[0] == 7 * succeeded
-    assert lengths[3] == CONFIG.num_demonstrations * HORIZON
+    assert lengths[3] == NUM_DEMONSTRATIONS * HORIZON

@@ -13,6 +13,7 @@ import torch
 from cpd.config import PPOConfig
 from cpd.envs.goals import goal_set
 from cpd.envs.vector_env import make_vector_env
+from cpd.teachers import ppo
 from cpd.teachers.ppo import PPOLearner
 from cpd.teachers.rollout import EpisodeRules, Experience, sample
 from tests.teachers.test_advantages import by_definition
@@ -139,8 +140,9 @@ def test_epochs_stop_at_the_target_kl() -> None:
     assert PPOLearner(patient, seed=1).update(synthetic_batch(), 0)["epochs"] == 10
 
 
-def test_log_std_stays_within_its_bounds() -> None:
-    config = replace(CONFIG, learning_rate=0.5, target_kl=1e9, min_log_std=-0.35, max_log_std=-0.25)
+def test_log_std_stays_within_its_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ppo, "MAX_LOG_STD", -0.25)
+    config = replace(CONFIG, learning_rate=0.5, target_kl=1e9, min_log_std=-0.35)
     learner = PPOLearner(config, seed=1)
     learner.update(synthetic_batch(), 0)
     log_std = learner.policy.log_std_A.detach()
@@ -150,25 +152,22 @@ def test_log_std_stays_within_its_bounds() -> None:
 
 
 def test_a_critic_step_leaves_the_policy_as_it_is() -> None:
-    learner = PPOLearner(replace(CONFIG, exploring_min_log_std=-0.3), seed=1)
+    learner = PPOLearner(CONFIG, seed=1)
     before = [parameter.detach().clone() for parameter in learner.policy.parameters()]
     values = [parameter.detach().clone() for parameter in learner.value_net.parameters()]
-    learned = learner.update(synthetic_batch(), 0, critic_only=True, exploring=True)
+    learned = learner.update(synthetic_batch(), 0, critic_only=True, min_log_std=-0.3)
     assert all(torch.equal(a, b) for a, b in zip(before, learner.policy.parameters(), strict=True))
     assert not any(torch.equal(a, b) for a, b in zip(values, learner.value_net.parameters(), strict=True))
     assert learned["kl"] == pytest.approx(0.0, abs=1e-6)
 
 
 def test_while_it_explores_the_larger_bound_keeps_the_deviation_up() -> None:
-    config = replace(CONFIG, learning_rate=0.5, target_kl=1e9, exploring_min_log_std=-0.31)
+    config = replace(CONFIG, learning_rate=0.5, target_kl=1e9)
     learner = PPOLearner(config, seed=1)
-    learner.update(synthetic_batch(), 0, exploring=True)
+    learner.update(synthetic_batch(), 0, min_log_std=-0.31)
     assert learner.policy.log_std_A.min() == np.float32(-0.31)
     learner.update(synthetic_batch(), 1)
     assert learner.policy.log_std_A.min() < -0.31
-    learner = PPOLearner(replace(config, min_log_std=-0.305), seed=1)
-    learner.update(synthetic_batch(), 0, exploring=True)
-    assert learner.policy.log_std_A.min() == np.float32(-0.305)
 
 
 def test_it_learns_a_one_step_problem() -> None:
@@ -232,9 +231,11 @@ def test_advantages_and_targets_are_the_published_ones() -> None:
 
 
 @pytest.mark.parametrize("max_grad_norm", [1e9, 0.02])
-def test_a_gradient_is_that_of_the_published_loss(max_grad_norm: float) -> None:
+def test_a_gradient_is_that_of_the_published_loss(max_grad_norm: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Away from the old policy; clipped surrogate, value loss, entropy bonus and penalty of means, by autograd."""
-    config = replace(CONFIG, clip_ratio=0.1, entropy_coef=0.05, mean_penalty=0.3, learning_rate=1e-9)
+    monkeypatch.setattr(ppo, "MEAN_PENALTY", 0.3)
+    whole = {"num_epochs": 1, "minibatch_size": CONFIG.num_envs * CONFIG.steps_per_env}
+    config = replace(CONFIG, clip_ratio=0.1, entropy_coef=0.05, learning_rate=1e-9, **whole)
     learner = PPOLearner(replace(config, max_grad_norm=max_grad_norm), seed=1)
     samples, _ = learner._prepare(synthetic_batch())
     generator = torch.Generator().manual_seed(2)
@@ -243,7 +244,8 @@ def test_a_gradient_is_that_of_the_published_loss(max_grad_norm: float) -> None:
         last.weight.add_(0.1 * torch.randn(last.weight.shape, generator=generator))
         last.bias.copy_(torch.tensor([1.3, -1.1, 0.2, 0.0]))
         log_std.add_(0.1 * torch.randn(4, generator=generator))
-    learned = learner._step(samples, critic_only=False)
+    monkeypatch.setattr(learner, "_prepare", lambda experience: (samples, 0.0))
+    learned = learner.update(synthetic_batch(), 0)
     found = [parameter.grad.clone() for parameter in learner.parameters()]
 
     mean = learner.policy.net(samples.obs_BO)

@@ -149,12 +149,12 @@ def test_without_termination_episodes_outlast_success(batch: Experience) -> None
 
 
 def test_exploring_starts_come_before_episodes_and_depend_on_nothing_else(batch: Experience) -> None:
-    rules = EpisodeRules(HORIZON, exploring=Exploration(share=0.5, longest=30))
+    rules = EpisodeRules(HORIZON, exploration=Exploration(start_share=0.5, max_steps=30))
     explored = draw(rules=rules)
     assert explored is not None
     begins = np.vstack([np.ones((1, 5), np.bool_), explored.ends[:-1]])
     hands = explored.obs[begins][:, :3]
-    own = batch.obs[0, 0, :3]  # where the environment itself begins
+    own = batch.obs[0, 0, :3]  # a reset
     is_own = np.linalg.norm(hands - own, axis=1) < 1e-3
     assert 0 < is_own.sum() < len(hands)
     assert 0 < explored.exploring_steps <= 30 * (~is_own).sum()
@@ -168,34 +168,34 @@ def test_exploring_starts_come_before_episodes_and_depend_on_nothing_else(batch:
     assert batch.exploring_steps == 0
 
 
-def test_excursions_cut_segments_and_count_towards_the_horizon() -> None:
-    rules = EpisodeRules(HORIZON, exploring=Exploration(rate=0.05, longest=12))
-    strayed = draw(rules=rules)
-    assert strayed is not None
-    num_excursions = 0
+def test_perturbations_cut_segments_and_count_towards_the_horizon() -> None:
+    rules = EpisodeRules(HORIZON, exploration=Exploration(step_rate=0.05, max_steps=12))
+    perturbed = draw(rules=rules)
+    assert perturbed is not None
+    num_perturbations = 0
     for slot in range(CONFIG.num_envs):
         own_steps = 0  # of an episode
         for t in range(CONFIG.steps_per_env - 1):
             own_steps += 1
             assert own_steps <= HORIZON
-            hand, next_hand = strayed.next_obs[t, slot, :3], strayed.obs[t + 1, slot, :3]
-            is_same = np.array_equal(strayed.next_obs[t, slot], strayed.obs[t + 1, slot])
-            assert is_same == (not strayed.ends[t, slot])
-            if np.linalg.norm(next_hand - strayed.obs[0, slot, :3]) < 1e-3:  # where the environment itself begins
+            hand, next_hand = perturbed.next_obs[t, slot, :3], perturbed.obs[t + 1, slot, :3]
+            is_same = np.array_equal(perturbed.next_obs[t, slot], perturbed.obs[t + 1, slot])
+            assert is_same == (not perturbed.ends[t, slot])
+            if np.linalg.norm(next_hand - perturbed.obs[0, slot, :3]) < 1e-3:  # a reset
                 own_steps = 0
             elif not is_same:
-                num_excursions += 1
+                num_perturbations += 1
                 assert 0 < np.linalg.norm(next_hand - hand) < 12 * 0.03
                 # The last 18 components are what was seen a step earlier: on the way, not before it.
-                assert not np.array_equal(strayed.obs[t + 1, slot, 18:36], strayed.next_obs[t, slot, 18:36])
-    assert num_excursions > 5
-    assert num_excursions <= strayed.exploring_steps <= 12 * num_excursions
+                assert not np.array_equal(perturbed.obs[t + 1, slot, 18:36], perturbed.next_obs[t, slot, 18:36])
+    assert num_perturbations > 5
+    assert num_perturbations <= perturbed.exploring_steps <= 12 * num_perturbations
     again = draw(num_workers=2, num_slots=7, rules=rules)
     assert again is not None
-    assert_equal(strayed, again)
+    assert_equal(perturbed, again)
     part = draw(num_slots=2, rules=rules, slots=range(3, 5))
     assert part is not None
-    assert np.array_equal(part.obs, strayed.obs[:, 3:])
+    assert np.array_equal(part.obs, perturbed.obs[:, 3:])
 
 
 @pytest.mark.parametrize("correlation", [0.0, 0.5, 0.9])
@@ -246,9 +246,9 @@ class Steps:
         self.active.append(active.copy())
 
 
-def test_exploring_starts_hold_any_action_for_up_to_the_longest_time_in_their_share_of_episodes() -> None:
+def test_exploring_starts_repeat_any_action_for_up_to_max_steps_in_their_share_of_episodes() -> None:
     envs, rngs = Steps(800), [np.random.default_rng(seed) for seed in range(800)]
-    num_steps = Exploration(share=0.25, longest=4).begin(envs, range(0, 800, 2), rngs)  # type: ignore[arg-type]
+    num_steps = Exploration(start_share=0.25, max_steps=4).start(envs, range(0, 800, 2), rngs)  # type: ignore[arg-type]
     lengths = np.sum(envs.active, axis=0)
     assert num_steps == lengths.sum()
     assert not lengths[1::2].any(), "those that begin no episode"
@@ -265,28 +265,28 @@ def test_exploring_starts_hold_any_action_for_up_to_the_longest_time_in_their_sh
     np.testing.assert_allclose(envs.actions[0][chosen].std(axis=0), 3**-0.5, atol=0.1)
 
 
-def test_excursions_come_at_their_rate_hold_the_fingers_and_never_outlast_what_is_left() -> None:
+def test_perturbations_come_at_their_rate_keep_the_grippers_command_and_never_outlast_the_episode() -> None:
     envs, rngs = Steps(1000), [np.random.default_rng(seed) for seed in range(900)]
-    left, efforts = np.arange(900) % 6, np.linspace(-1, 1, 900).astype(np.float32)
-    lengths = Exploration(rate=0.25, longest=4).perturb(envs, left, efforts, rngs)  # type: ignore[arg-type]
+    max_steps, gripper = np.arange(900) % 6, np.linspace(-1, 1, 900).astype(np.float32)
+    lengths = Exploration(step_rate=0.25, max_steps=4).perturb(envs, max_steps, gripper, rngs)  # type: ignore[arg-type]
     active = np.array(envs.active)
     assert np.array_equal(lengths, active.sum(axis=0)[:900])
     assert not active[:, 900:].any()
-    assert (lengths <= left).all(), "nor where none are left"
-    strayed = lengths > 0
-    assert strayed[left > 0].mean() == pytest.approx(0.25, abs=0.05)
-    counts = np.bincount(lengths[left >= 4], minlength=5)
+    assert (lengths <= max_steps).all(), "nor where none are left"
+    perturbed = lengths > 0
+    assert perturbed[max_steps > 0].mean() == pytest.approx(0.25, abs=0.05)
+    counts = np.bincount(lengths[max_steps >= 4], minlength=5)
     assert counts[1:].min() > 10
     assert len(counts) == 5
     assert all(np.array_equal(actions, envs.actions[0]) for actions in envs.actions)
-    executed = envs.actions[0][:900][strayed]
-    assert np.array_equal(executed[:, 3], efforts[strayed])
+    executed = envs.actions[0][:900][perturbed]
+    assert np.array_equal(executed[:, 3], gripper[perturbed])
     np.testing.assert_allclose(executed[:, :3].mean(axis=0), 0.0, atol=0.15)
     np.testing.assert_allclose(executed[:, :3].std(axis=0), 3**-0.5, atol=0.1)
 
 
 def test_exploring_starts_differ_between_iterations() -> None:
-    rules = EpisodeRules(HORIZON, exploring=Exploration(share=1.0, longest=30))
+    rules = EpisodeRules(HORIZON, exploration=Exploration(start_share=1.0, max_steps=30))
     first, second = (draw(rules=rules, iteration=iteration) for iteration in (0, 1))
     assert first is not None and second is not None
     assert (np.linalg.norm(first.obs[0, :, :3] - second.obs[0, :, :3], axis=1) > 1e-3).all()

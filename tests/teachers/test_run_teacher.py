@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 
 from cpd.comm import DivergedError
-from cpd.config import Config, PPOConfig, TeacherConfig
+from cpd.config import Config, ExplorationConfig, PPOConfig, TeacherConfig, WarmStartConfig
 from cpd.config.load import load, merge, read_toml, to_dict
 from cpd.run.attempt import begin_attempt
 from cpd.run.checkpoint import published
@@ -32,6 +32,7 @@ from cpd.run.progress import read_metrics, read_status
 from cpd.run.provenance import labels
 from cpd.run.shards.reader import read_rollouts
 from cpd.run.tables import EpisodeRow, EvaluationRow, read_rows
+from cpd.teachers import ppo
 from cpd.teachers import run_teacher as element_module
 from cpd.teachers import trainer as training_module
 from cpd.teachers.policy import load_policy
@@ -44,7 +45,6 @@ SMALL: dict[str, Any] = {
     "teacher": {
         "max_env_steps": 1_200,
         "validate_every": 2,
-        "validate_from": 0.0,
         "ppo": {"hidden_sizes": [16], "num_envs": 4, "steps_per_env": 50, "minibatch_size": 50, "num_epochs": 2},
     },
     "logging": {"teacher_checkpoint_every": 3},
@@ -72,6 +72,13 @@ def products(teacher: TeacherElement) -> dict[str, str]:
 def curve(teacher: TeacherElement) -> list[dict[str, Any]]:
     records = read_metrics(teacher.metrics)
     return [{k: v for k, v in record.items() if not k.endswith("seconds")} for record in records]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def validates_failing_policies() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training_module, "VALIDATE_FROM", 0.0)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -125,18 +132,19 @@ def test_the_products_of_a_teacher(undisturbed: TeacherElement) -> None:
 
 
 def test_exploring_starts_count_as_environment_steps(tmp_path: Path) -> None:
-    teacher = finish(new_run(tmp_path, **with_teacher(exploring_share=1.0, exploring_steps=20)))
+    teacher = finish(new_run(tmp_path, **with_teacher(exploration={"start_share": 1.0, "max_steps": 20})))
     counts = [record["env_steps"] for record in read_metrics(teacher.metrics)]
     added = np.diff([0, *counts])
     # Two episodes for each of four environments, unless some succeed; what is added to the iteration's 200 varies.
     assert all(steps >= 200 + 4 for steps in added)
     assert len(set(added.tolist())) > 1
     assert 1_200 - 200 - 8 * 20 < counts[-1] <= 1_200 + 8 * 20
-    with pytest.raises(ValueError, match=r"horizon \(490\) and exploring_steps \(20\) together exceed the 500"):
-        TeacherConfig(horizon=490, exploring_share=0.1, exploring_steps=20, ppo=PPOConfig(steps_per_env=500))
+    with pytest.raises(ValueError, match=r"horizon \(490\) and exploration\.max_steps \(20\) .* 500 steps"):
+        starts = ExplorationConfig(start_share=0.1, max_steps=20)
+        TeacherConfig(horizon=490, exploration=starts, ppo=PPOConfig(steps_per_env=500))
 
 
-EXPLORING = {"exploring_share": 1.0, "exploring_steps": 20, "exploring_until": 0.4}
+EXPLORATION = {"start_share": 1.0, "max_steps": 20, "stop_at_success": 0.4}
 
 
 @pytest.fixture
@@ -151,16 +159,20 @@ def succeeding(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training_module, "sample", sampled)
 
 
-def exploring_tables(**ppo: float) -> dict[str, Any]:
+def exploring_tables(min_log_std: float = -3.0, **ppo: float) -> dict[str, Any]:
     """Six iterations that explore until more than .4 of episodes succeed; the stopping rule ends them."""
     ends = {"max_env_steps": 3_000, "gate": 0.0, "stop_success": 0.0, "stop_passes": 3}
-    return with_teacher(**EXPLORING, **ends, ppo={**SMALL["teacher"]["ppo"], **ppo})
+    exploration = {**EXPLORATION, "min_log_std": min_log_std}
+    return with_teacher(**ends, exploration=exploration, ppo={**SMALL["teacher"]["ppo"], **ppo})
 
 
 @pytest.mark.usefixtures("succeeding")
-def test_exploring_ends_for_good_once_enough_episodes_succeed(tmp_path: Path) -> None:
-    bounds = {"exploring_min_log_std": -0.3, "max_log_std": -0.3}
-    records = read_metrics(finish(new_run(tmp_path, **exploring_tables(learning_rate=0.1, **bounds))).metrics)
+def test_exploration_stops_permanently_once_enough_episodes_succeed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ppo, "MAX_LOG_STD", -0.3)
+    run = new_run(tmp_path, **exploring_tables(learning_rate=0.1, min_log_std=-0.3))
+    records = read_metrics(finish(run).metrics)
     assert [record["exploring_steps"] > 0 for record in records] == [True] * 3 + [False] * 3
     assert [record["log_std"] for record in records[:3]] == pytest.approx([-0.3] * 3)
     assert all(record["log_std"] < -0.301 for record in records[3:])
@@ -213,7 +225,9 @@ import sys
 from pathlib import Path
 from cpd.run.interrupt import Interrupt
 from cpd.run.directory import Run
+from cpd.teachers import trainer
 from cpd.teachers.run_teacher import env_pool, run_teacher
+trainer.VALIDATE_FROM = 0.0
 run = Run(Path(sys.argv[1]))
 run_teacher(run, run.teachers()[0], env_pool(run.config, 1), interrupt=Interrupt(), log=print)
 """
@@ -283,8 +297,9 @@ def test_the_last_of_the_best_policies_is_selected(tmp_path: Path, monkeypatch: 
     assert load_policy(teacher.policy).normalizer.count == 4 * 200
 
 
-def test_hopeless_policies_are_validated_at_the_end_only(tmp_path: Path) -> None:
-    teacher = finish(new_run(tmp_path, **with_teacher(validate_from=1.0, horizon=5)))
+def test_hopeless_policies_are_validated_at_the_end_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training_module, "VALIDATE_FROM", 1.0)
+    teacher = finish(new_run(tmp_path, **with_teacher(horizon=5)))
     assert [r["validation_success"] for r in read_metrics(teacher.metrics)] == [None] * 5 + [0.0]
 
 
@@ -391,18 +406,20 @@ def test_a_lost_lease_publishes_nothing_more(tmp_path: Path, monkeypatch: pytest
 
 
 def test_settings_without_effect_are_pointed_out() -> None:
-    other = PPOConfig(gamma=0.5)
-    assert TeacherConfig(recipe="scripted", ppo=other).warnings() == [
-        "ppo has no effect: teacher.recipe is 'scripted'"
+    def paths(**settings: Any) -> list[str]:
+        return [line.split()[0] for line in TeacherConfig(**settings).warnings()]
+
+    # A recipe with scripted teachers may extend one that sets `ppo`.
+    assert paths(recipe="scripted", ppo=PPOConfig(gamma=0.5)) == []
+    assert paths(warm_start=WarmStartConfig(num_demonstrations=3)) == ["warm_start"]
+    idle = ExplorationConfig(max_steps=7, stop_at_success=0.5, min_log_std=-4.0)
+    assert paths(exploration=idle) == [
+        "exploration.max_steps",
+        "exploration.stop_at_success",
+        "exploration.min_log_std",
     ]
-    idle = TeacherConfig(exploring_steps=7, exploring_until=0.5, ppo=PPOConfig(exploring_min_log_std=-4.0))
-    assert idle.warnings() == [
-        "exploring_steps has no effect: exploring_share and exploring_rate are 0",
-        "exploring_until has no effect: nothing explores without exploring_share or exploring_rate",
-        "ppo.exploring_min_log_std has no effect: ppo.min_log_std (-3) is no less",
-    ]
-    assert TeacherConfig(exploring_rate=0.1, exploring_steps=7, exploring_until=0.5).warnings() == []
-    assert TeacherConfig(exploring_until=0.5, ppo=PPOConfig(exploring_min_log_std=-1.0)).warnings() == []
+    assert paths(exploration=ExplorationConfig(step_rate=0.1, max_steps=7, stop_at_success=0.5)) == []
+    assert paths(exploration=ExplorationConfig(stop_at_success=0.5, min_log_std=-1.0)) == []
 
 
 def test_ranks_that_cannot_share_a_teacher_are_refused() -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from cpd.config import Config, TeacherConfig, WarmStartConfig
+from cpd.config import Config, WarmStartConfig
 from cpd.config.load import ConfigError, load, merge, read_toml, to_dict
 from cpd.envs.goals import Goal, goal_set
 from cpd.envs.vector_env import VectorEnv, make_vector_env
@@ -22,6 +23,9 @@ from cpd.run.files import sha256, write_json
 from cpd.run.interrupt import Interrupt, InterruptedBySignal
 from cpd.run.progress import read_metrics, read_status
 from cpd.run.shards.reader import read_index
+from cpd.teachers import demonstrations as demonstrations_module
+from cpd.teachers import trainer
+from cpd.teachers import warm_start as warm_start_module
 from cpd.teachers.demonstrations import Demonstrator, Labelled, demonstration_noise
 from cpd.teachers.policy import GaussianPolicy, load_policy
 from cpd.teachers.run_teacher import env_pool, run_teacher
@@ -30,14 +34,8 @@ from tests.conftest import MINIATURE
 
 TASK = "drawer-close-v3"
 HORIZON = 130
-CONFIG = WarmStartConfig(
-    num_demonstrations=6,
-    steps_after_success=5,
-    num_dagger_rounds=1,
-    num_dagger_episodes=4,
-    num_cloning_steps=40,
-    steps_per_check=20,
-)
+NUM_DAGGER_EPISODES = 4
+CONFIG = WarmStartConfig(num_demonstrations=6, num_dagger_rounds=1)
 
 DEMO_RL: dict[str, Any] = {
     "stream": {"horizon": HORIZON},
@@ -46,28 +44,40 @@ DEMO_RL: dict[str, Any] = {
         "max_env_steps": 1_600,
         "horizon": HORIZON,
         "validate_every": 1,
-        "validate_from": 0.0,
         "stop_success": 1.0,
         "ppo": {"num_envs": 4, "steps_per_env": 130, "minibatch_size": 130, "num_epochs": 2},
-        "warm_start": {
-            "num_demonstrations": 8,
-            "num_dagger_rounds": 1,
-            "num_dagger_episodes": 4,
-            "num_cloning_steps": 400,
-            "steps_per_check": 200,
-            "critic_iterations": 1,
-            "rl_hidden_sizes": [32],
-        },
+        "warm_start": {"num_demonstrations": 8, "num_dagger_rounds": 1},
     },
 }
+DEMO_RL["teacher"]["ppo"] |= {"hidden_sizes": [32], "init_log_std": -2.0, "learning_rate": 2e-4, "target_kl": 0.02}
 
 
-def demonstrator(envs: VectorEnv, config: WarmStartConfig = CONFIG) -> Demonstrator:
-    return Demonstrator(TASK, goal_set(TASK, "training", 10), envs, config, HORIZON, 1, Interrupt())
+@pytest.fixture(scope="module", autouse=True)
+def short_training() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(demonstrations_module, "NUM_DAGGER_EPISODES", NUM_DAGGER_EPISODES)
+        patch.setattr(warm_start_module, "NUM_CLONING_STEPS", 400)
+        patch.setattr(trainer, "CRITIC_ITERATIONS", 1)
+        patch.setattr(trainer, "VALIDATE_FROM", 0.0)
+        yield
+
+
+@contextlib.contextmanager
+def shorter_still() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(demonstrations_module, "STEPS_AFTER_SUCCESS", 5)
+        patch.setattr(warm_start_module, "NUM_CLONING_STEPS", 40)
+        patch.setattr(warm_start_module, "STEPS_PER_CHECK", 20)
+        yield
+
+
+def demonstrator(envs: VectorEnv) -> Demonstrator:
+    goals = goal_set(TASK, "training", 10)
+    return Demonstrator(TASK, goals, envs, CONFIG.num_demonstrations, HORIZON, 1, Interrupt())
 
 
 def gathered(num_workers: int, clone: GaussianPolicy | None = None) -> Labelled:
-    with make_vector_env([TASK] * 25, num_workers) as envs:
+    with shorter_still(), make_vector_env([TASK] * 25, num_workers) as envs:
         return demonstrator(envs).gather(int(clone is not None), clone)
 
 
@@ -95,24 +105,24 @@ def test_in_dagger_rounds_the_clone_acts(demonstrations: Labelled) -> None:
     rounds = [gathered(1, fresh_policy()) for _ in range(2)]
     assert np.array_equal(rounds[0].obs_BO, rounds[1].obs_BO)
     # A fresh policy hardly moves and does not succeed, unlike the expert, whose labels say what to do.
-    assert len(rounds[0].obs_BO) == CONFIG.num_dagger_episodes * HORIZON
+    assert len(rounds[0].obs_BO) == NUM_DAGGER_EPISODES * HORIZON
     hands = rounds[0].obs_BO[:, :3].std(axis=0), demonstrations.obs_BO[:, :3].std(axis=0)
     assert hands[0].max() < hands[1].max()
     assert np.abs(rounds[0].labels_BA).mean() > 0.1
 
 
 def test_noise_is_light_in_a_quarter_of_episodes_and_comes_in_bursts_in_the_others() -> None:
-    share_quiet = [float((demonstration_noise(n, 200, CONFIG, 1) == 0).all(axis=1).mean()) for n in range(40)]
+    share_quiet = [float((demonstration_noise(n, 200, 1) == 0).all(axis=1).mean()) for n in range(40)]
     assert sum(share == 0.0 for share in share_quiet) == 10
     assert all(share > 0.5 for share in share_quiet if share)
-    assert np.array_equal(demonstration_noise(3, 200, CONFIG, 1), demonstration_noise(3, 200, CONFIG, 1))
-    assert not np.array_equal(demonstration_noise(3, 200, CONFIG, 1), demonstration_noise(3, 200, CONFIG, 2))
+    assert np.array_equal(demonstration_noise(3, 200, 1), demonstration_noise(3, 200, 1))
+    assert not np.array_equal(demonstration_noise(3, 200, 1), demonstration_noise(3, 200, 2))
 
 
 def test_cloning_lowers_the_loss_and_goes_back_exactly(demonstrations: Labelled) -> None:
     policy = fresh_policy()
     policy.normalizer.update(torch.from_numpy(demonstrations.obs_BO))
-    cloner = Cloner(policy, CONFIG, seed=1)
+    cloner = Cloner(policy, seed=1)
     first = cloner.run(demonstrations, 20)
     state = cloner.state()
     second = cloner.run(demonstrations, 100)
@@ -127,8 +137,8 @@ def test_cloning_lowers_the_loss_and_goes_back_exactly(demonstrations: Labelled)
 
 def started(validate: Callable[[], float], config: WarmStartConfig = CONFIG) -> tuple[WarmStart, GaussianPolicy]:
     policy = fresh_policy()
-    with make_vector_env([TASK] * 25, 1) as envs:
-        return warm_start(policy, demonstrator(envs, config), validate), policy
+    with shorter_still(), make_vector_env([TASK] * 25, 1) as envs:
+        return warm_start(policy, demonstrator(envs), config, validate), policy
 
 
 def test_an_increment_beyond_the_cap_is_taken_back_and_halved() -> None:
@@ -174,7 +184,7 @@ def test_an_increment_stays_as_small_as_the_cap_has_made_it() -> None:
 def test_the_statistics_are_those_of_the_demonstrations_whatever_follows(demonstrations: Labelled) -> None:
     done, policy = started(lambda: 0.3)
     count, obs = len(demonstrations.obs_BO), demonstrations.obs_BO.astype(np.float64)
-    assert done.demonstration_env_steps == count + CONFIG.num_dagger_episodes * HORIZON
+    assert done.demonstration_env_steps == count + NUM_DAGGER_EPISODES * HORIZON
     assert policy.normalizer.count == count
     np.testing.assert_allclose(policy.normalizer.mean.numpy(), obs.mean(axis=0), rtol=1e-9, atol=1e-12)
     np.testing.assert_allclose(policy.normalizer.std.numpy(), obs.std(axis=0).clip(1e-3), rtol=1e-6)
@@ -229,8 +239,9 @@ def test_rl_leaves_the_statistics_with_which_the_policy_was_cloned(undisturbed: 
     config = Run(undisturbed.path.parents[2]).config.teacher
     goals = goal_set(undisturbed.task, "training", config.num_training_goals)
     with make_vector_env([undisturbed.task] * 25, 1) as envs:
+        num_episodes = config.warm_start.num_demonstrations
         found = Demonstrator(
-            undisturbed.task, goals, envs, config.warm_start, HORIZON, undisturbed.seed, Interrupt()
+            undisturbed.task, goals, envs, num_episodes, HORIZON, undisturbed.seed, Interrupt()
         ).gather(0)
     normalizer = load_policy(undisturbed.policy).normalizer
     assert normalizer.count == len(found.obs_BO)
@@ -295,9 +306,3 @@ def test_the_cap_and_the_budget_cannot_be_set_so_that_rl_does_nothing(tmp_path: 
         new_run(tmp_path, teacher={"warm_start": {"success_cap": 0.2}})
     with pytest.raises(ConfigError, match="before the first policy gradient"):
         new_run(tmp_path, teacher={"max_env_steps": 600})
-
-
-def test_demo_rl_has_settings_of_its_own() -> None:
-    learner = TeacherConfig(recipe="demo_rl").learner_settings
-    assert (learner.hidden_sizes, learner.learning_rate, learner.target_kl) == ((256, 256), 2e-4, 0.02)
-    assert TeacherConfig().learner_settings == TeacherConfig().ppo
