@@ -4,13 +4,13 @@
     python -m tests.bench.bench_learners [--tasks drawer-close-v3 ...] [--cap 300] [--json PATH]
 
 stable-baselines3's PPO and SAC run as a user would run them: `MlpPolicy` with its default settings on
-`gym.make("Meta-World/MT1")`. Our PPO runs with the defaults of `cpd.config`, on the accelerated environment. All learn
-in one process with one thread. Every learner is evaluated in the same way: deterministic actions, our fifty validation
-goals, success at any of 500 steps, after every `--every` seconds of training. Evaluations do not count as training
-time, and end as soon as more than two of the fifty goals have failed.
+`gym.make("Meta-World/MT1")`. Our PPO runs with the defaults of `cpd.config`, on the accelerated environment. All
+learn in one process with one thread. Every learner is evaluated in the same way: deterministic actions, our fifty
+validation goals, success at any of 500 steps, after every `--every` seconds of training. Evaluations do not count
+as training time, and end as soon as more than two of the fifty goals have failed.
 
-The seconds are processor time of training, which other load changes little; the table also shows elapsed time. Ratios
-compare across machines, absolute figures do not.
+The seconds are processor time of training, which other load changes little; the table also shows elapsed time.
+Ratios compare across machines, absolute figures do not.
 """
 
 from __future__ import annotations

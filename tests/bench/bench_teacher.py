@@ -3,8 +3,8 @@
     python -m tests.bench.bench_teacher [--task window-close-v3] [--workers 1 2] [--iterations 4] [--json PATH]
 
 Iterations have the default settings. Everything runs in one process with one thread of tensor arithmetic (and the
-workers of the environments). Numbers of workers alternate, and the fastest of several repeats counts. Ratios compare
-across machines, absolute figures do not.
+workers of the environments). Numbers of workers alternate, and the fastest of several repeats counts. Ratios
+compare across machines, absolute figures do not.
 """
 
 from __future__ import annotations
