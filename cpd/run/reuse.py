@@ -26,7 +26,7 @@ from cpd.run.directory import Element, Run, TeacherElement, published_policy, te
 from cpd.run.files import atomic_write, copy, read_json, sha256, write_json
 from cpd.run.progress import State, StatusRecord
 from cpd.run.provenance import labels
-from cpd.run.shards.schema import INDEX_NAME, ShardIndex
+from cpd.run.shards.schema import INDEX_NAME, read_index
 
 #: Settings that determine a teacher, except those in `LATER`, which do not change a trained policy.
 MAKING = ("stream.", "teacher.")
@@ -92,9 +92,7 @@ def find_reusable(run: Run, folder: Path) -> list[Reuse]:
         )
     try:
         reuses = [_reuse_of(teacher, folder, changed, run.config) for teacher in untouched]
-    except ReuseError:
-        raise
-    except ValueError as error:  # an index or a description that cannot be read
+    except ValueError as error:  # also an index or a description that cannot be read
         raise ReuseError(str(error)) from None
     if all(item.policy is None for item in reuses) and len(untouched) == len(run.teachers()):
         names = ", ".join(f"{t.task} seed {t.seed}" for t in untouched)
@@ -191,10 +189,9 @@ def _depends_on_budget(policy: Path, changed: Sequence[str], ours: Config) -> bo
 
 
 def _check_shards(source: TeacherElement) -> None:
-    path = source.shards / INDEX_NAME
-    index = ShardIndex.from_dict(read_json(path), path)
+    index = read_index(source.shards)
     if index.attributes.policy_sha256 != sha256(source.policy):
-        raise ReuseError(f"{path}: these rollouts were not collected by {source.policy}")
+        raise ReuseError(f"{source.shards}: these rollouts were not collected by {source.policy}")
     for entry in index.shards:
         file = source.shards / entry.file
         if not file.is_file() or sha256(file) != entry.sha256:
@@ -206,11 +203,11 @@ def _copy_files(item: Reuse, policy: Path, name: str) -> dict[str, Any]:
     teacher, source = item.teacher, item.source
     record: dict[str, Any] = {"from": name, "policy_sha256": sha256(policy)}
     if source and item.rollouts:
-        path = source.shards / INDEX_NAME
-        for entry in ShardIndex.from_dict(read_json(path), path).shards:
+        index_path = source.shards / INDEX_NAME
+        for entry in read_index(source.shards).shards:
             _link(source.shards / entry.file, teacher.shards / entry.file)
-        copy(path, teacher.shards / INDEX_NAME)
-        record["rollouts_sha256"] = sha256(path)
+        copy(index_path, teacher.shards / INDEX_NAME)  # last: only what it lists counts
+        record["rollouts_sha256"] = sha256(index_path)
     if source and item.evaluation:
         copy(source.episodes, teacher.episodes)
         copy(source.evaluation, teacher.evaluation)

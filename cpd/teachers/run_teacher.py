@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -19,9 +19,8 @@ from cpd.run.directory import Run, TeacherElement
 from cpd.run.files import read_json, sha256, sweep_temporaries, write_text
 from cpd.run.interrupt import Interrupt, InterruptedBySignal
 from cpd.run.provenance import labels
-from cpd.run.shards.reader import read_index
-from cpd.run.shards.schema import INDEX_NAME, ShardAttributes, ShardError
-from cpd.run.shards.writer import ShardWriter, clear_shards
+from cpd.run.shards.schema import INDEX_NAME, Episode, ShardAttributes, ShardError, read_index
+from cpd.run.shards.writer import clear_shards, write_shards
 from cpd.run.tables import write_rows
 from cpd.teachers.collect import collect
 from cpd.teachers.demonstrations import ScriptedPolicy, load_scripted, save_scripted
@@ -217,10 +216,14 @@ class _Phases:
             element.seed,
             self.interrupt,
         )
-        done = 0
         self.attempt.begin("rollouts", config.rollouts.num_steps)
-        with ShardWriter(element.shards, attributes, config.rollouts.shard_steps, self.attempt.check) as writer:
+
+        def counted() -> Iterator[Episode]:
+            done = 0
             for episode in episodes:
-                writer.append(episode)
+                yield episode
                 done += len(episode)
                 self.attempt.advance(done)
+
+        shard_steps = config.rollouts.shard_steps
+        write_shards(element.shards, attributes, counted(), shard_steps, self.attempt.check)

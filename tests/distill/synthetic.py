@@ -12,7 +12,7 @@ from cpd.distill.trainer import StudentTrainer
 from cpd.run.directory import Run, StudentElement
 from cpd.run.provenance import labels
 from cpd.run.shards.schema import Episode, ShardAttributes
-from cpd.run.shards.writer import ShardWriter
+from cpd.run.shards.writer import write_shards
 from cpd.seeding import generator
 from cpd.student.observations import observation_scaling
 
@@ -70,22 +70,23 @@ def write_teachers(run: Run, element: StudentElement, num_episodes: int = 12, le
             horizon=label.horizon,
             steps_after_success=0,
         )
-        with ShardWriter(teacher.shards, attributes, shard_steps=200) as writer:
-            for number in range(num_episodes):
-                steps = length - (number % 4)
-                obs, mean = episode(index, number, steps)
-                writer.append(
-                    Episode(
-                        observations=obs,
-                        actions=mean,
-                        teacher_mean=mean,
-                        teacher_raw_mean=mean,
-                        teacher_log_std=np.full((steps, 4), -2.0, np.float32),
-                        rewards=np.zeros(steps),
-                        successes=np.zeros(steps, bool),
-                        noise_scale=np.zeros(steps, np.float32),
-                        goal_index=number,
-                        seed=number,
-                    )
+        episodes = []
+        for number in range(num_episodes):
+            steps = length - (number % 4)
+            obs, mean = episode(index, number, steps)
+            episodes.append(
+                Episode(
+                    observations=obs,
+                    actions=mean,
+                    teacher_mean=mean,
+                    teacher_raw_mean=mean,
+                    teacher_log_std=np.full((steps, 4), -2.0, np.float32),
+                    rewards=np.zeros(steps),
+                    successes=np.zeros(steps, bool),
+                    noise_scale=np.zeros(steps, np.float32),
+                    goal_index=number,
+                    seed=number,
                 )
+            )
+        write_shards(teacher.shards, attributes, episodes, shard_steps=200)
         teacher.complete.touch()

@@ -19,7 +19,7 @@ from cpd.distill.batches import BatchSource
 from cpd.distill.memory.segments import Segments
 from cpd.distill.stage_data import StageData
 from cpd.run.shards.reader import Rollouts, read_rollouts
-from cpd.run.shards.writer import ShardWriter
+from cpd.run.shards.writer import write_shards
 from tests.distill.synthetic import stage_data
 from tests.run.test_shards import ATTRIBUTES, LABELS, make_episode
 
@@ -173,12 +173,11 @@ class TestRehearsalMixtures:
 
 def taught(folder: Path, outcomes: Sequence[bool]) -> Rollouts:
     """Rollouts of episodes of 3, 4, 5 ... steps that succeeded or not."""
-    with ShardWriter(folder, ATTRIBUTES, 6) as writer:
-        for number, success in enumerate(outcomes):
-            episode = make_episode(3 + number, number)
-            episode.successes[:] = False
-            episode.successes[-1] = success
-            writer.append(episode)
+    episodes = [make_episode(3 + number, number) for number in range(len(outcomes))]
+    for episode, success in zip(episodes, outcomes, strict=True):
+        episode.successes[:] = False
+        episode.successes[-1] = success
+    write_shards(folder, ATTRIBUTES, episodes, 6)
     return read_rollouts(folder, task=ATTRIBUTES.task, labels=LABELS)
 
 

@@ -14,7 +14,7 @@ from analysis.paper_tables import start_table
 from cpd.evaluation.gather import gather
 from cpd.evaluation.look_alikes import FirstObservations, nearest_tasks, start_rows
 from cpd.run.directory import Run
-from cpd.run.shards.writer import ShardWriter
+from cpd.run.shards.writer import write_shards
 from cpd.run.tables import StartRow, read_rows
 from tests.run.test_shards import ATTRIBUTES, make_episode
 from tests.synthetic_run import write_run
@@ -53,12 +53,11 @@ def test_a_task_alone_on_its_only_goal_cannot_be_compared() -> None:
 def run(tmp_path: Path) -> Run:
     run = write_run(tmp_path / "run", stream=STREAM, students={1: RATES}, teachers=dict.fromkeys(STREAM, 1.0))
     for teacher in run.teachers():
-        with ShardWriter(teacher.shards, replace(ATTRIBUTES, task=teacher.task), 5) as writer:
-            for number, height in enumerate(HEIGHTS[teacher.task]):
-                episode = replace(make_episode(4, number), goal_index=number)
-                episode.observations[0] = 0.0
-                episode.observations[0, 6] = height
-                writer.append(episode)
+        episodes = [replace(make_episode(4, n), goal_index=n) for n in range(len(HEIGHTS[teacher.task]))]
+        for episode, height in zip(episodes, HEIGHTS[teacher.task], strict=True):
+            episode.observations[0] = 0.0
+            episode.observations[0, 6] = height
+        write_shards(teacher.shards, replace(ATTRIBUTES, task=teacher.task), episodes, 5)
     return run
 
 

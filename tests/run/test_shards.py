@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -18,15 +19,12 @@ from hypothesis import strategies as st
 
 from cpd.envs.tasks import ACTION_SIZE, OBSERVATION_SIZE
 from cpd.run.files import sha256, write_json
+from cpd.run.interrupt import InterruptedBySignal
+from cpd.run.lease import LeaseLostError
 from cpd.run.provenance import Labels
-from cpd.run.shards.reader import read_index, read_rollouts
-from cpd.run.shards.schema import (
-    INDEX_NAME,
-    Episode,
-    ShardAttributes,
-    ShardError,
-)
-from cpd.run.shards.writer import ShardWriter, clear_shards
+from cpd.run.shards.reader import read_rollouts
+from cpd.run.shards.schema import INDEX_NAME, Episode, ShardAttributes, ShardError, read_index
+from cpd.run.shards.writer import clear_shards, write_shards
 
 ATTRIBUTES = ShardAttributes(
     task="push-v3",
@@ -64,15 +62,22 @@ def make_episode(num_steps: int, number: int) -> Episode:
 
 def write(folder: Path, lengths: list[int], shard_steps: int = 1000, **labels: object) -> list[Episode]:
     episodes = [make_episode(length, number) for number, length in enumerate(lengths)]
-    with ShardWriter(folder, replace(ATTRIBUTES, **labels), shard_steps) as writer:
-        for episode in episodes:
-            writer.append(episode)
+    write_shards(folder, replace(ATTRIBUTES, **labels), episodes, shard_steps)
     return episodes
 
 
 def read(folder: Path, **wanted: object):
     arguments = {"task": "push-v3", "labels": LABELS, "policy_sha256": "ab" * 32} | wanted
     return read_rollouts(folder, **arguments)
+
+
+def read_datasets(folder: Path) -> dict[str, np.ndarray]:
+    """Every field but the offsets, over all shards."""
+    shards: list[dict[str, np.ndarray]] = []
+    for path in sorted(folder.glob("*.h5")):
+        with h5py.File(path) as file:
+            shards.append({name: file[name][:] for name in file if name != "offsets"})
+    return {name: np.concatenate([shard[name] for shard in shards]) for name in shards[0]}
 
 
 @settings(max_examples=25, deadline=None)
@@ -83,22 +88,23 @@ def test_round_trip(tmp_path_factory: pytest.TempPathFactory, lengths: list[int]
     rollouts = read(folder)
 
     assert rollouts.num_steps == sum(lengths)
-    assert rollouts.num_episodes == len(lengths)
     assert rollouts.offsets.tolist() == np.cumsum([0, *lengths]).tolist()
-    for name in ("actions", "teacher_mean", "teacher_raw_mean", "teacher_log_std", "noise_scale", "successes"):
+    for name in ("teacher_mean", "teacher_log_std"):
         expected = np.concatenate([getattr(episode, name) for episode in episodes])
         assert np.array_equal(getattr(rollouts, name), expected), name
     for e, episode in enumerate(episodes):
-        part = slice(rollouts.offsets[e], rollouts.offsets[e + 1])
-        assert np.array_equal(rollouts.observations[part], episode.observations[:-1])
-        assert np.array_equal(rollouts.final_observations[e], episode.observations[-1])
-        assert np.array_equal(rollouts.rewards[part], episode.rewards.astype(np.float32))
-        assert rollouts.goal_index[e] == episode.goal_index
-        assert rollouts.seed[e] == episode.seed
-        assert rollouts.episode_return[e] == episode.episode_return
+        steps = slice(rollouts.offsets[e], rollouts.offsets[e + 1])
+        assert np.array_equal(rollouts.observations[steps], episode.observations[:-1])
         assert rollouts.episode_success[e] == episode.successes.any()
-    assert rollouts.successes.dtype == rollouts.episode_success.dtype == np.bool_
+    assert rollouts.episode_success.dtype == np.bool_
     assert rollouts.observations.dtype == np.float32
+    stored = read_datasets(folder)
+    for name in ("actions", "teacher_raw_mean", "noise_scale", "successes", "observations"):
+        expected = np.concatenate([getattr(episode, name) for episode in episodes])
+        assert np.array_equal(stored[name], expected), name
+    assert np.array_equal(stored["rewards"], np.concatenate([e.rewards for e in episodes]).astype(np.float32))
+    for name in ("goal_index", "seed", "episode_return", "episode_success"):
+        assert stored[name].tolist() == [getattr(episode, name) for episode in episodes], name
     # A shard closes once it is full, and only the last one may stay short.
     counts = [entry.num_steps for entry in read_index(folder).shards]
     assert all(count >= shard_steps for count in counts[:-1])
@@ -114,8 +120,8 @@ def test_labels_stand_in_every_shard_and_in_the_rollouts(tmp_path: Path) -> None
             }
             assert stored == asdict(replace(ATTRIBUTES, std_source="assumed"))
             assert all(file[name].chunks is None and file[name].compression is None for name in file)
-    rollouts = read(tmp_path)
-    assert (rollouts.task, rollouts.recipe, rollouts.std_source) == ("push-v3", "rl", "assumed")
+    assert read(tmp_path).task == "push-v3"
+    assert read_index(tmp_path).attributes == replace(ATTRIBUTES, std_source="assumed")
 
 
 def test_same_data_gives_same_bytes_in_another_process(tmp_path: Path) -> None:
@@ -134,11 +140,14 @@ write(Path({str(tmp_path / "b")!r}), [7, 9, 20], shard_steps=16)
 
 
 def test_a_writer_that_fails_publishes_no_index(tmp_path: Path) -> None:
+    def interrupted() -> Iterator[Episode]:
+        yield make_episode(10, 0)
+        raise InterruptedBySignal
+
     write(tmp_path, [10, 10])
-    with pytest.raises(RuntimeError, match="interrupted"), ShardWriter(tmp_path, ATTRIBUTES, 5) as writer:
-        writer.append(make_episode(10, 0))
-        raise RuntimeError("interrupted")
-    with pytest.raises(ShardError, match=r"has no index\.json"):
+    with pytest.raises(InterruptedBySignal):
+        write_shards(tmp_path, ATTRIBUTES, interrupted(), 5)
+    with pytest.raises(ShardError, match=r"index\.json"):
         read(tmp_path)
     write(tmp_path, [4])  # and the next attempt starts clean
     assert read(tmp_path).num_steps == 4
@@ -150,11 +159,10 @@ def test_publication_is_refused_once_the_lease_is_lost(tmp_path: Path) -> None:
     def check() -> None:
         calls.append(len(calls))
         if len(calls) > 2:
-            raise RuntimeError("taken over")
+            raise LeaseLostError
 
-    with pytest.raises(RuntimeError, match="taken over"), ShardWriter(tmp_path, ATTRIBUTES, 5, check) as writer:
-        writer.append(make_episode(6, 0))
-        writer.append(make_episode(6, 1))
+    with pytest.raises(LeaseLostError):
+        write_shards(tmp_path, ATTRIBUTES, [make_episode(6, 0), make_episode(6, 1)], 5, check)
     assert [path.name for path in tmp_path.iterdir()] == ["shard-00000.h5"]
 
 
@@ -162,13 +170,16 @@ KILLED_WRITER = """
 import sys; sys.path.insert(0, {here!r})
 from pathlib import Path
 from test_shards import ATTRIBUTES, make_episode
-from cpd.run.shards.writer import ShardWriter
+from cpd.run.shards.writer import write_shards
 episodes = [make_episode(400, n) for n in range(8)]
+
+def reported():
+    for episode in episodes:
+        yield episode
+        print("x", flush=True)
+
 while True:
-    with ShardWriter(Path({folder!r}), ATTRIBUTES, 800) as writer:
-        for episode in episodes:
-            writer.append(episode)
-            print("x", flush=True)
+    write_shards(Path({folder!r}), ATTRIBUTES, reported(), 800)
 """
 
 
@@ -203,7 +214,7 @@ def test_any_flipped_byte_is_noticed(tmp_path_factory: pytest.TempPathFactory, d
     position = data.draw(st.integers(0, len(content) - 1))
     content[position] ^= data.draw(st.integers(1, 255))
     path.write_bytes(content)
-    with pytest.raises(ShardError, match=r"shard-00000\.h5 is (damaged|foreign).*remove"):
+    with pytest.raises(ShardError, match=r"shard-00000\.h5"):
         read(folder)
 
 
@@ -212,19 +223,19 @@ def test_truncated_shard(tmp_path: Path, keep: int) -> None:
     write(tmp_path, [10, 10])
     path = tmp_path / "shard-00000.h5"
     path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(ShardError, match=r"shard-00000\.h5 is truncated: \d+ bytes instead of"):
+    with pytest.raises(ShardError, match=r"shard-00000\.h5 .* \d+ bytes"):
         read(tmp_path)
 
 
 def test_missing_shard(tmp_path: Path) -> None:
     write(tmp_path, [10, 10], shard_steps=10)
     (tmp_path / "shard-00001.h5").unlink()
-    with pytest.raises(ShardError, match=r"shard-00001\.h5 is missing.*remove"):
+    with pytest.raises(ShardError, match=r"shard-00001\.h5"):
         read(tmp_path)
 
 
 def test_missing_folder_or_index(tmp_path: Path) -> None:
-    with pytest.raises(ShardError, match=r"has no index\.json.*launch"):
+    with pytest.raises(ShardError, match=r"nowhere.*index\.json"):
         read(tmp_path / "nowhere")
 
 
@@ -232,13 +243,13 @@ def test_shards_swapped_between_tasks(tmp_path: Path) -> None:
     write(tmp_path / "push", [10, 10])
     write(tmp_path / "reach", [10, 10], task="reach-v3")
     (tmp_path / "reach" / "shard-00000.h5").replace(tmp_path / "push" / "shard-00000.h5")
-    with pytest.raises(ShardError, match=r"foreign: its task is 'reach-v3', but index\.json says 'push-v3'"):
+    with pytest.raises(ShardError, match=r"shard-00000\.h5 .*task.*'reach-v3'.*'push-v3'"):
         read(tmp_path / "push")
 
 
 def test_folders_swapped_between_tasks(tmp_path: Path) -> None:
     write(tmp_path, [10, 10], task="reach-v3")
-    with pytest.raises(ShardError, match="foreign: task is 'reach-v3', but 'push-v3' is wanted"):
+    with pytest.raises(ShardError, match=r"index\.json.*task.*'reach-v3'.*'push-v3'"):
         read(tmp_path)
 
 
@@ -247,7 +258,7 @@ def test_shard_of_another_task_with_a_forged_index(tmp_path: Path) -> None:
     index = json.loads((tmp_path / INDEX_NAME).read_text())
     index["attributes"]["task"] = "push-v3"
     write_json(tmp_path / INDEX_NAME, index)
-    with pytest.raises(ShardError, match="foreign: its task is 'reach-v3'"):
+    with pytest.raises(ShardError, match=r"shard-00000\.h5 .*task.*'reach-v3'"):
         read(tmp_path)
 
 
@@ -255,7 +266,7 @@ def test_not_hdf5(tmp_path: Path) -> None:
     write(tmp_path, [10, 10])
     path = tmp_path / "shard-00000.h5"
     path.write_bytes(b"x" * path.stat().st_size)
-    with pytest.raises(ShardError, match="damaged: not a readable HDF5 file"):
+    with pytest.raises(ShardError, match=r"shard-00000\.h5 .*HDF5"):
         read(tmp_path)
 
 
@@ -269,29 +280,30 @@ def test_hdf5_with_other_fields(tmp_path: Path) -> None:
     index = json.loads((tmp_path / INDEX_NAME).read_text())
     index["shards"][0]["sha256"] = sha256(path)
     write_json(tmp_path / INDEX_NAME, index)
-    with pytest.raises(ShardError, match=r"foreign: teacher_mean is float64 \(20, 4\)"):
+    with pytest.raises(ShardError, match=r"teacher_mean.*float64 \(20, 4\)"):
         read(tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("labels", "cause"),
+    "labels",
     [
-        ({"teacher_recipe": "scripted"}, "teacher_recipe is 'rl', but 'scripted' is wanted"),
-        ({"horizon": 200}, "horizon is 500, but 200 is wanted"),
-        ({"reward_version": "v1"}, "reward_version is 'v2', but 'v1' is wanted"),
-        ({"metaworld": "3.0.0"}, "metaworld is '3.1.1', but '3.0.0' is wanted"),
-        ({"mujoco": "3.4.0"}, "mujoco is '3.3.0', but '3.4.0' is wanted"),
+        {"teacher_recipe": "scripted"},
+        {"horizon": 200},
+        {"reward_version": "v1"},
+        {"metaworld": "3.0.0"},
+        {"mujoco": "3.4.0"},
     ],
 )
-def test_foreign_labels(tmp_path: Path, labels: dict[str, object], cause: str) -> None:
+def test_foreign_labels(tmp_path: Path, labels: dict[str, object]) -> None:
     write(tmp_path, [10, 10])
-    with pytest.raises(ShardError, match=f"foreign: {cause}.*remove"):
+    ((name, wanted),) = labels.items()
+    with pytest.raises(ShardError, match=f"{name}.*{getattr(ATTRIBUTES, name)!r}.*{wanted!r}"):
         read(tmp_path, labels=replace(LABELS, **labels))
 
 
 def test_rollouts_of_an_older_policy(tmp_path: Path) -> None:
     write(tmp_path, [10, 10])
-    with pytest.raises(ShardError, match=r"stale: they were collected by policy abababababab.*now cdcdcdcdcdcd"):
+    with pytest.raises(ShardError, match=r"abababababab.*cdcdcdcdcdcd"):
         read(tmp_path, policy_sha256="cd" * 32)
     assert read(tmp_path, policy_sha256=None).num_steps == 20
 
@@ -299,7 +311,7 @@ def test_rollouts_of_an_older_policy(tmp_path: Path) -> None:
 def test_shard_that_the_index_does_not_list(tmp_path: Path) -> None:
     write(tmp_path, [10, 10])
     (tmp_path / "shard-00001.h5").write_bytes((tmp_path / "shard-00000.h5").read_bytes())
-    with pytest.raises(ShardError, match=r"shard-00001\.h5 is stale.*remove"):
+    with pytest.raises(ShardError, match=r"shard-00001\.h5"):
         read(tmp_path)
 
 
@@ -307,7 +319,7 @@ def test_shard_that_the_index_does_not_list(tmp_path: Path) -> None:
 def test_damaged_index(tmp_path: Path, text: str) -> None:
     write(tmp_path, [10, 10])
     (tmp_path / INDEX_NAME).write_text(text)
-    with pytest.raises(ShardError, match=r"index\.json.*launch"):
+    with pytest.raises(ShardError, match=r"index\.json"):
         read(tmp_path)
 
 
@@ -316,13 +328,13 @@ def test_index_with_wrong_totals(tmp_path: Path) -> None:
     index = json.loads((tmp_path / INDEX_NAME).read_text())
     index["num_steps"] += 1
     write_json(tmp_path / INDEX_NAME, index)
-    with pytest.raises(ShardError, match="damaged: its totals"):
+    with pytest.raises(ShardError, match=r"index\.json.*\(21, 2\)"):
         read(tmp_path)
 
 
 def test_other_schema_version(tmp_path: Path) -> None:
     write(tmp_path, [10, 10], schema_version=2)
-    with pytest.raises(ShardError, match="schema version 2, but this code reads version 1"):
+    with pytest.raises(ShardError, match=r"index\.json.*version 2.*version 1"):
         read(tmp_path)
 
 

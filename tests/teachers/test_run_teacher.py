@@ -31,6 +31,7 @@ from cpd.run.lease import Lease, LeaseHeldError, LeaseLostError
 from cpd.run.progress import read_metrics, read_status
 from cpd.run.provenance import labels
 from cpd.run.shards.reader import read_rollouts
+from cpd.run.shards.schema import read_index
 from cpd.run.tables import EpisodeRow, EvaluationRow, read_rows
 from cpd.teachers import ppo
 from cpd.teachers import run_teacher as element_module
@@ -118,7 +119,8 @@ def test_the_products_of_a_teacher(undisturbed: TeacherElement) -> None:
         policy_sha256=sha256(undisturbed.policy),
     )
     assert rollouts.num_steps == config.rollouts.num_steps
-    assert (rollouts.recipe, rollouts.std_source) == ("rl", "policy")
+    attributes = read_index(undisturbed.shards).attributes
+    assert (attributes.teacher_recipe, attributes.std_source) == ("rl", "policy")
     assert len(list(undisturbed.shards.glob("*.h5"))) == 2
 
     rows = read_rows(undisturbed.evaluation, EvaluationRow)
@@ -329,8 +331,9 @@ def test_a_teacher_below_the_gate_is_rejected_by_name(tmp_path: Path) -> None:
 def test_the_scripted_stand_in_is_labelled(tmp_path: Path) -> None:
     run = new_run(tmp_path, teacher={"recipe": "scripted", "gate": 0.5}, stream={"horizon": 150})
     teacher = finish(run)
-    rollouts = read_rollouts(teacher.shards, task=teacher.task, labels=labels(run.config))
-    assert (rollouts.recipe, rollouts.std_source) == ("scripted", "assumed")
+    read_rollouts(teacher.shards, task=teacher.task, labels=labels(run.config))
+    attributes = read_index(teacher.shards).attributes
+    assert (attributes.teacher_recipe, attributes.std_source) == ("scripted", "assumed")
     rows = read_rows(teacher.evaluation, EvaluationRow)
     assert {row.teacher_recipe for row in rows} == {"scripted"}
     assert rows[0].successes == rows[0].episodes

@@ -22,7 +22,7 @@ from cpd.run.directory import Run, TeacherElement
 from cpd.run.files import sha256, write_json
 from cpd.run.interrupt import Interrupt, InterruptedBySignal
 from cpd.run.progress import read_metrics, read_status
-from cpd.run.shards.reader import read_index
+from cpd.run.shards.schema import read_index
 from cpd.teachers import demonstrations as demonstrations_module
 from cpd.teachers import trainer
 from cpd.teachers import warm_start as warm_start_module

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +10,10 @@ import h5py
 import numpy as np
 import numpy.typing as npt
 
-from cpd.envs.tasks import OBSERVATION_SIZE
-from cpd.run.files import read_json, sha256
+from cpd.envs.tasks import ACTION_SIZE, OBSERVATION_SIZE
+from cpd.run.files import sha256
 from cpd.run.provenance import Labels
 from cpd.run.shards.schema import (
-    ATTRIBUTE_NAMES,
     EPISODE_FIELDS,
     INDEX_NAME,
     SCHEMA_VERSION,
@@ -24,81 +23,35 @@ from cpd.run.shards.schema import (
     ShardEntry,
     ShardError,
     ShardIndex,
+    read_index,
     remedy,
 )
 
 
 @dataclass(frozen=True)
 class Rollouts:
-    """All rollouts of one teacher: N steps in E episodes, contiguous and in the order of collection.
+    """What distillation uses of a teacher's rollouts: N steps in E episodes, in the order of collection.
 
     Attributes:
         task: Meta-World task name.
-        recipe: the teacher's recipe label.
-        policy_sha256: hash of the teacher's weights; empty for a teacher without any.
-        std_source: "policy", or "assumed" for the constant of a deterministic teacher.
         observations: [N, 39], what the teacher saw before each step.
-        actions: [N, 4], executed, in [-1, 1].
         teacher_mean: [N, 4], clipped to [-1, 1].
-        teacher_raw_mean: [N, 4].
         teacher_log_std: [N, 4].
-        rewards: [N].
-        successes: [N] bool, not latched.
-        noise_scale: [N], 0 where the action was clean.
         offsets: [E + 1]; episode e has steps offsets[e]:offsets[e + 1].
-        final_observations: [E, 39], the observation after each episode's last step.
-        goal_index: [E], among the training goals.
-        seed: [E], of each episode's noise.
-        episode_return: [E] float64.
         episode_success: [E] bool.
     """
 
     task: str
-    recipe: str
-    policy_sha256: str
-    std_source: str
     observations: FloatArray
-    actions: FloatArray
     teacher_mean: FloatArray
-    teacher_raw_mean: FloatArray
     teacher_log_std: FloatArray
-    rewards: FloatArray
-    successes: npt.NDArray[np.bool_]
-    noise_scale: FloatArray
     offsets: npt.NDArray[np.int64]
-    final_observations: FloatArray
-    goal_index: npt.NDArray[np.int64]
-    seed: npt.NDArray[np.int64]
-    episode_return: npt.NDArray[np.float64]
     episode_success: npt.NDArray[np.bool_]
 
     @property
     def num_steps(self) -> int:
         """N."""
-        return len(self.actions)
-
-    @property
-    def num_episodes(self) -> int:
-        """E."""
-        return len(self.goal_index)
-
-
-def read_index(folder: Path) -> ShardIndex:
-    """The index of a teacher's shards.
-
-    Raises:
-        ShardError: if it is missing or damaged.
-    """
-    path = folder / INDEX_NAME
-    if not path.exists():
-        raise ShardError(
-            f"{folder} has no {INDEX_NAME}: its rollouts are missing or were not finished; {remedy(folder)}"
-        )
-    try:
-        data = read_json(path)
-    except ValueError as error:
-        raise ShardError(f"{path} is damaged; {remedy(folder)}") from error
-    return ShardIndex.from_dict(data, path)
+        return len(self.observations)
 
 
 def read_rollouts(folder: Path, *, task: str, labels: Labels, policy_sha256: str | None = None) -> Rollouts:
@@ -149,19 +102,13 @@ def first_observations(folder: Path) -> tuple[FloatArray, npt.NDArray[np.int64]]
 def _check_labels(path: Path, index: ShardIndex, task: str, labels: Labels, policy_sha256: str | None) -> None:
     """Compare the index's labels with what is wanted."""
     attributes = index.attributes
-    wanted: dict[str, Any] = {
-        "task": task,
-        "teacher_recipe": labels.teacher_recipe,
-        "horizon": labels.horizon,
-        "reward_version": labels.reward_version,
-        "metaworld": labels.metaworld,
-        "mujoco": labels.mujoco,
-    }
+    # The task's identity is a label of students; it does not concern a teacher's rollouts.
+    wanted = {"task": task, **asdict(labels)}
+    del wanted["task_identity"]
     for name, value in wanted.items():
-        found = getattr(attributes, name)
-        if found != value:
+        if (stored := getattr(attributes, name)) != value:
             raise ShardError(
-                f"{path}: these rollouts are foreign: {name} is {found!r}, but {value!r} is wanted; "
+                f"{path}: these rollouts are foreign: {name} is {stored!r}, but {value!r} is wanted; "
                 + remedy(path.parent)
             )
     if policy_sha256 is not None and attributes.policy_sha256 != policy_sha256:
@@ -194,63 +141,48 @@ def _difference(path: Path, index: ShardIndex) -> str:
 
 
 def _foreign_label(file: Any, index: ShardIndex) -> str:
-    """The first root attribute that is not the index's, in words; empty if all agree."""
-    found = {name: _plain(file.attrs[name]) for name in ATTRIBUTE_NAMES if name in file.attrs}
-    for name, value in index.attributes.as_dict().items():
-        if name not in found:
+    """Describe the first root attribute that is not the index's; return an empty string if all agree."""
+    for name, value in asdict(index.attributes).items():
+        if name not in file.attrs:
             return f"is foreign: an HDF5 file without the attribute {name!r}"
-        if found[name] != value:
-            return f"is foreign: its {name} is {found[name]!r}, but {INDEX_NAME} says {value!r}"
+        stored = file.attrs[name]
+        if isinstance(stored, bytes):
+            stored = stored.decode()
+        elif isinstance(stored, np.integer):
+            stored = int(stored)
+        if stored != value:
+            return f"is foreign: its {name} is {stored!r}, but {INDEX_NAME} says {value!r}"
     return ""
 
 
-def _plain(value: Any) -> str | int:
-    return value.decode() if isinstance(value, bytes) else int(value) if isinstance(value, np.integer) else value
-
-
 def _read_all(folder: Path, index: ShardIndex) -> Rollouts:
-    """Concatenate the shards, whose hashes were found right."""
-    num_steps, num_episodes = index.num_steps, index.num_episodes
-    steps: dict[str, npt.NDArray[Any]] = {
-        name: np.empty((num_steps, *shape), dtype) for name, (dtype, shape) in STEP_FIELDS.items()
-    }
-    episodes: dict[str, npt.NDArray[Any]] = {
-        name: np.empty((num_episodes, *shape), dtype) for name, (dtype, shape) in EPISODE_FIELDS.items()
-    }
-    observations = np.empty((num_steps, OBSERVATION_SIZE), np.float32)
-    final_observations = np.empty((num_episodes, OBSERVATION_SIZE), np.float32)
-    offsets = np.zeros(num_episodes + 1, np.int64)
+    """Concatenate the shards; their hashes have been checked."""
+    # Allocated once: concatenating a list of shards would need the memory twice.
+    observations = np.empty((index.num_steps, OBSERVATION_SIZE), np.float32)
+    teacher_mean = np.empty((index.num_steps, ACTION_SIZE), np.float32)
+    teacher_log_std = np.empty_like(teacher_mean)
+    episode_success = np.empty(index.num_episodes, np.bool_)
+    offsets = np.zeros(index.num_episodes + 1, np.int64)
     step, episode = 0, 0
     for entry in index.shards:
         path = folder / entry.file
         next_step, next_episode = step + entry.num_steps, episode + entry.num_episodes
         with h5py.File(path, "r") as file:
+            # The hash vouches for the index's entry only, and both may have been made for another task.
             if reason := _foreign_label(file, index):
                 raise ShardError(f"{path} {reason}; {remedy(folder)}")
             _check_layout(path, file, entry)
-            own_offsets = file["offsets"][:]
-            for name, array in steps.items():
-                array[step:next_step] = file[name][:]
-            for name, array in episodes.items():
-                array[episode:next_episode] = file[name][:]
+            teacher_mean[step:next_step] = file["teacher_mean"][:]
+            teacher_log_std[step:next_step] = file["teacher_log_std"][:]
+            episode_success[episode:next_episode] = file["episode_success"][:]
+            shard_offsets = file["offsets"][:]
             rows = file["observations"][:]
-        final = own_offsets[1:] + np.arange(entry.num_episodes)
-        final_observations[episode:next_episode] = rows[final]
-        observations[step:next_step] = np.delete(rows, final, axis=0)
-        offsets[episode + 1 : next_episode + 1] = own_offsets[1:] + step
+        after_last_step = shard_offsets[1:] + np.arange(entry.num_episodes)
+        observations[step:next_step] = np.delete(rows, after_last_step, axis=0)
+        offsets[episode + 1 : next_episode + 1] = shard_offsets[1:] + step
         step, episode = next_step, next_episode
-    attributes = index.attributes
-    return Rollouts(
-        task=attributes.task,
-        recipe=attributes.teacher_recipe,
-        policy_sha256=attributes.policy_sha256,
-        std_source=attributes.std_source,
-        observations=observations,
-        offsets=offsets,
-        final_observations=final_observations,
-        **{**steps, "successes": steps["successes"].view(np.bool_)},
-        **{**episodes, "episode_success": episodes["episode_success"].view(np.bool_)},
-    )
+    task = index.attributes.task
+    return Rollouts(task, observations, teacher_mean, teacher_log_std, offsets, episode_success)
 
 
 def _check_layout(path: Path, file: Any, entry: ShardEntry) -> None:

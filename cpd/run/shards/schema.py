@@ -8,7 +8,8 @@ observation after the last step. Episode `e` has steps `offsets[e]:offsets[e + 1
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+import json
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -51,11 +52,6 @@ def remedy(folder: Path) -> str:
     return f"remove {folder} and {folder.parent / 'COMPLETE'}, and launch again to collect the rollouts anew"
 
 
-def shard_name(number: int) -> str:
-    """File name of shard `number`, from 0."""
-    return f"shard-{number:05d}.h5"
-
-
 @dataclass(frozen=True)
 class ShardAttributes:
     """The labels of a teacher's rollouts: root attributes of every shard, repeated in the index."""
@@ -75,13 +71,6 @@ class ShardAttributes:
     steps_after_success: int
     """Steps that an episode lasts beyond its first success."""
     schema_version: int = SCHEMA_VERSION
-
-    def as_dict(self) -> dict[str, str | int]:
-        """Plain values by name."""
-        return asdict(self)
-
-
-ATTRIBUTE_NAMES: Final = tuple(field.name for field in fields(ShardAttributes))
 
 
 @dataclass(frozen=True)
@@ -165,35 +154,39 @@ class ShardIndex:
     def as_dict(self) -> dict[str, Any]:
         """The JSON form."""
         return {
-            "attributes": self.attributes.as_dict(),
+            "attributes": asdict(self.attributes),
             "num_steps": self.num_steps,
             "num_episodes": self.num_episodes,
             "shards": [asdict(entry) for entry in self.shards],
         }
 
-    @classmethod
-    def from_dict(cls, data: Any, path: Path) -> ShardIndex:
-        """Read the JSON form.
 
-        Raises:
-            ShardError: if it is not of this form, naming `path`.
-        """
-        try:
-            version = data["attributes"]["schema_version"]
-            if version != SCHEMA_VERSION:
-                raise ShardError(
-                    f"{path}: shards of schema version {version}, but this code reads version {SCHEMA_VERSION}; "
-                    + remedy(path.parent)
-                )
-            index = cls(
-                ShardAttributes(**data["attributes"]),
-                tuple(ShardEntry(**entry) for entry in data["shards"]),
-            )
-            counts = (data["num_steps"], data["num_episodes"])
-        except (KeyError, TypeError) as error:
-            raise ShardError(f"{path} is damaged: {error}; {remedy(path.parent)}") from None
-        if counts != (index.num_steps, index.num_episodes):
+def read_index(folder: Path) -> ShardIndex:
+    """Read the index of a teacher's shards.
+
+    Raises:
+        ShardError: if it is missing, damaged or of another schema version.
+    """
+    path = folder / INDEX_NAME
+    if not path.exists():
+        raise ShardError(
+            f"{folder} has no {INDEX_NAME}: its rollouts are missing or were not finished; {remedy(folder)}"
+        )
+    try:
+        data = json.loads(path.read_text())
+        version = data["attributes"]["schema_version"]
+        if version != SCHEMA_VERSION:
             raise ShardError(
-                f"{path} is damaged: its totals {counts} are not the sums over its shards; " + remedy(path.parent)
+                f"{path}: shards of schema version {version}, but this code reads version {SCHEMA_VERSION}; "
+                + remedy(folder)
             )
-        return index
+        shards = tuple(ShardEntry(**entry) for entry in data["shards"])
+        index = ShardIndex(ShardAttributes(**data["attributes"]), shards)
+        counts = (data["num_steps"], data["num_episodes"])
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise ShardError(f"{path} is damaged: {error}; {remedy(folder)}") from None
+    if counts != (index.num_steps, index.num_episodes):
+        raise ShardError(
+            f"{path} is damaged: its totals {counts} are not the sums over its shards; {remedy(folder)}"
+        )
+    return index

@@ -5,11 +5,9 @@ The same episodes and labels give the same bytes: no wall times, hosts or paths 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 import h5py
 import numpy as np
@@ -24,7 +22,6 @@ from cpd.run.shards.schema import (
     ShardAttributes,
     ShardEntry,
     ShardIndex,
-    shard_name,
 )
 
 
@@ -61,60 +58,42 @@ def write_shard(path: Path, episodes: Sequence[Episode], attributes: ShardAttrib
         return ShardEntry(path.name, sha256(temporary), temporary.stat().st_size, int(offsets[-1]), len(episodes))
 
 
-class ShardWriter:
-    """Writes a teacher's episodes to `folder`; use as a context manager, which ends with the index.
+def write_shards(
+    folder: Path,
+    attributes: ShardAttributes,
+    episodes: Iterable[Episode],
+    shard_steps: int,
+    before_publish: Callable[[], None] = lambda: None,
+) -> None:
+    """Write a teacher's episodes, at least one, as they come; the index is written last.
 
-    Entering clears what an earlier, unfinished attempt left. Leaving by an exception publishes no index, so
-    that nothing of what was written counts.
+    The shards of an earlier, unfinished attempt are removed first. If `episodes` raises, no index is published,
+    and none of the shards counts.
 
     Args:
         folder: the teacher's shards; this process must be its single writer.
         attributes: labels of all shards.
+        episodes: what is written.
         shard_steps: a shard is closed once it holds this many steps; an episode is never divided.
-        before_publish: called before every publication, to raise if this process must not write any more.
+        before_publish: called before every publication; it raises if this process must not write any more.
     """
+    before_publish()
+    folder.mkdir(parents=True, exist_ok=True)
+    clear_shards(folder)
+    entries: list[ShardEntry] = []
+    pending: list[Episode] = []
 
-    def __init__(
-        self,
-        folder: Path,
-        attributes: ShardAttributes,
-        shard_steps: int,
-        before_publish: Callable[[], None] = lambda: None,
-    ) -> None:
-        self.folder = folder
-        self.attributes = attributes
-        self._shard_steps = shard_steps
-        self._before_publish = before_publish
-        self._entries: list[ShardEntry] = []
-        self._episodes: list[Episode] = []
+    def publish_shard() -> None:
+        before_publish()
+        entries.append(write_shard(folder / f"shard-{len(entries):05d}.h5", pending, attributes))
+        pending.clear()
 
-    def __enter__(self) -> Self:
-        self._before_publish()
-        self.folder.mkdir(parents=True, exist_ok=True)
-        clear_shards(self.folder)
-        return self
-
-    def append(self, episode: Episode) -> None:
-        """Add an episode, and publish the shard if it is full."""
-        self._episodes.append(episode)
-        if sum(len(waiting) for waiting in self._episodes) >= self._shard_steps:
-            self._publish_shard()
-
-    def _publish_shard(self) -> None:
-        self._before_publish()
-        path = self.folder / shard_name(len(self._entries))
-        self._entries.append(write_shard(path, self._episodes, self.attributes))
-        self._episodes = []
-
-    def _finish(self) -> None:
-        if self._episodes:
-            self._publish_shard()
-        assert self._entries, "no episodes were written"
-        self._before_publish()
-        write_json(self.folder / INDEX_NAME, ShardIndex(self.attributes, tuple(self._entries)).as_dict())
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if kind is None:
-            self._finish()
+    for episode in episodes:
+        pending.append(episode)
+        if sum(map(len, pending)) >= shard_steps:
+            publish_shard()
+    if pending:
+        publish_shard()
+    assert entries, "no episodes were written"
+    before_publish()
+    write_json(folder / INDEX_NAME, ShardIndex(attributes, tuple(entries)).as_dict())
