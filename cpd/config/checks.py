@@ -1,4 +1,4 @@
-"""Rules between the settings of a method: which exclude each other, and which have no effect."""
+"""Checks between the settings of a method: contradictions, and settings without effect."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Final
 from cpd.config.student import MethodConfig
 from cpd.config.types import is_given
 
-#: A setting, the setting that it depends on, and the values of the latter with which it has an effect.
+#: (setting, setting that it depends on, values of the latter with which the former has an effect).
 NEEDS: Final = (
     ("protection.mask_experts", "protection.kind", ("mask",)),
     ("protection.mask_fraction", "protection.kind", ("mask",)),
@@ -25,7 +25,7 @@ NEEDS: Final = (
 
 
 def contradictions(method: MethodConfig, num_tasks: int) -> list[str]:
-    """Settings that exclude each other on a stream of `num_tasks` tasks: a line each, which begins with a path."""
+    """Return one line, which begins with a path, for each contradiction on `num_tasks` tasks."""
     student, kind = method.student, method.protection.kind
     lines = []
     if kind == "agem" and method.memory.selection == "none":
@@ -33,13 +33,13 @@ def contradictions(method: MethodConfig, num_tasks: int) -> list[str]:
     if kind == "agem" and method.distill.replay_share:
         lines.append(
             "distill.replay_share: protection.kind = 'agem' compares the gradient of new data with that of the "
-            "memory, so no row of a batch may come from the memory; set it to 0"
+            "memory, so a batch must not contain rows of the memory; set it to 0"
         )
     if kind == "packnet":
         reasons = {
             "memory.selection": "replayed rows would train weights that their tasks never use",
             "student.expansion": "PackNet divides a network of fixed size",
-            "student.task_identity": "the mask of a task already tells the student the task",
+            "student.task_identity": "the mask of a task already identifies the task",
         }
         lines += [
             f"{path}: protection.kind = 'packnet' needs 'none': {reason}"
@@ -47,44 +47,43 @@ def contradictions(method: MethodConfig, num_tasks: int) -> list[str]:
             if attrgetter(path)(method) != "none"
         ]
     # Without a task identity, a task that adds no experts has no parameters of its own.
-    adds_always = student.expansion == "per_task"
-    if _freezes_all_but_own(method, num_tasks) and student.task_identity == "none" and not adds_always:
+    if _freezes_shared(method, num_tasks) and student.task_identity == "none" and student.expansion != "per_task":
         lines.append(
             f"student.expansion: {student.expansion!r} with student.task_identity = 'none' can leave a task "
-            "nothing to train, since everything that earlier tasks use is frozen; set student.expansion = "
+            "nothing to train, since all parameters of earlier tasks are frozen; set student.expansion = "
             "'per_task', protection.mask_fraction below 1, or protection.mask_experts = false"
         )
     return lines
 
 
 def without_effect(method: MethodConfig, num_tasks: int) -> list[str]:
-    """Settings without effect on a stream of `num_tasks` tasks: a line each, which begins with a path."""
+    """Return one line, which begins with a path, for each setting without effect on `num_tasks` tasks."""
     return [
-        *_without_effect_on_protocol(method),
-        *_without_effect_by_choice(method),
-        *_without_effect_on_experts(method),
-        *_without_effect_on_memory(method, num_tasks),
+        *_check_protocol(method),
+        *_check_needs(method),
+        *_check_experts(method),
+        *_check_memory(method, num_tasks),
     ]
 
 
-def _without_effect_on_protocol(method: MethodConfig) -> list[str]:
-    """The joint and single-task bounds have no memory, no protection and no growth."""
+def _check_protocol(method: MethodConfig) -> list[str]:
+    """The joint and single-task bounds have no memory, no protection and no expansion."""
     if method.distill.protocol == "continual":
         return []
     default = MethodConfig()
-    # A recipe may leave these at their defaults, or say "none" to be clear about it.
+    # A recipe may leave these at their defaults, or set them to "none" explicitly.
     is_set = {
         "memory.selection": method.memory != default.memory and method.memory.selection != "none",
         "protection.kind": method.protection.kind not in (default.protection.kind, "none"),
         "student.expansion": method.student.expansion not in (default.student.expansion, "none"),
         "distill.replay_share": method.distill.replay_share > 0,
     }
-    reason = f"has no effect: distill.protocol is {method.distill.protocol!r}"
-    return [f"{path} {reason}" for path, flag in is_set.items() if flag]
+    return [
+        f"{path} has no effect: distill.protocol is {method.distill.protocol!r}" for path in is_set if is_set[path]
+    ]
 
 
-def _without_effect_by_choice(method: MethodConfig) -> list[str]:
-    """What belongs to another kind of protection, selection, expansion or identity than the chosen one."""
+def _check_needs(method: MethodConfig) -> list[str]:
     lines = []
     for path, chooser, values in NEEDS:
         section, name = path.split(".")
@@ -100,48 +99,45 @@ def _without_effect_by_choice(method: MethodConfig) -> list[str]:
     return lines
 
 
-def _without_effect_on_experts(method: MethodConfig) -> list[str]:
-    """What concerns attention, experts and their router."""
+def _check_experts(method: MethodConfig) -> list[str]:
     student = method.student
+    expands, shares_experts = student.expansion != "none", student.task_identity == "none"
     lines = []
-    if student.task_identity != "none" and is_given(student, "opening_steps"):
-        # The tokens of a new task see its own experts only, which have no older ones to compete with.
-        lines.append("student.opening_steps has no effect: a task's experts serve that task alone")
+    if not shares_experts and is_given(student, "opening_steps"):
+        # The tokens of a new task see its own experts only, which do not compete with older ones.
+        lines.append("student.opening_steps has no effect: each task uses only its own experts")
     if student.context == 1 and is_given(student, "num_heads"):
         lines.append("student.num_heads has no effect: student.context is 1, so attention sees one observation")
+    # Experts that a token can choose from: one group that grows, or one group per task.
+    group_sizes = [student.num_experts, *([student.experts_per_task] if expands else [])]
+    grows = expands and shares_experts
     # With one expert per token, the gate is a softmax over one logit: always 1, and without gradient. That does
     # not matter where every group has a single expert, as in a dense student.
-    groups_are_single = student.num_experts == 1 and (
-        student.expansion == "none" or (student.task_identity != "none" and student.experts_per_task == 1)
-    )
-    if student.top_k == 1 and not groups_are_single:
+    if student.top_k == 1 and (grows or max(group_sizes) > 1):
         lines.append("student.top_k = 1 leaves the router untrained: the gate of a single expert is always 1")
-    if not _chooses_experts(method) and is_given(method.distill, "load_balance_coef"):
+    if not grows and max(group_sizes) <= student.top_k and is_given(method.distill, "load_balance_coef"):
         lines.append("distill.load_balance_coef has no effect: no group has more than student.top_k experts")
     return lines
 
 
-def _without_effect_on_memory(method: MethodConfig, num_tasks: int) -> list[str]:
-    """What concerns the memory, its replay, and what masks leave to train."""
-    distill, selection = method.distill, method.memory.selection
-    has_identity = method.student.task_identity != "none"
-    freezes_all_but_own = _freezes_all_but_own(method, num_tasks)
+def _check_memory(method: MethodConfig, num_tasks: int) -> list[str]:
+    distill, selection, identity = method.distill, method.memory.selection, method.student.task_identity
+    freezes_shared = _freezes_shared(method, num_tasks)
     lines = []
     if distill.replay_share and selection == "none":
         lines.append("distill.replay_share has no effect: memory.selection is 'none'")
-    elif distill.replay_share and freezes_all_but_own and has_identity:
-        # Replayed rows take the places of rows of the new task, and their gradient is masked entirely.
-        lines.append("distill.replay_share trains nothing: everything that earlier tasks use is frozen")
-    if freezes_all_but_own and method.student.expansion == "none":
+    elif distill.replay_share and freezes_shared and identity != "none":
+        # Replayed rows replace rows of the new task, and their gradient is masked entirely.
+        lines.append("distill.replay_share trains nothing: all parameters of earlier tasks are frozen")
+    if freezes_shared and method.student.expansion == "none":
         lines.append(
-            "student.expansion = 'none' leaves only the task vector of a new task to train: everything that the "
-            "first task uses is frozen; set protection.mask_fraction below 1, or protection.mask_experts = false"
+            "student.expansion = 'none' leaves only the task vector of a new task to train: all parameters of the "
+            "first task are frozen; set protection.mask_fraction below 1, or protection.mask_experts = false"
         )
     if distill.rehearsal and not distill.replay_share:
         lines.append("distill.rehearsal has no effect: distill.replay_share is 0")
     # Replay, A-GEM and the task embedding read the memory.
-    reads_memory = distill.replay_share > 0 or method.protection.kind == "agem"
-    reads_memory |= method.student.task_identity in ("inferred", "given")
+    reads_memory = distill.replay_share or method.protection.kind == "agem" or identity in ("inferred", "given")
     if distill.protocol == "continual" and selection != "none" and not reads_memory:
         lines.append(
             "memory.selection has no effect: nothing reads the memory; set it to 'none', or distill.replay_share "
@@ -150,19 +146,8 @@ def _without_effect_on_memory(method: MethodConfig, num_tasks: int) -> list[str]
     return lines
 
 
-def _freezes_all_but_own(method: MethodConfig, num_tasks: int) -> bool:
+def _freezes_shared(method: MethodConfig, num_tasks: int) -> bool:
     """Whether a task after the first trains nothing but its own experts and task vector."""
     protection = method.protection
     masks = method.distill.protocol == "continual" and num_tasks > 1 and protection.kind == "mask"
     return masks and protection.mask_experts and protection.mask_fraction == 1.0
-
-
-def _chooses_experts(method: MethodConfig) -> bool:
-    """Whether some token has more experts to choose from than it takes."""
-    student = method.student
-    if student.expansion != "none" and student.task_identity == "none":
-        return True  # all experts are in one group, which grows
-    group_sizes = [student.num_experts]
-    if student.expansion != "none":
-        group_sizes.append(student.experts_per_task)
-    return max(group_sizes) > student.top_k

@@ -10,14 +10,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from cpd.config.load import STRICT
-from cpd.config.types import (
-    Count,
-    EpisodeChoice,
-    NonNegativeFloat,
-    Positive,
-    PositiveFloat,
-    Share,
-)
+from cpd.config.types import Count, EpisodeChoice, NonNegativeFloat, Positive, PositiveFloat, Share
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -25,29 +18,31 @@ class StudentConfig:
     """The student: a causal Transformer with mixture-of-experts feed-forward blocks."""
 
     context: Positive = 1
-    """L: time steps that the student sees, the present one included. Meta-World's observation holds the step
-    before as well; longer windows took more time and did no better on validation goals."""
+    """L: number of time steps that the student observes, including the current one. Meta-World's observation
+    already contains the previous step; longer windows took more time and were not better on validation goals."""
     width: Positive = 64
     num_layers: Positive = 2
     num_heads: Positive = 4
     expert_width: Positive = 128
-    """Hidden width of one expert."""
+    """Hidden width of each expert."""
     num_experts: Positive = 2
-    """Experts per layer at the first stage."""
+    """Experts per layer in the first stage."""
     top_k: Positive = 2
+    """Experts that each token is routed to."""
     expansion: Literal["none", "per_task", "on_demand"] = "per_task"
-    """Experts are added at the start of every stage that brings a new task, never, or only if the experts of no
-    task before serve the new one well enough."""
+    """When to add experts. none: never; per_task: at the start of every stage with a new task; on_demand: only if
+    no earlier task's experts fit the new task well enough."""
     experts_per_task: Positive = 2
+    """Experts per layer that each expansion adds."""
     demand_threshold: PositiveFloat = 0.5
-    """on_demand: least loss of the new task under the best other task's experts with which experts are added."""
+    """on_demand: minimum loss of the new task under the best earlier task's experts at which experts are added."""
     opening_steps: Positive = 100
-    """Steps over which a new expert's router logit rises from minus infinity to its learned value, where all
-    experts are open to all tasks (task_identity `none`)."""
+    """Steps over which the router logit of a new expert rises from minus infinity to its learned value. Has an
+    effect only where all tasks share all experts (task_identity `none`)."""
     task_identity: Literal["inferred", "given", "onehot", "none"] = "inferred"
-    """How the policy comes to know the task when it acts. inferred: from the episode's observations alone, by
-    contrastive embedding; given: the same student, but told which task's prototype to believe in; onehot: told the
-    task's number, there is no embedding; none: not at all, there is no task in the policy."""
+    """How the policy identifies the task when it acts. inferred: from the episode's observations, by a contrastive
+    embedding; given: the same student, which receives the prototype of the true task; onehot: receives the task's
+    number and has no embedding; none: the policy does not depend on the task."""
 
     def __post_init__(self) -> None:
         if self.width % self.num_heads:
@@ -56,8 +51,8 @@ class StudentConfig:
             raise ValueError(f"top_k ({self.top_k}) exceeds num_experts ({self.num_experts})")
         if self.expansion != "none" and self.task_identity != "none" and self.top_k > self.experts_per_task:
             raise ValueError(
-                f"top_k ({self.top_k}) exceeds experts_per_task ({self.experts_per_task}), but a task has no "
-                "experts beside its own"
+                f"top_k ({self.top_k}) exceeds experts_per_task ({self.experts_per_task}), but each task uses "
+                "only its own experts"
             )
 
 
@@ -66,63 +61,64 @@ class MemoryConfig:
     """The replay memory: a fixed budget of stored time steps for the whole stream."""
 
     selection: Literal["none", "reservoir", "uniform", "dpp"] = "dpp"
-    """reservoir: uniform over all steps seen; uniform and dpp: an equal share for each task seen, drawn uniformly
-    or chosen to be unlike each other (greedy MAP of a determinantal point process)."""
+    """How to select stored steps. reservoir: uniformly over all steps so far; uniform and dpp: an equal share for
+    each task so far, drawn uniformly, or chosen to be diverse (greedy MAP of a determinantal point process)."""
     start_share: Share = 0.5
-    """uniform and dpp: share of each task's segments that open an episode: by these a task is recognised."""
+    """uniform and dpp: share of each task's segments that begin an episode; the task is identified from these."""
     share: Annotated[float, Field(gt=0.0, le=1.0)] = 0.1
     """Budget as a share of the whole stream's data (distinct tasks x rollouts.num_steps)."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class ProtectionConfig:
-    """What guards a student's earlier tasks beside replay."""
+    """Protection of earlier tasks against forgetting, in addition to replay."""
 
     kind: Literal["none", "mask", "ewc", "agem", "packnet"] = "mask"
-    """mask: parameters that matter to earlier tasks do not move, or move less; ewc: a quadratic pull back to what
-    earlier tasks need; agem: no update against the gradient on memory; packnet: every task keeps weights of its
-    own, and the student must be told the task."""
+    """mask: freeze parameters that are important to earlier tasks, or scale their updates down; ewc: quadratic
+    penalty on changes of such parameters; agem: project updates that conflict with the gradient on the memory;
+    packnet: each task keeps its own weights, and the student needs the true task."""
     mask_experts: bool = True
-    """mask: the experts and the router rows of earlier tasks do not move at all."""
+    """mask: freeze the experts and router rows of earlier tasks."""
     mask_fraction: Share = 1.0
-    """mask: share of the parameters common to all tasks that is protected after a stage, of those that have had a
-    part in a task the most important ones by accumulated Fisher information. 1: all that is common, which is
-    learned with the first task."""
+    """mask: share of the parameters common to all tasks that is protected after a stage: the most important ones
+    by accumulated Fisher information, among those that some task uses. 1: all, so they learn in the first task
+    only."""
     mask_mode: Literal["hard", "scaled"] = "hard"
-    """mask: protected parameters do not move; or by the less the more important they are."""
+    """mask: hard freezes protected parameters; scaled shrinks their updates, the more important the smaller."""
     ewc_strength: PositiveFloat = 1.0
-    """Weight of EWC's penalty against the mean loss of a batch."""
+    """Weight of the EWC penalty relative to the mean loss of a batch."""
     agem_windows: Positive = 128
-    """Windows from memory per step for A-GEM's reference gradient, over all ranks, beside `distill.batch_size`."""
+    """Memory windows per step for A-GEM's reference gradient, over all ranks; added to `distill.batch_size`."""
     packnet_retrain_share: Share = 0.3
-    """Share of a stage's steps after PackNet has pruned."""
+    """Share of a stage's steps that follow PackNet's pruning."""
 
     @property
     def needs_importance(self) -> bool:
-        """Whether it goes by how much parameters have mattered."""
+        """Whether the protection depends on the estimated importance of parameters."""
         return self.kind == "ewc" or (self.kind == "mask" and 0.0 < self.mask_fraction < 1.0)
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class DistillConfig:
-    """Continual distillation of the teachers into the student."""
+    """Distillation of the teachers into the student."""
 
     protocol: Literal["continual", "joint", "single_task"] = "continual"
-    """continual: one task after another. Two bounds on it, without memory, protection or growth, with as many
-    steps and samples: joint, where every stage's batches mix the data of all tasks evenly; and single_task,
-    where every stage trains a fresh student, and each task is acted for by the student of its latest stage."""
+    """continual: one task after another. joint and single_task are reference bounds with the same number of steps
+    and samples, without memory, protection or expansion. joint: every batch mixes the data of all tasks evenly;
+    single_task: every stage trains a new student, and the student of a task's latest stage acts for it."""
     episodes: EpisodeChoice = "successful"
-    """Which of a teacher's episodes are distilled. Those that failed, mostly for the noise in them, are long and
-    full of states from which nothing leads on; where no episode succeeded all are taken."""
+    """Which of a teacher's episodes are distilled. Failed episodes, mostly due to the added noise, are long and
+    consist mainly of dead ends. If no episode is successful, all are used."""
     steps_per_stage: Positive = 1_000
+    """Gradient steps per stage."""
     batch_size: Positive = 256
-    """Windows per step over all ranks."""
+    """Windows per step, over all ranks."""
     replay_share: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
-    """Share of a batch drawn from memory once it holds something. The default protection needs none: there memory
-    is for telling tasks apart."""
+    """Share of each batch that is drawn from the memory, once it is not empty. The default protection needs no
+    replay: it uses the memory only to tell tasks apart."""
     rehearsal: bool = False
-    """Replay mixtures of two stored segments of a task, labelled by the student as the stage found it, in place
-    of stored segments with their teacher's labels."""
+    """Replay mixtures of two stored segments of a task, labelled by the student from the start of the stage,
+    instead of stored segments with their teacher's labels."""
     contrast_coef: NonNegativeFloat = 1.0
     """Weight of the contrastive loss of the task embedding."""
     lr: PositiveFloat = 3e-3
@@ -130,32 +126,34 @@ class DistillConfig:
     weight_decay: NonNegativeFloat = 0.0
     max_grad_norm: PositiveFloat = 1.0
     loss: Literal["forward_kl", "reverse_kl", "mse"] = "reverse_kl"
-    """reverse_kl: the student's mean is drawn to the teacher's equally everywhere; forward_kl lets it give up on
-    states that are hard to imitate, by a wider deviation there."""
+    """reverse_kl: KL(student || teacher), which fits the teacher's mean in every state; forward_kl: KL(teacher ||
+    student), which lets the student widen its deviation in states that are hard to imitate; mse: the mean only."""
     std_floor: PositiveFloat = 0.1
-    """Least standard deviation of the teacher that the loss sees."""
+    """Lower bound on the teacher's standard deviation in the loss."""
     load_balance_coef: NonNegativeFloat = 0.01
-    """Has no effect where every group has `top_k` experts, as with the default settings: there is no choice."""
+    """Weight of the load-balancing loss. Has no effect if every group has `top_k` experts, as by default."""
     router_z_coef: NonNegativeFloat = 1e-3
+    """Weight of the router z-loss (Zoph et al. 2022)."""
     precision: Literal["float32", "float64"] = "float32"
 
 
-#: Dense widths are multiples of this: with others, matrix products take up to twice the time on some processors.
+#: Dense widths are multiples of this: others slow matrix products down by up to 2x on some processors.
 WIDTH_MULTIPLE: Final = 16
 
 
 def final_num_experts(student: StudentConfig, num_tasks: int) -> int:
-    """Experts per layer after `num_tasks` distinct tasks: exactly, or at most where growth depends on demand."""
-    grown = 0 if student.expansion == "none" else student.experts_per_task * (num_tasks - 1)
-    return student.num_experts + grown
+    """Experts per layer after `num_tasks` distinct tasks; an upper bound for on-demand expansion."""
+    num_expansions = 0 if student.expansion == "none" else num_tasks - 1
+    return student.num_experts + student.experts_per_task * num_expansions
 
 
 def dense_expert_width(student: StudentConfig, num_tasks: int) -> int:
-    """The least `expert_width` of a dense student with at least as many parameters as `student` has in the end.
+    """Smallest `expert_width` with which a dense student has at least as many parameters as `student` in the end.
 
-    A dense student is one of a single expert: `num_experts = 1`, `top_k = 1`, `expansion = "none"`, and all else
-    as in `student`. Per layer, E experts of width F on tokens of width D have E (2 D F + D) parameters, router
-    rows included, and the one of width F' has 2 D F' + D. F' is rounded up to a multiple of `WIDTH_MULTIPLE`.
+    A dense student has a single expert (`num_experts = 1`, `top_k = 1`, `expansion = "none"`) and otherwise the
+    settings of `student`. Per layer, E experts of width F on tokens of width D have E (2 D F + D) parameters
+    including router rows, and one expert of width F' has 2 D F' + D. F' is rounded up to a multiple of
+    `WIDTH_MULTIPLE`.
     """
     num_experts = final_num_experts(student, num_tasks)
     exact = (num_experts * (2 * student.expert_width + 1) - 1) / 2
@@ -164,7 +162,7 @@ def dense_expert_width(student: StudentConfig, num_tasks: int) -> int:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class MethodConfig:
-    """How a student learns: what the variants of an experiment may change."""
+    """Settings of how a student learns; variants of an experiment may change them."""
 
     student: StudentConfig = field(default_factory=StudentConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)
