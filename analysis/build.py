@@ -17,13 +17,11 @@ from analysis.dataset import Dataset, load_dataset
 from analysis.figures import (
     fig_finals,
     fig_losses,
-    fig_masks,
     fig_methods,
     fig_retrieval,
     fig_stream,
     fig_success_matrix,
     fig_teacher_curves,
-    fig_teacher_student,
     fig_transfer,
     fig_usage,
 )
@@ -48,7 +46,6 @@ EXAMPLES = """examples:
   python -m analysis.build runs/moe runs/dense --out compare   methods side by side
 """
 
-MOST_BARS = 4
 Draw = Callable[[], Figure | None]
 
 
@@ -122,14 +119,10 @@ def _figures_of_all(data: Dataset) -> Iterable[tuple[str, Draw, str]]:
     if methods:
         yield "stream", partial(fig_stream.draw, data), fig_stream.caption(data)
         yield "losses", partial(fig_losses.draw, data), fig_losses.caption(data)
-        yield "masks", partial(fig_masks.draw, data), fig_masks.caption(data)
     if len(methods) > 1:
         yield "methods", partial(fig_methods.draw, data), fig_methods.caption(data)
         yield "transfer", partial(fig_transfer.draw, data), fig_transfer.caption(data)
         yield "finals", partial(fig_finals.draw, data), fig_finals.caption(data)
-    # More bars than these per task would be no figure any more.
-    if len(methods) <= MOST_BARS and (methods or data.teacher_rates):
-        yield "teacher_student", partial(fig_teacher_student.draw, data), fig_teacher_student.caption(data)
     if data.teacher_curves:
         yield "teacher_curves", partial(fig_teacher_curves.draw, data), fig_teacher_curves.caption(data)
 

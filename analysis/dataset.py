@@ -11,8 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from cpd.evaluation import intervals
-from cpd.evaluation.intervals import FEW_SEEDS, Floats
+from cpd.evaluation.intervals import Floats
 from cpd.evaluation.results_folder import TEACHER, Tables, merge_tables, read_tables
 from cpd.evaluation.student_measures import Rate, StudentResults
 from cpd.evaluation.summary import MethodMeasures, Summary, summarize, without_students
@@ -125,29 +124,10 @@ class Dataset:
         return [rate for (name, _), rate in sorted(self.teacher_rates.items()) if name == task]
 
 
-@dataclass(frozen=True)
-class Spread:
-    """A success rate over seeds, ready to draw: interval from episodes (1 seed) or seeds (5 and more)."""
-
-    mean: float
-    low: float | None
-    high: float | None
-    points: tuple[float, ...]
-    """Every seed's value, where there is no interval over seeds."""
-
-
-def spread(rates: Sequence[Rate | None]) -> Spread | None:
-    """One task's rates over seeds; None if nothing was measured."""
-    found = [rate for rate in rates if rate is not None]
-    if not found:
-        return None
-    if len(found) == 1:
-        return Spread(found[0].rate, found[0].low, found[0].high, ())
-    values = np.array([rate.rate for rate in found])
-    if len(found) < FEW_SEEDS:
-        return Spread(float(values.mean()), None, None, tuple(values.tolist()))
-    over = intervals.over_seeds(values[:, None], intervals.mean_score)
-    return Spread(over.estimate, over.low, over.high, ())
+def mean_rate(rates: Sequence[Rate | None]) -> float:
+    """Return the mean over seeds, NaN if nothing was measured."""
+    measured = [rate.rate for rate in rates if rate is not None]
+    return float(np.mean(measured)) if measured else np.nan
 
 
 def load_dataset(folders: Sequence[Path]) -> Dataset:

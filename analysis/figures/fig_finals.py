@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from matplotlib.figure import Figure
 
-from analysis.dataset import Dataset, short, spread
+from analysis.dataset import Dataset, mean_rate, short
 from analysis.figures.fig_success_matrix import heat
 from analysis.style import COLUMN_INCHES, PAGE_INCHES
 
@@ -16,8 +16,7 @@ def draw(data: Dataset) -> Figure:
     rates = np.full((len(names), len(data.tasks)), np.nan)
     for column, task in enumerate(data.tasks):
         finals = [[s.measures.tasks[column].final for s in data.of_method(m)] for m in data.method_names]
-        values = [spread(data.teachers_of(task)), *map(spread, finals)]
-        rates[:, column] = [np.nan if value is None else value.mean for value in values]
+        rates[:, column] = [mean_rate(data.teachers_of(task)), *map(mean_rate, finals)]
     wide = len(data.tasks) > 12
     size = 5.5 if len(data.tasks) > 25 else 6.5
     header = 0.0075 * size * max(len(short(task)) for task in data.tasks)

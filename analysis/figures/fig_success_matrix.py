@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from analysis.dataset import Dataset, mean_matrix, short
+from analysis.dataset import Dataset, mean_matrix, mean_rate, short
 from analysis.style import COLUMN_INCHES, PAGE_INCHES
 from cpd.evaluation.intervals import Floats
 from cpd.evaluation.measures import Bools
@@ -50,8 +50,7 @@ def draw(data: Dataset, method: str) -> Figure:
     )
     matrix.tick_params(axis="both", length=0, pad=2, top=True, labeltop=True, bottom=False, labelbottom=False)
 
-    teachers = [[rate.rate for rate in data.teachers_of(task)] for task in data.tasks]
-    heat(teacher, np.array([[np.mean(values) if values else np.nan for values in teachers]]), text_size)
+    heat(teacher, np.array([[mean_rate(data.teachers_of(task)) for task in data.tasks]]), text_size)
     teacher.set_yticks([0], [f"teacher ({data.labels['teacher_recipe']})"], fontsize=label_size)
     teacher.set_xticks([])
     teacher.set_xlabel(f"success on {data.goals} goals (%)", fontsize=label_size)

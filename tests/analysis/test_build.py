@@ -24,13 +24,11 @@ from analysis.dataset import _joined, load_dataset
 from analysis.figures import (
     fig_finals,
     fig_losses,
-    fig_masks,
     fig_methods,
     fig_retrieval,
     fig_stream,
     fig_success_matrix,
     fig_teacher_curves,
-    fig_teacher_student,
     fig_transfer,
     fig_usage,
 )
@@ -49,10 +47,8 @@ TEACHERS = dict(zip(STREAM, (1.0, 0.9, 0.8), strict=True))
 FIGURES = (
     "success_matrix",
     "stream",
-    "teacher_student",
     "teacher_curves",
     "losses",
-    "masks",
     "usage",
     "retrieval",
 )
@@ -185,9 +181,6 @@ def test_two_to_four_seeds_show_every_seed_and_five_an_interval(tmp_path: Path) 
         text = io.StringIO()
         print_summary(run.results, text)
         assert phrase in text.getvalue()
-        assert (run.figures / "teacher_student.png") in build([run.root])
-        caption = (run.figures / "teacher_student.txt").read_text()
-        assert ("Dots: single seeds" in caption) == (count == 3)
 
 
 def test_runs_whose_teachers_differ_are_not_drawn_together(tmp_path: Path) -> None:
@@ -272,7 +265,7 @@ def test_results_on_validation_goals_say_so_and_are_kept_apart(tmp_path: Path, r
 def test_partial_runs_get_the_figures_that_their_data_allow(tmp_path: Path, run: Run) -> None:
     shutil.rmtree(run.root / "students")
     names = {path.name for path in build([run.root])}
-    assert {"teacher_curves.pdf", "teacher_student.pdf"} <= names
+    assert "teacher_curves.pdf" in names
     assert "stream.pdf" not in names
     text = io.StringIO()
     print_summary(run.results, text)
@@ -329,11 +322,10 @@ def draw_all(folder: Path) -> Iterator[Figure]:
             fig_usage.draw(data, data.method_names[0]),
             fig_retrieval.draw(data, data.method_names[0]),
             fig_losses.draw(data),
-            fig_masks.draw(data),
             *(
                 (draw(data) for draw in (fig_methods.draw, fig_transfer.draw, fig_finals.draw))
                 if several
-                else (fig_teacher_student.draw(data), fig_teacher_curves.draw(data))
+                else (fig_teacher_curves.draw(data),)
             ),
         ]
         for figure in figures:

@@ -18,7 +18,6 @@ from analysis.figures import (
     fig_methods,
     fig_stream,
     fig_success_matrix,
-    fig_teacher_student,
     fig_transfer,
     fig_usage,
 )
@@ -115,14 +114,6 @@ def test_methods_are_told_in_numbers_and_measured_against_their_teachers(tmp_pat
     assert texts(figure, 2) == ["15.0", "cannot forget"]
     guides = [next(line for line in axes.lines if line.get_linestyle() != "-") for axes in figure.axes]
     assert [guide.get_xdata()[0] for guide in guides] == pytest.approx([0.9, 1.0, 0.0])
-
-
-def test_diamonds_are_where_a_task_was_after_its_own_stage(tmp_path: Path) -> None:
-    axes = fig_teacher_student.draw(made(tmp_path / "r")).axes[0]
-    bars = {patch.get_y() + patch.get_height() / 2: patch.get_width() for patch in axes.patches}
-    diamonds = {line.get_ydata()[0]: line.get_xdata()[0] for line in axes.lines if line.get_marker() == "D"}
-    assert list(diamonds.values()) == pytest.approx([0.9, 0.8, 0.96])
-    assert [bars[min(bars, key=lambda y: abs(y - row))] for row in diamonds] == pytest.approx(RATES[3])
 
 
 @pytest.mark.parametrize("steps", [1_000, 2_000])
