@@ -22,9 +22,14 @@ def conditions(data: Dataset, method: str | None = None) -> str:
     return (
         f"Teachers: {recipe} (recipe {labels['teacher_recipe']}), seeds {teacher_seeds}. Student seeds {seeds}; "
         f"task identity: {task_identity(data, method)}. Horizon {labels['horizon']} steps; "
-        f"Meta-World {labels['metaworld']}, MuJoCo {labels['mujoco']}, reward {labels['reward_version']}. "
+        f"{versions(labels)}. "
         f"Deterministic policies on {data.goals} goals; success is the flag at any step. {episodes_per_cell(data)}"
     )
+
+
+def versions(labels: dict[str, str]) -> str:
+    """Return the versions of what the results depend on."""
+    return f"Meta-World {labels['metaworld']}, MuJoCo {labels['mujoco']}, reward {labels['reward_version']}"
 
 
 def look_alikes(data: Dataset) -> str:

@@ -10,7 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from analysis.dataset import Dataset, short
-from analysis.figures.small_multiples import MOST_LINES, behind, set_rates, set_stages, small_multiples
+from analysis.figures.small_multiples import MOST_LINES, behind, set_narrow_stages, small_multiples
+from analysis.figures.stream_axis import header_inches, label_style, name_stages, set_stages
 from analysis.style import (
     ACCENT,
     COLUMN_INCHES,
@@ -27,79 +28,58 @@ Line = dict[float, list[float]]
 
 
 def draw(data: Dataset) -> Figure:
-    """X: stages done. One method: its current task and averages; several: their average performance."""
+    """Draw success over stages: one method's current task and averages, or several methods' averages."""
     if len(data.method_names) > MOST_LINES:
         return _panels(data)
     num_stages = len(data.stream)
-    size, rotation = label_style(num_stages)
-    longest = max(len(short(task)) for task in data.stream)
-    header_inches = 0.0072 * size * longest * np.sin(np.radians(rotation))
     width = PAGE_INCHES if num_stages > 6 else COLUMN_INCHES
     methods = list(data.method_names)
     columns = (3 if width == COLUMN_INCHES else 6) if len(methods) > 4 else min(4, max(3, len(methods)))
     legend_inches = 0.14 * (-(-len(methods) // columns) - 1)
-    figure = Figure(figsize=(width, 1.85 + header_inches + legend_inches))
+    figure = Figure(figsize=(width, 1.85 + header_inches(data.stream) + legend_inches))
     axes = figure.subplots()
     marker = 3.2 if num_stages <= 25 else 2.0
     for index, method in enumerate(methods):
         students = data.of_method(method)
         if len(methods) == 1:
+            seen = {"color": SECOND_ACCENT, "marker": "s", "markersize": marker, "label": "mean of tasks so far"}
+            every = {"color": ACCENT, "marker": "o", "markersize": marker, "label": "mean of all tasks"}
             _current_task(axes, data, students)
-            _average(
-                axes,
-                students,
-                "average_seen_by_stage",
-                {"color": SECOND_ACCENT},
-                "s",
-                marker,
-                "mean of tasks so far",
-            )
-            _average(axes, students, "average_by_stage", {"color": ACCENT}, "o", marker, "mean of all tasks")
+            _average(axes, students, "average_seen_by_stage", seen)
+            _average(axes, students, "average_by_stage", every)
         else:
-            _average(axes, students, "average_by_stage", method_line(index), "o", marker, method)
-    for stage in range(1, num_stages):
-        axes.axvline(stage, color="#d4d4d4", linewidth=0.5, zorder=0)
-    axes.set_xticks(range(0, num_stages + 1, 1 if num_stages <= 20 else 5))
+            style = {**method_line(index), "marker": "o", "markersize": marker, "label": method}
+            _average(axes, students, "average_by_stage", style)
+    set_stages(axes, num_stages)
     axes.set_yticks([0, 0.2, 0.4, 0.6, 0.8, 1])
-    # The legend of a single method tells which tasks each of its curves is of.
+    # With one method, the legend says which tasks each curve is of.
     success = "success rate" if len(methods) == 1 else "success, mean of all tasks"
-    axes.set(xlim=(0, num_stages), ylim=(-0.03, 1.03), xlabel="stages done", ylabel=success)
+    axes.set(ylim=(-0.03, 1.03), xlabel="stages done", ylabel=success)
     axes.grid(axis="y")
-    top = axes.secondary_xaxis("top")
-    style: dict[str, Any] = {"rotation": rotation, "fontsize": size}
-    if rotation:
-        style |= {"ha": "left", "rotation_mode": "anchor"}
-    top.set_xticks(np.arange(num_stages) + 0.5, _stage_names(data, " " if rotation else "\n"), **style)
-    top.tick_params(length=0, pad=1)
-    top.spines["top"].set_visible(False)
+    _, rotation = label_style(num_stages)
+    name_stages(axes, _stage_names(data, " " if rotation else "\n"))
     figure.legend(loc="outside lower center", ncols=columns)
     return figure
 
 
 def _panels(data: Dataset) -> Figure:
-    """Every method's average performance, with that of the first behind it."""
+    """Draw a panel per method with its average performance, and behind it that of the first method."""
     first, *_ = data.method_names
 
-    def average(axes: Axes, method: str, style: dict[str, Any], label: str) -> None:
-        _average(axes, data.of_method(method), "average_by_stage", style, "o", 1.6, label)
+    def average(axes: Axes, method: str, **style: Any) -> None:
+        style = {"marker": "o", "markersize": 1.6, **style}
+        _average(axes, data.of_method(method), "average_by_stage", style)
 
     figure, panels = small_multiples(
         data.method_names,
-        lambda axes, method: average(axes, method, {"color": method_colour(0), "linewidth": 0.9}, "each method"),
-        lambda axes: average(axes, first, {"color": TEACHER_COLOUR, "linewidth": 1.4}, first),
+        lambda axes, method: average(axes, method, color=method_colour(0), linewidth=0.9, label="each method"),
+        lambda axes: average(axes, first, color=TEACHER_COLOUR, linewidth=1.4, label=first),
         ("stages done", "success, mean of all tasks"),
     )
     panels[0].set_ylim(-0.06, 1.06)
-    set_stages(panels[0], len(data.stream))
-    set_rates(panels[0])
+    panels[0].set_yticks([0, 0.5, 1], ["0", ".5", "1"])
+    set_narrow_stages(panels[0], len(data.stream))
     return figure
-
-
-def label_style(num_stages: int) -> tuple[float, float]:
-    """Size and rotation of the tasks' names above a stream at which neighbours do not touch."""
-    if num_stages <= 3:
-        return 7.0, 0
-    return (7.0, 35) if num_stages <= 12 else (6.0, 45) if num_stages <= 25 else (5.2, 60)
 
 
 def _stage_names(data: Dataset, gap: str) -> list[str]:
@@ -109,7 +89,7 @@ def _stage_names(data: Dataset, gap: str) -> list[str]:
 
 
 def _current_task(axes: Axes, data: Dataset, students: list[StudentResults]) -> None:
-    """A stage's own task from before the stage to its end, the mean over the seeds that distilled it."""
+    """Draw success on each stage's task within the stage, the mean over the seeds that distilled it."""
     labelled = False
     for stage, task in enumerate(data.stream):
         column = data.tasks.index(task)
@@ -130,25 +110,17 @@ def _current_task(axes: Axes, data: Dataset, students: list[StudentResults]) -> 
             labelled = True
 
 
-def _average(
-    axes: Axes,
-    students: list[StudentResults],
-    measure: str,
-    style: dict[str, Any],
-    marker: str,
-    size: float,
-    label: str,
-) -> None:
-    """One of the averages by stage: the mean over seeds, and every seed as a small dot where there are several."""
+def _average(axes: Axes, students: list[StudentResults], measure: str, style: dict[str, Any]) -> None:
+    """Draw the mean over seeds of an average by stage, and every seed as a small dot if there are several."""
     line: Line = defaultdict(list)
     for student in students:
         for stage, value in enumerate(getattr(student.measures, measure)):
             if value is not None:
                 line[stage].append(value)
-    _plot(axes, line, **style, marker=marker, markersize=size, label=label)
+    _plot(axes, line, **style)
     if len(students) > 1:
-        every = [(x, value) for x, values in line.items() for value in values]
-        xs, ys = [x for x, _ in every], [y for _, y in every]
+        xs = [x for x, values in line.items() for _ in values]
+        ys = [value for values in line.values() for value in values]
         axes.plot(xs, ys, ".", color=style["color"], markersize=2, alpha=0.6, clip_on=False)
 
 
@@ -158,7 +130,7 @@ def _plot(axes: Axes, line: Line, **style: Any) -> None:
 
 
 def caption(data: Dataset) -> str:
-    """What the figure shows, without the conditions."""
+    """Say what the figure shows, without the conditions."""
     dots = " Small dots: single seeds." if len(data.students) > len(data.methods) else ""
     if len(data.methods) > 1:
         return (

@@ -1,4 +1,4 @@
-"""Folders of published teachers side by side: how fast the same tasks are learned with different settings."""
+"""Folders of published teachers side by side: how fast different settings learn the same tasks."""
 
 from __future__ import annotations
 
@@ -9,21 +9,23 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from analysis.figures.fig_teacher_panels import finish, set_axes
+from analysis.captions import versions
+from analysis.figures.fig_teacher_panels import set_axes
+from analysis.figures.small_multiples import finish_panels
 from analysis.published_teachers import PublishedTeachers
 from analysis.style import COLUMN_INCHES, LINE_STYLES, method_colour
 
 
 def draw(groups: Mapping[str, PublishedTeachers]) -> Figure:
-    """A panel per task: success on validation goals over environment steps of RL, a colour per folder.
+    """Draw success on validation goals over environment steps of RL, a panel per task and a colour per folder.
 
     The first folder, with which the others are compared, lies on top.
 
     Args:
-        groups: published teachers of the same stream, by the name that the legend has for them.
+        groups: published teachers of the same stream, by their name in the legend.
     """
-    known = {t.task for published in groups.values() for t in published.teachers}
-    tasks = [task for task in dict.fromkeys(next(iter(groups.values())).stream) if task in known]
+    published_tasks = {t.task for published in groups.values() for t in published.teachers}
+    tasks = [task for task in dict.fromkeys(next(iter(groups.values())).stream) if task in published_tasks]
     num_columns = min(3 if len(tasks) <= 6 else 4, len(tasks))
     num_rows = math.ceil(len(tasks) / num_columns)
     num_legend_rows = math.ceil(len(groups) / 2)
@@ -31,7 +33,8 @@ def draw(groups: Mapping[str, PublishedTeachers]) -> Figure:
     grid = figure.subplots(num_rows, num_columns, sharey=True, squeeze=False)
     for axes, task in zip(grid.flat, tasks, strict=False):
         _panel(axes, task, groups)
-    finish(figure, grid, len(tasks), "success rate, validation goals", num_legend_columns=2)
+    labels = ("environment steps of RL", "success rate, validation goals")
+    finish_panels(figure, grid, len(tasks), labels, num_legend_columns=2)
     return figure
 
 
@@ -39,8 +42,7 @@ def _panel(axes: Axes, task: str, groups: Mapping[str, PublishedTeachers]) -> No
     longest = 0
     for index, (name, published) in enumerate(groups.items()):
         style: dict[str, Any] = {"color": method_colour(index), "zorder": 3 - index / len(groups)}
-        own = [teacher for teacher in published.teachers if teacher.task == task]
-        for teacher in own:
+        for teacher in (teacher for teacher in published.teachers if teacher.task == task):
             steps, rates = teacher.validated
             axes.plot(
                 steps, rates, label=name, linewidth=0.9, linestyle=LINE_STYLES[index % len(LINE_STYLES)], **style
@@ -55,8 +57,8 @@ def _panel(axes: Axes, task: str, groups: Mapping[str, PublishedTeachers]) -> No
 
 
 def caption(groups: Mapping[str, PublishedTeachers]) -> str:
-    """What the figure shows, with its conditions."""
-    some = next(iter(groups.values()))
+    """Say what the figure shows, with its conditions."""
+    first = next(iter(groups.values()))
     teachers = [teacher for published in groups.values() for teacher in published.teachers]
     gates = "/".join(dict.fromkeys(f"{published.gate:g}" for published in groups.values()))
     recipes = ", ".join(f"{name}: {published.labels['teacher_recipe']}" for name, published in groups.items())
@@ -66,6 +68,5 @@ def caption(groups: Mapping[str, PublishedTeachers]) -> str:
         f"How fast {', '.join(groups)} learn the same tasks (recipes: {recipes}): success on validation goals "
         "with deterministic actions. One line per seed, which begins where it was first validated. A dot "
         f"marks the policy that was kept, a cross one that fell short of the gate ({gates}). Axes differ by "
-        f"task. Teacher seeds {', '.join(map(str, seeds))}. Horizon {horizons}; Meta-World "
-        f"{some.labels['metaworld']}, MuJoCo {some.labels['mujoco']}, reward {some.labels['reward_version']}."
+        f"task. Teacher seeds {', '.join(map(str, seeds))}. Horizon {horizons}; {versions(first.labels)}."
     )

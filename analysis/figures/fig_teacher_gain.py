@@ -1,4 +1,4 @@
-"""What RL made of every teacher: success before and after, with the steps that it took."""
+"""Success of every teacher before and after RL, and the environment steps of RL."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from analysis.captions import RECIPES
+from analysis.captions import RECIPES, versions
 from analysis.dataset import short
 from analysis.published_teachers import PublishedTeachers, cpu_text
 from analysis.style import COLUMN_INCHES, GUIDE, TEACHER_COLOUR, method_colour
 
 
 def draw(published: PublishedTeachers) -> Figure:
-    """One line per teacher: where RL began, held-out success with its interval, and the last step's success."""
+    """Draw for every teacher where RL began, held-out success with its interval, and success at the last step."""
     teachers = published.teachers
     figure = Figure(figsize=(COLUMN_INCHES, 0.62 + 0.165 * len(teachers)))
     axes = figure.subplots()
@@ -64,11 +64,11 @@ def _steps(count: int) -> str:
 
 
 def caption(published: PublishedTeachers) -> str:
-    """What the figure shows, with its conditions."""
+    """Say what the figure shows, with its conditions."""
     labels, teachers = published.labels, published.teachers
     episodes = {teacher.held_out.episodes for teacher in teachers}
-    before = {t.before.episodes for t in teachers if t.before}
-    start = f"open: on {min(before)} validation goals, where RL began; " if before else ""
+    goals = {t.before.episodes for t in teachers if t.before}
+    start = f"open: on {min(goals)} validation goals, where RL began; " if goals else ""
     cost = ", processor seconds of all work on the teacher" if published.has_cpu_seconds else ""
     return (
         f"Teachers of {published.name} (recipe {labels['teacher_recipe']}: "
@@ -76,6 +76,5 @@ def caption(published: PublishedTeachers) -> str:
         f"filled: at any step on {min(episodes)} held-out goals that no stopping rule saw, with Wilson 95 % "
         "intervals; grey: at the last step of the same episodes, which run on after success. Dotted: the gate of "
         f"{published.gate:g}. Right: environment steps of RL{cost}. "
-        f"Horizon {labels['horizon']}; Meta-World {labels['metaworld']}, MuJoCo {labels['mujoco']}, reward "
-        f"{labels['reward_version']}; one run per line."
+        f"Horizon {labels['horizon']}; {versions(labels)}; one run per line."
     )

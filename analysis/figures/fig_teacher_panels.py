@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from analysis.captions import versions
 from analysis.dataset import short
+from analysis.figures.small_multiples import finish_panels
 from analysis.published_teachers import PublishedTeacher, PublishedTeachers
 from analysis.style import ACCENT, COLUMN_INCHES, GUIDE, method_colour
 
@@ -19,47 +19,34 @@ NUM_COLUMNS = 4
 
 
 def draw(published: PublishedTeachers) -> Figure:
-    """A panel per task: success on validation goals and of training episodes over environment steps of RL."""
+    """Draw success on validation goals and in training episodes over environment steps of RL, a panel per task."""
     tasks = list(dict.fromkeys(teacher.task for teacher in published.teachers))
     num_columns = min(NUM_COLUMNS, len(tasks))
     num_rows = math.ceil(len(tasks) / num_columns)
     figure = Figure(figsize=(COLUMN_INCHES, 0.78 * num_rows + 0.5))
     grid = figure.subplots(num_rows, num_columns, sharey=True, squeeze=False)
     for axes, task in zip(grid.flat, tasks, strict=False):
-        own = [teacher for teacher in published.teachers if teacher.task == task]
-        for teacher in own:
+        teachers = [teacher for teacher in published.teachers if teacher.task == task]
+        for teacher in teachers:
             _curve(axes, teacher)
         axes.axhline(published.gate, color=GUIDE, linewidth=0.6, linestyle=":", zorder=1)
-        set_axes(axes, task, max(teacher.env_steps for teacher in own))
-    finish(figure, grid, len(tasks), "success rate", num_legend_columns=3)
+        set_axes(axes, task, max(teacher.env_steps for teacher in teachers))
+    labels = ("environment steps of RL", "success rate")
+    finish_panels(figure, grid, len(tasks), labels, num_legend_columns=3)
     return figure
 
 
 def set_axes(axes: Axes, task: str, longest: int) -> None:
-    """Title and axes of a task's panel, whose longest curve has so many steps."""
-    # Budgets differ by an order of magnitude: every panel has an axis of its own.
+    """Set the title and axes of a task's panel whose longest curve has `longest` steps."""
+    # Budgets differ by an order of magnitude, so every panel has its own x axis.
     axes.set_xlim(-0.04 * longest, 1.08 * longest)
     axes.xaxis.set_major_locator(MaxNLocator(2, steps=[1, 2, 5, 10]))
     axes.xaxis.set_major_formatter(FuncFormatter(_steps))
+    axes.set_ylim(-0.06, 1.1)
+    axes.set_yticks([0, 0.5, 1], ["0", ".5", "1"])
     axes.set_title(short(task), fontsize=6.2, pad=2)
     axes.tick_params(labelsize=6, length=1.8, pad=1.5)
     axes.grid(axis="y")
-
-
-def finish(figure: Figure, grid: npt.NDArray[Any], num_panels: int, rate: str, *, num_legend_columns: int) -> None:
-    """What the panels have in common: the axis of the success `rate`, labels, and a legend."""
-    grid.flat[0].set_ylim(-0.06, 1.1)
-    grid.flat[0].set_yticks([0, 0.5, 1], ["0", ".5", "1"])
-    for axes in grid.flat[num_panels:]:
-        axes.set_visible(False)
-    figure.supxlabel("environment steps of RL", fontsize=7)
-    figure.supylabel(rate, fontsize=7)
-    by_name: dict[str, Any] = {}  # panels and seeds repeat them
-    for axes in grid.flat[:num_panels]:
-        for handle, name in zip(*axes.get_legend_handles_labels(), strict=True):
-            by_name.setdefault(name, handle)
-    columns = min(num_legend_columns, len(by_name))
-    figure.legend(by_name.values(), by_name.keys(), loc="outside upper center", ncols=columns, fontsize=6.5)
 
 
 def _steps(count: float, position: int | None) -> str:
@@ -91,7 +78,7 @@ def _curve(axes: Axes, teacher: PublishedTeacher) -> None:
 
 
 def caption(published: PublishedTeachers) -> str:
-    """What the figure shows, with its conditions."""
+    """Say what the figure shows, with its conditions."""
     labels = published.labels
     start = "; at 0 the capped warm start" if any(t.before for t in published.teachers) else ""
     return (
@@ -99,5 +86,5 @@ def caption(published: PublishedTeachers) -> str:
         f"goals with deterministic actions{start}, of the training episodes with exploration noise, and of the "
         "policy that was kept on held-out goals with its Wilson 95 % interval. Dotted: the gate. Training ends "
         f"once validation is passed often enough; axes differ by task. Horizon {labels['horizon']}; "
-        f"Meta-World {labels['metaworld']}, MuJoCo {labels['mujoco']}, reward {labels['reward_version']}."
+        f"{versions(labels)}."
     )
