@@ -100,7 +100,8 @@ def _mt1_rand_vecs(task: str, seed: int) -> tuple[npt.NDArray[np.float64], ...]:
     only the drawn positions. So the task's own reset code runs here, but without placing the hand.
     """
     env: Any = build_stock(_goal_drawing_class(task))
-    env.draw_from(np.random.RandomState(seed))  # the legacy generator, as in MT1
+    env.generator = np.random.RandomState(seed)  # the legacy generator, as in MT1
+    env._set_task_called = True
     vectors = []
     for _ in range(GOALS_PER_SEED):
         env.reset()
@@ -117,12 +118,6 @@ def _goal_drawing_class(task: str) -> type[Any]:
     base: Any = metaworld_class(task)
 
     class GoalDrawing(base):  # type: ignore[misc]
-        _generator: np.random.RandomState
-
-        def draw_from(self, generator: np.random.RandomState) -> None:
-            self._generator = generator
-            self._set_task_called = True
-
         def _reset_hand(self, steps: int = 1) -> None:
             super()._reset_hand(steps=1)
 
@@ -130,13 +125,9 @@ def _goal_drawing_class(task: str) -> type[Any]:
             """Leave the hand where it is: moving it makes a reset slow."""
             mujoco.mj_forward(self.model, self.data)
 
-        def _get_state_rand_vec(self) -> npt.NDArray[np.float64]:
+        def _get_state_rand_vec(self) -> Any:
             space = self._random_reset_space
-            drawn: npt.NDArray[np.float64] = self._generator.uniform(space.low, space.high, size=space.low.size)
-            self._last_rand_vec = drawn
-            return drawn
+            self._last_rand_vec = self.generator.uniform(space.low, space.high, size=space.low.size)
+            return self._last_rand_vec
 
     return GoalDrawing
-
-
-__all__ = ["FIRST_SEEDS", "GOALS_PER_SEED", "Goal", "Split", "check_disjoint", "goal_set"]

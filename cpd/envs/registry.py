@@ -87,20 +87,20 @@ def _mocap_is_weld_only(model: mujoco.MjModel) -> bool:
     )
 
 
-@lru_cache(maxsize=16)
-def shared_model(path: str) -> SharedModel:
-    """Return this process's shared model of an XML file; the 16 used last are cached."""
-    return SharedModel(path)
+#: This process's shared model of an XML file; the 16 used last are cached.
+shared_model = lru_cache(maxsize=16)(SharedModel)
+_compiled = lru_cache(maxsize=16)(mujoco.MjModel.from_xml_path)
 
 
-def complete_model(path: str) -> mujoco.MjModel:
-    """Return a complete model of an XML file for the caller alone: a copy, which is faster than compiling."""
-    return copy.copy(_compiled(path))
+def complete_model(path: str, width: int, height: int) -> mujoco.MjModel:
+    """Return a complete model of an XML file for the caller alone: a copy, which is faster than compiling.
 
-
-@lru_cache(maxsize=16)
-def _compiled(path: str) -> mujoco.MjModel:
-    return mujoco.MjModel.from_xml_path(path)
+    Like Gymnasium's constructor, enlarge its offscreen buffer to `width` x `height` pixels.
+    """
+    model = copy.copy(_compiled(path))
+    model.vis.global_.offwidth = max(model.vis.global_.offwidth, width)
+    model.vis.global_.offheight = max(model.vis.global_.offheight, height)
+    return model
 
 
 @cache
@@ -109,19 +109,12 @@ def _stock_class(base: Any) -> Any:
 
     class CopiedModel(base):  # type: ignore[misc]
         def _initialize_simulation(self) -> tuple[mujoco.MjModel, mujoco.MjData]:
-            model = complete_model(self.fullpath)
-            grow_framebuffer(model, self.width, self.height)
+            model = complete_model(self.fullpath, self.width, self.height)
             return model, mujoco.MjData(model)
 
     CopiedModel.__name__ = base.__name__
     CopiedModel.__qualname__ = base.__qualname__
     return CopiedModel
-
-
-def grow_framebuffer(model: mujoco.MjModel, width: int, height: int) -> None:
-    """Enlarge the offscreen buffer to a size in pixels, as Gymnasium's constructor does."""
-    model.vis.global_.offwidth = max(model.vis.global_.offwidth, width)
-    model.vis.global_.offheight = max(model.vis.global_.offheight, height)
 
 
 def build_stock(base: Any, **kwargs: Any) -> Any:

@@ -20,8 +20,6 @@ from cpd.envs.tasks import ACTION_SIZE, OBSERVATION_SIZE
 #: Room for one goal's vector; Meta-World's longest has six numbers.
 MAX_RAND_VEC_SIZE: Final = 16
 
-#: Bytes; arrays begin at cache lines, which suits every dtype.
-_ALIGNMENT: Final = 64
 _FIELDS: Final[tuple[tuple[str, Any, tuple[int, ...]], ...]] = (
     ("observations", np.float32, (OBSERVATION_SIZE,)),
     ("rewards", np.float64, ()),
@@ -65,23 +63,17 @@ class SlotArrays:
     rand_vecs: npt.NDArray[np.float64]
 
     def __init__(self, num_slots: int, buffer: Any) -> None:
-        offset = 0
-        for name, dtype, shape in _FIELDS:
-            view = np.ndarray((num_slots, *shape), dtype=dtype, buffer=buffer, offset=offset)
-            setattr(self, name, view)
-            offset += _padded(view.nbytes)
+        record = np.ndarray((), _layout(num_slots), buffer)
+        vars(self).update({name: record[name] for name, _, _ in _FIELDS})
 
     @staticmethod
     def size(num_slots: int) -> int:
         """Return the bytes that `num_slots` slots need."""
-        return sum(
-            _padded(num_slots * int(np.prod(shape, dtype=int)) * np.dtype(dtype).itemsize)
-            for _, dtype, shape in _FIELDS
-        )
+        return _layout(num_slots).itemsize
 
 
-def _padded(num_bytes: int) -> int:
-    return -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
+def _layout(num_slots: int) -> np.dtype[np.void]:
+    return np.dtype([(name, dtype, (num_slots, *shape)) for name, dtype, shape in _FIELDS], align=True)
 
 
 class SlotGroup:

@@ -24,7 +24,7 @@ import numpy.typing as npt
 
 from cpd.envs import worker
 from cpd.envs.goals import Goal
-from cpd.envs.slots import MAX_RAND_VEC_SIZE, SlotArrays, SlotError, SlotGroup
+from cpd.envs.slots import SlotArrays, SlotError, SlotGroup
 from cpd.envs.tasks import ACTION_SIZE
 
 _CLOSE_TIMEOUT_S: Final = 10.0
@@ -93,8 +93,6 @@ class VectorEnv(abc.ABC):
                 raise ValueError(f"slot {slot} is named twice in one reset")
             if goal.task != self.tasks[slot]:
                 raise ValueError(f"slot {slot} runs {self.tasks[slot]}, but got a goal of {goal.task}")
-            if goal.rand_vec.ndim != 1 or goal.rand_vec.size > MAX_RAND_VEC_SIZE:
-                raise ValueError(f"slot {slot}: the goal has shape {goal.rand_vec.shape}, expected [3..6]")
             arrays.selected[slot] = True
             arrays.rand_vec_sizes[slot] = goal.rand_vec.size
             arrays.rand_vecs[slot, : goal.rand_vec.size] = goal.rand_vec
@@ -174,7 +172,7 @@ class _ProcessVectorEnv(VectorEnv):
     def __init__(self, tasks: Sequence[str], num_workers: int) -> None:
         size = SlotArrays.size(len(tasks))
         # An unlinked file rather than a named segment: nothing is left behind, however this process ends.
-        with tempfile.TemporaryFile(dir=_shared_memory_directory()) as file:
+        with tempfile.TemporaryFile(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as file:
             file.truncate(size)
             super().__init__(tasks, SlotArrays(len(tasks), mmap.mmap(file.fileno(), size)))
             # Interleaved: callers that need fewer slots use the first ones, which should lie on different workers.
@@ -195,7 +193,7 @@ class _ProcessVectorEnv(VectorEnv):
                 try:
                     os.write(stream.fileno(), order)
                 except BrokenPipeError:
-                    self._fail(i, b"")
+                    self._fail(i)
             self._await(busy)
         except BaseException:
             # After an interrupt, an unread answer would be taken for the answer to a later order.
@@ -205,37 +203,29 @@ class _ProcessVectorEnv(VectorEnv):
     def _await(self, workers: Sequence[int]) -> None:
         """Wait for one answer from each worker."""
         for i in workers:
-            stream = self._workers[i].stdout
-            assert stream is not None
-            answer = os.read(stream.fileno(), 1)
+            answers = self._workers[i].stdout
+            assert answers is not None
+            answer = answers.read(1)
+            if answer == worker.FAILED:
+                (size,) = worker.LENGTH.unpack(answers.read(worker.LENGTH.size))
+                self._fail(i, answers.read(size).decode())
             if answer != worker.DONE:
-                self._fail(i, answer)
+                self._fail(i)
 
-    def _fail(self, index: int, answer: bytes) -> None:
-        """Close everything and raise the error of worker `index`."""
-        process, slots = self._workers[index], self._slots[index]
-        names = ", ".join(sorted({self.tasks[slot] for slot in slots}))
-        which = f"slots {', '.join(map(str, slots))}"
-        message = ""
-        if answer == worker.FAILED:
-            stream = process.stdout
-            assert stream is not None
-            header = _read_exactly(stream.fileno(), worker.LENGTH.size)
-            message = _read_exactly(stream.fileno(), worker.LENGTH.unpack(header)[0]).decode()
+    def _fail(self, index: int, message: str = "") -> None:
+        """Close everything and raise the error of worker `index`, which is dead unless it left a message."""
         self.close()
+        which = f"slots {', '.join(map(str, self._slots[index]))}"
         if message:
             raise SlotError(f"worker {index} ({which}): {message}")
+        names = ", ".join(sorted({self.tasks[slot] for slot in self._slots[index]}))
         raise SlotError(
             f"worker {index} ({which}: {names}) died with exit status "
-            f"{process.returncode}; a negative status is the signal that killed it"
+            f"{self._workers[index].returncode}; a negative status is the signal that killed it"
         )
 
     def close(self) -> None:
         self._end()
-
-
-def _shared_memory_directory() -> str | None:
-    return "/dev/shm" if Path("/dev/shm").is_dir() else None
 
 
 def _start_worker(tasks: Sequence[str], slots: range, memory: int) -> subprocess.Popen[bytes]:
@@ -249,17 +239,9 @@ def _start_worker(tasks: Sequence[str], slots: range, memory: int) -> subprocess
         [sys.executable, "-c", code, json.dumps(sys.path), json.dumps(settings)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        bufsize=0,
         pass_fds=(memory,),
         env=environment,
     )
-
-
-def _read_exactly(descriptor: int, num_bytes: int) -> bytes:
-    data = b""
-    while len(data) < num_bytes and (piece := os.read(descriptor, num_bytes - len(data))):
-        data += piece
-    return data
 
 
 def _end_workers(workers: list[subprocess.Popen[bytes]]) -> None:
@@ -274,6 +256,3 @@ def _end_workers(workers: list[subprocess.Popen[bytes]]) -> None:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-
-
-__all__ = ["SlotError", "VectorEnv", "make_vector_env"]

@@ -39,19 +39,17 @@ def main(settings: str) -> None:
     answers = os.dup(sys.stdout.fileno())
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what a library prints must not look like an answer
     with contextlib.suppress(BrokenPipeError):
-        _serve(json.loads(settings), sys.stdin.fileno(), answers)
+        _serve(**json.loads(settings), orders=sys.stdin.fileno(), answers=answers)
     # Nothing here needs finalizers, and interpreter teardown would only delay the parent's close().
     os._exit(0)
 
 
-def _serve(settings: dict[str, object], orders: int, answers: int) -> None:
+def _serve(tasks: list[str], slots: list[int], memory: int, orders: int, answers: int) -> None:
     try:
         from cpd.envs.slots import SlotArrays, SlotGroup
 
-        tasks, slots = settings["tasks"], settings["slots"]
-        assert isinstance(tasks, list) and isinstance(slots, list)
-        memory = mmap.mmap(int(str(settings["memory"])), SlotArrays.size(len(tasks)))
-        group = SlotGroup(tasks, slots, SlotArrays(len(tasks), memory))
+        buffer = mmap.mmap(memory, SlotArrays.size(len(tasks)))
+        group = SlotGroup(tasks, slots, SlotArrays(len(tasks), buffer))
         handlers = {STEP: group.step, RESET: group.reset}
         os.write(answers, DONE)
         while order := os.read(orders, 1):

@@ -258,7 +258,7 @@ def test_unverified_versions_are_refused_by_name(package, installed, monkeypatch
 
 
 def test_inexact_arithmetic_is_refused_by_name(monkeypatch):
-    monkeypatch.setattr(accelerated, "_first_inexact_helper", lambda: "tolerance")
+    monkeypatch.setattr(accelerated, "first_inexact_helper", lambda: "tolerance")
     with pytest.raises(UnverifiedError, match=r"tolerance.*numpy"):
         check_installation()
 

@@ -84,6 +84,6 @@ def test_hstack_and_clip():
 
 
 def test_the_self_check_passes_here_and_notices_a_difference(monkeypatch):
-    assert fast_math.first_inexact_helper() is None
+    assert fast_math.first_inexact_helper.__wrapped__() is None
     monkeypatch.setattr(fast_math, "norm", lambda x: np.linalg.norm(x) * (1 + 1e-15))
-    assert fast_math.first_inexact_helper() == "norm"
+    assert fast_math.first_inexact_helper.__wrapped__() == "norm"

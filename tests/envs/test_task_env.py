@@ -6,7 +6,8 @@ import metaworld
 import numpy as np
 import pytest
 
-from cpd.envs.fast.resets import RESET_CACHE, ResetCache
+from cpd.envs.fast import sawyer
+from cpd.envs.fast.resets import RESET_CACHE
 from cpd.envs.goals import Goal, goal_set
 from cpd.envs.task_env import TaskEnv
 from cpd.envs.tasks import REWARD_VERSION
@@ -114,26 +115,10 @@ def test_unknown_names_are_refused():
         TaskEnv("reach-v2")
 
 
-def test_the_reset_cache_is_bounded_and_forgets_the_least_recently_used():
-    class Sized:
-        num_bytes = 10
-
-    cache = ResetCache(max_bytes=35)
-    states = {key: Sized() for key in "abcd"}
-    for key in "abc":
-        cache.put(key, states[key])
-    assert cache.get("a") is states["a"]
-    cache.put("d", states["d"])
-    assert cache.get("b") is None
-    assert [cache.get(key) for key in "acd"] == [states[key] for key in "acd"]
-    assert (len(cache), cache.num_bytes) == (3, 30)
-    cache.clear()
-    assert (len(cache), cache.num_bytes) == (0, 0)
-
-
-def test_a_cached_reset_is_small():
+def test_the_reset_cache_is_bounded_and_forgets_the_least_recently_used(monkeypatch):
+    monkeypatch.setattr(sawyer, "MAX_CACHED_RESETS", 3)
     RESET_CACHE.clear()
-    for task in ("window-close-v3", "hammer-v3"):
-        TaskEnv(task).reset(goal_set(task, "training")[0])
-    assert len(RESET_CACHE) == 2
-    assert RESET_CACHE.num_bytes < 100_000
+    env, goals = TaskEnv("push-v3"), goal_set("push-v3", "training")[:4]
+    for index in (0, 1, 2, 0, 3):
+        env.reset(goals[index])
+    assert [key[-1] for key in RESET_CACHE] == [goals[index].rand_vec.tobytes() for index in (2, 0, 3)]

@@ -6,6 +6,7 @@ originals behaves like the original one.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import math
 import types
@@ -114,10 +115,8 @@ def hstack(arrays: Any) -> Any:
     return np.concatenate(arrays)
 
 
-class _Quaternion:
-    """The result of `FastRotation.from_matrix`: an orientation that gives its quaternion only."""
-
-    __slots__ = ("_quaternion",)
+class FastRotation:
+    """`scipy.spatial.transform.Rotation` as far as the tasks use it: matrix to quaternion."""
 
     def __init__(self, quaternion: np.ndarray[Any, Any]) -> None:
         self._quaternion = quaternion
@@ -125,10 +124,6 @@ class _Quaternion:
     def as_quat(self) -> np.ndarray[Any, Any]:
         """[4] float64: x, y, z, w."""
         return self._quaternion
-
-
-class FastRotation:
-    """`scipy.spatial.transform.Rotation` as far as the tasks use it: matrix to quaternion."""
 
     @staticmethod
     def from_matrix(matrix: Any) -> Any:
@@ -151,58 +146,40 @@ class FastRotation:
         # matrices differently (it refuses singular ones and orthogonalises skewed ones).
         if not 1.999 < length < 4.001:
             return Rotation.from_matrix(matrix)
-        return _Quaternion(np.array((x / length, y / length, z / length, w / length)))
+        return FastRotation(np.array((x / length, y / length, z / length, w / length)))
 
 
-def _numpy_namespace() -> types.ModuleType:
-    namespace = types.ModuleType("numpy")
-    namespace.__dict__.update(np.__dict__)
-    linalg = types.ModuleType("numpy.linalg")
-    linalg.__dict__.update(np.linalg.__dict__)
-    linalg.__dict__["norm"] = norm
-    namespace.__dict__.update(linalg=linalg, clip=clip, hstack=hstack)
-    return namespace
+def _with(module: types.ModuleType, **replacements: Any) -> types.ModuleType:
+    """Copy a module, with some of its members replaced."""
+    copied = types.ModuleType(module.__name__)
+    vars(copied).update(vars(module), **replacements)
+    return copied
 
 
-def _reward_namespace() -> types.ModuleType:
-    namespace = types.ModuleType("reward_utils")
-    namespace.__dict__.update(reward_utils.__dict__)
-    namespace.__dict__["tolerance"] = tolerance
-    return namespace
-
-
-#: (original, replacement) in the globals of rebound functions; originals are recognised by identity.
-REPLACEMENTS: Final[tuple[tuple[Any, Any], ...]] = (
-    (np, _numpy_namespace()),
-    (reward_utils, _reward_namespace()),
-    (_stock_tolerance, tolerance),
-    (Rotation, FastRotation),
-)
+#: Replacements in the globals of rebound functions, by the identity of the original.
+_REPLACEMENTS: Final = {
+    id(np): _with(np, linalg=_with(np.linalg, norm=norm), clip=clip, hstack=hstack),
+    id(reward_utils): _with(reward_utils, tolerance=tolerance),
+    id(_stock_tolerance): tolerance,
+    id(Rotation): FastRotation,
+}
 
 
 def fast_globals(original: Mapping[str, Any]) -> dict[str, Any]:
     """Copy a module's globals, with the helpers of this module in place of the originals."""
-    copied = dict(original)
-    for name, value in original.items():
-        for stock, fast in REPLACEMENTS:
-            if value is stock:
-                copied[name] = fast
-    return copied
+    return {name: _REPLACEMENTS.get(id(value), value) for name, value in original.items()}
 
 
-def rebind(function: Callable[..., Any], namespace: dict[str, Any]) -> Callable[..., Any]:
+def rebind(function: Any, namespace: dict[str, Any]) -> Callable[..., Any]:
     """Return the same function (code, defaults and closure) with other globals."""
-    assert isinstance(function, types.FunctionType)
     bound = types.FunctionType(
         function.__code__, namespace, function.__name__, function.__defaults__, function.__closure__
     )
     bound.__kwdefaults__ = function.__kwdefaults__
-    bound.__dict__.update(function.__dict__)
-    bound.__doc__ = function.__doc__
-    bound.__qualname__ = function.__qualname__
-    return bound
+    return functools.update_wrapper(bound, function)
 
 
+@functools.cache
 def first_inexact_helper() -> str | None:
     """Return the name of a helper that differs from its original in any bit on random samples; None if none does.
 

@@ -7,7 +7,7 @@ from typing import Any, Final
 import mujoco
 import numpy as np
 
-from cpd.envs.registry import GOAL_FIELDS, complete_model, grow_framebuffer
+from cpd.envs.registry import GOAL_FIELDS, complete_model
 
 _STATE: Final = mujoco.mjtState.mjSTATE_INTEGRATION
 
@@ -36,8 +36,7 @@ class RenderModel:
     """
 
     def __init__(self, path: str, width: int, height: int) -> None:
-        self.model = complete_model(path)
-        grow_framebuffer(self.model, width, height)
+        self.model = complete_model(path, width, height)
         self.data = mujoco.MjData(self.model)
 
     def copy_state(self, model: mujoco.MjModel, data: mujoco.MjData) -> None:
@@ -50,12 +49,9 @@ class RenderModel:
         mujoco.mj_forward(self.model, self.data)
         for name in _POSES:
             getattr(self.data, name)[:] = getattr(data, name)
-        self._place_geoms()
-
-    def _place_geoms(self) -> None:
-        # From the copied poses of the bodies: the light model lacks most geoms, so theirs cannot be copied.
-        model: Any = self.model
-        geoms = zip(model.geom_pos, model.geom_quat, model.geom_bodyid, model.geom_sameframe, strict=True)
+        # The light model lacks most geoms, so their poses follow from those of the bodies.
+        full: Any = self.model
+        geoms = zip(full.geom_pos, full.geom_quat, full.geom_bodyid, full.geom_sameframe, strict=True)
         for i, (position, quaternion, body, same_frame) in enumerate(geoms):
             xpos, xmat = self.data.geom_xpos[i], self.data.geom_xmat[i]
             mujoco.mj_local2Global(self.data, xpos, xmat, position, quaternion, body, same_frame)

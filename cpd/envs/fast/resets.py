@@ -6,7 +6,7 @@ A real reset simulates 500 physics steps, and always ends in the same state for 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from typing import Any, Final
 
 import mujoco
@@ -41,19 +41,6 @@ _PLAIN: Final = (np.ndarray, np.generic, int, float, str, type(None))
 _SKIPPED_PREFIXES: Final = ("efc_", "contact", "island", "dof_island", "tendon_efcadr", "bvh_active")
 
 
-class _DataView:
-    """An attribute that is a live view of an array of the simulation's data, such as `data.xpos[3]`."""
-
-    def __init__(self, name: str, offset: int, like: npt.NDArray[Any]) -> None:
-        self._name, self._offset = name, offset
-        self._shape, self._strides = like.shape, like.strides
-
-    def in_data(self, data: Any) -> npt.NDArray[Any]:
-        """Return the same view of another simulation of the same model."""
-        array = getattr(data, self._name)
-        return np.ndarray(self._shape, array.dtype, array, self._offset, self._strides)
-
-
 def _data_arrays(data: Any) -> dict[str, npt.NDArray[Any]]:
     """Return MuJoCo's arrays of the simulation's state and of what derives from it."""
     arrays = {}
@@ -70,41 +57,32 @@ class Attributes:
     """The plain attributes (numbers, arrays, strings, None) of an environment at one moment."""
 
     def __init__(self, env: Any) -> None:
-        owners = _data_arrays(env.data)
-        self._values: dict[str, Any] = {}
-        for name, value in vars(env).items():
-            if name in _SETTINGS or name in env.LIVE_ATTRIBUTES or not isinstance(value, _PLAIN):
-                continue
-            self._values[name] = _frozen(value, owners)
+        arrays = _data_arrays(env.data)
+        self._makers = {
+            name: _value_maker(value, arrays)
+            for name, value in vars(env).items()
+            if name not in _SETTINGS and isinstance(value, _PLAIN)
+        }
 
     def restore(self, env: Any) -> None:
         """Set these attributes on `env`: arrays are copied, and views become views of its own data."""
-        attributes = vars(env)
-        for name, value in self._values.items():
-            kind = type(value)
-            if kind is np.ndarray:
-                attributes[name] = value.copy()
-            elif kind is _DataView:
-                attributes[name] = value.in_data(env.data)
-            else:
-                attributes[name] = value
-
-    @property
-    def num_bytes(self) -> int:
-        """Approximate memory."""
-        return sum(value.nbytes if isinstance(value, np.ndarray) else 100 for value in self._values.values())
+        vars(env).update({name: make(env.data) for name, make in self._makers.items()})
 
 
-def _frozen(value: Any, owners: dict[str, npt.NDArray[Any]]) -> Any:
+def _value_maker(value: Any, arrays: dict[str, npt.NDArray[Any]]) -> Callable[[Any], Any]:
+    """Return a function that makes this value of an attribute for an environment with the given data."""
     if not isinstance(value, np.ndarray):
-        return value
-    if not value.flags.owndata:
+        return lambda data: value
+    if not value.flags.owndata:  # a live view, such as `data.xpos[3]`?
+        # The function must not hold `value`, which would keep all data of the simulation alive.
+        shape, dtype, strides = value.shape, value.dtype, value.strides
         start = value.__array_interface__["data"][0]
-        for name, owner in owners.items():
-            offset = start - owner.__array_interface__["data"][0]
-            if 0 <= offset < owner.nbytes:
-                return _DataView(name, offset, value)
-    return value.copy()
+        for name, array in arrays.items():
+            offset = start - array.__array_interface__["data"][0]
+            if 0 <= offset < array.nbytes:
+                return lambda data: np.ndarray(shape, dtype, getattr(data, name), offset, strides)
+    stored = value.copy()
+    return lambda data: stored.copy()
 
 
 class ResetState:
@@ -149,49 +127,7 @@ class ResetState:
         for name, value in self._patches.items():
             getattr(env.data, name)[...] = value
 
-    @property
-    def num_bytes(self) -> int:
-        """Approximate memory."""
-        arrays = [self._obs, self._state, *self.goal_fields, *self._patches.values()]
-        return sum(array.nbytes for array in arrays) + self._attributes.num_bytes
 
-
-class ResetCache:
-    """Reset states up to a limit on memory; the least recently used ones are dropped first.
-
-    Args:
-        max_bytes: the limit; sizes are approximate.
-    """
-
-    def __init__(self, max_bytes: int) -> None:
-        self._max_bytes = max_bytes
-        self._states: OrderedDict[Hashable, ResetState] = OrderedDict()
-        self.num_bytes = 0
-
-    def __len__(self) -> int:
-        return len(self._states)
-
-    def get(self, key: Hashable) -> ResetState | None:
-        """Return the state of `key`; None if it is not in the cache."""
-        state = self._states.get(key)
-        if state is not None:
-            self._states.move_to_end(key)
-        return state
-
-    def put(self, key: Hashable, state: ResetState) -> None:
-        """Store a state, and drop the least recently used ones that no longer fit."""
-        assert key not in self._states
-        self._states[key] = state
-        self.num_bytes += state.num_bytes
-        while self.num_bytes > self._max_bytes and len(self._states) > 1:
-            _, oldest = self._states.popitem(last=False)
-            self.num_bytes -= oldest.num_bytes
-
-    def clear(self) -> None:
-        """Drop all states."""
-        self._states.clear()
-        self.num_bytes = 0
-
-
-#: This process's cache, shared by all environments; about 15 kB per goal.
-RESET_CACHE: Final = ResetCache(64 * 2**20)
+#: This process's cache, shared by all environments: the states used last, at 8 to 32 kB each.
+RESET_CACHE: Final[OrderedDict[Hashable, ResetState]] = OrderedDict()
+MAX_CACHED_RESETS: Final = 4096

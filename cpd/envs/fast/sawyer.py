@@ -8,6 +8,7 @@ look-ups, scans of the contact list in Python, temporary arrays, clips through w
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import mujoco
@@ -18,7 +19,7 @@ from metaworld.utils.reward_utils import hamacher_product
 
 from cpd.envs.fast.helpers import clip_ufunc, length, long_tail
 from cpd.envs.fast.rendering import RenderModel
-from cpd.envs.fast.resets import RESET_CACHE, Attributes, ResetState
+from cpd.envs.fast.resets import MAX_CACHED_RESETS, RESET_CACHE, Attributes, ResetState
 from cpd.envs.registry import SharedModel, shared_model
 from cpd.envs.tasks import OBSERVATION_SIZE
 
@@ -36,6 +37,22 @@ class _Views(dict[tuple[str, str], Any]):
     __slots__ = ("__weakref__",)
 
 
+def _cached_lookup(kind: str) -> Callable[[Any, Any], Any]:
+    """MjData's method `kind`, which returns the view of an object by name or id, with a cache."""
+    look_up = getattr(mujoco.MjData, kind)
+
+    def view(self: FastData, name: Any) -> Any:
+        views = self._views()
+        if views is None:
+            return look_up(self, name)
+        try:
+            return views[kind, name]
+        except KeyError:
+            return views.setdefault((kind, name), look_up(self, name))
+
+    return view
+
+
 class FastData(mujoco.MjData):  # type: ignore[misc]
     """MjData that looks up each name once. Views are live, so a kept one equals a new one.
 
@@ -47,31 +64,7 @@ class FastData(mujoco.MjData):  # type: ignore[misc]
         super().__init__(model)
         self._views = weakref.ref(views)
 
-    def body(self, name: Any) -> Any:
-        """View of a body by name or id."""
-        return self._view("body", name)
-
-    def geom(self, name: Any) -> Any:
-        """View of a geom by name or id."""
-        return self._view("geom", name)
-
-    def site(self, name: Any) -> Any:
-        """View of a site by name or id."""
-        return self._view("site", name)
-
-    def joint(self, name: Any) -> Any:
-        """View of a joint by name or id."""
-        return self._view("joint", name)
-
-    def _view(self, kind: str, name: Any) -> Any:
-        views = self._views()
-        if views is None:
-            return getattr(super(), kind)(name)
-        try:
-            return views[kind, name]
-        except KeyError:
-            view = views[kind, name] = getattr(super(), kind)(name)
-            return view
+    body, geom, site, joint = map(_cached_lookup, ("body", "geom", "site", "joint"))
 
 
 class FastSawyer(SawyerXYZEnv):
@@ -86,30 +79,8 @@ class FastSawyer(SawyerXYZEnv):
     - What only `mj_rnePostConstraint` computes (`data.cacc`, `data.cfrc_int`, `data.cfrc_ext`) stays zero.
     """
 
-    #: Views of the simulation's data, which stay valid and are not part of a state.
-    LIVE_ATTRIBUTES = frozenset(
-        {
-            "_ctrl",
-            "_hand_xpos",
-            "_left_claw_xpos",
-            "_left_pad_xpos",
-            "_left_tip_xpos",
-            "_mocap_body_xpos",
-            "_mocap_pos",
-            "_mocap_quat",
-            "_qpos",
-            "_qvel",
-            "_right_claw_xpos",
-            "_right_pad_xpos",
-            "_right_tip_xpos",
-        }
-    )
-
     reward_function_version: str
     _shared: SharedModel
-    _hand_xpos: npt.NDArray[np.float64]
-    _left_tip_xpos: npt.NDArray[np.float64]
-    _right_tip_xpos: npt.NDArray[np.float64]
     _pristine_attributes: Attributes | None = None
     #: `qpos` and `qvel`, as bytes, for which the derived data is complete and current; None if unknown.
     _forwarded: tuple[bytes, bytes] | None = None
@@ -127,8 +98,6 @@ class FastSawyer(SawyerXYZEnv):
         self._left_claw_xpos = data.body("leftclaw").xpos
         self._right_pad_xpos = data.body("rightpad").xpos
         self._left_pad_xpos = data.body("leftpad").xpos
-        self._right_tip_xpos = data.site("rightEndEffector").xpos
-        self._left_tip_xpos = data.site("leftEndEffector").xpos
         self._left_pad_id: int = data.geom("leftpad_geom").id
         self._right_pad_id: int = data.geom("rightpad_geom").id
         self._mocap_pos = data.mocap_pos[0]
@@ -137,36 +106,12 @@ class FastSawyer(SawyerXYZEnv):
         self._ctrl = data.ctrl
         self._qpos = data.qpos
         self._qvel = data.qvel
-        self._body_xpos: dict[str, npt.NDArray[np.float64]] = {}
         return shared.model, data
 
     def take_model(self) -> None:
         """Write this environment's goal into the shared model; call it before you read `model` from outside."""
         if self._shared.owner is not self._token:
             self._shared.take(self._token, self._goal_fields)
-
-    # Named look-ups -----------------------------------------------------------------------------------------
-
-    def get_endeff_pos(self) -> npt.NDArray[np.float64]:
-        """[3] live position of the hand, metres."""
-        return self._hand_xpos
-
-    @property
-    def tcp_center(self) -> npt.NDArray[np.float64]:
-        """[3] midpoint of the fingertips, metres."""
-        center: npt.NDArray[np.float64] = (self._right_tip_xpos + self._left_tip_xpos) / 2.0
-        return center
-
-    def get_body_com(self, body_name: str) -> npt.NDArray[np.float64]:
-        """[3] live position of a body, metres."""
-        try:
-            return self._body_xpos[body_name]
-        except KeyError:
-            view: npt.NDArray[np.float64] = self.data.body(body_name).xpos
-            self._body_xpos[body_name] = view
-            return view
-
-    # Contacts -----------------------------------------------------------------------------------------------
 
     def touching_object(self, object_geom_id: int) -> bool:
         """Whether both finger pads press on a geom: the summed normal forces of their contacts are positive."""
@@ -185,8 +130,6 @@ class FastSawyer(SawyerXYZEnv):
                     right += data.efc_force[contact.efc_address[i]]
         return bool(left > 0 and right > 0)
 
-    # Rewards ------------------------------------------------------------------------------------------------
-
     def _gripper_caging_reward(
         self,
         action: npt.NDArray[np.floating[Any]],
@@ -204,8 +147,6 @@ class FastSawyer(SawyerXYZEnv):
         See `SawyerXYZEnv._gripper_caging_reward` for the arguments (metres) and the meaning. The result has
         Meta-World's type too: with float32 actions it is float32 once the gripper closes on the object.
         """
-        if high_density and medium_density:
-            raise ValueError("Can only be either high_density or medium_density")
         obj_init_pos = self.obj_init_pos
         assert obj_init_pos is not None
         obj_y, obj_init_y = float(obj_pos[1]), float(obj_init_pos[1])
@@ -229,8 +170,6 @@ class FastSawyer(SawyerXYZEnv):
             reward = (reward + float(reach)) / 2
         return reward
 
-    # Stepping -----------------------------------------------------------------------------------------------
-
     def _step_mujoco_simulation(self, ctrl: Any, n_frames: int) -> None:
         self._ctrl[:] = ctrl
         mujoco.mj_step(self.model, self.data, n_frames)
@@ -242,10 +181,6 @@ class FastSawyer(SawyerXYZEnv):
         frame[3] = min(max(length(self._right_claw_xpos - self._left_claw_xpos) / 0.1, 0.0), 1.0)
         positions = self._get_pos_objects()
         quaternions = self._get_quat_objects()
-        if len(positions) == 3 and len(quaternions) == 4:
-            frame[4:7] = positions
-            frame[7:11] = quaternions
-            return frame
         assert len(positions) % 3 == 0 and len(quaternions) % 4 == 0
         for i in range(min(len(positions) // 3, len(quaternions) // 4)):
             frame[4 + 7 * i : 7 + 7 * i] = positions[3 * i : 3 * i + 3]
@@ -270,8 +205,7 @@ class FastSawyer(SawyerXYZEnv):
         assert len(action) == 4, f"Actions should be size 4, got {len(action)}"
         if self.curr_path_length >= self.max_path_length:
             raise ValueError("You must reset the env manually once truncate==True")
-        if self._shared.owner is not self._token:
-            self._shared.take(self._token, self._goal_fields)
+        self.take_model()
         mocap = self._mocap_pos
         delta = clip_ufunc(action[:3], _ACTION_LOW, _ACTION_HIGH) * self.action_scale
         clip_ufunc(mocap + delta, self.mocap_low, self.mocap_high, mocap)
@@ -307,8 +241,6 @@ class FastSawyer(SawyerXYZEnv):
         if self._shared.mocap_is_weld_only:
             self._forwarded = (qpos.tobytes(), qvel.tobytes())
 
-    # Resetting ----------------------------------------------------------------------------------------------
-
     def reset(
         self, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[npt.NDArray[np.float64], dict[str, Any]]:
@@ -328,7 +260,10 @@ class FastSawyer(SawyerXYZEnv):
             self._restore_pristine()
             obs, _ = super().reset(seed=seed, options=options)
             state = ResetState(self, self._shared.fields(), obs)
-            RESET_CACHE.put(key, state)
+            RESET_CACHE[key] = state
+            if len(RESET_CACHE) > MAX_CACHED_RESETS:
+                RESET_CACHE.popitem(last=False)
+        RESET_CACHE.move_to_end(key)
         self._goal_fields = state.goal_fields
         self._shared.take(self._token, state.goal_fields)
         return state.restore(self), {}

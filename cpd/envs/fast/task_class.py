@@ -7,9 +7,9 @@ fast versions replace slow helpers (`numpy.linalg.norm`, `reward_utils.tolerance
 
 from __future__ import annotations
 
+import inspect
 import sys
 import types
-from collections.abc import Callable
 from functools import cache
 from importlib.metadata import version
 from typing import Any, Final
@@ -40,14 +40,11 @@ def check_installation() -> None:
                 f"the accelerated environments were verified against {package} {' and '.join(verified)}, "
                 f"but {installed} is installed"
             )
-    if helper := _first_inexact_helper():
+    if helper := first_inexact_helper():
         raise UnverifiedError(
             f"the accelerated {helper} differs in the last bits from its original on this machine "
             f"(numpy {version('numpy')}, scipy {version('scipy')})"
         )
-
-
-_first_inexact_helper = cache(first_inexact_helper)
 
 
 def accelerated_class(task: str) -> type[Any]:
@@ -61,12 +58,11 @@ def accelerated_class(task: str) -> type[Any]:
     """
     stock: Any = metaworld_class(task)
     check_installation()
-    made: type[Any] = _accelerated(stock)
-    return made
+    return _accelerated(stock)
 
 
 @cache
-def _accelerated(stock: Any) -> Any:
+def _accelerated(stock: Any) -> type[Any]:
     assert stock.__bases__ == (SawyerXYZEnv,)
     namespace = fast_globals(vars(sys.modules[stock.__module__]))
     members = {name: _rebound(member, namespace) for name, member in vars(stock).items()}
@@ -87,18 +83,8 @@ def _rebound(member: Any, namespace: dict[str, Any]) -> Any:
         fget, fset, fdel = (f and rebind(f, namespace) for f in (member.fget, member.fset, member.fdel))
         return property(fget, fset, fdel, member.__doc__)
     if isinstance(member, types.FunctionType):
-        return rebind(_unwrapped(member), namespace)
+        if member.__qualname__.endswith("assert_task_is_set.<locals>.inner"):
+            # Meta-World's check, which `FastSawyer.step` makes once.
+            member = inspect.getclosurevars(member).nonlocals["func"]
+        return rebind(member, namespace)
     return member
-
-
-def _unwrapped(function: types.FunctionType) -> Callable[..., Any]:
-    """Return the function inside Meta-World's `assert_task_is_set`; `FastSawyer.step` makes that check once."""
-    if function.__qualname__.endswith("assert_task_is_set.<locals>.inner"):
-        (cell,) = [
-            cell
-            for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
-            if name == "func"
-        ]
-        inner: Callable[..., Any] = cell.cell_contents
-        return inner
-    return function
