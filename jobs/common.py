@@ -13,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Generic, NoReturn, Self, TypeVar
 
-from cpd.cluster.requeue import decline, describe_unfinished, hand_back, is_first_rank, unfinished_dependencies
+from cpd.cluster.requeue import describe_unfinished, hand_back, is_first_rank, unfinished_dependencies
 from cpd.comm import connect
 from cpd.run.attempt import mark
 from cpd.run.directory import Element, Run
@@ -140,7 +140,8 @@ class ElementCommand(Generic[E]):
             return
         if missing := [] if partial else unfinished_dependencies(self.run, self.element):
             reason = describe_unfinished(missing)
-            decline(self.element, reason)
+            if is_first_rank():
+                mark(self.element, "waiting", reason)
             print(f"{self._prog}: {self.element.name}: {reason}", file=sys.stderr)
             self.exit_code = EXIT_DEPENDENCY
             return

@@ -64,7 +64,7 @@ def cost_lines(run: Run, profile: Profile, submissions: Sequence[Submission], qu
         )
     size, files = disk(run.config)
     lines.append(
-        f"  about {sum(cost.core_hours for cost in expected):.3g} core-hours, "
+        f"  about {sum(cost.count * cost.cores * cost.seconds for cost in expected) / 3600:.3g} core-hours, "
         f"{clock(3600 * wall_hours(expected, profile))} from start to end if no job has to wait for nodes, "
         f"{gigabytes(size)} in {files} files for the whole run"
     )
@@ -124,7 +124,7 @@ def cancel_chain(run: Run, profile: Profile, choice: Choice) -> None:
         SchedulerError: if Slurm cannot be asked.
     """
     entries = ledger(run)
-    names = cancel(run, profile, choice.only)
+    names = cancel(run.select(choice.only), reconcile(run, profile))
     for name in names:
         log(f"cancelled {name} (job {entries[name][-1].job})" if name in entries else f"cancelled {name}")
     log("running jobs save before they end: nothing is lost" if names else f"{run.root} has no jobs in the queue")

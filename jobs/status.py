@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cpd.cluster.ledger import LedgerEntry, ledger
-from cpd.cluster.queue import REMEDIES, JobState, QueueView, state_told_by
+from cpd.cluster.queue import REMEDIES, JobState, QueueView, state_in_log
 from cpd.run.claim import expect
 from cpd.run.directory import Element, Run
 from cpd.run.lease import Holder, current_holder
@@ -87,8 +87,8 @@ def element_status(run: Run, element: Element, log: str, job: JobState | None = 
         state = "waiting"  # its launcher, on this machine, is gone
     message = record.message
     if job and state == "killed":
-        log_state = state_told_by(log_tail(run.root / log) if log else ())
-        message = f"{REMEDIES.get(log_state, job.remedy)}{f' (was on {job.node})' if job.node else ''}"
+        log_state = state_in_log(log_tail(run.root / log) if log else ())
+        message = f"{REMEDIES.get(log_state or job.state, '')}{f' (was on {job.node})' if job.node else ''}"
     return ElementStatus(
         element=element.name,
         role=element.role,

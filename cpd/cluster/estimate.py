@@ -1,7 +1,7 @@
-"""What a run will cost: hours, disk and files, from rates measured on this suite, and checks before launching.
+"""Estimates the hours, disk space and files of a run from measured rates, and checks where it will be written.
 
-Rates are per core of a 2-core virtual machine of 2026 and are meant for planning only; where the run directory
-holds finished elements of a role, their own times are taken instead.
+The rates are for one core of a virtual machine with two cores of 2026, and are for planning only. Where a run has
+finished elements of a role, their times replace the estimate.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from cpd.config.types import Role
 from cpd.run.directory import Element, Run, StudentElement, TeacherElement
 from cpd.run.progress import read_status
 
-#: Environment steps a second and core, PPO's updates included (demo's three tasks).
+#: Environment steps per second and core, with PPO's updates (demo's three tasks).
 TRAINING_RATE = 1_200.0
-#: Seconds and core for an episode of 500 steps with a policy.
+#: Core seconds of an episode of 500 steps with a policy.
 EPISODE_SECONDS = 0.35
-#: Core seconds for a distillation step on one window at the default sizes, curves included.
+#: Core seconds of a distillation step on one window at the default sizes, with curves.
 WINDOW_SECONDS = 4.5e-4
-#: Bytes of a time step in a shard, and of a step in the replay memory.
+#: Bytes of a time step in a shard or in the replay memory.
 STEP_BYTES = 235
 #: Folders that are usually local to a node.
 NODE_LOCAL = ("/tmp", "/var/tmp", "/dev/shm", "/run", "/scratch/local", "/local")
@@ -33,7 +33,7 @@ NODE_LOCAL = ("/tmp", "/var/tmp", "/dev/shm", "/run", "/scratch/local", "/local"
 
 @dataclass(frozen=True)
 class Cost:
-    """What all elements of a role will cost."""
+    """The expected cost of all elements of a role."""
 
     role: Role
     count: int
@@ -46,44 +46,27 @@ class Cost:
     minutes_limit: int
     """Time limit of one job."""
 
-    @property
-    def core_hours(self) -> float:
-        """Expected for all elements."""
-        return self.count * self.cores * self.seconds / 3600
-
 
 def costs(run: Run, profile: Profile, elements: Sequence[Element]) -> list[Cost]:
-    """What the given elements will cost, role by role."""
-    expected = {method: expected_core_seconds(own) for method, own in run.method_configs.items()}
-    found = []
+    """Return what the elements of each role will cost."""
+    cost_list = []
     for role in dict.fromkeys(element.role for element in elements):
-        given = profile.resources(role)
+        resources = profile.resources(role)
         of_role = [element for element in elements if element.role == role]
-        core_seconds = [expected[_method(run, element)][role] - _spared(run, element) for element in of_role]
-        measured = _measured_seconds(run, role)
-        seconds = statistics.mean(measured or [value / given.total_cpus for value in core_seconds])
-        found.append(Cost(role, len(of_role), given.total_cpus, seconds, bool(measured), given.minutes))
-    return found
+        finished = [e for e in run.elements() if e.role == role and e.finished and e.status.exists()]
+        measured = [seconds for e in finished if (seconds := sum(read_status(e.status).seconds.values())) > 0]
+        expected = [_expected_core_seconds(run, element) / resources.total_cpus for element in of_role]
+        seconds = statistics.mean(measured or expected)
+        cost_list.append(
+            Cost(role, len(of_role), resources.total_cpus, seconds, bool(measured), resources.minutes)
+        )
+    return cost_list
 
 
-def _spared(run: Run, element: Element) -> float:
-    """Core seconds of training that need not be done, since the teacher's policy is there, or taken over."""
-    is_trained = isinstance(element, TeacherElement) and run.is_trained(element)
-    return _training_core_seconds(run.config) if is_trained else 0.0
-
-
-def _training_core_seconds(config: Config) -> float:
-    """Of one teacher, at most."""
-    return config.teacher.max_env_steps / TRAINING_RATE if config.teacher.recipe != "scripted" else 0.0
-
-
-def _method(run: Run, element: Element) -> str:
-    """The method by which to judge an element: its own; any will do for what all methods share."""
-    return element.method if isinstance(element, StudentElement) else run.config.methods[0]
-
-
-def expected_core_seconds(config: Config) -> dict[Role, float]:
-    """Core seconds of one element of each role."""
+def _expected_core_seconds(run: Run, element: Element) -> float:
+    # All methods share the teachers and the report, so that any method's config serves.
+    method = element.method if isinstance(element, StudentElement) else run.config.methods[0]
+    config = run.method_configs[method]
     tasks, distinct = config.stream.tasks, len(config.stream.distinct_tasks)
     full, brief = config.evaluation.num_episodes, config.evaluation.num_episodes_brief
     cells = len(tasks) * (distinct * brief + full) + 2 * distinct * full
@@ -91,29 +74,26 @@ def expected_core_seconds(config: Config) -> dict[Role, float]:
     size = config.student.width * config.student.num_layers / 128
     steps = len(tasks) * config.distill.steps_per_stage * config.distill.batch_size * config.student.context / 4
     curves = len(tasks) * config.evaluation.curve_points * brief
-    return {
-        "teacher": _training_core_seconds(config)
-        + 2 * full * per_episode
-        + config.rollouts.num_steps / TRAINING_RATE,
+    # Scripted teachers need no training, and neither do trained or reused policies.
+    is_trained = isinstance(element, TeacherElement) and run.is_trained(element)
+    trained_steps = 0 if is_trained or config.teacher.recipe == "scripted" else config.teacher.max_env_steps
+    core_seconds: dict[Role, float] = {
+        "teacher": (trained_steps + config.rollouts.num_steps) / TRAINING_RATE + 2 * full * per_episode,
         "student": steps * WINDOW_SECONDS * size + curves * per_episode,
         "evaluation": cells * per_episode,
         "report": 15.0,
     }
+    return core_seconds[element.role]
 
 
-def _measured_seconds(run: Run, role: Role) -> list[float]:
-    finished = [e for e in run.elements() if e.role == role and e.finished and e.status.exists()]
-    return [seconds for e in finished if (seconds := sum(read_status(e.status).seconds.values())) > 0]
-
-
-def wall_hours(found: Sequence[Cost], profile: Profile) -> float:
-    """Expected from the first start to the end, if the queue is empty: the roles follow one another."""
+def wall_hours(cost_list: Sequence[Cost], profile: Profile) -> float:
+    """Return the hours from start to end if the queue is empty. The roles follow one another."""
     parallel = profile.array_parallelism
-    return sum(c.seconds * (-(-c.count // parallel) if c.role == "teacher" else 1) for c in found) / 3600
+    return sum(c.seconds * (-(-c.count // parallel) if c.role == "teacher" else 1) for c in cost_list) / 3600
 
 
 def disk(config: Config) -> tuple[float, int]:
-    """Bytes and files of the whole run."""
+    """Return the bytes and the number of files of the whole run."""
     teachers = len(config.stream.distinct_tasks) * len(config.teacher.seeds)
     shards = -(-config.rollouts.num_steps // config.rollouts.shard_steps)
     size = teachers * (config.rollouts.num_steps * STEP_BYTES + 600_000.0)
@@ -124,7 +104,7 @@ def disk(config: Config) -> tuple[float, int]:
 
 
 def _student_bytes(config: Config) -> float:
-    """What one student leaves behind."""
+    """Bytes of one student's folder."""
     distinct, num_stages = len(config.stream.distinct_tasks), len(config.stream.tasks)
     growth = config.student.experts_per_task if config.student.expansion == "per_task" else 0
     experts = [config.student.num_experts + growth * min(stage, distinct) for stage in range(num_stages + 1)]
@@ -142,37 +122,33 @@ def _parameters(config: Config, experts: int) -> int:
 
 
 def complaints(root: Path, config: Config, profile: Profile) -> list[str]:
-    """Why a run in `root` could not be written, or seen by its jobs, or shared as told; empty if all is well."""
-    folder = existing_parent(root)
-    found = []
+    """Return why a run in `root` cannot be written, be seen by its jobs, or divide its teachers among ranks."""
+    folder = next(folder for folder in (root.absolute(), *root.absolute().parents) if folder.is_dir())
+    problems = []
     try:
         config.teacher.check_ranks(profile.teacher.ranks)
     except ValueError as error:
-        found.append(str(error))
+        problems.append(str(error))
     if not os.access(folder, os.W_OK | os.X_OK):
-        found.append(f"{folder} is not writable; choose another --run-dir")
+        problems.append(f"{folder} is not writable; choose another --run-dir")
     size, _ = disk(config)
     free = shutil.disk_usage(folder).free
-    # A run that has begun holds part of it already, and cannot go elsewhere.
+    # A run that has begun holds part of these bytes already, and cannot move.
     if free < size and not (root / "config.json").exists():
-        found.append(
+        problems.append(
             f"the run will take about {gigabytes(size)}, but {folder} has {gigabytes(free)} left; choose another "
             "--run-dir"
         )
-    local = [local for local in NODE_LOCAL if root.absolute().is_relative_to(local)]
-    if profile.cluster == "slurm" and not profile.single_machine and local:
-        found.append(
-            f"{root.absolute()} lies in {local[0]}, which is usually local to a node, so that jobs would not see "
-            "it; choose a --run-dir on a shared file system (single_machine = true in a profile allows any)"
+    local_folders = [local for local in NODE_LOCAL if root.absolute().is_relative_to(local)]
+    if profile.cluster == "slurm" and not profile.single_machine and local_folders:
+        problems.append(
+            f"{root.absolute()} lies in {local_folders[0]}, which is usually local to a node, so that "
+            "jobs would not see it; choose a --run-dir on a shared file system (single_machine = true in a "
+            "profile allows any)"
         )
-    return found
-
-
-def existing_parent(path: Path) -> Path:
-    """The nearest folder above `path`, or itself, that exists."""
-    return next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.is_dir())
+    return problems
 
 
 def gigabytes(size: float) -> str:
-    """A size in words."""
+    """Format a number of bytes."""
     return f"{size / 1e9:.2g} GB" if size >= 1e8 else f"{size / 1e6:.0f} MB"

@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import json
 import os
-import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import Literal
 
 from cpd.config.types import Role
-from cpd.run.directory import Element, Run
+from cpd.run.directory import Run
 
 
 @dataclass(frozen=True)
@@ -38,36 +36,26 @@ class LedgerEntry:
     """Slurm only: whether the job does what can be done before all that the element needs is finished."""
 
 
-def enter(run: Run, element: Element, job_id: str, log: Path) -> None:
-    """Append a submission on this machine to the ledger."""
-    entry = LedgerEntry(element.name, element.role, job_id, str(log.relative_to(run.root)), time.time())
-    append(run, [entry])
-
-
 def append(run: Run, entries: Iterable[LedgerEntry]) -> None:
     """Append submissions to the ledger, durably."""
     with run.ledger.open("ab+") as file:
-        # A writer that was killed may have left half a line.
-        whole = file.tell() == 0 or _last_byte(file) == b"\n"
-        lines = "".join(json.dumps(asdict(entry)) + "\n" for entry in entries)
-        file.write(("" if whole else "\n").encode() + lines.encode())
+        if file.tell() > 0:
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":  # a writer that was killed may have left half a line
+                file.write(b"\n")
+        file.write("".join(json.dumps(asdict(entry)) + "\n" for entry in entries).encode())
         file.flush()
         os.fsync(file.fileno())
 
 
-def _last_byte(file: BinaryIO) -> bytes:
-    file.seek(-1, os.SEEK_END)
-    return file.read(1)
-
-
 def ledger(run: Run) -> dict[str, list[LedgerEntry]]:
-    """All submissions by element name, oldest first; the second line of a submission replaces its first."""
+    """Return all submissions by element name, oldest first; a submission's second line replaces its first."""
     entries: dict[str, list[LedgerEntry]] = {}
-    known = {field.name for field in fields(LedgerEntry)}  # ledgers of other versions may hold more
+    names = {field.name for field in fields(LedgerEntry)}  # ledgers of other versions may hold more
     if run.ledger.exists():
         for line in run.ledger.read_text().splitlines():
             try:
-                entry = LedgerEntry(**{key: value for key, value in json.loads(line).items() if key in known})
+                entry = LedgerEntry(**{key: value for key, value in json.loads(line).items() if key in names})
             except json.JSONDecodeError:
                 continue  # cut off by a kill; what it announced was not submitted yet
             earlier = entries.setdefault(entry.element, [])

@@ -12,7 +12,8 @@ stage are the same in either order.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from cpd.cluster.ledger import ledger
@@ -46,7 +47,7 @@ class Submission:
 
     @property
     def elements(self) -> list[Element]:
-        """All of them."""
+        """The elements of all jobs."""
         return [element for task in self.tasks for element in task]
 
 
@@ -84,13 +85,16 @@ def plan(
                     f"; {name} is worked on by {queued.held[name]}" for name in lacking if name in queued.held
                 )
             )
-    names = _Names(run, queued.names)
     teachers = [element for element in wanted if element.role == "teacher"]
     others = [element for element in wanted if element.role != "teacher"]
     following = _overlapping(run, others, needs) if profile.order == "overlap" else _in_turn(others, needs)
     arrays = _arrays(teachers, profile, len(following) + sum(map(len, queued.active.values())))
     submissions = [Submission("", "teacher", tasks, parallelism=parallelism) for tasks, parallelism in arrays]
-    return [replace(submission, name=names.new(submission.role)) for submission in submissions + following]
+    names = _new_names(run, queued.names)
+    return [
+        replace(submission, name=name.format(submission.role))
+        for submission, name in zip(submissions + following, names, strict=False)
+    ]
 
 
 def _in_turn(wanted: Sequence[Element], needs: dict[str, list[Element]]) -> list[Submission]:
@@ -100,20 +104,20 @@ def _in_turn(wanted: Sequence[Element], needs: dict[str, list[Element]]) -> list
 
 def _overlapping(run: Run, wanted: Sequence[Element], needs: dict[str, list[Element]]) -> list[Submission]:
     """Jobs of students and evaluations in turn, one for every teacher that is waited for, then the rest."""
-    names = {element.name for element in wanted}
+    wanted_names = {element.name for element in wanted}
     submissions: list[Submission] = []
     for student, evaluation in zip(run.students(), run.evaluations(), strict=True):
-        pair = [element for element in (student, evaluation) if element.name in names]
+        pair = [element for element in (student, evaluation) if element.name in wanted_names]
         # Without a job of its student, an evaluation has nothing to follow.
         teachers = needs.get(student.name, []) if student in pair else []
         if teachers and run.teacher_of(run.config.stream.tasks[0], student.seed).finished:
             submissions += [Submission("", element.role, ((element,),), partial=True) for element in pair[:1]]
         for number, teacher in enumerate(teachers):
             for element in pair:
-                own = element in [e for submission in submissions for e in submission.elements]
+                has_job = element in [e for submission in submissions for e in submission.elements]
                 first = teacher if element is student else student
                 is_last = number == len(teachers) - 1
-                after = (first, *([element] if own else []))
+                after = (first, *([element] if has_job else []))
                 # The last job is not partial, so that it reports missing dependencies.
                 submissions.append(Submission("", element.role, ((element,),), after, partial=not is_last))
         if not teachers:
@@ -158,29 +162,43 @@ def _arrays(
     return [(chunk, parallelism) for chunk in chunks]
 
 
-class _Names:
-    """Unique job names, `<run>-<role>-<digest of its folder>-<number>`."""
-
-    def __init__(self, run: Run, taken: frozenset[str]) -> None:
-        digest = hashlib.sha256(str(run.root.resolve()).encode()).hexdigest()[:6]
-        self._start = f"{run.config.name}-{{}}-{digest}"
-        used = taken | {entry.name for entries in ledger(run).values() for entry in entries}
-        numbers = [name.rpartition("-")[2] for name in used if f"-{digest}-" in name]
-        self._number = max((int(number) for number in numbers if number.isdigit()), default=0)
-
-    def new(self, role: Role) -> str:
-        self._number += 1
-        return f"{self._start.format(role)}-{self._number}"
+def _new_names(run: Run, taken: frozenset[str]) -> Iterator[str]:
+    """Yield unique job names, `<run>-{}-<digest of its folder>-<number>`, without the role."""
+    digest = hashlib.sha256(str(run.root.resolve()).encode()).hexdigest()[:6]
+    used = taken | {entry.name for entries in ledger(run).values() for entry in entries}
+    numbers = [name.rpartition("-")[2] for name in used if f"-{digest}-" in name]
+    last = max((int(number) for number in numbers if number.isdigit()), default=0)
+    return (f"{run.config.name}-{{}}-{digest}-{number}" for number in itertools.count(last + 1))
 
 
-def dependency(submission: Submission, jobs: dict[str, str], arrays: dict[str, list[str]]) -> str:
-    """What sbatch is told to wait for.
+def submit_all(
+    submissions: Sequence[Submission], queued: QueueState, submit: Callable[[Submission, str], str]
+) -> dict[str, str]:
+    """Submit in order, each after what it needs.
 
     Args:
-        submission: whose needs.
-        jobs: number of each element's job.
-        arrays: all job numbers of each array of this chain, by the array's own number.
+        submissions: from `plan`.
+        queued: the state of the queue that they were planned with.
+        submit: submits one with its dependency as sbatch takes it, and returns the job's number.
+
+    Returns:
+        The number of every element's latest job, by the element's name.
     """
+    jobs = {name: states[-1].job for name, states in queued.active.items()}
+    arrays: dict[str, list[str]] = {}
+    for submission in submissions:
+        job = submit(submission, _dependency(submission, jobs, arrays))
+        is_array = len(submission.tasks) > 1
+        numbers = [f"{job}_{place}" if is_array else job for place in range(len(submission.tasks))]
+        for number, task in zip(numbers, submission.tasks, strict=True):
+            jobs.update({element.name: number for element in task})
+        if is_array:
+            arrays[job] = numbers
+    return jobs
+
+
+def _dependency(submission: Submission, jobs: dict[str, str], arrays: dict[str, list[str]]) -> str:
+    """Return what sbatch waits for; `arrays` holds all job numbers of each array, by the array's number."""
     needed = {jobs[element.name] for element in submission.needs}
     whole = [array for array, members in arrays.items() if needed.issuperset(members)]
     named = [job for job in needed if not any(job in arrays[array] for array in whole)]
@@ -188,36 +206,19 @@ def dependency(submission: Submission, jobs: dict[str, str], arrays: dict[str, l
 
 
 def _numeric(job: str) -> list[tuple[int, str]]:
-    return [(int(part) if part.isdigit() else 0, part) for part in job.split("_")]
+    return [(int(word) if word.isdigit() else 0, word) for word in job.split("_")]
 
 
 def texts(
     run: Run, profile: Profile, submissions: Sequence[Submission], queued: QueueState
 ) -> list[tuple[str, str]]:
-    """Name and sbatch text of every submission; job numbers that only sbatch will tell are given as names."""
-    jobs = {name: own[-1].job for name, own in queued.active.items()}
-    arrays: dict[str, list[str]] = {}
+    """Return name and sbatch text of every submission; names stand for the job numbers that sbatch will assign."""
     result = []
-    for submission in submissions:
-        made = executor(
-            run,
-            profile,
-            submission.role,
-            submission.name,
-            dependency(submission, jobs, arrays),
-            submission.parallelism,
-        )
-        result.append((submission.name, made.text(len(submission.tasks))))
-        note(submission, f"<{submission.name}>", jobs, arrays)
+
+    def add(submission: Submission, wait_for: str) -> str:
+        job = executor(run, profile, submission.role, submission.name, wait_for, submission.parallelism)
+        result.append((submission.name, job.text(len(submission.tasks))))
+        return f"<{submission.name}>"
+
+    submit_all(submissions, queued, add)
     return result
-
-
-def note(submission: Submission, job: str, jobs: dict[str, str], arrays: dict[str, list[str]]) -> list[str]:
-    """Enter a submission's job numbers into `jobs` and `arrays`; returns one for every task."""
-    several = len(submission.tasks) > 1
-    numbers = [f"{job}_{place}" if several else job for place in range(len(submission.tasks))]
-    for number, task in zip(numbers, submission.tasks, strict=True):
-        jobs.update({element.name: number for element in task})
-    if several:
-        arrays[job] = numbers
-    return numbers

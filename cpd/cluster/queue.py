@@ -1,9 +1,8 @@
-"""What Slurm knows of jobs: squeue, and sacct where a site has it."""
+"""Asks Slurm about jobs: squeue, and sacct where a site has it."""
 
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,7 +10,7 @@ from dataclasses import dataclass, field
 
 from cpd.cluster.ledger import LedgerEntry
 
-#: The states that a job does not leave by itself, and what to do about an element whose job is in one.
+#: The final states of a job, and what to do about its element.
 REMEDIES = {
     "OUT_OF_MEMORY": "out of memory: raise memory_gb in the profile, then launch again",
     "TIMEOUT": "ran out of time without saving: raise minutes or signal_seconds in the profile, then launch again",
@@ -25,8 +24,8 @@ REMEDIES = {
     "REVOKED": "moved to another cluster: launch again here",
     "GONE": "Slurm has forgotten its job: launch again",
 }
-#: What Slurm writes into a job's log, and the state that it tells of. Without cgroups a job that exceeds its
-#: memory has the state FAILED, and a forgotten job has none.
+#: What Slurm writes into a job's log, and the state that it means. Without cgroups, a job that exceeds its memory
+#: has the state FAILED; a forgotten job has no state.
 SIGNS = {
     "exceeded memory limit": "OUT_OF_MEMORY",
     "oom-kill": "OUT_OF_MEMORY",
@@ -35,25 +34,23 @@ SIGNS = {
     "DUE TO NODE FAILURE": "NODE_FAIL",
     "DUE TO PREEMPTION": "PREEMPTED",
 }
-#: Seconds after which a command that does not answer is given up.
-COMMAND_SECONDS = 30.0
 
 
 class SchedulerError(RuntimeError):
-    """Slurm cannot be asked."""
+    """Slurm gives no answer, or an error."""
 
 
 class NoSchedulerError(SchedulerError):
-    """There is no Slurm here."""
+    """Slurm is not installed on this machine."""
 
 
 class SubmissionRefusedError(SchedulerError):
-    """sbatch does not take a job as it was asked for."""
+    """sbatch refuses a job."""
 
 
 @dataclass(frozen=True)
 class JobState:
-    """One job, or one element of an array, as Slurm tells."""
+    """One job, or one element of an array, as Slurm reports it."""
 
     job: str
     """`12`, or `12_3` for an element of an array."""
@@ -64,31 +61,26 @@ class JobState:
     reason: str = ""
     """Why a pending job waits, e.g. `Dependency`."""
     number: str = ""
-    """What the job itself finds in SLURM_JOB_ID: its own number even for an element of an array."""
+    """The job's SLURM_JOB_ID, which differs from `job` for an element of an array."""
 
     @property
     def is_active(self) -> bool:
-        """Whether it will still work, or is about to."""
+        """Whether the job is pending or running, rather than over."""
         return self.state not in REMEDIES
 
-    @property
-    def remedy(self) -> str:
-        """What became of an ended job, and what to do."""
-        return REMEDIES.get(self.state, "")
+
+def state_in_log(log_lines: Iterable[str]) -> str:
+    """Return the state that the last of Slurm's messages in a job's log means; empty if there is none."""
+    states = [state for line in log_lines for sign, state in SIGNS.items() if sign in line]
+    return states[-1] if states else ""
 
 
-def state_told_by(log_lines: Iterable[str]) -> str:
-    """The state that the end of a job's log tells of; empty if none."""
-    found = [state for line in log_lines for sign, state in SIGNS.items() if sign in line]
-    return found[-1] if found else ""
-
-
-def run_command(words: Sequence[str], seconds: float = COMMAND_SECONDS) -> str:
-    """Output of one of Slurm's commands.
+def run_command(words: Sequence[str], seconds: float = 30.0) -> str:
+    """Run one of Slurm's commands and return its output.
 
     Raises:
         NoSchedulerError: if it is not installed.
-        SchedulerError: if it fails, or does not answer in time.
+        SchedulerError: if it fails, or does not answer within `seconds`.
     """
     try:
         done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=seconds)
@@ -105,52 +97,49 @@ def run_command(words: Sequence[str], seconds: float = COMMAND_SECONDS) -> str:
 
 
 def queue() -> dict[str, JobState]:
-    """All of this user's jobs that the controller remembers, by number.
+    """Return all of this user's jobs that the controller remembers, by number.
 
     Raises:
         SchedulerError: if the controller cannot be asked.
     """
-    text = run_command(["squeue", "--me", "-h", "-r", "-t", "all", "-o", "%i|%A|%j|%T|%N|%r"])
-    return {state.job: state for state in map(_parse_queue, text.splitlines())}
+    states = {}
+    for line in run_command(["squeue", "--me", "-h", "-r", "-t", "all", "-o", "%i|%A|%j|%T|%N|%r"]).splitlines():
+        job, number, name, state, node, reason = line.split("|", 5)
+        states[job] = JobState(job, name, state, node, "" if reason == "None" else reason, number)
+    return states
 
 
-def _parse_queue(line: str) -> JobState:
-    job, number, name, state, node, reason = line.split("|", 5)
-    return JobState(job, name, state, node, "" if reason == "None" else reason, number)
+def accounting(option: str, values: Iterable[str]) -> dict[str, JobState]:
+    """Return what the accounting remembers of jobs, by number; empty where a site has none.
 
-
-def accounting(jobs: Iterable[str] = (), names: Iterable[str] = ()) -> dict[str, JobState]:
-    """What the accounting remembers of the given jobs, by number or by name; nothing where a site has none."""
-    jobs, names = list(jobs), list(names)
-    command = ["sacct", "-X", "-n", "-P", "-o", "JobID,JobIDRaw,JobName,State,NodeList"]
-    # By default sacct tells of today only.
-    command += ["-S", "now-90days", "-u", str(os.getuid())]
-    if not (jobs or names) or shutil.which("sacct") is None:
-        return {}
-    command += [*(["-j", ",".join(jobs)] if jobs else ["--name", ",".join(names)])]
+    Args:
+        option: `-j` or `--name`: what `values` are.
+        values: numbers or names of jobs.
+    """
+    # By default sacct reports today's jobs only.
+    command = ["sacct", "-X", "-n", "-P", "-S", "now-90days", "-u", str(os.getuid()), option, ",".join(values)]
     try:
-        text = run_command(command, seconds=10.0)
+        text = run_command([*command, "-o", "JobID,JobIDRaw,JobName,State,NodeList"], seconds=10.0)
     except SchedulerError:
         return {}
-    return {state.job: state for state in map(_parse_accounting, text.splitlines())}
+    states = {}
+    for line in text.splitlines():
+        job, number, name, state, node = line.split("|", 4)
+        # The state may be "CANCELLED by 1000".
+        states[job] = JobState(job, name, state.split()[0], "" if node == "None assigned" else node, number=number)
+    return states
 
 
-def _parse_accounting(line: str) -> JobState:
-    job, number, name, state, node = line.split("|", 4)
-    # "CANCELLED by 1000"
-    return JobState(job, name, state.split()[0], "" if node == "None assigned" else node, number=number)
-
-
-#: Seconds for which an answer is kept; a site's controller has more to do than to feed our display.
+#: Seconds for which an answer is kept, to spare a site's controller.
 QUEUE_SECONDS = 3.0
 ACCOUNTING_SECONDS = 30.0
-#: The state of a job of which neither the queue nor the accounting knows anything any more.
+#: The state of a job that neither the queue nor the accounting remembers.
 GONE = "GONE"
 
 
 @dataclass
 class QueueView:
-    """What Slurm told last."""
+    """Slurm's latest answers."""
 
     _jobs: dict[str, JobState] = field(default_factory=dict)
     _asked: float = -1e9
@@ -159,10 +148,9 @@ class QueueView:
     _answers: bool = False
 
     def states(self, entries: Mapping[str, LedgerEntry]) -> dict[str, JobState]:
-        """The job of each element, by element name, where Slurm can be asked.
+        """Return the job of each element by the element's name, as far as Slurm answers.
 
-        A job that Slurm has forgotten has the state `GONE`: it must be judged by its element's markers and
-        heartbeat alone.
+        A job that Slurm has forgotten has the state `GONE`; only its element's markers and heartbeat remain.
         """
         submitted = {name: entry for name, entry in entries.items() if entry.cluster == "slurm" and entry.job}
         if not submitted:
@@ -177,8 +165,7 @@ class QueueView:
         forgotten = {entry.job for entry in submitted.values()} - set(self._jobs)
         if self._answers and forgotten - set(self._ended) and now - self._asked_accounting > ACCOUNTING_SECONDS:
             self._asked_accounting = now
-            self._ended |= {k: v for k, v in accounting(jobs=sorted(forgotten)).items() if not v.is_active}
-        known = {**self._ended, **self._jobs}
-        unknown = {job: JobState(job, "", GONE) for job in forgotten} if self._answers else {}
-        found = {name: known.get(entry.job) or unknown.get(entry.job) for name, entry in submitted.items()}
-        return {name: job for name, job in found.items() if job}
+            self._ended |= {k: v for k, v in accounting("-j", sorted(forgotten)).items() if not v.is_active}
+        gone = {job: JobState(job, "", GONE) for job in forgotten} if self._answers else {}
+        jobs = {**gone, **self._ended, **self._jobs}
+        return {name: jobs[entry.job] for name, entry in submitted.items() if entry.job in jobs}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from dataclasses import dataclass, replace
 
@@ -10,7 +11,7 @@ from cpd.cluster.ledger import LedgerEntry, append, ledger
 from cpd.cluster.queue import JobState, accounting, queue
 from cpd.cluster.sbatch import element_work, executor
 from cpd.config.profile import Profile
-from cpd.run.directory import Element, Run
+from cpd.run.directory import Run
 from cpd.run.lease import current_holder
 
 #: How long to wait for jobs that are just ending before deciding what is missing.
@@ -36,8 +37,8 @@ def reconcile(run: Run, profile: Profile) -> QueueState:
         SchedulerError: if Slurm cannot be asked; nothing may be submitted then.
     """
     entries = slurm_entries(run)
-    jobs = _settled_queue({entry.job for found in entries.values() for entry in found})
-    if _enter_lost(run, profile, {name: found[-1] for name, found in entries.items()}, jobs):
+    jobs = _settled_queue({entry.job for submissions in entries.values() for entry in submissions})
+    if _enter_lost(run, profile, {name: submissions[-1] for name, submissions in entries.items()}, jobs):
         entries = slurm_entries(run)
     return standing(run, entries, jobs)
 
@@ -52,13 +53,13 @@ def read_queue(run: Run) -> QueueState:
 
 
 def slurm_entries(run: Run) -> dict[str, list[LedgerEntry]]:
-    """The submissions to Slurm by element name, oldest first."""
-    found = {name: [e for e in entries if e.cluster == "slurm"] for name, entries in ledger(run).items()}
-    return {name: entries for name, entries in found.items() if entries}
+    """Return the submissions to Slurm by element name, oldest first."""
+    by_name = {name: [e for e in entries if e.cluster == "slurm"] for name, entries in ledger(run).items()}
+    return {name: entries for name, entries in by_name.items() if entries}
 
 
 def standing(run: Run, entries: dict[str, list[LedgerEntry]], jobs: dict[str, JobState]) -> QueueState:
-    """Where the unfinished elements stand, given their submissions and the queue."""
+    """Return the state of the unfinished elements from their submissions and the queue's jobs."""
     by_number = {job.number: job for job in jobs.values()}
     active: dict[str, list[JobState]] = {}
     held = {}
@@ -66,63 +67,49 @@ def standing(run: Run, entries: dict[str, list[LedgerEntry]], jobs: dict[str, Jo
         if element.finished:
             continue
         numbers = [entry.job for entry in entries.get(element.name, [])]
-        own = [jobs[number] for number in numbers if number in jobs and jobs[number].is_active]
+        active_jobs = [jobs[number] for number in numbers if number in jobs and jobs[number].is_active]
         holder, _ = current_holder(element.path / "attempts")
-        if not own and holder:
+        if not active_jobs and holder:
             # A job that was submitted by hand, or a process outside of the queue.
             job = by_number.get(holder.job) if holder.job else None
-            own = [job] if job and job.is_active else []
+            active_jobs = [job] if job and job.is_active else []
             if job is None:
                 held[element.name] = f"process {holder.process} on {holder.host}"
-        if own:
-            active[element.name] = own
+        if active_jobs:
+            active[element.name] = active_jobs
     return QueueState(active, held, frozenset(job.name for job in jobs.values()))
 
 
-def _settled_queue(own: set[str]) -> dict[str, JobState]:
-    """Return the queue once none of our jobs is COMPLETING: it may be ending or being requeued."""
+def _settled_queue(numbers: set[str]) -> dict[str, JobState]:
+    """Return the queue once none of these jobs is COMPLETING: it may be ending or being requeued."""
     deadline = time.monotonic() + ENDING_SECONDS
     while True:
         jobs = queue()
-        ending = any(job.state == "COMPLETING" for job in jobs.values() if job.job in own)
+        ending = any(job.state == "COMPLETING" for job in jobs.values() if job.job in numbers)
         if not ending or time.monotonic() > deadline:
             return jobs
         time.sleep(1.0)
 
 
-def _enter_lost(
-    run: Run, profile: Profile, entries: dict[str, LedgerEntry], jobs: dict[str, JobState]
-) -> dict[str, LedgerEntry]:
-    """Find the job numbers of submissions that the ledger knows by name only, and enter them."""
-    lost = {name: entry for name, entry in entries.items() if not entry.job}
+def _enter_lost(run: Run, profile: Profile, entries: dict[str, LedgerEntry], jobs: dict[str, JobState]) -> bool:
+    """Find the job numbers of submissions that the ledger knows by name only, and enter them; whether any was."""
+    lost = [entry for entry in entries.values() if not entry.job]
     if not lost:
-        return {}
-    known = {**accounting(names={entry.name for entry in lost.values()}), **jobs}
-    by_name = {(job.name, _place(job.job)): job for job in known.values()}
-    found = {}
-    for name, entry in lost.items():
-        job = by_name.get((entry.name, entry.place))
-        if job:
-            found[name] = replace(entry, job=job.job, log=log_name(run, job.job), time=time.time())
-    append(run, found.values())
-    _supply_pickles(run, profile, found, jobs)
-    return found
-
-
-def _place(job: str) -> int | None:
-    _, underscore, place = job.partition("_")
-    return int(place) if underscore and place.isdigit() else None
-
-
-def _supply_pickles(run: Run, profile: Profile, found: dict[str, LedgerEntry], jobs: dict[str, JobState]) -> None:
-    """Write the pickles that the killed launcher did not write; the jobs wait a minute for them."""
+        return False
+    remembered = {**accounting("--name", {entry.name for entry in lost}), **jobs}
+    by_name = {(job.name, job.job.partition("_")[2]): job.job for job in remembered.values()}
+    by_job: dict[str, list[LedgerEntry]] = {}
+    for entry in lost:
+        if job := by_name.get((entry.name, "" if entry.place is None else str(entry.place))):
+            recovered = replace(entry, job=job, log=log_name(run, job), time=time.time())
+            by_job.setdefault(job, []).append(recovered)
+    append(run, itertools.chain.from_iterable(by_job.values()))
+    # The killed launcher did not write the jobs' pickles, for which the jobs wait a minute.
     elements = {element.name: element for element in run.elements()}
-    by_job: dict[str, list[Element]] = {}
-    for name, entry in found.items():
-        by_job.setdefault(entry.job, []).append(elements[name])
-    for job, bundle in by_job.items():
+    for job, task in by_job.items():
         if job in jobs and jobs[job].is_active:
-            role = bundle[0].role
-            made = executor(run, profile, role, jobs[job].name)
-            partial = found[bundle[0].name].partial
-            made.dump(element_work(run, bundle, profile.resources(role), partial), job)
+            work = element_work(
+                run, [elements[e.element] for e in task], profile.resources(task[0].role), task[0].partial
+            )
+            executor(run, profile, task[0].role, task[0].name).dump(work, job)
+    return bool(by_job)

@@ -51,19 +51,13 @@ def unfinished_dependencies(run: Run, element: Element) -> list[Element]:
 
 def describe_unfinished(missing: list[Element]) -> str:
     """Say why an element cannot start, with its unfinished dependencies."""
-    found = []
+    descriptions = []
     for element in missing:
         record = read_status(element.status)
         # Its message may list its own dependencies in turn.
         message = textwrap.shorten(record.message, 100, placeholder=" ...")
-        found.append(f"{element.name} ({record.state}{f': {message}' if message else ''})")
-    return f"not started, since it needs {', '.join(found)}"
-
-
-def decline(element: Element, reason: str) -> None:
-    """Mark an element that cannot start as waiting, with the reason."""
-    if is_first_rank():
-        mark(element, "waiting", reason)
+        descriptions.append(f"{element.name} ({record.state}{f': {message}' if message else ''})")
+    return f"not started, since it needs {', '.join(descriptions)}"
 
 
 def hand_back(run: Run, element: Element, comm: Comm, log: Callable[[str], None]) -> None:
@@ -84,13 +78,14 @@ def hand_back(run: Run, element: Element, comm: Comm, log: Callable[[str], None]
 
 
 def _requeue(run: Run, element: Element, job: str) -> str:
-    """Put the job back into the queue if it should be; returns what happened."""
+    """Requeue the job unless it is ending or stuck; return what happened."""
     try:
-        facts = _facts(run_command(["scontrol", "show", "job", "-o", job]))
-        if facts.get("JobState") != "RUNNING":
+        # Words of the form `Key=Value`.
+        words = run_command(["scontrol", "show", "job", "-o", job]).split()
+        if "JobState=RUNNING" not in words:
             # Requeueing a job that is being cancelled would revive it.
             return f"Slurm is ending job {job} already"
-        if facts.get("BatchFlag") != "1" or facts.get("Requeue") != "1":
+        if not {"BatchFlag=1", "Requeue=1"} <= set(words):
             return f"job {job} may not be requeued; launch again to resume"
         if is_stuck(run, element, job):
             reason = "given up: no progress since the last requeues; raise minutes or max_timeouts"
@@ -103,12 +98,6 @@ def _requeue(run: Run, element: Element, job: str) -> str:
     return f"job {job} is back in the queue"
 
 
-def _facts(text: str) -> dict[str, str]:
-    """The `Key=Value` words of `scontrol show job -o`."""
-    pairs = (word.partition("=") for word in text.split())
-    return {key: value for key, _, value in pairs}
-
-
 def is_stuck(run: Run, element: Element, job: str) -> bool:
     """Whether this job has been requeued too often in a row without progress."""
     record = read_status(element.status)
@@ -118,11 +107,7 @@ def is_stuck(run: Run, element: Element, job: str) -> bool:
     last = read_json(path) if path.exists() else {}
     count = last["count"] + 1 if last.get("progress") == progress else 0
     write_json(path, {"progress": progress, "count": count})
-    return count >= max_timeouts(run)
-
-
-def max_timeouts(run: Run) -> int:
-    """The limit of the profile with which the run was launched."""
-    path = run.root / "profile.json"
-    found = read_json(path).get("max_timeouts") if path.exists() else None
-    return int(found or Profile(cluster="local").max_timeouts)
+    # The profile of the last launch.
+    profile = run.root / "profile.json"
+    limit = read_json(profile).get("max_timeouts") if profile.exists() else None
+    return count >= int(limit or Profile(cluster="local").max_timeouts)

@@ -1,4 +1,4 @@
-"""From a profile to submitit's executor for Slurm, and to the text that it hands to sbatch."""
+"""Makes submitit's executor for Slurm, and the text that it passes to sbatch, from a profile."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ from cpd.run.interrupt import EXIT_INTERRUPTED, Interrupt
 
 #: Other ways to ask sbatch for memory, which excludes them.
 MEMORY_OPTIONS = {"mem-per-cpu", "mem-per-gpu"}
-#: Enough for every restart of a job: giving up is our own decision (`Profile.max_timeouts`).
+#: submitit's limit, never reached: `Profile.max_timeouts` decides when a job is given up.
 MANY_TIMEOUTS = 10**6
 
 
 class Executor(submitit.SlurmExecutor):
-    """submitit's executor, which can also tell what it would submit on a machine without Slurm."""
+    """submitit's executor, which also works without Slurm, to show what it would submit."""
 
     @classmethod
     def affinity(cls) -> int:
-        """Usable, whether srun is there or not."""
+        """Report the executor as usable, with or without srun."""
         return 2
 
     def text(self, count: int) -> str:
-        """What sbatch would be given for `count` jobs: an array if there are several."""
+        """Return sbatch's input for `count` jobs: an array if there are several."""
         parameters = self.parameters | ({"map_count": count} if count > 1 else {})
         return str(_make_sbatch_string(command=self._submitit_command_str, folder=self.folder, **parameters))
 
     def dump(self, function: Any, job_id: str) -> None:
-        """Write the pickle from which job `job_id` learns what to do, unless it is there."""
+        """Write the pickle that job `job_id` loads, unless it exists."""
         paths = JobPaths(self.folder, job_id)
         if not paths.submitted_pickle.exists():
             delayed = DelayedSubmission(function)
@@ -48,12 +48,12 @@ class Executor(submitit.SlurmExecutor):
 
 @dataclass
 class BundleJob(submitit.helpers.Checkpointable):
-    """Several elements, one after another, in one job: for sites that limit how many jobs may be submitted."""
+    """Several elements, one after another, in one job, for sites that limit the number of submitted jobs."""
 
     jobs: tuple[ElementJob, ...]
 
     def __call__(self) -> None:
-        """Do them all; an element that fails does not keep the others from being tried."""
+        """Run all of them; after a failure the others still run."""
         code: Any = 0
         Interrupt.inherits = True
         for job in self.jobs:
@@ -68,90 +68,77 @@ class BundleJob(submitit.helpers.Checkpointable):
 
 
 def element_work(run: Run, task: Sequence[Element], resources: Resources, partial: bool = False) -> Any:
-    """What submitit pickles for one job: an element's work, or that of several."""
+    """Return what submitit pickles for one job of one or several elements."""
     root = str(run.root.resolve())
     jobs = tuple(ElementJob(root, element.role, element.name, resources, partial) for element in task)
     return jobs[0] if len(jobs) == 1 else BundleJob(jobs)
 
 
 def executor(run: Run, profile: Profile, role: Role, name: str, dependency: str = "", parallelism: int = 0) -> Any:
-    """The executor for elements of `role`.
+    """Return the executor for elements of `role`, which writes logs into the run.
 
     Args:
-        run: where the logs go.
+        run: the run.
         profile: partition, limits, resources.
-        role: whose resources.
+        role: determines the resources.
         name: the job's unique name.
         dependency: as sbatch takes it, e.g. `afterany:12:13_4`.
         parallelism: elements of an array that run at a time; 0: the profile's.
     """
-    given = profile.resources(role)
-    made = Executor(run.logs.absolute(), max_num_timeout=MANY_TIMEOUTS)
+    resources = profile.resources(role)
+    # Since Slurm 22.05 srun does not take the number of cores over from sbatch.
+    srun_args = [f"--cpus-per-task={resources.cpus}"]
+    if resources.ranks > 1:
+        # Without the second, ranks whose neighbour was killed wait for it in a collective for ever.
+        srun_args += [f"--mpi={profile.srun_mpi}", "--kill-on-bad-exit=1"]
+    memory_gb = resources.memory_gb * resources.ranks_per_node
     parameters: dict[str, Any] = {
         "job_name": name,
         "partition": profile.partition or None,
         "account": profile.account or None,
         "qos": profile.qos or None,
         "constraint": profile.constraint or None,
-        "time": given.minutes,
-        "nodes": given.nodes,
-        "ntasks_per_node": given.ranks_per_node,
-        "cpus_per_task": given.cpus,
-        "gpus_per_node": given.gpus * given.ranks_per_node or None,
-        "mem": memory(given.memory_gb * given.ranks_per_node),
+        "time": resources.minutes,
+        "nodes": resources.nodes,
+        "ntasks_per_node": resources.ranks_per_node,
+        "cpus_per_task": resources.cpus,
+        "gpus_per_node": resources.gpus * resources.ranks_per_node or None,
+        "mem": f"{round(memory_gb * 1024)}M" if memory_gb else None,  # None: the site's default
         "setup": profile.setup_lines or None,
         "signal_delay_s": profile.signal_seconds,
         "dependency": dependency or None,
         "array_parallelism": parallelism or profile.array_parallelism,
         "stderr_to_stdout": True,
         "wckey": None,
-        "srun_args": srun_arguments(profile, role),
+        "srun_args": srun_args,
     }
-    made.update_parameters(**with_further_options(parameters, profile, role))
-    return made
+    slurm_executor = Executor(run.logs.absolute(), max_num_timeout=MANY_TIMEOUTS)
+    slurm_executor.update_parameters(**_with_options(parameters, profile, role))
+    return slurm_executor
 
 
-def memory(gigabytes: float) -> str | None:
-    """An amount of memory as sbatch takes it, or None for the site's default."""
-    return f"{round(gigabytes * 1024)}M" if gigabytes else None
-
-
-def with_further_options(parameters: dict[str, Any], profile: Profile, role: Role) -> dict[str, Any]:
-    """`parameters` with the profile's own options on top; an empty one takes an option away."""
+def _with_options(parameters: dict[str, Any], profile: Profile, role: Role) -> dict[str, Any]:
+    """Add the profile's own options, which replace equal parameters; an empty one removes an option."""
     options: dict[str, Any] = {"requeue" if profile.requeue else "no-requeue": True}
     if parameters["dependency"]:
         # A dependency that can never be met would leave its dependents pending for ever.
         options["kill-on-invalid-dep"] = "yes"
     options |= {**profile.sbatch, **profile.resources(role).sbatch}
-    unwanted = {key for key, value in options.items() if value is False or value == ""}
-    # Given twice, the one that comes last would count, and not which is last.
-    taken = {*options, *(["mem"] if options.keys() & MEMORY_OPTIONS else [])}
-    kept = {key: None if key.replace("_", "-") in taken else value for key, value in parameters.items()}
-    return kept | {"additional_parameters": {k: v for k, v in options.items() if k not in unwanted}}
-
-
-def srun_arguments(profile: Profile, role: Role) -> list[str]:
-    """Options of the srun that starts an element's ranks."""
-    given = profile.resources(role)
-    # Since Slurm 22.05 srun does not take the number of cores over from sbatch.
-    arguments = [f"--cpus-per-task={given.cpus}"]
-    if given.ranks > 1:
-        # Without the second, ranks whose neighbour was killed wait for it in a collective for ever.
-        arguments += [f"--mpi={profile.srun_mpi}", "--kill-on-bad-exit=1"]
-    return arguments
+    # An option must not appear twice: the last one would count, and their order is not ours to choose.
+    replaced = {*options, *(["mem"] if options.keys() & MEMORY_OPTIONS else [])}
+    kept = {key: None if key.replace("_", "-") in replaced else value for key, value in parameters.items()}
+    wanted = {key: value for key, value in options.items() if value is not False and value != ""}
+    return kept | {"additional_parameters": wanted}
 
 
 @contextlib.contextmanager
 def outside_of_jobs() -> Iterator[None]:
-    """Hide from sbatch that we may ourselves be inside a job, whose settings would leak into the new one's."""
-    hidden = {}
-    if "SLURM_JOB_ID" in os.environ:
-        leaking = ("SLURM_", "SLURMD_", "PMI_", "PMIX_")
-        hidden = {key: value for key, value in os.environ.items() if key.startswith(leaking)}
-        hidden.pop("SLURM_CONF", None)
-    for key in hidden:
-        del os.environ[key]
+    """Hide from sbatch that this process may be inside a job, whose settings the new job would inherit."""
+    is_inside = "SLURM_JOB_ID" in os.environ
+    prefixes = ("SLURM_", "SLURMD_", "PMI_", "PMIX_")
+    hidden = [key for key in os.environ if is_inside and key.startswith(prefixes) and key != "SLURM_CONF"]
+    values = {key: os.environ.pop(key) for key in hidden}
     try:
         yield
     finally:
-        os.environ.update(hidden)
+        os.environ.update(values)

@@ -1,4 +1,4 @@
-"""Submitting and cancelling the jobs of a run on Slurm."""
+"""Submits and cancels the jobs of a run on Slurm."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from collections.abc import Sequence
 
 from cpd.cluster.element_job import log_name
 from cpd.cluster.ledger import LedgerEntry, append
-from cpd.cluster.plan import Submission, dependency, note
+from cpd.cluster.plan import Submission, submit_all
 from cpd.cluster.queue import SchedulerError, SubmissionRefusedError, run_command
-from cpd.cluster.reconcile import QueueState, read_queue, reconcile
+from cpd.cluster.reconcile import QueueState, read_queue
 from cpd.cluster.sbatch import element_work, executor, outside_of_jobs
 from cpd.config.profile import Profile
 from cpd.run.attempt import mark
 from cpd.run.directory import Element, Run
 from cpd.run.lease import current_holder
 
-#: What sbatch says where it could not ask the controller, which may be there again in a while.
+#: sbatch's messages where the controller did not answer, which may be temporary.
 UNANSWERED = ("Socket timed out", "Unable to contact slurm controller", "Zero Bytes were transmitted")
 
 
@@ -33,29 +33,29 @@ def submit(
         SchedulerError: if Slurm cannot be asked.
         SubmissionRefusedError: if sbatch refuses; what was submitted before stays, and launching again goes on.
     """
-    jobs = {name: own[-1].job for name, own in queued.active.items()}
-    arrays: dict[str, list[str]] = {}
     numbers = {}
-    for submission in submissions:
-        wait_for = dependency(submission, jobs, arrays)
-        number = _submit_one(run, profile, submission, wait_for)
-        note(submission, number, jobs, arrays)
-        numbers[submission.name] = number
-    _sweep(run)
+
+    def submit_one(submission: Submission, wait_for: str) -> str:
+        numbers[submission.name] = _submit_one(run, profile, submission, wait_for)
+        return numbers[submission.name]
+
+    jobs = submit_all(submissions, queued, submit_one)
+    # What submitit and refused submissions leave among the logs.
+    for path in [*run.logs.glob(".submission_file_*.sh"), *run.logs.glob(f"{'[0-9a-f]' * 32}.pkl")]:
+        path.unlink(missing_ok=True)
     return numbers, _retarget(run, queued, jobs, {element.name for s in submissions for element in s.elements})
 
 
 def _submit_one(run: Run, profile: Profile, submission: Submission, wait_for: str) -> str:
     resources = profile.resources(submission.role)
-    made = executor(run, profile, submission.role, submission.name, wait_for, submission.parallelism)
-    announced = _entries(submission, ["" for _ in submission.tasks], ["" for _ in submission.tasks])
-    append(run, announced)
+    slurm_executor = executor(run, profile, submission.role, submission.name, wait_for, submission.parallelism)
+    append(run, _entries(run, submission))
     for element in submission.elements:
         mark(element, "queued")
     try:
         with outside_of_jobs():
             work = [element_work(run, task, resources, submission.partial) for task in submission.tasks]
-            handles = made.submit_array(work)
+            handles = slurm_executor.submit_array(work)
     except Exception as error:
         for element in submission.elements:
             mark(element, "waiting", "sbatch refused it")
@@ -66,22 +66,22 @@ def _submit_one(run: Run, profile: Profile, submission: Submission, wait_for: st
             raise SchedulerError(f"sbatch got no answer ({words}); launch again later") from error
         raise SubmissionRefusedError(f"sbatch refused {submission.name}: {words}") from error
     numbers = [handle.job_id for handle in handles]
-    append(run, _entries(submission, numbers, [log_name(run, number) for number in numbers]))
+    append(run, _entries(run, submission, numbers))
     return str(numbers[0]).partition("_")[0]
 
 
-def _entries(submission: Submission, numbers: list[str], logs: list[str]) -> list[LedgerEntry]:
-    several, now = len(submission.tasks) > 1, time.time()
+def _entries(run: Run, submission: Submission, numbers: Sequence[str] = ()) -> list[LedgerEntry]:
+    """Return the ledger's entries, with the numbers of the jobs once they are known."""
     return [
         LedgerEntry(
             element=element.name,
             role=element.role,
-            job=numbers[place],
-            log=logs[place],
-            time=now,
+            job=numbers[place] if numbers else "",
+            log=log_name(run, numbers[place]) if numbers else "",
+            time=time.time(),
             cluster="slurm",
             name=submission.name,
-            place=place if several else None,
+            place=place if len(submission.tasks) > 1 else None,
             partial=submission.partial,
         )
         for place, task in enumerate(submission.tasks)
@@ -89,25 +89,18 @@ def _entries(submission: Submission, numbers: list[str], logs: list[str]) -> lis
     ]
 
 
-def _sweep(run: Run) -> None:
-    """Remove what submitit and refused submissions leave among the logs."""
-    leftovers = [*run.logs.glob(".submission_file_*.sh"), *run.logs.glob(f"{'[0-9a-f]' * 32}.pkl")]
-    for path in leftovers:
-        path.unlink(missing_ok=True)
-
-
 def _retarget(run: Run, queued: QueueState, jobs: dict[str, str], submitted: set[str]) -> list[Element]:
     """Make pending jobs wait for their resubmitted dependencies; return the elements whose jobs have started."""
     late = []
     for element in run.elements():
-        own = queued.active.get(element.name, [])
+        active_jobs = queued.active.get(element.name, [])
         needed = [needed.name for needed in run.dependencies(element) if not needed.finished]
-        if not own or not any(name in submitted for name in needed):
+        if not active_jobs or not any(name in submitted for name in needed):
             continue
-        numbers = [jobs[name] for name in needed if name in jobs] + [job.job for job in own[:-1]]
+        numbers = [jobs[name] for name in needed if name in jobs] + [job.job for job in active_jobs[:-1]]
         wait_for = f"afterany:{':'.join(dict.fromkeys(numbers))}"
         try:
-            run_command(["scontrol", "update", f"JobId={own[-1].job}", f"Dependency={wait_for}"])
+            run_command(["scontrol", "update", f"JobId={active_jobs[-1].job}", f"Dependency={wait_for}"])
         except SchedulerError:
             # The job is no longer pending. If no process holds the lease, it has not checked its dependencies yet.
             if current_holder(element.path / "attempts")[0] is None:
@@ -115,18 +108,8 @@ def _retarget(run: Run, queued: QueueState, jobs: dict[str, str], submitted: set
     return late
 
 
-def cancel(run: Run, profile: Profile, only: Sequence[str] = ()) -> list[str]:
-    """Cancel the run's jobs, or those of some elements; returns the names of the elements concerned.
-
-    Raises:
-        RunError: if `only` names what is not there.
-        SchedulerError: if Slurm cannot be asked.
-    """
-    return _cancel(run.select(only), reconcile(run, profile))
-
-
 def withdraw(run: Run, late: Sequence[Element]) -> list[str]:
-    """Cancel the jobs of elements that started too early, and of all that needs them; returns their names.
+    """Cancel the jobs of elements that started too early, and of all that depends on them; return their names.
 
     Raises:
         SchedulerError: if Slurm cannot be asked.
@@ -135,10 +118,15 @@ def withdraw(run: Run, late: Sequence[Element]) -> list[str]:
     for element in run.elements():
         if element in late or any(needed.name in affected for needed in run.dependencies(element)):
             affected[element.name] = element
-    return _cancel(list(affected.values()), read_queue(run))
+    return cancel(list(affected.values()), read_queue(run))
 
 
-def _cancel(elements: Sequence[Element], queued: QueueState) -> list[str]:
+def cancel(elements: Sequence[Element], queued: QueueState) -> list[str]:
+    """Cancel the jobs of elements; return the names of those that had jobs.
+
+    Raises:
+        SchedulerError: if Slurm cannot be asked.
+    """
     elements = [element for element in elements if element.name in queued.active]
     # The last first: cancelling a dependency first would start the job that waits for it.
     numbers = [job.job for element in elements for job in queued.active[element.name]]

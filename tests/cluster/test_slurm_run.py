@@ -12,7 +12,7 @@ import pytest
 
 from cpd.cluster.estimate import complaints, costs, disk
 from cpd.cluster.ledger import LedgerEntry, append, ledger
-from cpd.cluster.queue import JobState, state_told_by
+from cpd.cluster.queue import JobState, state_in_log
 from cpd.cluster.reconcile import slurm_entries, standing
 from cpd.cluster.requeue import describe_unfinished, is_stuck, slurm_job, unfinished_dependencies
 from cpd.cluster.sbatch import outside_of_jobs
@@ -195,9 +195,9 @@ def test_causes_are_read_from_logs() -> None:
     big = (
         "slurmstepd: error: Detected 1 oom_kill event in StepId=1.0. Some of the step tasks have been OOM Killed."
     )
-    assert state_told_by([requeued, "Traceback"]) == ""
-    assert state_told_by([requeued, late, "srun: error"]) == "TIMEOUT"
-    assert state_told_by([late, big]) == "OUT_OF_MEMORY"
+    assert state_in_log([requeued, "Traceback"]) == ""
+    assert state_in_log([requeued, late, "srun: error"]) == "TIMEOUT"
+    assert state_in_log([late, big]) == "OUT_OF_MEMORY"
 
 
 def test_a_run_directory_that_jobs_cannot_see_is_refused(make_run) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from cpd.cluster.ledger import enter
+from cpd.cluster.ledger import LedgerEntry, append
 from cpd.run.directory import Run
 from cpd.run.files import write_json
 from cpd.run.lease import Lease
@@ -28,7 +28,7 @@ def test_states(make_run) -> None:
     Status(hammer.status).finish("failed", "ValueError: bad luck")
     with Lease(soccer.path):
         Status(soccer.status).begin("train", 200, 50)
-        enter(run, soccer, "123", run.logs / "123_0_log.out")
+        append(run, [LedgerEntry(soccer.name, "teacher", "123", "logs/123_0_log.out", 0.0)])
         rows = {row.element: row for row in run_status(run)}
     assert rows[push.name].state == "done"
     assert rows[reach.name].state == "rejected"

@@ -51,12 +51,12 @@ def test_the_accounting_is_asked_where_there_is_one(accounted: Workbench, tmp_pa
     accounted.slurm("scancel", job)
     accounted.drain()
     wait_until_forgotten(accounted)
-    accounted.wait(lambda: job in accounting(jobs=[job]), "sacct knows the job", 30)
+    accounted.wait(lambda: job in accounting("-j", [job]), "sacct knows the job", 30)
     row = accounted.rows(root)[DRAWER]
     assert (row["state"], row["queue"]) == ("stopped", "CANCELLED")
     assert row["node"] in ("n1", "n2")
-    names = {state.name for state in accounting(jobs=[job]).values()}
-    assert accounting(names=names)[job].state == row["queue"]
+    names = {state.name for state in accounting("-j", [job]).values()}
+    assert accounting("--name", names)[job].state == row["queue"]
     assert "4 of 5 elements (1 finished, 0 in the queue)" in accounted.launch(root, *LASTING, "--dry-run")
 
 
