@@ -106,8 +106,8 @@ def test_jobs_that_are_killed_as_they_start_are_told(run: Run) -> None:
     assert len(set(killed)) == MAX_RESTARTS + 1
     assert queue.failed == [run.report()]
     assert read_status(run.report().status).state == "failed"
-    told = "\n".join(failure_lines(run, run_status(run)))
-    assert f"FAILED results: its job ended {MAX_RESTARTS + 1} times" in told
+    lines = "\n".join(failure_lines(run, run_status(run)))
+    assert f"FAILED results: its job ended {MAX_RESTARTS + 1} times" in lines
 
 
 def test_nobody_is_said_to_wait_in_the_queue_of_a_launcher_that_is_gone(run: Run) -> None:
@@ -163,10 +163,10 @@ def test_a_signal_that_comes_as_one_element_ends_is_meant_for_the_next(
     monkeypatch.setattr(Interrupt, "inherits", False)
     monkeypatch.setenv("CPD_RANKS", "")
     monkeypatch.setenv("CPD_CPUS", "")
-    before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)}
+    handlers = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)}
     try:
         BundleJob(tuple(ElementJob(str(tmp_path), "teacher", name, Resources()) for name in "abcd"))()
     finally:
-        for number, handler in before.items():
+        for number, handler in handlers.items():
             signal.signal(number, handler)
     assert requested == [False, False, True, True]

@@ -40,10 +40,12 @@ def srun(text: str) -> list[str]:
     return shlex.split(next(line for line in joined.splitlines() if line.startswith("srun ")))
 
 
-def tell(run: Run, given: Profile, found: QueueState = NOTHING, **choice: Any) -> dict[str, str]:
+def tell(run: Run, limits: Profile, queued: QueueState = NOTHING, **choice: Any) -> dict[str, str]:
     """Texts by role and number, e.g. `teacher-1`."""
-    submissions = plan(run, given, found, **choice)
-    return {re.sub(r"^.*?-(\w+)-[0-9a-f]{6}", r"\1", name): t for name, t in texts(run, given, submissions, found)}
+    submissions = plan(run, limits, queued, **choice)
+    return {
+        re.sub(r"^.*?-(\w+)-[0-9a-f]{6}", r"\1", name): t for name, t in texts(run, limits, submissions, queued)
+    }
 
 
 def active(run: Run, *names: str, state: str = "RUNNING") -> QueueState:
@@ -81,8 +83,8 @@ def test_ranks_go_through_srun(make_run) -> None:
     assert {"--mpi=pmix", "--kill-on-bad-exit=1", "--cpus-per-task=1"} <= set(srun(student))
     assert "--cpus-per-task=3" in srun(teacher)
     assert not any("--mpi" in word for word in srun(teacher))
-    given = options(student)
-    assert (given["nodes"], given["ntasks-per-node"], given["mem"]) == ("2", "2", "8192M")
+    student_options = options(student)
+    assert [student_options[key] for key in ("nodes", "ntasks-per-node", "mem")] == ["2", "2", "8192M"]
     assert options(teacher)["gpus-per-node"] == "1"
 
 
@@ -95,8 +97,8 @@ def test_gpus_are_per_rank(make_run) -> None:
 
 
 def test_further_options_take_the_place_of_the_launchers_own(make_run) -> None:
-    given = {"gpus-per-node": "a100:1", "mem-per-cpu": "4G"}
-    text = tell(make_run(), profile(student={"gpus": 1, "sbatch": given}))["student-2"]
+    student_sbatch = {"gpus-per-node": "a100:1", "mem-per-cpu": "4G"}
+    text = tell(make_run(), profile(student={"gpus": 1, "sbatch": student_sbatch}))["student-2"]
     assert re.findall(r"--gpus-per-node=(\S+)", text) == ["a100:1"]
     assert not re.findall(r"--mem=", text) and "--mem-per-cpu=4G" in text
     for key in ("cpus-per-task", "ntasks-per-node", "time"):
@@ -106,11 +108,11 @@ def test_further_options_take_the_place_of_the_launchers_own(make_run) -> None:
 
 def test_jobs_are_told_to_save_and_come_back(make_run) -> None:
     for text in tell(make_run(), profile(signal_seconds=77)).values():
-        given = options(text)
-        assert given["signal"] == "USR2@77"
-        assert given["open-mode"] == "append"
-        assert "requeue" in given
-        assert "wckey" not in given
+        job_options = options(text)
+        assert job_options["signal"] == "USR2@77"
+        assert job_options["open-mode"] == "append"
+        assert "requeue" in job_options
+        assert "wckey" not in job_options
     for text in tell(make_run("other"), profile(requeue=False)).values():
         assert "no-requeue" in options(text)
         assert "requeue" not in options(text)
@@ -128,19 +130,19 @@ def test_what_a_site_asks_for(make_run) -> None:
         report={"sbatch": {"partition": "", "qos": "short", "exclusive": False}},
     )
     chain = tell(make_run(), site)
-    given = options(chain["teacher-1"])
-    assert [given[key] for key in ("partition", "account", "qos", "constraint")] == [
+    teacher_options = options(chain["teacher-1"])
+    assert [teacher_options[key] for key in ("partition", "account", "qos", "constraint")] == [
         "cpu",
         "phys",
         "long",
         "avx512",
     ]
-    assert (given["mail-type"], given["exclusive"]) == ("FAIL", "")
+    assert (teacher_options["mail-type"], teacher_options["exclusive"]) == ("FAIL", "")
     assert re.search(r"\nmodule load gcc/13 openmpi/5.0\nexport A=1\n(.*\n)*srun ", chain["teacher-1"])
     report = options(chain["report-4"])
     assert report["qos"] == "short"
     assert not {"partition", "exclusive"} & set(report)
-    assert "memory" not in given
+    assert "memory" not in teacher_options
     assert "mem" not in options(tell(make_run("b"), profile(report={"memory_gb": 0}))["report-4"])
 
 
@@ -316,7 +318,7 @@ def test_names_are_unique_in_ledger_and_queue(make_run) -> None:
     first = plan(run, profile(), NOTHING)
     append(run, [entry(run, "results", "", name=first[-1].name)])
     taken = QueueState({}, {}, frozenset({first[-1].name.rpartition("-")[0] + "-9", "else-teacher-abcdef-40"}))
-    names = [submission.name for found in (NOTHING, taken) for submission in plan(run, profile(), found)]
+    names = [submission.name for queued in (NOTHING, taken) for submission in plan(run, profile(), queued)]
     assert [int(name.rpartition("-")[2]) for name in names] == [5, 6, 7, 8, 10, 11, 12, 13]
     assert len(set(names)) == len(names)
 

@@ -69,12 +69,12 @@ def test_where_elements_stand(make_run, monkeypatch: pytest.MonkeyPatch) -> None
     }
     monkeypatch.setenv("SLURM_JOB_ID", "14")
     with Lease(student.path).acquire():
-        found = standing(run, slurm_entries(run), jobs)
+        state = standing(run, slurm_entries(run), jobs)
         monkeypatch.setenv("SLURM_JOB_ID", "13")
         with Lease(window.path).acquire():
             # Its heart still beats, but Slurm has ended it.
             assert window.name not in standing(run, slurm_entries(run), jobs).held
-    jobs_of = {name: [job.job for job in own] for name, own in found.active.items()}
+    jobs_of = {name: [job.job for job in jobs_of_element] for name, jobs_of_element in state.active.items()}
     assert jobs_of == {drawer.name: ["12_0"], student.name: ["14"]}
     monkeypatch.delenv("SLURM_JOB_ID")
     with Lease(window.path).acquire():
@@ -84,12 +84,12 @@ def test_where_elements_stand(make_run, monkeypatch: pytest.MonkeyPatch) -> None
 def test_a_requeued_job_takes_its_own_lease_over_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.delenv("SLURM_RESTART_COUNT", raising=False)
-    with Lease(tmp_path).acquire() as before:
+    with Lease(tmp_path).acquire() as old_lease:
         monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
         with Lease(tmp_path).acquire() as after:
-            assert (before.number, after.number) == (1, 2)
+            assert (old_lease.number, after.number) == (1, 2)
             with pytest.raises(RuntimeError, match="taken over"):
-                before.check()
+                old_lease.check()
 
 
 def test_an_array_element_is_never_taken_for_its_array(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,10 +136,10 @@ def test_submitting_from_inside_a_job_leaks_nothing(monkeypatch: pytest.MonkeyPa
 
 def test_costs_and_disk(make_run) -> None:
     run: Run = make_run()
-    found = {cost.role: cost for cost in costs(run, profile(), run.elements())}
-    assert [found[role].count for role in ("teacher", "student", "evaluation", "report")] == [2, 1, 1, 1]
-    assert found["student"].cores == 4
-    assert not found["teacher"].is_measured
+    cost_of = {cost.role: cost for cost in costs(run, profile(), run.elements())}
+    assert [cost_of[role].count for role in ("teacher", "student", "evaluation", "report")] == [2, 1, 1, 1]
+    assert cost_of["student"].cores == 4
+    assert not cost_of["teacher"].is_measured
     drawer = run.teachers()[0]
     write_json(drawer.status, {"state": "done", "seconds": {"train": 40.0, "rollouts": 2.0}})
     drawer.complete.touch()
@@ -147,12 +147,12 @@ def test_costs_and_disk(make_run) -> None:
     assert (measured.count, measured.seconds, measured.is_measured) == (1, 42.0, True)
     # Where a policy is there, nothing is left to train.
     other: Run = make_run("trained")
-    before, *_ = costs(other, profile(), other.teachers())
+    untrained, *_ = costs(other, profile(), other.teachers())
     for teacher in other.teachers():
         teacher.path.mkdir(parents=True)
         teacher.policy.touch()
     after, *_ = costs(other, profile(), other.teachers())
-    assert 0 < after.seconds < before.seconds
+    assert 0 < after.seconds < untrained.seconds
     size, files = disk(run.config)
     bigger, more = disk(make_run("b", seeds=[1, 2], rollouts={"num_steps": 6000}).config)
     assert 1e6 < size < bigger < 1e8
@@ -161,8 +161,8 @@ def test_costs_and_disk(make_run) -> None:
 
 def test_a_disk_that_is_too_small_is_refused(make_run) -> None:
     config = make_run(rollouts={"num_steps": 10**13}).config
-    found = "\n".join(complaints(ROOT / "runs" / "x", config, profile()))
-    assert re.search(r"the run will take about [\d.e+]+ GB, but .* has [\d.e+]+ GB left", found)
+    text = "\n".join(complaints(ROOT / "runs" / "x", config, profile()))
+    assert re.search(r"the run will take about [\d.e+]+ GB, but .* has [\d.e+]+ GB left", text)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
@@ -171,7 +171,7 @@ def test_a_folder_that_is_not_ones_own_is_refused(make_run) -> None:
 
 
 def test_files_follow_the_umask(tmp_path: Path) -> None:
-    before = os.umask(0o002)
+    old_umask = os.umask(0o002)
     try:
         run = prepare(tmp_path / "run", load_recipe(str(MINIATURE), ()), profile())
         student = run.students()[0]
@@ -180,7 +180,7 @@ def test_files_follow_the_umask(tmp_path: Path) -> None:
             save(student.checkpoints, "step-1", {"x": 1}, step=1)
         append(run, [entry(run, student.name, "1")])
     finally:
-        os.umask(before)
+        os.umask(old_umask)
     assert {path.name for path in all_of(run.root)} >= {"config.json", "jobs.jsonl", "0001.json", "meta.json"}
     assert [path for path in all_of(run.root) if path.stat().st_mode & 0o060 != 0o060] == []
 
@@ -210,6 +210,6 @@ def test_a_run_directory_that_jobs_cannot_see_is_refused(make_run) -> None:
 def test_ranks_that_cannot_share_a_teacher_are_told_before_anything_is_submitted(make_run) -> None:
     config = make_run(teacher={"ppo": {"num_envs": 1, "minibatch_size": 50}}).config
     shared, alone = (profile(teacher={"ranks": ranks}, single_machine=True) for ranks in (2, 1))
-    (told,) = complaints(ROOT / "runs" / "x", config, shared)
-    assert "teacher.ppo.num_envs = 1" in told
+    (problem,) = complaints(ROOT / "runs" / "x", config, shared)
+    assert "teacher.ppo.num_envs = 1" in problem
     assert complaints(ROOT / "runs" / "x", config, alone) == []
