@@ -1,5 +1,5 @@
-"""Executing a run on this machine: a bounded queue over submitit's local executor, which has neither bounds nor
-dependencies of its own."""
+"""Executes a run on this machine: a queue over submitit's local executor, which limits no cores and knows no
+dependencies."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from cpd.run.lease import Holder, current_holder
 from cpd.run.progress import read_status
 
 POLL_SECONDS = 0.2
-#: Seconds between looks at what all elements tell of themselves: that reads a file for each of them.
+#: Seconds between refreshes of the display, which read a file per element.
 REFRESH_SECONDS = 1.0
-#: How often the job of an element is started again after it was killed, within one launch.
+#: How often a killed job is restarted within one launch.
 MAX_RESTARTS = 3
 #: How long running jobs may take to save when the launcher is asked to stop.
 STOP_SECONDS = 120.0
@@ -104,9 +104,8 @@ class LocalQueue:
             if read_status(element.status).state == "failed":
                 self.failed.append(element)
             elif restarts > MAX_RESTARTS:
-                mark(
-                    element, "failed", f"its job ended {restarts} times without an error (killed? out of memory?)"
-                )
+                message = f"its job ended {restarts} times without an error (killed? out of memory?)"
+                mark(element, "failed", message)
                 self.failed.append(element)
             else:
                 pending.append(element)

@@ -19,7 +19,7 @@ REMEDIES = {
     "PREEMPTED": "preempted and not requeued: launch again",
     "CANCELLED": "cancelled: launch again to go on",
     "DEADLINE": "its deadline passed: launch again",
-    "FAILED": "killed, or ended with an error that its log tells: launch again",
+    "FAILED": "killed, or ended with an error that its log shows: launch again",
     "COMPLETED": "ended before the element was finished: launch again",
     "REVOKED": "moved to another cluster: launch again here",
     "GONE": "Slurm has forgotten its job: launch again",
