@@ -1,8 +1,7 @@
-"""A whole experiment: the stream, and every section together."""
+"""`Config`: the stream of tasks and all other sections of an experiment."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import field, replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -11,6 +10,7 @@ from pydantic.dataclasses import dataclass
 
 from cpd.config.checks import contradictions, without_effect
 from cpd.config.load import STRICT, ConfigError, load, merge, overrides_of, to_dict
+from cpd.config.retired import holds
 from cpd.config.student import MethodConfig
 from cpd.config.teacher import RolloutConfig, TeacherConfig
 from cpd.config.types import Count, Positive, Seeds, Task, expand_stream
@@ -19,7 +19,7 @@ from cpd.envs.tasks import MAX_EPISODE_STEPS
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class StreamConfig:
-    """The tasks, in the order in which they are distilled; a task may come twice."""
+    """The tasks, in the order of distillation; a task may occur twice."""
 
     tasks: Annotated[tuple[Task, ...], BeforeValidator(expand_stream), Field(min_length=1)]
     """Task names, or the name of a stream: demo, cw10, cw20, mt10, mt50."""
@@ -28,32 +28,33 @@ class StreamConfig:
 
     @property
     def distinct_tasks(self) -> tuple[str, ...]:
-        """The stream's tasks without repetition, in order of first appearance."""
+        """The tasks without repetitions, in order of first occurrence."""
         return tuple(dict.fromkeys(self.tasks))
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class EvaluationConfig:
-    """Which goals success is measured on, and in how many episodes per cell of the success matrix."""
+    """Goals and numbers of episodes with which success rates are measured."""
 
     goal_set: Literal["held_out", "validation"] = "held_out"
-    """validation: to choose settings by, so that the held-out goals, which reports are about, stay unseen."""
+    """Use validation goals to choose settings, and held-out goals only for results that you report."""
     num_episodes: Annotated[int, Field(ge=1, le=50)] = 50
-    """Diagonal, final row and teachers; the final row on training goals too."""
+    """Episodes per cell for teachers, the diagonal and the final row of the success matrix; the final row is
+    measured on training goals, too."""
     num_episodes_brief: Annotated[int, Field(ge=1, le=50)] = 10
-    """Every other cell, and each point of a curve."""
+    """Episodes for every other cell and for each point of a curve."""
     curve_points: Count = 10
     """Evaluations of the current task within a stage."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class LoggingConfig:
-    """Settings without influence on results; they may change between launches."""
+    """Settings that do not affect results and may change between launches."""
 
     checkpoint_every: Positive = 200
-    """Distillation steps between resume checkpoints."""
+    """Distillation steps between checkpoints."""
     teacher_checkpoint_every: Positive = 2
-    """A learner's iterations between resume checkpoints."""
+    """Iterations of teacher training between checkpoints."""
     metrics_every: Positive = 20
     """Distillation steps between records in metrics.jsonl."""
 
@@ -72,18 +73,18 @@ class Config(MethodConfig):
     """A whole experiment."""
 
     name: Label
-    """Name of the experiment; the run directory is runs/<name> unless told otherwise."""
+    """Name of the experiment; the default run directory is runs/<name>."""
     method: Label = "moe"
-    """Label of the student's method in directories and tables."""
+    """Label of the method in directories and tables."""
     variants: dict[Label, Overrides] = field(default_factory=dict)
-    """Further methods by label: the settings of how a student learns in which each differs. Every method has
-    students of all seeds, from the same teachers."""
+    """Further methods by label, each with the settings of student, memory, protection and distill that differ.
+    Every method trains one student per seed, from the same teachers."""
     variants_only: bool = False
-    """Leave out the method that the variants vary."""
+    """Train the variants only, not the method that they modify."""
     seeds: Seeds = (1,)
     """Student seeds; seed number s learns from teacher seed number s mod len(teacher.seeds)."""
     teachers_from: str = ""
-    """Another run's directory, or a folder of published teachers: those that are there are taken over."""
+    """Run directory, or folder of published teachers, from which existing teachers are reused."""
     stream: StreamConfig
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     rollouts: RolloutConfig = field(default_factory=RolloutConfig)
@@ -92,12 +93,12 @@ class Config(MethodConfig):
 
     def __post_init__(self) -> None:
         problems = [*self._budget_problems(), *contradictions(self, len(self.stream.distinct_tasks))]
-        # A variant inherits the mistakes of the whole, which would come up again with each.
+        # Every variant inherits the mistakes of the base and would report them again.
         if problems := problems or self._method_problems():
             raise ConfigError(problems, "the configuration")
 
     def _budget_problems(self) -> list[str]:
-        """Numbers that another section makes too large or too small."""
+        """Check numbers against those of other sections."""
         lines = []
         if self.evaluation.curve_points > self.distill.steps_per_stage:
             lines.append(
@@ -114,7 +115,7 @@ class Config(MethodConfig):
         return lines
 
     def _method_problems(self) -> list[str]:
-        """Labels that clash, and the mistakes of every variant as a configuration of its own."""
+        """Check the labels, and every variant as a configuration."""
         problems = []
         if self.method == "teacher":
             problems.append("method: 'teacher' is the label of the teachers; choose another")
@@ -131,28 +132,28 @@ class Config(MethodConfig):
 
     @property
     def methods(self) -> tuple[str, ...]:
-        """The labels of all methods that have students."""
+        """Labels of all methods to train."""
         return (*(() if self.variants_only else (self.method,)), *self.variants)
 
     def of_method(self, label: str) -> Config:
-        """The configuration of one of the methods alone: its `method` is the label, and it has no variants."""
+        """Configuration of a single method: `method` is the label, and there are no variants."""
         tables = {**to_dict(self), "method": label, "variants": {}, "variants_only": False}
         return load(Config, merge(tables, self.variants.get(label, {})), f"variant {label}")
 
     @property
     def memory_steps(self) -> int:
-        """The memory's budget in stored time steps for the whole stream."""
+        """Memory budget for the whole stream, in time steps."""
         if self.memory.selection == "none" or self.distill.protocol != "continual":
             return 0
         return round(self.memory.share * len(self.stream.distinct_tasks) * self.rollouts.num_steps)
 
     def warnings(self) -> list[str]:
-        """Settings without effect, or with an odd one: a line each, which begins with a path."""
+        """Return one line, which begins with a path, for each setting that has no effect or a doubtful one."""
         lines = self._method_warnings()
         for label, tables in self.variants.items():
-            # What a variant inherits without effect is no mistake of its author.
-            typed = [line for line in self.of_method(label)._method_warnings() if _mentions(tables, line)]
-            lines += [f"variants.{label}.{line}" for line in typed]
+            # A setting without effect that a variant inherits is intended; one that it sets is not.
+            warnings = self.of_method(label)._method_warnings()
+            lines += [f"variants.{label}.{line}" for line in warnings if holds(tables, line.split()[0])]
         return lines
 
     def _method_warnings(self) -> list[str]:
@@ -172,34 +173,24 @@ class Config(MethodConfig):
         return lines + [f"teacher.{line}" for line in self.teacher.warnings()]
 
 
-def _mentions(tables: Mapping[str, Any], warning: str) -> bool:
-    """Whether the setting that a warning begins with is given in `tables`."""
-    value: Any = tables
-    for part in warning.split()[0].split("."):
-        if not isinstance(value, Mapping) or part not in value:
-            return False
-        value = value[part]
-    return True
-
-
 def differences(old: Config, new: Config) -> list[str]:
-    """The settings that affect results and differ, as `dotted.path: old -> new`.
+    """Return the settings that affect results and differ, as `dotted.path: old -> new`.
 
-    Variants may be added freely, and student seeds behind those that there are.
+    `new` may add variants, and append student seeds.
     """
-    without = ("logging", "teachers_from")
-    before, after = ({k: v for k, v in to_dict(c).items() if k not in without} for c in (old, new))
-    gone = [f"variants.{label}: not asked for" for label in before["variants"] if label not in after["variants"]]
-    both = set(before["variants"]) & set(after["variants"])
-    for tables in (before, after):
-        tables["variants"] = {label: own for label, own in tables["variants"].items() if label in both}
+    ignored = ("logging", "teachers_from")
+    stored, requested = ({k: v for k, v in to_dict(c).items() if k not in ignored} for c in (old, new))
+    removed = [f"variants.{label}: missing; add it again" for label in old.variants if label not in new.variants]
+    common = old.variants.keys() & new.variants.keys()
+    for tables in (stored, requested):
+        tables["variants"] = {label: tables["variants"][label] for label in common}
     if new.seeds[: len(old.seeds)] == old.seeds:
-        after["seeds"] = before["seeds"]
-    return [*changes(before, after), *gone]
+        requested["seeds"] = stored["seeds"]
+    return [*changes(stored, requested), *removed]
 
 
 def changes(old: Any, new: Any, path: str = "") -> list[str]:
-    """The entries of nested tables that differ, as `dotted.path: old -> new`."""
+    """Return the entries of nested tables that differ, as `dotted.path: old -> new`."""
     if isinstance(old, dict) and isinstance(new, dict):
         lines = [changes(old.get(k), new.get(k), f"{path}.{k}".lstrip(".")) for k in dict.fromkeys([*old, *new])]
         return [line for group in lines for line in group]
@@ -207,6 +198,5 @@ def changes(old: Any, new: Any, path: str = "") -> list[str]:
 
 
 def continued(old: Config, new: Config) -> Config:
-    """`new` with the variants that `old` has in their old places, so that what is added comes last."""
-    order = dict.fromkeys([*old.variants, *new.variants])
-    return replace(new, variants={label: new.variants[label] for label in order})
+    """Return `new` with the variants of `old` first, in their old order; `new` must have them all."""
+    return replace(new, variants={**old.variants, **new.variants})

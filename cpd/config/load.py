@@ -1,6 +1,6 @@
-"""Strict loading of TOML into dataclasses: all mistakes at once, each with its dotted path and a suggestion.
+"""Load TOML files into dataclasses and report all mistakes at once, each with its dotted path and a suggestion.
 
-Command-line overrides (`--distill.lr 1e-3`) are merged into a recipe's tables before anything is checked, so
+Command-line overrides (`--distill.lr 1e-3`) are merged into the tables of a recipe before anything is checked, so
 that the mistakes of both are reported together.
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import textwrap
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import is_dataclass
@@ -20,12 +21,12 @@ from typing_extensions import TypedDict, is_typeddict
 from cpd.config.retired import explain, upgrade
 
 STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
-#: Stands in `problems` for the path of a mistake of several settings together, and is not shown.
+#: Path in `problems` of a mistake that concerns several settings; it is not shown.
 WHOLE = "(whole)"
 
 
 class ConfigError(ValueError):
-    """One or more mistakes in a recipe, profile or override; `str()` lists them all, one a line."""
+    """One or more mistakes in a recipe, profile or override; `str()` lists them, one per line."""
 
     def __init__(self, problems: Sequence[str], source: str) -> None:
         self.problems = list(problems)
@@ -35,29 +36,29 @@ class ConfigError(ValueError):
         super().__init__(f"{source} has {count}:\n{lines}")
 
 
-def nearest(word: str, known: Iterable[str]) -> str:
-    """`; did you mean 'x'?` for the one or two nearest known words; empty if there are none like it."""
-    close = difflib.get_close_matches(word, list(known), n=2, cutoff=0.6)
-    return "; did you mean " + " or ".join(repr(match) for match in close) + "?" if close else ""
+def nearest(word: str, names: Iterable[str]) -> str:
+    """Return `; did you mean 'x'?` with the one or two most similar names, or an empty string."""
+    close = difflib.get_close_matches(word, list(names), n=2, cutoff=0.6)
+    return f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
 
 
-def suggestion(word: str, known: Iterable[str]) -> str:
-    """The nearest known words, and all of them if they are few enough to read."""
-    known = list(known)
-    return nearest(word, known) + (f" (known: {', '.join(known)})" if len(known) <= 30 else "")
+def suggestion(word: str, names: Iterable[str]) -> str:
+    """Return the most similar names, and the whole list if it is short enough to read."""
+    names = list(names)
+    return nearest(word, names) + (f" (known: {', '.join(names)})" if len(names) <= 30 else "")
 
 
 T = TypeVar("T")
 
 
 def load(kind: type[T], data: Mapping[str, Any], source: str) -> T:
-    """Check `data`, which an earlier version may have written, against the dataclass `kind`.
+    """Convert `data`, which an earlier version may have written, to the dataclass `kind`.
 
     Raises:
-        ConfigError: with every mistake, each as dotted path, what is wrong, and a suggestion.
+        ConfigError: lists every mistake with its dotted path and a suggestion.
     """
     try:
-        # By way of JSON, since its strict mode still takes a list for a tuple; dates, which JSON has not, as text.
+        # Strict mode accepts a list for a tuple in JSON only. JSON has no dates: they become strings.
         return TypeAdapter(kind).validate_json(json.dumps(upgrade(data), default=str), strict=True)
     except ValidationError as error:
         items = error.errors(include_url=False)
@@ -66,7 +67,7 @@ def load(kind: type[T], data: Mapping[str, Any], source: str) -> T:
 
 
 def overrides_of(kind: Any) -> Any:
-    """The type of tables that hold any of the settings of dataclass `kind` and of its sections, and no others."""
+    """Return a table type with all settings of the dataclass `kind` and its sections, none of them required."""
     hints = get_type_hints(kind, include_extras=True)
     entries = {name: overrides_of(hint) if is_dataclass(hint) else hint for name, hint in hints.items()}
     make: Any = TypedDict
@@ -76,68 +77,61 @@ def overrides_of(kind: Any) -> Any:
 
 
 def _follows(item: Any, items: Sequence[Any]) -> bool:
-    """Whether one of pydantic's errors only follows from others: it does not count a list's wrong entries."""
-    where = item["loc"]
-    inside = (other["loc"] for other in items if len(other["loc"]) > len(where))
-    return item["type"] == "too_short" and any(location[: len(where)] == where for location in inside)
-
-
-def _problems(kind: Any, item: Any) -> list[str]:
-    """The lines for one of pydantic's errors; a ConfigError raised by a dataclass itself has lines of its own."""
-    inner = item.get("ctx", {}).get("error")
-    return inner.problems if isinstance(inner, ConfigError) else [_problem(kind, item)]
+    """Whether one of pydantic's errors results from others: the length of a list excludes its invalid entries."""
+    size, location = len(item["loc"]), item["loc"]
+    inside = (other["loc"] for other in items if len(other["loc"]) > size)
+    return item["type"] == "too_short" and any(other[:size] == location for other in inside)
 
 
 def _members(owner: Any) -> Mapping[str, Any]:
-    """The types of an owner's settings by name; those of a table with names of the user's choice are unknown."""
+    """Return the types of an owner's settings by name; empty for a table with free names."""
     return get_type_hints(owner) if is_dataclass(owner) or is_typeddict(owner) else {}
 
 
-def _problem(kind: Any, item: Any) -> str:
-    location = [part for part in item["loc"] if part != "__root__"]
-    path = ".".join(str(part) for part in location) or WHOLE
-    if item["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+def _problems(kind: Any, item: Any) -> list[str]:
+    """Convert one of pydantic's errors to lines; a ConfigError that a dataclass raised contains its own."""
+    error, keys, value = item["type"], [str(key) for key in item["loc"] if key != "__root__"], item["input"]
+    if isinstance(inner := item.get("ctx", {}).get("error"), ConfigError):
+        return inner.problems
+    path = ".".join(keys) or WHOLE
+    if error in ("unexpected_keyword_argument", "extra_forbidden"):
         if explanation := explain(path):
-            return f"{path}: {explanation} (given: {item['input']!r})"
+            return [f"{path}: {explanation} (given: {value!r})"]
         owner = kind
-        for part in location[:-1]:
+        for key in keys[:-1]:
             values = get_args(owner)[1:] if get_origin(owner) in (dict, Mapping) else ()
-            owner = values[0] if values else _members(owner).get(str(part), Any)
-        return f"{path}: unknown key{suggestion(str(location[-1]), _members(owner))}"
-    if item["type"] in ("missing", "missing_argument", "missing_keyword_only_argument"):
-        return f"{path}: required, but not given"
-    message = item["msg"].removeprefix("Value error, ")
-    given = "" if item["type"] == "value_error" else f" (given: {item['input']!r})"
-    return f"{path}: {message}{given}{_remedy(item)}"
-
-
-def _remedy(item: Any) -> str:
-    """What to write in place of a value of a wrong type, where pydantic's words leave that open."""
-    if item["type"] in ("tuple_type", "list_type") and not isinstance(item["input"], dict):
-        return f"; write a list: {listed(item['input'])}"
-    return "; write true or false" if item["type"] == "bool_type" else ""
+            owner = values[0] if values else _members(owner).get(key, Any)
+        return [f"{path}: unknown key{suggestion(keys[-1], _members(owner))}"]
+    if error in ("missing", "missing_argument", "missing_keyword_only_argument"):
+        return [f"{path}: required, but not given"]
+    line = f"{path}: {item['msg'].removeprefix('Value error, ')}"
+    if error != "value_error":
+        line += f" (given: {value!r})"
+    if error in ("tuple_type", "list_type") and not isinstance(value, dict):
+        line += f"; write a list: {listed(value)}"
+    return [line + "; write true or false" if error == "bool_type" else line]
 
 
 def listed(value: Any) -> list[Any]:
-    """The list that was meant by a value which is none: by `1,2`, `1 2` and `[a]` without its quotes, too."""
+    """Guess the intended list from another value, such as the strings `1,2`, `1 2` and `[a]`."""
     if not isinstance(value, str):
         return [value]
     text = value.strip("[] ")
-    # Not at the spaces of words, which may be a single command.
-    parts = text.split(",") if "," in text or any(map(str.isalpha, text)) else text.split()
-    return [_toml_value(part.strip()) for part in parts if part.strip()]
+    # Words with spaces may be a single command.
+    items = text.split(",") if "," in text or any(map(str.isalpha, text)) else text.split()
+    return [_toml_value(item.strip()) for item in items if item.strip()]
 
 
 def read_toml(path: Path, above: tuple[Path, ...] = (), *, shipped: Path | None = None) -> dict[str, Any]:
-    """The tables of a TOML file, on top of those of the file that it `extends`.
+    """Read the tables of a TOML file and merge them into those of the file that it `extends`.
 
     Args:
-        path: the file. Its `extends` is another one's path from its own folder; the suffix may be left out.
-        above: files that extend this one, from the first on.
-        shipped: a folder in which the name of a file to extend is looked for if there is none such beside `path`.
+        path: TOML file. Its `extends` is a path relative to its folder; the suffix is optional.
+        above: files that extend this one, the first one first.
+        shipped: folder to search for the file to extend if it does not exist beside `path`.
 
     Raises:
-        ConfigError: if one of them cannot be read or parsed, naming the file and line.
+        ConfigError: a file cannot be read or parsed; names the file and line.
     """
     try:
         tables = tomllib.loads(path.read_bytes().decode())
@@ -145,43 +139,39 @@ def read_toml(path: Path, above: tuple[Path, ...] = (), *, shipped: Path | None 
         raise ConfigError([f"cannot be read: {error.strerror}"], str(path)) from None
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
-        told = f"byte {error.object[error.start]:#04x} at position {error.start} (line {line})"
-        raise ConfigError([f"not UTF-8: {told}; save the file as UTF-8"], str(path)) from None
+        place = f"byte {error.object[error.start]:#04x} at position {error.start} (line {line})"
+        raise ConfigError([f"not UTF-8: {place}; save the file as UTF-8"], str(path)) from None
     except tomllib.TOMLDecodeError as error:
         raise ConfigError([f"not valid TOML: {error}"], str(path)) from None
     base = tables.pop("extends", None)
     if base is None:
         return upgrade(tables)
     if not isinstance(base, str):
-        raise ConfigError([f"extends: the name of one file is expected (given: {base!r})"], str(path))
+        raise ConfigError([f"extends: {base!r} is not a string; write the name of one file"], str(path))
     base_path = _base_path(path, base, shipped)
     if base_path in (chain := (*above, path.resolve())):
         raise ConfigError([f"extends: {base!r} extends this file in turn"], str(path))
-    # Each file on its own: of two names of one setting, the one in the upper file counts.
+    # Upgrade each file before merging: if a setting has its old name in one and its new name in another, the
+    # upper file wins.
     return merge(read_toml(base_path, chain, shipped=shipped), upgrade(tables))
 
 
 def _base_path(path: Path, base: str, shipped: Path | None) -> Path:
-    """The file that `path` extends by the name of `base`: beside it, or else in the folder `shipped`."""
+    """Return the file named `base` beside `path`, or else in the folder `shipped`."""
     name = f"{base.removesuffix('.toml')}.toml"
     beside = (path.parent / name).resolve()
     if beside.exists():
         return beside
-    known = sorted(file.stem for file in shipped.glob("*.toml")) if shipped else []
-    if shipped and base.removesuffix(".toml") in known:
+    names = sorted(file.stem for file in shipped.glob("*.toml")) if shipped else []
+    if shipped and base.removesuffix(".toml") in names:
         return (shipped / name).resolve()
-    neither = f", nor is it a name in {shipped}{suggestion(base, known)}" if shipped else ""
-    raise ConfigError(
-        [
-            f"extends: {base!r}: there is no {beside}{neither}; write the path of the file to extend, relative to "
-            "the folder of this one"
-        ],
-        str(path),
-    )
+    neither = f", nor is it a name in {shipped}{suggestion(base, names)}" if shipped else ""
+    problem = f"{base!r}: {beside} does not exist{neither}; write a path relative to the folder of this file"
+    raise ConfigError([f"extends: {problem}"], str(path))
 
 
 def _toml_value(text: str) -> Any:
-    """What `text` is as a value in TOML; itself if it is none."""
+    """Parse `text` as a TOML value; return it unchanged if that fails."""
     try:
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
@@ -189,12 +179,12 @@ def _toml_value(text: str) -> Any:
 
 
 def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
-    """Turn `["--distill.lr", "1e-3", "--seeds=[1, 2]"]` into nested tables.
+    """Convert `["--distill.lr", "1e-3", "--seeds=[1, 2]"]` to nested tables.
 
-    A value is read as TOML, and as a plain string where that fails.
+    Parses values as TOML; a value that is not TOML is a string.
 
     Raises:
-        ConfigError: for an argument that is not of that form.
+        ConfigError: an argument does not have this form.
     """
     tables: dict[str, Any] = {}
     problems = []
@@ -210,25 +200,23 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
                 problems.append(f"--{key}: a value is missing")
                 continue
             text = queue.pop(0)
-        parts = key.split(".")
-        # Not in the labels of variants, which are the user's own.
-        *sections, last = [p if parts[:i] == ["variants"] else p.replace("-", "_") for i, p in enumerate(parts)]
+        keys = key.split(".")
+        # The labels of variants may contain dashes.
+        *sections, last = [k if keys[:i] == ["variants"] else k.replace("-", "_") for i, k in enumerate(keys)]
         table: Any = tables
         for section in sections:
             table = table.setdefault(section, {}) if isinstance(table, dict) else None
         if not isinstance(table, dict) or isinstance(table.get(last), dict):
-            problems.append(
-                f"--{key}: given both as a value and as a table of settings; name one setting at a time"
-            )
-            continue
-        table[last] = _toml_value(text)
+            problems.append(f"--{key}: is both a value and a table of settings; set one setting at a time")
+        else:
+            table[last] = _toml_value(text)
     if problems:
         raise ConfigError(problems, "the command line")
     return upgrade(tables)
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """`base` with the entries of `over` laid on top, table by table."""
+    """Return `base`, updated recursively by the entries of `over`."""
     merged = dict(base)
     for key, value in over.items():
         old = merged.get(key)
@@ -237,13 +225,13 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """A config as plain tables, ready for JSON."""
+    """Convert a config to nested tables that JSON can represent."""
     result: dict[str, Any] = TypeAdapter(type(config)).dump_python(config, mode="json")
     return result
 
 
 def setting_lines(kind: Any, prefix: str = "") -> list[str]:
-    """Every setting as `--dotted.key  default  meaning`, for help; the meaning ends with the values allowed."""
+    """Return a help text for every setting: `--dotted.key`, the default, the meaning, and the allowed values."""
     lines = []
     for name, info in kind.__pydantic_fields__.items():
         if hasattr(info.annotation, "__pydantic_fields__"):
@@ -253,11 +241,13 @@ def setting_lines(kind: Any, prefix: str = "") -> list[str]:
             default = "(required)" if info.is_required() else repr(value)
             choices = get_args(info.annotation) if get_origin(info.annotation) is Literal else ()
             allowed = f" One of {', '.join(map(str, choices))}." if choices else ""
-            meaning = " ".join(f"{info.description or ''}{allowed}".split())
-            lines.append(f"  --{prefix + name:<36} {default:<16} {meaning}".rstrip())
+            meaning = textwrap.fill(
+                f"{info.description or ''}{allowed}", 100, initial_indent=" " * 6, subsequent_indent=" " * 6
+            )
+            lines.append(f"  --{prefix + name} {default}\n{meaning}".rstrip())
     return lines
 
 
 def first_few(names: Sequence[str]) -> str:
-    """The first three, and how many more there are."""
+    """Join the first three names, and state the number of further ones."""
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

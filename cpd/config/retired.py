@@ -1,8 +1,7 @@
-"""Settings of earlier versions that are now built in, or have another name.
+"""Settings of earlier versions that were replaced by constants or renamed.
 
-Run directories, published folders and recipes that hold them still load: `upgrade` drops a retired setting that
-holds the value which is now built in, and moves a renamed one. A retired setting with another value stays, and
-`load` refuses it with the words of `explain`.
+Run directories, published folders and recipes that contain them still load: `upgrade` drops a retired setting that
+equals the constant, and moves a renamed one. `load` refuses a retired setting with any other value.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from collections.abc import Mapping
 from copy import deepcopy
 from typing import Any, Final
 
-#: Retired settings by dotted path, with the value that is now built in.
+#: Retired settings by dotted path, with the constant that replaced them.
 RETIRED: Final[dict[str, Any]] = {
     "torch_threads": 1,
     "teacher.learner": "ppo",
@@ -46,7 +45,7 @@ RETIRED: Final[dict[str, Any]] = {
     "teacher.warm_start.steps_after_success": 30,
     "teacher.warm_start.steps_per_check": 200,
 }
-#: Whole tables without effect under the values of `RETIRED`: dropped whatever they hold.
+#: Tables that have no effect with the values in `RETIRED`; they are always dropped.
 RETIRED_TABLES: Final[tuple[str, ...]] = ("teacher.sac",)
 #: Renamed settings: old path -> new path.
 RENAMED: Final[dict[str, str]] = {
@@ -67,9 +66,9 @@ _MISSING: Final = object()
 
 
 def upgrade(tables: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the tables of a configuration of any version, whole or in part, in the terms of this version.
+    """Convert the tables of a configuration of any version, complete or partial, to the settings of this version.
 
-    What is no table is returned as it is, for `load` to refuse.
+    Values that are not tables stay unchanged; `load` refuses them.
     """
     upgraded = _upgrade_settings(tables)
     if isinstance(variants := _get(upgraded, "variants"), dict):
@@ -78,7 +77,7 @@ def upgrade(tables: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def explain(path: str) -> str:
-    """Say what became of the setting at `path`, which may be a variant's; empty if it never was one."""
+    """Explain why the setting at `path` no longer exists; empty if it never did."""
     parts = path.split(".")
     name = ".".join(parts[2:] if parts[0] == "variants" else parts)
     if name in RETIRED:
@@ -96,18 +95,23 @@ def _upgrade_settings(tables: Any) -> dict[str, Any]:
     for path in RETIRED_TABLES:
         _remove(upgraded, path)
     for old, new in RENAMED.items():
-        # Given under both names, neither is sure to be meant: `load` refuses the old one.
+        # With two different values it is unclear which one is meant: `load` refuses the old name.
         if (value := _get(upgraded, old)) is not _MISSING and _get(upgraded, new) in (_MISSING, value):
             _remove(upgraded, old)
             _set(upgraded, new, value)
     recipe = _get(upgraded, "teacher.recipe")
     for old, new in RENAMED_FOR_DEMO_RL.items():
-        # A part of a configuration that names no recipe is upgraded again once it is merged into the whole.
+        # Partial tables without a recipe are upgraded again after they were merged into complete ones.
         if recipe is not _MISSING and (value := _get(upgraded, old)) is not _MISSING:
             _remove(upgraded, old)
             if recipe == "demo_rl":
                 _set(upgraded, new, value)
     return upgraded
+
+
+def holds(tables: Any, path: str) -> bool:
+    """Whether nested tables have an entry at a dotted path."""
+    return _get(tables, path) is not _MISSING
 
 
 def _get(tables: Any, path: str) -> Any:
@@ -119,8 +123,8 @@ def _get(tables: Any, path: str) -> Any:
 
 
 def _remove(tables: dict[str, Any], path: str) -> None:
-    """Remove the entry at `path`, if there is one, and the tables that this leaves empty."""
-    if _get(tables, path) is _MISSING:
+    """Remove the entry at `path`, if it exists, and the tables that become empty."""
+    if not holds(tables, path):
         return
     key, _, rest = path.partition(".")
     if rest:
@@ -130,7 +134,7 @@ def _remove(tables: dict[str, Any], path: str) -> None:
 
 
 def _set(tables: dict[str, Any], path: str, value: Any) -> None:
-    """Set the entry at `path`; a table on the way that is none stays, to be refused by `load`."""
+    """Set the entry at `path`, unless the path leads through a value that is not a table."""
     *sections, key = path.split(".")
     table: Any = tables
     for section in sections:

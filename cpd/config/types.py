@@ -1,4 +1,4 @@
-"""The kinds of numbers and names that settings take."""
+"""Types of numbers and names for settings."""
 
 from __future__ import annotations
 
@@ -17,37 +17,37 @@ NonNegativeFloat = Annotated[float, Field(ge=0.0)]
 
 
 def expand_stream(value: object) -> object:
-    """Replace the name of a stream (`"cw10"`) by its list of tasks."""
-    if isinstance(value, str):
-        if value not in STREAMS:
-            tasks = listed(value)
-            if len(tasks) > 1 or value.startswith("[") or value in ALL_TASKS:
-                raise ValueError(f"{value!r} is no stream; write a list of tasks: {tasks}")
-            raise ValueError(f"unknown stream {value!r}{suggestion(value, STREAMS)}")
+    """Replace the name of a stream (`"cw10"`) by its tasks."""
+    if not isinstance(value, str):
+        return tuple(value) if isinstance(value, list) else value
+    if value in STREAMS:
         return STREAMS[value]
-    return tuple(value) if isinstance(value, list) else value
+    tasks = listed(value)
+    if len(tasks) > 1 or value.startswith("[") or value in ALL_TASKS:
+        raise ValueError(f"{value!r} is not a stream; write a list of tasks: {tasks}")
+    raise ValueError(f"unknown stream {value!r}{suggestion(value, STREAMS)}")
 
 
-def _known_task(task: str) -> str:
+def _check_task(task: str) -> str:
     if task not in ALL_TASKS:
         raise ValueError(f"unknown task {task!r}{suggestion(task, ALL_TASKS)}")
     return task
 
 
-def _distinct(values: tuple[int, ...]) -> tuple[int, ...]:
+def _check_distinct(values: tuple[int, ...]) -> tuple[int, ...]:
     if len(set(values)) != len(values):
-        raise ValueError("the same seed stands twice")
+        raise ValueError("seeds must not repeat")
     return values
 
 
-# Meta-World's custom-mt environments treat seed 0 as unseeded; keep to seeds from 1 everywhere.
-Seeds = Annotated[tuple[Positive, ...], Field(min_length=1), AfterValidator(_distinct)]
-Task = Annotated[str, AfterValidator(_known_task)]
+# Meta-World's custom-mt environments treat seed 0 as unseeded, so all seeds start from 1.
+Seeds = Annotated[tuple[Positive, ...], Field(min_length=1), AfterValidator(_check_distinct)]
+Task = Annotated[str, AfterValidator(_check_task)]
 EpisodeChoice = Literal["successful", "all"]
 
 
 def is_given(settings: Any, name: str) -> bool:
-    """Whether a setting of a section is another than its default."""
+    """Whether a setting of a section differs from its default."""
     return bool(getattr(settings, name) != getattr(type(settings)(), name))
 
 

@@ -75,7 +75,7 @@ def test_a_section_is_no_value() -> None:
         ["--stream", "cw10", "--stream.horizon", "200"],
         ["--stream.horizon", "200", "--stream", "cw10"],
     ):
-        with pytest.raises(ConfigError, match="given both as a value and as a table of settings"):
+        with pytest.raises(ConfigError, match=r"--stream\.horizon|--stream\b"):
             parse_overrides(arguments)
 
 
@@ -132,8 +132,8 @@ def test_variants_may_be_added_but_neither_changed_nor_taken_away() -> None:
 def test_every_setting_is_listed() -> None:
     lines = "\n".join(setting_lines(Config))
     assert "--teacher.ppo.gae_lambda" in lines and "0.95" in lines and "(required)" in lines
-    assert "--variants  " in lines and "Undefined" not in lines
-    assert ". One of none, per_task, on_demand.\n" in lines
+    assert "--variants" in lines and "Undefined" not in lines
+    assert " ".join(lines.split()).count("One of none, per_task, on_demand.") == 1
 
 
 @given(st.recursive(st.integers(), lambda inner: st.dictionaries(st.sampled_from("abc"), inner), max_leaves=8))
@@ -154,21 +154,21 @@ def test_a_file_lays_its_tables_on_those_of_the_one_it_extends(tmp_path: Path) -
 
 
 @pytest.mark.parametrize(
-    ("base", "found"),
+    ("base", "message"),
     [
         (
             '"none-such"',
-            r"recipe\.toml has a mistake:\n  extends: 'none-such': there is no .*/none-such\.toml; write",
+            r"recipe\.toml .*\n  extends: 'none-such': .*/none-such\.toml ",
         ),
-        ('"none-such.toml"', r"there is no .*/none-such\.toml; write the path of the file to extend, relative to"),
-        ("3", r"extends: the name of one file is expected \(given: 3\)"),
+        ('"none-such.toml"', r"extends: 'none-such\.toml': .*/none-such\.toml "),
+        ("3", "extends: 3 "),
         ('"recipe"', "extends: 'recipe' extends this file in turn"),
     ],
 )
-def test_what_cannot_be_extended_is_named(tmp_path: Path, base: str, found: str) -> None:
+def test_what_cannot_be_extended_is_named(tmp_path: Path, base: str, message: str) -> None:
     recipe = tmp_path / "recipe.toml"
     recipe.write_text(f"extends = {base}\n")
-    with pytest.raises(ConfigError, match=found):
+    with pytest.raises(ConfigError, match=message):
         read_toml(recipe)
 
 

@@ -55,9 +55,9 @@ def test_a_limit_that_leaves_no_time_is_refused() -> None:
 
 
 def test_the_free_table_refuses_what_the_launcher_needs() -> None:
-    with pytest.raises(ConfigError, match="'array' is set by the launcher"):
+    with pytest.raises(ConfigError, match="sbatch: 'array'"):
         slurm(sbatch={"array": "0-3"})
-    with pytest.raises(ConfigError, match="in full and without dashes"):
+    with pytest.raises(ConfigError, match="--mail-type"):
         slurm(teacher={"sbatch": {"--mail-type": "FAIL"}})
 
 
