@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-#: Names the number of ranks that the launcher asked for.
+#: Environment variable with the number of ranks that the launcher started.
 RANKS_VARIABLE = "CPD_RANKS"
-#: What process managers tell their ranks about the size of the job.
+#: Environment variables in which process managers give the number of ranks.
 SIZE_VARIABLES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MPI_LOCALNRANKS", "SLURM_STEP_NUM_TASKS")
 #: Threads of a process's tensor arithmetic: fixed, since another number rounds differently.
 TORCH_THREADS = 1
@@ -27,11 +27,11 @@ PIECE_BYTES = 1 << 20
 
 
 class CommSizeError(RuntimeError):
-    """The communicator is not of the size that the job was given."""
+    """The communicator has another size than the job."""
 
 
 class Comm(Protocol):
-    """What distillation and evaluation need of a communicator."""
+    """The operations that training and evaluation need of a communicator."""
 
     rank: int
     size: int
@@ -52,7 +52,7 @@ class Comm(Protocol):
         """Wait for all ranks."""
 
     def abort(self, code: int) -> None:
-        """End all ranks at once; for an error that the others cannot know of."""
+        """End all ranks at once; for an error that only this rank meets."""
 
 
 class SerialComm:
@@ -124,13 +124,13 @@ class MPIComm:
 
 
 def asked_size() -> int:
-    """The number of ranks this process was started as one of, as far as its environment tells."""
+    """Return the number of ranks that were started, according to the environment."""
     names = (RANKS_VARIABLE, *SIZE_VARIABLES)
     return max(int(os.environ.get(name) or 1) for name in names)
 
 
 def connect() -> Comm:
-    """The communicator of this process.
+    """Return the communicator of this process.
 
     Raises:
         CommSizeError: if MPI connects fewer or more ranks than the job was given: a wrong process-management
@@ -152,24 +152,24 @@ def connect() -> Comm:
 
 
 def gathered_rows(comm: Comm, rows: list[T]) -> list[T]:
-    """The rows of all ranks, in rank order, on every rank."""
-    return comm.broadcast([row for part in comm.gather(rows) for row in part])
+    """Return the rows of all ranks, in rank order, on every rank."""
+    return comm.broadcast([row for rank_rows in comm.gather(rows) for row in rank_rows])
 
 
 def share_of(comm: Comm, items: list[T]) -> list[T]:
-    """This rank's part `rank::size` of `items`."""
+    """Return this rank's share of `items`: every `size`-th, from `rank` on."""
     return items[comm.rank :: comm.size]
 
 
 def float_sum(comm: Comm, value: float) -> float:
-    """The sum of a number over ranks."""
+    """Return the sum of `value` over ranks."""
     array = np.array([value], dtype=np.float64)
     comm.all_reduce_sum(array)
     return float(array[0])
 
 
 def choose_device(comm: Comm) -> torch.device:
-    """This rank's accelerator if there is one, else the CPU."""
+    """Return this rank's accelerator if there is one, else the CPU."""
     import torch  # here, since a login node has no use for it
 
     if torch.cuda.is_available():
@@ -178,4 +178,4 @@ def choose_device(comm: Comm) -> torch.device:
 
 
 class DivergedError(ArithmeticError):
-    """Training has come to numbers that are not finite."""
+    """Training has produced numbers that are not finite."""

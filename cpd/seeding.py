@@ -8,11 +8,11 @@ import numpy as np
 
 
 def _words(seed: int, path: tuple[int | str, ...]) -> list[int]:
-    return [seed, *(zlib.crc32(part.encode()) if isinstance(part, str) else part for part in path)]
+    return [seed, *(zlib.crc32(name.encode()) if isinstance(name, str) else name for name in path)]
 
 
 def generator(seed: int, *path: int | str) -> np.random.Generator:
-    """A NumPy generator for the stream named by `path`, e.g. `generator(seed, "batch", stage, step)`.
+    """Return a NumPy generator for the stream named by `path`, e.g. `generator(seed, "batch", stage, step)`.
 
     Integers in `path` must be non-negative, and the same number of them must always follow a name: NumPy pads
     short seeds with zeros, so that a 0 at the end may make no difference.
@@ -21,6 +21,6 @@ def generator(seed: int, *path: int | str) -> np.random.Generator:
 
 
 def derive(seed: int, *path: int | str) -> int:
-    """A 63-bit seed for another library's generator, from the stream named by `path`."""
+    """Return a 63-bit seed for another library's generator, from the stream named by `path`."""
     words = np.random.SeedSequence(_words(seed, path)).generate_state(1, np.uint64)
     return int(words[0] >> np.uint64(1))

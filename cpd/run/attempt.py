@@ -24,11 +24,6 @@ HANDOVER_SECONDS = 30.0
 FORWARDING_SECONDS = 0.5
 
 
-def handover_seconds() -> float:
-    """Return how long to wait for the lease: in a Slurm job, whose last node may have died, until it is stale."""
-    return STALE_SECONDS + HANDOVER_SECONDS if "SLURM_JOB_ID" in os.environ else HANDOVER_SECONDS
-
-
 @dataclass
 class Attempt:
     """The right to work on an element, held by rank 0; on other ranks every method does nothing."""
@@ -63,9 +58,7 @@ class Attempt:
 
 
 @contextlib.contextmanager
-def begin_attempt(
-    element: Element, comm: Comm, log: Callable[[str], None], wait_seconds: float | None = None
-) -> Iterator[Attempt]:
+def begin_attempt(element: Element, comm: Comm, log: Callable[[str], None]) -> Iterator[Attempt]:
     """Work on `element` as its single writer; a collective. The caller writes its marker and calls `finish`.
 
     An exception in the block is recorded in status.json (`stopped` if the job was asked to stop, else `failed`)
@@ -76,9 +69,10 @@ def begin_attempt(
     """
     lease, refusal = None, ""
     if comm.rank == 0:
-        element.path.mkdir(parents=True, exist_ok=True)
+        # A requeued Slurm job's last node may have died without a word: then the lease must become stale first.
+        stale_seconds = STALE_SECONDS if "SLURM_JOB_ID" in os.environ else 0.0
         try:
-            lease = Lease(element.path).acquire(handover_seconds() if wait_seconds is None else wait_seconds)
+            lease = Lease(element.path).acquire(stale_seconds + HANDOVER_SECONDS)
         except LeaseHeldError as error:
             refusal = str(error)
     refusal = comm.broadcast(refusal)
@@ -92,7 +86,7 @@ def begin_attempt(
             attempt.finish("stopped", str(stop))
             raise
         except LeaseLostError:
-            raise  # the successor owns status.json now
+            raise  # status.json is the successor's now
         except Exception as error:
             attempt.finish("failed", f"{type(error).__name__}: {error}")
             raise

@@ -1,6 +1,6 @@
-"""Checkpoints: folders published by rename, `meta.json` last; a reader trusts only what has its meta.json.
+"""Checkpoints: folders with `state.pt` and `meta.json`, written last; a folder without it does not count.
 
-The state is a nested dict of tensors and plain values, kept with `torch.save` and read with
+The state is a nested dict of tensors and plain values, written by `torch.save` and read with
 `weights_only=True`, so that no checkpoint can run code.
 """
 
@@ -29,7 +29,7 @@ class Checkpoint:
     meta: dict[str, Any]
 
     def load(self) -> dict[str, Any]:
-        """The state, on the CPU.
+        """Load the state to the CPU.
 
         Raises:
             CheckpointError: if the file's hash is not the recorded one.
@@ -48,8 +48,8 @@ def save(folder: Path, name: str, state: dict[str, Any], *, keep: int = 2, **met
         folder: the element's checkpoints; this process must be its single writer.
         name: sorts by progress, by the numbers in it, e.g. `stage-03-step-004000`.
         state: nested dict of tensors and plain values.
-        keep: checkpoints that stay.
-        meta: further entries of meta.json, for people and for finding one's way.
+        keep: number of checkpoints that stay.
+        meta: further entries of meta.json, for display.
     """
     path = folder / name
     path.mkdir(parents=True, exist_ok=True)
@@ -64,28 +64,24 @@ def save(folder: Path, name: str, state: dict[str, Any], *, keep: int = 2, **met
 
 
 def published(folder: Path) -> list[Checkpoint]:
-    """All whole checkpoints in `folder`, oldest first."""
-    paths = sorted((path.parent for path in folder.glob("*/meta.json")), key=_numbers)
+    """Return all complete checkpoints in `folder`, oldest first."""
+    paths = [path.parent for path in folder.glob("*/meta.json")]
+    # By value: a step may have more digits than the name pads to.
+    paths.sort(key=lambda path: [int(number) for number in re.findall(r"\d+", path.name)])
     return [Checkpoint(path, read_json(path / "meta.json")) for path in paths]
 
 
-def _numbers(path: Path) -> list[int]:
-    """The numbers in a checkpoint's name, by which it sorts."""
-    return [int(number) for number in re.findall(r"\d+", path.name)]
-
-
 def latest(folder: Path) -> Checkpoint | None:
-    """The newest whole checkpoint, if any."""
-    whole = published(folder)
-    return whole[-1] if whole else None
+    """Return the newest complete checkpoint, if any."""
+    return next(reversed(published(folder)), None)
 
 
 def prune(folder: Path, keep: int) -> None:
     """Remove all but the `keep` newest checkpoints, and what killed writers left."""
-    whole = {checkpoint.path for checkpoint in published(folder)[-keep:]} if keep else set()
+    newest = {checkpoint.path for checkpoint in published(folder)[-keep:]} if keep else set()
     for path in folder.iterdir() if folder.exists() else ():
-        if path.is_dir() and path not in whole:
-            # Unmark first, so that a half-removed checkpoint is never taken for a whole one.
+        if path.is_dir() and path not in newest:
+            # Unmark first, so that a half-removed checkpoint is never taken for a complete one.
             (path / "meta.json").unlink(missing_ok=True)
             shutil.rmtree(path, ignore_errors=True)
         elif is_temporary(path):

@@ -100,8 +100,8 @@ def collected(folder: Path) -> list[str]:
 
 def expect(folder: Path, kind: Kind, remedy: str) -> None:
     """Raise RunError unless `folder` holds a `kind`; `remedy` says what to do."""
-    if (found := kind_of(folder)) != kind:
-        raise RunError(f"{folder} holds {CONTENTS[found]}, not {CONTENTS[kind]}: {remedy}")
+    if (held := kind_of(folder)) != kind:
+        raise RunError(f"{folder} holds {CONTENTS[held]}, not {CONTENTS[kind]}: {remedy}")
 
 
 def claim(folder: Path, kind: Kind, experiment: Config | Mapping[str, Any] | None = None) -> None:
@@ -148,8 +148,8 @@ def claim(folder: Path, kind: Kind, experiment: Config | Mapping[str, Any] | Non
         if differing := _published_differences(read_json(folder / "config.json"), experiment):
             shown = "; ".join(textwrap.shorten(line, 160, placeholder=" ...") for line in differing[:3])
             raise refuse(f"it holds another experiment, which would be lost (there -> here: {shown})")
-    elif known := sorted(names & (RESULT_FILES | TEACHER_FILES)):
-        raise refuse(f"it has no config.json that says of which experiment its {first_few(known)} are")
+    elif tables := sorted(names & (RESULT_FILES | TEACHER_FILES)):
+        raise refuse(f"it has no config.json that says of which experiment its {first_few(tables)} are")
 
 
 def _check_run(root: Path, config: Config | Mapping[str, Any] | None, is_no_run: RunError) -> None:
@@ -174,8 +174,8 @@ def _published_differences(theirs: Any, ours: Mapping[str, Any]) -> list[str]:
     """Return why the published configuration `theirs` is not of `ours`, or of a shorter version of it."""
     if not isinstance(theirs, dict):
         return ["config.json is not a configuration"]
-    theirs, parts = upgrade(theirs), ("name", "stream", "teacher")
-    lines = changes({part: theirs.get(part) for part in parts}, {part: ours[part] for part in parts})
+    theirs, tables = upgrade(theirs), ("name", "stream", "teacher")
+    lines = changes({name: theirs.get(name) for name in tables}, {name: ours[name] for name in tables})
     differing = [
         line
         for line in lines

@@ -97,6 +97,7 @@ class Lease:
         while True:
             holder, number = current_holder(self._attempts)
             if holder is None or holder.is_succeeded_by(Holder.current()):
+                # Not an unlock and a lock: the next number is there for one process only.
                 self.number = number + 1
                 with contextlib.suppress(FileExistsError):  # another process was first: check again
                     self._create()
@@ -143,7 +144,7 @@ class Lease:
     def release(self) -> None:
         """Release the lease."""
         self._stop.set()
-        if not self._superseded():
+        if not self._superseded():  # else the file is history, and the lease is the successor's
             holder = asdict(Holder.current()) | {"released": True}
             write_json(self._file, holder)
 

@@ -1,4 +1,4 @@
-"""Where results come from: versions, code state, machine. Recorded once per run and in every label."""
+"""Where results come from: versions, state of the code and machine of a run, and the labels of its results."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PACKAGES = ("torch", "mpi4py", "metaworld", "mujoco", "submitit", "h5py", "numpy
 
 @dataclass(frozen=True)
 class Labels:
-    """What every record, shard and table says of its conditions."""
+    """The conditions of a result, written with every table, shard and policy."""
 
     teacher_recipe: str
     horizon: int
@@ -30,16 +30,14 @@ class Labels:
 
 
 def labels(config: Config) -> Labels:
-    """The labels of a run's results.
-
-    Where the task chooses what acts, PackNet's mask or one of single tasks' students, its identity is `given`.
-    """
+    """Return the labels of a run's results."""
     protocol = config.distill.protocol
-    is_told = protocol == "single_task" or (protocol == "continual" and config.protection.kind == "packnet")
+    # There the task selects what acts: a student of its own, or PackNet's mask.
+    needs_task = protocol == "single_task" or (protocol == "continual" and config.protection.kind == "packnet")
     return Labels(
         config.teacher.recipe,
         config.stream.horizon,
-        "given" if is_told else config.student.task_identity,
+        "given" if needs_task else config.student.task_identity,
         REWARD_VERSION,
         version("metaworld"),
         version("mujoco"),
@@ -48,7 +46,7 @@ def labels(config: Config) -> Labels:
 
 @cache
 def code_version() -> str:
-    """The commit of the code, with `+changes` if the tree differs from it; the package's version without git."""
+    """Return the commit, with `+changes` if the tree differs from it; without git, the package's version."""
     root = Path(__file__).resolve().parents[2]
     try:
         command = ["git", "-C", str(root), "describe", "--always", "--dirty=+changes", "--abbrev=12"]
@@ -58,7 +56,7 @@ def code_version() -> str:
 
 
 def provenance() -> dict[str, Any]:
-    """Versions and machine of this process, for provenance.json."""
+    """Return the contents of provenance.json: versions and machine of this process."""
     return {
         "code": code_version(),
         "python": platform.python_version(),

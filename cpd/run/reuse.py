@@ -126,28 +126,26 @@ def _changed_settings(folder: Path, ours: Config) -> list[str]:
         )
     # Only the tables that concern teachers: those of students may come from older code and no longer load.
     tables = upgrade(read_json(path))
-    found = []
+    lines = []
     for name in ("stream", "teacher", "rollouts", "evaluation"):
-        own = getattr(ours, name)
-        theirs = load(type(own), tables.get(name, {}), f"{path}, in its part {name!r},")
-        found += changes(to_dict(theirs), to_dict(own), name)
-    return found
+        table = getattr(ours, name)
+        theirs = load(type(table), tables.get(name, {}), f"{path}, in its part {name!r},")
+        lines += changes(to_dict(theirs), to_dict(table), name)
+    return lines
 
 
 def _reuse_of(teacher: TeacherElement, folder: Path, changed: Sequence[str], ours: Config) -> Reuse:
     """Check what `folder` has of one teacher."""
     published = published_policy(folder, teacher.task, teacher.seed)
-    if published.exists():
-        _check_policy(published, teacher, ours)
-        if _depends_on_budget(published, changed, ours):
-            return Reuse(teacher, lacks_budget=True)
-        return Reuse(teacher, published)
     source = teacher_element(folder, teacher.index, teacher.task, teacher.seed)
-    if not source.finished:
+    if not published.exists() and not source.finished:
         return Reuse(teacher)
-    _check_policy(source.policy, teacher, ours)
-    if _depends_on_budget(source.policy, changed, ours):
+    policy = published if published.exists() else source.policy
+    _check_policy(policy, teacher, ours)
+    if _depends_on_budget(policy, changed, ours):
         return Reuse(teacher, lacks_budget=True)
+    if policy == published:  # a published folder has neither rollouts nor markers
+        return Reuse(teacher, policy)
 
     def same(settings: str) -> bool:
         return not any(line.startswith(settings) for line in changed)
@@ -218,18 +216,17 @@ def _copy_files(item: Reuse, policy: Path, name: str) -> dict[str, Any]:
     copy(policy.with_suffix(".json"), teacher.policy.with_suffix(".json"))
     success = read_json(policy.with_suffix(".json")).get("training", {}).get("validation_success")
     states: dict[str, State] = {"COMPLETE": "done", "REJECTED": "rejected"}
-    state = states.get(item.marker, "waiting")
-    status = StatusRecord(state=state, success=success, message=f"reused from {name}")
+    status = StatusRecord(states.get(item.marker, "waiting"), success=success, message=f"reused from {name}")
     write_json(teacher.status, asdict(status))
     return record
 
 
 def _link(source: Path, target: Path) -> None:
-    """Make a hard link or else a copy. A link is safe: these files are replaced, never changed."""
+    """Make a hard link, which is safe since these files are replaced and never changed; else copy."""
     with atomic_write(target) as temporary:
         try:
             os.link(source, temporary)
-        except OSError:
+        except OSError:  # another file system
             shutil.copyfile(source, temporary)
 
 
@@ -250,7 +247,7 @@ class PlannedRun(Run):
     def report(self) -> Element:
         """The report; if students would be added, its path does not exist, so that it counts as unfinished."""
         report = super().report()
-        return replace(report, path=report.path / "anew") if self._is_extended else report
+        return replace(report, path=report.path / "again") if self._is_extended else report
 
     def is_trained(self, teacher: TeacherElement) -> bool:
         """Whether the policy exists or would be reused."""

@@ -12,10 +12,9 @@ import csv
 import gzip
 import io
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from types import NoneType
 from typing import Any, TypeVar, get_args, get_type_hints
 
 from cpd.run.files import DamagedFileError, atomic_write, write_text
@@ -81,7 +80,7 @@ class CurveRow(Labels):
 
 @dataclass(frozen=True)
 class LossRow:
-    """The losses of a student on the way, the mean over the records of a short stretch of a stage."""
+    """The losses of a student, as means over the records of a short stretch of a stage."""
 
     method: str
     seed: int
@@ -90,16 +89,16 @@ class LossRow:
     """The stretch's last optimisation step in this stage."""
     task: str
     loss: float
-    """What is minimised."""
+    """The loss that is minimised."""
     current: float | None
-    """Imitation of the current task's teacher."""
+    """Its term for the current task's teacher."""
     replay: float | None
-    """Imitation on what is replayed; None where nothing is."""
+    """Its term for replayed steps; None without replay."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StageRow(Labels):
-    """What a student is made of and holds after a stage."""
+    """The size of a student and of what it stores after a stage."""
 
     method: str
     seed: int
@@ -110,7 +109,7 @@ class StageRow(Labels):
     """In each layer."""
     parameters: int
     memory_steps: int
-    """Distinct time steps stored anywhere."""
+    """Distinct time steps that are stored."""
     memory_bytes: int
     masked_share: float | None
     """Share of the parameters that could not move freely in this stage; None for methods without masking."""
@@ -132,7 +131,7 @@ class UsageRow(Labels):
 
 @dataclass(frozen=True, kw_only=True)
 class RetrievalRow(Labels):
-    """In how many episodes a student that is told nothing believed in the right task, at one step."""
+    """In how many episodes a student that infers the task inferred the right one, at one step."""
 
     method: str
     seed: int
@@ -146,7 +145,7 @@ class RetrievalRow(Labels):
 
 @dataclass(frozen=True)
 class StartRow:
-    """In how many of a teacher's episodes the first observation is nearest to one of another task."""
+    """In how many of a teacher's episodes the first observation looks most like one of task `other`."""
 
     task: str
     seed: int
@@ -169,7 +168,7 @@ def write_rows(path: Path, rows: Sequence[Any]) -> None:
 
 
 def read_rows(path: Path, kind: type[Row]) -> list[Row]:
-    """The rows of a table of dataclass `kind`.
+    """Read a table whose rows are of the dataclass `kind`.
 
     Raises:
         ValueError: if a column or a value is not as `kind` has it, naming the file and the line.
@@ -181,9 +180,18 @@ def read_rows(path: Path, kind: type[Row]) -> list[Row]:
     if header != list(parsers):
         raise ValueError(
             f"{path}: the columns are {','.join(header)}, but a table of {kind.__name__} has "
-            f"{','.join(parsers)}; it was written by another version or damaged: make it anew"
+            f"{','.join(parsers)}; it was written by another version or damaged: make it again"
         )
-    return list(_parsed(path, kind, parsers, reader))
+    rows = []
+    for number, cells in enumerate(reader, start=2):
+        try:
+            if len(cells) != len(parsers):
+                raise ValueError(f"{len(cells)} values for {len(parsers)} columns")
+            values = {name: parsers[name](cell) for name, cell in zip(parsers, cells, strict=True)}
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: {error}; the file was damaged: make it again") from None
+        rows.append(kind(**values))
+    return rows
 
 
 def _compressed(path: Path) -> Path:
@@ -191,12 +199,12 @@ def _compressed(path: Path) -> Path:
 
 
 def find_table(path: Path) -> Path | None:
-    """The file that holds the table `path`: `path` itself or else its compressed form; None if neither exists."""
+    """Return the file that holds the table `path`, plain or compressed; None if neither exists."""
     return next((file for file in (path, _compressed(path)) if file.exists()), None)
 
 
 def read_table(path: Path) -> str:
-    """The text of the table `path`, plain or compressed.
+    """Return the text of the table `path`, plain or compressed.
 
     Raises:
         FileNotFoundError: if there is neither form.
@@ -213,10 +221,10 @@ def read_table(path: Path) -> str:
 
 
 def compress_tables(folder: Path) -> None:
-    """Replace every table of `folder` that is large by its compressed form; equal tables give equal bytes."""
+    """Compress every large table of `folder` and remove its plain form; equal tables give equal bytes."""
     for path in sorted(folder.glob("*.csv")):
         if path.stat().st_size < LARGE_TABLE:
-            _compressed(path).unlink(missing_ok=True)
+            _compressed(path).unlink(missing_ok=True)  # of an earlier, larger table
             continue
         with atomic_write(_compressed(path)) as temporary:
             temporary.write_bytes(gzip.compress(path.read_bytes(), 9, mtime=0))
@@ -224,23 +232,10 @@ def compress_tables(folder: Path) -> None:
 
 
 def _columns(kind: type[Any]) -> list[str]:
-    """A row's own fields, then its labels."""
+    """Return the names of the row's fields, then those of its labels."""
     names = [field.name for field in fields(kind)]
     shared = [field.name for field in fields(Labels)] if issubclass(kind, Labels) else []
     return [name for name in names if name not in shared] + shared
-
-
-def _parsed(
-    path: Path, kind: type[Row], parsers: dict[str, Callable[[str], Any]], lines: Iterable[list[str]]
-) -> Iterable[Row]:
-    for number, cells in enumerate(lines, start=2):
-        try:
-            if len(cells) != len(parsers):
-                raise ValueError(f"{len(cells)} values for {len(parsers)} columns")
-            values = {name: parsers[name](cell) for name, cell in zip(parsers, cells, strict=True)}
-        except ValueError as error:
-            raise ValueError(f"{path}, line {number}: {error}; the file was damaged: make it anew") from None
-        yield kind(**values)
 
 
 def _cell(value: str | int | float | bool | None) -> str:
@@ -252,15 +247,10 @@ def _cell(value: str | int | float | bool | None) -> str:
 
 
 def _parser(hint: Any) -> Callable[[str], Any]:
-    """The inverse of `_cell` for a field of type `hint`."""
-    kinds = [kind for kind in get_args(hint) or (hint,) if kind is not NoneType]
-    optional = NoneType in get_args(hint)
-    parse = _flag if kinds == [bool] else kinds[0]
-
-    def parsed(cell: str) -> Any:
-        return None if optional and cell == "" else parse(cell)
-
-    return parsed
+    """Return the inverse of `_cell` for a field of type `hint`."""
+    kind, *none = get_args(hint) or (hint,)
+    parse = _flag if kind is bool else kind
+    return lambda cell: None if none and cell == "" else parse(cell)
 
 
 def _flag(cell: str) -> bool:
@@ -276,7 +266,7 @@ class TeacherRow:
     task: str
     seed: int
     state: str
-    """`admitted`, `rejected`, or the state in which its job stands."""
+    """`admitted`, `rejected`, or the state of its job."""
     env_steps: int | None
     """Training steps in the environment; None for recipes without training."""
     iterations: int | None

@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from cpd.run.interrupt import LAUNCHER_VARIABLE, Interrupt
+from cpd.run.interrupt import LAUNCHER_VARIABLE
 from cpd.run.lease import start_ticks
 from tests.conftest import ROOT
 
@@ -78,10 +78,3 @@ def test_the_launchers_death_asks_to_stop() -> None:
     launcher.wait()
     out, _ = process.communicate(timeout=60)
     assert out == "0\n"
-
-
-def test_a_request_is_as_good_as_a_signal() -> None:
-    interrupt = Interrupt()
-    assert not interrupt.requested
-    interrupt.request()
-    assert interrupt.requested and interrupt.signal_number == 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import os
 import signal
@@ -22,7 +21,7 @@ import pytest
 from cpd.comm import DivergedError
 from cpd.config import Config, ExplorationConfig, PPOConfig, TeacherConfig, WarmStartConfig
 from cpd.config.load import load, merge, read_toml, to_dict
-from cpd.run.attempt import begin_attempt
+from cpd.run import attempt as attempt_module
 from cpd.run.checkpoint import published
 from cpd.run.directory import Run, TeacherElement
 from cpd.run.files import sha256, write_json
@@ -385,9 +384,8 @@ def test_a_failure_is_told_and_raised(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_one_writer_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = new_run(tmp_path)
     teacher = run.teachers()[0]
-    impatient = functools.partial(begin_attempt, wait_seconds=0.0)
-    monkeypatch.setattr(element_module, "begin_attempt", impatient)
-    with Lease(teacher.path).acquire(), pytest.raises(LeaseHeldError, match="is being written by process"):
+    monkeypatch.setattr(attempt_module, "HANDOVER_SECONDS", 0.0)
+    with Lease(teacher.path).acquire(), pytest.raises(LeaseHeldError, match=str(os.getpid())):
         finish(run)
     assert not teacher.policy.exists()
 

@@ -1,4 +1,4 @@
-"""Reading a teacher's rollouts into contiguous arrays, and refusing by name what is not sound."""
+"""Read a teacher's rollouts into contiguous arrays; refuse damaged, missing, stale or foreign shards."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Rollouts:
 
 
 def read_rollouts(folder: Path, *, task: str, labels: Labels, policy_sha256: str | None = None) -> Rollouts:
-    """All rollouts of the teacher whose shards lie in `folder`, checked before any of them is used.
+    """Read all rollouts of the teacher whose shards lie in `folder`; check all shards first.
 
     Args:
         folder: the teacher's `shards`.
@@ -80,9 +80,9 @@ def read_rollouts(folder: Path, *, task: str, labels: Labels, policy_sha256: str
 
 
 def first_observations(folder: Path) -> tuple[FloatArray, npt.NDArray[np.int64]]:
-    """What the teacher saw first in every episode, [E, 39], and the index of the episode's goal, [E].
+    """Return the first observation of every episode, [E, 39], and the index of its goal, [E].
 
-    For a look at rollouts that were checked when they were used: hashes and labels are not compared.
+    Hashes and labels are not compared: distillation checks them.
 
     Raises:
         ShardError: if the index is missing or damaged.
@@ -100,7 +100,7 @@ def first_observations(folder: Path) -> tuple[FloatArray, npt.NDArray[np.int64]]
 
 
 def _check_labels(path: Path, index: ShardIndex, task: str, labels: Labels, policy_sha256: str | None) -> None:
-    """Compare the index's labels with what is wanted."""
+    """Raise ShardError unless the index's labels are the wanted ones."""
     attributes = index.attributes
     # The task's identity is a label of students; it does not concern a teacher's rollouts.
     wanted = {"task": task, **asdict(labels)}
@@ -132,11 +132,11 @@ def _check_file(folder: Path, entry: ShardEntry, index: ShardIndex) -> None:
 
 
 def _difference(path: Path, index: ShardIndex) -> str:
-    """Why a shard's hash is not the recorded one, as far as can be told."""
+    """Say why a shard's hash is not the recorded one, as far as possible."""
     try:
         with h5py.File(path, "r") as file:
             return _foreign_label(file, index) or f"is damaged: its hash is not the one in {INDEX_NAME}"
-    except Exception:  # the library raises all kinds of errors on damaged files
+    except Exception:  # h5py raises many types of errors on damaged files
         return "is damaged: not a readable HDF5 file"
 
 
@@ -197,8 +197,8 @@ def _check_layout(path: Path, file: Any, entry: ShardEntry) -> None:
     for name, (dtype, shape) in wanted.items():
         dataset = file.get(name)
         if dataset is None or dataset.dtype != dtype or dataset.shape != shape:
-            found = "nothing" if dataset is None else f"{dataset.dtype} {dataset.shape}"
+            stored = "nothing" if dataset is None else f"{dataset.dtype} {dataset.shape}"
             raise ShardError(
-                f"{path} is foreign: {name} is {found}, but schema version {SCHEMA_VERSION} and {INDEX_NAME} "
+                f"{path} is foreign: {name} is {stored}, but schema version {SCHEMA_VERSION} and {INDEX_NAME} "
                 f"want {dtype} {shape}; {remedy(path.parent)}"
             )

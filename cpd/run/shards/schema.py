@@ -1,6 +1,6 @@
-"""What a shard holds: field names, types, shapes and labels, and the index beside the shards.
+"""The format of shards: field names, types, shapes and labels, and the index beside the shards.
 
-A shard is one HDF5 file with one contiguous dataset per field over all of its episodes; `offsets` tells where
+A shard is one HDF5 file with one contiguous dataset per field over all of its episodes; `offsets` holds where
 each episode's steps begin. Observations have one row more per episode than the other step fields: the
 observation after the last step. Episode `e` has steps `offsets[e]:offsets[e + 1]` and observation rows
 `offsets[e] + e : offsets[e + 1] + e + 1`.
@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from cpd.envs.tasks import ACTION_SIZE, OBSERVATION_SIZE
 
-#: Raised whenever fields or their meaning change; a reader takes its own version only.
+#: Increased whenever fields or their meaning change; a reader accepts its own version only.
 SCHEMA_VERSION: Final = 1
 
 FloatArray = npt.NDArray[np.float32]
@@ -48,8 +48,8 @@ class ShardError(ValueError):
 
 
 def remedy(folder: Path) -> str:
-    """What to do about a teacher's shards that cannot be used; one that counts as complete collects no more."""
-    return f"remove {folder} and {folder.parent / 'COMPLETE'}, and launch again to collect the rollouts anew"
+    """Say what to do about a teacher's shards that cannot be used; a complete teacher collects no more."""
+    return f"remove {folder} and {folder.parent / 'COMPLETE'}, and launch again to collect the rollouts again"
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class ShardAttributes:
 
     task: str
     teacher_recipe: str
-    """How the teacher came to be: `rl`, `scripted`, ..."""
+    """How the teacher was made: `rl`, `scripted`, ..."""
     policy_sha256: str
     """Hash of the teacher's policy.safetensors; empty for a teacher without weights."""
     std_source: Literal["policy", "assumed"]
@@ -75,7 +75,7 @@ class ShardAttributes:
 
 @dataclass(frozen=True)
 class Episode:
-    """One recorded episode of T steps, as given to the writer.
+    """One recorded episode of T steps.
 
     Attributes:
         observations: [T + 1, 39] float32; row t is what the teacher saw before step t.
@@ -125,7 +125,7 @@ class Episode:
 
 @dataclass(frozen=True)
 class ShardEntry:
-    """What the index says of one shard."""
+    """The index's entry of one shard."""
 
     file: str
     sha256: str
@@ -152,7 +152,7 @@ class ShardIndex:
         return sum(entry.num_episodes for entry in self.shards)
 
     def as_dict(self) -> dict[str, Any]:
-        """The JSON form."""
+        """Return the JSON form."""
         return {
             "attributes": asdict(self.attributes),
             "num_steps": self.num_steps,

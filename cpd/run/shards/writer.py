@@ -1,4 +1,4 @@
-"""Writing rollouts: one writer per folder, immutable shards published by rename, the index last.
+"""Write rollouts: one writer per folder, immutable shards published by rename, the index last.
 
 The same episodes and labels give the same bytes: no wall times, hosts or paths are stored.
 """
@@ -26,7 +26,7 @@ from cpd.run.shards.schema import (
 
 
 def clear_shards(folder: Path) -> None:
-    """Remove a teacher's shards, the index first, so that a half-cleared folder is never taken for a whole one."""
+    """Remove a teacher's shards, the index first: a folder that is half cleared then does not count."""
     if not folder.exists():
         return
     (folder / INDEX_NAME).unlink(missing_ok=True)
@@ -36,15 +36,13 @@ def clear_shards(folder: Path) -> None:
 
 
 def write_shard(path: Path, episodes: Sequence[Episode], attributes: ShardAttributes) -> ShardEntry:
-    """Publish one shard at `path` and describe it.
-
-    Contiguous and uncompressed float32: the layout that reads fastest, since a reader takes whole shards.
-    """
+    """Publish one shard at `path`; return its entry of the index."""
+    # Contiguous and uncompressed: the layout that reads fastest, since a reader takes whole shards.
     offsets = np.cumsum([0, *(len(episode) for episode in episodes)], dtype=np.int64)
     with atomic_write(path) as temporary:
         with h5py.File(temporary, "w") as file:
             for name, value in asdict(attributes).items():
-                # Fixed-length strings: variable ones live in a heap that other tools read less well.
+                # Fixed-length strings: other tools read variable ones, which HDF5 keeps in a heap, less well.
                 file.attrs[name] = np.bytes_(value) if isinstance(value, str) else np.int64(value)
             file.create_dataset("offsets", data=offsets)
             observations = np.concatenate([episode.observations for episode in episodes])
