@@ -11,11 +11,11 @@ from typing import Any
 from cpd.evaluation.publish import read_description
 from jobs.common import EXIT_FAILED, EXIT_USAGE, log, parser_with_examples
 
-#: The first seed of the held-out goals: Meta-World draws the very same ones from it.
+#: The first seed of the held-out goals, from which Meta-World draws the same ones.
 HELD_OUT_SEED = 2001
-#: How its tables begin.
+#: The first columns of a table of results.
 COLUMNS = "task,teacher_seed"
-#: What the check reads of a policy's description.
+#: The entries of a policy's description that the check needs.
 DESCRIPTION = ("task", "seed", "labels.horizon", "labels.teacher_recipe")
 
 
@@ -49,7 +49,7 @@ def check_teachers(folder: Path, only: Sequence[str], seed: int, num_episodes: i
     published = {
         (row.task, row.seed): row for row in rows if (row.method, row.goal_set) == ("teacher", "held_out")
     }
-    found: list[dict[str, object]] = []
+    results: list[dict[str, object]] = []
     for file, description in policies:
         task, teacher_seed, labels = description["task"], description["seed"], description["labels"]
         result = evaluate_with_metaworld(
@@ -64,7 +64,7 @@ def check_teachers(folder: Path, only: Sequence[str], seed: int, num_episodes: i
         _, low, high = (float(value) for value in rates[:, 0])
         below, above = difference_interval(tuple(rates[:, :1]), tuple(rates[:, 1:]))
         agrees = float(below[0]) <= 0.0 <= float(above[0])
-        found.append(
+        results.append(
             {
                 "task": task,
                 "teacher_seed": teacher_seed,
@@ -87,10 +87,10 @@ def check_teachers(folder: Path, only: Sequence[str], seed: int, num_episodes: i
         )
     if table:
         with table.open("w", newline="") as stream:
-            writer = csv.DictWriter(stream, list(found[0]), lineterminator="\n")
+            writer = csv.DictWriter(stream, list(results[0]), lineterminator="\n")
             writer.writeheader()
-            writer.writerows(found)
-    return all(row["agrees"] for row in found)
+            writer.writerows(results)
+    return all(row["agrees"] for row in results)
 
 
 def _check_table(path: Path) -> None:
@@ -98,24 +98,24 @@ def _check_table(path: Path) -> None:
     if not path.parent.is_dir():
         raise ValueError(f"--csv {path}: there is no directory {path.parent}")
     if path.exists() and not path.read_text(errors="replace").startswith(f"{COLUMNS},"):
-        raise ValueError(f"--csv {path} is there already, and is no table of this command: give another name")
+        raise ValueError(f"--csv {path} exists and is no table of this command: name another file")
 
 
 def _policies(folder: Path, only: Sequence[str]) -> list[tuple[Path, dict[str, Any]]]:
-    """The policy files of the tasks `only` names, or of all, with their descriptions."""
+    """Return the policy files of the tasks in `only`, or of all tasks, with their descriptions."""
     files = sorted((folder / "policies").glob("*.safetensors"))
     if not files or not (folder / "evaluations.csv").exists():
         what = "no policies, or no evaluations.csv"
         raise ValueError(f"{folder} is not what `python -m jobs.publish` writes: {what}")
     policies = [(file, read_description(file.with_suffix(".json"), DESCRIPTION)) for file in files]
-    there = {description["task"] for _, description in policies}
-    if unknown := [task for task in only if task not in there]:
-        raise ValueError(f"{folder} has no policy of {', '.join(unknown)} (it has {', '.join(sorted(there))})")
+    tasks = {description["task"] for _, description in policies}
+    if unknown := [task for task in only if task not in tasks]:
+        raise ValueError(f"{folder} has no policy of {', '.join(unknown)} (it has {', '.join(sorted(tasks))})")
     return [(file, description) for file, description in policies if not only or description["task"] in only]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Command line of `python -m jobs.check`; returns the exit code."""
+    """Run the command line of `python -m jobs.check`; return the exit code."""
     parser = parser_with_examples(
         "jobs.check",
         "Evaluate published teachers with metaworld.evaluation on goals that Meta-World draws, and compare with "
@@ -136,9 +136,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--episodes", type=int, default=50, metavar="N", help="per policy (default: 50)")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write the results there, too")
-    given = parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
     try:
-        agree = check_teachers(given.folder, given.only, given.seed, given.episodes, given.csv)
+        agree = check_teachers(arguments.folder, arguments.only, arguments.seed, arguments.episodes, arguments.csv)
     except (ValueError, OSError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return EXIT_USAGE

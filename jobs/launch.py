@@ -30,7 +30,7 @@ from cpd.run.provenance import code_version, provenance
 from cpd.run.reuse import PlannedRun, ReuseError, find_reusable, reuse
 from jobs.common import EXIT_FAILED, EXIT_USAGE, exit_quietly, log
 from jobs.launch_options import build_parser, check_options, check_run_dir, load_both
-from jobs.launch_slurm import Choice, cancel_chain, dry_run, submit_chain
+from jobs.launch_slurm import cancel_chain, dry_run, submit_chain
 from jobs.status import print_failures, run_status, screen_table
 
 #: Mistakes of the user, reported in one line without a traceback.
@@ -82,21 +82,21 @@ def prepare(root: Path, config: Config, profile: Profile) -> Run:
 def describe(run: Run, profile: Profile, chosen: Sequence[Element]) -> list[str]:
     """Return lines that say what of `chosen` would run on this machine."""
     config, root = run.config, run.root
-    methods = dict.fromkeys(element.method for element in chosen if isinstance(element, StudentElement))
+    labels = dict.fromkeys(element.method for element in chosen if isinstance(element, StudentElement))
     lines = [
         f"run directory   {root}{' (exists: finished elements are skipped)' if run.config_path.exists() else ''}",
         f"stream          {', '.join(config.stream.tasks)}",
         *(
-            f"method          {method}: {own.memory_steps} stored steps ({own.memory.selection})"
-            for method, own in ((method, config.of_method(method)) for method in methods)
+            f"method          {label}: {method.memory_steps} stored steps ({method.memory.selection})"
+            for label, method in ((label, config.of_method(label)) for label in labels)
         ),
     ]
     for role in VERBS:
-        own = [element.finished for element in chosen if element.role == role]
-        given = profile.resources(role)
-        finished = f" ({sum(own)} finished)" if any(own) else ""
-        if own:
-            lines.append(f"{role:<15} {len(own)} x {given.ranks} rank(s) x {given.cpus} core(s){finished}")
+        are_finished = [element.finished for element in chosen if element.role == role]
+        job = profile.resources(role)
+        note = f" ({sum(are_finished)} finished)" if any(are_finished) else ""
+        if are_finished:
+            lines.append(f"{role:<15} {len(are_finished)} x {job.ranks} rank(s) x {job.cpus} core(s){note}")
     return [*lines, f"executed on     {profile.usable_cores} cores of this machine"]
 
 
@@ -147,7 +147,7 @@ class PlainProgress:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Command line of `python -m jobs.launch`; returns the exit code."""
+    """Run the command line of `python -m jobs.launch`; return the exit code."""
     parser = build_parser()
     arguments, overrides = parser.parse_known_args(argv)
     if arguments.settings:
@@ -161,27 +161,28 @@ def main(argv: Sequence[str] | None = None) -> int:
         root = arguments.run_dir or Path("runs") / config.name
         for warning in (*config.warnings(), *profile.warnings()):
             log(f"warning: {warning}")
-        choice = Choice(arguments.only, arguments.retry_failed)
-        if profile.cluster == "local" and (choice.retry_failed or arguments.cancel):
+        if profile.cluster == "local" and (arguments.retry_failed or arguments.cancel):
             raise ConfigError(["--retry-failed and --cancel are for Slurm profiles"], "the command line")
         if arguments.cancel:
-            cancel_chain(Run(root), profile, choice)
+            cancel_chain(Run(root), profile, arguments.only)
             return 0
         # Also before anything is created, so that a mistake leaves nothing behind.
         check_run_dir(root, config, arguments.profile)
         source = Path(config.teachers_from) if config.teachers_from else None
         reuses = find_reusable(PlannedRun(root, config), source) if source else []
         run: Run = PlannedRun(root, config, reuses)
-        chosen = run.select(choice.only)
+        chosen = run.select(arguments.only)
         if profile.cluster == "local" and not arguments.prepare:
             check_needs(run, chosen)
-        if arguments.dry_run:
-            on_slurm = profile.cluster == "slurm"
-            lines = dry_run(run, profile, choice) if on_slurm else describe(run, profile, chosen)
-            lines += [f"{item.teacher.name}: {item.summary}" for item in reuses]
-            print("\n".join([*lines, *(f"warning: {problem}" for problem in complaints(root, config, profile))]))
-            return 0
         problems = complaints(root, config, profile)
+        if arguments.dry_run:
+            if profile.cluster == "slurm":
+                lines = dry_run(run, profile, arguments.only, arguments.retry_failed)
+            else:
+                lines = describe(run, profile, chosen)
+            lines += [f"{item.teacher.name}: {item.summary}" for item in reuses]
+            print("\n".join([*lines, *(f"warning: {problem}" for problem in problems)]))
+            return 0
         if problems:
             raise RunError("; ".join(problems))
         with Lease(root / "launcher").acquire():
@@ -191,9 +192,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             if arguments.prepare:
                 log(f"{root} is ready")
             elif profile.cluster == "slurm":
-                submit_chain(run, profile, choice)
+                submit_chain(run, profile, arguments.only, arguments.retry_failed)
             else:
-                return conclude(run, profile, choice.only)
+                return conclude(run, profile, arguments.only)
             return 0
     except MISTAKES as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)

@@ -67,31 +67,32 @@ def check_options(parser: argparse.ArgumentParser, left_over: Sequence[str]) -> 
     words = [word.partition("=")[0] for word in left_over if word.startswith("--")]
     unknown = [w for w in words if "." not in w and f"--{w[2:].replace('-', '_')}" not in settings]
     if unknown:
-        known = [*options, *settings]
-        raise ConfigError([f"unknown option {word}{suggestion(word, known)}" for word in unknown], COMMAND_LINE)
+        valid = [*options, *settings]
+        raise ConfigError([f"unknown option {word}{suggestion(word, valid)}" for word in unknown], COMMAND_LINE)
 
 
 def load_recipe(name: str, overrides: Sequence[str]) -> Config:
-    """The configuration of a recipe with overrides on top.
+    """Load a recipe with overrides on top.
 
     Raises:
         ConfigError: with all mistakes of both.
     """
     path = Path(name) if name.endswith(".toml") else RECIPES / f"{name}.toml"
     if not path.exists():
-        known = sorted(file.stem for file in RECIPES.glob("*.toml"))
-        problem = "there is no such file" if name.endswith(".toml") else f"unknown recipe{suggestion(name, known)}"
+        recipes = sorted(file.stem for file in RECIPES.glob("*.toml"))
+        unknown = f"unknown recipe{suggestion(name, recipes)}"
+        problem = "there is no such file" if name.endswith(".toml") else unknown
         hint = "; the recipe comes before the settings" if overrides else ""
         hint = f"; did you mean {name}.toml?" if Path(f"{name}.toml").exists() else hint
         raise ConfigError([f"{name}: {problem}{hint}"], COMMAND_LINE)
-    given = parse_overrides(overrides)
+    tables = parse_overrides(overrides)
     try:
-        return load(Config, merge(read_toml(path, shipped=RECIPES), given), str(path))
+        return load(Config, merge(read_toml(path, shipped=RECIPES), tables), str(path))
     except ConfigError as error:
         if error.source != str(path):
             raise
         # Whoever mistypes a setting looks for it in vain in the recipe.
-        asked = set(_paths(given))
+        asked = set(_paths(tables))
         values = tuple(f"{path}." for path in asked if not any(other.startswith(f"{path}.") for other in asked))
 
         def is_typed(problem: str) -> bool:
@@ -108,9 +109,9 @@ def load_recipe(name: str, overrides: Sequence[str]) -> Config:
 def _paths(tables: Mapping[str, Any], path: str = "") -> Iterator[str]:
     """The dotted names of all tables and values."""
     for key, value in tables.items():
-        yield (own := f"{path}.{key}".lstrip("."))
+        yield (dotted := f"{path}.{key}".lstrip("."))
         if isinstance(value, Mapping):
-            yield from _paths(value, own)
+            yield from _paths(value, dotted)
 
 
 def check_run_dir(root: Path, config: Config, profile: str | None) -> None:
@@ -129,22 +130,22 @@ def check_run_dir(root: Path, config: Config, profile: str | None) -> None:
 
 
 def load_both(recipe: str, overrides: Sequence[str], profile: str) -> tuple[Config, Profile]:
-    """Recipe and profile.
+    """Load recipe and profile.
 
     Raises:
         ConfigError: the mistakes of both together.
     """
     errors: list[ConfigError] = []
-    config = found = None
+    config = loaded_profile = None
     try:
         config = load_recipe(recipe, overrides)
     except ConfigError as error:
         errors.append(error)
     try:
-        found = load_profile(profile)
+        loaded_profile = load_profile(profile)
     except ConfigError as error:
         errors.append(error)
-    if config is None or found is None:
+    if config is None or loaded_profile is None:
         problems = [f"{e.source}: {problem.removeprefix(f'{WHOLE}: ')}" for e in errors for problem in e.problems]
         raise ConfigError(problems, f"launching {recipe!r} with profile {profile!r}")
-    return config, found
+    return config, loaded_profile

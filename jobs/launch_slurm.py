@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from cpd.cluster.estimate import costs, disk, gigabytes, wall_hours
 from cpd.cluster.ledger import ledger
@@ -20,15 +19,7 @@ from jobs.common import log
 MAX_ROUNDS = 3
 
 
-@dataclass(frozen=True)
-class Choice:
-    """Which elements the command line names."""
-
-    only: Sequence[str] = ()
-    retry_failed: bool = False
-
-
-def dry_run(run: Run, profile: Profile, choice: Choice) -> list[str]:
+def dry_run(run: Run, profile: Profile, only: Sequence[str], retry_failed: bool) -> list[str]:
     """Return the sbatch text of every submission and the expected cost; change nothing.
 
     Raises:
@@ -38,7 +29,7 @@ def dry_run(run: Run, profile: Profile, choice: Choice) -> list[str]:
         queued, note = read_queue(run), ""
     except SchedulerError as error:
         queued, note = QueueState({}, {}, frozenset()), f"the queue is unknown ({error})"
-    submissions = plan(run, profile, queued, choice.only, choice.retry_failed)
+    submissions = plan(run, profile, queued, only, retry_failed)
     lines = []
     for name, text in texts(run, profile, submissions, queued):
         lines += [f"{'─' * 30} {name}", text]
@@ -71,7 +62,7 @@ def cost_lines(run: Run, profile: Profile, submissions: Sequence[Submission], qu
     return lines
 
 
-def submit_chain(run: Run, profile: Profile, choice: Choice) -> None:
+def submit_chain(run: Run, profile: Profile, only: Sequence[str], retry_failed: bool) -> None:
     """Submit what is missing and print how to follow it.
 
     Raises:
@@ -79,9 +70,9 @@ def submit_chain(run: Run, profile: Profile, choice: Choice) -> None:
         SchedulerError: if Slurm cannot be asked, or refuses.
     """
     queued = reconcile(run, profile)
-    for name, who in queued.held.items():
-        log(f"{name} is skipped: {who} is writing it")
-    submissions = plan(run, profile, queued, choice.only, choice.retry_failed)
+    for name, holder in queued.held.items():
+        log(f"{name} is skipped: {holder} is writing it")
+    submissions = plan(run, profile, queued, only, retry_failed)
     if not submissions:
         log(f"{run.root}: nothing to submit ({len(queued.active)} elements in the queue)")
     for round_number in range(1, MAX_ROUNDS + 1):
@@ -93,14 +84,14 @@ def submit_chain(run: Run, profile: Profile, choice: Choice) -> None:
         print("\n".join(cost_lines(run, profile, submissions, queued)))
         if not late:
             break
-        if choice.only or round_number == MAX_ROUNDS:
+        if only or round_number == MAX_ROUNDS:
             names = ", ".join(element.name for element in late)
             log(f"these will exit, since their dependencies had just ended; launch again: {names}")
             break
         names = ", ".join(withdraw(run, late))
         log(f"cancelled to be resubmitted, since their dependencies had just ended: {names}")
         queued = reconcile(run, profile)
-        submissions = plan(run, profile, queued, choice.only, choice.retry_failed)
+        submissions = plan(run, profile, queued, only, retry_failed)
     if all(element.finished for element in run.elements()):
         from analysis.terminal import print_summary
 
@@ -117,14 +108,14 @@ def _submitted_line(submission: Submission, number: str) -> str:
     return f"submitted job {number} ({submission.name}): {what}{waits}"
 
 
-def cancel_chain(run: Run, profile: Profile, choice: Choice) -> None:
+def cancel_chain(run: Run, profile: Profile, only: Sequence[str]) -> None:
     """Cancel the run's jobs and print which.
 
     Raises:
         SchedulerError: if Slurm cannot be asked.
     """
     entries = ledger(run)
-    names = cancel(run.select(choice.only), reconcile(run, profile))
+    names = cancel(run.select(only), reconcile(run, profile))
     for name in names:
         log(f"cancelled {name} (job {entries[name][-1].job})" if name in entries else f"cancelled {name}")
     log("running jobs save before they end: nothing is lost" if names else f"{run.root} has no jobs in the queue")

@@ -11,7 +11,7 @@ from jobs.common import EXIT_USAGE, log, parser_with_examples
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Command line of `python -m jobs.publish`; returns the exit code."""
+    """Run the command line of `python -m jobs.publish`; return the exit code."""
     parser = parser_with_examples(
         "jobs.publish",
         "Copy a run's tables and the policies of its finished teachers to a folder, which later runs can start "
@@ -20,16 +20,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR")
     parser.add_argument("folder", type=Path, metavar="FOLDER")
-    given = parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
     from cpd.evaluation.publish import publish_teachers
 
     try:
-        run = Run(given.run_dir)
-        files = publish_teachers(run, given.folder)
+        run = Run(arguments.run_dir)
+        files = publish_teachers(run, arguments.folder)
     except (ValueError, OSError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return EXIT_USAGE
-    log(f"{len(files)} of {len(run.teachers())} teachers published in {given.folder}")
+    log(f"{len(files)} of {len(run.teachers())} teachers published in {arguments.folder}")
     return 0
 
 

@@ -130,9 +130,8 @@ def _state(element: Element, record: StatusRecord, holder: Holder | None, job: J
 def run_status(run: Run, view: QueueView | None = None) -> list[ElementStatus]:
     """All rows, in the run's order; a `view` that is kept spares Slurm some questions."""
     entries = ledger(run)
-    last = {name: own[-1] for name, own in entries.items()}
     elements = run.elements()
-    unfinished = {e.name: last[e.name] for e in elements if e.name in last and not e.finished}
+    unfinished = {e.name: entries[e.name][-1] for e in elements if e.name in entries and not e.finished}
     jobs = (view or QueueView()).states(unfinished)
     return [
         element_status(run, element, _log(run, entries.get(element.name, [])), jobs.get(element.name))
@@ -240,7 +239,7 @@ def _remark(row: ElementStatus) -> str:
     place = f"job {row.job} {row.node or row.queue}" if row.job else ""
     message = "" if row.state == "done" else row.message
     tries = f"attempt {row.attempts}" if row.attempts > 1 else ""
-    return "  ".join(part for part in (place, tries, row.log, message) if part)
+    return "  ".join(filter(None, (place, tries, row.log, message)))
 
 
 def failure_lines(run: Run, rows: Sequence[ElementStatus], num_lines: int = 6) -> list[str]:
@@ -268,7 +267,7 @@ def _progress(row: ElementStatus, bar_width: int) -> Text:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Command line of `python -m jobs.status`; returns the exit code."""
+    """Run the command line of `python -m jobs.status`; return the exit code."""
     parser = parser_with_examples(
         "jobs.status",
         __doc__ or "",
