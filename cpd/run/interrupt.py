@@ -37,30 +37,34 @@ class Interrupt:
     inherits = False
 
     def __init__(self) -> None:
-        #: Whether the job should save and stop.
-        self.requested = False
+        self._requested = False
         self.signal_number = 0
+
+    @property
+    def requested(self) -> bool:
+        """Whether the job should save and stop."""
+        return self._requested
 
     def install(self) -> Interrupt:
         """Handle SIGTERM, SIGINT, SIGUSR1 and SIGUSR2, and watch the launcher; call in the main thread."""
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
             replaced = getattr(signal.signal(number, self._handle), "__self__", None)
             if Interrupt.inherits and isinstance(replaced, Interrupt) and replaced.requested:
-                self.requested, self.signal_number = True, replaced.signal_number
+                self._requested, self.signal_number = True, replaced.signal_number
         if launcher := os.environ.get(LAUNCHER_VARIABLE):
             threading.Thread(target=self._watch, args=(launcher,), daemon=True, name="launcher-watch").start()
         return self
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.signal_number = number
-        self.requested = True
+        self._requested = True
 
     def _watch(self, launcher: str) -> None:
         # The start time too: the system may give the id of a dead launcher to another process.
         process, ticks = map(int, launcher.split(":"))
         while is_alive(process, ticks) and not self.requested:
             time.sleep(WATCH_SECONDS)
-        self.requested = True
+        self._requested = True
 
 
 def launcher_identity() -> str:
