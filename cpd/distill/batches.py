@@ -21,15 +21,6 @@ from cpd.envs.tasks import ACTION_SIZE, OBSERVATION_SIZE
 from cpd.seeding import generator
 
 
-class Mixture(NamedTuple):
-    """Windows whose observations are mixed into the rows of the global batch."""
-
-    start: npt.NDArray[np.int64]
-    """[B] first step."""
-    weight: npt.NDArray[np.float64]
-    """[B] weight of the row's original observations; 1 leaves them unchanged."""
-
-
 class Windows(NamedTuple):
     """Rows of the global batch, as positions in the stage's table of steps."""
 
@@ -37,8 +28,9 @@ class Windows(NamedTuple):
     """[B] first step."""
     length: npt.NDArray[np.int64]
     """[B] number of steps."""
-    mixture: Mixture | None = None
-    """Set if observations are mixed (rehearsal)."""
+    mixture: tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]] | None = None
+    """If observations are mixed (rehearsal): [B] first step of the other window, [B] weight of the row's original
+    observations; 1 leaves them unchanged."""
 
 
 class Batch(NamedTuple):
@@ -91,13 +83,9 @@ class BatchSource:
         self._task_rows, self._task_sizes = first_row[:-1] - first_row[0], np.diff(first_row)
         self._window_length = np.arange(first_row[0], first_row[-1]) - self._window_start + 1
         # One table for memory and current data, so that a batch is one gather.
-        columns = [
-            np.concatenate([memory.observations, *(task.observations for task in tasks)]),
-            np.concatenate([memory.teacher_mean, *(task.teacher_mean for task in tasks)]),
-            np.concatenate([memory.teacher_log_std, *(task.teacher_log_std for task in tasks)]),
-        ]
-        dtype = getattr(torch, config.precision)
-        table = torch.from_numpy(np.concatenate(columns, axis=1)).to(dtype)
+        sources: list[Segments | StageData] = [memory, *tasks]
+        steps = [np.hstack([s.observations, s.teacher_mean, s.teacher_log_std]) for s in sources]
+        table = torch.from_numpy(np.concatenate(steps)).to(getattr(torch, config.precision))
         table[:, -ACTION_SIZE:] = floored_log_std(table[:, -ACTION_SIZE:], config.std_floor)
         self._table = table.to(device)
         current = [np.full(task.num_steps, task.task) for task in tasks]
@@ -128,7 +116,7 @@ class BatchSource:
         partner[: self._num_replayed] = self._memory_start[other]
         weight[: self._num_replayed] = rng.random(self._num_replayed)
         length[: self._num_replayed] = np.minimum(length[: self._num_replayed], self._memory_length[other])
-        return Windows(start, length, Mixture(partner, weight))
+        return Windows(start, length, (partner, weight))
 
     def _current_rows(self, rng: np.random.Generator, num_rows: int) -> npt.NDArray[np.int64]:
         """Draw steps of the stage's data; every task is equally likely, however many steps it has."""
@@ -173,10 +161,9 @@ class BatchSource:
         gathered = self._table.index_select(0, rows_RL.view(-1)).view(*rows_RL.shape, -1)
         obs, mean, log_std = torch.split(gathered, [OBSERVATION_SIZE, ACTION_SIZE, ACTION_SIZE], dim=-1)
         if windows.mixture is not None:
-            others_RL = torch.from_numpy(windows.mixture.start[mine, None] + steps_RL).to(device)
-            weight_R11 = (
-                torch.from_numpy(windows.mixture.weight[mine]).to(device, self._table.dtype).view(-1, 1, 1)
-            )
+            partner, weight = windows.mixture
+            others_RL = torch.from_numpy(partner[mine, None] + steps_RL).to(device)
+            weight_R11 = torch.from_numpy(weight[mine, None, None]).to(device, self._table.dtype)
             mixed_in = self._table.index_select(0, others_RL.view(-1))[:, :OBSERVATION_SIZE]
             obs = torch.lerp(mixed_in.view_as(obs), obs, weight_R11)
         return Batch(

@@ -6,7 +6,7 @@ One vector means one all-reduce per step; clipping, masks and penalties are vect
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -113,17 +113,6 @@ class FlatParameters:
         return norm
 
 
-class _Span(NamedTuple):
-    """A contiguous span of trainable parameters of equal age."""
-
-    values: slice
-    """Their slice of all parameters."""
-    grads: slice
-    """Their slice of `grads`."""
-    age: int
-    """In updates, this one included."""
-
-
 class AdamW:
     """Adam with decoupled weight decay (Loshchilov and Hutter 2019) on flat parameters that may grow.
 
@@ -159,20 +148,20 @@ class AdamW:
                 mask, except those of frozen parameters. A factor on the gradient would be cancelled by Adam's
                 normalisation.
         """
-        spans = self._advance()
-        values = [self.flat.values[span.values] for span in spans]
+        slots, grad_slots, ages = self._advance()
+        values = [self.flat.values[slot] for slot in slots]
         old_values = [value.clone() for value in values] if mask is not None else []
         if self.weight_decay:
-            for span, value in zip(spans, values, strict=True):
-                value.addcmul_(value, self.flat.matrices[span.values], value=-lr * self.weight_decay)
+            for slot, value in zip(slots, values, strict=True):
+                value.addcmul_(value, self.flat.matrices[slot], value=-lr * self.weight_decay)
         # Fused: one pass over the vectors instead of ten, since they do not fit in a core's private cache.
         adamw(
             values,
-            [self.flat.grads[span.grads] for span in spans],
-            [self.first_moment[span.values] for span in spans],
-            [self.second_moment[span.values] for span in spans],
+            [self.flat.grads[slot] for slot in grad_slots],
+            [self.first_moment[slot] for slot in slots],
+            [self.second_moment[slot] for slot in slots],
             max_exp_avg_sqs=[],
-            state_steps=[torch.full((), span.age - 1.0, device=self.flat.values.device) for span in spans],
+            state_steps=[torch.full((), age - 1.0, device=self.flat.values.device) for age in ages],
             fused=True,
             amsgrad=False,
             maximize=False,
@@ -183,22 +172,23 @@ class AdamW:
             weight_decay=0.0,
         )
         if mask is not None:
-            for span, old, new in zip(spans, old_values, values, strict=True):
-                torch.lerp(old, new, mask[span.values], out=new)
+            for slot, old, new in zip(slots, old_values, values, strict=True):
+                torch.lerp(old, new, mask[slot], out=new)
 
-    def _advance(self) -> list[_Span]:
-        """Count one more update for all cohorts; returns the trainable spans of each."""
+    def _advance(self) -> tuple[list[slice], list[slice], list[int]]:
+        """Count one more update; return slices of parameters of equal age, in values and `grads`, and the ages."""
         for cohort in self.cohorts:
             cohort[2] += 1
-        spans, offset = [], 0
+        slots, grad_slots, ages, offset = [], [], [], 0
         for trainable in self.flat.trainable:
             for first, last, age in self.cohorts:
                 start, stop = max(trainable.start, first), min(trainable.stop, last)
                 if start < stop:
-                    grads = slice(offset + start - trainable.start, offset + stop - trainable.start)
-                    spans.append(_Span(slice(start, stop), grads, age))
+                    slots.append(slice(start, stop))
+                    grad_slots.append(slice(offset + start - trainable.start, offset + stop - trainable.start))
+                    ages.append(age)
             offset += trainable.stop - trainable.start
-        return spans
+        return slots, grad_slots, ages
 
     def state(self) -> dict[str, Any]:
         """For a checkpoint."""

@@ -22,25 +22,20 @@ def forward_kl(mean: Tensor, log_std: Tensor, teacher_mean: Tensor, teacher_log_
     (Kullback and Leibler 1951; the diagonal case of e.g. Rasmussen and Williams 2006, eq. A.23). The error of
     the mean is weighted by 1/s^2, hence the floor on the teacher's deviation.
     """
-    return _kl(teacher_mean, teacher_log_std, mean, log_std)
+    return reverse_kl(teacher_mean, teacher_log_std, mean, log_std)
 
 
 def reverse_kl(mean: Tensor, log_std: Tensor, teacher_mean: Tensor, teacher_log_std: Tensor) -> Tensor:
     """KL(student || teacher), `forward_kl` with roles exchanged: it makes the student seek the teacher's mode."""
-    return _kl(mean, log_std, teacher_mean, teacher_log_std)
+    log_ratio = teacher_log_std - log_std
+    scaled_error = (mean - teacher_mean) * (-teacher_log_std).exp()
+    per_dimension = log_ratio + 0.5 * ((-2.0 * log_ratio).exp() + scaled_error.square() - 1.0)
+    return per_dimension.sum(-1)
 
 
 def squared_error(mean: Tensor, log_std: Tensor, teacher_mean: Tensor, teacher_log_std: Tensor) -> Tensor:
     """Squared distance of the means, |m - n|^2; the student's deviation gets no gradient."""
     return (mean - teacher_mean).square().sum(-1)
-
-
-def _kl(mean_p: Tensor, log_std_p: Tensor, mean_q: Tensor, log_std_q: Tensor) -> Tensor:
-    """KL(p || q) of diagonal Gaussians."""
-    log_ratio = log_std_q - log_std_p
-    scaled_error = (mean_p - mean_q) * (-log_std_q).exp()
-    per_dimension = log_ratio + 0.5 * ((-2.0 * log_ratio).exp() + scaled_error.square() - 1.0)
-    return per_dimension.sum(-1)
 
 
 LOSSES: Final[dict[Literal["forward_kl", "reverse_kl", "mse"], Loss]] = {

@@ -60,16 +60,6 @@ def learning_rate(config: DistillConfig, step: int) -> float:
     return config.lr * (FINAL_LR_SHARE + (1.0 - FINAL_LR_SHARE) * (1.0 + math.cos(math.pi * progress)) / 2.0)
 
 
-def _shared_batches(config: Config) -> dict[str, int]:
-    """The number of rows of every kind of batch that ranks share, by the setting that defines it."""
-    protection = config.protection
-    rows = {"distill.batch_size": config.distill.batch_size}
-    # The other protocols protect nothing.
-    if config.distill.protocol == "continual" and protection.kind == "agem":
-        rows["protection.agem_windows"] = protection.agem_windows
-    return rows
-
-
 class StudentTrainer:
     """Moves one rank's learner through the stream, with replay memory and protection.
 
@@ -82,13 +72,17 @@ class StudentTrainer:
         Raises:
             ValueError: if a batch of any kind has fewer rows than there are ranks.
         """
-        for name, rows in _shared_batches(config).items():
+        shared_batches = {"distill.batch_size": config.distill.batch_size}
+        # The other protocols protect nothing.
+        if config.distill.protocol == "continual" and config.protection.kind == "agem":
+            shared_batches["protection.agem_windows"] = config.protection.agem_windows
+        for name, rows in shared_batches.items():
             if rows < comm.size:
                 raise ValueError(f"{name} = {rows} is less than the {comm.size} ranks; use fewer ranks")
         self.config = config
         self.learner = StudentLearner(config, seed, comm, device)
         self.memory = ReplayMemory(make_selection(config.memory, seed), config.memory_steps)
-        self.protection = make_protection(config, seed)
+        self.protection = make_protection(config)
         self._rehearsal: Rehearsal | None = None
 
     def begin_stage(self, data: StageData) -> list[GrowthDecision]:

@@ -130,7 +130,7 @@ class TestRehearsalMixtures:
         """Of every replayed row the number of its segment, and of the one that is mixed into it."""
         windows = self.mixed().windows(3)
         numbers = {start: number for number, start in enumerate(self.MEMORY.start.tolist())}
-        own, other = windows.start[:400], windows.mixture.start[:400]
+        own, other = windows.start[:400], windows.mixture[0][:400]
         return np.array([numbers[start] for start in own]), np.array([numbers[start] for start in other])
 
     def test_two_segments_of_one_task_are_mixed_and_all_of_them_are(self):
@@ -144,7 +144,7 @@ class TestRehearsalMixtures:
         assert (own != other).mean() > 0.9
 
     def test_observations_are_their_weighted_mean_over_the_steps_that_both_have(self):
-        batch, weight = self.mixed().batch(3), self.mixed().windows(3).mixture.weight
+        batch, weight = self.mixed().batch(3), self.mixed().windows(3).mixture[1]
         memory, lengths = self.MEMORY, set()
         assert np.histogram(weight[:400], 4, (0, 1))[0].min() > 60
         for row, (own, other) in enumerate(zip(*self.segments(), strict=True)):

@@ -24,7 +24,7 @@ PROTECTIONS: Final[Mapping[str, type[Protection]]] = {
 }
 
 
-def make_protection(config: Config, seed: int) -> Protection:
+def make_protection(config: Config) -> Protection:
     """The protection that `config.protection.kind` names; `none` unless the protocol is continual."""
     kind = config.protection.kind if config.distill.protocol == "continual" else "none"
-    return PROTECTIONS[kind](config, seed)
+    return PROTECTIONS[kind](config)

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
-from cpd.config import Config
 from cpd.distill.learner import StudentLearner
 from cpd.distill.protection.base import Protection
 
@@ -20,10 +16,9 @@ class AGEM(Protection):
     same for any number of ranks.
     """
 
-    def __init__(self, config: Config, seed: int) -> None:
-        super().__init__(config, seed)
-        self._num_steps = 0
-        self._num_projected = 0
+    STATE = ("num_steps", "num_projected")
+    _num_steps = 0
+    _num_projected = 0
 
     def begin_stage(self, learner: StudentLearner) -> None:
         """Reset the counts."""
@@ -47,11 +42,3 @@ class AGEM(Protection):
     def report(self) -> dict[str, float]:
         """The share of the stage's steps whose gradient was projected."""
         return {"projected_share": self._num_projected / max(self._num_steps, 1)}
-
-    def state(self) -> dict[str, int]:
-        """The counts."""
-        return {"num_steps": self._num_steps, "num_projected": self._num_projected}
-
-    def restore(self, state: Mapping[str, Any], learner: StudentLearner) -> None:
-        """Restore the counts."""
-        self._num_steps, self._num_projected = state["num_steps"], state["num_projected"]

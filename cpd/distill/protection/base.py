@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -19,8 +19,11 @@ class Protection:
     A hook must have the same effect on every rank. Vectors over parameters have the layout of `learner.flat`, [P].
     """
 
-    def __init__(self, config: Config, seed: int) -> None:
-        self.config, self.seed = config, seed
+    #: The attributes that a checkpoint stores, without their underscore.
+    STATE: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
 
     def begin_stage(self, learner: StudentLearner) -> None:
         """Called once when a stage begins, after growth; not when a run resumes in the middle of one."""
@@ -53,8 +56,11 @@ class Protection:
         return {}
 
     def state(self) -> dict[str, Any]:
-        """The state for a checkpoint: tensors, numbers, and lists and dictionaries of them."""
-        return {}
+        """The state for a checkpoint."""
+        return {name: getattr(self, f"_{name}") for name in self.STATE}
 
     def restore(self, state: Mapping[str, Any], learner: StudentLearner) -> None:
         """Continue from what `state()` returned. Called after `learner` is restored."""
+        for name in self.STATE:
+            value = state[name]
+            setattr(self, f"_{name}", value.to(learner.device).clone() if isinstance(value, Tensor) else value)

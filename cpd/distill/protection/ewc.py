@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import torch
-from torch import Tensor
 
 from cpd.config import Config
 from cpd.distill.flat import FlatParameters
@@ -29,8 +25,10 @@ class EWC(Protection):
     term, and parameters that growth adds are free until their first stage has ended. No data are kept.
     """
 
-    def __init__(self, config: Config, seed: int) -> None:
-        super().__init__(config, seed)
+    STATE = ("precision", "centre")
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
         self._precision = torch.zeros(0)
         self._centre = torch.zeros(0)
 
@@ -58,13 +56,3 @@ class EWC(Protection):
     def report(self) -> dict[str, float]:
         """The mean precision; a useful strength is inversely proportional to it."""
         return {"mean_precision": float(self._precision.mean())}
-
-    def state(self) -> dict[str, Tensor]:
-        """Both vectors."""
-        return {"precision": self._precision, "centre": self._centre}
-
-    def restore(self, state: Mapping[str, Any], learner: StudentLearner) -> None:
-        """Restore both vectors."""
-        self._precision, self._centre = (
-            state[name].to(learner.device).clone() for name in ("precision", "centre")
-        )

@@ -6,9 +6,6 @@ factor on the gradient, and momentum and weight decay would move a parameter who
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -33,10 +30,9 @@ class Masking(Protection):
     - The task encoder is never masked: prototypes are recomputed when it changes.
     """
 
-    def __init__(self, config: Any, seed: int) -> None:
-        super().__init__(config, seed)
-        self._importance: Tensor | None = None
-        self._mask: Tensor | None = None
+    STATE = ("importance", "mask")
+    _importance: Tensor | None = None
+    _mask: Tensor | None = None
 
     def begin_stage(self, learner: StudentLearner) -> None:
         """Compute the mask of the stage."""
@@ -115,13 +111,3 @@ class Masking(Protection):
         is_protected = (importance >= least) & (importance > 0)
         factor = torch.where(is_protected, 0.0 if protection.mask_mode == "hard" else least / importance, 1.0)
         mask[shared] = factor.to(mask.dtype)
-
-    def state(self) -> dict[str, Any]:
-        """Accumulated importance and the current mask."""
-        return {"importance": self._importance, "mask": self._mask}
-
-    def restore(self, state: Mapping[str, Any], learner: StudentLearner) -> None:
-        """Restore both."""
-        self._importance, self._mask = (
-            None if state[name] is None else state[name].to(learner.device) for name in ("importance", "mask")
-        )

@@ -32,8 +32,10 @@ class PackNet(Protection):
     of a student that knows the task. A task that comes again gets another share.
     """
 
-    def __init__(self, config: Config, seed: int) -> None:
-        super().__init__(config, seed)
+    STATE = ("owner", "latest_stage", "is_pruned")
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
         self._owner = torch.zeros(0, dtype=torch.int16)
         self._latest_stage = torch.full((len(config.stream.distinct_tasks),), -1, dtype=torch.int16)
         self._mask: Tensor | None = None
@@ -91,14 +93,8 @@ class PackNet(Protection):
         """The share of all parameters that are free."""
         return {"free_share": float((self._owner == FREE).double().mean())}
 
-    def state(self) -> dict[str, Any]:
-        """Owners, and whether the stage has been pruned."""
-        return {"owner": self._owner, "latest_stage": self._latest_stage, "is_pruned": self._is_pruned}
-
     def restore(self, state: Mapping[str, Any], learner: StudentLearner) -> None:
         """Restore the owners and the mask."""
-        self._owner = state["owner"].to(learner.device).clone()
-        self._latest_stage = state["latest_stage"].clone()
-        self._is_pruned = state["is_pruned"]
+        super().restore(state, learner)
         if len(self._owner):
             self._apply_owners(learner)
