@@ -28,7 +28,6 @@ RETIRED: Final[dict[str, Any]] = {
     "distill.contrast_batch_size": 256,
     "distill.contrast_noise": 0.1,
     "distill.final_lr_share": 0.1,
-    "logging.agree_every": 10,
     "teacher.ppo.max_log_std": 0.5,
     "teacher.ppo.mean_penalty": 0.01,
     "teacher.validate_from": 0.5,
@@ -45,8 +44,9 @@ RETIRED: Final[dict[str, Any]] = {
     "teacher.warm_start.steps_after_success": 30,
     "teacher.warm_start.steps_per_check": 200,
 }
-#: Tables that have no effect with the values in `RETIRED`; they are always dropped.
-RETIRED_TABLES: Final[tuple[str, ...]] = ("teacher.sac",)
+#: Dropped with any value: a table without effect for the values in `RETIRED`, and a setting that never affected
+#: results.
+IGNORED: Final[tuple[str, ...]] = ("teacher.sac", "logging.agree_every")
 #: Renamed settings: old path -> new path.
 RENAMED: Final[dict[str, str]] = {
     "teacher.exploring_rate": "teacher.exploration.step_rate",
@@ -92,7 +92,7 @@ def _upgrade_settings(tables: Any) -> dict[str, Any]:
     for path, value in RETIRED.items():
         if _get(upgraded, path) == value:
             _remove(upgraded, path)
-    for path in RETIRED_TABLES:
+    for path in IGNORED:
         _remove(upgraded, path)
     for old, new in RENAMED.items():
         # With two different values it is unclear which one is meant: `load` refuses the old name.

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from cpd.config import Config, changes, retired
+from cpd.config import Config, changes, differences, retired
 from cpd.config.load import ConfigError, load, merge, parse_overrides, read_toml, to_dict
 from cpd.config.retired import upgrade
+from jobs.launch_options import RECIPES
 
 MINIMAL = {"name": "x", "stream": {"tasks": "demo"}}
 RESULTS = Path(__file__).resolve().parents[2] / "analysis" / "results"
@@ -22,7 +23,7 @@ def _history(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(retired.RETIRED, "teacher.ppo.eyes", [1, 2])
     monkeypatch.setitem(retired.RENAMED, "student.breadth", "student.width")
     monkeypatch.setitem(retired.RENAMED_FOR_DEMO_RL, "teacher.warm_start.pace", "teacher.ppo.learning_rate")
-    monkeypatch.setattr(retired, "RETIRED_TABLES", (*retired.RETIRED_TABLES, "teacher.legs"))
+    monkeypatch.setattr(retired, "IGNORED", (*retired.IGNORED, "teacher.legs"))
 
 
 def refusals(tables: dict) -> list[str]:
@@ -115,3 +116,14 @@ def test_sac_is_refused_by_name_and_its_settings_are_dropped() -> None:
     assert load(Config, old, "test") == load(Config, tables, "test")
     with pytest.raises(ConfigError, match=r"teacher\.learner: SAC was removed"):
         load(Config, {**tables, "teacher": {"learner": "sac"}}, "test")
+
+
+def test_a_run_directory_of_an_earlier_version_can_be_launched_again() -> None:
+    current = load(Config, read_toml(RECIPES / "cw10_rl.toml", shipped=RECIPES), "cw10_rl")
+    stored = to_dict(current)
+    stored["torch_threads"] = 1
+    stored["logging"]["agree_every"] = 1
+    stored["teacher"]["learner"] = "ppo"
+    stored["teacher"]["ppo"]["exploring_min_log_std"] = stored["teacher"]["exploration"].pop("min_log_std")
+    stored["teacher"]["exploring_share"] = stored["teacher"]["exploration"].pop("start_share")
+    assert differences(load(Config, stored, "stored"), current) == []
