@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
-from functools import partial
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from types import ModuleType
 
 from matplotlib.figure import Figure
 
@@ -33,7 +33,7 @@ from cpd.evaluation.gather import find_results
 from cpd.evaluation.publish import publish_results
 from cpd.run.claim import check_repository_place, claim
 
-#: Files that a build makes, or has made of other data.
+#: Files that this or an earlier version writes.
 OWN = re.compile(
     r"((success_matrix|usage|retrieval)(_.+)?|stream|losses|masks|methods|profile|transfer|finals|teacher_student"
     r"|teacher_curves|table_(tasks|seeds|methods|look_alikes|starts))\.(pdf|png|txt|csv|tex|md)"
@@ -46,85 +46,77 @@ EXAMPLES = """examples:
   python -m analysis.build runs/moe runs/dense --out compare   methods side by side
 """
 
-Draw = Callable[[], Figure | None]
+#: The figures that show one method.
+FIGURES_OF_ONE = {"success_matrix": fig_success_matrix, "usage": fig_usage, "retrieval": fig_retrieval}
 
 
 def build(paths: Sequence[Path], out: Path | None = None) -> list[Path]:
-    """Make the figures, their captions and the tables.
+    """Write the figures, their captions and the tables.
 
     Args:
-        paths: run directories (gathered first) or directories with gathered results; several are taken as
-            methods on one stream.
-        out: folder to write to; for a single path `figures` beside its results unless told otherwise.
+        paths: run directories, which are gathered first, or folders of gathered results. Several are compared
+            as methods on one stream.
+        out: folder to write to. The default for a single path is `figures` beside its results.
 
     Returns:
         The files written.
 
     Raises:
-        ValueError: if a path holds no results, or the paths do not belong in one figure.
+        ValueError: if a path holds no results, or the results cannot be compared.
     """
     folder = figures_folder(paths, out)
     return _build(load_all(paths), folder, sweep=out is None)
 
 
 def load_all(paths: Sequence[Path]) -> Dataset:
-    """The results of all paths as one data set; runs are gathered first."""
+    """Load the results of all paths as one data set; gather runs first."""
     return load_dataset([find_results(path) for path in paths])
 
 
 def figures_folder(paths: Sequence[Path], out: Path | None) -> Path:
-    """Where the figures go."""
+    """Return the folder for the figures, and check that it may hold them."""
     if out is not None:
         claim(out, "figures")
         return out
     if len(paths) != 1:
-        raise ValueError("several directories need --out DIR, the folder for their common figures")
+        raise ValueError("several directories are given without a folder for their figures; add --out DIR")
     path = paths[0].resolve()
     return (path.parent if path.name == "results" else path) / "figures"
 
 
 def _build(data: Dataset, folder: Path, *, sweep: bool) -> list[Path]:
-    """Draw into `folder`; with `sweep`, which is for folders of ours alone, remove what was drawn there before."""
+    """Draw into `folder`. With `sweep`, remove the figures and tables of earlier builds there."""
     check_repository_place(folder, data.labels["teacher_recipe"])
     written: list[Path] = []
     with paper_style():
-        for name, method, draw, caption in _figures(data):
-            figure = draw()
+        for name, method, figure, caption in _figures(data):
             if figure is not None:
                 stamp(figure, short_conditions(data, method))
                 written += save_figure(figure, folder / name, f"{caption} {conditions(data, method)}")
     written += write_tables(folder, data, conditions(data))
-    # What was drawn of fewer methods, say, must not stand beside what is drawn of more.
+    # Figures of an earlier build, e.g. of fewer methods, would not fit the new ones.
     for path in set(folder.iterdir()) - set(written) if sweep else ():
         if OWN.fullmatch(path.name):
             path.unlink()
     return written
 
 
-def _figures(data: Dataset) -> Iterable[tuple[str, str | None, Draw, str]]:
-    """Name, method if it is one's alone, drawing and caption of every figure; a drawing may still decline."""
+def _figures(data: Dataset) -> Iterable[tuple[str, str | None, Figure | None, str]]:
+    """Yield every figure's name, its method if it shows only one, the figure or None, and its caption."""
     methods = data.method_names
-    of_one = {"success_matrix": fig_success_matrix, "usage": fig_usage, "retrieval": fig_retrieval}
     for method in methods:
-        for name, module in of_one.items():
+        for name, module in FIGURES_OF_ONE.items():
             full = name if len(methods) == 1 else f"{name}_{method}"
-            yield full, method, partial(module.draw, data, method), module.caption(data, method)
-    for name, draw, caption in _figures_of_all(data):
-        yield name, None, draw, caption
-
-
-def _figures_of_all(data: Dataset) -> Iterable[tuple[str, Draw, str]]:
-    """The same of the figures that show every method."""
-    methods = data.method_names
+            yield full, method, module.draw(data, method), module.caption(data, method)
+    modules: dict[str, ModuleType] = {}
     if methods:
-        yield "stream", partial(fig_stream.draw, data), fig_stream.caption(data)
-        yield "losses", partial(fig_losses.draw, data), fig_losses.caption(data)
+        modules |= {"stream": fig_stream, "losses": fig_losses}
     if len(methods) > 1:
-        yield "methods", partial(fig_methods.draw, data), fig_methods.caption(data)
-        yield "transfer", partial(fig_transfer.draw, data), fig_transfer.caption(data)
-        yield "finals", partial(fig_finals.draw, data), fig_finals.caption(data)
+        modules |= {"methods": fig_methods, "transfer": fig_transfer, "finals": fig_finals}
     if data.teacher_curves:
-        yield "teacher_curves", partial(fig_teacher_curves.draw, data), fig_teacher_curves.caption(data)
+        modules |= {"teacher_curves": fig_teacher_curves}
+    for name, module in modules.items():
+        yield name, None, module.draw(data), module.caption(data)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -147,8 +139,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if len(arguments.paths) == 1 and arguments.paths[0].is_dir() and find_published(arguments.paths[0]):
             if arguments.publish is not None:
                 raise ValueError(
-                    f"--publish copies results of students, and {arguments.paths[0]} holds published teachers: "
-                    "`python -m jobs.publish RUN_DIR FOLDER` publishes those of a run"
+                    f"--publish copies results of students, but {arguments.paths[0]} holds published teachers; "
+                    "publish the teachers of a run with `python -m jobs.publish RUN_DIR FOLDER`"
                 )
             written = build_teachers(arguments.paths[0], arguments.out)
             print(f"{len(written)} files in {written[0].parent}")
@@ -156,7 +148,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         paths = arguments.paths
         if arguments.publish is not None:
             if len(paths) != 1:
-                raise ValueError("--publish DIR takes one run: publish several to folders of their own")
+                raise ValueError("--publish takes one run, but several are given; publish each to its own folder")
             paths = [publish_results(paths[0], arguments.publish)]
         folder = figures_folder(paths, arguments.out)
         data = load_all(paths)

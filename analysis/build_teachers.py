@@ -1,4 +1,4 @@
-"""Figures and tables of published teachers; what `python -m analysis.build` does with a folder of them."""
+"""Figures and tables of published teachers, drawn by `python -m analysis.build`."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ def build_teachers(path: Path, out: Path | None = None) -> list[Path]:
         for folder in folders:
             published = load_published(folder)
             name = folder.resolve().name
-            for part, module in (("gain", fig_teacher_gain), ("curves", fig_teacher_panels)):
+            for kind, module in (("gain", fig_teacher_gain), ("curves", fig_teacher_panels)):
                 written += save_figure(
-                    module.draw(published), target / f"{name}_{part}", module.caption(published)
+                    module.draw(published), target / f"{name}_{kind}", module.caption(published)
                 )
             written.append(target / f"{name}_scores.md")
             write_text(written[-1], markdown(published))
@@ -62,7 +62,7 @@ def build_teachers(path: Path, out: Path | None = None) -> list[Path]:
 
 
 def _comparison(group: Mapping[str, PublishedTeachers]) -> str:
-    """The name of the figure that compares folders: the words that their names begin with, if any, come first."""
+    """Return the name of the figure that compares folders, prefixed with the words that all names begin with."""
     words = zip(*(name.split("-") for name in group), strict=False)
     shared = takewhile(lambda position: len(set(position)) == 1, words)
     return "-".join([*(word for word, *_ in shared), "comparison"])

@@ -1,4 +1,4 @@
-"""The words of captions that do not depend on the figure: under which conditions results were made."""
+"""The sentences of captions that hold for all figures: the conditions of the results."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ RECIPES = {
 
 
 def conditions(data: Dataset, method: str | None = None) -> str:
-    """The labels of the results, or of one method's, as one sentence, for captions and the notes of tables."""
+    """Describe the conditions of all results, or of one method's, for captions and the notes of tables."""
     labels = data.labels
-    recipe = "/".join(RECIPES.get(part, part) for part in labels["teacher_recipe"].split("/"))
+    recipe = "/".join(RECIPES.get(name, name) for name in labels["teacher_recipe"].split("/"))
     seeds = ", ".join(map(str, dict.fromkeys(s.seed for s in data.students))) or "none"
     teacher_seeds = ", ".join(map(str, sorted({seed for _, seed in data.teacher_rates}))) or "none"
     return (
@@ -33,7 +33,7 @@ def versions(labels: dict[str, str]) -> str:
 
 
 def look_alikes(data: Dataset) -> str:
-    """Which tasks look like which others when an episode begins, and in what share of episodes."""
+    """List the tasks that look like others at the start of an episode, with the shares of episodes."""
     return ", ".join(
         f"{short(task)} ({', '.join(f'{100 * share:.0f} % {short(other)}' for other, share in others.items())})"
         for task, others in data.look_alikes.items()
@@ -41,21 +41,21 @@ def look_alikes(data: Dataset) -> str:
 
 
 def short_conditions(data: Dataset, method: str | None = None) -> str:
-    """The labels without which no number may be read, for the margin of a figure, of one method or of all."""
+    """Return the most important conditions, of one method or of all, for the margin of a figure."""
     recipe, horizon = data.labels["teacher_recipe"], data.labels["horizon"]
     return f"teachers: {recipe}   T = {horizon}   task identity: {task_identity(data, method)}"
 
 
 def task_identity(data: Dataset, method: str | None) -> str:
-    """How the students of one method, or of any, come to know the task."""
-    found = data.task_identities
-    return "/".join(dict.fromkeys(found[name] for name in ([method] if method else found))) or "no students"
+    """Return how the students of one method, or of any, know the task."""
+    methods = [method] if method else data.task_identities
+    return "/".join(dict.fromkeys(data.task_identities[name] for name in methods)) or "no students"
 
 
 def episodes_per_cell(data: Dataset) -> str:
-    """How many episodes stand behind a cell of the success matrix."""
-    own: set[int] = set()
-    rest: set[int] = set()
+    """Describe how many episodes each cell of the success matrix has."""
+    full_counts: set[int] = set()
+    brief_counts: set[int] = set()
     for student in data.students:
         episodes = student.matrix.episodes
         full = np.zeros_like(episodes, bool)
@@ -63,14 +63,14 @@ def episodes_per_cell(data: Dataset) -> str:
             full[stage + 1, student.matrix.tasks.index(task)] = True
         if student.measures.final_stage is not None:
             full[student.measures.final_stage + 1] = True
-        own |= set(episodes[full & (episodes > 0)].tolist())
-        rest |= set(episodes[~full & (episodes > 0)].tolist())
+        full_counts |= set(episodes[full & (episodes > 0)].tolist())
+        brief_counts |= set(episodes[~full & (episodes > 0)].tolist())
     teachers = {rate.episodes for rate in data.teacher_rates.values()}
 
     def span(counts: set[int]) -> str:
         return "–".join(str(count) for count in sorted({min(counts), max(counts)})) if counts else "no"
 
     return (
-        f"Episodes per cell: {span(own)} on the diagonal and in the final row, {span(rest)} elsewhere, "
-        f"{span(teachers)} for teachers."
+        f"Episodes per cell: {span(full_counts)} on the diagonal and in the final row, "
+        f"{span(brief_counts)} elsewhere, {span(teachers)} for teachers."
     )

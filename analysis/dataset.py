@@ -37,15 +37,15 @@ class TeacherCurve:
     state: str
     env_steps: tuple[float, ...]
     validation_steps: tuple[float, ...]
-    """Steps at which it was validated, for `validation`."""
+    """Steps of the values in `validation`."""
     validation: tuple[float, ...]
     training: tuple[float, ...]
-    """Success rate of the episodes it trained on, NaN where none ended."""
+    """Success rate of the training episodes, NaN where none ended."""
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """Results of one stream under one set of conditions: students by method and seed, and their teachers."""
+    """Results on one stream under one set of conditions: students by method and seed, and their teachers."""
 
     name: str
     labels: dict[str, str]
@@ -56,11 +56,11 @@ class Dataset:
     distill: dict[str, dict[str, Any]]
     """The distillation settings of every method."""
     task_identities: dict[str, str]
-    """How a method's students come to know the task."""
+    """How the students of each method know the task."""
     teacher_rates: dict[tuple[str, int], Rate]
     """Teachers' success by task and teacher seed."""
     rejected: frozenset[tuple[str, int]]
-    """Those of them that missed the gate."""
+    """Task and seed of the teachers that missed the gate."""
     teacher_curves: tuple[TeacherCurve, ...]
     timings: tuple[dict[str, Any], ...]
     missing: tuple[str, ...]
@@ -91,17 +91,17 @@ class Dataset:
         return tuple(dict.fromkeys(student.method for student in self.students))
 
     def of_method(self, method: str) -> list[StudentResults]:
-        """The students of one method, seed by seed: those evaluated to the stream's end, or all while none is.
+        """Return a method's students that are evaluated to the stream's end, or all students while none is.
 
-        So all of a method's numbers are of the same seeds, however far the others have come.
+        All numbers of a method are thus from the same seeds.
         """
-        own = [student for student in self.students if student.method == method]
-        return [student for student in own if student.measures.final_stage is not None] or own
+        students = [student for student in self.students if student.method == method]
+        return [student for student in students if student.measures.final_stage is not None] or students
 
     @property
     def look_alikes(self) -> dict[str, dict[str, float]]:
-        """Tasks that the first observation does not tell from others: how often it is nearest to each other's."""
-        found: dict[str, dict[str, float]] = {}
+        """Tasks whose first observations resemble others': the share of episodes that are nearest to each task."""
+        alike: dict[str, dict[str, float]] = {}
         for task in self.tasks:
             rows = [row for row in self.tables.starts if row.task == task]
             episodes = sum(row.episodes for row in rows if row.other == task)
@@ -111,16 +111,16 @@ class Dataset:
                 if episodes and other != task
             }
             if sum(shares.values()) > ALIKE:
-                found[task] = {other: share for other, share in shares.items() if share}
-        return found
+                alike[task] = {other: share for other, share in shares.items() if share}
+        return alike
 
     @property
     def teacher_scores(self) -> list[float]:
-        """Success of every teacher, 0 for one that missed the gate, as students' tasks without a teacher count."""
+        """Success of every teacher, 0 for a rejected one, as for students' tasks without a teacher."""
         return [0.0 if key in self.rejected else rate.rate for key, rate in self.teacher_rates.items()]
 
     def teachers_of(self, task: str) -> list[Rate]:
-        """Success of every teacher of a task, seed by seed."""
+        """Return the success of every teacher of a task, in the order of seeds."""
         return [rate for (name, _), rate in sorted(self.teacher_rates.items()) if name == task]
 
 
@@ -134,7 +134,7 @@ def load_dataset(folders: Sequence[Path]) -> Dataset:
     """Read results folders as one data set.
 
     Raises:
-        ValueError: if they differ in their stream or conditions, or if a method and seed stands in two of them.
+        ValueError: if their streams or conditions differ, or if two of them have the same method.
     """
     tables = [read_tables(folder) for folder in folders]
     summaries = [summarize(table) for table in tables]
@@ -162,7 +162,7 @@ def load_dataset(folders: Sequence[Path]) -> Dataset:
 
 
 def _missing(summaries: Sequence[Summary]) -> Iterable[str]:
-    """What is missing in all of them together: a method's students may be in one alone."""
+    """Yield what all results together lack; the students of a method may be in only one of them."""
     yield from dict.fromkeys(
         line for s in summaries for line in s.missing if line not in without_students(s.unseen)
     )
@@ -176,57 +176,54 @@ def _check_alike(tables: Sequence[Tables], summaries: Sequence[Summary]) -> None
     seen: dict[str, Path] = {}
     for table, summary in zip(tables, summaries, strict=True):
         if table.stream != tables[0].stream:
-            raise ValueError(
-                f"{table.folder} and {tables[0].folder} have different streams: build them one by one"
-            )
+            raise ValueError(f"{table.folder} and {tables[0].folder} have different streams; build each alone")
         if table.goal_set != tables[0].goal_set:
             raise ValueError(
                 f"{table.folder} was evaluated on {table.goal_set} goals and {tables[0].folder} on "
-                f"{tables[0].goal_set} ones, which must not stand in one figure: build them one by one"
+                f"{tables[0].goal_set} goals, which cannot be compared; build each alone"
             )
         differing = _differences(summary.labels, summaries[0].labels)
         if differing:
             raise ValueError(
-                f"{table.folder} and {tables[0].folder} were made under different conditions, which must not "
-                f"stand in one figure: {differing}; build them one by one"
+                f"{table.folder} and {tables[0].folder} have different conditions ({differing}), which cannot be "
+                "compared; build each alone"
             )
         for method in summary.methods:
             if method.method in seen:
                 raise ValueError(
-                    f"method {method.method!r} stands in both {seen[method.method]} and {table.folder}; "
-                    "give one run of each method, with all its seeds"
+                    f"{seen[method.method]} and {table.folder} both have method {method.method!r}; "
+                    "name one run of each method, with all its seeds"
                 )
             seen[method.method] = table.folder
     _check_same_teachers(tables)
 
 
 def _check_same_teachers(tables: Sequence[Tables]) -> None:
-    """What is drawn together must have learned from the same teachers, admitted by the same gate."""
-    known: dict[tuple[str, int], tuple[Path, Rate]] = {}
+    """Raise ValueError unless all students learned from the same teachers, admitted by the same gate."""
+    teachers: dict[tuple[str, int], tuple[Path, Rate]] = {}
     for table in tables:
         gate, first = table.config["teacher"]["gate"], tables[0].config["teacher"]["gate"]
         if gate != first:
             raise ValueError(
-                f"{table.folder} and {tables[0].folder} admitted teachers by different gates, {gate} and {first}: "
-                "build them one by one"
+                f"{table.folder} and {tables[0].folder} admitted teachers by different gates, {gate} and {first}; "
+                "build each alone"
             )
         for (task, seed), rate in _teacher_rates(table):
-            folder, other = known.setdefault((task, seed), (table.folder, rate))
+            folder, other = teachers.setdefault((task, seed), (table.folder, rate))
             if rate != other:
                 raise ValueError(
                     f"{table.folder} and {folder} have different teachers of {task} (seed {seed}; successes "
-                    f"{rate.successes}/{rate.episodes} and {other.successes}/{other.episodes}): build them one by "
-                    "one"
+                    f"{rate.successes}/{rate.episodes} and {other.successes}/{other.episodes}); build each alone"
                 )
 
 
 def _joined(labels: Sequence[dict[str, str]]) -> dict[str, str]:
-    parts = {key: [part for label in labels for part in label[key].split("/")] for key in labels[0]}
-    return {key: "/".join(dict.fromkeys(values)) for key, values in parts.items()}
+    values = {key: [value for label in labels for value in label[key].split("/")] for key in labels[0]}
+    return {key: "/".join(dict.fromkeys(every)) for key, every in values.items()}
 
 
 def _differences(left: dict[str, str], right: dict[str, str]) -> str:
-    """What differs; the student's task identity may, since that is a property of the method."""
+    """Describe the labels that differ, except the task identity, which is a property of the method."""
     keys = [key for key in left if key != "task_identity" and left[key] != right[key]]
     return ", ".join(f"{key} {left[key]!r} and {right[key]!r}" for key in keys)
 
@@ -264,10 +261,10 @@ def _teacher_curves(tables: Tables) -> Iterable[TeacherCurve]:
 
 def _timings(tables: Tables) -> list[dict[str, Any]]:
     path = tables.folder / "timings.json"
-    found: list[dict[str, Any]] = read_json(path) if path.exists() else []
-    # The report cannot have counted itself; its own status lies beside what it gathered.
+    timings: list[dict[str, Any]] = read_json(path) if path.exists() else []
+    # The report writes timings.json before it ends; its spans are in its status.
     report = read_status(tables.folder / "status.json")
-    return [*found, {"role": "report", "spans": report.spans}] if report.spans else found
+    return [*timings, {"role": "report", "spans": report.spans}] if report.spans else timings
 
 
 def mean_matrix(students: Sequence[StudentResults]) -> Floats:

@@ -7,6 +7,7 @@ import io
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +15,34 @@ import numpy as np
 from analysis.captions import look_alikes
 from analysis.dataset import Dataset, mean_matrix, short
 from cpd.evaluation.intervals import Aggregate, Floats, probability_of_improvement
-from cpd.evaluation.student_measures import Estimate, Rate, StudentMeasures, TaskMeasures
+from cpd.evaluation.student_measures import Rate, StudentMeasures, TaskMeasures
 from cpd.evaluation.summary import MethodMeasures, finals, interval, shares
 from cpd.run.files import write_text
 
 Cell = str | int | float | None
+
+#: Columns of the table of seeds, and the values of `StudentMeasures` in them.
+SEED_COLUMNS = {
+    "method": "method",
+    "seed": "seed",
+    "teacher_seed": "teacher_seed",
+    "final_stage": "final_stage",
+    "average_performance": "average_performance.value",
+    "average_performance_low": "average_performance.low",
+    "average_performance_high": "average_performance.high",
+    "recovery": "recovery.value",
+    "recovery_low": "recovery.low",
+    "recovery_high": "recovery.high",
+    "recovery_unclipped": "recovery_unclipped",
+    "recovery_ratio_of_means": "recovery_ratio_of_means",
+    "least_recovered": "least_recovered",
+    "forgetting": "forgetting.value",
+    "forgetting_low": "forgetting.low",
+    "forgetting_high": "forgetting.high",
+    "forgetting_over_all_tasks": "forgetting_over_all",
+    "forgetting_max_based": "forgetting_max_based",
+    "most_forgotten": "most_forgotten",
+}
 
 
 @dataclass(frozen=True)
@@ -29,13 +53,13 @@ class Table:
     columns: tuple[str, ...]
     rows: tuple[tuple[Cell, ...], ...]
     """Exact values, for the CSV file."""
-    tex_columns: tuple[str, ...]
-    tex_rows: tuple[tuple[str, ...], ...]
-    caption: str
+    tex_columns: tuple[str, ...] = ()
+    tex_rows: tuple[tuple[str, ...], ...] = ()
+    caption: str = ""
 
 
 def write_tables(folder: Path, data: Dataset, notes: str) -> list[Path]:
-    """Write all tables; the conditions stand in every row of a CSV file and under every LaTeX table."""
+    """Write all tables, with the conditions in every CSV row and below every LaTeX and Markdown table."""
     written = []
     starts = start_table(data)
     tables = (task_table(data), seed_table(data), method_table(data), *([starts] if starts else []))
@@ -47,9 +71,9 @@ def write_tables(folder: Path, data: Dataset, notes: str) -> list[Path]:
 
 
 def task_table(data: Dataset) -> Table:
-    """One line per method, seed and task."""
+    """Return one row per method, seed and task."""
     rates = ("teacher", "before", "own_stage", "final", "final_training_goals")
-    counts = [f"{name}_{part}" for name in rates for part in ("successes", "episodes", "success", "low", "high")]
+    counts = [f"{name}_{count}" for name in rates for count in ("successes", "episodes", "success", "low", "high")]
     rows: list[tuple[Cell, ...]] = []
     for student in data.students:
         for task in student.measures.tasks:
@@ -73,10 +97,9 @@ def task_table(data: Dataset) -> Table:
 
 def _task_tex(data: Dataset) -> list[tuple[str, ...]]:
     lines: list[tuple[str, ...]] = []
-    methods = list(dict.fromkeys(student.method for student in data.students))
-    for method in methods:
+    for method in data.method_names:
         students = data.of_method(method)
-        if len(methods) > 1:
+        if len(data.method_names) > 1:
             lines.append((r"\emph{" + _escape(method) + "}", "", "", "", "", ""))
         for row, task in enumerate(data.tasks):
             measured = [student.measures.tasks[row] for student in students]
@@ -85,14 +108,12 @@ def _task_tex(data: Dataset) -> list[tuple[str, ...]]:
 
 
 def task_cells(data: Dataset, task: str, measured: Sequence[TaskMeasures]) -> tuple[str, str, str, str, str]:
-    """Teacher, own stage, final, forgetting and recovery of one task, in per cent, over the seeds of a method."""
+    """Return teacher, own stage, final, forgetting and recovery of a task in per cent, over a method's seeds."""
     rejected = any(m.teacher_state == "rejected" for m in measured)
-    teacher = rate_text(data.teachers_of(task)) + (" rejected" if rejected else "")
-    own, final = rate_text([m.own for m in measured]), rate_text([m.final for m in measured])
     return (
-        teacher,
-        own,
-        final,
+        rate_text(data.teachers_of(task)) + (" rejected" if rejected else ""),
+        rate_text([m.own for m in measured]),
+        rate_text([m.final for m in measured]),
         _mean_text([m.forgetting for m in measured]),
         _mean_text([m.recovery for m in measured]),
     )
@@ -100,13 +121,11 @@ def task_cells(data: Dataset, task: str, measured: Sequence[TaskMeasures]) -> tu
 
 def rate_text(rates: Sequence[Rate | None]) -> str:
     """`96 [87, 99]`: per cent with one run's Wilson interval; `96 (90 to 99)` with the range of several; `–`."""
-    found = [rate for rate in rates if rate is not None]
-    if not found:
-        return "–"
-    values = [rate.rate for rate in found]
-    if len(found) > 1:
-        return f"{percent(sum(values) / len(values))} ({percent(min(values))} to {percent(max(values))})"
-    return f"{percent(found[0].rate)} [{percent(found[0].low)}, {percent(found[0].high)}]"
+    measured = [rate for rate in rates if rate is not None]
+    if len(measured) == 1:
+        (rate,) = measured
+        return f"{percent(rate.rate)} [{percent(rate.low)}, {percent(rate.high)}]"
+    return _range_text([rate.rate for rate in measured], digits=0)
 
 
 def percent(value: float, digits: int = 0) -> str:
@@ -115,61 +134,30 @@ def percent(value: float, digits: int = 0) -> str:
 
 
 def _mean_text(values: Sequence[float | None]) -> str:
-    found = [value for value in values if value is not None]
-    return percent(sum(found) / len(found)) if found else "–"
+    measured = [value for value in values if value is not None]
+    return percent(sum(measured) / len(measured)) if measured else "–"
 
 
 def seed_table(data: Dataset) -> Table:
-    """One line per method and seed: the headline measures with their variants."""
-    rows: list[tuple[Cell, ...]] = []
-    for student in data.students:
-        m = student.measures
-        rows.append(
-            (
-                m.method,
-                m.seed,
-                m.teacher_seed,
-                m.final_stage,
-                *_estimate_cells(m.average_performance),
-                *_estimate_cells(m.recovery),
-                m.recovery_unclipped,
-                m.recovery_ratio_of_means,
-                m.least_recovered,
-                *_estimate_cells(m.forgetting),
-                m.forgetting_over_all,
-                m.forgetting_max_based,
-                m.most_forgotten,
-                " ".join(m.without_teacher),
-            )
-        )
-    columns = (
-        "method seed teacher_seed final_stage "
-        "average_performance average_performance_low average_performance_high "
-        "recovery recovery_low recovery_high recovery_unclipped recovery_ratio_of_means least_recovered "
-        "forgetting forgetting_low forgetting_high forgetting_over_all_tasks forgetting_max_based "
-        "most_forgotten tasks_without_teacher"
-    )
-    return Table("table_seeds", tuple(columns.split()), tuple(rows), (), (), "")
+    """Return one row per method and seed: the main measures and their variants."""
+    values = attrgetter(*SEED_COLUMNS.values())
+    rows = ((*values(s.measures), " ".join(s.measures.without_teacher)) for s in data.students)
+    return Table("table_seeds", (*SEED_COLUMNS, "tasks_without_teacher"), tuple(rows))
 
 
 def method_table(data: Dataset) -> Table:
-    """One line per method: measures over its seeds, the mean always with its worst task beside it."""
+    """Return one row per method: every measure over its seeds, with the worst task."""
     names = ("average_performance", "recovery", "forgetting")
     statistics = ("mean", "interquartile_mean", "worst_task")
     rows: list[tuple[Cell, ...]] = []
     lines: list[tuple[str, ...]] = []
     for method in data.methods:
-        measures = {"average_performance": method.average_performance, "recovery": method.recovery}
-        measures["forgetting"] = method.forgetting
-        cells: list[Cell] = []
-        for name in names:
-            for statistic in statistics:
-                found = measures[name].get(statistic)
-                cells += [found.estimate, found.low, found.high] if found else [None, None, None]
-        transfer = method.forward_transfer.mean if method.forward_transfer else None
-        cells += [transfer.estimate, transfer.low, transfer.high] if transfer else [None, None, None]
-        cells.append(_improvement(data, method))
-        rows.append((method.method, len(method.seeds), method.memory_steps, method.parameters, *cells))
+        measures: dict[str, dict[str, Aggregate]] = {name: getattr(method, name) for name in names}
+        aggregates = [measures[name].get(statistic) for name in names for statistic in statistics]
+        aggregates.append(method.forward_transfer.mean if method.forward_transfer else None)
+        cells = [cell for a in aggregates for cell in ((a.estimate, a.low, a.high) if a else (None,) * 3)]
+        key = (method.method, len(method.seeds), method.memory_steps, method.parameters)
+        rows.append((*key, *cells, _improvement(data, method)))
         students = [s.measures for s in data.of_method(method.method) if s.seed in method.seeds]
         texts = [headline(measures[name], students, name) for name in names]
         worst = [worst_text(measures[name], method.worst_tasks.get(name)) for name in names]
@@ -177,7 +165,7 @@ def method_table(data: Dataset) -> Table:
         memory = "–" if method.memory_steps is None else f"{method.memory_steps:,}"
         lines.append((_escape(method.method), str(len(method.seeds)), memory, *pairs))
     measured = [f"{name}_{statistic}" for name in names for statistic in statistics]
-    columns = [f"{name}{part}" for name in (*measured, "forward_transfer") for part in ("", "_low", "_high")]
+    columns = [f"{name}{suffix}" for name in (*measured, "forward_transfer") for suffix in ("", "_low", "_high")]
     return Table(
         "table_methods",
         ("method", "seeds", "memory_steps", "parameters", *columns, "improvement_by_first_method"),
@@ -193,7 +181,7 @@ def method_table(data: Dataset) -> Table:
 
 
 def _improvement(data: Dataset, method: MethodMeasures) -> float | None:
-    """The probability that the first method succeeds more often on a task than `method`, ties counting half."""
+    """Return the probability that the first method beats `method` on a task; ties count half."""
     first = data.methods[0]
     ours, others = (
         [finals(s) for s in data.of_method(m.method) if s.measures.seed in m.seeds] for m in (first, method)
@@ -224,7 +212,7 @@ def worst_text(measure: dict[str, Aggregate], task: str | None) -> str:
 
 
 def start_table(data: Dataset) -> Table | None:
-    """Every method on the tasks that the first observation tells apart, and on the others; None without others."""
+    """Return results on tasks that the first observation tells apart and on the others; None without others."""
     alike = data.look_alikes
     groups = {"apart": [task for task in data.tasks if task not in alike], "alike": list(alike)}
     if not alike:
@@ -256,42 +244,37 @@ def start_table(data: Dataset) -> Table | None:
 
 
 def _mean(values: Floats) -> float | None:
-    """Over those that are defined."""
-    found = values[~np.isnan(values)]
-    return float(found.mean()) if len(found) else None
+    """Return the mean of the defined values."""
+    defined = values[~np.isnan(values)]
+    return float(defined.mean()) if len(defined) else None
 
 
-def _range_text(values: Sequence[float | None]) -> str:
+def _range_text(values: Sequence[float | None], digits: int = 1) -> str:
     """`93.1 (90.0 to 95.2)`: mean and range over seeds, in per cent."""
-    found = [value for value in values if value is not None]
-    if not found:
-        return "–"
-    between = f" ({percent(min(found), 1)} to {percent(max(found), 1)})" if len(found) > 1 else ""
-    return percent(sum(found) / len(found), 1) + between
+    measured = [value for value in values if value is not None]
+    if len(measured) < 2:
+        return percent(measured[0], digits) if measured else "–"
+    low, high = percent(min(measured), digits), percent(max(measured), digits)
+    return f"{percent(sum(measured) / len(measured), digits)} ({low} to {high})"
 
 
 def matrix_tables(data: Dataset) -> list[Table]:
-    """The success matrix of every method, mean over seeds, wide."""
-    found = []
-    methods = list(dict.fromkeys(student.method for student in data.students))
-    for method in methods:
+    """Return the success matrix of every method, averaged over seeds."""
+    tables = []
+    for method in data.method_names:
         rates = mean_matrix(data.of_method(method))
         stages = [("", -1), *((task, stage) for stage, task in enumerate(data.stream))]
         rows = [
             (method, stage, task, *(None if np.isnan(value) else float(value) for value in rates[stage + 1]))
             for task, stage in stages
         ]
-        stem = "success_matrix" if len(methods) == 1 else f"success_matrix_{method}"
-        found.append(Table(stem, ("method", "stage", "stage_task", *data.tasks), tuple(rows), (), (), ""))
-    return found
+        stem = "success_matrix" if len(data.method_names) == 1 else f"success_matrix_{method}"
+        tables.append(Table(stem, ("method", "stage", "stage_task", *data.tasks), tuple(rows)))
+    return tables
 
 
 def _rate_cells(rate: Rate | None) -> tuple[Cell, ...]:
     return (rate.successes, rate.episodes, rate.rate, rate.low, rate.high) if rate else (None,) * 5
-
-
-def _estimate_cells(estimate: Estimate) -> tuple[Cell, ...]:
-    return estimate.value, estimate.low, estimate.high
 
 
 def _write_csv(folder: Path, table: Table, labels: dict[str, str]) -> Path:

@@ -1,4 +1,4 @@
-"""Published teachers: what `jobs.publish` wrote, one record per teacher."""
+"""Published teachers, read from the files of `jobs.publish`."""
 
 from __future__ import annotations
 
@@ -8,15 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from analysis.dataset import TeacherCurve, load_dataset
-from cpd.config.retired import upgrade
 from cpd.evaluation.publish import read_description
-from cpd.evaluation.results_folder import HELD_OUT
+from cpd.evaluation.results_folder import HELD_OUT, TEACHER
 from cpd.evaluation.student_measures import Rate
 from cpd.run.directory import published_policy
 from cpd.run.files import read_json
-from cpd.run.tables import EvaluationRow, read_rows
+from cpd.run.tables import EvaluationRow
 
-#: What is read of a policy's description; `warm_start` is null from scratch.
+#: The entries read from a policy's description; `warm_start` is null for a teacher trained from scratch.
 DESCRIPTION = (
     *("training.warm_start.validation_success", "training.warm_start.demonstration_env_steps"),
     *("training.validation_success", "training.env_steps", "training.selected_iteration", "training.iterations"),
@@ -26,7 +25,7 @@ DESCRIPTION = (
 
 @dataclass(frozen=True)
 class PublishedTeacher:
-    """One teacher: how it came to be, and what it can do."""
+    """One teacher: its training and its success."""
 
     task: str
     seed: int
@@ -34,9 +33,9 @@ class PublishedTeacher:
     recipe: str
     horizon: int
     before: Rate | None
-    """Success on validation goals where RL began; None from scratch."""
+    """Success on validation goals at the start of RL; None from scratch."""
     validation: Rate
-    """Success of the final policy on validation goals, on which it was selected."""
+    """Success of the selected policy on validation goals, by which it was selected."""
     held_out: Rate
     """Success at any step on held-out goals."""
     held_out_last: Rate
@@ -45,17 +44,17 @@ class PublishedTeacher:
     env_steps: int
     """Environment steps of RL."""
     selected_env_steps: int
-    """After how many of these the final policy was taken."""
+    """Environment steps of RL up to the selected policy."""
     policy_updates: int
-    """Gradient steps of RL on the policy."""
+    """Gradient steps of RL."""
     stopped_by: str
     cpu_seconds: float | None
-    """Of all work on it, evaluation and rollouts included; None where not measured."""
+    """Of all work on the teacher, including evaluation and rollouts; None if not measured."""
     curve: TeacherCurve
 
     @property
     def validated(self) -> tuple[Sequence[float], Sequence[float]]:
-        """Steps of RL and success on validation goals there, from where RL began; from scratch, as validated."""
+        """Steps of RL and the success on validation goals at each, with the start of RL if measured."""
         if self.before is None:
             return self.curve.validation_steps, self.curve.validation
         return (0.0, *self.curve.validation_steps), (self.before.rate, *self.curve.validation)
@@ -67,14 +66,14 @@ class PublishedTeachers:
 
     name: str
     stream: tuple[str, ...]
-    """What two folders must share to be compared, though not every task need have a policy."""
+    """Folders are compared if their streams are equal, even if some tasks have no policy."""
     labels: dict[str, str]
     gate: float
     teachers: tuple[PublishedTeacher, ...]
 
     @property
     def has_cpu_seconds(self) -> bool:
-        """Whether any teacher's processor time was measured."""
+        """Whether the processor time of any teacher was measured."""
         return any(teacher.cpu_seconds is not None for teacher in self.teachers)
 
 
@@ -84,7 +83,7 @@ def is_published(folder: Path) -> bool:
 
 
 def find_published(folder: Path) -> list[Path]:
-    """`folder` itself or those in it that hold published teachers, by name; none if there are none."""
+    """Return the folders of published teachers: `folder` itself, or those in it, sorted by name."""
     if is_published(folder):
         return [folder]
     return sorted(child for child in folder.iterdir() if child.is_dir() and is_published(child))
@@ -96,20 +95,18 @@ def load_published(folder: Path) -> PublishedTeachers:
     Raises:
         ValueError: if a file is missing or damaged, naming it.
     """
-    config = upgrade(read_json(folder / "config.json"))
     data = load_dataset([folder])
+    config = data.tables.config
     curves = {(curve.task, curve.seed): curve for curve in data.teacher_curves}
-    rows = read_rows(folder / "evaluations.csv", EvaluationRow)
-    held_out = {(row.task, row.seed): row for row in rows if row.method == "teacher" and row.goal_set == HELD_OUT}
+    rows = [row for row in data.tables.evaluations if row.method == TEACHER and row.goal_set == HELD_OUT]
+    held_out = {(row.task, row.seed): row for row in rows}
     for task, seed in held_out:
         for path in (published_policy(folder, task, seed), _description(folder, task, seed)):
             if not path.exists():
-                raise ValueError(
-                    f"{path} is missing, though there are results of it: put it back, or publish again"
-                )
+                raise ValueError(f"{path} is missing, but {folder} has its results; restore it or publish again")
     cpu_seconds = {entry["element"]: entry.get("cpu_seconds") for entry in read_json(folder / "timings.json")}
     goals = config["teacher"]["num_validation_goals"]
-    found = []
+    teachers = []
     for task in dict.fromkeys(config["stream"]["tasks"]):
         for seed in config["teacher"]["seeds"]:
             path = _description(folder, task, seed)
@@ -119,16 +116,16 @@ def load_published(folder: Path) -> PublishedTeachers:
                 if key not in held_out:
                     raise ValueError(f"{folder / 'evaluations.csv'} has no held-out row of {task} (seed {seed})")
                 state = "rejected" if key in data.rejected else "admitted"
-                # Teachers that were taken over from published policies have no record of their training.
+                # Teachers reused from published policies have no training records.
                 curve = curves.get(key) or TeacherCurve(task, seed, state, (), (), (), ())
                 row = held_out[key]
                 cpu = cpu_seconds.get(f"teachers/{task}/seed-{seed}")
-                found.append(_teacher(description, goals, row, curve, cpu))
-    return PublishedTeachers(config["name"], data.stream, data.labels, data.gate, tuple(found))
+                teachers.append(_teacher(description, goals, row, curve, cpu))
+    return PublishedTeachers(config["name"], data.stream, data.labels, data.gate, tuple(teachers))
 
 
 def _description(folder: Path, task: str, seed: int) -> Path:
-    """Where a published policy is described."""
+    """Return the path of a published policy's description."""
     return published_policy(folder, task, seed).with_suffix(".json")
 
 
@@ -163,15 +160,15 @@ def _teacher(
 
 
 def _selected_env_steps(training: dict[str, Any], curve: TeacherCurve) -> int:
-    """Environment steps of RL up to the iteration from which the policy was taken."""
+    """Return the environment steps of RL up to the selected iteration."""
     if curve.env_steps:
         return int(curve.env_steps[training["selected_iteration"] - 1])
-    # Without a record: iterations take as many steps each, but for those of exploring.
+    # Without records: every iteration takes equally many steps, except those of exploration.
     return int(training["env_steps"] * training["selected_iteration"] // training["iterations"])
 
 
 def score_rows(published: PublishedTeachers) -> list[dict[str, Any]]:
-    """One line per teacher with exact numbers and labels, long form."""
+    """Return one row per teacher, with exact numbers and labels."""
     versions = {name: published.labels[name] for name in ("reward_version", "metaworld", "mujoco")}
     return [
         {
@@ -203,7 +200,7 @@ def score_rows(published: PublishedTeachers) -> list[dict[str, Any]]:
 
 
 def markdown(published: PublishedTeachers) -> str:
-    """The scores as a Markdown table, for a README."""
+    """Return the scores as a Markdown table for a README."""
     measured = published.has_cpu_seconds
     lines = [
         "| task | before RL | after RL, validation | held-out, any step | held-out, last step | RL env steps | "
@@ -227,7 +224,7 @@ def markdown(published: PublishedTeachers) -> str:
 
 
 def cpu_text(teacher: PublishedTeacher) -> str:
-    """Its processor seconds as a cell of a table."""
+    """Return the processor seconds as a cell of a table."""
     return "–" if teacher.cpu_seconds is None else f"{teacher.cpu_seconds:,.0f}"
 
 

@@ -16,9 +16,9 @@ MEASURES = {"average_performance": "average\nperformance", "recovery": "recovery
 
 
 def draw(data: Dataset) -> Figure:
-    """Rows: methods in the order of the recipe; one panel per measure, means as bars, single seeds as dots.
+    """Draw a panel per measure and a row per method, with means as bars and single seeds as dots.
 
-    The first method, which the others are compared with, has a colour of its own.
+    The first method, with which the others are compared, has another colour.
     """
     methods = list(data.methods)
     figure = Figure(figsize=(COLUMN_INCHES, 0.17 * len(methods) + 0.62))
@@ -40,10 +40,10 @@ def draw(data: Dataset) -> Figure:
 
 
 def _least(data: Dataset) -> float:
-    """Where the axis of forgetting begins: left of all that is drawn."""
-    found = [(m, m.forgetting["mean"]) for m in data.methods if "mean" in m.forgetting]
-    values = [value for _, mean in found for value in mean.per_seed]
-    values += [low for method, _ in found if (low := _interval(data, method, "forgetting")[0]) is not None]
+    """Return the lower limit of the axis of forgetting, below all drawn values."""
+    methods = [method for method in data.methods if "mean" in method.forgetting]
+    values = [value for method in methods for value in method.forgetting["mean"].per_seed]
+    values += [low for method in methods if (low := _interval(data, method, "forgetting")[0]) is not None]
     return min(-0.05, 1.1 * min(values, default=0.0))
 
 
@@ -53,35 +53,35 @@ def _interval(data: Dataset, method: MethodMeasures, measure: str) -> tuple[floa
 
 
 def _guide(axes: Axes, data: Dataset, measure: str) -> None:
-    """Where a student as good as its teachers would be."""
+    """Draw a line at the value of a student as good as its teachers."""
     rates = data.teacher_scores
-    value = {"average_performance": float(np.mean(rates)) if rates else None, "recovery": 1.0, "forgetting": 0.0}
-    found = value[measure]
-    if found is not None:
-        axes.axvline(found, color=GUIDE, linewidth=0.8, linestyle=(0, (2, 1.5)), zorder=1, clip_on=False)
+    values = {"average_performance": float(np.mean(rates)) if rates else None, "recovery": 1.0, "forgetting": 0.0}
+    value = values[measure]
+    if value is not None:
+        axes.axvline(value, color=GUIDE, linewidth=0.8, linestyle=(0, (2, 1.5)), zorder=1, clip_on=False)
 
 
 def _method(axes: Axes, data: Dataset, method: MethodMeasures, measure: str, row: int) -> None:
-    found = getattr(method, measure).get("mean")
-    if found is None:
-        told = "cannot forget" if method.recovery else "not finished"
-        axes.text(0.02, row, told, size=5.5, style="italic", va="center", color=GUIDE)
+    mean = getattr(method, measure).get("mean")
+    if mean is None:
+        reason = "cannot forget" if method.recovery else "not finished"
+        axes.text(0.02, row, reason, size=5.5, style="italic", va="center", color=GUIDE)
         return
     low, high = _interval(data, method, measure)
     colour = method_colour(1 if method is data.methods[0] else 0)
-    axes.barh(row, found.estimate, 0.72, color=colour, alpha=0.35, linewidth=0)
-    # Inside a bar where there is room, so that no mark is covered.
-    inside = found.estimate > 0.4
+    axes.barh(row, mean.estimate, 0.72, color=colour, alpha=0.35, linewidth=0)
+    # Inside a long bar, where the number covers no mark.
+    inside = mean.estimate > 0.4
     place = {"x": 0.03, "ha": "left"} if inside else {"x": 0.92, "ha": "right"}
-    number = percent(found.estimate, 1).replace("-", "\N{MINUS SIGN}")
+    number = percent(mean.estimate, 1).replace("-", "\N{MINUS SIGN}")
     axes.text(y=row, s=number, size=5.5, va="center", zorder=5, **place)  # type: ignore[arg-type]
     if low is not None and high is not None:
         axes.plot([low, high], [row, row], color="black", linewidth=0.8, zorder=3)
-    axes.plot([found.estimate] * 2, [row - 0.36, row + 0.36], color=colour, linewidth=1.4, zorder=3)
-    if len(found.per_seed) > 1:
-        # Apart from each other, so that equal seeds are all seen.
-        rows = row + 0.22 * np.linspace(-1, 1, len(found.per_seed))
-        axes.plot(found.per_seed, rows, "o", markersize=1.7, color="black", clip_on=False, zorder=4)
+    axes.plot([mean.estimate] * 2, [row - 0.36, row + 0.36], color=colour, linewidth=1.4, zorder=3)
+    if len(mean.per_seed) > 1:
+        # Spread vertically, so that equal values stay visible.
+        rows = row + 0.22 * np.linspace(-1, 1, len(mean.per_seed))
+        axes.plot(mean.per_seed, rows, "o", markersize=1.7, color="black", clip_on=False, zorder=4)
 
 
 def caption(data: Dataset) -> str:

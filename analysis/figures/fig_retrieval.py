@@ -11,13 +11,13 @@ from analysis.captions import look_alikes
 from analysis.dataset import Dataset, short
 from analysis.style import COLUMN_INCHES, METHOD_COLOURS, method_line
 
-#: With more tasks than this their lines are not told apart, but the worst are named.
+#: The lines of more tasks cannot be told apart; only the worst are then named.
 FEW_TASKS = 14
 NUM_NAMED = 3
 
 
 def draw(data: Dataset, method: str) -> Figure | None:
-    """X: environment steps seen (log); one line per task, and their mean; None without beliefs."""
+    """Draw the beliefs of every task over environment steps, and their mean. Return None without beliefs."""
     curves = task_curves(data, method)
     if not curves:
         return None
@@ -49,7 +49,7 @@ def draw(data: Dataset, method: str) -> Figure | None:
 
 
 def task_curves(data: Dataset, method: str) -> dict[str, dict[int, float]]:
-    """By task, in stream order, and step: the share of episodes with the right belief, over all seeds."""
+    """Return, by task and step, the share of episodes with the right belief, over all seeds."""
     counts: dict[str, dict[int, list[int]]] = {task: defaultdict(lambda: [0, 0]) for task in data.tasks}
     for row in data.tables.retrieval:
         if row.method == method:
@@ -57,7 +57,9 @@ def task_curves(data: Dataset, method: str) -> dict[str, dict[int, float]]:
             cell[0] += row.correct
             cell[1] += row.episodes
     return {
-        task: {k: right / n for k, (right, n) in sorted(found.items())} for task, found in counts.items() if found
+        task: {step: correct / episodes for step, (correct, episodes) in sorted(cells.items())}
+        for task, cells in counts.items()
+        if cells
     }
 
 

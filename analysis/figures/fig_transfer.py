@@ -12,14 +12,14 @@ from analysis.style import COLUMN_INCHES, PAGE_INCHES
 
 
 def draw(data: Dataset) -> Figure | None:
-    """Rows: methods; columns: stages and their mean; None without students of single tasks to compare with."""
-    found = [(m.method, m.forward_transfer) for m in data.methods if m.forward_transfer is not None]
-    if not found:
+    """Draw methods by stages and their mean. Return None without students of single tasks to compare with."""
+    transfers = {m.method: m.forward_transfer for m in data.methods if m.forward_transfer is not None}
+    if not transfers:
         return None
     gains = np.array(
         [
             [*(np.nan if gain is None else gain for gain in transfer.by_stage), transfer.mean.estimate]
-            for _, transfer in found
+            for transfer in transfers.values()
         ]
     )
     num_rows, num_columns = gains.shape
@@ -52,7 +52,7 @@ def draw(data: Dataset) -> Figure | None:
     axes.set_xticks(
         range(num_columns), [*(short(task) for task in data.stream), "mean"], rotation=90, fontsize=size
     )
-    axes.set_yticks(range(num_rows), [method for method, _ in found], fontsize=6.5)
+    axes.set_yticks(range(num_rows), list(transfers), fontsize=6.5)
     axes.tick_params(axis="both", length=0, pad=2, top=True, labeltop=True, bottom=False, labelbottom=False)
     axes.spines[:].set_visible(False)
     bar = figure.colorbar(image, ax=axes, orientation="horizontal", fraction=0.05, pad=0.03, aspect=35, shrink=0.8)

@@ -54,13 +54,13 @@ class ExpertUsage:
     def act(self, obs_BO: FloatArray) -> FloatArray:
         """The actor's actions."""
         self._step += 1
-        before = self._student.register_forward_pre_hook(_ask_for_statistics, with_kwargs=True)
-        after = self._student.register_forward_hook(self._count)
+        pre_hook = self._student.register_forward_pre_hook(_ask_for_statistics, with_kwargs=True)
+        hook = self._student.register_forward_hook(self._count)
         try:
             actions = self._actor.act(obs_BO)
         finally:
-            before.remove()
-            after.remove()
+            pre_hook.remove()
+            hook.remove()
         believed: Any = getattr(self._actor, "believed", ())
         if self._believes and self._step in self._recorded and len(believed):
             episodes, correct = self._retrieved.get((self._task, self._step), (0, 0))

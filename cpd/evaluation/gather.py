@@ -1,4 +1,4 @@
-"""Gathers a run's pieces into its results folder, which from then on can be read without the rest of the run.
+"""Gathers the files of a run's elements into its results folder, which can be read without the rest of the run.
 
 results/
   config.json           the frozen configuration
@@ -39,6 +39,7 @@ from cpd.run.tables import (
     EvaluationRow,
     LossRow,
     RetrievalRow,
+    Row,
     StageRow,
     TeacherRow,
     UsageRow,
@@ -47,23 +48,25 @@ from cpd.run.tables import (
     write_rows,
 )
 
-#: Points of a loss curve within a stage, at most: enough to see it, few enough to be published.
+#: Most points of a loss curve within a stage, which keeps published tables small.
 LOSS_POINTS = 100
 
 
 def gather(run: Run) -> dict[str, Any]:
-    """Write `run.results` from what the run's elements have published so far.
+    """Write `run.results` from the files that the run's elements have written so far.
 
     Returns:
-        The contents of metrics.json; its `missing` says what is not there yet.
+        The contents of metrics.json; `missing` lists what is not measured yet.
 
     Raises:
-        RunError: if the run holds no element at all, so that there is nothing to gather; or if results of students
-            or teachers that were gathered before would be lost.
+        RunError: if the run has no elements yet, or if gathered results of students or teachers would be lost.
     """
-    if not any((run.root / part).is_dir() for part in ("teachers", "students")):
-        raise RunError(f"{run.root} has neither teachers nor students yet; `jobs.launch` makes them")
-    evaluations, episodes = _evaluations(run)
+    if not any((run.root / name).is_dir() for name in ("teachers", "students")):
+        raise RunError(f"{run.root} has neither teachers nor students yet; start them with `jobs.launch`")
+    stages = range(-1, len(run.config.stream.tasks))
+    files = [(teacher.evaluation, teacher.episodes) for teacher in run.teachers() if teacher.finished]
+    files += [(e.row_file(stage), e.row_episodes_file(stage)) for e in run.evaluations() for stage in stages]
+    evaluations = _existing_rows([table for table, _ in files], EvaluationRow)
     if (table := run.results / "evaluations.csv").exists():
         check_none_lost(
             run.results,
@@ -72,21 +75,26 @@ def gather(run: Run) -> dict[str, Any]:
             f"{run.root} no longer has them. `python -m analysis.build {run.results}` draws them; to gather "
             f"without them, remove {table} first",
         )
-    curves = [row for s in run.students() if s.curves.exists() for row in read_rows(s.curves, CurveRow)]
     _write_table(run.results / "evaluations.csv", evaluations)
-    _write_table(run.results / "episodes.csv", episodes)
-    _write_table(run.results / "curves.csv", curves)
+    _write_table(run.results / "episodes.csv", _existing_rows([details for _, details in files], EpisodeRow))
+    _write_table(run.results / "curves.csv", _existing_rows([s.curves for s in run.students()], CurveRow))
     _write_table(run.results / "teachers.csv", [_teacher_row(t) for t in run.teachers()])
     _write_records(
         run.results / "teacher_curves.csv",
         [({"task": t.task, "seed": t.seed}, read_metrics(t.metrics)) for t in run.teachers()],
     )
-    _write_students(run)
-    # What can no longer be worked out is kept as it is.
+    records = [(student, read_metrics(student.metrics)) for student in run.students()]
+    _write_table(run.results / "losses.csv", [row for s, metrics in records for row in _losses(s, metrics)])
+    _write_table(run.results / "stages.csv", [row for s, metrics in records for row in _stages(s, metrics)])
+    usage = [e.usage_file(stage) for e in run.evaluations() for stage in stages]
+    _write_table(run.results / "usage.csv", _existing_rows(usage, UsageRow))
+    retrieval = [e.retrieval_file(stage) for e in run.evaluations() for stage in stages]
+    _write_table(run.results / "retrieval.csv", _existing_rows(retrieval, RetrievalRow))
+    # An earlier table is kept if the rollouts for a new one no longer exist.
     if rows := start_rows(run):
         write_rows(run.results / "starts.csv", rows)
     write_json(run.results / "timings.json", [_timing(e) for e in run.elements() if e.role != "report"])
-    # As it was frozen: what was no setting then must not pass for today's default.
+    # Copied as it is: a default must not be filled in for a setting that did not exist at the time.
     write_json(run.results / "config.json", read_json(run.config_path))
     report = {**summarize(read_tables(run.results)).to_json(), "provenance": _provenance(run)}
     write_json(run.results / "metrics.json", report)
@@ -98,31 +106,17 @@ def evaluated(rows: Iterable[EvaluationRow]) -> set[str]:
     return {f"{row.task if row.method == TEACHER else row.method} (seed {row.seed})" for row in rows}
 
 
-def _write_students(run: Run) -> None:
-    """The tables of what students are and do beside their success."""
-    losses: list[LossRow] = []
-    stages: list[StageRow] = []
-    for student in run.students():
-        records = read_metrics(student.metrics)
-        losses += _losses(student, records)
-        stages += _stages(student, records)
-    _write_table(run.results / "losses.csv", losses)
-    _write_table(run.results / "stages.csv", stages)
-    every = [(e, stage) for e in run.evaluations() for stage in range(-1, len(run.config.stream.tasks))]
-    for name, kind, files in (
-        ("usage.csv", UsageRow, [element.usage_file(stage) for element, stage in every]),
-        ("retrieval.csv", RetrievalRow, [element.retrieval_file(stage) for element, stage in every]),
-    ):
-        _write_table(run.results / name, [row for file in files if file.exists() for row in read_rows(file, kind)])
+def _existing_rows(files: Iterable[Path], kind: type[Row]) -> list[Row]:
+    return [row for file in files if file.exists() for row in read_rows(file, kind)]
 
 
 def _losses(student: StudentElement, records: Sequence[Mapping[str, Any]]) -> Iterable[LossRow]:
-    """At most `LOSS_POINTS` rows a stage, each the mean over as many records."""
+    """Yield at most `LOSS_POINTS` rows per stage, each the mean over equally many records."""
     steps = [record for record in records if record.get("loss") is not None]
     for stage in dict.fromkeys(record["stage"] for record in steps):
-        own = [record for record in steps if record["stage"] == stage]
-        size = -(-len(own) // LOSS_POINTS)
-        for group in (own[start : start + size] for start in range(0, len(own), size)):
+        in_stage = [record for record in steps if record["stage"] == stage]
+        size = -(-len(in_stage) // LOSS_POINTS)
+        for group in (in_stage[start : start + size] for start in range(0, len(in_stage), size)):
             means = {name: _mean(group, name) for name in ("current", "replay")}
             loss = _mean(group, "loss")
             assert loss is not None
@@ -131,7 +125,7 @@ def _losses(student: StudentElement, records: Sequence[Mapping[str, Any]]) -> It
 
 
 def _mean(records: Sequence[Mapping[str, Any]], name: str) -> float | None:
-    """To six significant digits, as records have them; None if none has it."""
+    """Return the mean to six significant digits, as in the records; None if no record has a value."""
     values = [record[name] for record in records if record.get(name) is not None]
     return float(f"{statistics.fmean(values):.6g}") if values else None
 
@@ -141,33 +135,19 @@ def _stages(student: StudentElement, records: Sequence[Mapping[str, Any]]) -> It
     for stage in range(-1, len(student.config.stream.tasks)):
         path = student.stage_policy(stage).with_suffix(".json")
         if path.exists():
-            found = read_json(path)
+            description = read_json(path)
             yield StageRow(
                 method=student.method,
                 seed=student.seed,
                 stage=stage,
-                task=found["task"],
-                experts=found["num_experts"],
-                parameters=found["num_parameters"],
-                memory_steps=found["memory_steps"],
-                memory_bytes=found["memory_bytes"],
+                task=description["task"],
+                experts=description["num_experts"],
+                parameters=description["num_parameters"],
+                memory_steps=description["memory_steps"],
+                memory_bytes=description["memory_bytes"],
                 masked_share=masked.get(stage),
-                **found["labels"],
+                **description["labels"],
             )
-
-
-def _evaluations(run: Run) -> tuple[list[EvaluationRow], list[EpisodeRow]]:
-    """Rows of all finished teachers, and of every student's stages that have been evaluated."""
-    files = [(t.evaluation, t.episodes) for t in run.teachers() if t.finished]
-    for element in run.evaluations():
-        stages = range(-1, len(run.config.stream.tasks))
-        files += [(element.row_file(stage), element.row_episodes_file(stage)) for stage in stages]
-    rows: list[EvaluationRow] = []
-    episodes: list[EpisodeRow] = []
-    for table, details in files:
-        rows += read_rows(table, EvaluationRow) if table.exists() else []
-        episodes += read_rows(details, EpisodeRow) if details.exists() else []
-    return rows, episodes
 
 
 def _teacher_row(teacher: TeacherElement) -> TeacherRow:
@@ -179,18 +159,11 @@ def _teacher_row(teacher: TeacherElement) -> TeacherRow:
     records = read_metrics(teacher.metrics)
     validated = [r["validation_success"] for r in records if r.get("validation_success") is not None]
     last = records[-1] if records else {}
-    return TeacherRow(
-        teacher.task,
-        teacher.seed,
-        state,
-        _count(last.get("env_steps")),
-        _count(last.get("iteration")),
-        validated[-1] if validated else None,
+    env_steps, iterations = (
+        None if last.get(name) is None else int(last[name]) for name in ("env_steps", "iteration")
     )
-
-
-def _count(value: float | None) -> int | None:
-    return None if value is None else int(value)
+    success = validated[-1] if validated else None
+    return TeacherRow(teacher.task, teacher.seed, state, env_steps, iterations, success)
 
 
 def _timing(element: Element) -> dict[str, Any]:
@@ -205,10 +178,10 @@ def _timing(element: Element) -> dict[str, Any]:
 
 
 def _provenance(run: Run) -> dict[str, Any]:
-    """Versions and machine, without the command line, which may hold paths of that machine."""
+    """Return versions and machine without the command line, which may contain local paths."""
     path = run.root / "provenance.json"
-    found = read_json(path) if path.exists() else {}
-    return {key: value for key, value in found.items() if key != "command"}
+    provenance = read_json(path) if path.exists() else {}
+    return {key: value for key, value in provenance.items() if key != "command"}
 
 
 def _write_table(path: Path, rows: Sequence[Any]) -> None:
@@ -219,7 +192,7 @@ def _write_table(path: Path, rows: Sequence[Any]) -> None:
 
 
 def _write_records(path: Path, groups: Iterable[tuple[Mapping[str, Any], Sequence[Mapping[str, Any]]]]) -> None:
-    """Write metrics records as one table: the columns of the group first, then every key that occurs."""
+    """Write metrics records as one table: the group's columns first, then every key of the records."""
     lines = [{**group, **record} for group, records in groups for record in records]
     if not lines:
         path.unlink(missing_ok=True)
@@ -232,7 +205,7 @@ def _write_records(path: Path, groups: Iterable[tuple[Mapping[str, Any], Sequenc
     write_text(path, text.getvalue())
 
 
-#: Folders that a message names, at most.
+#: Most folders that a message names.
 MOST_NAMED = 12
 
 
@@ -243,8 +216,8 @@ def find_results(path: Path) -> Path:
         RunError: if there is none.
     """
     if not path.is_dir():
-        raise RunError(f"{path} is not a directory; name a run directory or a folder of results")
-    if kind_of(path) == "run" and any((path / part).is_dir() for part in ("teachers", "students")):
+        raise RunError(f"{path} is not a directory; name a run directory or a results folder")
+    if kind_of(path) == "run" and any((path / name).is_dir() for name in ("teachers", "students")):
         run = Run(path)
         if os.access(run.root, os.W_OK):
             gather(run)
@@ -257,7 +230,7 @@ def find_results(path: Path) -> Path:
     if folders := collected(path):
         rest = f" and {len(folders) - MOST_NAMED} more" if len(folders) > MOST_NAMED else ""
         raise RunError(
-            f"{path} is no results folder, but these folders in it are: {', '.join(folders[:MOST_NAMED])}{rest}; "
-            f"name one of them, e.g. {path / folders[0]}"
+            f"{path} is not a results folder, but these folders in it are: "
+            f"{', '.join(folders[:MOST_NAMED])}{rest}; name one of them, e.g. {path / folders[0]}"
         )
-    raise RunError(f"{path} is neither a run directory nor a folder of results; name one")
+    raise RunError(f"{path} is neither a run directory nor a results folder; name one of them")

@@ -128,17 +128,17 @@ def forgetting(rates: Floats, stream: Sequence[str], admitted: Bools, final: int
     columns = np.arange(len(own))
     drop = np.where(admitted, rates[own + 1, columns] - rates[final + 1], np.nan)
     last = max(own[admitted], default=-1)
-    before = admitted & (own < last)
-    if not before.any():
+    earlier = admitted & (own < last)
+    if not earlier.any():
         return Forgetting(drop, np.nan, np.nan, None, np.nan)
     first = [stream.index(task) for task in dict.fromkeys(stream)]
     highest = np.array([_highest(rates[first[j] + 1 : last + 1, j]) for j in columns])
     return Forgetting(
         per_task=drop,
-        mean=float(drop[before].mean()),
-        over_all=float(drop[before].sum() / admitted.sum()),
-        worst=_arg_extreme(np.where(before, drop, np.nan), np.nanargmax),
-        max_based=float((highest - rates[final + 1])[before].mean()),
+        mean=float(drop[earlier].mean()),
+        over_all=float(drop[earlier].sum() / admitted.sum()),
+        worst=_arg_extreme(np.where(earlier, drop, np.nan), np.nanargmax),
+        max_based=float((highest - rates[final + 1])[earlier].mean()),
     )
 
 

@@ -1,4 +1,4 @@
-"""Teachers outside of their run: small results and policy files that can be kept, and that later runs start from.
+"""Publishing of results and of teachers, which later runs can reuse.
 
 A folder of published teachers holds the long-form tables of `cpd.evaluation.gather`, the frozen configuration, and
 `policies/<task>-seed-<n>.safetensors` with its description beside it.
@@ -19,24 +19,25 @@ from cpd.run.directory import Run, TeacherElement, published_policy
 from cpd.run.files import DamagedFileError, copy, read_json, sha256, write_json
 from cpd.run.tables import EpisodeRow, EvaluationRow, compress_tables, find_table, read_rows, write_rows
 
-#: The tables that tell of teachers alone.
+#: The files that are copied whole, since they concern teachers only.
 TABLES = ("config.json", "teachers.csv", "teacher_curves.csv")
 
 
 def publish_teachers(run: Run, folder: Path) -> list[Path]:
-    """Copy what a run tells of its finished teachers, admitted or rejected, and their policies to `folder`.
+    """Copy the results and policies of a run's finished teachers, admitted or rejected, to `folder`.
 
     Returns:
         The policy files.
 
     Raises:
         RunError: if the run holds no teacher at all.
-        ValueError: if no teacher is finished, or not by held-out goals, or they are stand-ins, or `folder` holds
-            something else than what was published of this experiment before.
+        ValueError: if no teacher is finished, if they were not evaluated on held-out goals or are stand-ins, or
+            if `folder` holds anything but teachers of this experiment.
     """
     if run.config.teacher.recipe == "scripted":
         raise ValueError(
-            f"{run.root} has scripted stand-ins for teachers, which come with Meta-World: nothing to keep"
+            f"{run.root} has scripted stand-ins for teachers, which are never published; publish a run with "
+            "trained teachers"
         )
     if run.config.evaluation.goal_set != "held_out":
         raise ValueError(
@@ -45,7 +46,7 @@ def publish_teachers(run: Run, folder: Path) -> list[Path]:
         )
     finished = [teacher for teacher in run.teachers() if teacher.finished]
     if not finished:
-        raise ValueError(f"{run.root} has no finished teacher yet; launch it again to go on")
+        raise ValueError(f"{run.root} has no finished teacher yet; launch it again to finish them")
     claim(folder, "teachers", to_dict(run.config))
     unfinished = [teacher for teacher in run.teachers() if not teacher.finished]
     published = [t.name for t in unfinished if published_policy(folder, t.task, t.seed).exists()]
@@ -73,59 +74,22 @@ def publish_teachers(run: Run, folder: Path) -> list[Path]:
         copy(teacher.policy, target)
         copy(teacher.policy.with_suffix(".json"), target.with_suffix(".json"))
         policies.append(target)
-    # What an earlier publication left would pass for policies that this config.json made.
+    # Remove policies of an earlier publication, which this config.json does not describe.
     for stale in set((folder / "policies").glob("*.safetensors")) - set(policies):
         stale.unlink()
         stale.with_suffix(".json").unlink(missing_ok=True)
     return policies
 
 
-def _check_whole(teacher: TeacherElement) -> None:
-    """Raise DamagedFileError unless the policy is the one that its description tells of."""
-    path = teacher.policy.with_suffix(".json")
-    if read_description(path, ("sha256",))["sha256"] != sha256(teacher.policy):
-        raise DamagedFileError(
-            f"{teacher.policy} is not what {path.name} describes: it was damaged; remove {teacher.path} and "
-            "launch again to train it anew"
-        )
-
-
-def read_description(path: Path, needed: Iterable[str]) -> dict[str, Any]:
-    """What lies beside a policy.
-
-    Args:
-        path: the policy's `.json`.
-        needed: entries that must be there, those of a table in it, unless that is null, as `table.entry`.
-
-    Raises:
-        DamagedFileError: if any is not.
-    """
-    description: dict[str, Any] = read_json(path)
-    missing = [key for key in needed if _lacks(description, key)]
-    if missing:
-        raise DamagedFileError(
-            f"{path} lacks {', '.join(missing)}: it does not describe a policy; publish the run again "
-            "(`python -m jobs.publish`)"
-        )
-    return description
-
-
-def _lacks(table: Any, key: str) -> bool:
-    name, _, rest = key.partition(".")
-    if not isinstance(table, dict) or name not in table:
-        return True
-    return bool(rest) and table[name] is not None and _lacks(table[name], rest)
-
-
 def publish_results(path: Path, folder: Path) -> Path:
-    """Copy the results of a run (gathered first), or gathered results, to `folder`; figures are drawn there anew.
+    """Copy the results of a run, which is gathered first, or gathered results to `folder`.
 
     Returns:
-        `folder`, which everything can be rebuilt from offline.
+        `folder`, from which all figures and tables can be rebuilt.
 
     Raises:
-        ValueError: if there are no results, or `folder` is not the place for them, or holds those of another
-            experiment, or of students that these do not have.
+        ValueError: if there are no results, or if `folder` is the wrong place or holds results of another
+            experiment or of students that these results lack.
     """
     results = find_results(path)
     tables = read_tables(results)
@@ -144,7 +108,7 @@ def publish_results(path: Path, folder: Path) -> Path:
     check_repository_place(folder, recipe, tables.goal_set)
     for name in sorted(RESULT_FILES):
         file = find_table(results / name)
-        # A stale table, or a stale form of one, would be drawn as if it belonged to the rest.
+        # A stale table would be drawn with the new ones, and both forms of a table must not coexist.
         if file is None or file.name != name:
             _remove(folder, name)
         if file is not None:
@@ -153,7 +117,44 @@ def publish_results(path: Path, folder: Path) -> Path:
     return folder
 
 
+def _check_whole(teacher: TeacherElement) -> None:
+    """Raise DamagedFileError unless the policy has the checksum in its description."""
+    path = teacher.policy.with_suffix(".json")
+    if read_description(path, ("sha256",))["sha256"] != sha256(teacher.policy):
+        raise DamagedFileError(
+            f"{teacher.policy} is damaged: its checksum differs from that in {path.name}; remove {teacher.path} "
+            "and launch again to train this teacher again"
+        )
+
+
+def read_description(path: Path, needed: Iterable[str]) -> dict[str, Any]:
+    """Read the description of a policy.
+
+    Args:
+        path: the policy's `.json`.
+        needed: required entries; `table.entry` is one in a nested table, and not required if the table is null.
+
+    Raises:
+        DamagedFileError: if an entry is missing.
+    """
+    description: dict[str, Any] = read_json(path)
+    missing = [key for key in needed if _lacks(description, key)]
+    if missing:
+        raise DamagedFileError(
+            f"{path} lacks {', '.join(missing)}: it does not describe a policy; publish the run again "
+            "(`python -m jobs.publish`)"
+        )
+    return description
+
+
+def _lacks(table: Any, key: str) -> bool:
+    name, _, rest = key.partition(".")
+    if not isinstance(table, dict) or name not in table:
+        return True
+    return bool(rest) and table[name] is not None and _lacks(table[name], rest)
+
+
 def _remove(folder: Path, name: str) -> None:
-    """Remove a published file in whichever form it is there."""
+    """Remove a published file, plain and compressed."""
     while file := find_table(folder / name):
         file.unlink()

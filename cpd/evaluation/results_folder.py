@@ -1,6 +1,6 @@
-"""A results folder: the long-form tables that everything in a report derives from.
+"""The long-form tables of a results folder, from which all measures derive.
 
-Needs nothing but the folder, so that results which were copied or published without their run can be read.
+Only the folder is needed, so results that were copied or published without their run can be read.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from cpd.run.tables import (
     read_rows,
 )
 
-#: The tables that are read, by the name of the field and of the file.
+#: The row type of every table, by the name of its field and file.
 TABLES: Final[dict[str, type[Any]]] = {
     "evaluations": EvaluationRow,
     "curves": CurveRow,
@@ -65,35 +65,37 @@ class Tables:
 
     @property
     def goal_set(self) -> str:
-        """The goals that success was measured on; results from before there was a choice are of held-out ones."""
+        """The goals that success was measured on; older results without this setting are on held-out goals."""
         return str(self.config["evaluation"].get("goal_set", HELD_OUT))
 
     @property
     def methods(self) -> tuple[str, ...]:
         """The labels of the run's methods."""
-        own = () if self.config.get("variants_only") else (self.config["method"],)
-        return (*own, *self.config.get("variants", {}))
+        base = () if self.config.get("variants_only") else (self.config["method"],)
+        return (*base, *self.config.get("variants", {}))
 
     def method_config(self, method: str) -> dict[str, Any]:
-        """config.json with what a method changes in it."""
+        """Return config.json with the settings of a method."""
         return merge(self.config, self.config.get("variants", {}).get(method, {}))
 
     def teacher_seed(self, student_seed: int) -> int:
-        """The seed of the teachers that a student learns from."""
+        """Return the seed of a student's teachers."""
         seeds: list[int] = self.config["teacher"]["seeds"]
         position: int = self.config["seeds"].index(student_seed)
         return seeds[position % len(seeds)]
 
 
 def read_tables(folder: Path) -> Tables:
-    """Read a results folder; a table that is not there is empty.
+    """Read a results folder; a missing table is read as empty.
 
     Raises:
         ValueError: if the folder lacks config.json, or a file in it is damaged.
     """
     path = folder / "config.json"
     if not path.exists():
-        raise ValueError(f"{folder} is not a results folder: it has no config.json; give a run or its results/")
+        raise ValueError(
+            f"{folder} is not a results folder: it has no config.json; name a run or its results folder"
+        )
 
     def rows(name: str, kind: type[Any]) -> list[Any]:
         return read_rows(folder / name, kind) if find_table(folder / name) else []
@@ -106,7 +108,7 @@ def read_tables(folder: Path) -> Tables:
 
 
 def merge_tables(tables: Sequence[Tables]) -> Tables:
-    """The first of `tables`, with the rows of all; a row that several of them share occurs once."""
+    """Return the first of `tables` with the rows of all; equal rows occur once."""
     rows: dict[str, Any] = {
         name: list(dict.fromkeys(row for table in tables for row in getattr(table, name))) for name in TABLES
     }
@@ -114,9 +116,9 @@ def merge_tables(tables: Sequence[Tables]) -> Tables:
 
 
 def labels_of(rows: Iterable[EvaluationRow]) -> dict[str, str]:
-    """The conditions that the rows carry; differing values are joined by a slash."""
-    found: dict[str, dict[str, None]] = {field.name: {} for field in fields(Labels)}
-    for row in rows:
-        for name, values in found.items():
-            values[str(getattr(row, name))] = None
-    return {name: "/".join(values) for name, values in found.items()}
+    """Return the labels of the rows; different values are joined by a slash."""
+    rows = list(rows)
+    return {
+        field.name: "/".join(dict.fromkeys(str(getattr(row, field.name)) for row in rows))
+        for field in fields(Labels)
+    }

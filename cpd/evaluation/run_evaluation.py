@@ -172,12 +172,12 @@ def _fill_rows(
         cells = sorted(row_cells(config, stage, stages[-1]), key=lambda cell: not cell.to_the_end)
         actor = _make_actor(student, model, stages[: stages.index(stage) + 1])
         usage = ExpertUsage(model, actor, config.stream.distinct_tasks, config.stream.horizon)
-        before = done
+        done_earlier = done
         # Finished episodes stay in the batch that the actor sees: its records are of running episodes only if all
         # episodes run to their end.
         outcomes: list[list[Outcome]] = []
         for acting, to_the_end in ((usage, True), (actor, False)):
-            found = evaluate_cells(
+            measured = evaluate_cells(
                 acting,
                 [cell for cell in cells if cell.to_the_end == to_the_end],
                 config.stream.horizon,
@@ -187,17 +187,17 @@ def _fill_rows(
                 should_stop=lambda: interrupt.requested,
                 advance=advance,
             )
-            if found is None:
+            if measured is None:
                 raise InterruptedBySignal(f"asked to stop while evaluating stage {stage}; launch again to go on")
-            outcomes += found
-        done = before + episodes[stage]
+            outcomes += measured
+        done = done_earlier + episodes[stage]
         label = labels(config)
         common: dict[str, Any] = {"method": element.method, "seed": element.seed, "stage": stage}
         usage_rows, retrieval_rows = usage.rows(comm, **common, **asdict(label))
         if attempt.is_writer:
             rows, episode_rows = evaluation_rows(cells, outcomes, **common, label=label)
             attempt.check()
-            # Only the latest of the single-task students is recorded: no table of the method's experts.
+            # For single_task, only the latest student is recorded, which does not describe the method.
             if usage_rows and config.distill.protocol != "single_task":
                 write_rows(element.usage_file(stage), usage_rows)
             if retrieval_rows:

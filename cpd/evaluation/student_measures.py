@@ -220,10 +220,8 @@ def _cell(matrix: SuccessMatrix, stage: int | None, column: int) -> Rate | None:
 
 
 def _last_step(rows: Sequence[EvaluationRow], final: int | None, task: str) -> Rate | None:
-    found = [r for r in rows if final is not None and (r.stage, r.task) == (final, task)]
-    if not found or found[0].successes_last is None:
-        return None
-    return _rate(found[0].successes_last, found[0].episodes)
+    row = next((row for row in rows if final is not None and (row.stage, row.task) == (final, task)), None)
+    return None if row is None or row.successes_last is None else _rate(row.successes_last, row.episodes)
 
 
 def _seen(matrix: SuccessMatrix, admitted: Bools) -> tuple[float | None, ...]:

@@ -14,21 +14,20 @@ from cpd.evaluation.measures import Bools
 from cpd.evaluation.results_folder import TEACHER, Tables, labels_of
 from cpd.evaluation.student_measures import Estimate, StudentMeasures, StudentResults, measure_student
 
-#: Settings of distillation in which a method must be like the students of single tasks that its transfer is
-#: measured from.
+#: Distillation settings that a method must share with the students of single tasks to measure its transfer.
 ALIKE = ("steps_per_stage", "batch_size")
 
 
 @dataclass(frozen=True)
 class ForwardTransfer:
-    """How much sooner a method learns than students that learn one task alone; see `measures.forward_transfer`."""
+    """How much sooner a method learns than students of single tasks; see `measures.forward_transfer`."""
 
     by_stage: tuple[float | None, ...]
     """Mean over seeds; None for stages that are left out or were not measured."""
     mean: Aggregate
     """Over the stages that all seeds measured."""
     left_out: tuple[str, ...]
-    """Tasks that a student of their own masters before anybody looks: nothing is left to be learned sooner."""
+    """Tasks that a student of this task alone masters before its first evaluation, so nothing can be gained."""
 
 
 @dataclass(frozen=True)
@@ -44,9 +43,9 @@ class MethodMeasures:
     forgetting: dict[str, Aggregate]
     recovery: dict[str, Aggregate]
     worst_tasks: dict[str, str]
-    """Which task `worst_task` is, by measure, the first of several; none where all tasks are alike."""
+    """The task of `worst_task` by measure, the first of several; absent if all tasks are equal."""
     memory_steps: int | None
-    """Most time steps that a student had stored after a stage; None if unknown."""
+    """Most time steps stored after a stage; None if unknown."""
     parameters: int | None
     """Of a student at the end."""
     forward_transfer: ForwardTransfer | None
@@ -66,10 +65,10 @@ class Summary:
     missing: tuple[str, ...]
     """What has not been done or measured, one sentence each."""
     unseen: tuple[str, ...]
-    """Methods without any evaluated student, of which `missing` tells in one sentence."""
+    """Methods without any evaluated student, listed in one sentence of `missing`."""
 
     def to_json(self) -> dict[str, Any]:
-        """The measures as plain values, for metrics.json."""
+        """Return the measures as plain values for metrics.json."""
         return {
             "name": self.name,
             "labels": self.labels,
@@ -81,7 +80,7 @@ class Summary:
 
 
 def summarize(tables: Tables) -> Summary:
-    """Derive all measures from the tables."""
+    """Compute all measures from the tables."""
     keys = dict.fromkeys((r.method, r.seed) for r in tables.evaluations if r.method != TEACHER)
     students = tuple(measure_student(tables, method, seed) for method, seed in keys)
     methods = dict.fromkeys(student.method for student in students)
@@ -98,7 +97,7 @@ def summarize(tables: Tables) -> Summary:
 
 
 def _reference(method: str, students: Sequence[StudentResults], tables: Tables) -> list[StudentResults]:
-    """The students of single tasks from which a method's forward transfer is measured."""
+    """Return the students of single tasks with which a method's forward transfer is measured."""
     settings = {name: tables.method_config(name)["distill"] for name in {method, *(s.method for s in students)}}
     if settings[method]["protocol"] == "single_task":
         return []
@@ -112,7 +111,7 @@ def _reference(method: str, students: Sequence[StudentResults], tables: Tables) 
 
 def _method(method: str, every: Sequence[StudentResults], tables: Tables) -> MethodMeasures:
     students = [student for student in every if student.method == method]
-    # Not one of whose final row a cell was not measured: what depends on it would be made up.
+    # A student with an unmeasured cell in its final row has no measures that could be averaged.
     finished = [s for s in students if s.measures.average_performance.value is not None]
     stages = [row for row in tables.stages if row.method == method]
     scores = {
@@ -124,7 +123,7 @@ def _method(method: str, every: Sequence[StudentResults], tables: Tables) -> Met
     worst_tasks = {}
     for name, rows in scores.items():
         table = np.array(rows).reshape(len(rows), len(students[0].matrix.tasks))
-        # Teachers of other seeds may admit other tasks: count those that every seed has.
+        # Different seeds may have different admitted teachers: average over the tasks that all seeds have.
         columns = np.flatnonzero(~np.isnan(table).any(axis=0))
         if len(finished) and len(columns):
             sign, worst = (-1, intervals.highest_task) if name == "forgetting" else (1, intervals.lowest_task)
@@ -163,7 +162,7 @@ def _forward_transfer(
         return None
     return ForwardTransfer(
         by_stage=tuple(
-            float(gain) if known else None for gain, known in zip(gains.mean(0), measured, strict=True)
+            float(gain) if is_measured else None for gain, is_measured in zip(gains.mean(0), measured, strict=True)
         ),
         mean=intervals.over_seeds(gains[:, measured], intervals.mean_score),
         left_out=tuple(
@@ -188,7 +187,7 @@ def _mean(rows: Sequence[Sequence[float | None]]) -> Floats:
 def interval(
     mean: Aggregate, students: Sequence[StudentMeasures], measure: str
 ) -> tuple[float | None, float | None]:
-    """95 % interval of a method's mean: by seeds (None for two to four) or, of one, by episodes."""
+    """Return the 95 % interval of a method's mean, over seeds (None for two to four) or, for one, episodes."""
     if len(students) == 1:
         estimate: Estimate = getattr(students[0], measure)
         return estimate.low, estimate.high
@@ -216,7 +215,7 @@ def shares(student: StudentResults) -> Floats:
 
 
 def without_students(methods: Sequence[str]) -> list[str]:
-    """The sentence about methods without any evaluated student, if there are any."""
+    """Return a sentence about methods without any evaluated student, if there are any."""
     return [f"no student of {', '.join(methods)} has been evaluated"] if methods else []
 
 
@@ -227,13 +226,13 @@ def _missing(tables: Tables, students: Sequence[StudentResults], unseen: Sequenc
             yield f"{who} missed its gate: 0 in the average performance, left out of forgetting and recovery"
         elif teacher.state != "admitted":
             yield f"{who} is not finished ({teacher.state})"
-    found = {(student.method, student.seed) for student in students}
+    evaluated = {(student.method, student.seed) for student in students}
     yield from without_students(unseen)
     yield from (
         f"student {method} (seed {seed}) has not been evaluated"
         for method in tables.methods
         for seed in tables.config["seeds"]
-        if method not in unseen and (method, seed) not in found
+        if method not in unseen and (method, seed) not in evaluated
     )
     for student in students:
         who = f"student {student.method} (seed {student.seed})"

@@ -240,11 +240,11 @@ def test_results_that_do_not_belong_together_are_refused(tmp_path: Path, run: Ru
     with pytest.raises(ValueError, match="teacher_recipe 'scripted' and 'rl'"):
         build([run.root, stand_in.root], tmp_path / "out")
     twin = write_run(tmp_path / "twin", **options)
-    with pytest.raises(ValueError, match="'moe' stands in both"):
+    with pytest.raises(ValueError, match="'moe'"):
         build([run.root, twin.root], tmp_path / "out")
     other = {"stream": STREAM[:2], "students": {1: RATES[:3, :2]}, "method": "c"}
     shorter = write_run(tmp_path / "shorter", **{**options, **other})
-    with pytest.raises(ValueError, match="different streams"):
+    with pytest.raises(ValueError, match=str(shorter.results)):
         build([run.root, shorter.root], tmp_path / "out")
     tuning = write_run(tmp_path / "tried", **options, goal_set="validation")
     with pytest.raises(ValueError, match="validation goals"):

@@ -160,7 +160,7 @@ def test_a_damaged_policy_does_not_replace_a_good_one(
     policy = damaged.teachers()[0].policy
     policy.write_bytes(policy.read_bytes()[:200])
     assert publish_main([str(damaged.root), str(tmp_path / "kept")]) == 2
-    assert f"{policy} is not what policy.json describes" in capsys.readouterr().err
+    assert str(policy) in capsys.readouterr().err
     assert file.read_bytes() == before
 
 
@@ -185,7 +185,7 @@ def test_a_published_folder_that_lost_a_file_is_not_drawn_without_it(
 ) -> None:
     (file,) = publish_teachers(run, tmp_path / "kept")
     file.with_suffix(suffix).unlink()
-    with pytest.raises(ValueError, match=f"{file.with_suffix(suffix)} is missing"):
+    with pytest.raises(ValueError, match=str(file.with_suffix(suffix))):
         load_published(tmp_path / "kept")
 
 
@@ -254,7 +254,7 @@ def test_folders_with_the_same_tasks_are_compared(run: Run, tmp_path: Path) -> N
 def test_an_unfinished_run_or_a_folder_without_teachers_is_named(run: Run, tmp_path: Path) -> None:
     (tmp_path / "fresh").mkdir()
     (tmp_path / "fresh" / "config.json").write_text(run.config_path.read_text())
-    with pytest.raises(ValueError, match="no finished teacher"):
+    with pytest.raises(ValueError, match=str(tmp_path / "fresh")):
         publish_teachers(Run(tmp_path / "fresh"), tmp_path / "kept")
     assert check_main([str(tmp_path)]) == 2
 
