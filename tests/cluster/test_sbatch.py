@@ -102,7 +102,7 @@ def test_further_options_take_the_place_of_the_launchers_own(make_run) -> None:
     assert re.findall(r"--gpus-per-node=(\S+)", text) == ["a100:1"]
     assert not re.findall(r"--mem=", text) and "--mem-per-cpu=4G" in text
     for key in ("cpus-per-task", "ntasks-per-node", "time"):
-        with pytest.raises(ConfigError, match=f"'{key}' is set by the launcher"):
+        with pytest.raises(ConfigError, match=f"sbatch: '{key}'"):
             profile(sbatch={key: 4})
 
 

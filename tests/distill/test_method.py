@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from cpd.distill.contrast import BATCH_SIZE, ContrastSource
-from cpd.distill.protection.importance import fisher
+from cpd.distill.protection.importance import FISHER_WINDOWS, fisher
 from cpd.distill.trainer import StudentTrainer
 from cpd.student.actor import StudentActor
 from tests.distill.synthetic import stage_data
@@ -188,7 +188,7 @@ def test_the_importance_of_a_parameter_adds_up_over_the_stages():
         train(trainer, until=10 * stage + 9)
         trainer.train_step()
         trainer.learner.flat.freeze(None)
-        found.append(fisher(trainer.learner, stage_data(stage), 32))
+        found.append(fisher(trainer.learner, stage_data(stage), FISHER_WINDOWS))
         trainer.end_stage(stage_data(stage))
     first, total = found
     total[: len(first)] += first  # growth adds parameters at the end

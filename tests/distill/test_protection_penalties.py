@@ -9,7 +9,7 @@ import torch
 from cpd.config.load import ConfigError
 from cpd.distill.protection.agem import AGEM
 from cpd.distill.protection.ewc import EWC
-from cpd.distill.protection.importance import fisher
+from cpd.distill.protection.importance import FISHER_WINDOWS, fisher
 from tests.distill.synthetic import stage_data
 from tests.distill.test_trainer import make_config, make_trainer, mean_error, through_a_file, train
 
@@ -67,7 +67,9 @@ class TestEWC:
         for stage in range(2):
             train(trainer, until=25 * (stage + 1) - 1)
             trainer.train_step()
-            terms.append((fisher(trainer.learner, stage_data(stage), 32), trainer.learner.flat.values.clone()))
+            terms.append(
+                (fisher(trainer.learner, stage_data(stage), FISHER_WINDOWS), trainer.learner.flat.values.clone())
+            )
             trainer.end_stage(stage_data(stage))
         values, strength = trainer.learner.flat.values, trainer.config.protection.ewc_strength
         values += 0.1 * torch.randn(values.shape, generator=torch.Generator().manual_seed(0), dtype=values.dtype)
@@ -174,14 +176,14 @@ class TestAGEM:
         assert num_projected > 0
 
     @pytest.mark.parametrize(
-        "over, remedy",
+        "over, path",
         [
-            ({"distill": {"replay_share": 0.5}}, "set distill.replay_share = 0"),
-            ({"memory": {"selection": "none"}}, "choose another memory.selection"),
+            ({"distill": {"replay_share": 0.5}}, r"distill\.replay_share"),
+            ({"memory": {"selection": "none"}}, r"memory\.selection"),
         ],
     )
-    def test_needs_a_memory_apart_from_the_batch(self, over, remedy):
-        with pytest.raises(ConfigError, match=remedy):
+    def test_needs_a_memory_apart_from_the_batch(self, over, path):
+        with pytest.raises(ConfigError, match=path):
             make_config(**with_agem(**over))
 
 
