@@ -230,7 +230,7 @@ def _remedy(path: Path) -> str:
     if not marker.exists():
         return "restore the policy and its description, or publish its run again (`python -m jobs.publish`)"
     files = f"{path}, {path.with_suffix('.json').name} and {marker.name}"
-    return f"remove {files}, as far as they exist, and launch again to train the teacher again"
+    return f"remove {files}, as far as they exist, and launch again to retrain the teacher"
 
 
 def load_policy(path: Path) -> GaussianPolicy:
