@@ -18,7 +18,7 @@ def at_least_one(text: str) -> int:
     return int(text)
 
 
-def testbed_parser() -> argparse.ArgumentParser:
+def argument_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(
         prog="python -m slurm.testbed",
@@ -101,7 +101,7 @@ def status_lines(testbed: Testbed) -> list[str]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Start, stop or show the test cluster; return the exit code."""
-    arguments = testbed_parser().parse_args(argv)
+    arguments = argument_parser().parse_args(argv)
     testbed = Testbed(arguments.state)
     try:
         if arguments.verb == "up":

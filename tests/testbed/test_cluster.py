@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from workbench import ROOT, Workbench
 
-from slurm.testbed.__main__ import testbed_parser
+from slurm.testbed.__main__ import argument_parser
 from slurm.testbed.cluster import Testbed, TestbedError, default_state, free_ports, missing_packages
 from slurm.testbed.conf import Settings, slurm_conf
 
@@ -131,7 +131,7 @@ def test_a_daemon_that_dies_is_told_at_once(tmp_path: Path) -> None:
 def test_a_cluster_of_nothing_is_refused(option: str, capsys: pytest.CaptureFixture[str]) -> None:
     for text in ("-1", "0", "two"):
         with pytest.raises(SystemExit):
-            testbed_parser().parse_args(["up", option, text])
+            argument_parser().parse_args(["up", option, text])
         assert f"argument {option}: {text}" in capsys.readouterr().err
 
 

@@ -62,7 +62,7 @@ def test_rejected_teachers_stop_the_chain_if_the_recipe_says_so(bench: Workbench
     array = ledger(Run(root))[DRAWER][-1].job.partition("_")[0]
     assert set(bench.slurm("squeue", "-h", "-t", "all", "-j", array, "-o", "%T").split()) == {"COMPLETED"}
     assert rows[STUDENT]["state"] == "failed"
-    assert f"{DRAWER}, {WINDOW} are rejected" in rows[STUDENT]["message"]
+    assert "rejected teachers" in rows[STUDENT]["message"]
     assert {rows[name]["state"] for name in (EVALUATION, "results")} == {"waiting"}
 
 
