@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.live import Live
 
 from cpd.cluster.element_job import VERBS
-from cpd.cluster.estimate import complaints
+from cpd.cluster.estimate import launch_problems
 from cpd.cluster.local import LocalQueue
 from cpd.cluster.plan import PlanError
 from cpd.cluster.queue import NoSchedulerError, QueueView, SchedulerError, SubmissionRefusedError
@@ -174,7 +174,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         chosen = run.select(arguments.only)
         if profile.cluster == "local" and not arguments.prepare:
             check_needs(run, chosen)
-        problems = complaints(root, config, profile)
+        problems = launch_problems(root, config, profile)
         if arguments.dry_run:
             if profile.cluster == "slurm":
                 lines = dry_run(run, profile, arguments.only, arguments.retry_failed)

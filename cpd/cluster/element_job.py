@@ -1,4 +1,4 @@
-"""Runs elements as jobs of submitit."""
+"""The submitit job of one element, and the process that it starts."""
 
 from __future__ import annotations
 
@@ -76,9 +76,9 @@ class ElementJob(submitit.helpers.Checkpointable):
     """By name, since its number changes when a run gets more seeds."""
     resources: Resources
     partial: bool = False
-    """Whether to do what is possible before all dependencies of the element are finished."""
+    """Whether to process the finished dependencies only, and leave the rest to a later job."""
     visible_devices: str | None = None
-    """On this machine: the launcher's CUDA_VISIBLE_DEVICES, which submitit's local executor replaces."""
+    """Local jobs only: the launcher's CUDA_VISIBLE_DEVICES, which submitit's local executor overwrites."""
 
     @property
     def arguments(self) -> list[str]:
@@ -114,7 +114,7 @@ class ElementJob(submitit.helpers.Checkpointable):
 
 def submit_local(run: Run, element: Element, resources: Resources) -> Any:
     """Start the job of one element on this machine and enter it into the ledger; return submitit's job."""
-    mark(element, "queued")  # otherwise an earlier attempt's failure would look like this one's
+    mark(element, "queued")  # an earlier attempt's "failed" would count as this job's
     devices = os.environ.get(DEVICES_VARIABLE)
     work = ElementJob(str(run.root.resolve()), element.role, element.name, resources, visible_devices=devices)
     executor = submitit.LocalExecutor(run.logs)
@@ -130,35 +130,39 @@ def log_name(run: Run, job_id: str) -> str:
 
 
 def ask_to_stop(element: Element) -> bool:
-    """Ask the process that writes `element` for this launcher to save and stop; False if none writes it yet.
+    """Send SIGTERM to the process that writes `element`, unless another launcher started it.
 
-    A process of another launcher is left alone.
+    Returns:
+        False if no process holds the element's lease yet.
     """
     holder, _ = current_holder(element.path / "attempts")
     if holder is None:
         return False
     if is_ours(holder):
-        with contextlib.suppress(ProcessLookupError):  # it has just ended
+        with contextlib.suppress(ProcessLookupError):  # the process has just ended
             os.kill(holder.process, signal.SIGTERM)
     return True
 
 
 def is_ours(holder: Holder) -> bool:
-    """Whether the process that holds a lease works for this launcher: on this machine, with its variable."""
+    """Whether this launcher started the process that holds a lease.
+
+    The environment decides, since the holder may be a rank of mpiexec and not the process that submitit started.
+    """
     if holder.host != socket.gethostname():
         return False
     try:
         variables = Path(f"/proc/{holder.process}/environ").read_bytes().split(b"\0")
-    except OSError:  # another user's, or just ended
+    except OSError:  # another user's process, or one that has just ended
         return False
     return f"{LAUNCHER_VARIABLE}={launcher_identity()}".encode() in variables
 
 
 def available_cpus() -> int:
-    """Return the cores of this rank: those set by its launcher or Slurm, or its share of the process's cores."""
+    """Return the number of cores of this rank: set by the launcher or Slurm, else its share of the machine's."""
     cpus = os.environ.get(CPUS_VARIABLE) or os.environ.get("SLURM_CPUS_PER_TASK")
     if cpus:
         return int(cpus)
-    # mpiexec of MPICH and Open MPI: how many ranks share this machine.
+    # MPICH's and Open MPI's mpiexec set the number of ranks on this machine.
     local_sizes = ("MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE")
     return max(1, len(os.sched_getaffinity(0)) // max(int(os.environ.get(name) or 1) for name in local_sizes))

@@ -19,9 +19,9 @@ from cpd.config.types import Role
 from cpd.run.directory import Element, Run, StudentElement, TeacherElement
 from cpd.run.progress import read_status
 
-#: Environment steps per second and core, with PPO's updates (demo's three tasks).
+#: Environment steps per second and core, including PPO's updates (tasks of the recipe `demo`).
 TRAINING_RATE = 1_200.0
-#: Core seconds of an episode of 500 steps with a policy.
+#: Core seconds of an evaluation episode of 500 steps.
 EPISODE_SECONDS = 0.35
 #: Core seconds of a distillation step on one window at the default sizes, with curves.
 WINDOW_SECONDS = 4.5e-4
@@ -38,9 +38,9 @@ class Cost:
     role: Role
     count: int
     cores: int
-    """Of one element."""
+    """Cores of one element."""
     seconds: float
-    """Expected for one element; for a teacher at most, since it ends once it succeeds."""
+    """Expected seconds of one element; for a teacher an upper bound, since training stops at success."""
     is_measured: bool
     """Whether `seconds` comes from this run's own elements."""
     minutes_limit: int
@@ -64,7 +64,7 @@ def costs(run: Run, profile: Profile, elements: Sequence[Element]) -> list[Cost]
 
 
 def _expected_core_seconds(run: Run, element: Element) -> float:
-    # All methods share the teachers and the report, so that any method's config serves.
+    # All methods share the teachers and the report, so the configuration of any method is correct.
     method = element.method if isinstance(element, StudentElement) else run.config.methods[0]
     config = run.method_configs[method]
     tasks, distinct = config.stream.tasks, len(config.stream.distinct_tasks)
@@ -87,7 +87,7 @@ def _expected_core_seconds(run: Run, element: Element) -> float:
 
 
 def wall_hours(cost_list: Sequence[Cost], profile: Profile) -> float:
-    """Return the hours from start to end if the queue is empty. The roles follow one another."""
+    """Return the hours from start to end if the queue is empty; roles run one after another."""
     parallel = profile.array_parallelism
     return sum(c.seconds * (-(-c.count // parallel) if c.role == "teacher" else 1) for c in cost_list) / 3600
 
@@ -104,7 +104,7 @@ def disk(config: Config) -> tuple[float, int]:
 
 
 def _student_bytes(config: Config) -> float:
-    """Bytes of one student's folder."""
+    """Return the bytes of one student's folder."""
     distinct, num_stages = len(config.stream.distinct_tasks), len(config.stream.tasks)
     growth = config.student.experts_per_task if config.student.expansion == "per_task" else 0
     experts = [config.student.num_experts + growth * min(stage, distinct) for stage in range(num_stages + 1)]
@@ -121,8 +121,8 @@ def _parameters(config: Config, experts: int) -> int:
     return student.num_layers * (attention + experts * (expert + student.width)) + 64 * student.width
 
 
-def complaints(root: Path, config: Config, profile: Profile) -> list[str]:
-    """Return why a run in `root` cannot be written, be seen by its jobs, or divide its teachers among ranks."""
+def launch_problems(root: Path, config: Config, profile: Profile) -> list[str]:
+    """Return why a run in `root` cannot start: unsuitable ranks, or a small, read-only or node-local folder."""
     folder = next(folder for folder in (root.absolute(), *root.absolute().parents) if folder.is_dir())
     problems = []
     try:
@@ -133,7 +133,7 @@ def complaints(root: Path, config: Config, profile: Profile) -> list[str]:
         problems.append(f"{folder} is not writable; choose another --run-dir")
     size, _ = disk(config)
     free = shutil.disk_usage(folder).free
-    # A run that has begun holds part of these bytes already, and cannot move.
+    # A run that has started has used part of this space already, and cannot move.
     if free < size and not (root / "config.json").exists():
         problems.append(
             f"the run will take about {gigabytes(size)}, but {folder} has {gigabytes(free)} left; choose another "

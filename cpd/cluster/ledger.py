@@ -31,13 +31,13 @@ class LedgerEntry:
     name: str = ""
     """Slurm only: the job's unique name, shared by the elements of an array."""
     place: int | None = None
-    """Slurm only: place in the array, if it is one."""
+    """Slurm only: index in the array; None for a single job."""
     partial: bool = False
-    """Slurm only: whether the job does what can be done before all that the element needs is finished."""
+    """Slurm only: whether the job may start before all dependencies of the element are finished."""
 
 
 def append(run: Run, entries: Iterable[LedgerEntry]) -> None:
-    """Append submissions to the ledger, durably."""
+    """Append submissions to the ledger and sync it to disk."""
     with run.ledger.open("ab+") as file:
         if file.tell() > 0:
             file.seek(-1, os.SEEK_END)
@@ -51,13 +51,13 @@ def append(run: Run, entries: Iterable[LedgerEntry]) -> None:
 def ledger(run: Run) -> dict[str, list[LedgerEntry]]:
     """Return all submissions by element name, oldest first; a submission's second line replaces its first."""
     entries: dict[str, list[LedgerEntry]] = {}
-    names = {field.name for field in fields(LedgerEntry)}  # ledgers of other versions may hold more
+    names = {field.name for field in fields(LedgerEntry)}  # another version may have written more fields
     if run.ledger.exists():
         for line in run.ledger.read_text().splitlines():
             try:
                 entry = LedgerEntry(**{key: value for key, value in json.loads(line).items() if key in names})
             except json.JSONDecodeError:
-                continue  # cut off by a kill; what it announced was not submitted yet
+                continue  # a kill cut the line off; sbatch is called after the line is synced, so no job is lost
             earlier = entries.setdefault(entry.element, [])
             if entry.name and earlier and earlier[-1].name == entry.name:
                 earlier.pop()

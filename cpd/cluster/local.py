@@ -1,5 +1,7 @@
-"""Executes a run on this machine: a queue over submitit's local executor, which limits no cores and knows no
-dependencies."""
+"""Executes a run on this machine with a queue of its own.
+
+submitit's local executor starts all jobs at once: it has neither a limit on cores nor dependencies.
+"""
 
 from __future__ import annotations
 
@@ -21,9 +23,9 @@ from cpd.run.progress import read_status
 POLL_SECONDS = 0.2
 #: Seconds between refreshes of the display, which read a file per element.
 REFRESH_SECONDS = 1.0
-#: How often a killed job is restarted within one launch.
+#: How often one launch restarts a killed job. A job that runs out of memory would otherwise be restarted for ever.
 MAX_RESTARTS = 3
-#: How long running jobs may take to save when the launcher is asked to stop.
+#: Seconds that running jobs have to save when the launcher is asked to stop.
 STOP_SECONDS = 120.0
 
 
@@ -40,7 +42,7 @@ class LocalQueue:
     """Called about once a second, to redraw a display."""
     failed: list[Element] = field(default_factory=list)
     held: dict[str, Holder] = field(default_factory=dict)
-    """By name, elements that another process is writing, and its identity."""
+    """By element name: the other process that is writing the element."""
     _running: dict[str, tuple[Element, Any, int]] = field(default_factory=dict)
     _restarts: dict[str, int] = field(default_factory=dict)
     _refreshed: float = -math.inf
@@ -50,12 +52,12 @@ class LocalQueue:
 
         An element that fails does not stop those that do not depend on it.
         """
-        # The jobs watch this process and stop when it is gone.
+        # Jobs poll this process and stop when it has ended, so that a killed launcher leaves no jobs behind.
         os.environ[LAUNCHER_VARIABLE] = launcher_identity()
         pending = self._start_ready([element for element in self.elements if not element.finished])
         while self._running and not self.interrupt.requested:
             time.sleep(POLL_SECONDS)
-            # Only the end of a job frees cores, or what others wait for.
+            # Only the end of a job frees cores or finishes a dependency.
             ended = self._reap(pending)
             if ended:
                 pending = self._start_ready(pending)
@@ -69,7 +71,7 @@ class LocalQueue:
         free = self.profile.usable_cores - sum(cpus for _, _, cpus in self._running.values())
         for element in pending:
             resources = self.profile.resources(element.role)
-            # An element wider than the machine runs alone rather than never.
+            # An element that needs more cores than the machine has could never start: it runs alone.
             cpus = min(resources.total_cpus, self.profile.usable_cores)
             ready = all(needed.finished for needed in self.run.dependencies(element))
             if ready and cpus <= free:
@@ -81,7 +83,7 @@ class LocalQueue:
         return waiting
 
     def _refresh(self, at_once: bool = False) -> None:
-        """Redraw the display, but not at every poll."""
+        """Redraw the display, at most once in `REFRESH_SECONDS` unless `at_once`."""
         if at_once or time.monotonic() - self._refreshed >= REFRESH_SECONDS:
             self.refresh()
             self._refreshed = time.monotonic()
@@ -113,13 +115,13 @@ class LocalQueue:
 
     def _stop_all(self) -> None:
         deadline = time.monotonic() + STOP_SECONDS
-        asked: set[str] = set()
+        signalled: set[str] = set()
         while self._running and time.monotonic() < deadline:
             for name, (element, job, _) in list(self._running.items()):
                 if job.done():
                     del self._running[name]
-                elif name not in asked:
-                    # Until the job holds its lease there is nobody to ask.
-                    asked |= {name} if ask_to_stop(element) else set()
+                elif name not in signalled:
+                    # A job that does not hold its lease yet is asked at the next poll.
+                    signalled |= {name} if ask_to_stop(element) else set()
             self._refresh()
             time.sleep(POLL_SECONDS)

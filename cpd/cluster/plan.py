@@ -1,12 +1,13 @@
-"""Plans the jobs that a run still lacks, within a site's limits, and their sbatch texts.
+"""Plans the missing jobs of a run within a site's limits, and their sbatch texts.
 
 Teachers form one array, or several where a site limits the length of arrays. Every student and every evaluation is
-a separate job, since each depends on other elements; the report comes last. Dependencies are `afterany`: a chain
-continues even if a job failed, and an element with an unfinished dependency exits at once and names it.
+a separate job, since each depends on other elements; the report comes last. Dependencies are `afterany`, not
+`afterok`: one failed job does not cancel the rest of the chain, and an element with an unfinished dependency exits
+at once and names it.
 
-In the order `overlap`, a student has one job for every unfinished teacher, in the order of the stream. Each trains
-as far as teachers are finished and is followed by a job that evaluates the finished stages. Students and data of a
-stage are the same in either order.
+In the order `overlap`, a student has one job for every unfinished teacher, in the order of the stream. Each job
+trains the stages whose teachers are finished, and is followed by a job that evaluates the finished stages. Both
+orders give the same students.
 """
 
 from __future__ import annotations
@@ -36,14 +37,14 @@ class Submission:
     name: str
     role: Role
     tasks: tuple[tuple[Element, ...], ...]
-    """The elements of every job of the array; more than one where a site limits the number of jobs."""
+    """The elements of every job of the array; more than one per job where a site limits the number of jobs."""
     needs: tuple[Element, ...] = ()
-    """What must end before it starts: elements in the queue or of earlier submissions; the element itself means
-    its own earlier job."""
+    """The elements whose latest jobs must end first, in the queue or submitted earlier. The submission's own
+    element stands for its previous job."""
     parallelism: int = 0
     """Jobs of the array that run at a time; 0: the profile's number."""
     partial: bool = False
-    """Whether it does what is possible before all dependencies of its element are finished."""
+    """Whether the job may start before all dependencies of its element are finished."""
 
     @property
     def elements(self) -> list[Element]:
@@ -59,9 +60,9 @@ def plan(
     Args:
         run: the run.
         profile: limits of the site.
-        queued: which elements have jobs.
+        queued: which elements have jobs already; they are not submitted again.
         only: names of elements, or of folders of them such as `teachers/push-v3`; empty: all.
-        retry_failed: only what failed, and what depends on that.
+        retry_failed: submit only failed elements and those that depend on them.
 
     Raises:
         RunError: if a name is unknown.
@@ -73,21 +74,21 @@ def plan(
         for element in _chosen(run, queued, only, retry_failed)
         if not (element.finished or element.name in queued.active or element.name in queued.held)
     ]
-    promised = {*queued.active, *(element.name for element in wanted)}
+    scheduled = {*queued.active, *(element.name for element in wanted)}
     needs = {element.name: [e for e in run.dependencies(element) if not e.finished] for element in wanted}
     for element in wanted:
-        lacking = [needed.name for needed in needs[element.name] if needed.name not in promised]
-        if lacking:
+        missing = [needed.name for needed in needs[element.name] if needed.name not in scheduled]
+        if missing:
             raise PlanError(
-                f"{element.name} needs {', '.join(lacking)}, which {'is' if len(lacking) == 1 else 'are'} neither "
+                f"{element.name} needs {', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} neither "
                 "finished nor in the queue"
                 + "".join(
-                    f"; {name} is worked on by {queued.held[name]}" for name in lacking if name in queued.held
+                    f"; {name} is worked on by {queued.held[name]}" for name in missing if name in queued.held
                 )
             )
     teachers = [element for element in wanted if element.role == "teacher"]
     others = [element for element in wanted if element.role != "teacher"]
-    following = _overlapping(run, others, needs) if profile.order == "overlap" else _in_turn(others, needs)
+    following = _overlapping(run, others, needs) if profile.order == "overlap" else _sequential(others, needs)
     arrays = _arrays(teachers, profile, len(following) + sum(map(len, queued.active.values())))
     submissions = [Submission("", "teacher", tasks, parallelism=parallelism) for tasks, parallelism in arrays]
     names = _new_names(run, queued.names)
@@ -97,18 +98,18 @@ def plan(
     ]
 
 
-def _in_turn(wanted: Sequence[Element], needs: dict[str, list[Element]]) -> list[Submission]:
-    """One job for every student, evaluation and report, after all that it needs."""
+def _sequential(wanted: Sequence[Element], needs: dict[str, list[Element]]) -> list[Submission]:
+    """Return one job for every student, evaluation and report, after all its dependencies."""
     return [Submission("", element.role, ((element,),), tuple(needs[element.name])) for element in wanted]
 
 
 def _overlapping(run: Run, wanted: Sequence[Element], needs: dict[str, list[Element]]) -> list[Submission]:
-    """Jobs of students and evaluations in turn, one for every teacher that is waited for, then the rest."""
+    """Return alternating jobs of each student and its evaluation, one pair for every unfinished teacher."""
     wanted_names = {element.name for element in wanted}
     submissions: list[Submission] = []
     for student, evaluation in zip(run.students(), run.evaluations(), strict=True):
         pair = [element for element in (student, evaluation) if element.name in wanted_names]
-        # Without a job of its student, an evaluation has nothing to follow.
+        # An evaluation alternates with its student's jobs, so without those it needs a single job.
         teachers = needs.get(student.name, []) if student in pair else []
         if teachers and run.teacher_of(run.config.stream.tasks[0], student.seed).finished:
             submissions += [Submission("", element.role, ((element,),), partial=True) for element in pair[:1]]
@@ -121,40 +122,45 @@ def _overlapping(run: Run, wanted: Sequence[Element], needs: dict[str, list[Elem
                 # The last job is not partial, so that it reports missing dependencies.
                 submissions.append(Submission("", element.role, ((element,),), after, partial=not is_last))
         if not teachers:
-            submissions += _in_turn(pair, needs)
-    return submissions + _in_turn([element for element in wanted if element.role == "report"], needs)
+            submissions += _sequential(pair, needs)
+    return submissions + _sequential([element for element in wanted if element.role == "report"], needs)
 
 
 def _chosen(run: Run, queued: QueueState, only: Sequence[str], retry_failed: bool) -> list[Element]:
     elements = run.select(only)
     if retry_failed:
         # An element has failed if it was submitted and is neither finished, waiting, queued nor being written.
-        tried = ledger(run).keys() - queued.active.keys() - queued.held.keys()
-        again: set[str] = set()
+        submitted = ledger(run).keys() - queued.active.keys() - queued.held.keys()
+        retried: set[str] = set()
         for element in elements:
             failed = (
-                element.name in tried and not element.finished and read_status(element.status).state != "waiting"
+                element.name in submitted
+                and not element.finished
+                and read_status(element.status).state != "waiting"
             )
-            if failed or any(needed.name in again for needed in run.dependencies(element)):
-                again.add(element.name)
-        elements = [element for element in elements if element.name in again]
+            if failed or any(needed.name in retried for needed in run.dependencies(element)):
+                retried.add(element.name)
+        elements = [element for element in elements if element.name in retried]
     return elements
 
 
 def _arrays(
-    teachers: list[Element], profile: Profile, others: int
+    teachers: list[Element], profile: Profile, num_others: int
 ) -> list[tuple[tuple[tuple[Element, ...], ...], int]]:
-    """The teachers' arrays, each within the site's limits, and how many of its jobs may run at a time."""
-    room = profile.max_submitted - others if profile.max_submitted else len(teachers)
-    if room < min(len(teachers), 1):
-        beside = "no room for teachers beside" if teachers else "too little room for"
+    """Return the teachers' arrays, each within the site's limits, and how many of its jobs may run at a time.
+
+    Where `max_submitted` leaves fewer jobs than there are teachers, a job trains several, one after another.
+    """
+    max_jobs = profile.max_submitted - num_others if profile.max_submitted else len(teachers)
+    if max_jobs < min(len(teachers), 1):
+        shortage = "no room for teachers beside" if teachers else "too little room for"
         raise PlanError(
-            f"max_submitted ({profile.max_submitted}) leaves {beside} {others} other jobs; raise it, or submit "
-            "part of the run by --only"
+            f"max_submitted ({profile.max_submitted}) leaves {shortage} {num_others} other jobs; raise it, or "
+            "submit part of the run by --only"
         )
     if not teachers:
         return []
-    size = -(-len(teachers) // room)
+    size = -(-len(teachers) // max_jobs)
     tasks = [tuple(teachers[i : i + size]) for i in range(0, len(teachers), size)]
     longest = profile.max_array_size
     chunks = [tuple(tasks[i : i + longest]) for i in range(0, len(tasks), longest)]
@@ -179,7 +185,7 @@ def submit_all(
     Args:
         submissions: from `plan`.
         queued: the state of the queue that they were planned with.
-        submit: submits one with its dependency as sbatch takes it, and returns the job's number.
+        submit: submits one submission with its dependency in sbatch's syntax, and returns the job's number.
 
     Returns:
         The number of every element's latest job, by the element's name.
@@ -198,11 +204,12 @@ def submit_all(
 
 
 def _dependency(submission: Submission, jobs: dict[str, str], arrays: dict[str, list[str]]) -> str:
-    """Return what sbatch waits for; `arrays` holds all job numbers of each array, by the array's number."""
+    """Return the dependency in sbatch's syntax; `arrays` holds all job numbers of each array, by its number."""
     needed = {jobs[element.name] for element in submission.needs}
+    # The number of a whole array keeps the option short.
     whole = [array for array, members in arrays.items() if needed.issuperset(members)]
-    named = [job for job in needed if not any(job in arrays[array] for array in whole)]
-    return "afterany:" + ":".join(sorted(whole + named, key=_numeric)) if needed else ""
+    single = [job for job in needed if not any(job in arrays[array] for array in whole)]
+    return "afterany:" + ":".join(sorted(whole + single, key=_numeric)) if needed else ""
 
 
 def _numeric(job: str) -> list[tuple[int, str]]:
@@ -212,7 +219,7 @@ def _numeric(job: str) -> list[tuple[int, str]]:
 def texts(
     run: Run, profile: Profile, submissions: Sequence[Submission], queued: QueueState
 ) -> list[tuple[str, str]]:
-    """Return name and sbatch text of every submission; names stand for the job numbers that sbatch will assign."""
+    """Return name and sbatch text of every submission, with names in place of the numbers that sbatch assigns."""
     result = []
 
     def add(submission: Submission, wait_for: str) -> str:

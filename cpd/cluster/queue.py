@@ -1,4 +1,4 @@
-"""Asks Slurm about jobs: squeue, and sacct where a site has it."""
+"""Queries Slurm for jobs: with squeue, and with sacct where a site has accounting."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ REMEDIES = {
     "REVOKED": "moved to another cluster: launch again here",
     "GONE": "Slurm has forgotten its job: launch again",
 }
-#: What Slurm writes into a job's log, and the state that it means. Without cgroups, a job that exceeds its memory
-#: has the state FAILED; a forgotten job has no state.
-SIGNS = {
+#: Slurm's messages in a job's log, and the state that each means. The queue alone does not tell: without cgroups,
+#: a job that exceeds its memory has the state FAILED, and a job that Slurm has forgotten has no state.
+STATES_BY_MESSAGE = {
     "exceeded memory limit": "OUT_OF_MEMORY",
     "oom-kill": "OUT_OF_MEMORY",
     "oom_kill": "OUT_OF_MEMORY",
@@ -37,7 +37,7 @@ SIGNS = {
 
 
 class SchedulerError(RuntimeError):
-    """Slurm gives no answer, or an error."""
+    """Slurm does not answer, or answers with an error."""
 
 
 class NoSchedulerError(SchedulerError):
@@ -71,7 +71,7 @@ class JobState:
 
 def state_in_log(log_lines: Iterable[str]) -> str:
     """Return the state that the last of Slurm's messages in a job's log means; empty if there is none."""
-    states = [state for line in log_lines for sign, state in SIGNS.items() if sign in line]
+    states = [state for line in log_lines for message, state in STATES_BY_MESSAGE.items() if message in line]
     return states[-1] if states else ""
 
 
@@ -97,7 +97,7 @@ def run_command(words: Sequence[str], seconds: float = 30.0) -> str:
 
 
 def queue() -> dict[str, JobState]:
-    """Return all of this user's jobs that the controller remembers, by number.
+    """Return all of this user's jobs that Slurm's controller still has in memory, by number.
 
     Raises:
         SchedulerError: if the controller cannot be asked.
@@ -110,10 +110,10 @@ def queue() -> dict[str, JobState]:
 
 
 def accounting(option: str, values: Iterable[str]) -> dict[str, JobState]:
-    """Return what the accounting remembers of jobs, by number; empty where a site has none.
+    """Return jobs from Slurm's accounting, by number; empty where a site has none.
 
     Args:
-        option: `-j` or `--name`: what `values` are.
+        option: `-j` for numbers, `--name` for names.
         values: numbers or names of jobs.
     """
     # By default sacct reports today's jobs only.
@@ -130,16 +130,16 @@ def accounting(option: str, values: Iterable[str]) -> dict[str, JobState]:
     return states
 
 
-#: Seconds for which an answer is kept, to spare a site's controller.
+#: Seconds for which an answer is reused, so that a display does not load a site's controller.
 QUEUE_SECONDS = 3.0
 ACCOUNTING_SECONDS = 30.0
-#: The state of a job that neither the queue nor the accounting remembers.
+#: The state of a job that is neither in the queue nor in the accounting.
 GONE = "GONE"
 
 
 @dataclass
 class QueueView:
-    """Slurm's latest answers."""
+    """Slurm's latest answers, for a display that asks again and again."""
 
     _jobs: dict[str, JobState] = field(default_factory=dict)
     _asked: float = -1e9

@@ -1,4 +1,8 @@
-"""Finds which elements of a run are in Slurm's queue, from the ledger, the queue and the leases."""
+"""Finds which elements of a run are in Slurm's queue, from the ledger, the queue and the leases.
+
+None of the three is enough: the ledger lacks the number of a job if its launcher died, the queue forgets jobs that
+have ended, and only a lease shows a process that was started by hand.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +18,7 @@ from cpd.config.profile import Profile
 from cpd.run.directory import Run
 from cpd.run.lease import current_holder
 
-#: How long to wait for jobs that are just ending before deciding what is missing.
+#: How long `reconcile` waits for jobs that are just ending: until then, they may be requeued.
 ENDING_SECONDS = 60.0
 
 
@@ -40,7 +44,7 @@ def reconcile(run: Run, profile: Profile) -> QueueState:
     jobs = _settled_queue({entry.job for submissions in entries.values() for entry in submissions})
     if _enter_lost(run, profile, {name: submissions[-1] for name, submissions in entries.items()}, jobs):
         entries = slurm_entries(run)
-    return standing(run, entries, jobs)
+    return queue_state(run, entries, jobs)
 
 
 def read_queue(run: Run) -> QueueState:
@@ -49,7 +53,7 @@ def read_queue(run: Run) -> QueueState:
     Raises:
         SchedulerError: if Slurm cannot be asked.
     """
-    return standing(run, slurm_entries(run), queue())
+    return queue_state(run, slurm_entries(run), queue())
 
 
 def slurm_entries(run: Run) -> dict[str, list[LedgerEntry]]:
@@ -58,8 +62,8 @@ def slurm_entries(run: Run) -> dict[str, list[LedgerEntry]]:
     return {name: entries for name, entries in by_name.items() if entries}
 
 
-def standing(run: Run, entries: dict[str, list[LedgerEntry]], jobs: dict[str, JobState]) -> QueueState:
-    """Return the state of the unfinished elements from their submissions and the queue's jobs."""
+def queue_state(run: Run, entries: dict[str, list[LedgerEntry]], jobs: dict[str, JobState]) -> QueueState:
+    """Return which unfinished elements have jobs or writers, from their submissions and the queue's jobs."""
     by_number = {job.number: job for job in jobs.values()}
     active: dict[str, list[JobState]] = {}
     held = {}
@@ -70,7 +74,7 @@ def standing(run: Run, entries: dict[str, list[LedgerEntry]], jobs: dict[str, Jo
         active_jobs = [jobs[number] for number in numbers if number in jobs and jobs[number].is_active]
         holder, _ = current_holder(element.path / "attempts")
         if not active_jobs and holder:
-            # A job that was submitted by hand, or a process outside of the queue.
+            # The writer is a job that was submitted by hand, or a process outside the queue.
             job = by_number.get(holder.job) if holder.job else None
             active_jobs = [job] if job and job.is_active else []
             if job is None:
@@ -81,7 +85,7 @@ def standing(run: Run, entries: dict[str, list[LedgerEntry]], jobs: dict[str, Jo
 
 
 def _settled_queue(numbers: set[str]) -> dict[str, JobState]:
-    """Return the queue once none of these jobs is COMPLETING: it may be ending or being requeued."""
+    """Return the queue once none of these jobs is COMPLETING, a state in which a job ends or is requeued."""
     deadline = time.monotonic() + ENDING_SECONDS
     while True:
         jobs = queue()
@@ -92,7 +96,7 @@ def _settled_queue(numbers: set[str]) -> dict[str, JobState]:
 
 
 def _enter_lost(run: Run, profile: Profile, entries: dict[str, LedgerEntry], jobs: dict[str, JobState]) -> bool:
-    """Find the job numbers of submissions that the ledger knows by name only, and enter them; whether any was."""
+    """Enter the job numbers of submissions that the ledger has by name only; return whether any was found."""
     lost = [entry for entry in entries.values() if not entry.job]
     if not lost:
         return False
@@ -104,7 +108,7 @@ def _enter_lost(run: Run, profile: Profile, entries: dict[str, LedgerEntry], job
             recovered = replace(entry, job=job, log=log_name(run, job), time=time.time())
             by_job.setdefault(job, []).append(recovered)
     append(run, itertools.chain.from_iterable(by_job.values()))
-    # The killed launcher did not write the jobs' pickles, for which the jobs wait a minute.
+    # The killed launcher did not write the jobs' pickles. submitit's jobs wait a minute for them.
     elements = {element.name: element for element in run.elements()}
     for job, task in by_job.items():
         if job in jobs and jobs[job].is_active:

@@ -1,4 +1,4 @@
-"""What a job does inside Slurm: check its dependencies, and requeue itself after it was stopped."""
+"""What an element's job does at its start and end: check its dependencies, and requeue itself after a stop."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ VISIBILITY_SECONDS = 5.0
 
 
 def slurm_job() -> str:
-    """The Slurm job that this process is a step of, `12` or `12_3`; empty if none."""
-    # An array's number alone would mean all of its elements, as would SLURM_JOB_ID of its last one.
+    """Return the number of this process's Slurm job, `12` or `12_3`; empty outside Slurm."""
+    # The array's number alone would name all of its jobs, and the last job's SLURM_JOB_ID is that number.
     array, place = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
     return f"{array}_{place}" if array and place else os.environ.get("SLURM_JOB_ID", "")
 
@@ -50,11 +50,11 @@ def unfinished_dependencies(run: Run, element: Element) -> list[Element]:
 
 
 def describe_unfinished(missing: list[Element]) -> str:
-    """Say why an element cannot start, with its unfinished dependencies."""
+    """Return a message that lists the unfinished dependencies of an element, with the state of each."""
     descriptions = []
     for element in missing:
         record = read_status(element.status)
-        # Its message may list its own dependencies in turn.
+        # Shortened, since its message may list dependencies as well.
         message = textwrap.shorten(record.message, 100, placeholder=" ...")
         descriptions.append(f"{element.name} ({record.state}{f': {message}' if message else ''})")
     return f"not started, since it needs {', '.join(descriptions)}"

@@ -25,7 +25,7 @@ MANY_TIMEOUTS = 10**6
 
 
 class Executor(submitit.SlurmExecutor):
-    """submitit's executor, which also works without Slurm, to show what it would submit."""
+    """submitit's executor, usable without Slurm too, for `--dry-run`."""
 
     @classmethod
     def affinity(cls) -> int:
@@ -68,7 +68,7 @@ class BundleJob(submitit.helpers.Checkpointable):
 
 
 def element_work(run: Run, task: Sequence[Element], resources: Resources, partial: bool = False) -> Any:
-    """Return what submitit pickles for one job of one or several elements."""
+    """Return the callable that submitit pickles for one job of one or several elements."""
     root = str(run.root.resolve())
     jobs = tuple(ElementJob(root, element.role, element.name, resources, partial) for element in task)
     return jobs[0] if len(jobs) == 1 else BundleJob(jobs)
@@ -121,10 +121,10 @@ def _with_options(parameters: dict[str, Any], profile: Profile, role: Role) -> d
     """Add the profile's own options, which replace equal parameters; an empty one removes an option."""
     options: dict[str, Any] = {"requeue" if profile.requeue else "no-requeue": True}
     if parameters["dependency"]:
-        # A dependency that can never be met would leave its dependents pending for ever.
+        # Otherwise a job stays pending for ever once its dependency can no longer be met.
         options["kill-on-invalid-dep"] = "yes"
     options |= {**profile.sbatch, **profile.resources(role).sbatch}
-    # An option must not appear twice: the last one would count, and their order is not ours to choose.
+    # An option must not appear twice: sbatch takes the last one, and submitit decides their order.
     replaced = {*options, *(["mem"] if options.keys() & MEMORY_OPTIONS else [])}
     kept = {key: None if key.replace("_", "-") in replaced else value for key, value in parameters.items()}
     wanted = {key: value for key, value in options.items() if value is not False and value != ""}
@@ -133,7 +133,7 @@ def _with_options(parameters: dict[str, Any], profile: Profile, role: Role) -> d
 
 @contextlib.contextmanager
 def outside_of_jobs() -> Iterator[None]:
-    """Hide from sbatch that this process may be inside a job, whose settings the new job would inherit."""
+    """Remove the variables of a surrounding job from the environment: sbatch would pass them to the new job."""
     is_inside = "SLURM_JOB_ID" in os.environ
     prefixes = ("SLURM_", "SLURMD_", "PMI_", "PMIX_")
     hidden = [key for key in os.environ if is_inside and key.startswith(prefixes) and key != "SLURM_CONF"]

@@ -16,7 +16,7 @@ from cpd.run.attempt import mark
 from cpd.run.directory import Element, Run
 from cpd.run.lease import current_holder
 
-#: sbatch's messages where the controller did not answer, which may be temporary.
+#: sbatch's messages if the controller does not answer. The launcher may try again, unlike after a refusal.
 UNANSWERED = ("Socket timed out", "Unable to contact slurm controller", "Zero Bytes were transmitted")
 
 
@@ -26,12 +26,12 @@ def submit(
     """Submit in order, then make jobs that were already pending wait for their resubmitted dependencies.
 
     Returns:
-        The number of each submission, by its name; and the elements whose jobs had already started before their
-        dependencies were resubmitted: they will exit without doing anything.
+        The job number of each submission, by its name; and the elements whose jobs had already started before
+        their dependencies were resubmitted: these jobs will exit without doing anything.
 
     Raises:
         SchedulerError: if Slurm cannot be asked.
-        SubmissionRefusedError: if sbatch refuses; what was submitted before stays, and launching again goes on.
+        SubmissionRefusedError: if sbatch refuses; earlier submissions stay, and another launch submits the rest.
     """
     numbers = {}
 
@@ -40,7 +40,7 @@ def submit(
         return numbers[submission.name]
 
     jobs = submit_all(submissions, queued, submit_one)
-    # What submitit and refused submissions leave among the logs.
+    # submitit and refused submissions leave these files among the logs.
     for path in [*run.logs.glob(".submission_file_*.sh"), *run.logs.glob(f"{'[0-9a-f]' * 32}.pkl")]:
         path.unlink(missing_ok=True)
     return numbers, _retarget(run, queued, jobs, {element.name for s in submissions for element in s.elements})
@@ -59,12 +59,12 @@ def _submit_one(run: Run, profile: Profile, submission: Submission, wait_for: st
     except Exception as error:
         for element in submission.elements:
             mark(element, "waiting", "sbatch refused it")
-        # submitit wraps sbatch's own words into many others.
+        # submitit embeds sbatch's message in a longer one.
         lines = [line.partition("error: ")[2] for line in str(error).splitlines() if "sbatch: error: " in line]
-        words = "; ".join(lines) or str(error)
-        if any(sign in words for sign in UNANSWERED):
-            raise SchedulerError(f"sbatch got no answer ({words}); launch again later") from error
-        raise SubmissionRefusedError(f"sbatch refused {submission.name}: {words}") from error
+        message = "; ".join(lines) or str(error)
+        if any(text in message for text in UNANSWERED):
+            raise SchedulerError(f"sbatch got no answer ({message}); launch again later") from error
+        raise SubmissionRefusedError(f"sbatch refused {submission.name}: {message}") from error
     numbers = [handle.job_id for handle in handles]
     append(run, _entries(run, submission, numbers))
     return str(numbers[0]).partition("_")[0]
@@ -102,14 +102,14 @@ def _retarget(run: Run, queued: QueueState, jobs: dict[str, str], submitted: set
         try:
             run_command(["scontrol", "update", f"JobId={active_jobs[-1].job}", f"Dependency={wait_for}"])
         except SchedulerError:
-            # The job is no longer pending. If no process holds the lease, it has not checked its dependencies yet.
+            # The job has started. If it does not hold the lease yet, it will find its dependencies unfinished.
             if current_holder(element.path / "attempts")[0] is None:
                 late.append(element)
     return late
 
 
 def withdraw(run: Run, late: Sequence[Element]) -> list[str]:
-    """Cancel the jobs of elements that started too early, and of all that depends on them; return their names.
+    """Cancel the jobs of elements that started too early and of their dependents; return the elements' names.
 
     Raises:
         SchedulerError: if Slurm cannot be asked.
@@ -128,7 +128,7 @@ def cancel(elements: Sequence[Element], queued: QueueState) -> list[str]:
         SchedulerError: if Slurm cannot be asked.
     """
     elements = [element for element in elements if element.name in queued.active]
-    # The last first: cancelling a dependency first would start the job that waits for it.
+    # In reverse: `afterany` starts a job as soon as its dependency is cancelled.
     numbers = [job.job for element in elements for job in queued.active[element.name]]
     numbers = list(dict.fromkeys(reversed(numbers)))
     if numbers:

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from cpd.cluster.estimate import complaints, costs, disk
+from cpd.cluster.estimate import costs, disk, launch_problems
 from cpd.cluster.ledger import LedgerEntry, append, ledger
 from cpd.cluster.queue import JobState, state_in_log
-from cpd.cluster.reconcile import slurm_entries, standing
+from cpd.cluster.reconcile import queue_state, slurm_entries
 from cpd.cluster.requeue import describe_unfinished, is_stuck, slurm_job, unfinished_dependencies
 from cpd.cluster.sbatch import outside_of_jobs
 from cpd.config.load import load
@@ -69,16 +69,16 @@ def test_where_elements_stand(make_run, monkeypatch: pytest.MonkeyPatch) -> None
     }
     monkeypatch.setenv("SLURM_JOB_ID", "14")
     with Lease(student.path).acquire():
-        state = standing(run, slurm_entries(run), jobs)
+        state = queue_state(run, slurm_entries(run), jobs)
         monkeypatch.setenv("SLURM_JOB_ID", "13")
         with Lease(window.path).acquire():
             # Its heart still beats, but Slurm has ended it.
-            assert window.name not in standing(run, slurm_entries(run), jobs).held
+            assert window.name not in queue_state(run, slurm_entries(run), jobs).held
     jobs_of = {name: [job.job for job in jobs_of_element] for name, jobs_of_element in state.active.items()}
     assert jobs_of == {drawer.name: ["12_0"], student.name: ["14"]}
     monkeypatch.delenv("SLURM_JOB_ID")
     with Lease(window.path).acquire():
-        assert f"process {os.getpid()}" in standing(run, slurm_entries(run), jobs).held[window.name]
+        assert f"process {os.getpid()}" in queue_state(run, slurm_entries(run), jobs).held[window.name]
 
 
 def test_a_requeued_job_takes_its_own_lease_over_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,13 +161,13 @@ def test_costs_and_disk(make_run) -> None:
 
 def test_a_disk_that_is_too_small_is_refused(make_run) -> None:
     config = make_run(rollouts={"num_steps": 10**13}).config
-    text = "\n".join(complaints(ROOT / "runs" / "x", config, profile()))
+    text = "\n".join(launch_problems(ROOT / "runs" / "x", config, profile()))
     assert re.search(r"the run will take about [\d.e+]+ GB, but .* has [\d.e+]+ GB left", text)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_a_folder_that_is_not_ones_own_is_refused(make_run) -> None:
-    assert "/usr is not writable" in complaints(Path("/usr/runs/x"), make_run().config, profile())[0]
+    assert "/usr is not writable" in launch_problems(Path("/usr/runs/x"), make_run().config, profile())[0]
 
 
 def test_files_follow_the_umask(tmp_path: Path) -> None:
@@ -202,14 +202,14 @@ def test_causes_are_read_from_logs() -> None:
 
 def test_a_run_directory_that_jobs_cannot_see_is_refused(make_run) -> None:
     config = make_run().config
-    assert "usually local to a node" in complaints(Path("/tmp/x/run"), config, profile())[0]
-    assert complaints(Path("/tmp/x/run"), config, profile(single_machine=True)) == []
-    assert complaints(ROOT / "runs" / "x", config, load_profile("local")) == []
+    assert "usually local to a node" in launch_problems(Path("/tmp/x/run"), config, profile())[0]
+    assert launch_problems(Path("/tmp/x/run"), config, profile(single_machine=True)) == []
+    assert launch_problems(ROOT / "runs" / "x", config, load_profile("local")) == []
 
 
 def test_ranks_that_cannot_share_a_teacher_are_told_before_anything_is_submitted(make_run) -> None:
     config = make_run(teacher={"ppo": {"num_envs": 1, "minibatch_size": 50}}).config
     shared, alone = (profile(teacher={"ranks": ranks}, single_machine=True) for ranks in (2, 1))
-    (problem,) = complaints(ROOT / "runs" / "x", config, shared)
+    (problem,) = launch_problems(ROOT / "runs" / "x", config, shared)
     assert "teacher.ppo.num_envs = 1" in problem
-    assert complaints(ROOT / "runs" / "x", config, alone) == []
+    assert launch_problems(ROOT / "runs" / "x", config, alone) == []
