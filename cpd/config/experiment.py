@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import field, replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -12,7 +13,7 @@ from cpd.config.checks import contradictions, without_effect
 from cpd.config.load import STRICT, ConfigError, load, merge, overrides_of, to_dict
 from cpd.config.retired import holds
 from cpd.config.student import MethodConfig
-from cpd.config.teacher import RolloutConfig, TeacherConfig
+from cpd.config.teacher import WARM_START_PPO, RolloutConfig, TeacherConfig
 from cpd.config.types import Count, Positive, Seeds, Task, expand_stream
 from cpd.envs.tasks import MAX_EPISODE_STEPS
 
@@ -90,6 +91,15 @@ class Config(MethodConfig):
     rollouts: RolloutConfig = field(default_factory=RolloutConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+    @staticmethod
+    def implied_defaults(tables: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the defaults that depend on `teacher.recipe` in the tables of an experiment, complete or not."""
+        teacher = tables.get("teacher")
+        recipe = teacher.get("recipe", "rl") if isinstance(teacher, Mapping) else "rl"
+        # Scripted experts use none of them, but get them too: runs of `lab_ablation`, which extends cw10, hold
+        # these values in their config.json.
+        return {} if recipe == "rl" else {"teacher": {"ppo": WARM_START_PPO}}
 
     def __post_init__(self) -> None:
         problems = [*self._budget_problems(), *contradictions(self, len(self.stream.distinct_tasks))]

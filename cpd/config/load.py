@@ -54,12 +54,17 @@ T = TypeVar("T")
 def load(kind: type[T], data: Mapping[str, Any], source: str) -> T:
     """Convert `data`, which an earlier version may have written, to the dataclass `kind`.
 
+    If `kind` has a method `implied_defaults`, it gets the tables and returns the defaults that depend on them.
+
     Raises:
         ConfigError: lists every mistake with its dotted path and a suggestion.
     """
+    tables = upgrade(data)
+    if implied := getattr(kind, "implied_defaults", None):
+        tables = merge(implied(tables), tables)
     try:
         # Strict mode accepts a list for a tuple in JSON only. JSON has no dates: they become strings.
-        return TypeAdapter(kind).validate_json(json.dumps(upgrade(data), default=str), strict=True)
+        return TypeAdapter(kind).validate_json(json.dumps(tables, default=str), strict=True)
     except ValidationError as error:
         items = error.errors(include_url=False)
         problems = [line for item in items if not _follows(item, items) for line in _problems(kind, item)]
@@ -241,9 +246,8 @@ def setting_lines(kind: Any, prefix: str = "") -> list[str]:
             default = "(required)" if info.is_required() else repr(value)
             choices = get_args(info.annotation) if get_origin(info.annotation) is Literal else ()
             allowed = f" One of {', '.join(map(str, choices))}." if choices else ""
-            meaning = textwrap.fill(
-                f"{info.description or ''}{allowed}", 100, initial_indent=" " * 6, subsequent_indent=" " * 6
-            )
+            text, indent = f"{info.description or ''}{allowed}".strip(), " " * 6
+            meaning = textwrap.fill(text, 100, initial_indent=indent, subsequent_indent=indent)
             lines.append(f"  --{prefix + name} {default}\n{meaning}".rstrip())
     return lines
 

@@ -18,11 +18,14 @@ class StudentConfig:
     """The student: a causal Transformer with mixture-of-experts feed-forward blocks."""
 
     context: Positive = 1
-    """L: number of time steps that the student observes, including the current one. Meta-World's observation
+    """Number of time steps that the student observes, including the current one. Meta-World's observation
     already contains the previous step; longer windows took more time and were not better on validation goals."""
     width: Positive = 64
+    """Size of the residual stream."""
     num_layers: Positive = 2
+    """Transformer blocks."""
     num_heads: Positive = 4
+    """Attention heads per block."""
     expert_width: Positive = 128
     """Hidden width of each expert."""
     num_experts: Positive = 2
@@ -64,9 +67,10 @@ class MemoryConfig:
     """How to select stored steps. reservoir: uniformly over all steps so far; uniform and dpp: an equal share for
     each task so far, drawn uniformly, or chosen to be diverse (greedy MAP of a determinantal point process)."""
     start_share: Share = 0.5
-    """uniform and dpp: share of each task's segments that begin an episode; the task is identified from these."""
+    """uniform and dpp: share of each task's segments that begin an episode. The student infers the task from such
+    observations."""
     share: Annotated[float, Field(gt=0.0, le=1.0)] = 0.1
-    """Budget as a share of the whole stream's data (distinct tasks x rollouts.num_steps)."""
+    """Budget as a share of the data of the whole stream, which is distinct tasks x rollouts.num_steps."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -122,9 +126,13 @@ class DistillConfig:
     contrast_coef: NonNegativeFloat = 1.0
     """Weight of the contrastive loss of the task embedding."""
     lr: PositiveFloat = 3e-3
+    """Peak learning rate of a stage. A cosine lowers it to a tenth at the end of the stage."""
     lr_warmup_steps: Count = 50
+    """Steps at the start of a stage over which the learning rate rises linearly to lr."""
     weight_decay: NonNegativeFloat = 0.0
+    """Decoupled weight decay (AdamW) of weight matrices."""
     max_grad_norm: PositiveFloat = 1.0
+    """The gradient is clipped to this Euclidean norm."""
     loss: Literal["forward_kl", "reverse_kl", "mse"] = "reverse_kl"
     """reverse_kl: KL(student || teacher), which fits the teacher's mean in every state; forward_kl: KL(teacher ||
     student), which lets the student widen its deviation in states that are hard to imitate; mse: the mean only."""
@@ -135,6 +143,7 @@ class DistillConfig:
     router_z_coef: NonNegativeFloat = 1e-3
     """Weight of the router z-loss (Zoph et al. 2022)."""
     precision: Literal["float32", "float64"] = "float32"
+    """Type of the student's parameters and computation."""
 
 
 #: Dense widths are multiples of this: others slow matrix products down by up to 2x on some processors.

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 
+from cpd.config import Config, PPOConfig
+from cpd.config.load import setting_lines
 from cpd.config.student import dense_expert_width, final_num_experts
+from cpd.config.teacher import WARM_START_PPO
 from jobs.launch_options import load_recipe
 
 ABLATIONS = ("ablation", "lab_ablation")
@@ -27,13 +33,31 @@ def test_the_ablation_can_share_the_teachers_of_cw10() -> None:
 def test_baselines_have_as_many_parameters_as_the_method_has_in_the_end(name: str) -> None:
     config = load_recipe(name, [])
     num_tasks = len(config.stream.distinct_tasks)
-    dense = [own for own in map(config.of_method, config.methods) if own.student.num_experts == 1]
+    methods = [config.of_method(label) for label in config.methods]
+    dense = [method for method in methods if method.student.num_experts == 1]
     assert len(dense) == 10
-    for own in dense:
-        assert own.student.expert_width == dense_expert_width(config.student, num_tasks), own.method
+    for method in dense:
+        assert method.student.expert_width == dense_expert_width(config.student, num_tasks), method.method
     wide = config.of_method("no-expansion")
     assert wide.student.num_experts == final_num_experts(config.student, num_tasks)
     assert config.of_method("onehot").student.task_identity == "onehot"
-    assert {own.distill.steps_per_stage for own in map(config.of_method, config.methods)} == {
-        config.distill.steps_per_stage
-    }
+    assert {method.distill.steps_per_stage for method in methods} == {config.distill.steps_per_stage}
+
+
+@pytest.mark.parametrize("recipe", ["demo_rl", "rl"])
+def test_the_defaults_of_ppo_follow_the_kind_of_teacher(tmp_path: Path, recipe: str) -> None:
+    changed = WARM_START_PPO if recipe == "demo_rl" else {}
+    expected = replace(PPOConfig(), **{**changed, "hidden_sizes": tuple(changed.get("hidden_sizes", (128, 128)))})
+    mine = tmp_path / "mine.toml"
+    for base in ('extends = "cw10"', 'name = "mine"\nstream.tasks = "demo"'):
+        mine.write_text(f'{base}\nteacher.recipe = "{recipe}"\n')
+        assert load_recipe(str(mine), []).teacher.ppo == expected
+        overridden = load_recipe(str(mine), ["--teacher.ppo.target_kl", "0.5"]).teacher.ppo
+        assert overridden == replace(expected, target_kl=0.5)
+
+
+def test_help_texts_name_the_defaults_after_a_warm_start() -> None:
+    lines = " ".join("\n".join(setting_lines(Config)).split()).split(" --")
+    for name, value in WARM_START_PPO.items():
+        (text,) = [line for line in lines if line.startswith(f"teacher.ppo.{name} ")]
+        assert str(tuple(value) if isinstance(value, list) else value) in text
