@@ -1,4 +1,4 @@
-"""One attempt at an element: its lease, its status, and its ending, whatever that is."""
+"""One attempt at an element: its lease, its status, and how its end is recorded."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from cpd.run.progress import State, Status, read_status
 
 #: How long an attempt waits for the previous one, which is ending, to save and release its lease.
 HANDOVER_SECONDS = 30.0
-#: How long mpiexec is given to pass on what a failing rank has written.
+#: How long a failing rank waits before it aborts, so that mpiexec can forward its output.
 FORWARDING_SECONDS = 0.5
 
 
@@ -65,7 +65,7 @@ def begin_attempt(element: Element, comm: Comm, log: Callable[[str], None]) -> I
     and raised again.
 
     Raises:
-        LeaseHeldError: on every rank, if another process is the writer and does not let go in time.
+        LeaseHeldError: on every rank, if another process is the writer and does not release the lease in time.
     """
     lease, refusal = None, ""
     if comm.rank == 0:
@@ -108,7 +108,7 @@ def mpi_guard(element: Element, comm: Comm) -> Iterator[None]:
             sys.stderr.flush()
             if comm.rank and not element.finished and read_status(element.status).state != "failed":
                 force_status(element, "failed", f"rank {comm.rank}: {type(error).__name__}: {error}")
-            # An abort ends mpiexec at once, with whatever output it has not passed on yet.
+            # An abort ends mpiexec at once and loses output that is not forwarded yet.
             time.sleep(FORWARDING_SECONDS)
             comm.abort(1)
         raise

@@ -1,4 +1,4 @@
-"""Checkpoints: folders with `state.pt` and `meta.json`, written last; a folder without it does not count.
+"""Checkpoints: folders with `state.pt` and `meta.json`. The latter is written last and makes a checkpoint valid.
 
 The state is a nested dict of tensors and plain values, written by `torch.save` and read with
 `weights_only=True`, so that no checkpoint can run code.
@@ -53,7 +53,7 @@ def save(folder: Path, name: str, state: dict[str, Any], *, keep: int = 2, **met
     """
     path = folder / name
     path.mkdir(parents=True, exist_ok=True)
-    (path / "meta.json").unlink(missing_ok=True)  # a new state with an old marker would count as damaged
+    (path / "meta.json").unlink(missing_ok=True)  # an old hash beside a new state would count as damage
     sweep_temporaries(path)
     with atomic_write(path / "state.pt") as temporary:
         torch.save(state, temporary)
@@ -66,7 +66,7 @@ def save(folder: Path, name: str, state: dict[str, Any], *, keep: int = 2, **met
 def published(folder: Path) -> list[Checkpoint]:
     """Return all complete checkpoints in `folder`, oldest first."""
     paths = [path.parent for path in folder.glob("*/meta.json")]
-    # By value: a step may have more digits than the name pads to.
+    # Sort by number: a step may have more digits than the name is padded to.
     paths.sort(key=lambda path: [int(number) for number in re.findall(r"\d+", path.name)])
     return [Checkpoint(path, read_json(path / "meta.json")) for path in paths]
 
@@ -77,7 +77,7 @@ def latest(folder: Path) -> Checkpoint | None:
 
 
 def prune(folder: Path, keep: int) -> None:
-    """Remove all but the `keep` newest checkpoints, and what killed writers left."""
+    """Remove all but the `keep` newest checkpoints, and the temporary files of killed writers."""
     newest = {checkpoint.path for checkpoint in published(folder)[-keep:]} if keep else set()
     for path in folder.iterdir() if folder.exists() else ():
         if path.is_dir() and path not in newest:

@@ -15,7 +15,7 @@ from cpd.config.load import first_few
 from cpd.config.retired import upgrade
 from cpd.run.directory import Run, RunError
 from cpd.run.files import is_temporary, read_json
-from cpd.run.reuse import LATER
+from cpd.run.reuse import EXEMPT
 
 Kind = Literal["run", "teachers", "results", "figures"]
 #: The contents of a folder by what `kind_of` returns.
@@ -36,7 +36,7 @@ RESULT_FILES: Final = frozenset(
         *("stages.csv", "usage.csv", "retrieval.csv", "starts.csv"),
     }
 )
-#: What published teachers consist of.
+#: The entries of a folder of published teachers.
 TEACHER_FILES: Final = frozenset(
     {
         *("config.json", "metrics.json", "timings.json", "policies"),
@@ -52,16 +52,16 @@ ENTRIES: Final = {
 }
 #: Folders of a run directory in which nothing else may be written.
 RUN_FOLDERS: Final = ("launcher", "logs", "results", "students", "teachers")
-#: Settings that two publications in one folder must share, even if one of them does not have it.
+#: Settings that must agree before a publication replaces another, even if only one of them has the setting.
 IDENTITY: Final = ("name:", "stream:", "stream.tasks:", "teacher:")
-#: The repository's published results; in it, the folders of stand-ins and of results that settings are chosen by.
+#: The repository's published results, with subfolders for scripted stand-ins and for the tuning of settings.
 REPOSITORY_RESULTS = Path(__file__).resolve().parents[2] / "analysis" / "results"
 STAND_INS: Final = "stand-ins"
 TUNING: Final = "tuning"
 
 
 def kind_of(folder: Path) -> str:
-    """Recognise what `folder` holds; returns a key of `CONTENTS`."""
+    """Return what `folder` holds, as a key of `CONTENTS`."""
     if folder.exists() and not folder.is_dir():
         return "file"
     names = _names(folder)
@@ -93,7 +93,7 @@ def collected(folder: Path) -> list[str]:
     return [
         config.parent.relative_to(folder).as_posix()
         for config in configs
-        # A run stands for its own results.
+        # A run is listed once, not also as its own results.
         if not (config.parent.name == "results" and (config.parent.parent / "config.json").exists())
     ]
 
@@ -120,12 +120,12 @@ def claim(folder: Path, kind: Kind, experiment: Config | Mapping[str, Any] | Non
         other = "another --run-dir" if kind == "run" else "another folder"
         return RunError(f"{folder} cannot take {purpose}: {reason}; {remedy or f'choose {other}'}")
 
-    place = folder.resolve()
-    for obstacle in (place, *place.parents):
-        if obstacle.exists() and not obstacle.is_dir():
-            raise refuse(f"{obstacle} is a file")
-    for root in place.parents:
-        if place.relative_to(root).parts[0] in RUN_FOLDERS and _is_run(root):
+    resolved = folder.resolve()
+    for path in (resolved, *resolved.parents):
+        if path.exists() and not path.is_dir():
+            raise refuse(f"{path} is a file")
+    for root in resolved.parents:
+        if resolved.relative_to(root).parts[0] in RUN_FOLDERS and _is_run(root):
             raise refuse(f"it belongs to the run directory {root}")
     held, names = kind_of(folder), _names(folder)
     if kind == "figures":
@@ -139,8 +139,8 @@ def claim(folder: Path, kind: Kind, experiment: Config | Mapping[str, Any] | Non
     elif held in ("run", "collection"):
         hint = f" ({collected(folder)[0]} is one), such as {folder / name}" if held == "collection" else ""
         raise refuse(f"it holds {CONTENTS[held]}", f"choose a folder of its own{hint}")
-    if strangers := sorted(names - ENTRIES[kind]):
-        raise refuse(f"it holds {first_few(strangers)}, which are no part of that")
+    if foreign := sorted(names - ENTRIES[kind]):
+        raise refuse(f"it holds {first_few(foreign)}, which do not belong there")
     if kind == "run":
         return
     assert isinstance(experiment, Mapping)
@@ -149,18 +149,21 @@ def claim(folder: Path, kind: Kind, experiment: Config | Mapping[str, Any] | Non
             shown = "; ".join(textwrap.shorten(line, 160, placeholder=" ...") for line in differing[:3])
             raise refuse(f"it holds another experiment, which would be lost (there -> here: {shown})")
     elif tables := sorted(names & (RESULT_FILES | TEACHER_FILES)):
-        raise refuse(f"it has no config.json that says of which experiment its {first_few(tables)} are")
+        raise refuse(f"it has no config.json that names the experiment of its {first_few(tables)}")
 
 
-def _check_run(root: Path, config: Config | Mapping[str, Any] | None, is_no_run: RunError) -> None:
-    """Raise RunError unless the directory `root`, which has a config.json, is a launched run of `config`."""
+def _check_run(root: Path, config: Config | Mapping[str, Any] | None, refusal: RunError) -> None:
+    """Raise RunError unless the directory `root`, which has a config.json, is a launched run of `config`.
+
+    `refusal` is raised if the directory holds something other than a run.
+    """
     assert isinstance(config, Config)
     if kind_of(root) != "run":
-        raise is_no_run
+        raise refusal
     if not (root / "provenance.json").exists():
         raise RunError(
-            f"{root} is a run without its provenance.json, which says which code made it: copy the run again "
-            "with that file, or choose another --run-dir"
+            f"{root} is a run without its provenance.json, which records the code that made it: copy the run "
+            "again with that file, or choose another --run-dir"
         )
     if changed := differences(Run(root).config, config):
         lines = "\n".join(f"  {line}" for line in changed)
@@ -170,30 +173,36 @@ def _check_run(root: Path, config: Config | Mapping[str, Any] | None, is_no_run:
         )
 
 
-def _published_differences(theirs: Any, ours: Mapping[str, Any]) -> list[str]:
-    """Return why the published configuration `theirs` is not of `ours`, or of a shorter version of it."""
-    if not isinstance(theirs, dict):
+def _published_differences(published: Any, new: Mapping[str, Any]) -> list[str]:
+    """Return the differences that forbid replacing results of `published` by results of `new`.
+
+    Both are contents of config.json. More seeds or steps in `new` are allowed.
+    """
+    if not isinstance(published, dict):
         return ["config.json is not a configuration"]
-    theirs, tables = upgrade(theirs), ("name", "stream", "teacher")
-    lines = changes({name: theirs.get(name) for name in tables}, {name: ours[name] for name in tables})
+    published, tables = upgrade(published), ("name", "stream", "teacher")
+    lines = changes({name: published.get(name) for name in tables}, {name: new[name] for name in tables})
     differing = [
         line
         for line in lines
-        # A setting that one of them does not have did not exist yet.
+        # A setting that only one of them has was added between the two versions of the code.
         if line.startswith(IDENTITY)
-        or not (line.startswith(LATER) or ": None -> " in line or line.endswith(" -> None"))
+        or not (line.startswith(EXEMPT) or ": None -> " in line or line.endswith(" -> None"))
     ]
     if differing:
         return differing
     # More seeds or steps continue an experiment. With fewer of them, published teachers would be lost.
-    old, new = theirs["teacher"], ours["teacher"]
-    if set(old.get("seeds", ())) <= set(new["seeds"]) and old.get("max_env_steps", 0) <= new["max_env_steps"]:
+    old, teacher = published["teacher"], new["teacher"]
+    if (
+        set(old.get("seeds", ())) <= set(teacher["seeds"])
+        and old.get("max_env_steps", 0) <= teacher["max_env_steps"]
+    ):
         return []
     return [line for line in lines if line.startswith(("teacher.seeds:", "teacher.max_env_steps:"))]
 
 
 def check_none_lost(folder: Path, old: Iterable[str], new: Iterable[str], remedy: str) -> None:
-    """Raise RunError if `folder` holds results `old` of which some are not in `new`, which would replace them."""
+    """Raise RunError if `folder` holds results `old` that are not all in `new`, which would replace them."""
     if lost := sorted(set(old) - set(new)):
         raise RunError(f"{folder} holds results of {first_few(lost)}, which would be lost: {remedy}")
 
@@ -206,11 +215,11 @@ def check_repository_place(folder: Path, teacher_recipe: str, goal_set: str = "h
         teacher_recipe: the label; several are joined by slashes.
         goal_set: the goals of the evaluation.
     """
-    place, root = folder.resolve(), REPOSITORY_RESULTS
-    if not place.is_relative_to(root):
+    resolved, root = folder.resolve(), REPOSITORY_RESULTS
+    if not resolved.is_relative_to(root):
         return
     has_stand_ins = "scripted" in teacher_recipe.split("/")
-    if teacher_recipe and has_stand_ins != place.is_relative_to(root / STAND_INS):
+    if teacher_recipe and has_stand_ins != resolved.is_relative_to(root / STAND_INS):
         wanted = "in" if has_stand_ins else "outside"
         raise RunError(
             f"{folder} is the wrong place for results of teachers with recipe {teacher_recipe}: scripted "
@@ -218,6 +227,6 @@ def check_repository_place(folder: Path, teacher_recipe: str, goal_set: str = "h
         )
     if goal_set != "held_out" and TUNING not in folder.parts:
         raise RunError(
-            f"{folder} is the wrong place for results on {goal_set} goals, by which settings are chosen; choose a "
-            f"folder {TUNING}/"
+            f"{folder} is the wrong place for results on {goal_set} goals, on which settings are tuned; choose a "
+            f"folder in {TUNING}/"
         )

@@ -40,7 +40,7 @@ class Element:
 
     @property
     def status(self) -> Path:
-        """Progress, for display."""
+        """The element's state and progress."""
         return self.path / "status.json"
 
     @property
@@ -99,7 +99,7 @@ class TeacherElement(Element):
 
 @dataclass(frozen=True)
 class StudentElement(Element):
-    """A student (role `student`), or the evaluation of one (role `evaluation`)."""
+    """A student (role `student`), or its evaluation (role `evaluation`)."""
 
     method: str
     seed: int
@@ -124,22 +124,22 @@ class StudentElement(Element):
         return self.row_file(stage).with_suffix(".episodes.csv")
 
     def usage_file(self, stage: int) -> Path:
-        """How often each expert was chosen, if it was recorded."""
+        """How often the router chose each expert; written for mixtures of experts only."""
         return self.row_file(stage).with_suffix(".usage.csv")
 
     def retrieval_file(self, stage: int) -> Path:
-        """How often a student that infers the task inferred the right one, if it was recorded."""
+        """How often the student inferred the right task; written for students that infer it only."""
         return self.row_file(stage).with_suffix(".retrieval.csv")
 
 
 class Run:
-    """A run directory with its frozen configuration."""
+    """A run directory with the configuration that its first launch stored."""
 
     def __init__(self, root: Path, config: Config | None = None) -> None:
-        """Open an existing run, or one that is only planned if `config` is given.
+        """Open an existing run; with `config`, a run that need not exist yet.
 
         Raises:
-            RunError: if `root` is not a run directory, and there is no `config`.
+            RunError: if `root` is not a run directory and `config` is None.
         """
         self.root = root
         self._planned_config = config
@@ -148,12 +148,12 @@ class Run:
 
     @property
     def config_path(self) -> Path:
-        """The frozen configuration."""
+        """The file of the stored configuration."""
         return self.root / "config.json"
 
     @cached_property
     def config(self) -> Config:
-        """The frozen configuration, checked on load."""
+        """The stored configuration, checked on load."""
         return self._planned_config or load(Config, read_json(self.config_path), str(self.config_path))
 
     @cached_property
@@ -182,19 +182,22 @@ class Run:
         return self.root / "figures"
 
     def teachers(self) -> list[TeacherElement]:
-        """Task by task, seed by seed."""
+        """Return all teachers, ordered by task, then seed."""
         pairs = [(t, s) for t in self.config.stream.distinct_tasks for s in self.config.teacher.seeds]
         return [teacher_element(self.root, index, task, seed) for index, (task, seed) in enumerate(pairs)]
 
     def teacher_of(self, task: str, student_seed: int) -> TeacherElement:
-        """The teacher of `task` that the student with `student_seed` learns from."""
+        """Return the teacher of `task` that the student with `student_seed` learns from.
+
+        Students take the teacher seeds in turn.
+        """
         seeds = self.config.teacher.seeds
         position = self.config.seeds.index(student_seed)
-        wanted = seeds[position % len(seeds)]
-        return next(t for t in self.teachers() if t.task == task and t.seed == wanted)
+        teacher_seed = seeds[position % len(seeds)]
+        return next(t for t in self.teachers() if t.task == task and t.seed == teacher_seed)
 
     def students(self) -> list[StudentElement]:
-        """Method by method, seed by seed."""
+        """Return all students, ordered by method, then seed."""
         pairs = [(method, seed) for method in self.config.methods for seed in self.config.seeds]
         names = [f"students/{method}/seed-{seed}" for method, seed in pairs]
         configs = self.method_configs
@@ -204,22 +207,22 @@ class Run:
         ]
 
     def evaluations(self) -> list[StudentElement]:
-        """One per student."""
+        """Return the evaluations, one per student."""
         return [
             replace(s, role="evaluation", path=s.path / "evaluation", name=f"{s.name}/evaluation")
             for s in self.students()
         ]
 
     def report(self) -> Element:
-        """The element that gathers results and draws figures."""
+        """Return the element that gathers results and draws figures."""
         return Element("report", 0, self.results, "results")
 
     def is_trained(self, teacher: TeacherElement) -> bool:
-        """Whether the teacher's final policy exists; its evaluation and rollouts may be missing."""
+        """Whether the teacher's final policy exists, perhaps without its evaluation and rollouts."""
         return teacher.policy.exists()
 
     def dependencies(self, element: Element) -> list[Element]:
-        """The elements that must be finished before `element` can start."""
+        """Return the elements that must be finished before `element` can start."""
         if isinstance(element, StudentElement) and element.role == "student":
             return [self.teacher_of(task, element.seed) for task in self.config.stream.distinct_tasks]
         if element.role == "evaluation":
@@ -227,11 +230,11 @@ class Run:
         return [*self.evaluations()] if element.role == "report" else []
 
     def elements(self) -> list[Element]:
-        """Everything the run consists of, in order."""
+        """Return all elements; each comes after its dependencies."""
         return [*self.teachers(), *self.students(), *self.evaluations(), self.report()]
 
     def is_extended_by(self, config: Config) -> bool:
-        """Whether `config`, which otherwise agrees with this run's, adds students."""
+        """Whether `config`, which differs from this run's in methods and seeds only, adds students."""
         return len(config.methods) * len(config.seeds) > len(self.students())
 
     def select(self, names: Sequence[str]) -> list[Element]:
@@ -252,17 +255,17 @@ class Run:
 
 
 def teacher_element(root: Path, index: int, task: str, seed: int) -> TeacherElement:
-    """A teacher in the run directory `root`."""
+    """Return a teacher of the run directory `root`."""
     name = f"teachers/{task}/seed-{seed}"
     return TeacherElement("teacher", index, root / name, name, task, seed)
 
 
 def matches(element: Element, name: str) -> bool:
-    """Whether `name` is that of the element or of a folder that holds it."""
+    """Whether `name` is the element's name or that of a folder that holds it."""
     name = name.rstrip("/")
     return element.name == name or element.name.startswith(f"{name}/")
 
 
 def published_policy(folder: Path, task: str, seed: int) -> Path:
-    """Where a folder of published teachers keeps a policy's weights; its description ends in .json."""
+    """Return the file of a policy's weights in a folder of published teachers; its description ends in .json."""
     return folder / "policies" / f"{task}-seed-{seed}.safetensors"

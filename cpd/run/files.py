@@ -36,7 +36,7 @@ def atomic_write(path: Path, sync: bool = True) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
-    if sync:  # the rename, too
+    if sync:  # the folder, which holds the new name
         descriptor = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(descriptor)
@@ -62,7 +62,7 @@ def write_json(path: Path, data: Any, sync: bool = True) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """The contents of a JSON file.
+    """Return the contents of a JSON file.
 
     Raises:
         DamagedFileError: if it is not JSON.
@@ -76,7 +76,7 @@ def read_json(path: Path) -> Any:
 
 
 def sha256(path: Path) -> str:
-    """Hexadecimal SHA-256 of a file's bytes."""
+    """Return the SHA-256 of a file's bytes in hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -87,6 +87,6 @@ def is_temporary(path: Path) -> bool:
 
 
 def sweep_temporaries(folder: Path) -> None:
-    """Remove the temporary files that killed writers left in `folder`; call only as its single writer."""
+    """Remove the temporary files of killed writers from `folder`; call only as its single writer."""
     for path in folder.glob(f".*{TEMPORARY_SUFFIX}"):
         path.unlink(missing_ok=True)

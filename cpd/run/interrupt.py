@@ -1,6 +1,7 @@
 """Stopping a job: a signal, or the end of its launcher, sets a flag and does nothing else.
 
-The work loop checks the flag between steps, saves and returns. A handler makes no MPI call and touches no file.
+The work loop checks the flag between steps, saves and returns. The handler may interrupt an MPI call or a write to a
+file, so it makes no MPI call and touches no file.
 """
 
 from __future__ import annotations
@@ -15,14 +16,14 @@ from cpd.run.lease import is_alive, start_ticks
 
 #: Names the launcher (`pid:start_ticks`) whose death ends its local children.
 LAUNCHER_VARIABLE = "CPD_LAUNCHER"
-#: What a job exits with after saving because it was asked to stop (EX_TEMPFAIL: try again).
+#: Exit code of a job that saved because it was asked to stop (EX_TEMPFAIL of sysexits.h: try again).
 EXIT_INTERRUPTED = 75
 #: Seconds between two checks that the launcher is alive.
 WATCH_SECONDS = 0.5
 
 
 class InterruptedBySignal(RuntimeError):
-    """The job saved its state and stops because it was asked to; launching again resumes it."""
+    """The job was asked to stop and has saved its state; another launch resumes it."""
 
 
 class Interrupt:
@@ -60,7 +61,7 @@ class Interrupt:
         self._requested = True
 
     def _watch(self, launcher: str) -> None:
-        # The start time too: the system may give the id of a dead launcher to another process.
+        # With the start time, since the system may reuse the id of a launcher that has ended.
         process, ticks = map(int, launcher.split(":"))
         while is_alive(process, ticks) and not self.requested:
             time.sleep(WATCH_SECONDS)

@@ -1,4 +1,4 @@
-"""Leases: one writer per element, also on shared file systems.
+"""Leases: one writer per element, also on shared file systems, where file locks are not reliable.
 
 Every attempt at an element creates the next file `attempts/0001.json`, `0002.json`, ... exclusively; the highest
 number holds the lease. A process takes over a stale lease by creating the next number, which only one process can
@@ -29,7 +29,7 @@ class LeaseHeldError(RuntimeError):
 
 
 class LeaseLostError(RuntimeError):
-    """The lease was taken over; this process must not write any more."""
+    """Another process has taken the lease over; this process must not write any more."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Holder:
 
     @classmethod
     def current(cls) -> Holder:
-        """This process."""
+        """Return the holder that stands for this process."""
         job, restart = os.environ.get("SLURM_JOB_ID", ""), int(os.environ.get("SLURM_RESTART_COUNT") or 0)
         return cls(socket.gethostname(), os.getpid(), start_ticks(os.getpid()), job, restart=restart)
 
@@ -54,12 +54,12 @@ class Holder:
         return f"process {self.process} on {self.host}{f' (job {self.job})' if self.job else ''}"
 
     def is_succeeded_by(self, other: Holder) -> bool:
-        """Whether `other` is a later start of the same Slurm job; Slurm ends a job before it starts it again."""
+        """Whether `other` is a later start of the same Slurm job, in which case this holder has ended."""
         return bool(self.job) and self.job == other.job and self.restart < other.restart
 
 
 def start_ticks(process: int) -> int:
-    """Start time of a process in clock ticks since boot, which tells reused ids apart; 0 if there is none."""
+    """Return a process's start time in clock ticks since boot, which tells reused ids apart; 0 if it has ended."""
     try:
         text = Path(f"/proc/{process}/stat").read_text()
     except OSError:
@@ -97,7 +97,7 @@ class Lease:
         while True:
             holder, number = current_holder(self._attempts)
             if holder is None or holder.is_succeeded_by(Holder.current()):
-                # Not an unlock and a lock: the next number is there for one process only.
+                # Of several processes that see the stale lease, one alone can create the next number.
                 self.number = number + 1
                 with contextlib.suppress(FileExistsError):  # another process was first: check again
                     self._create()
@@ -110,7 +110,7 @@ class Lease:
             time.sleep(0.2)
 
     def _create(self) -> None:
-        # A link publishes the whole contents at once and fails if the number exists, on NFS too.
+        # A link publishes the complete file at once, and fails if the number exists, also on NFS.
         temporary = self._attempts / f".{socket.gethostname()}.{os.getpid()}.tmp"
         with temporary.open("w") as file:
             json.dump(asdict(Holder.current()), file)
@@ -133,7 +133,7 @@ class Lease:
         return (self._attempts / f"{self.number + 1:04d}.json").exists()
 
     def check(self) -> None:
-        """Call before publishing anything.
+        """Check that this process still holds the lease; call before publishing anything.
 
         Raises:
             LeaseLostError: if another process has taken the lease over.
@@ -144,7 +144,7 @@ class Lease:
     def release(self) -> None:
         """Release the lease."""
         self._stop.set()
-        if not self._superseded():  # else the file is history, and the lease is the successor's
+        if not self._superseded():  # otherwise the lease is the successor's
             holder = asdict(Holder.current()) | {"released": True}
             write_json(self._file, holder)
 
@@ -158,7 +158,7 @@ class Lease:
 
 
 def current_holder(attempts: Path) -> tuple[Holder | None, int]:
-    """The living holder of the lease, or None, and the number of the last attempt (0 if none)."""
+    """Return the living holder of the lease, or None, and the number of the last attempt (0 if none)."""
     numbers = sorted(int(path.stem) for path in attempts.glob("[0-9]*.json"))
     if not numbers:
         return None, 0
@@ -166,7 +166,7 @@ def current_holder(attempts: Path) -> tuple[Holder | None, int]:
     try:
         holder = Holder(**json.loads(path.read_text()))
     except (ValueError, TypeError):
-        return None, numbers[-1]  # a power failure cut the file short and ended its writer
+        return None, numbers[-1]  # only a power failure leaves a partial file, and it ended the writer too
     if holder.released:
         return None, numbers[-1]
     if holder.host == socket.gethostname():
@@ -177,7 +177,10 @@ def current_holder(attempts: Path) -> tuple[Holder | None, int]:
 
 
 def _age_seconds(path: Path) -> float:
-    """Return a file's age by the file server's clock, which may differ from ours; by ours if it is read-only."""
+    """Return a file's age by the file server's clock, which may differ from this machine's.
+
+    On a read-only file system, this machine's clock is used.
+    """
     probe = path.with_name(f".{socket.gethostname()}.{os.getpid()}.now")
     try:
         probe.touch()

@@ -144,12 +144,12 @@ class Status:
 
 
 def cpu_seconds() -> float:
-    """Processor seconds that this process has used so far, and those of its children that have ended."""
+    """Return the processor seconds of this process and of its children that have ended."""
     return sum(os.times()[:4])
 
 
 def progress_line(record: StatusRecord) -> str:
-    """One plain line, such as `train  45 % | 90000/200000 steps | 2100 steps/s | eta 0:52 | success 0.84`."""
+    """Return one line, such as `train  45 % | 90000/200000 steps | 2100 steps/s | eta 0:52 | success 0.84`."""
     parts = [f"{record.phase} {100 * record.done / max(record.total, 1):3.0f} %"]
     parts.append(f"{record.done}/{record.total} {record.unit}")
     if record.rate:
@@ -164,12 +164,12 @@ def progress_line(record: StatusRecord) -> str:
 
 
 def number(value: float) -> str:
-    """Three significant digits, without an exponent for the sizes that rates have."""
+    """Format a rate with three significant digits, without an exponent."""
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def clock(seconds: float) -> str:
-    """Seconds as `m:ss` or `h:mm:ss`."""
+    """Format seconds as `m:ss` or `h:mm:ss`."""
     minutes, second = divmod(round(seconds), 60)
     hours, minute = divmod(minutes, 60)
     return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"

@@ -32,7 +32,7 @@ class Labels:
 def labels(config: Config) -> Labels:
     """Return the labels of a run's results."""
     protocol = config.distill.protocol
-    # There the task selects what acts: a student of its own, or PackNet's mask.
+    # In these cases the task selects the policy that acts: a separate student, or one of PackNet's masks.
     needs_task = protocol == "single_task" or (protocol == "continual" and config.protection.kind == "packnet")
     return Labels(
         config.teacher.recipe,

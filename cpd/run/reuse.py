@@ -28,9 +28,9 @@ from cpd.run.progress import State, StatusRecord
 from cpd.run.provenance import labels
 from cpd.run.shards.schema import INDEX_NAME, read_index
 
-#: Settings that determine a teacher, except those in `LATER`, which do not change a trained policy.
-MAKING = ("stream.", "teacher.")
-LATER = ("stream.tasks", "teacher.seeds", "teacher.gate", "teacher.on_rejected", "teacher.max_env_steps:")
+#: Settings that must agree with the source's, except those in `EXEMPT`, which do not change a trained policy.
+DECISIVE = ("stream.", "teacher.")
+EXEMPT = ("stream.tasks", "teacher.seeds", "teacher.gate", "teacher.on_rejected", "teacher.max_env_steps:")
 
 
 class ReuseError(ValueError):
@@ -55,7 +55,7 @@ class Reuse:
 
     @property
     def summary(self) -> str:
-        """One line that says what happens to the teacher."""
+        """One line: what is reused, and what is done again."""
         if self.policy is None and self.teacher.policy.exists():
             return "not in the source, but reused from another one before"
         if self.policy is None:
@@ -84,7 +84,7 @@ def find_reusable(run: Run, folder: Path) -> list[Reuse]:
     if folder.resolve() == run.root.resolve():
         raise ReuseError(f"teachers_from = {str(folder)!r} is the run itself")
     changed = _changed_settings(folder, run.config)
-    wrong = [f"  {line}" for line in changed if line.startswith(MAKING) and not line.startswith(LATER)]
+    wrong = [f"  {line}" for line in changed if line.startswith(DECISIVE) and not line.startswith(EXEMPT)]
     if wrong:
         raise ReuseError(
             f"the teachers in {folder} were trained with other settings (theirs -> ours); copy theirs into the "
@@ -124,18 +124,18 @@ def _changed_settings(folder: Path, ours: Config) -> list[str]:
         raise ReuseError(
             f"teachers_from = {str(folder)!r}: no such run or folder of published teachers (it has no config.json)"
         )
-    # Only the tables that concern teachers: those of students may come from older code and no longer load.
+    # Only the tables that concern teachers: student tables of older code may no longer load.
     tables = upgrade(read_json(path))
     lines = []
     for name in ("stream", "teacher", "rollouts", "evaluation"):
         table = getattr(ours, name)
-        theirs = load(type(table), tables.get(name, {}), f"{path}, in its part {name!r},")
-        lines += changes(to_dict(theirs), to_dict(table), name)
+        source_table = load(type(table), tables.get(name, {}), f"{path}, in its part {name!r},")
+        lines += changes(to_dict(source_table), to_dict(table), name)
     return lines
 
 
 def _reuse_of(teacher: TeacherElement, folder: Path, changed: Sequence[str], ours: Config) -> Reuse:
-    """Check what `folder` has of one teacher."""
+    """Check what `folder` holds of one teacher, and return what can be reused."""
     published = published_policy(folder, teacher.task, teacher.seed)
     source = teacher_element(folder, teacher.index, teacher.task, teacher.seed)
     if not published.exists() and not source.finished:
@@ -222,11 +222,11 @@ def _copy_files(item: Reuse, policy: Path, name: str) -> dict[str, Any]:
 
 
 def _link(source: Path, target: Path) -> None:
-    """Make a hard link, which is safe since these files are replaced and never changed; else copy."""
+    """Make a hard link, or a copy on another file system; linked files are replaced as a whole, never changed."""
     with atomic_write(target) as temporary:
         try:
             os.link(source, temporary)
-        except OSError:  # another file system
+        except OSError:
             shutil.copyfile(source, temporary)
 
 
@@ -234,18 +234,19 @@ class PlannedRun(Run):
     """A run directory that may not exist yet."""
 
     def __init__(self, root: Path, config: Config, reuses: Sequence[Reuse] = ()) -> None:
-        """Plan a run without writing anything; teachers that it would reuse as they are count as finished."""
+        """Plan a run without writing anything; teachers that are reused completely count as finished."""
         super().__init__(root, config)
         self._is_extended = self.config_path.exists() and Run(root).is_extended_by(config)
-        self._policies = {a.teacher.name for a in reuses if a.policy}
-        self._elsewhere = {a.teacher.name: a.source.path for a in reuses if a.source and a.marker}
+        self._policies = {item.teacher.name for item in reuses if item.policy}
+        complete = [item for item in reuses if item.marker]
+        self._source_paths = {item.teacher.name: item.source.path for item in complete if item.source}
 
     def teachers(self) -> list[TeacherElement]:
-        """The teachers; those that would be reused as they are have their present paths."""
-        return [replace(t, path=self._elsewhere.get(t.name, t.path)) for t in super().teachers()]
+        """Return the teachers; those that are reused completely have the paths of their source."""
+        return [replace(t, path=self._source_paths.get(t.name, t.path)) for t in super().teachers()]
 
     def report(self) -> Element:
-        """The report; if students would be added, its path does not exist, so that it counts as unfinished."""
+        """Return the report. If students are added, its path does not exist, so that it counts as unfinished."""
         report = super().report()
         return replace(report, path=report.path / "again") if self._is_extended else report
 
