@@ -1,4 +1,4 @@
-"""Check published teachers by Meta-World's own evaluation code, independently of ours."""
+"""Check published teachers with Meta-World's evaluation code, independently of this project's."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from cpd.evaluation.publish import read_description
 from jobs.common import EXIT_FAILED, EXIT_USAGE, log, parser_with_examples
 
-#: The first seed of the held-out goals, from which Meta-World draws the same ones.
+#: The first seed of the held-out goals. Meta-World draws the same goals from it.
 HELD_OUT_SEED = 2001
 #: The first columns of a table of results.
 COLUMNS = "task,teacher_seed"
@@ -20,16 +20,22 @@ DESCRIPTION = ("task", "seed", "labels.horizon", "labels.teacher_recipe")
 
 
 def check_teachers(folder: Path, only: Sequence[str], seed: int, num_episodes: int, table: Path | None) -> bool:
-    """Evaluate every policy in `folder` by Meta-World's own code, and compare with what was published.
+    """Evaluate the policies in `folder` with Meta-World's code, and compare with the published success rates.
 
-    Both rates come from a limited number of episodes: they agree if the 95 % interval of their difference
-    (Newcombe 1998) includes 0.
+    Two rates agree if the 95 % interval of their difference (Newcombe 1998) includes 0.
+
+    Args:
+        folder: published teachers.
+        only: tasks to check; empty: all.
+        seed: of `metaworld.MT1`, which draws the goals.
+        num_episodes: per policy.
+        table: CSV file for the results; None: none.
 
     Returns:
-        Whether all agree.
+        Whether all rates agree.
 
     Raises:
-        ValueError: if `folder` holds no such policy.
+        ValueError: if `folder` holds no policy of these tasks, or `table` cannot be written.
     """
     import numpy as np
     import torch
@@ -55,11 +61,11 @@ def check_teachers(folder: Path, only: Sequence[str], seed: int, num_episodes: i
         result = evaluate_with_metaworld(
             load_policy(file), task, seed=seed, horizon=labels["horizon"], num_episodes=num_episodes
         )
-        ours = published.get((task, teacher_seed))
-        if ours is None:
+        row = published.get((task, teacher_seed))
+        if row is None:
             raise ValueError(f"{folder / 'evaluations.csv'} has no held-out row of {task} (seed {teacher_seed})")
-        successes = np.array([result.successes, ours.successes])
-        episodes = np.array([result.episodes, ours.episodes])
+        successes = np.array([result.successes, row.successes])
+        episodes = np.array([result.episodes, row.episodes])
         rates = np.stack([successes / episodes, *wilson(successes, episodes)])
         _, low, high = (float(value) for value in rates[:, 0])
         below, above = difference_interval(tuple(rates[:, :1]), tuple(rates[:, 1:]))
@@ -75,14 +81,14 @@ def check_teachers(folder: Path, only: Sequence[str], seed: int, num_episodes: i
                 "successes": result.successes,
                 "low": low,
                 "high": high,
-                "published_episodes": ours.episodes,
-                "published_successes": ours.successes,
+                "published_episodes": row.episodes,
+                "published_successes": row.successes,
                 "agrees": int(agrees),
             }
         )
         log(
             f"{task} seed {teacher_seed}: {result.successes}/{result.episodes} [{low:.2f}, {high:.2f}] by "
-            f"Meta-World's evaluation, published {ours.successes}/{ours.episodes}: "
+            f"Meta-World's evaluation, published {row.successes}/{row.episodes}: "
             f"{'agrees' if agrees else 'DISAGREES'}"
         )
     if table:
@@ -90,7 +96,7 @@ def check_teachers(folder: Path, only: Sequence[str], seed: int, num_episodes: i
             writer = csv.DictWriter(stream, list(results[0]), lineterminator="\n")
             writer.writeheader()
             writer.writerows(results)
-    return all(row["agrees"] for row in results)
+    return all(result["agrees"] for result in results)
 
 
 def _check_table(path: Path) -> None:
@@ -98,15 +104,16 @@ def _check_table(path: Path) -> None:
     if not path.parent.is_dir():
         raise ValueError(f"--csv {path}: there is no directory {path.parent}")
     if path.exists() and not path.read_text(errors="replace").startswith(f"{COLUMNS},"):
-        raise ValueError(f"--csv {path} exists and is no table of this command: name another file")
+        raise ValueError(f"--csv {path} exists and is not a table of this command: name another file")
 
 
 def _policies(folder: Path, only: Sequence[str]) -> list[tuple[Path, dict[str, Any]]]:
     """Return the policy files of the tasks in `only`, or of all tasks, with their descriptions."""
     files = sorted((folder / "policies").glob("*.safetensors"))
     if not files or not (folder / "evaluations.csv").exists():
-        what = "no policies, or no evaluations.csv"
-        raise ValueError(f"{folder} is not what `python -m jobs.publish` writes: {what}")
+        raise ValueError(
+            f"{folder} has no policies, or no evaluations.csv: name a folder that `python -m jobs.publish` wrote"
+        )
     policies = [(file, read_description(file.with_suffix(".json"), DESCRIPTION)) for file in files]
     tasks = {description["task"] for _, description in policies}
     if unknown := [task for task in only if task not in tasks]:
@@ -119,23 +126,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = parser_with_examples(
         "jobs.check",
         "Evaluate published teachers with metaworld.evaluation on goals that Meta-World draws, and compare with "
-        "what was published. Exit code 1 if a policy's two rates differ by more than chance allows (95 % interval "
-        "of their difference).",
+        "the published success rates. Exit code 1 if the 95 % interval of the difference of a policy's two rates "
+        "excludes 0.",
         [
             "python -m jobs.check analysis/results/teachers/cw10-demo_rl",
             "python -m jobs.check analysis/results/teachers/cw10-demo_rl --only hammer-v3 --seed 7",
         ],
     )
-    parser.add_argument("folder", type=Path, metavar="FOLDER", help="what `jobs.publish` wrote")
+    parser.add_argument(
+        "folder", type=Path, metavar="FOLDER", help="published teachers, as `jobs.publish` writes them"
+    )
     parser.add_argument("--only", action="append", default=[], metavar="TASK", help="a task; repeatable")
     parser.add_argument(
         "--seed",
         type=int,
         default=HELD_OUT_SEED,
-        help=f"of metaworld.MT1, for its goals (default: {HELD_OUT_SEED}, the held-out goals)",
+        help=f"seed of metaworld.MT1, which draws the goals (default: {HELD_OUT_SEED}, the held-out goals)",
     )
-    parser.add_argument("--episodes", type=int, default=50, metavar="N", help="per policy (default: 50)")
-    parser.add_argument("--csv", type=Path, metavar="FILE", help="write the results there, too")
+    parser.add_argument("--episodes", type=int, default=50, metavar="N", help="episodes per policy (default: 50)")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="also write the results to this file")
     arguments = parser.parse_args(argv)
     try:
         agree = check_teachers(arguments.folder, arguments.only, arguments.seed, arguments.episodes, arguments.csv)

@@ -1,4 +1,4 @@
-"""What the commands share: argument parsers, exit codes, lines of progress, and the work on one element."""
+"""Shared by all commands: argument parsers, exit codes, lines of progress, and the work on one element."""
 
 from __future__ import annotations
 
@@ -44,12 +44,12 @@ def exit_quietly(main: Callable[[], int]) -> NoReturn:
         code = main()
         sys.stdout.flush()
     except PermissionError as error:
-        print(f"{error.filename}: permission denied; ask its owner, or take another directory", file=sys.stderr)
+        print(f"{error.filename}: permission denied; ask its owner, or choose another directory", file=sys.stderr)
         code = EXIT_USAGE
     except KeyboardInterrupt:
         code = EXIT_CTRL_C
     except BrokenPipeError:
-        # The code of a process that SIGPIPE ended. The interpreter flushes stdout once more at exit.
+        # Exit as if SIGPIPE had ended this process. The interpreter flushes stdout again at exit, hence devnull.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 128 + signal.SIGPIPE
     sys.exit(code)
@@ -83,27 +83,31 @@ def element_parser(prog: str, description: str, examples: Sequence[str]) -> argp
     return parser
 
 
-def choose_element(elements: Sequence[E], asked: str | None) -> E:
-    """Return the element that the command line names, by name or number, or else that of the Slurm array task.
+def choose_element(elements: Sequence[E], name_or_index: str | None) -> E:
+    """Return the element with this name or number; without either, that of the Slurm array task, or the first.
 
     Raises:
-        ValueError: if there is none; the message lists `elements`.
+        ValueError: if there is no such element; the message lists `elements`.
     """
-    asked = asked or os.environ.get("SLURM_ARRAY_TASK_ID", "0")
+    name_or_index = name_or_index or os.environ.get("SLURM_ARRAY_TASK_ID", "0")
     for element in elements:
-        # An evaluation may be called by the name of its student.
-        if asked.rstrip("/") in (str(element.index), element.name, element.name.removesuffix("/evaluation")):
+        # The name of a student also stands for its evaluation.
+        if name_or_index.rstrip("/") in (
+            str(element.index),
+            element.name,
+            element.name.removesuffix("/evaluation"),
+        ):
             return element
     listing = "\n".join(f"  {element.index}: {element.name}" for element in elements)
-    raise ValueError(f"{asked}: the run has no such {elements[0].role}; choose one of\n{listing}")
+    raise ValueError(f"{name_or_index}: the run has no such {elements[0].role}; choose one of\n{listing}")
 
 
 class ElementCommand(Generic[E]):
     """One call of a command that works on an element; as a context manager, turns errors into exit codes.
 
     Attributes:
-        has_work: whether to enter the `with` block; False after a mistake, and where the element is finished or
-            cannot start yet.
+        has_work: whether to enter the `with` block; False after a mistake of the user, and if the element is
+            finished or cannot start yet.
         exit_code: 0 done (or rejected); 75 saved and stopped as asked, try again; 3 a dependency is not finished;
             2 a mistake of the user; 1 failed.
     """
@@ -121,7 +125,7 @@ class ElementCommand(Generic[E]):
         Args:
             parser: from `element_parser`.
             arguments: what it parsed.
-            elements: lists the run's elements of the command's role.
+            elements: returns the run's elements of the command's role.
             partial: whether the element may start before all its dependencies are finished.
         """
         self._prog = parser.prog
@@ -168,7 +172,7 @@ class ElementCommand(Generic[E]):
             self.exit_code = EXIT_FAILED
         elif isinstance(error, Exception):
             traceback.print_exception(error)
-            # Still queued: it failed before its attempt began, which would have recorded the failure.
+            # An attempt records its own failure. If the element is still queued, no attempt has begun.
             if is_first_rank() and read_status(self.element.status).state == "queued":
                 mark(self.element, "failed", f"{type(error).__name__}: {error}")
             self.exit_code = EXIT_FAILED

@@ -1,4 +1,4 @@
-"""Fill the success matrix of one student; shared over ranks under MPI."""
+"""Evaluate one student after every stage; data-parallel under MPI."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line of `python -m jobs.evaluate`; return the exit code."""
     parser = element_parser(
         "jobs.evaluate",
-        "Evaluate a student after every stage on every task of its stream, on held-out goals. Rows of the success "
-        "matrix that exist are kept.",
+        "Evaluate a student after every stage on every task of its stream, on held-out goals. Existing rows of "
+        "the success matrix are kept.",
         [
             "mpiexec -n 2 python -m jobs.evaluate runs/demo",
             "python -m jobs.evaluate runs/cw10 students/moe/seed-2",
         ],
     )
     parser.add_argument(
-        "--partial", action="store_true", help="evaluate the finished stages of a student that still trains"
+        "--partial", action="store_true", help="evaluate the finished stages of an unfinished student"
     )
     arguments = parser.parse_args(argv)
     command = ElementCommand(parser, arguments, Run.evaluations, partial=arguments.partial)

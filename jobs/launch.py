@@ -1,4 +1,4 @@
-"""Launch an experiment: resolve its configuration, make its run directory, execute or submit what is missing."""
+"""Launch an experiment: load its configuration, make its run directory, execute or submit unfinished elements."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from cpd.run.progress import progress_line, read_status
 from cpd.run.provenance import code_version, provenance
 from cpd.run.reuse import PlannedRun, ReuseError, find_reusable, reuse
 from jobs.common import EXIT_FAILED, EXIT_USAGE, exit_quietly, log
-from jobs.launch_options import build_parser, check_options, check_run_dir, load_both
+from jobs.launch_options import build_parser, check_options, check_run_dir, load_recipe_and_profile
 from jobs.launch_slurm import cancel_chain, dry_run, submit_chain
 from jobs.status import print_failures, run_status, screen_table
 
@@ -49,7 +49,7 @@ LINE_SECONDS = 15.0
 
 
 def prepare(root: Path, config: Config, profile: Profile) -> Run:
-    """Make the run directory, or check that it is of the same experiment; call with the launcher's lease held.
+    """Make the run directory, or check that it holds the same experiment; call with the launcher's lease held.
 
     Raises:
         RunError: if settings that affect results differ from what `root` holds.
@@ -58,21 +58,21 @@ def prepare(root: Path, config: Config, profile: Profile) -> Run:
     config_path = root / "config.json"
     if config_path.exists():
         old = Run(root)
-        started_with = read_json(root / "provenance.json")["code"]
-        if started_with != code_version():
-            log(f"note: {root} was started with code {started_with}, this is {code_version()}")
+        old_version = read_json(root / "provenance.json")["code"]
+        if old_version != code_version():
+            log(f"note: {root} was started with code {old_version}, this is {code_version()}")
         stored = upgrade(read_json(config_path))
-        unsaid = [line for line in changes(stored, to_dict(old.config)) if ": None -> " in line]
-        if unsaid:
-            lines = "\n".join(f"  {line.replace('None -> ', '')}" for line in unsaid)
+        added = [line for line in changes(stored, to_dict(old.config)) if ": None -> " in line]
+        if added:
+            lines = "\n".join(f"  {line.replace('None -> ', '')}" for line in added)
             log(f"note: {root} is older than these settings; finished elements may not agree with them:\n{lines}")
         config = continued(old.config, config)
         if old.is_extended_by(config):
-            old.report().complete.unlink(missing_ok=True)  # it lacks the new students
+            old.report().complete.unlink(missing_ok=True)  # the report must be made again with the new students
     else:
         write_json(root / "provenance.json", provenance())
     write_json(root / "profile.json", to_dict(profile))
-    # Teachers are reused before anything starts, so that only the name of their source is kept.
+    # The path of the source is not needed later: teachers are copied before any element starts.
     write_json(config_path, to_dict(replace(config, teachers_from=Path(config.teachers_from).name)))
     run = Run(root)
     run.logs.mkdir(exist_ok=True)
@@ -80,7 +80,7 @@ def prepare(root: Path, config: Config, profile: Profile) -> Run:
 
 
 def describe(run: Run, profile: Profile, chosen: Sequence[Element]) -> list[str]:
-    """Return lines that say what of `chosen` would run on this machine."""
+    """Return lines that describe what would run on this machine to finish the elements `chosen`."""
     config, root = run.config, run.root
     labels = dict.fromkeys(element.method for element in chosen if isinstance(element, StudentElement))
     lines = [
@@ -132,9 +132,9 @@ class PlainProgress:
         self._last = time.monotonic()
 
     def __call__(self) -> None:
-        """Print what is new."""
-        due = time.monotonic() - self._last >= LINE_SECONDS
-        if due:
+        """Print the changed states, and every 15 seconds the progress of running elements."""
+        is_due = time.monotonic() - self._last >= LINE_SECONDS
+        if is_due:
             self._last = time.monotonic()
         for row in run_status(self._run, self._view):
             if row.element not in self._states:
@@ -142,7 +142,7 @@ class PlainProgress:
             if row.state != self._states[row.element]:
                 self._states[row.element] = row.state
                 log(f"{row.element}: {row.state}{f' ({row.message})' if row.message else ''}")
-            elif due and row.state == "running":
+            elif is_due and row.state == "running":
                 log(f"{row.element}: {progress_line(read_status(self._run.root / row.element / 'status.json'))}")
 
 
@@ -154,10 +154,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("\n".join(setting_lines(Config)))
         return 0
     if arguments.recipe is None:
-        parser.error("which recipe? e.g. `python -m jobs.launch demo`")
+        parser.error("a recipe is required, e.g. `python -m jobs.launch demo`")
     try:
         check_options(parser, overrides)
-        config, profile = load_both(arguments.recipe, overrides, arguments.profile or "local")
+        config, profile = load_recipe_and_profile(arguments.recipe, overrides, arguments.profile or "local")
         root = arguments.run_dir or Path("runs") / config.name
         for warning in (*config.warnings(), *profile.warnings()):
             log(f"warning: {warning}")
@@ -166,14 +166,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.cancel:
             cancel_chain(Run(root), profile, arguments.only)
             return 0
-        # Also before anything is created, so that a mistake leaves nothing behind.
+        # `prepare` checks again under the lease. This check comes before anything is created.
         check_run_dir(root, config, arguments.profile)
         source = Path(config.teachers_from) if config.teachers_from else None
         reuses = find_reusable(PlannedRun(root, config), source) if source else []
         run: Run = PlannedRun(root, config, reuses)
         chosen = run.select(arguments.only)
         if profile.cluster == "local" and not arguments.prepare:
-            check_needs(run, chosen)
+            check_dependencies(run, chosen)
         problems = launch_problems(root, config, profile)
         if arguments.dry_run:
             if profile.cluster == "slurm":
@@ -194,7 +194,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             elif profile.cluster == "slurm":
                 submit_chain(run, profile, arguments.only, arguments.retry_failed)
             else:
-                return conclude(run, profile, arguments.only)
+                return execute_unfinished(run, profile, arguments.only)
             return 0
     except MISTAKES as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
@@ -204,20 +204,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_INTERRUPTED
 
 
-def check_needs(run: Run, elements: Sequence[Element]) -> None:
-    """Raise RunError if one of `elements` needs what is neither finished nor among them."""
+def check_dependencies(run: Run, elements: Sequence[Element]) -> None:
+    """Raise RunError if a dependency of one of `elements` is neither finished nor among them."""
     unfinished = [element for element in elements if not element.finished]
     for element in unfinished:
-        lacking = [e.name for e in run.dependencies(element) if not e.finished and e not in unfinished]
-        if lacking:
+        missing = [e.name for e in run.dependencies(element) if not e.finished and e not in unfinished]
+        if missing:
             raise RunError(
-                f"{element.name} needs {', '.join(lacking)}: finish that first, add it to --only, or reuse "
+                f"{element.name} needs {', '.join(missing)}: finish that first, add it to --only, or reuse "
                 "finished teachers with --teachers-from"
             )
 
 
-def conclude(run: Run, profile: Profile, only: Sequence[str] = ()) -> int:
-    """Execute what is missing, of everything or of what `only` names, then print the summary of a finished run."""
+def execute_unfinished(run: Run, profile: Profile, only: Sequence[str] = ()) -> int:
+    """Execute the unfinished elements, all or those that `only` names; print the summary if the run is finished.
+
+    Returns:
+        The exit code.
+    """
     interrupt = Interrupt().install()
     unfinished = [element for element in run.select(only) if not element.finished]
     if unfinished:

@@ -21,15 +21,15 @@ COMMAND_LINE = "the command line"
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command line; settings (`--section.key VALUE`) are taken from what it leaves over."""
+    """Return the launcher's parser; settings (`--section.key VALUE`) are among the words that it does not know."""
     parser = parser_with_examples(
         "jobs.launch",
         "Launch an experiment or resume it: the same command skips finished elements.\n"
-        "Every setting of a recipe is also an option (--settings lists them); - and _ in its name are the same.",
+        "Every setting of a recipe is also an option (--settings lists them); - and _ are equivalent in its name.",
         [
             "python -m jobs.launch demo",
             "python -m jobs.launch demo --profile local --dry-run",
-            "python -m jobs.launch cw10 --profile generic --dry-run    # every sbatch text, and what it will cost",
+            "python -m jobs.launch cw10 --profile generic --dry-run    # every sbatch text, and the expected cost",
             "python -m jobs.launch cw10 --profile generic --only teachers/push-v3",
             "python -m jobs.launch my-recipe.toml --run-dir runs/trial --distill.lr 5e-4 --seeds '[1, 2, 3]'",
             "python -m jobs.launch ablation --teachers-from runs/cw10 --only students/ewc",
@@ -37,9 +37,9 @@ def build_parser() -> argparse.ArgumentParser:
         ],
     )
     parser.usage = "%(prog)s RECIPE [options] [--section.key VALUE ...]"
-    parser.add_argument("recipe", nargs="?", help="a recipe of jobs/recipes by name, or a .toml file")
+    parser.add_argument("recipe", nargs="?", help="name of a recipe in jobs/recipes, or a .toml file")
     parser.add_argument(
-        "--profile", help="a profile of slurm/profiles, or a .toml file (default: local, this machine)"
+        "--profile", help="name of a profile in slurm/profiles, or a .toml file (default: local, this machine)"
     )
     parser.add_argument("--run-dir", type=Path, help="the run's directory (default: runs/<name of the recipe>)")
     parser.add_argument("--dry-run", action="store_true", help="print what would run; create and start nothing")
@@ -53,7 +53,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     slurm = parser.add_argument_group("with a Slurm profile")
     slurm.add_argument(
-        "--retry-failed", action="store_true", help="submit only what failed and what depends on it"
+        "--retry-failed", action="store_true", help="submit only failed elements and those that depend on them"
     )
     slurm.add_argument("--cancel", action="store_true", help="cancel the run's jobs (running ones save first)")
     parser.add_argument("--settings", action="store_true", help="list every setting, its default and meaning")
@@ -61,7 +61,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def check_options(parser: argparse.ArgumentParser, left_over: Sequence[str]) -> None:
-    """Raise ConfigError for what is neither an option of `parser` nor a setting, and means one of them."""
+    """Raise ConfigError if a word of `left_over` looks like an option, but is neither an option nor a setting."""
     settings = [f"--{field.name}" for field in dataclasses.fields(Config)]
     options = [name for action in parser._actions for name in action.option_strings if name.startswith("--")]
     words = [word.partition("=")[0] for word in left_over if word.startswith("--")]
@@ -72,10 +72,10 @@ def check_options(parser: argparse.ArgumentParser, left_over: Sequence[str]) -> 
 
 
 def load_recipe(name: str, overrides: Sequence[str]) -> Config:
-    """Load a recipe with overrides on top.
+    """Load a recipe and apply the overrides of the command line.
 
     Raises:
-        ConfigError: with all mistakes of both.
+        ConfigError: with all mistakes of both; those of the command line are named as such.
     """
     path = Path(name) if name.endswith(".toml") else RECIPES / f"{name}.toml"
     if not path.exists():
@@ -91,23 +91,24 @@ def load_recipe(name: str, overrides: Sequence[str]) -> Config:
     except ConfigError as error:
         if error.source != str(path):
             raise
-        # Whoever mistypes a setting looks for it in vain in the recipe.
-        asked = set(_paths(tables))
-        values = tuple(f"{path}." for path in asked if not any(other.startswith(f"{path}.") for other in asked))
+        # A mistake on the command line is not in the recipe, so its message must not name the recipe.
+        overridden = set(_paths(tables))
+        leaves = [path for path in overridden if not any(other.startswith(f"{path}.") for other in overridden)]
+        prefixes = tuple(f"{path}." for path in leaves)
 
-        def is_typed(problem: str) -> bool:
+        def is_override(problem: str) -> bool:
             path = problem.partition(": ")[0]
-            return path in asked or path.startswith(values)  # such as stream.tasks.0
+            return path in overridden or path.startswith(prefixes)  # such as stream.tasks.0
 
-        typed = [problem for problem in error.problems if is_typed(problem)]
-        if len(typed) == len(error.problems):
-            raise ConfigError([f"--{problem}" for problem in typed], COMMAND_LINE) from None
-        problems = [f"{COMMAND_LINE}: --{p}" if p in typed else p for p in error.problems]
+        wrong_overrides = [problem for problem in error.problems if is_override(problem)]
+        if len(wrong_overrides) == len(error.problems):
+            raise ConfigError([f"--{problem}" for problem in wrong_overrides], COMMAND_LINE) from None
+        problems = [f"{COMMAND_LINE}: --{p}" if p in wrong_overrides else p for p in error.problems]
         raise ConfigError(problems, str(path)) from None
 
 
 def _paths(tables: Mapping[str, Any], path: str = "") -> Iterator[str]:
-    """The dotted names of all tables and values."""
+    """Yield the dotted names of all tables and values."""
     for key, value in tables.items():
         yield (dotted := f"{path}.{key}".lstrip("."))
         if isinstance(value, Mapping):
@@ -115,10 +116,11 @@ def _paths(tables: Mapping[str, Any], path: str = "") -> Iterator[str]:
 
 
 def check_run_dir(root: Path, config: Config, profile: str | None) -> None:
-    """Refuse a directory that cannot become, or is not, the run of this experiment, before anything is written.
+    """Check, before anything is written, that `root` can hold the run of this experiment.
 
     Raises:
-        RunError: if it cannot; or if the run was launched on Slurm and no `profile` is named.
+        RunError: if it cannot; or if the run was launched on Slurm and no `profile` is named, since another
+            launch on this machine would work on elements whose jobs are in the queue.
     """
     claim(root, "run", config)
     recorded = root / "profile.json"
@@ -129,11 +131,11 @@ def check_run_dir(root: Path, config: Config, profile: str | None) -> None:
         )
 
 
-def load_both(recipe: str, overrides: Sequence[str], profile: str) -> tuple[Config, Profile]:
-    """Load recipe and profile.
+def load_recipe_and_profile(recipe: str, overrides: Sequence[str], profile: str) -> tuple[Config, Profile]:
+    """Load a recipe with overrides, and a profile.
 
     Raises:
-        ConfigError: the mistakes of both together.
+        ConfigError: with the mistakes of both together.
     """
     errors: list[ConfigError] = []
     config = loaded_profile = None

@@ -1,4 +1,4 @@
-"""What `jobs.launch` does with a Slurm profile: print, submit or cancel a run's chain of jobs."""
+"""Print, submit or cancel a run's chain of Slurm jobs, for `jobs.launch` with a Slurm profile."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from cpd.run.directory import Run
 from cpd.run.progress import clock
 from jobs.common import log
 
-#: How often one launch resubmits jobs that started too early.
+#: How often one launch resubmits jobs that started before their dependencies were resubmitted.
 MAX_ROUNDS = 3
 
 
@@ -23,7 +23,7 @@ def dry_run(run: Run, profile: Profile, only: Sequence[str], retry_failed: bool)
     """Return the sbatch text of every submission and the expected cost; change nothing.
 
     Raises:
-        PlanError: if it could not be submitted.
+        PlanError: if the chosen elements cannot be submitted.
     """
     try:
         queued, note = read_queue(run), ""
@@ -63,10 +63,10 @@ def cost_lines(run: Run, profile: Profile, submissions: Sequence[Submission], qu
 
 
 def submit_chain(run: Run, profile: Profile, only: Sequence[str], retry_failed: bool) -> None:
-    """Submit what is missing and print how to follow it.
+    """Submit the missing jobs, and print the commands that show and cancel them.
 
     Raises:
-        PlanError: if it cannot be submitted.
+        PlanError: if the chosen elements cannot be submitted.
         SchedulerError: if Slurm cannot be asked, or refuses.
     """
     queued = reconcile(run, profile)
@@ -103,13 +103,13 @@ def submit_chain(run: Run, profile: Profile, only: Sequence[str], retry_failed: 
 
 def _submitted_line(submission: Submission, number: str) -> str:
     count = len(submission.elements)
-    what = submission.elements[0].name if count == 1 else f"{count} elements of role {submission.role}"
-    waits = f", after {len(submission.needs)} others" if submission.needs else ""
-    return f"submitted job {number} ({submission.name}): {what}{waits}"
+    elements = submission.elements[0].name if count == 1 else f"{count} elements of role {submission.role}"
+    condition = f", after {len(submission.needs)} others" if submission.needs else ""
+    return f"submitted job {number} ({submission.name}): {elements}{condition}"
 
 
 def cancel_chain(run: Run, profile: Profile, only: Sequence[str]) -> None:
-    """Cancel the run's jobs and print which.
+    """Cancel the run's jobs and print their names.
 
     Raises:
         SchedulerError: if Slurm cannot be asked.

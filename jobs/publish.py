@@ -1,4 +1,4 @@
-"""Publish a run's finished teachers: tables, learning curves and small policy files that can be kept for good."""
+"""Publish a run's finished teachers: tables, learning curves and compact policy files."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line of `python -m jobs.publish`; return the exit code."""
     parser = parser_with_examples(
         "jobs.publish",
-        "Copy a run's tables and the policies of its finished teachers to a folder, which later runs can start "
-        "from and `python -m analysis.build` draws. Doing it again brings the folder up to date.",
+        "Copy a run's tables and the policies of its finished teachers to a folder. Later runs can reuse the "
+        "policies (--teachers-from), and `python -m analysis.build` draws the tables. Publishing again updates "
+        "the folder.",
         ["python -m jobs.publish runs/cw10 analysis/results/teachers/cw10-demo_rl"],
     )
-    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR")
-    parser.add_argument("folder", type=Path, metavar="FOLDER")
+    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="the run's directory")
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="new, or published from the same experiment")
     arguments = parser.parse_args(argv)
     from cpd.evaluation.publish import publish_teachers
 

@@ -14,8 +14,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line of `python -m jobs.report`; return the exit code."""
     parser = element_parser(
         "jobs.report",
-        "Gather a finished run's results and draw its figures, once. `python -m analysis.build` does the same as "
-        "often as you like, also for a run that is not finished.",
+        "Gather a finished run's results and draw its figures, once. `python -m analysis.build` does the same any "
+        "number of times, also for an unfinished run.",
         ["python -m jobs.report runs/demo"],
     )
     command = ElementCommand(parser, parser.parse_args(argv), lambda run: [run.report()])

@@ -24,20 +24,20 @@ from cpd.run.lease import Holder, current_holder
 from cpd.run.progress import StatusRecord, clock, number, read_status
 from jobs.common import EXIT_CTRL_C, EXIT_FAILED, EXIT_USAGE, exit_quietly, parser_with_examples
 
-#: Width in columns from which a terminal shows all columns of the table.
+#: Least width of a terminal, in columns, that shows all columns of the table.
 WIDE = 120
 #: Width of all columns but the names of elements, with the narrowest column for logs.
 BESIDE_NAMES = 75
 #: Width where there is no terminal: rows never wrap.
 UNLIMITED = 10_000
 BAR_WIDTH = 8
-#: An element may have several jobs in the queue: how many of the last ones are searched for one that started.
-MANY_JOBS = 60
+#: How many of an element's last jobs are searched for a log: with the order `overlap`, several may be pending.
+SEARCHED_JOBS = 60
 #: Bytes read from the end of a log.
 TAIL_BYTES = 16_384
-#: `--watch` ends after the run has been idle for this many seconds: a new job may not show at once.
-IDLE_LOOKS = 5
-#: The style of every state; where rows do not fit, those further up are shown first.
+#: `--watch` ends after this many polls without an active job: a new job may not be visible at once.
+IDLE_POLLS = 5
+#: The style of every state; if rows do not fit on the screen, states that come first here are shown first.
 STYLES = {
     "running": "yellow",
     "starting": "yellow",
@@ -53,7 +53,7 @@ STYLES = {
 
 @dataclass(frozen=True)
 class ElementStatus:
-    """One row."""
+    """One row of the table."""
 
     element: str
     role: str
@@ -73,18 +73,18 @@ class ElementStatus:
     job: str = ""
     """Slurm only: the last job's number, `12` or `12_3`."""
     queue: str = ""
-    """Slurm only: what the queue says of it, e.g. `PENDING (Dependency)`."""
+    """Slurm only: the job's state in the queue, e.g. `PENDING (Dependency)`."""
     node: str = ""
-    """Slurm only: where it runs."""
+    """Slurm only: the node that runs the job."""
 
 
 def element_status(run: Run, element: Element, log: str, job: JobState | None = None) -> ElementStatus:
-    """Read an element's state from markers, Slurm job, lease and status.json, the most reliable first."""
+    """Read an element's state from markers, lease, Slurm job and status.json, the most reliable source first."""
     record = read_status(element.status)
     holder, attempts = current_holder(element.path / "attempts")
     state = _state(element, record, holder, job)
     if state == "queued" and not job and current_holder(run.root / "launcher" / "attempts")[0] is None:
-        state = "waiting"  # its launcher, on this machine, is gone
+        state = "waiting"  # the local launcher that queued it has ended
     message = record.message
     if job and state == "killed":
         log_state = state_in_log(log_tail(run.root / log) if log else ())
@@ -116,19 +116,19 @@ def _state(element: Element, record: StatusRecord, holder: Holder | None, job: J
         return "rejected"
     if element.complete.exists():
         return "done"
-    at_work = ("RUNNING", "COMPLETING")
-    if job and job.state not in at_work and holder and holder.job == job.number != "":
-        holder = None  # its heartbeat is still fresh, but Slurm has ended it
+    started = ("RUNNING", "COMPLETING")
+    if job and job.state not in started and holder and holder.job == job.number != "":
+        holder = None  # Slurm has ended the job, although its last heartbeat is recent
     if holder:
         return "running"
     if job and job.is_active:
-        return "queued" if job.state not in at_work else "starting" if job.state == "RUNNING" else record.state
+        return "queued" if job.state not in started else "starting" if job.state == "RUNNING" else record.state
     # A process was running, or was to run, and ended without recording a state.
     return "killed" if record.state == "running" or (job and record.state == "queued") else record.state
 
 
 def run_status(run: Run, view: QueueView | None = None) -> list[ElementStatus]:
-    """All rows, in the run's order; a `view` that is kept spares Slurm some questions."""
+    """Return all rows, in the run's order; pass the same `view` again to query Slurm less often."""
     entries = ledger(run)
     elements = run.elements()
     unfinished = {e.name: entries[e.name][-1] for e in elements if e.name in entries and not e.finished}
@@ -140,20 +140,20 @@ def run_status(run: Run, view: QueueView | None = None) -> list[ElementStatus]:
 
 
 def _log(run: Run, entries: Sequence[LedgerEntry]) -> str:
-    """The log of the last job of an element that has started, or else of its last."""
-    logs = [entry.log for entry in entries[-MANY_JOBS:] if entry.log]
+    """Return the log of an element's last job that has started; if none has, of its last job."""
+    logs = [entry.log for entry in entries[-SEARCHED_JOBS:] if entry.log]
     return next((log for log in reversed(logs) if (run.root / log).exists()), logs[-1] if logs else "")
 
 
-def _telling_log(log: Path) -> Path:
-    """Of the logs of all ranks, given rank 0's, the one that ends with an exception; else rank 0's."""
+def _log_with_exception(log: Path) -> Path:
+    """Return the first log of any rank that ends with an exception, else `log`, which is rank 0's."""
     ranks = sorted(log.parent.glob(log.name.replace("_0_log.out", "_*_log.out")))
-    telling = [path for path in (log, *ranks) if any("Traceback" in line for line in log_tail(path, 40))]
-    return next(iter(telling), log)
+    with_exception = (path for path in (log, *ranks) if any("Traceback" in line for line in log_tail(path, 40)))
+    return next(with_exception, log)
 
 
 def log_tail(path: Path, num_lines: int = 12) -> list[str]:
-    """The last lines of a job's log, which may be long; none if it has not begun."""
+    """Return the last lines of a job's log, without reading all of it; empty if the log does not exist."""
     if not path.exists():
         return []
     with path.open("rb") as file:
@@ -162,19 +162,23 @@ def log_tail(path: Path, num_lines: int = 12) -> list[str]:
 
 
 def screen_table(console: Console, run: Run, rows: Sequence[ElementStatus]) -> Table:
-    """The table for a live display: where a terminal has too few lines, the rows that matter most."""
-    room = console.height - 1 if console.is_terminal else sys.maxsize
-    num_rows = min(len(rows), room)
+    """Return the table for a live display, with as many rows as the terminal has room for."""
+    max_lines = console.height - 1 if console.is_terminal else sys.maxsize
+    num_rows = min(len(rows), max_lines)
     while True:
         table = status_table(run, rows, console.width, num_rows)
-        excess = len(console.render_lines(table)) - room
+        # A row may take several lines.
+        excess = len(console.render_lines(table)) - max_lines
         if excess <= 0 or num_rows <= 1:
             return table
         num_rows = max(num_rows - excess, 1)
 
 
-def most_telling(rows: Sequence[ElementStatus], num_rows: int) -> list[ElementStatus]:
-    """So many rows in their order: by `STYLES`, of those that wait the next ones, of those done the last."""
+def most_important(rows: Sequence[ElementStatus], num_rows: int) -> list[ElementStatus]:
+    """Return the `num_rows` most important rows in their order.
+
+    States rank as in `STYLES`. Among elements that are done, the last ones rank first, else the first ones.
+    """
     ranks = list(STYLES)
 
     def rank(place: int) -> tuple[int, int]:
@@ -185,18 +189,18 @@ def most_telling(rows: Sequence[ElementStatus], num_rows: int) -> list[ElementSt
 
 
 def status_table(run: Run, rows: Sequence[ElementStatus], width: int = 120, num_rows: int | None = None) -> Table:
-    """The rows for a terminal of `width` columns; a narrow one is spared rate, bar, loss and log.
+    """Return the table for a terminal of `width` columns; a narrow one omits rate, bar, loss and log.
 
     Args:
         run: the run.
-        rows: all of its elements.
+        rows: all elements of the run.
         width: in columns.
-        num_rows: how many are shown, the most telling ones; the others are counted. Default: all.
+        num_rows: how many rows are shown, the most important ones; the others are counted. Default: all.
     """
     finished = sum(row.state in ("done", "rejected") for row in rows)
-    shown = list(rows) if num_rows is None else most_telling(rows, num_rows)
-    left_out = Counter(row.state for row in rows) - Counter(row.state for row in shown)
-    counts = ", ".join(f"{count} {state}" for state, count in left_out.items())
+    shown = list(rows) if num_rows is None else most_important(rows, num_rows)
+    hidden = Counter(row.state for row in rows) - Counter(row.state for row in shown)
+    counts = ", ".join(f"{count} {state}" for state, count in hidden.items())
     is_wide = width >= max(WIDE, BESIDE_NAMES + max((len(row.element) for row in rows), default=0))
     table = Table(
         title=f"{run.root}: {finished} of {len(rows)} elements finished",
@@ -208,7 +212,7 @@ def status_table(run: Run, rows: Sequence[ElementStatus], width: int = 120, num_
         caption=f"not shown: {counts}" if counts else None,
         caption_justify="left",
     )
-    # Only what may wrap gives way where columns are scarce: names are still legible then, states are not.
+    # A narrow terminal wraps the names of elements, which stay legible, and never states or progress.
     table.add_column("element", no_wrap=is_wide, overflow="fold")
     table.add_column("state", no_wrap=True)
     table.add_column("progress", no_wrap=True)
@@ -235,26 +239,26 @@ def status_table(run: Run, rows: Sequence[ElementStatus], width: int = 120, num_
 
 
 def _remark(row: ElementStatus) -> str:
-    """Where an element runs or waits, where its log is, how often it was tried, and what happened to it."""
-    place = f"job {row.job} {row.node or row.queue}" if row.job else ""
+    """Return an element's job and node, number of attempts, log, and last message."""
+    job = f"job {row.job} {row.node or row.queue}" if row.job else ""
     message = "" if row.state == "done" else row.message
-    tries = f"attempt {row.attempts}" if row.attempts > 1 else ""
-    return "  ".join(filter(None, (place, tries, row.log, message)))
+    attempt = f"attempt {row.attempts}" if row.attempts > 1 else ""
+    return "  ".join(filter(None, (job, attempt, row.log, message)))
 
 
 def failure_lines(run: Run, rows: Sequence[ElementStatus], num_lines: int = 6) -> list[str]:
-    """For every element that failed: its name, what happened, the end of its log, and what to do."""
+    """Return the name, message and last log lines of every failed element, then what to do."""
     lines = []
     for row in rows:
         if row.state in ("failed", "killed"):
             lines.append(
                 f"{row.state.upper()} {row.element}: {row.message or 'its job ended without an error message'}"
             )
-            log = _telling_log(run.root / row.log)
+            log = _log_with_exception(run.root / row.log)
             if row.log and log.exists():
-                lines += [*(f"    {line}" for line in log_tail(log, num_lines)), f"  its whole log: {log}"]
+                lines += [*(f"    {line}" for line in log_tail(log, num_lines)), f"  full log: {log}"]
     if lines:
-        lines.append("fix the causes and launch again: the same command resumes where they stopped")
+        lines.append("fix the causes and launch again: the same command resumes the run")
     return lines
 
 
@@ -281,9 +285,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--watch",
         action="store_true",
-        help="redraw every second until all is finished (exit code 0), no job is active (1), or Ctrl-C (130)",
+        help="redraw every second until the run is finished (exit code 0), no job is active (1), or Ctrl-C (130)",
     )
-    parser.add_argument("--json", action="store_true", help="print a list of objects, for programs")
+    parser.add_argument("--json", action="store_true", help="print the rows as a JSON list of objects")
     arguments = parser.parse_args(argv)
     try:
         run = Run(arguments.run_dir)
@@ -304,13 +308,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def console_for_table() -> Console:
-    """A console as wide as its terminal, or as COLUMNS says; else, as for a file, wide enough for everything."""
+    """Return a console as wide as the terminal or COLUMNS; for a file, one so wide that no row wraps."""
     has_width = sys.stdout.isatty() or "COLUMNS" in os.environ
     return Console(width=None if has_width else UNLIMITED)
 
 
 def print_failures(console: Console, run: Run, rows: Sequence[ElementStatus]) -> None:
-    """`failure_lines` as they are, whatever the width of the terminal."""
+    """Print `failure_lines` without wrapping them to the terminal."""
     for line in failure_lines(run, rows):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
@@ -327,9 +331,9 @@ def watch(run: Run) -> int:
             while True:
                 rows = run_status(run, view)
                 live.update(screen_table(console, run, rows), refresh=True)
-                waiting = any(row.state in ("queued", "starting", "running") for row in rows)
-                idle = 0 if waiting else idle + 1
-                if all(element.finished for element in run.elements()) or idle > IDLE_LOOKS:
+                is_active = any(row.state in ("queued", "starting", "running") for row in rows)
+                idle = 0 if is_active else idle + 1
+                if all(element.finished for element in run.elements()) or idle > IDLE_POLLS:
                     break
                 time.sleep(1.0)
         except KeyboardInterrupt:

@@ -17,8 +17,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line of `python -m jobs.teacher`; return the exit code."""
     parser = element_parser(
         "jobs.teacher",
-        "Train one teacher with RL, evaluate it on held-out goals, and write its rollouts to shards. A finished "
-        "teacher is left as it is; an interrupted one resumes. Under mpiexec or srun the ranks share the "
+        "Train one teacher with RL, evaluate it on held-out goals, and write its rollouts to shards. An "
+        "interrupted teacher resumes; a finished one is not changed. Under mpiexec or srun the ranks share the "
         "environments of every iteration and hold the same policy.",
         [
             "python -m jobs.teacher runs/demo teachers/drawer-close-v3/seed-1",
@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             num_workers, num_ranks = available_cpus(), asked_size()
             with closing(env_pool(command.run.config, num_workers, num_ranks)) as pool:
                 if num_ranks > 1 and num_workers > 1:
-                    pool.get(command.element.task)  # starts the workers: nothing may fork after MPI starts
+                    pool.get(command.element.task)  # start the workers now: a fork after MPI_Init may hang
                 comm = connect()
                 with mpi_guard(command.element, comm):
                     run_teacher(

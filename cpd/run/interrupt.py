@@ -1,7 +1,7 @@
 """Stopping a job: a signal, or the end of its launcher, sets a flag and does nothing else.
 
-The work loop checks the flag between steps, saves and returns. The handler may interrupt an MPI call or a write to a
-file, so it makes no MPI call and touches no file.
+The work loop checks the flag between steps, saves and returns. The handler may interrupt an MPI call or a
+write, so it makes no MPI call and touches no file.
 """
 
 from __future__ import annotations

@@ -267,7 +267,7 @@ def test_a_check_of_what_is_not_there_is_refused_before_anything_acts(
         (["--only", "drawer-close-v3", "--only", "puhs-v3"], "has no policy of puhs-v3 (it has drawer-close-v3)"),
         (["--episodes", "0"], "at least one is needed"),
         (["--csv", str(tmp_path / "nowhere" / "a.csv")], "there is no directory"),
-        (["--csv", str(tmp_path / "kept" / "config.json")], "is no table of this command"),
+        (["--csv", str(tmp_path / "kept" / "config.json")], "is not a table of this command"),
     ):
         assert check_main([str(tmp_path / "kept"), *arguments]) == 2
         assert told in capsys.readouterr().err
