@@ -1,6 +1,6 @@
-"""The communicator: one protocol, a serial and an MPI implementation.
+"""The communicator: a protocol with a serial and an MPI implementation.
 
-`mpi4py.MPI` is imported in `connect` only, since importing it initialises MPI; after that no process may fork.
+`mpi4py.MPI` is imported in `connect` only, since importing it initialises MPI, after which no process may fork.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ T = TypeVar("T")
 
 #: Environment variable with the number of ranks that the launcher started.
 RANKS_VARIABLE = "CPD_RANKS"
-#: Environment variables in which process managers give the number of ranks.
+#: Environment variables in which process managers state the number of ranks.
 SIZE_VARIABLES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MPI_LOCALNRANKS", "SLURM_STEP_NUM_TASKS")
 #: Threads of a process's tensor arithmetic: fixed, since another number rounds differently.
 TORCH_THREADS = 1
-#: Large buffers are reduced in pieces that stay in cache: 1.7-2.7x instead of 1.0-1.7x gloo at 50 MB.
+#: Large buffers are reduced in pieces that stay in cache: 1.7-2.7 times as fast as gloo at 50 MB, not 1.0-1.7.
 PIECE_BYTES = 1 << 20
 
 
 class CommSizeError(RuntimeError):
-    """The communicator has another size than the job."""
+    """The number of ranks that MPI connects is not that of the job."""
 
 
 class Comm(Protocol):
@@ -52,32 +52,32 @@ class Comm(Protocol):
         """Wait for all ranks."""
 
     def abort(self, code: int) -> None:
-        """End all ranks at once; for an error that only this rank meets."""
+        """End all ranks immediately; for an error that occurs on this rank only."""
 
 
 class SerialComm:
-    """A communicator of one."""
+    """The communicator of a single process."""
 
     rank = 0
     size = 1
 
     def all_reduce_sum(self, array: npt.NDArray[Any]) -> None:
-        """Nothing to add."""
+        """Leave the array unchanged."""
 
     def any(self, flag: bool) -> bool:
-        """The flag itself."""
+        """Return the flag."""
         return flag
 
     def broadcast(self, value: T) -> T:
-        """The value itself."""
+        """Return the value."""
         return value
 
     def gather(self, value: T) -> list[T]:
-        """A list of one."""
+        """Return a list of the value."""
         return [value]
 
     def barrier(self) -> None:
-        """Nobody to wait for."""
+        """Return immediately."""
 
     def abort(self, code: int) -> None:
         """End this process."""
@@ -106,12 +106,12 @@ class MPIComm:
         return bool(self._world.allreduce(int(flag), op=self._mpi.MAX))
 
     def broadcast(self, value: T) -> T:
-        """From rank 0."""
+        """MPI_Bcast from rank 0, pickled."""
         result: T = self._world.bcast(value, root=0)
         return result
 
     def gather(self, value: T) -> list[T]:
-        """To rank 0."""
+        """MPI_Gather to rank 0, pickled."""
         return self._world.gather(value, root=0) or []
 
     def barrier(self) -> None:
@@ -124,7 +124,7 @@ class MPIComm:
 
 
 def asked_size() -> int:
-    """Return the number of ranks that were started, according to the environment."""
+    """Return the number of ranks that were started, according to the environment variables; 1 without any."""
     names = (RANKS_VARIABLE, *SIZE_VARIABLES)
     return max(int(os.environ.get(name) or 1) for name in names)
 
@@ -133,8 +133,8 @@ def connect() -> Comm:
     """Return the communicator of this process.
 
     Raises:
-        CommSizeError: if MPI connects fewer or more ranks than the job was given: a wrong process-management
-            interface starts N processes that do not know of each other, which would train N copies.
+        CommSizeError: if MPI connects another number of ranks than were started. With the wrong process-management
+            interface, N processes do not know of each other and would train N copies.
     """
     asked = asked_size()
     if asked == 1:
@@ -145,8 +145,8 @@ def connect() -> Comm:
     if comm.size != asked:
         raise CommSizeError(
             f"this job was given {asked} ranks, but MPI ({MPI.get_vendor()[0]}) connects {comm.size}. Use the "
-            "mpiexec that belongs to this MPI, or set the profile's srun_mpi to what it speaks (pmi2 for MPICH, "
-            "pmix for Open MPI)"
+            "mpiexec that belongs to this MPI, or set srun_mpi in the profile to the interface that it supports "
+            "(pmi2 for MPICH, pmix for Open MPI)"
         )
     return comm
 
@@ -170,7 +170,7 @@ def float_sum(comm: Comm, value: float) -> float:
 
 def choose_device(comm: Comm) -> torch.device:
     """Return this rank's accelerator if there is one, else the CPU."""
-    import torch  # here, since a login node has no use for it
+    import torch  # here, so that programs on a login node start without it
 
     if torch.cuda.is_available():
         return torch.device("cuda", comm.rank % torch.cuda.device_count())

@@ -1,4 +1,4 @@
-"""Random streams as pure functions of a seed and a name, so that no draw depends on what was drawn before it."""
+"""Random streams as pure functions of a seed and a name: no draw depends on what was drawn before it."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ def _words(seed: int, path: tuple[int | str, ...]) -> list[int]:
 def generator(seed: int, *path: int | str) -> np.random.Generator:
     """Return a NumPy generator for the stream named by `path`, e.g. `generator(seed, "batch", stage, step)`.
 
-    Integers in `path` must be non-negative, and the same number of them must always follow a name: NumPy pads
-    short seeds with zeros, so that a 0 at the end may make no difference.
+    Integers in `path` must not be negative. The same number of them must always follow a name, since NumPy pads
+    short seeds with zeros, and a 0 at the end may then make no difference.
     """
     return np.random.Generator(np.random.Philox(np.random.SeedSequence(_words(seed, path))))
 

@@ -1,4 +1,4 @@
-"""Batches: the global batch of a step is a pure function of seed, stage and step; a rank takes some of its rows.
+"""Batches: the global batch of a step is a pure function of seed, stage and step; every rank takes some rows.
 
 Dimensions: B rows (windows) of the global batch, R rows of this rank, L time steps, S stored steps.
 """
@@ -29,22 +29,22 @@ class Windows(NamedTuple):
     length: npt.NDArray[np.int64]
     """[B] number of steps."""
     mixture: tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]] | None = None
-    """If observations are mixed (rehearsal): [B] first step of the other window, [B] weight of the row's original
-    observations; 1 leaves them unchanged."""
+    """With rehearsal, which mixes observations: [B] first step of the other window, [B] weight of the row's own
+    observations (1: not mixed)."""
 
 
 class Batch(NamedTuple):
     """This rank's rows of a global batch."""
 
     obs_RLO: Tensor
-    """Raw observations; positions beyond a window's end repeat its last step and are ignored."""
+    """Raw observations; positions beyond a window's end repeat its last step and do not count."""
     teacher_mean_RLA: Tensor
     teacher_log_std_RLA: Tensor
-    """Floored."""
+    """At least the logarithm of `distill.std_floor`."""
     valid_RL: Tensor
     """1 for steps, 0 beyond a window's end."""
     task_R: Tensor
-    """Positions of the tasks among the stream's distinct ones, int64."""
+    """Positions of the tasks among the distinct tasks of the stream, int64."""
     replayed_R: Tensor
     """1 for rows from memory."""
     num_tokens: int
@@ -55,10 +55,10 @@ class BatchSource:
     """The batches of one stage.
 
     A row from the current task is the window that ends with a step drawn uniformly from all steps of the task.
-    Every step is thus seen with its full past, and windows at the start of an episode are short, as when acting.
-    In joint training a task is drawn first. A row from memory is a whole segment, drawn uniformly. With rehearsal
-    its observations are mixed, in uniform proportions, with those of another segment of its task, over the steps
-    that both have.
+    Every step is therefore seen with its full past, and windows at the start of an episode are short, as when the
+    student acts. In joint training a task is drawn first. A row from memory is a whole segment, drawn uniformly.
+    With rehearsal its observations are mixed, with a uniform random weight, with those of another segment of the
+    task, over the steps that both have.
     """
 
     def __init__(
@@ -119,7 +119,7 @@ class BatchSource:
         return Windows(start, length, (partner, weight))
 
     def _current_rows(self, rng: np.random.Generator, num_rows: int) -> npt.NDArray[np.int64]:
-        """Draw steps of the stage's data; every task is equally likely, however many steps it has."""
+        """Draw steps of the stage's data; every task is equally likely, whatever its number of steps."""
         if len(self._task_sizes) == 1:
             rows: npt.NDArray[np.int64] = rng.integers(len(self._window_start), size=num_rows)
             return rows
@@ -133,7 +133,7 @@ class BatchSource:
         return self._gather(self.windows(step), self._num_replayed)
 
     def reference(self, step: int, num_windows: int) -> Batch | None:
-        """This rank's rows of `num_windows` segments from memory, independent of `batch`; None if it is empty."""
+        """This rank's rows of `num_windows` segments from memory, independent of `batch`; None without memory."""
         if not len(self._memory_start):
             return None
         rows = generator(self._seed, "reference", self._stage, step).integers(

@@ -1,7 +1,7 @@
-"""Training data of the task embedding: observations of every task seen so far, in equal shares; and prototypes.
+"""Training data of the task embedding (observations of every task so far, in equal shares) and prototypes.
 
-The batch of a step is small and the same on every rank. Each rank processes all of it, since the loss is no mean
-over samples: it needs no communication that way.
+The batch of a step is small and the same on every rank. Every rank processes all of it: the loss is not a mean
+over samples, so dividing the batch would take communication.
 
 Dimensions: N observations, O observation size.
 """
@@ -22,20 +22,20 @@ from cpd.seeding import generator
 from cpd.student.network import Student
 from cpd.student.observations import observation_scaling
 
-#: Observations per step, in equal shares for every task seen.
+#: Observations per step, in equal shares for every task so far.
 BATCH_SIZE: Final = 256
-#: Standard deviation of the noise on them, in the student's scaling of observations (15 cm are 1).
+#: Standard deviation of the noise added to them, in the student's scaling of observations (15 cm are 1).
 NOISE: Final = 0.1
-#: Observations of the current task that its prototype is computed from during its stage.
+#: Observations from which the prototype of the current task is computed during its stage.
 PROTOTYPE_SIZE: Final = 512
 
 
 class ContrastSource:
     """The contrastive batches of one stage.
 
-    Half of the observations of a current task (in joint training: of all tasks) open an episode, the others are
-    drawn from all steps. Earlier tasks have few observations left in memory, so theirs are mixtures of two stored
-    ones.
+    Half of the observations of a current task (in joint training: of all tasks) are first ones of an episode, the
+    others are drawn from all steps. Of earlier tasks, the memory holds few observations, so mixtures of two stored
+    ones are used.
     """
 
     def __init__(

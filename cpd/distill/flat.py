@@ -1,6 +1,6 @@
 """All parameters as views of one flat vector, and AdamW on that vector.
 
-One vector means one all-reduce per step; clipping, masks and penalties are vector operations.
+With one vector, a step takes one all-reduce, and clipping, masks and penalties are vector operations.
 """
 
 from __future__ import annotations
@@ -28,16 +28,17 @@ class FlatParameters:
     that is reduced and clipped is contiguous. G equals P if none is frozen.
 
     Attributes:
-        names: parameters in the order of the vector; those that growth adds come last.
-        slots: the slice of the vector of every parameter, by name.
-        shapes: the shape of every parameter, by name.
+        names: names of parameters in the order of the vector; those that growth adds come last.
+        slots: by name, the slice of the vector that holds a parameter.
+        shapes: by name, the shape of a parameter.
         matrices: [P] 1 for elements of weight matrices, to which weight decay applies, else 0.
         trainable: the slices of `values` that are not frozen, in order; adjacent slices are merged. `grads` holds
             their gradients in this order.
     """
 
     def __init__(self, module: nn.Module, first_names: Sequence[str] = ()) -> None:
-        """Move the parameters of `module`; `first_names` come first, in that order, so that growth appends."""
+        """Move the parameters of `module`; those in `first_names` come first, in that order."""
+        # So growth appends: the positions of older parameters, and with them moments and masks, stay valid.
         parameters = dict(module.named_parameters())
         self.names = [*first_names, *(name for name in parameters if name not in set(first_names))]
         assert set(self.names) == set(parameters)
@@ -64,7 +65,7 @@ class FlatParameters:
         return len(self.values)
 
     def carried(self, vector: Tensor, old: FlatParameters) -> Tensor:
-        """Copy a vector from the layout `old` to this layout; parameters that `old` lacks get 0."""
+        """Copy a vector [P] from the layout `old` to this layout; parameters that `old` lacks get 0."""
         result = torch.zeros_like(self.values)
         for name, slot in old.slots.items():
             result[self.slots[name]] = vector[slot]
@@ -79,6 +80,7 @@ class FlatParameters:
         trained = [name for name in self.names if mask is None or bool(mask[self.slots[name]].any())]
         self.grads = self.values.new_zeros(sum(self.shapes[name].numel() for name in trained))
         self._staging: Tensor | None = None
+        # Autograd skips frozen parameters, and the backward passes that only they need.
         for parameter in self._parameters.values():
             parameter.requires_grad_(False)
             parameter.grad = None
@@ -99,14 +101,15 @@ class FlatParameters:
         if self.grads.device.type == "cpu":
             comm.all_reduce_sum(self.grads.numpy())
             return
-        if self._staging is None:  # pinned host memory: MPI sees no device memory
+        if self._staging is None:  # pinned host memory, since MPI cannot read device memory
             self._staging = torch.empty(self.grads.shape, dtype=self.grads.dtype, pin_memory=True)
         self._staging.copy_(self.grads)
         comm.all_reduce_sum(self._staging.numpy())
         self.grads.copy_(self._staging)
 
     def clip_grads(self, max_norm: float) -> float:
-        """Scale `grads` down to `max_norm` if its Euclidean norm is greater; returns the original norm."""
+        """Scale `grads` down to Euclidean norm `max_norm` if its norm is greater; returns the original norm."""
+        # After the all-reduce, so this is the norm of the global gradient, the same on every rank.
         norm = float(torch.linalg.vector_norm(self.grads))
         if norm > max_norm:
             self.grads.mul_(max_norm / norm)
@@ -116,9 +119,9 @@ class FlatParameters:
 class AdamW:
     """Adam with decoupled weight decay (Loshchilov and Hutter 2019) on flat parameters that may grow.
 
-    Bias correction (Kingma and Ba 2015, algorithm 1) counts the updates since a parameter was added, so that
-    parameters added by growth start as with a new optimiser. As in torch, updates with a zero gradient count too:
-    the task encoder, which the first stage does not train, and a task's vector start with larger steps.
+    Bias correction (Kingma and Ba 2015, algorithm 1) counts the updates since a parameter was added, so parameters
+    added by growth start as with a new optimiser. As in torch, updates with a zero gradient count too. Parameters
+    that get their first gradient later, such as the task encoder and the tasks' vectors, start with larger steps.
     """
 
     def __init__(self, flat: FlatParameters, weight_decay: float = 0.0) -> None:
@@ -126,11 +129,11 @@ class AdamW:
         self.weight_decay = weight_decay
         self.first_moment = torch.zeros_like(flat.values)
         self.second_moment = torch.zeros_like(flat.values)
-        #: Parameters of equal age, as [start, stop, age in updates]; they are contiguous, since growth appends.
+        #: Groups of parameters by age, as [start, stop, age in updates]; contiguous, since growth appends.
         self.cohorts: list[list[int]] = [[0, flat.size, 0]]
 
     def grow(self, flat: FlatParameters) -> None:
-        """Switch to the vector after growth; moments are copied by parameter name."""
+        """Switch to the vector after growth; keep the moments of older parameters."""
         assert flat.names[: len(self.flat.names)] == self.flat.names
         self.first_moment = flat.carried(self.first_moment, self.flat)
         self.second_moment = flat.carried(self.second_moment, self.flat)
@@ -150,6 +153,7 @@ class AdamW:
         """
         slots, grad_slots, ages = self._advance()
         values = [self.flat.values[slot] for slot in slots]
+        # The masked update is the step from the old to the new values, scaled; so the old ones are needed.
         old_values = [value.clone() for value in values] if mask is not None else []
         if self.weight_decay:
             for slot, value in zip(slots, values, strict=True):
@@ -169,14 +173,14 @@ class AdamW:
             beta1=BETAS[0],
             beta2=BETAS[1],
             eps=EPS,
-            weight_decay=0.0,
+            weight_decay=0.0,  # applied above, to matrices only
         )
         if mask is not None:
             for slot, old, new in zip(slots, old_values, values, strict=True):
                 torch.lerp(old, new, mask[slot], out=new)
 
     def _advance(self) -> tuple[list[slice], list[slice], list[int]]:
-        """Count one more update; return slices of parameters of equal age, in values and `grads`, and the ages."""
+        """Count one more update; return slices of equal age, in `values` and in `grads`, and their ages."""
         for cohort in self.cohorts:
             cohort[2] += 1
         slots, grad_slots, ages, offset = [], [], [], 0
@@ -191,7 +195,7 @@ class AdamW:
         return slots, grad_slots, ages
 
     def state(self) -> dict[str, Any]:
-        """For a checkpoint."""
+        """Everything that the next update depends on, apart from the parameters."""
         return {
             "first_moment": self.first_moment,
             "second_moment": self.second_moment,
@@ -199,7 +203,7 @@ class AdamW:
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Continue from what `state()` returned; restore the flat vector first."""
+        """Continue from what `state()` returned; `flat` must hold the parameters of that time."""
         self.first_moment.copy_(state["first_moment"])
         self.second_moment.copy_(state["second_moment"])
         self.cohorts = [list(cohort) for cohort in state["cohorts"]]

@@ -26,14 +26,14 @@ TokenLoss = Callable[[StudentOutput, Batch], Tensor]
 
 @dataclass(frozen=True)
 class Probe:
-    """How well the student serves a new task when it treats it as one of the tasks seen."""
+    """How well the student serves a new task with the experts of an earlier one."""
 
     task: int
-    """The task that it is treated as; 0 for a student without task identity."""
+    """The earlier task; 0 for a student without task identity."""
     loss: float
     """Mean over the tokens of the global batch."""
     counts_LE: npt.NDArray[np.float64]
-    """Assignments by layer and expert."""
+    """Number of assignments by layer and expert."""
 
 
 @dataclass(frozen=True)
@@ -43,21 +43,21 @@ class GrowthDecision:
     stage: int
     task: int
     nearest_task: int
-    """The task seen whose experts serve the new one best; new experts are copies of them. The first task if the
-    student is not conditioned on tasks: all tasks then share their experts."""
+    """The earlier task whose experts serve the new one best; new experts are copies of them. The first task if the
+    student is not conditioned on tasks, since all tasks then share all experts."""
     probe_loss: float
     """The loss of the new task with these experts."""
     reason: str
     num_new: int
     """Experts added to every layer."""
     sources: list[list[int]]
-    """By layer, the experts that the new ones are copies of."""
+    """By layer, the experts of which the new ones are copies."""
     group: int
-    """The group of experts that the task has now."""
+    """The group of experts that the task uses now."""
 
 
 def probe(student: Student, batch: Batch, loss: TokenLoss, seen: list[int], comm: Comm) -> Probe:
-    """Treat a batch of a new task as each of the tasks `seen`; returns the best result. A collective."""
+    """Evaluate a batch of a new task with the experts of each task in `seen`; returns the best. A collective."""
     best: Probe | None = None
     for task in seen if student.is_conditioned else [0]:
         with torch.no_grad():

@@ -24,15 +24,15 @@ from cpd.student.task_embedding import info_nce
 
 
 class LossTerms(NamedTuple):
-    """The terms of the loss of a batch, without gradient; this rank's summands of the global values."""
+    """The terms of the loss of a batch, detached; the sums over ranks are the global values."""
 
     distance_RL: Tensor
-    """Distance to the teachers, by token; 0 beyond a window's end."""
+    """Distance to the teacher of every token; 0 beyond a window's end."""
     load_balance: Tensor
     router_z: Tensor
     contrast: Tensor
     counts_LE: Tensor
-    """Assignments to each open expert, by layer."""
+    """Number of assignments to each open expert, by layer."""
 
 
 @dataclass
@@ -43,14 +43,14 @@ class Progress:
     step: int = 0
     """Steps done in this stage."""
     begun: bool = False
-    """Whether this stage's growth has happened."""
+    """Whether the student has been prepared for this stage; a resumed stage must not grow it again."""
     num_opening: int = 0
-    """Experts per layer that were added at the start of this stage and open gradually."""
+    """Experts per layer that were added at the start of this stage and are opened gradually."""
     growth: list[GrowthDecision] = field(default_factory=list)
     seen: list[int] = field(default_factory=list)
     """Tasks distilled so far, by position among the distinct ones, in order of their first stage."""
     skipped: list[int] = field(default_factory=list)
-    """Stages without an admitted teacher."""
+    """Stages that had no admitted teacher."""
 
     def next_stage(self) -> None:
         """Move to the start of the next stage."""
@@ -60,7 +60,7 @@ class Progress:
 class StudentLearner:
     """One rank's copy of the student, its optimiser, and the batches of the current stage.
 
-    This is what a `StudentTrainer` moves through the stages, and what a `Protection` sees in its hooks.
+    A `StudentTrainer` moves it through the stages; the hooks of a `Protection` receive it.
 
     Attributes:
         student: the network.
@@ -79,6 +79,7 @@ class StudentLearner:
 
     def initialise(self) -> None:
         """Draw the initial weights and create a new optimiser."""
+        # The same generator in every stage: with the protocol `single_task` all students start alike.
         student = self._build(self.config.student.num_experts)
         student.initialise(torch.Generator().manual_seed(derive(self.seed, "student")))
         self._set_student(student)
@@ -90,7 +91,7 @@ class StudentLearner:
         return Student(config.student, num_tasks, num_experts=num_experts, dtype=dtype)
 
     def _set_student(self, student: Student, names: Sequence[str] = ()) -> None:
-        """Lay out the parameters of `student`, those in `names` first, for a new optimiser."""
+        """Use `student`, with a new optimiser; the parameters in `names` come first in `flat`."""
         self.student = student.to(self.device)
         self.flat = FlatParameters(self.student, names)
         self.optimizer = AdamW(self.flat, self.config.distill.weight_decay)
@@ -116,11 +117,11 @@ class StudentLearner:
             self._contrast = ContrastSource(data, memory, config.distill, self.seed, stage, self.device)
 
     def close_stage(self) -> None:
-        """Release the batches of the current stage."""
+        """Release the batches of the current stage, and with them its data."""
         self._source = self._contrast = None
 
     def refresh_prototypes(self) -> None:
-        """Recompute the prototypes with the current encoder, before the student acts within a stage."""
+        """Recompute the prototypes with the current encoder; call it before the student acts within a stage."""
         if self._contrast is not None:
             self._contrast.refresh_prototypes(self.student)
 
@@ -133,12 +134,16 @@ class StudentLearner:
     def gradient(self, batch: Batch, *, contrast: bool = True) -> LossTerms:
         """Set `flat.grads` to the gradient of the loss of the global batch, the same on every rank; a collective.
 
-        The contrastive loss uses a batch of its own, independent of `batch`; `contrast=False` omits it.
+        Args:
+            batch: this rank's rows.
+            contrast: whether to add the contrastive loss, which uses another batch. A-GEM's reference gradient
+                leaves it out.
         """
         config = self.config.distill
         out = self.student(batch.obs_RLO, task_B=batch.task_R, valid_BL=batch.valid_RL)
         distance_RL = batch.valid_RL * self.token_loss(out, batch)
-        # Sums over this rank's tokens, divided by the global count: the sum over ranks is the global mean.
+        # Sums over this rank's tokens, divided by the global count: their sum over ranks is the global mean,
+        # also if ranks have different numbers of tokens.
         imitation = distance_RL.sum() / batch.num_tokens
         balance = self._balance(out, batch)
         router_z = router_z_loss(torch.stack([stats.z_square_sum for stats in out.stats]), batch.num_tokens)
@@ -154,7 +159,7 @@ class StudentLearner:
         )
 
     def _contrastive_loss(self) -> Tensor:
-        """This rank's share of the contrastive loss, which every rank computes completely."""
+        """This rank's summand of the contrastive loss, which every rank computes completely."""
         contrast = None if self._contrast is None else self._contrast.batch(self.progress.step)
         if contrast is None:
             return self.flat.values.new_zeros(())
@@ -162,8 +167,8 @@ class StudentLearner:
         return info_nce(self.student.embedding(obs_NO), task_N) / self.comm.size
 
     def _balance(self, out: StudentOutput, batch: Batch) -> Tensor:
-        """This rank's share of the load balance loss; it is 1 if tokens have no choice among experts."""
-        # Not computed then: the global shares of experts take a collective in the middle of every step.
+        """This rank's summand of the load-balancing loss, which is 1 if tokens have no choice among experts."""
+        # Skipped then, since the global shares of experts take a collective in the middle of every step.
         if not self.student.chooses_experts:
             return self.flat.values.new_tensor(1.0 / self.comm.size)
         counts_LE = torch.stack([stats.counts_E for stats in out.stats]).cpu()
@@ -177,12 +182,13 @@ class StudentLearner:
         )
 
     def token_loss(self, out: StudentOutput, batch: Batch) -> Tensor:
-        """[R, L] the distance to the teacher."""
+        """The distance to the teacher, [R, L]."""
         loss = LOSSES[self.config.distill.loss]
         return loss(out.mean_BLA, out.log_std_BLA, batch.teacher_mean_RLA, batch.teacher_log_std_RLA)
 
     def state(self) -> dict[str, Any]:
         """All that the next step depends on, for a checkpoint; random streams are functions of seed and step."""
+        # The names give the order of `values`, which depends on when experts were added.
         return {
             "progress": asdict(self.progress),
             "num_experts": self.student.num_experts,
@@ -198,6 +204,7 @@ class StudentLearner:
         progress["growth"] = [GrowthDecision(**decision) for decision in progress["growth"]]
         self.progress = Progress(**progress)
         student = self._build(state["num_experts"])
+        # Not strict, since the parameters come from `values` below.
         student.load_state_dict(state["buffers"], strict=False)
         self._set_student(student, state["names"])
         self.flat.values.copy_(state["values"])

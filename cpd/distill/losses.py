@@ -57,8 +57,8 @@ def load_balance_loss(prob_sums_LE: Tensor, shares_LE: Tensor, num_tokens: int, 
     with E_g experts in group g and its share w_g of all tokens, sum_g E_g / w_g sum_{e in g} f_e P_e.
 
     The form of Switch Transformers (Fedus et al. 2022, eq. 4), for top-k as in GShard (Lepikhin et al. 2021). It
-    is not a mean over tokens. With the shares of the global batch, a rank's part of the gradient is still exact,
-    since shares carry no gradient and P_e is a mean.
+    is not a mean over tokens. With the shares of the global batch, a rank's summand of the gradient is still
+    exact, since shares have no gradient and P_e is a mean.
 
     Args:
         prob_sums_LE: router probabilities per layer and expert, summed over this rank's tokens.

@@ -22,7 +22,7 @@ class Rehearsal:
     ) -> None:
         """Copy `student` with parameters `values`, laid out as `flat`, and close its last `num_opening` experts.
 
-        They must be closed again when a run resumes in the middle of a stage, since they are partly open by then.
+        When a run resumes in the middle of a stage, these are partly open, but were closed when the stage began.
         """
         self.values = values
         self._student = copy.deepcopy(student)
@@ -34,7 +34,7 @@ class Rehearsal:
         self._std_floor = std_floor
 
     def relabel(self, batch: Batch) -> Batch:
-        """Label replayed rows with the copy's Gaussian, its mean clipped and its deviation floored."""
+        """Label replayed rows with the copy's Gaussian, with a clipped mean and a floored standard deviation."""
         rows = batch.replayed_R.bool()
         if not rows.any():
             return batch

@@ -24,14 +24,14 @@ from cpd.run.tables import CurveRow, write_rows
 from cpd.student.actor import make_actor
 from cpd.student.network import save_student
 
-#: Episodes per forward pass when a learning curve is evaluated: few, so that several ranks share the work.
+#: Episodes per forward pass when a learning curve is evaluated: few, so that several ranks can share them.
 CURVE_CHUNK: Final = 5
-#: Distillation steps between the agreements of ranks on whether to stop.
+#: Distillation steps after which ranks agree on whether to stop: seldom, since agreeing costs a collective.
 AGREE_EVERY: Final = 10
 
 
 def curve_steps(num_points: int, steps_per_stage: int) -> list[int]:
-    """The steps of a stage after which its learning curve gets a point: evenly spaced, the last one at its end."""
+    """The steps of a stage after which its learning curve gets a point: evenly spaced, up to the last step."""
     return [round(steps_per_stage * point / num_points) for point in range(1, num_points + 1)]
 
 
@@ -44,9 +44,10 @@ def run_student(
     log: Callable[[str], None],
     partial: bool = False,
 ) -> None:
-    """Distil the whole stream into one student, from its newest checkpoint on; a collective.
+    """Distil the whole stream into one student, starting from its newest checkpoint; a collective.
 
-    With `partial`, stop before the first stage whose teacher is not finished.
+    With `partial`, stop before the first stage whose teacher is not finished: students can train while later
+    teachers still do.
 
     Raises:
         LeaseHeldError: if another process is training this student.
@@ -56,6 +57,7 @@ def run_student(
     """
     torch.set_num_threads(TORCH_THREADS)
     with begin_attempt(element, comm, log) as attempt:
+        # Rank 0 looks for all: a shared file system may show different files to different nodes.
         if comm.broadcast(element.complete.exists()):
             attempt.finish("done")
             return
@@ -75,7 +77,7 @@ def run_student(
 
 
 class Distillation:
-    """A trainer and its surroundings: checkpoints, stage policies, learning curves, metrics, stop requests."""
+    """Runs a trainer: checkpoints, policies after stages, learning curves, metrics, requests to stop."""
 
     def __init__(
         self,
@@ -106,6 +108,7 @@ class Distillation:
         checkpoint = self.comm.broadcast(latest(self.element.checkpoints) if self.attempt.is_writer else None)
         if checkpoint is None:
             if self.attempt.is_writer:
+                # An attempt that ended before its first checkpoint may have left a curve.
                 self.element.curves.unlink(missing_ok=True)
                 self._save_policy(-1)
             return 0
@@ -122,9 +125,10 @@ class Distillation:
             self.log.close()
 
     def run_stages(self) -> str | None:
-        """Run the remaining stages, up to one whose teacher is not finished; returns the task of that teacher."""
+        """Run the remaining stages, up to one whose teacher is not finished; returns that task, or None."""
         progress, tasks = self.trainer.learner.progress, self.config.stream.tasks
         self.attempt.begin("distill", self._steps_before(len(tasks)), self._steps_done())
+        # Every stage of joint training uses the data of all teachers.
         if self.config.distill.protocol == "joint" and self.pending:
             return next(task for task in tasks if task in self.pending)
         for stage in range(progress.stage, len(tasks)):
@@ -152,7 +156,8 @@ class Distillation:
         return replace(self._stages_data[task], others=others)
 
     def _steps_before(self, stage: int) -> int:
-        """Optimisation steps in the stages before `stage`."""
+        """Optimisation steps in the stages before `stage`, skipped ones left out."""
+        # A teacher that is not finished may still be admitted.
         expected = self.admitted.keys() | self.pending
         num_stages = sum(task in expected for task in self.config.stream.tasks[:stage])
         return num_stages * self.config.distill.steps_per_stage
@@ -173,13 +178,14 @@ class Distillation:
                 self._log_step(report)
             self.attempt.advance(self._steps_done(), loss=self._loss)
             self._save_if_due()
-        self._evaluate_if_due()
+        self._evaluate_if_due()  # the point at the end, with the batches of the stage still open
         trainer.end_stage(data)
         if summary := trainer.protection.report():
             self._log(event="protection", stage=stage, **summary)
         if self.attempt.is_writer:
             self.attempt.check()
             self._save_policy(stage)
+        # After the policy: a kill between the two repeats the end of the stage and writes the same policy again.
         self._save_checkpoint()
 
     def _log_step(self, report: StepReport) -> None:
@@ -212,7 +218,7 @@ class Distillation:
     def _save_if_due(self) -> None:
         """Save a checkpoint at regular steps; save and stop if any rank was asked to stop."""
         step, logging = self.trainer.learner.progress.step, self.config.logging
-        # Agreement costs a collective, so it is rare; but a stage may have fewer steps than lie between two.
+        # At a stage's end in any case, since a stage may have fewer than AGREE_EVERY steps.
         is_due = step % AGREE_EVERY == 0 or step == self.config.distill.steps_per_stage
         if is_due and self.comm.any(self.interrupt.requested):
             self._stop()
@@ -228,11 +234,12 @@ class Distillation:
 
     def _save_checkpoint(self) -> None:
         """Save on rank 0, after checking that all ranks hold the same student."""
+        # Otherwise a resumed run would continue on all ranks from the student of one of them.
         digest = hashlib.sha256(self.trainer.learner.flat.values.cpu().numpy().tobytes()).hexdigest()
         if len(set(self.comm.gather(digest))) > 1:
             raise RuntimeError(
-                "the ranks hold different students: their machines or libraries compute differently; use machines "
-                "of one kind"
+                "the ranks hold different students, since their processors or libraries compute differently; use "
+                "the same type of node and the same libraries for all ranks"
             )
         progress = self.trainer.learner.progress
         name = f"stage-{progress.stage:02d}-step-{progress.step:06d}"
@@ -248,7 +255,7 @@ class Distillation:
         self._saved = name
 
     def _save_policy(self, stage: int) -> None:
-        """Publish the student as it is after `stage`; -1 is before the first."""
+        """Publish the student as it is after `stage`; -1: before the first stage."""
         trainer, config = self.trainer, self.config
         description = {
             "method": self.element.method,
@@ -273,7 +280,7 @@ class Distillation:
         return {**asdict(decision), **names}
 
     def _evaluate_if_due(self) -> None:
-        """Add a point to the learning curve of the current task. It is only recorded: nothing depends on it."""
+        """Add a point to the learning curve of the current task, if one is due. Training does not depend on it."""
         progress, evaluation = self.trainer.learner.progress, self.config.evaluation
         stage, step = progress.stage, progress.step
         if step not in curve_steps(evaluation.curve_points, self.config.distill.steps_per_stage):

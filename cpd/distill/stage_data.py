@@ -26,7 +26,7 @@ class StageData:
         task: position of the task among the stream's distinct ones.
         offsets: [E + 1] int64; episode e has steps offsets[e]:offsets[e + 1].
         observations: [N, 39] float32, raw.
-        teacher_mean: [N, 4] float32, as executed: clipped to [-1, 1], the range that a student can imitate.
+        teacher_mean: [N, 4] float32, clipped to [-1, 1] like executed actions.
         teacher_log_std: [N, 4] float32.
         others: data of other tasks that the stage distils together with it (protocol `joint`).
     """
@@ -40,7 +40,7 @@ class StageData:
 
     @classmethod
     def from_rollouts(cls, rollouts: Rollouts, tasks: Sequence[str], episodes: EpisodeChoice = "all") -> StageData:
-        """Select the part of `rollouts` that distillation uses.
+        """Select what distillation uses of `rollouts`.
 
         Args:
             rollouts: all rollouts of the teacher.
@@ -66,13 +66,13 @@ class StageData:
         return len(self.observations)
 
     def segments(self, length: int) -> Segments:
-        """All steps as segments of `length` steps, for the memory to choose from."""
+        """All steps as segments of `length` steps, from which the memory selects."""
         return cut_segments(
             self.task, self.offsets, self.observations, self.teacher_mean, self.teacher_log_std, length
         )
 
     def window_starts(self, context: int) -> npt.NDArray[np.int64]:
-        """[N] the first step of the window that ends with each step; windows are short at an episode's start."""
+        """For every step, the first step of the window that ends with it, [N]; not before the episode's start."""
         steps = np.arange(self.num_steps)
         episode_start = np.repeat(self.offsets[:-1], np.diff(self.offsets))
         return np.maximum(steps - context + 1, episode_start)
@@ -81,7 +81,7 @@ class StageData:
 def admitted_teachers(
     run: Run, element: StudentElement, comm: Comm, *, partial: bool = False
 ) -> tuple[dict[str, TeacherElement], frozenset[str]]:
-    """The student's teachers that passed their gates, by task, and the tasks whose teachers are not finished.
+    """Return the student's admitted teachers by task, and the tasks whose teachers are not finished.
 
     A collective. Without `partial`, every teacher must be finished.
 

@@ -1,4 +1,4 @@
-"""The training of one student over the stream: stages, growth, steps, memory. No files, no environments."""
+"""Train one student over the stream: stages, growth, steps, memory. Uses neither files nor environments."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ FINAL_LR_SHARE: Final = 0.1
 
 @dataclass(frozen=True)
 class StepReport:
-    """One step's numbers, over the global batch."""
+    """The numbers of one step, over the global batch."""
 
     loss: float
     imitation: float
@@ -37,11 +37,11 @@ class StepReport:
     load_balance: float
     router_z: float
     contrast: float
-    """InfoNCE of the task embedding, in nats; 0 while there is but one task."""
+    """InfoNCE of the task embedding, in nats; 0 while there is only one task."""
     current: float
     """Distance on the current task's rows."""
     replay: float | None
-    """Distance on rows from memory, if any."""
+    """Distance on rows from memory; None without any."""
     by_task: dict[int, float]
     """Distance by position of the task among the distinct ones."""
     grad_norm: float
@@ -73,7 +73,7 @@ class StudentTrainer:
             ValueError: if a batch of any kind has fewer rows than there are ranks.
         """
         shared_batches = {"distill.batch_size": config.distill.batch_size}
-        # The other protocols protect nothing.
+        # A rank without rows has no gradient to contribute. Only the protocol `continual` protects anything.
         if config.distill.protocol == "continual" and config.protection.kind == "agem":
             shared_batches["protection.agem_windows"] = config.protection.agem_windows
         for name, rows in shared_batches.items():
@@ -92,29 +92,32 @@ class StudentTrainer:
         """
         config, learner = self.config.distill, self.learner
         decisions: list[GrowthDecision] = []
+        # First, since growth probes the student on a batch of the new task.
         learner.open_stage(data, self.memory.segments)
         if not learner.progress.begun:
             if config.protocol == "single_task":
                 learner.initialise()
                 learner.progress.seen.clear()
             for task in (data.task, *(other.task for other in data.others)):
+                # A task that returns later in the stream already has its experts.
                 if task not in learner.progress.seen:
                     decisions += self._add_task(task)
-            if config.rehearsal:
+            if config.rehearsal:  # a copy of the values, since training changes them in place
                 self._rehearse(learner.flat.values.clone())
             learner.progress.begun = True
             self.protection.begin_stage(learner)
-        # What the mask holds in place as a whole needs no gradient.
+        # Parameters that the mask excludes entirely need no gradient: leaving them out saves backward passes,
+        # communication and optimiser steps.
         learner.flat.freeze(self.protection.update_mask(learner))
         assert learner.flat.trainable
         return decisions
 
     def _add_task(self, task: int) -> list[GrowthDecision]:
-        """Prepare the student for a new task; returns what was decided on growth, if anything."""
+        """Prepare the student for a new task; returns the decision on growth, if there was one to take."""
         config, learner = self.config.student, self.learner
         progress, student = learner.progress, learner.student
         decisions: list[GrowthDecision] = []
-        # In joint training all tasks arrive together: no expert can be added later than another.
+        # The first task uses the initial experts. In joint training all tasks arrive together: none comes later.
         if progress.seen and config.expansion != "none" and self.config.distill.protocol != "joint":
             best = probe(student, learner.source.probe(), learner.token_loss, progress.seen, learner.comm)
             num_new, reason = config.experts_per_task, "every new task gets experts"
@@ -128,6 +131,7 @@ class StudentTrainer:
             )
             old = learner.add_parameters()
             self.protection.grow(old, learner.flat)
+            # With task identity, no token of an earlier task reaches the new experts: they can be open at once.
             progress.num_opening = 0 if student.is_conditioned else num_new
             decisions.append(decision)
             progress.growth.append(decision)
@@ -148,10 +152,12 @@ class StudentTrainer:
     def end_stage(self, data: StageData) -> None:
         """Update protection and memory from the stage's data, and move on to the next stage."""
         learner = self.learner
+        # Importance is estimated from the gradients of all parameters, frozen ones included.
         learner.flat.freeze(None)
         self.protection.end_stage(learner, data)
         learner.refresh_prototypes()
         self.memory.offer(data.segments(self.config.student.context), learner.comm)
+        # Later stages have only the memory to recompute prototypes from, so this stage's must not use more.
         if learner.student.encoder is not None:
             prototypes_from_memory(learner.student, self.memory.segments)
         learner.close_stage()
@@ -166,6 +172,7 @@ class StudentTrainer:
         """
         config, learner, progress = self.config.distill, self.learner, self.learner.progress
         if progress.num_opening:
+            # No more than the stage has, so that its last step trains the experts as they act later.
             opening_steps = min(self.config.student.opening_steps, config.steps_per_stage)
             learner.student.set_logit_offset(progress.num_opening, opening_offset(progress.step, opening_steps))
         self.protection.begin_step(learner)
@@ -174,6 +181,7 @@ class StudentTrainer:
             batch = self._rehearsal.relabel(batch)
         terms = learner.gradient(batch)
         self.protection.adjust_gradient(learner)
+        # Checked before the update: the checkpoint on disk stays one from which a run can continue.
         grad_norm = learner.flat.clip_grads(config.max_grad_norm)
         if not math.isfinite(grad_norm):
             raise DivergedError(
@@ -182,12 +190,13 @@ class StudentTrainer:
                 "for values that are far out of range"
             )
         lr = learning_rate(config, progress.step)
+        # The mask scales the update, not the gradient, of which Adam would cancel a constant factor.
         learner.optimizer.step(lr, self.protection.update_mask(learner))
         progress.step += 1
         return self._report(batch, terms, grad_norm, lr) if report else None
 
     def _report(self, batch: Batch, terms: LossTerms, grad_norm: float, lr: float) -> StepReport:
-        """Sum the numbers of all ranks."""
+        """Sum the numbers of all ranks, in one collective."""
         num_tasks = self.learner.student.num_tasks
         # Distances and tokens by (replayed or not, task); load balance, z-loss, contrast; the experts' counts.
         cell_R = batch.task_R + num_tasks * batch.replayed_R.long()

@@ -1,4 +1,4 @@
-"""Evaluate cells of the success matrix: episodes of one task on one goal set, shared over ranks in chunks."""
+"""Evaluate cells of the success matrix: episodes of one task on one goal set, divided among ranks in chunks."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from cpd.envs.episodes import Actor, Outcome, run_episodes
 from cpd.envs.goals import Goal, Split, goal_set
 from cpd.envs.vector_env import VectorEnv, make_vector_env
 
-#: Episodes of a task per forward pass. Rounding depends on a batch's composition, so that is fixed: results do not
-#: depend on the number of ranks.
+#: Episodes of a task per forward pass. Rounding depends on the composition of a batch, so it is fixed: results do
+#: not depend on the number of ranks.
 CHUNK = 25
-#: Tasks per forward pass. A small network's pass takes about as long for a hundred episodes as for ten, but ranks
-#: share whole passes, so there must be enough of them.
+#: Tasks per forward pass. The pass of a small network takes about as long for a hundred episodes as for ten. But
+#: ranks share whole passes, so there must be enough of them.
 TASKS_PER_PASS = 4
 
 
@@ -29,16 +29,16 @@ class Cell(NamedTuple):
 
 
 class EnvPool:
-    """This process's environments: made at a task's first use, then reused by every evaluation."""
+    """The environments of this process: created at a task's first use and reused by every evaluation."""
 
     def __init__(self, num_workers: int = 1, num_envs: int = CHUNK) -> None:
-        """Make no environment yet; each task will have `num_envs` of them, in `num_workers` processes."""
+        """Create none yet; a task gets `num_envs` environments, at least `CHUNK`, in `num_workers` processes."""
         self._num_workers = num_workers
         self._num_envs = max(num_envs, CHUNK)
         self._envs: dict[str, VectorEnv] = {}
 
     def get(self, task: str) -> VectorEnv:
-        """Return the environments of `task`, at least `CHUNK`; the first call makes them."""
+        """Return the environments of `task`, at least `CHUNK`; the first call creates them."""
         if task not in self._envs:
             self._envs[task] = make_vector_env([task] * self._num_envs, self._num_workers)
         return self._envs[task]
@@ -99,8 +99,8 @@ def evaluate_cells(
         pool: this rank's environments.
         comm: the ranks that share the work.
         chunk: episodes of a task per forward pass, at most `CHUNK`.
-        tasks_per_pass: how many tasks act in one pass, at most.
-        should_stop: polled before every step.
+        tasks_per_pass: maximum number of tasks per forward pass.
+        should_stop: called before every step.
         advance: called with the number of episodes that this rank has just finished.
 
     Returns:

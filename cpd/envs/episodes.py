@@ -1,4 +1,4 @@
-"""Run whole deterministic episodes: the one loop behind validation, evaluation and gates."""
+"""Run deterministic episodes to their end: the loop that validation, evaluation and gates share."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from cpd.envs.vector_env import VectorEnv
 
 
 class Actor(Protocol):
-    """A policy that acts in many episodes at once, and may keep a state for each."""
+    """A policy that acts in many episodes at once and may keep a state for each."""
 
     def reset(self, tasks: Sequence[str]) -> None:
-        """Start one episode per name, without memory. Only a student that is given the task may use the names."""
+        """Start an episode of each task, without memory. Only a student that is given the task may use `tasks`."""
 
     def act(self, obs_BO: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         """Deterministic actions `[B, A]`, clipped to [-1, 1], for the episodes' current observations `[B, O]`."""
@@ -35,10 +35,10 @@ class Outcome(NamedTuple):
 
 
 class RunningEpisodes:
-    """Episodes of one task in progress, one per goal, in the first slots of a vector environment."""
+    """Running episodes of one task, one per goal, in the first slots of a vector environment."""
 
     def __init__(self, envs: VectorEnv, goals: Sequence[Goal]) -> None:
-        """Start them; at most `envs.num_envs`."""
+        """Start an episode from each goal; at most `envs.num_envs`."""
         assert 0 < len(goals) <= envs.num_envs
         self.goals = goals
         self._envs = envs
@@ -51,7 +51,7 @@ class RunningEpisodes:
 
     @property
     def observations(self) -> npt.NDArray[np.float32]:
-        """[goals, 39]; an episode that has ended keeps its last observation."""
+        """Current observations, [goals, 39]; an episode that has ended keeps its last one."""
         return self._envs.observations[: len(self.goals)]
 
     @property
@@ -98,15 +98,15 @@ def run_episodes(
 ) -> list[list[Outcome]]:
     """Run one episode per goal, all in lock-step from the first step on.
 
-    The actor's batch keeps its composition until all episodes have ended: an ended episode stays in it with its
-    last observation. So results depend on the goals alone, not on how work was split over processes.
+    The composition of the actor's batch is fixed until all episodes have ended: an ended episode stays in it with
+    its last observation. Results therefore depend on the goals alone, not on how episodes are divided among ranks.
 
     Args:
         actor: the policy.
-        groups: vector environments with goals of one task each, for their first slots; no environment twice.
+        groups: vector environments, all different, with goals of one task each for their first slots.
         horizon: steps per episode.
         stop_at_success: whether an episode ends at its first success.
-        should_stop: polled before every step.
+        should_stop: called before every step.
 
     Returns:
         For each group its outcomes in the goals' order; an empty list if `should_stop()` returned true.

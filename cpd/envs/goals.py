@@ -67,9 +67,9 @@ def goal_set(task: str, split: Split, num_goals: int = 50) -> tuple[Goal, ...]:
 
 
 def check_disjoint(*goal_sets: Sequence[Goal]) -> None:
-    """Raise ValueError, naming the task and the goals, where two goals of one task are equal.
+    """Raise ValueError, naming the task and the goals, if two goals of one task are equal.
 
-    Equal means the same `rand_vec`, bit for bit, whether in one set or in two.
+    Goals are equal if their `rand_vec` are the same bit for bit, whether in one set or in two.
     """
     seen: dict[tuple[str, bytes], Goal] = {}
     for goal in (goal for goals in goal_sets for goal in goals):

@@ -1,9 +1,9 @@
-"""Meta-World's task classes by name, and cheap construction of many environments of one task.
+"""Meta-World's task classes by name, and fast construction of many environments of one task.
 
-A reset writes two small arrays of the compiled model and nothing else of it. So all environments of a task in a
-process share one model, and an environment writes its values of these arrays before it uses the model. The shared
-model is a light one (`cpd.envs.fast.model`). Meta-World's own classes and the renderer use complete models (21 MB,
-0.15 s to compile).
+Of the compiled model, a reset writes two small arrays only. All environments of a task in a process therefore
+share one model, and an environment writes its values of these arrays before it uses the model. The shared model is
+a light one (`cpd.envs.fast.model`). Meta-World's own classes and the renderer use complete models (21 MB, 0.15 s
+to compile).
 """
 
 from __future__ import annotations

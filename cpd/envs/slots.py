@@ -1,7 +1,7 @@
-"""The slots of a vector environment: an environment each, and arrays with a row for each.
+"""The slots of a vector environment: one environment and one row of every array per slot.
 
-The arrays lie in one flat buffer, which worker processes map, too. So a step pickles nothing, and only one byte
-goes through a pipe.
+The arrays lie in one flat buffer, which worker processes map into their memory. A step therefore pickles nothing
+and sends one byte through a pipe.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _FIELDS: Final[tuple[tuple[str, Any, tuple[int, ...]], ...]] = (
 
 
 class SlotError(RuntimeError):
-    """An environment or its worker process failed. The message names the task and contains the cause."""
+    """An environment or its worker process failed; the message names the task and contains the cause."""
 
 
 class SlotArrays:
@@ -43,7 +43,7 @@ class SlotArrays:
     Attributes:
         observations: [N, 39] float32, the current observation of each slot.
         rewards: [N] float64 of the last step; 0 after a reset.
-        grasps: [N] float64, `TaskEnv.grasp` of the last step, for the slots that want it.
+        grasps: [N] float64, `TaskEnv.grasp` of the last step, in slots with `wants_grasps`.
         wants_grasps: [N] bool, whether a step computes `grasps`.
         successes: [N] bool of the last step, not latched; False after a reset.
         actions: [N, 4] float32, input of a step.

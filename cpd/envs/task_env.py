@@ -1,4 +1,4 @@
-"""One Meta-World task, reset to given goals: the environment that everything else in this package steps."""
+"""One Meta-World task that is reset to chosen goals: the environment that the rest of this package steps."""
 
 from __future__ import annotations
 
@@ -22,12 +22,13 @@ OBJECT: Final = slice(4, 7)
 class TaskEnv:
     """A Meta-World task with the goal visible, as in its multi-task benchmarks.
 
-    It has no horizon and no auto-reset: the caller resets in time. The goal and the actions determine an episode;
-    what the environment did earlier has no influence.
+    It has no horizon and no automatic reset: the caller resets it. Goal and actions alone determine an episode;
+    earlier episodes have no influence.
 
     Args:
         task: Meta-World task name, such as "push-v3".
-        accelerated: use the bit-exact, faster classes if they are verified for the installed versions.
+        accelerated: use the faster classes, which give the same bits, if they are verified for the installed
+            versions.
 
     Raises:
         ValueError: unknown task.
@@ -92,7 +93,7 @@ class TaskEnv:
         return obs, float(reward), bool(info["success"])
 
     def grasp(self, obs: npt.NDArray[np.float64]) -> float:
-        """Return how nearly the last step, which returned `obs`, grasped the object, 0 to 1.
+        """Return how close the last step, which returned `obs`, came to grasping the object, 0 to 1.
 
         The mean of Meta-World's `grasp_reward` (in its `info`), which is 0 almost everywhere for some tasks, and
         of the fingers' nearness to the object, `1 - tanh(10 d)` at d metres (as in robosuite; Zhu et al. 2020).
@@ -102,7 +103,7 @@ class TaskEnv:
 
     @property
     def unwrapped(self) -> Any:
-        """Meta-World's environment, with this goal in its model; for rendering and scripted experts."""
+        """Meta-World's environment, with the current goal in its model; for rendering and scripted experts."""
         if isinstance(self._env, FastSawyer):
             self._env.take_model()
         return self._env

@@ -1,15 +1,15 @@
-"""Meta-World's task names and the named streams. Imports no simulator, so that a login node can read them."""
+"""Meta-World's task names and the named streams. Imports no simulator, so that it also works on a login node."""
 
 from __future__ import annotations
 
-#: The same for all tasks.
+#: Sizes for all tasks.
 OBSERVATION_SIZE = 39
 ACTION_SIZE = 4
 #: Meta-World refuses a 501st step.
 MAX_EPISODE_STEPS = 500
 #: Meta-World's reward functions; independent of the -v3 suffix of its tasks.
 REWARD_VERSION = "v2"
-#: Per goal set: a seed gives fifty goals, and a set's thousand seeds end where the next set's begin.
+#: Goals per goal set: a set has a thousand seeds, of fifty goals each.
 MAX_GOALS = 50_000
 
 #: All fifty Meta-World v3 tasks in alphabetical order, which is also the `mt50` stream's order.

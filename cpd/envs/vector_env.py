@@ -1,7 +1,7 @@
-"""Lock-step vector environments: one step advances many slots, in this process or in worker processes.
+"""Vector environments: one step advances many slots in lock-step, in this process or in worker processes.
 
 Results do not depend on the number of workers: slots share no state that a step reads, and an environment computes
-the same in every process.
+the same bits in every process.
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ class VectorEnv(abc.ABC):
         num_envs: N, the number of slots.
         observations: [N, 39] float32, the current observation of each slot; written in place.
         rewards: [N] float64 of each slot's last step, 0 after a reset; written in place.
-        grasps: [N] float64, how nearly each slot's last step grasped the object (`TaskEnv.grasp`); written in
-            place while `want_grasps` is on, since it takes 3 % of a step.
+        grasps: [N] float64, how close each slot's last step came to grasping the object (`TaskEnv.grasp`); written
+            in place while `want_grasps` is on, since it takes 3 % of a step.
         successes: [N] bool of each slot's last step, not latched, False after a reset; written in place.
     """
 
@@ -72,11 +72,11 @@ class VectorEnv(abc.ABC):
         self.successes: npt.NDArray[np.bool_] = arrays.successes
 
     def want_grasps(self, wanted: bool) -> None:
-        """Set whether steps fill `grasps`; at first they do not."""
+        """Set whether steps fill `grasps`; by default they do not."""
         self._arrays.wants_grasps[:] = wanted
 
     def reset(self, slots: Sequence[int] | npt.NDArray[np.integer[Any]], goals: Sequence[Goal]) -> None:
-        """Start an episode from `goals[i]` in `slots[i]`; other slots are left alone.
+        """Start an episode from `goals[i]` in `slots[i]`; other slots are unchanged.
 
         Raises:
             ValueError: unequal lengths, a slot out of range or named twice, or a goal of another task.
@@ -99,7 +99,7 @@ class VectorEnv(abc.ABC):
         self._run(worker.RESET)
 
     def step(self, actions: npt.NDArray[np.float32], active: npt.NDArray[np.bool_] | None = None) -> None:
-        """Step the active slots; the rows of the others keep what they hold.
+        """Step the active slots; the rows of the others are unchanged.
 
         Args:
             actions: [N, 4], taken as float32; rows of inactive slots are ignored.
@@ -129,11 +129,11 @@ class VectorEnv(abc.ABC):
 
     @abc.abstractmethod
     def _run(self, order: bytes) -> None:
-        """Carry out `worker.STEP` or `worker.RESET` for the selected slots."""
+        """Execute `worker.STEP` or `worker.RESET` for the selected slots."""
 
     @abc.abstractmethod
     def close(self) -> None:
-        """Close the environments and end their processes; may be called again."""
+        """Close the environments and end their processes; further calls do nothing."""
 
     def __enter__(self) -> Self:
         return self
@@ -196,7 +196,7 @@ class _ProcessVectorEnv(VectorEnv):
                     self._fail(i)
             self._await(busy)
         except BaseException:
-            # After an interrupt, an unread answer would be taken for the answer to a later order.
+            # After an interrupt, an unread answer would be mistaken for the answer to a later order.
             self.close()
             raise
 
@@ -213,7 +213,7 @@ class _ProcessVectorEnv(VectorEnv):
                 self._fail(i)
 
     def _fail(self, index: int, message: str = "") -> None:
-        """Close everything and raise the error of worker `index`, which is dead unless it left a message."""
+        """Close everything and raise the error of worker `index`, which has died unless it sent a message."""
         self.close()
         which = f"slots {', '.join(map(str, self._slots[index]))}"
         if message:
@@ -233,7 +233,7 @@ def _start_worker(tasks: Sequence[str], slots: range, memory: int) -> subprocess
     settings = {"tasks": list(tasks), "slots": list(slots), "memory": memory}
     code = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from cpd.envs import worker; "
     code += "worker.main(sys.argv[2])"
-    # One thread per worker: the slots are the parallelism, and BLAS threads would fight over the cores.
+    # One thread per worker: workers already run in parallel, and BLAS threads would compete for their cores.
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     return subprocess.Popen(
         [sys.executable, "-c", code, json.dumps(sys.path), json.dumps(settings)],
@@ -245,7 +245,7 @@ def _start_worker(tasks: Sequence[str], slots: range, memory: int) -> subprocess
 
 
 def _end_workers(workers: list[subprocess.Popen[bytes]]) -> None:
-    """Close the pipes, upon which workers end by themselves; kill those that do not."""
+    """Close the pipes, at which workers end; kill those that do not."""
     for process in workers:
         for stream in (process.stdin, process.stdout):
             assert stream is not None

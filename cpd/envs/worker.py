@@ -1,7 +1,7 @@
 """The worker process of a vector environment: `vector_env` starts it and writes one byte per order.
 
-Orders arrive on standard input, answers leave on standard output, and the arrays lie in shared memory. The process
-ends when its standard input closes, so it outlives neither `close()` nor a parent that was killed.
+It reads orders from standard input and writes answers to standard output; the arrays lie in shared memory. The
+process ends when its standard input closes, so it outlives neither `close()` nor a parent that was killed.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ def main(settings: str) -> None:
         settings: JSON with the keys `tasks`, `slots`, and `memory`, the inherited file descriptor of the shared
             arrays.
     """
-    # A batch system signals every process of a job, and a terminal the whole group. The parent decides what to do;
-    # this process follows the pipe only.
+    # A batch system signals every process of a job, a terminal the whole process group. Only the parent reacts.
+    # This process ends when the pipe closes.
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(signum, signal.SIG_IGN)
     answers = os.dup(sys.stdout.fileno())
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what a library prints must not look like an answer
     with contextlib.suppress(BrokenPipeError):
         _serve(**json.loads(settings), orders=sys.stdin.fileno(), answers=answers)
-    # Nothing here needs finalizers, and interpreter teardown would only delay the parent's close().
+    # Nothing here needs finalizers, and tearing down the interpreter would delay the parent's close().
     os._exit(0)
 
 

@@ -26,9 +26,9 @@ class StudentActor:
     """Acts with the student's clipped mean, given the last `context` steps of each episode.
 
     Satisfies `cpd.envs.episodes.Actor`. With task identity `inferred`, the actor sums the evidence of all
-    observations since the episode began, and believes in the task with the most evidence. The t-th observation is
-    weighted by `BELIEF_DECAY`^t: later observations depend more and more on the student's own actions, and thereby
-    on its belief so far.
+    observations since the episode began and acts for the task with the most evidence. The t-th observation is
+    weighted by `BELIEF_DECAY`^t: later observations depend more and more on the student's actions, and so on its
+    earlier belief.
     """
 
     def __init__(self, student: Student, tasks: Sequence[str]) -> None:
@@ -40,7 +40,7 @@ class StudentActor:
         self._evidence_BK: Tensor | None = None
         self._weight = 1.0
         self.believed: list[npt.NDArray[np.int64]] = []
-        """For every step since the reset, the tasks acted for, [B], given or inferred; empty if unconditioned."""
+        """For every step since the reset, the tasks [B] that the student acted for; empty if unconditioned."""
 
     def reset(self, tasks: Sequence[str]) -> None:
         """Begin a new episode of each of `tasks`, which are used only if the student is given the task.
@@ -108,8 +108,8 @@ class TaskwiseActor:
 def make_actor(student: Student, tasks: Sequence[str]) -> Actor:
     """The policy of `student`; `tasks` are the distinct tasks of its stream, in order.
 
-    If weights have owners (PackNet), the policy of a task uses only the weights that existed at its latest stage;
-    it raises ValueError for a task outside `tasks`.
+    If weights have owners (PackNet), the policy of a task uses only the weights that existed at its latest stage,
+    and its `reset` raises ValueError for a task outside `tasks`.
     """
     packing = student.packing
     if packing is None:

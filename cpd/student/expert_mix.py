@@ -1,7 +1,7 @@
 """The experts' computation, with a hand-written backward pass.
 
-With autograd, many small operations would cost more than the matrix products. Here each expert takes two products
-forward and four backward, and everything else is done for all experts at once.
+With autograd, many small operations would take longer than the matrix products. Here each expert takes two
+products forward and four backward, and everything else is computed for all experts at once.
 
 Dimensions: N tokens, k experts per token, M = N k assignments sorted by expert, D width, F hidden width.
 """
@@ -18,10 +18,22 @@ from torch.autograd.function import once_differentiable
 
 
 class _ExpertMix(torch.autograd.Function):
+    """`mix_experts` for assignments that are sorted by expert."""
+
     @staticmethod
     def forward(
         ctx: Any, x_ND: Tensor, gates_Nk: Tensor, order_M: Tensor, sizes: list[int], *weights: Tensor
     ) -> Tensor:
+        """Return the output [N, D].
+
+        Args:
+            ctx: keeps what `backward` needs.
+            x_ND: tokens.
+            gates_Nk: weight of each chosen expert.
+            order_M: the assignments, numbered by token and then by choice, sorted by expert.
+            sizes: number of assignments of each expert.
+            weights: the first and the second matrix of every expert in turn, [F, D] and [D, F].
+        """
         top_k = gates_Nk.shape[1]
         token_M = order_M // top_k
         # The inverse permutation: gathering by it undoes the sort without a scatter.
@@ -46,6 +58,7 @@ class _ExpertMix(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients of tokens, gates and matrices; None for `order_M`, `sizes` and unused matrices."""
         gates_Nk, order_M, place_M, x_MD, hidden_MF, active_MF, y_NkD, *weights = ctx.saved_tensors
         top_k = gates_Nk.shape[1]
         grad_gates_Nk = (y_NkD * grad_ND.unsqueeze(1)).sum(-1)

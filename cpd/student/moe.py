@@ -45,7 +45,7 @@ class MoE(nn.Module):
     """Dropless top-k routing: a softmax over the k greatest logits weights the outputs of the experts.
 
     Every parameter belongs to one expert, router rows included, so that growth appends parameters and changes
-    none. Every expert belongs to a group. A token with a group chooses among the experts of that group only.
+    none. Every expert belongs to a group. A token that has a group chooses among the experts of that group only.
 
     `logit_offset` is added to the logits. An expert whose offset is minus infinity is closed: it is excluded from
     the computation, so that appending it does not change a single bit of the output. Closed experts are always the
@@ -113,7 +113,7 @@ class MoE(nn.Module):
         return y_ND, stats if group_N is None else _for_all(stats, present, num_open)
 
     def _logits_by_group(self, x_ND: Tensor, group_N: Tensor) -> tuple[list[int], Tensor]:
-        """The experts of all groups that have tokens, and the logits of every token for them, `[N, P]`.
+        """Return the experts of all groups that have tokens, and the logits of all tokens for them, `[N, P]`.
 
         Logits for experts of other groups than the token's are -inf.
         """
@@ -150,7 +150,7 @@ def _dense_stats(valid_N: Tensor) -> RouterStats:
 
 
 def _for_all(stats: RouterStats, present: list[int], num_experts: int) -> RouterStats:
-    """Statistics of all experts, given those of the `present` ones; the others are 0."""
+    """Extend the statistics of the `present` experts to all experts, with zeros."""
     indices = torch.tensor(present, device=stats.counts_E.device)
     zeros_E = stats.prob_sums_E.new_zeros(num_experts)
     return RouterStats(

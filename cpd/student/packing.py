@@ -1,4 +1,4 @@
-"""Owners of weights (PackNet), so that every task is served by the weights that existed at its latest stage."""
+"""Owners of weights (PackNet): every task uses only the weights that existed at its latest stage."""
 
 from __future__ import annotations
 

@@ -24,8 +24,8 @@ NEVER: Final = float("-inf")
 class TaskEncoder(nn.Module):
     """Maps an observation to the unit sphere by the sum of a linear map and a hidden layer.
 
-    With its initial weights, the linear path is a random projection, which nearly preserves distances (Johnson and
-    Lindenstrauss 1984): tasks that look different are distinguished before any training.
+    With its initial weights, the linear map is a random projection, which nearly preserves distances (Johnson and
+    Lindenstrauss 1984): tasks that look different are told apart before any training.
     """
 
     def __init__(self, dtype: torch.dtype) -> None:

@@ -25,7 +25,7 @@ class CausalSelfAttention(nn.Module):
         """`[B, L, D]` to `[B, L, D]`."""
         batch, length, width = x_BLD.shape
         if length == 1:
-            # A single key gets all the attention, whatever the query: the output is the value itself.
+            # A single key gets all the attention, whatever the query, so the output is the value.
             value_BLD = F.linear(x_BLD, self.qkv.weight[2 * width :], self.qkv.bias[2 * width :])
             alone: Tensor = self.out(value_BLD)
             return alone

@@ -1,8 +1,9 @@
 """Collect a finished teacher's rollouts, from which students learn.
 
-Half of the episodes (by default) add noise to the executed action, so that the data cover states that a student
-reaches when it errs; the label is always the teacher's clean distribution at the state. Episodes end a few steps
-after their first success, since teachers trained with termination on success have never seen later states.
+In half of the episodes (by default), noise is added to the executed action, so that the data cover states that a
+student reaches when it errs. The label is always the teacher's distribution at the state, without noise. Episodes
+end a few steps after their first success, since teachers trained with termination on success have never seen later
+states.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ class EpisodePlan:
     """The goal and the noise of an episode, fixed before it starts.
 
     Attributes:
-        goal: its initial condition, one of the training goals.
-        seed: of its noise.
+        goal: initial condition, one of the training goals.
+        seed: seed of the noise.
         noise_scale: standard deviation of the noise; 0 for a clean episode.
         noise_hold: steps for which each sample of the noise is held.
     """
@@ -54,10 +55,10 @@ class EpisodePlan:
 
 
 def plan_episode(number: int, goals: Sequence[Goal], config: RolloutConfig, seed: int) -> EpisodePlan:
-    """The plan of episode `number`, a pure function of its arguments.
+    """The plan of episode `number`, a pure function of the arguments.
 
-    Goals are dealt in passes, each in a new order. Noisy episodes are spread evenly. They take the scales in turn,
-    and in every second pass through the scales the noise is held.
+    Every pass through the goals has a new order. Noisy episodes are spread evenly. They take the scales in turn,
+    and in every second pass through the scales each noise sample is held for `NOISE_HOLD` steps.
     """
     goal_pass, position = divmod(number, len(goals))
     order = generator(seed, "rollout-goals", goal_pass).permutation(len(goals))
@@ -74,7 +75,7 @@ def plan_episode(number: int, goals: Sequence[Goal], config: RolloutConfig, seed
 
 
 class _Recorder:
-    """Records a round of episodes that run in lock-step: steps in rows, slots in columns."""
+    """The recorded steps of a round of episodes that run in lock-step: steps in rows, slots in columns."""
 
     def __init__(self, num_slots: int, horizon: int) -> None:
         self.observations = np.empty((horizon + 1, num_slots, OBSERVATION_SIZE), np.float32)
@@ -123,7 +124,7 @@ def collect(
     Raises:
         InterruptedBySignal: if asked to stop.
     """
-    remaining, first = config.num_steps, 0
+    remaining, first = config.num_steps, 0  # steps still to yield; number of the next round's first episode
     while remaining > 0:
         plans = [plan_episode(first + slot, goals, config, seed) for slot in range(envs.num_envs)]
         recorder = _run_round(teacher, envs, plans, config, horizon, remaining, interrupt)
@@ -144,7 +145,7 @@ def _run_round(
     remaining: int,
     interrupt: Interrupt,
 ) -> _Recorder:
-    """Run one episode per slot, as far as `remaining` steps in slot order need them."""
+    """Run one episode per slot; stop those that are not needed for `remaining` steps in the order of slots."""
     num_slots = envs.num_envs
     recorder = _Recorder(num_slots, horizon)
     noise_TBA = np.stack([plan.noise(horizon) for plan in plans], axis=1)

@@ -1,7 +1,7 @@
-"""The scripted expert: the labelled stand-in for a teacher, and the source of demonstrations for cloning.
+"""The scripted expert: a stand-in for a teacher, labelled as such, and the source of demonstrations for cloning.
 
-Everything is a pure function of (settings, task, seed), whatever the number of workers. Shape letters: B rows, O =
-39 observation, A = 4 action, T steps, N episodes, M episodes still running.
+Everything is a pure function of (settings, task, seed), whatever the number of workers. Dimensions: B rows, O = 39
+observation, A = 4 action, T steps, N episodes, M episodes still running.
 """
 
 from __future__ import annotations
@@ -27,8 +27,7 @@ from cpd.teachers.policy import Distribution, FloatArray, Teacher, read_tensors,
 
 #: Standard deviation declared for scripted experts (labelled `assumed`), which are deterministic.
 ASSUMED_STD: Final = 0.1
-#: Share of demonstrations with white noise of LIGHT_SCALE on the expert's actions; the others have bursts of
-#: noise.
+#: Share of demonstrations with white noise of LIGHT_SCALE on the expert's actions; the others have noise bursts.
 LIGHT_SHARE: Final = 0.25
 LIGHT_SCALE: Final = 0.1
 #: Standard deviation of the vector that a burst adds to every executed action.
@@ -47,7 +46,7 @@ class ScriptedPolicy:
 
     Args:
         task: Meta-World task name.
-        assumed_std: the standard deviation declared for it, since it has none.
+        assumed_std: the standard deviation that it is assumed to have, since it is deterministic.
     """
 
     std_source: Literal["policy", "assumed"] = "assumed"
@@ -59,14 +58,14 @@ class ScriptedPolicy:
         self._expert = expert_class()
 
     def distribution(self, obs_BO: FloatArray) -> Distribution:
-        """The expert's action as the mean, with the declared constant standard deviation."""
+        """The expert's action as the mean, with the assumed constant standard deviation."""
         actions = [self._expert.get_action(obs_O.astype(np.float64)) for obs_O in obs_BO]
         raw_mean_BA = np.array(actions, dtype=np.float32)
         return Distribution(raw_mean_BA, np.full_like(raw_mean_BA, math.log(self.assumed_std)))
 
 
 def save_scripted(policy: ScriptedPolicy, path: Path, description: dict[str, Any]) -> None:
-    """Write the stand-in to `path` in the form of a policy, whose only tensor is its standard deviation."""
+    """Write the stand-in to `path` in the format of a policy; its only tensor is the standard deviation."""
     tensors = {"log_std_A": torch.full((ACTION_SIZE,), math.log(policy.assumed_std))}
     architecture = {"kind": "scripted", "task": policy.task, "assumed_std": policy.assumed_std}
     write_tensors(tensors, path, {"architecture": architecture, **description})
@@ -117,11 +116,11 @@ class Demonstrator:
 
     Attributes:
         task: Meta-World task name.
-        goals: training goals; every round deals them in another order.
+        goals: training goals; every round uses them in a new order.
         envs: at least `CHUNK` slots of the task.
         num_demonstrations: episodes in which the expert acts.
-        horizon: longest episode in steps.
-        seed: of goals and noise.
+        horizon: maximum length of an episode in steps.
+        seed: seed of the order of goals and of the noise.
         interrupt: checked after every step; every method raises `InterruptedBySignal` if asked to stop.
     """
 
@@ -138,7 +137,7 @@ class Demonstrator:
 
         Args:
             round_number: 0 for the demonstrations, from 1 for DAgger rounds.
-            clone: acts with its clipped mean in DAgger rounds; None lets the expert act, with noise.
+            clone: acts with its clipped mean in DAgger rounds; None: the expert acts, with noise.
         """
         steps = list(self._steps(round_number, clone))
         return Labelled(*(np.concatenate(arrays) for arrays in zip(*steps, strict=True)))
@@ -147,7 +146,7 @@ class Demonstrator:
         """The steps of one round's episodes, one chunk of episodes after another."""
         num_episodes = self.num_demonstrations if clone is None else NUM_DAGGER_EPISODES
         order = generator(self.seed, "demonstration-goals", round_number).permutation(len(self.goals))
-        # A chunk's composition is fixed, since a clone's arithmetic may depend on the size of its batch.
+        # The composition of a chunk is fixed, since a clone's rounding may depend on the size of its batch.
         for first in range(0, num_episodes, CHUNK):
             numbers = range(first, min(first + CHUNK, num_episodes))
             goals = [self.goals[int(order[number % len(order)])] for number in numbers]
@@ -159,7 +158,7 @@ class Demonstrator:
             yield from self._chunk(clone, noise_NTA)
 
     def _chunk(self, clone: Teacher | None, noise_NTA: FloatArray) -> Iterator[Labelled]:
-        """The steps of episodes that have just been reset in the first N slots: rows of those still running."""
+        """The steps of the episodes that were just reset in the first N slots, as rows of those still running."""
         num_episodes, envs = len(noise_NTA), self.envs
         running = np.arange(envs.num_envs) < num_episodes
         steps_left = np.full(envs.num_envs, self.horizon)
@@ -171,7 +170,7 @@ class Demonstrator:
             slots_M = np.flatnonzero(running)
             labels_MA = self._expert_actions(obs_NO[slots_M])
             action_MA = labels_MA
-            if clone is not None:  # it gets all rows, since its arithmetic may depend on their number
+            if clone is not None:  # with all rows, since its rounding may depend on their number
                 action_MA = np.clip(clone.distribution(obs_NO).raw_mean, -1.0, 1.0)[slots_M]
             executed[slots_M] = np.clip(action_MA + noise_NTA[slots_M, t], -1.0, 1.0)
             envs.step(executed, running)

@@ -15,7 +15,16 @@ from cpd.teachers.policy import FloatArray
 def correlated_noise(
     num_steps: int, num_envs: int, size: int, correlation: float, rng: np.random.Generator
 ) -> FloatArray:
-    """Stationary AR(1) noise `[S, N, A]` of unit variance: `e_t = c e_{t-1} + sqrt(1 - c^2) w_t`, w white."""
+    """Stationary AR(1) noise `[S, N, A]` of unit variance: `e_t = c e_{t-1} + sqrt(1 - c^2) w_t`, w white.
+
+    Args:
+        num_steps: S.
+        num_envs: N.
+        size: A.
+        correlation: c, from 0 (white noise) to below 1.
+        rng: source of w.
+    """
+    # Step 0 keeps its white noise: it has unit variance already, so there is no transient.
     noise_SNA = rng.standard_normal((num_steps, num_envs, size), dtype=np.float32)
     innovation = np.float32(np.sqrt(1.0 - correlation**2))
     for t in range(1, num_steps):
@@ -27,26 +36,27 @@ def correlated_noise(
 class Exploration:
     """Bring episodes to states that the policy itself may never visit, by repeating one random action.
 
-    This happens at the start of an episode (exploring starts; Sutton and Barto 2018, section 5.3) or within it (a
-    perturbation). In a perturbation the gripper keeps the command of the policy, without noise, so that it carries
-    along what it holds. A success during these steps ends nothing: it counts if it still holds after the policy's
-    next step.
+    A random start does this at the start of an episode (exploring starts; Sutton and Barto 2018, section 5.3), a
+    perturbation within it. During a perturbation the gripper keeps the command of the policy, without noise, so
+    that it still holds its object. A success during these steps does not end the episode: it counts if it still
+    holds after the policy's next step.
     """
 
+    # One action is repeated because an action of 1 moves the hand by 1 cm only: independent ones would cancel out.
     start_share: float = 0.0
-    """Share of episodes that start so."""
+    """Share of episodes with a random start."""
     step_rate: float = 0.0
     """Probability of a perturbation per step."""
     max_steps: int = 1
-    """Most repetitions of the action; their number is drawn uniformly."""
+    """Maximum number of repetitions; the number is drawn uniformly from 1 to this."""
 
     def start(self, envs: VectorEnv, slots: Sequence[int], rngs: Sequence[np.random.Generator]) -> int:
         """Step the environments of `slots`, which have just been reset, with probability `start_share` each.
 
         Args:
             envs: all environments.
-            slots: those that begin an episode.
-            rngs: one for every environment that is sampled; none are needed if `start_share` is 0.
+            slots: environments that begin an episode.
+            rngs: one for every environment that is sampled; may be empty if `start_share` is 0.
 
         Returns:
             The number of environment steps taken.
@@ -55,6 +65,7 @@ class Exploration:
             return 0
         actions = np.zeros((envs.num_envs, 4), np.float32)
         lengths = np.zeros(envs.num_envs, np.int64)
+        # Environments are stepped together afterwards, so that worker processes run at the same time.
         for slot in slots:
             actions[slot] = rngs[slot].uniform(-1.0, 1.0, 4)
             is_chosen = rngs[slot].random() < self.start_share
@@ -73,12 +84,12 @@ class Exploration:
 
         Args:
             envs: N environments or more.
-            max_steps_N: most steps that each may take; 0 excludes it.
-            gripper_N: the grippers' commands meanwhile, clipped to [-1, 1].
+            max_steps_N: maximum number of steps of each environment; 0 excludes it.
+            gripper_N: the grippers' commands during the perturbation; they are clipped to [-1, 1].
             rngs: one for every environment.
 
         Returns:
-            [N] the number of steps that each has taken.
+            [N] the number of steps taken in each environment.
         """
         actions = np.zeros((envs.num_envs, 4), np.float32)
         lengths = np.zeros(envs.num_envs, np.int64)
@@ -92,5 +103,6 @@ class Exploration:
 
 def _repeat(envs: VectorEnv, actions: npt.NDArray[np.float32], lengths: npt.NDArray[np.int64]) -> None:
     """Repeat every environment's action for its number of steps."""
+    # Environments whose steps are done stay inactive, and keep their last observation.
     for t in range(lengths.max()):
         envs.step(actions, lengths > t)

@@ -1,7 +1,7 @@
 """Meta-World's own evaluation of a teacher, with its environments, its goals and its loop.
 
-This is an independent check of our numbers: it uses neither the accelerated environment, nor the cached resets,
-nor `cpd.envs`. With the first seed of a split in `cpd.envs.goals`, the goals are those of that split.
+This checks our numbers independently: it uses neither the accelerated environment, nor cached resets, nor the
+loops of `cpd.envs`. With the first seed of a split in `cpd.envs.goals`, the goals are those of that split.
 """
 
 from __future__ import annotations
@@ -49,14 +49,14 @@ def evaluate_with_metaworld(
     horizon: int,
     num_episodes: int = 50,
 ) -> MetaWorldResult:
-    """Run Meta-World's evaluation; success is the flag at any step, since its episodes end there.
+    """Run Meta-World's evaluation, whose episodes end at their first success.
 
     Args:
         teacher: the policy.
         task: Meta-World task name.
-        seed: of `metaworld.MT1`, which draws fifty goals from it; each is met once in fifty episodes.
-        horizon: steps per episode, at most 500.
-        num_episodes: beyond fifty the goals repeat.
+        seed: seed of `metaworld.MT1`, which draws fifty goals; each is used once in fifty episodes.
+        horizon: maximum steps per episode, at most 500.
+        num_episodes: number of episodes; beyond fifty the goals repeat.
 
     Raises:
         ValueError: if `seed` is 0, which Meta-World treats as no seed.

@@ -1,6 +1,6 @@
 """Teachers' policies: the Gaussian policy that RL trains, its files, and how a teacher acts.
 
-Shape letters: B batch, O = 39 observation, A = 4 action.
+Dimensions: B batch, O = 39 observation, A = 4 action.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from cpd.teachers.ranks import column_moments
 
 
 class RunningMoments(nn.Module):
-    """Mean and variance of everything seen, in float64 buffers, so that they are saved with their module.
+    """Mean and variance of all rows so far, in float64 buffers, so that they are saved with their module.
 
     Args:
         size: D, number of components.
-        min_std: lower bound of `std`, so that a constant component is not blown up.
+        min_std: lower bound of `std`; without it, dividing by `std` would amplify a component that hardly varies.
     """
 
     count: Tensor
@@ -40,12 +40,13 @@ class RunningMoments(nn.Module):
         self._min_std = min_std
         self.register_buffer("count", torch.zeros((), dtype=torch.float64))
         self.register_buffer("mean", torch.zeros(size, dtype=torch.float64))
-        # Of deviations from the mean.
+        # The sum of squared deviations from the mean.
         self.register_buffer("sum_of_squares", torch.zeros(size, dtype=torch.float64))
 
     @torch.no_grad()
     def update(self, x_BD: Tensor, comm: Comm | None = None) -> None:
-        """Add the rows of `x_BD`; with a communicator, those of all ranks, as a collective."""
+        """Add the rows of `x_BD`; with a communicator, those of all ranks (a collective)."""
+        # Merging moments (Chan et al. 1983) needs no earlier rows, and loses fewer digits than sums of squares.
         num_new, new_mean, new_squares = column_moments(x_BD.double(), comm or SerialComm())
         total = self.count + num_new
         delta = new_mean - self.mean
@@ -55,7 +56,7 @@ class RunningMoments(nn.Module):
 
     @property
     def std(self) -> Tensor:
-        """[D] float64, population standard deviation, at least `min_std`; ones before the first update."""
+        """Population standard deviation, [D] float64, at least `min_std`; ones before the first update."""
         if self.count == 0:
             return torch.ones_like(self.mean)
         return (self.sum_of_squares / self.count).sqrt().clamp_min(self._min_std)
@@ -68,7 +69,7 @@ KIND: Final = "gaussian_mlp"
 
 #: Normalised observations are clipped to this many standard deviations.
 OBSERVATION_CLIP: Final = 8.0
-#: Meta-World's observations are metres and unit quaternions; variation below this is noise.
+#: Meta-World's observations are metres and unit quaternions; a smaller standard deviation is noise.
 MIN_OBSERVATION_STD: Final = 1e-3
 
 
@@ -76,8 +77,8 @@ class Distribution(NamedTuple):
     """A teacher's diagonal Gaussian at a batch of states.
 
     Attributes:
-        raw_mean: [B, 4], unbounded.
-        log_std: [B, 4].
+        raw_mean: [B, A], unbounded.
+        log_std: [B, A].
     """
 
     raw_mean: FloatArray
@@ -85,7 +86,7 @@ class Distribution(NamedTuple):
 
 
 class Teacher(Protocol):
-    """A policy without memory, with the distribution of its actions."""
+    """A policy without memory, and the distribution of its actions."""
 
     std_source: Literal["policy", "assumed"]
 
@@ -102,10 +103,10 @@ class GaussianPolicy(nn.Module):
     Args:
         hidden_sizes: widths of the hidden layers.
         init_log_std: initial value of every component's log standard deviation.
-        generator: source of the initial weights.
+        generator: source of the initial weights; None: torch's global generator.
 
     Attributes:
-        net: from normalised observations to means.
+        net: maps normalised observations to means.
         normalizer: statistics of observations.
         log_std_A: log standard deviation.
     """
@@ -122,7 +123,7 @@ class GaussianPolicy(nn.Module):
         self.log_std_A = nn.Parameter(torch.full((ACTION_SIZE,), init_log_std))
 
     def normalize(self, obs_BO: Tensor) -> Tensor:
-        """Observations `[B, O]` as the network sees them."""
+        """Normalise and clip observations `[B, O]` for the network."""
         mean_O, std_O = self.normalizer.mean.float(), self.normalizer.std.float()
         return ((obs_BO - mean_O) / std_O).clamp(-OBSERVATION_CLIP, OBSERVATION_CLIP)
 
@@ -138,7 +139,7 @@ class GaussianPolicy(nn.Module):
         return Distribution(raw_mean_BA, np.tile(self.log_std_A.numpy(), (len(obs_BO), 1)))
 
     def explore(self, obs_BO: FloatArray, noise_BA: FloatArray) -> FloatArray:
-        """Actions `[B, A]`, unbounded, at observations `[B, O]` for noise of unit variance."""
+        """Actions `[B, A]`, unbounded, at observations `[B, O]`; `noise_BA` has unit variance."""
         mean_BA, log_std_BA = self.distribution(obs_BO)
         std_BA: FloatArray = np.exp(log_std_BA)
         return mean_BA + std_BA * noise_BA
@@ -154,12 +155,18 @@ class TeacherActor:
         """Do nothing: a teacher has no memory."""
 
     def act(self, obs_BO: FloatArray) -> FloatArray:
-        """The mean as executed, `[B, A]` in [-1, 1]."""
+        """The clipped mean, `[B, A]` in [-1, 1]."""
         return np.clip(self._teacher.distribution(obs_BO).raw_mean, -1.0, 1.0)
 
 
 def mlp(sizes: Sequence[int], last_gain: float, generator: torch.Generator | None) -> nn.Sequential:
-    """Tanh layers with orthogonal weights of gain sqrt(2), the last one linear with `last_gain`; zero biases."""
+    """Tanh layers with orthogonal weights of gain sqrt(2), and a linear last one of gain `last_gain`; zero biases.
+
+    Args:
+        sizes: number of inputs, widths of the hidden layers, number of outputs.
+        last_gain: gain of the last layer.
+        generator: source of the weights; None: torch's global generator.
+    """
     layers: list[nn.Module] = []
     for i, (size_in, size_out) in enumerate(pairwise(sizes)):
         is_last = i == len(sizes) - 2
@@ -193,11 +200,11 @@ def save_policy(policy: GaussianPolicy, path: Path, description: dict[str, Any])
 def write_tensors(tensors: dict[str, Tensor], path: Path, description: dict[str, Any]) -> None:
     """Write `tensors` to `path`, and then `description`, with their hash, beside it as JSON.
 
-    The description marks the policy as whole, so it never lies beside the weights of another policy.
+    The description marks the policy as complete. It is removed first, so that it never describes other weights.
     """
     path.with_suffix(".json").unlink(missing_ok=True)
     with atomic_write(path) as temporary:
-        # Not save_file: it would set mode 0600, and shut out the group.
+        # Not save_file, which sets mode 0600: other members of the group could not read the policy.
         temporary.write_bytes(safetensors.torch.save(tensors))
     write_json(path.with_suffix(".json"), {**description, "sha256": sha256(path)})
 
@@ -206,7 +213,7 @@ def read_tensors(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, An
     """Read the tensors at `path` and their description, and check their hash and kind.
 
     Raises:
-        ValueError: if a file is missing, damaged, or describes another kind; it names the file.
+        ValueError: if a file is missing, damaged, or describes another kind; the message names it.
     """
     description_path = path.with_suffix(".json")
     for file in (path, description_path):
@@ -225,7 +232,7 @@ def read_tensors(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, An
 
 
 def _remedy(path: Path) -> str:
-    """What the user can do about a policy at `path` that cannot be used."""
+    """Tell what to do about a policy at `path` that cannot be used."""
     marker = path.parent / "COMPLETE"
     if not marker.exists():
         return "restore the policy and its description, or publish its run again (`python -m jobs.publish`)"

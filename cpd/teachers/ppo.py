@@ -1,15 +1,15 @@
 """The PPO learner (Schulman et al. 2017) of a single-task teacher.
 
 It departs from the textbook in three points:
-- Exploration noise is correlated in time, which moves a hand further than white noise of the same variance.
-  Log-probabilities are computed as if it were white.
+- Exploration noise is correlated in time, which moves the hand further than white noise of the same variance.
+  Log-probabilities are computed as for white noise.
 - Success ends a training episode. Meta-World's reward is dense, so a plain termination would punish success: it
   would cut off all later rewards. The value of a success is therefore that of the largest reward forever after
   (`teacher.terminate_on_success = false` lets episodes continue instead).
 - Means are unbounded and the environment clips actions; a penalty keeps means from drifting far beyond the bounds.
 
-Everything runs on the CPU: the simulator takes most of an iteration, and at these network sizes the overhead of
-many small operations limits an update, which a GPU does not lower.
+Everything runs on the CPU: the simulator takes most of an iteration. With networks of this size, the overhead of
+many small operations limits an update, and a GPU does not reduce it.
 """
 
 from __future__ import annotations
@@ -82,8 +82,8 @@ class PPOLearner:
     """Policy, value network and optimiser of one teacher.
 
     Args:
-        config: the recipe.
-        seed: of the initial weights and of the order of minibatches.
+        config: settings of PPO.
+        seed: seed of the initial weights and of the order of minibatches.
         keep_normalizer: leave the policy's observation statistics unchanged; new ones would change the actions of
             a cloned policy.
         comm: the ranks that share the iteration's environments; all of them compute the same update.
@@ -137,8 +137,8 @@ class PPOLearner:
         """Learn from an iteration's experience.
 
         Args:
-            experience: of this rank's environments.
-            iteration: its number, which decides the order of minibatches.
+            experience: samples of this rank's environments.
+            iteration: number of the iteration, which determines the order of minibatches.
             critic_only: train the value network and leave the policy unchanged.
             min_log_std: lower bound of the policy's log standard deviation; None: the configured one.
 
@@ -197,15 +197,14 @@ class PPOLearner:
         obs_BO = torch.from_numpy(experience.obs).flatten(0, 1)
         next_obs_BO = torch.from_numpy(experience.next_obs).flatten(0, 1)
         actions_BA = torch.from_numpy(experience.actions).flatten(0, 1)
-        # Before the old means are computed, so that ratios start at one.
+        # Before the log-probabilities of the old policy are computed, so that ratios start at one.
         if not self._keep_normalizer:
             self.policy.normalizer.update(obs_BO, self._comm)
         self.largest_reward = largest(max(self.largest_reward, float(experience.rewards.max())), self._comm)
         # The value of a terminal state: the largest reward forever after.
         success_value = self.largest_reward * config.reward_scale / (1 - config.gamma)
 
-        # Where a time limit cut an episode, next_values are those of its last observation: it would have
-        # continued.
+        # Where a time limit cut an episode, the next value is that of its last observation: it could have gone on.
         shape = experience.rewards.shape
         values_SN = self._values(obs_BO).reshape(shape)
         terminated_SN = torch.from_numpy(experience.terminated)
@@ -232,7 +231,7 @@ class PPOLearner:
         return normalized_B * std + mean
 
     def _minibatches(self, num_rows: int, iteration: int, epoch: int) -> list[Tensor]:
-        """Disjoint indices of this rank's rows in the epoch's minibatches, without a last incomplete one."""
+        """Indices of this rank's rows in each minibatch of an epoch; an incomplete last minibatch is dropped."""
         rng = generator(self.seed, "minibatches", iteration, epoch)
         order = torch.from_numpy(rng.permutation(num_rows))
         size = self.config.minibatch_size
@@ -240,7 +239,7 @@ class PPOLearner:
         return [self._local_rows(rows) for rows in minibatches] if self._comm.size > 1 else minibatches
 
     def _local_rows(self, rows: Tensor) -> Tensor:
-        """Those of an iteration's `rows` that this rank sampled, as indices of its own samples."""
+        """Select from the iteration's `rows` those that this rank sampled, as indices of its samples."""
         steps, slots = rows // self.config.num_envs, rows % self.config.num_envs
         is_local = (slots >= self._slots.start) & (slots < self._slots.stop)
         return steps[is_local] * len(self._slots) + slots[is_local] - self._slots.start
@@ -267,10 +266,10 @@ class PPOLearner:
         return policy_loss + penalty - config.entropy_coef * entropy + value_loss, statistics
 
     def _backward_over_ranks(self, loss: Tensor, statistics: Tensor, share: float, critic_only: bool) -> Tensor:
-        """Compute the gradients of the whole minibatch's mean; returns the mean of `statistics`; a collective.
+        """Set the gradients of the mean over the whole minibatch; returns the mean of `statistics`; a collective.
 
-        This rank holds a `share` of the minibatch's rows. If it holds none, the mean over its rows is not a
-        number.
+        This rank holds a `share` of the minibatch's rows. Without any, its loss is the mean of no rows, which is
+        not a number.
         """
         if share:
             (loss * share).backward()  # type: ignore[no-untyped-call]  # torch has no annotations here

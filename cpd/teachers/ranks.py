@@ -1,8 +1,8 @@
 """Collective operations of the ranks that train one teacher.
 
 Training is decentralised and synchronous, as in DD-PPO (Wijmans et al. 2020): every rank steps some of the
-environments, and all ranks compute the same update from the samples of all. With one rank, everything here is what
-torch does by itself, bit for bit.
+environments, and all ranks compute the same update from the samples of all ranks. With one rank, every function
+returns what plain torch would, bit for bit.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ class RanksDifferError(RuntimeError):
 def slots_of_rank(comm: Comm, num_envs: int) -> range:
     """This rank's share of an iteration's environments: consecutive ones, as even as possible, at least one."""
     assert num_envs >= comm.size, "see TeacherConfig.check_ranks"
+    # Consecutive, so that a rank's share of an array of all environments is a slice.
     bounds = np.linspace(0, num_envs, comm.size + 1).astype(int)
     return range(int(bounds[comm.rank]), int(bounds[comm.rank + 1]))
 
@@ -45,13 +46,18 @@ def moments_over_ranks(x: Tensor, comm: Comm) -> Moments:
     """The moments of all elements of `x`, over ranks; a collective."""
     if comm.size == 1:
         return Moments(x.mean(), x.std(), x.var())
+    # In float64, since sums over ranks add in another order than torch does on one rank.
     count, mean_1, squares_1 = column_moments(x.double().reshape(-1, 1), comm)
     variance = squares_1[0] / (count - 1)
     return Moments(mean_1[0].to(x.dtype), variance.sqrt().to(x.dtype), variance.to(x.dtype))
 
 
 def column_moments(x_BD: Tensor, comm: Comm) -> tuple[int, Tensor, Tensor]:
-    """Count the rows of all ranks; also their mean [D] and sum of squared deviations from it [D]; a collective."""
+    """Return the number of rows of all ranks, their mean [D], and the sum of squared deviations from it [D].
+
+    A collective.
+    """
+    # Two passes, mean first: E[x^2] - E[x]^2 would cancel where a mean is large against its deviation.
     count = len(x_BD) if comm.size == 1 else int(reduce_sum(torch.tensor([float(len(x_BD))]).double(), comm))
     mean_D = reduce_sum(x_BD.sum(dim=0), comm) / count
     return count, mean_D, reduce_sum(((x_BD - mean_D) ** 2).sum(dim=0), comm)
@@ -61,6 +67,7 @@ def reduce_sum(x: Tensor, comm: Comm) -> Tensor:
     """Return the sum of `x` over ranks; a collective."""
     if comm.size == 1:
         return x
+    # A copy, since the reduction is in place. NumPy shares its memory with the tensor.
     total = x.detach().contiguous().clone()
     comm.all_reduce_sum(total.numpy())
     return total
@@ -73,13 +80,14 @@ def reduce_gradients(parameters: Iterable[Tensor], statistics: Tensor, comm: Com
 
     Args:
         parameters: in the same order on every rank.
-        statistics: further numbers to sum in the same message.
+        statistics: further numbers to sum in the same message, shape [S].
 
     Returns:
         The sum of `statistics`.
     """
     if comm.size == 1:
         return statistics
+    # One message for all gradients, so that a minibatch costs one collective.
     trained = list(parameters)
     grads = [p.grad.flatten() if p.grad is not None else torch.zeros(p.numel(), dtype=p.dtype) for p in trained]
     flat = reduce_sum(torch.cat([*grads, statistics]), comm)
@@ -111,6 +119,7 @@ def check_ranks_agree(tensors: Sequence[Tensor], comm: Comm) -> None:
     """
     if comm.size == 1:
         return
+    # Hashes are compared, not tensors: a difference in one bit counts, and the message stays small.
     digest = hashlib.sha256()
     for tensor in tensors:
         digest.update(tensor.detach().contiguous().numpy().tobytes())
@@ -118,8 +127,8 @@ def check_ranks_agree(tensors: Sequence[Tensor], comm: Comm) -> None:
     differing = [rank for rank, other in enumerate(digests) if other != digests[0]]
     if differing:
         raise RanksDifferError(
-            f"the parameters of rank(s) {', '.join(map(str, differing))} differ from rank 0's: run the same "
-            "versions on processors of the same type on all ranks"
+            f"the parameters of rank(s) {', '.join(map(str, differing))} differ from those of rank 0; use the "
+            "same library versions and processors of the same type on all ranks"
         )
 
 
@@ -134,6 +143,8 @@ def on_first_rank(comm: Comm, work: Callable[[], T]) -> T:
     result: T | None = None
     stopped = ""
     if comm.rank == 0:
+        # A stop on request must reach all ranks, which wait in the broadcast. Any other error ends the job: the
+        # program aborts MPI.
         try:
             result = work()
         except InterruptedBySignal as stop:

@@ -1,6 +1,6 @@
 """An iteration's experience: a pure function of policy, seed and iteration, whatever the number of workers.
 
-Shape letters: S steps of an iteration, N environments, O = 39, A = 4.
+Dimensions: S steps of an iteration, N environments, O = 39 observation, A = 4 action.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ LARGEST_REWARD: Final = 10.0
 
 @dataclass(frozen=True)
 class Experience:
-    """What happened in an iteration, in all of its environments or in those of this rank.
+    """The samples of an iteration, of all its environments or of those of this rank.
 
     Attributes:
         obs: [S, N, O] before each step.
         next_obs: [S, N, O] after it, and before any reset.
         actions: [S, N, A] as sampled; executed clipped to [-1, 1].
-        rewards: [S, N], Meta-World's with what training adds to them (`EpisodeRules.rewards`).
+        rewards: [S, N], Meta-World's with the additions of training (`EpisodeRules.rewards`).
         terminated: [S, N] bool, the step reached success, and that ended the episode.
         ends: [S, N] bool, the step is the last of its segment: termination, time limit, a perturbation, or the
             iteration's end.
@@ -52,9 +52,9 @@ class Experience:
 
 
 class GoalDealer:
-    """Deals training goals to resets: each environment walks through the goals in one shuffled order.
+    """Chooses the goals of training episodes: every environment goes through the goals in one shuffled order.
 
-    The walks begin at evenly spaced places of that order, so that an iteration's first episodes differ.
+    Environments begin at evenly spaced positions of that order, so that an iteration's first episodes differ.
     """
 
     def __init__(self, goals: Sequence[Goal], num_envs: int, rng: np.random.Generator) -> None:
@@ -83,12 +83,12 @@ class EpisodeRules:
     exploration: Exploration = NO_EXPLORATION
     """Random starts and perturbations."""
     grasp_bonus: float = 0.0
-    """b, weight of the nearness to a grasp in rewards."""
+    """b: weight of the nearness to a grasp."""
     reward_convexity: float = 0.0
-    """c, weight of the square of Meta-World's reward."""
+    """c: weight of the square of Meta-World's reward."""
 
     def rewards(self, envs: VectorEnv) -> npt.NDArray[np.float32]:
-        """[N] rewards of the last step: r + c r^2 + b g, with Meta-World's reward r and the nearness g to a grasp.
+        """Rewards [N] of the last step: r + c r^2 + b g, with Meta-World's reward r and the nearness g to a grasp.
 
         If b is not 0, `envs` must measure grasps (`VectorEnv.want_grasps`).
         """
@@ -97,9 +97,9 @@ class EpisodeRules:
 
 
 class _Episodes:
-    """Begins the episodes of an iteration in its environments `slots`, and perturbs them.
+    """The episodes of an iteration in its environments `slots`: begins and perturbs them.
 
-    Random numbers and goals belong to the environment within the iteration, not to the rank that steps it.
+    Random numbers and goals depend on the environment's number, not on the rank that steps it.
     """
 
     def __init__(
@@ -125,14 +125,14 @@ class _Episodes:
         self.num_exploration_steps = 0
 
     def begin(self, ended: Sequence[int]) -> None:
-        """Begin the next episodes in the environments `ended`, by their place in `slots`."""
+        """Begin the next episodes in the environments `ended`, which are positions in `slots`."""
         if ended:
             self._envs.reset(ended, [self._dealer.deal(self._slots[slot]) for slot in ended])
             self.num_exploration_steps += self._rules.exploration.start(self._envs, ended, self._start_rngs)
             self.lengths_N[ended] = 0
 
     def perturb(self, policy: GaussianPolicy) -> npt.NDArray[np.bool_]:
-        """Perturb some episodes, at most up to the step before their last one; returns which [N]."""
+        """Perturb some episodes, at most up to the step before their last one; returns [N], whether each was."""
         num_envs = len(self._slots)
         exploration = self._rules.exploration
         if not exploration.step_rate:
@@ -160,18 +160,18 @@ def sample(
 ) -> Experience | None:
     """Act with exploration noise for an iteration, beginning with resets, in the first slots of `envs`.
 
-    Where an episode ends the next one begins; the end of the iteration cuts all of them.
+    Where an episode ends, the next one begins. The end of the iteration cuts all episodes.
 
     Args:
         policy: acts in all environments at once.
-        envs: as many slots as are stepped here, or more.
+        envs: at least as many slots as `slots`.
         goals: training goals.
-        config: sizes of the iteration, and the noise's correlation.
-        rules: of the episodes.
-        seed: of noise and goals.
+        config: sizes of the iteration, and the correlation of the noise.
+        rules: rules of the episodes.
+        seed: seed of noise and goals.
         iteration: number of the iteration.
-        slots: which of the iteration's `num_envs` environments are stepped here; None: all. Each has the same
-            noise and goals whatever the ranks.
+        slots: which of the iteration's `num_envs` environments are stepped here; None: all. An environment has the
+            same noise and goals on every rank.
         should_stop: called before every step.
 
     Returns:

@@ -1,4 +1,4 @@
-"""One element of the teachers' job array: train, evaluate, collect. A phase whose files exist is skipped."""
+"""Finish one teacher: train it, evaluate it, collect its rollouts. A phase whose files exist is skipped."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def run_teacher(
 ) -> None:
     """Finish one teacher: COMPLETE with shards, or REJECTED if it missed the gate; a collective.
 
-    A finished element is left unchanged; an interrupted one continues where it stopped.
+    A finished teacher is left unchanged; an interrupted one continues where it stopped.
 
     Args:
         run: the run directory.
@@ -52,9 +52,9 @@ def run_teacher(
 
     Raises:
         LeaseHeldError: if another process is working on this teacher.
-        LeaseLostError: if another process took over meanwhile.
+        LeaseLostError: if another process has taken this teacher over.
         InterruptedBySignal: if asked to stop; everything needed to continue has been saved.
-        ValueError: if that many ranks cannot share the learner's environments.
+        ValueError: if there are more ranks than environments.
     """
     comm = comm or SerialComm()
     if comm.broadcast(element.finished):
@@ -67,11 +67,13 @@ def run_teacher(
         if attempt.is_writer:
             sweep_temporaries(element.path)
         phases = _Phases(run.config, element, pool, interrupt, attempt, comm)
-        # One rank looks which files exist: a shared file system may show different ones to different nodes.
+        # One rank looks which files exist: a shared file system may show different ones to different nodes. The
+        # description is written after the weights, so it marks the end of training.
         if not on_first_rank(comm, description_path.exists):
             phases.train()
         description = on_first_rank(comm, lambda: read_json(description_path))
         success: float = description["training"]["validation_success"]
+        # Evaluated before the gate: a rejected teacher is reported with its success rate, too.
         if not on_first_rank(comm, element.evaluation.exists):
             phases.evaluate(on_first_rank(comm, phases.load))
         if success < gate:
@@ -81,6 +83,7 @@ def run_teacher(
                 write_text(element.rejected, reason + "\n")
             attempt.finish("rejected", reason, success=success)
             return
+        # On one rank, since it takes seconds only.
         on_first_rank(comm, phases.collect)
         if attempt.is_writer:
             attempt.check()
@@ -91,16 +94,17 @@ def run_teacher(
 def env_pool(config: Config, num_workers: int, num_ranks: int = 1) -> EnvPool:
     """Environments for one of `num_ranks` ranks, in `num_workers` processes; the pool makes them on first use.
 
-    The caller closes the pool. Under MPI, the caller makes environments in other processes before MPI starts:
-    nothing may fork afterwards.
+    The caller closes the pool. Under MPI with several workers, get the environments before MPI starts: no process
+    may fork after that.
     """
+    # Rounded up: some ranks step one environment more than others.
     num_envs = -(-config.teacher.ppo.num_envs // num_ranks)
     return EnvPool(num_workers, num_envs)
 
 
 @dataclass(frozen=True)
 class _Phases:
-    """The phases of one teacher's work, with what all of them need."""
+    """The phases of finishing one teacher, and what all of them need."""
 
     config: Config
     element: TeacherElement
@@ -110,12 +114,12 @@ class _Phases:
     comm: Comm
 
     def load(self) -> Teacher:
-        """The teacher in its files."""
+        """Load the teacher from its files."""
         is_scripted = self.config.teacher.recipe == "scripted"
         return load_scripted(self.element.policy) if is_scripted else load_policy(self.element.policy)
 
     def train(self) -> None:
-        """Make the teacher's policy and write it."""
+        """Make the policy and write it; every rank trains, rank 0 writes."""
         config, element = self.config, self.element
         description: dict[str, Any] = {
             "task": element.task,
@@ -136,16 +140,17 @@ class _Phases:
         if self.attempt.is_writer:
             self.withdraw()
             save_policy(policy, element.policy, {**description, "training": asdict(summary)})
+            # Only now: until the policy is written, the checkpoint is what a restart continues from.
             checkpoint.prune(element.checkpoints, keep=0)
 
     def withdraw(self) -> None:
-        """Remove the results of an earlier policy, before another one is written."""
+        """Remove results of an earlier policy before a new one is written, so that none outlive their policy."""
         self.attempt.check()
         self.element.evaluation.unlink(missing_ok=True)
         clear_shards(self.element.shards)
 
     def evaluate(self, teacher: Teacher) -> None:
-        """Measure success as for students: to the end of episodes, and on training goals, too."""
+        """Measure success as for students: with episodes that continue after success, and on training goals."""
         config, element = self.config, self.element
         num_training = min(config.evaluation.num_episodes, config.teacher.num_training_goals)
         cells = [
@@ -158,7 +163,8 @@ class _Phases:
 
         def advance(num_episodes: int) -> None:
             nonlocal done
-            done += num_episodes * self.comm.size  # an estimate: the other ranks have done about as many
+            # An estimate without a collective: the other ranks have done about as many.
+            done += num_episodes * self.comm.size
             self.attempt.advance(min(done, total))
 
         outcomes = evaluate_cells(
@@ -179,10 +185,11 @@ class _Phases:
         )
         self.attempt.check()
         write_rows(element.episodes, episodes)
-        write_rows(element.evaluation, rows)  # last: it marks the phase as done
+        write_rows(element.evaluation, rows)  # last, since this file marks the phase as finished
 
     def has_shards(self) -> bool:
         """Whether the shards hold the rollouts of this policy."""
+        # The index is written last. Its hash tells whether the shards are of this policy or of an earlier one.
         if not (self.element.shards / INDEX_NAME).exists():
             return False
         try:
@@ -191,7 +198,7 @@ class _Phases:
             return False
 
     def collect(self) -> None:
-        """Write the rollouts if they are missing. Interrupted, it starts again, since it takes seconds only."""
+        """Write the rollouts unless they exist; after an interrupt, start again, since this takes seconds only."""
         if self.has_shards():
             return
         teacher = self.load()

@@ -1,7 +1,6 @@
-"""Train one teacher: a warm start if the recipe has one, then iterations of PPO with validation and early
-stopping.
+"""Train one teacher: a warm start if the recipe has one, then iterations of PPO with validations.
 
-Checkpoints resume training exactly. Under MPI all of it is a collective; only rank 0 writes.
+Training resumed from a checkpoint gives the same bits. Under MPI everything is a collective; only rank 0 writes.
 """
 
 from __future__ import annotations
@@ -31,8 +30,8 @@ from cpd.teachers.ranks import check_ranks_agree, float_mean, on_first_rank, slo
 from cpd.teachers.rollout import NO_EXPLORATION, EpisodeRules, sample
 from cpd.teachers.warm_start import WarmStart, warm_start
 
-#: Share of successful training episodes from which validation is worth its time. While most training episodes
-#: fail, validation would fail too, and cost more than the training: failing episodes last longest.
+#: Share of successful training episodes from which policies are validated. While most training episodes fail,
+#: validation would fail too and take longer than training, since failing episodes last longest.
 VALIDATE_FROM: Final = 0.5
 
 
@@ -42,41 +41,41 @@ class TrainingSummary:
 
     learner: str
     ranks: tuple[int, ...]
-    """Numbers of MPI ranks that trained it, ascending: more than one if it was resumed with another number."""
+    """Numbers of MPI ranks that trained it, ascending; several if it was resumed with another number."""
     iterations: int
     env_steps: int
-    """Of RL, without demonstrations and validations."""
+    """Environment steps of RL, without demonstrations and validations."""
     policy_updates: int
     """Gradient steps of RL on the policy, up to the end of training."""
     stopped_by: str
-    """`validation`: the stopping rule; `budget`: max_env_steps."""
+    """`validation`: by the stopping rule; `budget`: by max_env_steps."""
     selected_iteration: int
     """Iteration of the final policy: the last of those with the best success on validation goals."""
     validation_success: float
     """Success rate of the final policy on validation goals."""
     warm_start: WarmStart | None
-    """The policy that RL started from; None if from scratch."""
+    """How the policy that RL started from was made; None for RL from scratch."""
 
 
 @dataclass
 class _Progress:
-    """The state of training beside the learner's; checkpoints hold it under these names."""
+    """The state of training apart from that of the learner; checkpoints hold it under these names."""
 
     iteration: int = 0
     env_steps: int = 0
     passes: int = 0
-    """Latest validations in a row that reached `stop_success`."""
+    """Number of latest successive validations that reached `stop_success`."""
     best_success: float = -1.0
     best_iteration: int = 0
     policy_updates: int = 0
     is_exploring: bool = True
-    """Until `exploration.stop_at_success` is exceeded."""
+    """True until `exploration.stop_at_success` is exceeded."""
     ranks: list[int] = field(default_factory=list)
     """Numbers of ranks that took part, ascending."""
     warm_start: dict[str, Any] | None = None
-    """A `WarmStart`, once it has ended."""
+    """The `WarmStart` as a dictionary; None before it has ended."""
     unrecorded: dict[str, float] = field(default_factory=dict)
-    """Metrics of the present iteration, until it has been validated (if due) and recorded."""
+    """Metrics of the current iteration, until it has been validated (if due) and recorded."""
 
 
 def validate(
@@ -104,15 +103,15 @@ class TeacherTrainer:
     """One teacher's training, which continues from its newest checkpoint if there is one.
 
     Args:
-        config: the run's.
-        element: the teacher, of which this process is the single writer.
+        config: settings of the run.
+        element: the teacher, which only this process may write.
         pool: environments, at least as many per task as this rank steps.
-        interrupt: checked after every environment step.
+        interrupt: checked before every environment step.
         attempt: receives progress.
-        comm: the ranks that train together.
+        comm: the ranks that train together; None: this process alone.
 
     Raises:
-        ValueError: if that many ranks cannot.
+        ValueError: if there are more ranks than environments.
     """
 
     def __init__(
@@ -134,6 +133,7 @@ class TeacherTrainer:
         ppo = config.teacher.ppo
         self._slots = slots_of_rank(self._comm, ppo.num_envs)
         self._has_warm_start = config.teacher.recipe == "demo_rl"
+        # From scratch there is no policy to spoil.
         self._num_critic_iterations = CRITIC_ITERATIONS if self._has_warm_start else 0
         self._steps_per_iteration = ppo.num_envs * ppo.steps_per_env
         self._goals = goal_set(element.task, "training", config.teacher.num_training_goals)
@@ -145,6 +145,7 @@ class TeacherTrainer:
     def _resume(self) -> MetricsLog | None:
         """Restore the newest checkpoint; returns the log of metrics on the rank that writes."""
         is_writer, metrics_size = self._attempt.is_writer, 0
+        # Rank 0 chooses for all: a shared file system may show different checkpoints to different nodes.
         newest = self._comm.broadcast(checkpoint.latest(self._element.checkpoints) if is_writer else None)
         if newest is not None:
             state = newest.load()
@@ -153,9 +154,11 @@ class TeacherTrainer:
             self._progress = _Progress(**state["progress"])
             metrics_size = state["metrics_size"]
         self._progress.ranks = sorted({*self._progress.ranks, self._comm.size})
+        # Records after the checkpoint are cut off: their iterations are trained again.
         return MetricsLog(self._element.metrics, metrics_size) if is_writer else None
 
     def _save(self) -> None:
+        """Save a checkpoint on rank 0, unless the newest one holds this state."""
         if self._metrics is None:
             return  # another rank writes
         if self._has_warm_start and self._progress.warm_start is None:
@@ -176,7 +179,7 @@ class TeacherTrainer:
 
     @property
     def _is_spent(self) -> bool:
-        """Whether the budget has no room for another iteration; one iteration always trains the policy."""
+        """Whether the budget leaves no room for another iteration; at least one trains the policy in any case."""
         progress = self._progress
         no_room = progress.env_steps + self._steps_per_iteration > self._config.teacher.max_env_steps
         return progress.policy_updates > 0 and no_room
@@ -227,6 +230,7 @@ class TeacherTrainer:
 
     def _warm_start(self) -> None:
         """Warm-start the policy on rank 0 and copy it to the others."""
+        # On one rank: it takes a minute, and its result does not depend on the number of ranks.
         teacher, element, policy = self._config.teacher, self._element, self._learner.policy
         self._attempt.begin("warm start", 1, unit="warm starts")
         demonstrator = Demonstrator(
@@ -240,6 +244,7 @@ class TeacherTrainer:
         )
 
         def clone() -> tuple[WarmStart, dict[str, Tensor]]:
+            """Clone the scripted expert into `policy`; return the record and the weights, for the other ranks."""
             record = warm_start(
                 policy,
                 demonstrator,
@@ -264,6 +269,7 @@ class TeacherTrainer:
 
     @property
     def _rules(self) -> EpisodeRules:
+        """How the episodes of the next iteration begin and end."""
         teacher, exploration = self._config.teacher, NO_EXPLORATION
         if self._progress.is_exploring:
             settings = teacher.exploration
@@ -277,7 +283,7 @@ class TeacherTrainer:
         )
 
     def _iterate(self) -> None:
-        """Sample and learn; nothing changes if the job is asked to stop meanwhile."""
+        """Sample and learn; if the job is asked to stop before learning, nothing has changed."""
         progress, teacher = self._progress, self._config.teacher
         start = time.monotonic()
         experience = sample(
@@ -291,7 +297,8 @@ class TeacherTrainer:
             slots=self._slots,
             should_stop=lambda: self._interrupt.requested,
         )
-        # If one rank was asked to stop, all stop after the last iteration; what the others sampled is dropped.
+        # If one rank was asked to stop, all stop and drop what they sampled: an iteration is repeated as a whole,
+        # since random numbers are a function of its number.
         if self._comm.any(experience is None) or experience is None:
             raise InterruptedBySignal("asked to stop while training; launch again to continue")
         sampled = time.monotonic()
@@ -302,6 +309,7 @@ class TeacherTrainer:
         learned = self._learner.update(
             experience, progress.iteration, critic_only=critic_only, min_log_std=min_log_std
         )
+        # Before the iteration counts: no checkpoint may hold ranks that differ or numbers that are not finite.
         check_ranks_agree([*self._learner.policy.state_dict().values()], self._comm)
         self._check_finite(learned)
         progress.iteration += 1
@@ -311,6 +319,7 @@ class TeacherTrainer:
             progress.policy_updates += int(learned["epochs"]) * (
                 self._steps_per_iteration // teacher.ppo.minibatch_size
             )
+        # Kept in the progress, so that a checkpoint before the validation does not lose them.
         progress.unrecorded = {
             "train_success": float_mean(experience.train_success, len(self._slots), self._comm),
             "train_return": float_mean(experience.train_return, len(self._slots), self._comm),
@@ -323,7 +332,8 @@ class TeacherTrainer:
         self._attempt.advance(progress.env_steps)
 
     def _check_finite(self, learned: dict[str, float]) -> None:
-        """Raise DivergedError, before anything is saved, if the update gave numbers that are not finite."""
+        """Raise DivergedError if the update has produced numbers that are not finite."""
+        # Weights too: one infinite weight need not show in the metrics of the update that made it.
         names = [name for name, value in learned.items() if not math.isfinite(value)]
         if not all(bool(tensor.isfinite().all()) for tensor in self._learner.policy.parameters()):
             names.append("the policy")
@@ -334,7 +344,7 @@ class TeacherTrainer:
             )
 
     def _validate_and_record(self) -> None:
-        """Finish an iteration: validate and save if that is due, and record its metrics."""
+        """Finish an iteration: validate if that is due, record its metrics, and save if that is due."""
         teacher, progress = self._config.teacher, self._progress
         start = time.monotonic()
         success: float | None = None
@@ -346,6 +356,7 @@ class TeacherTrainer:
                 self._learner.policy, self._config, self._element.task, self._pool, self._interrupt, self._comm
             )
             progress.passes = progress.passes + 1 if success >= teacher.stop_success else 0
+            # The last of the best: among equals, it has been trained longest.
             if success >= progress.best_success:
                 progress.best_success, progress.best_iteration = success, progress.iteration
                 state = self._learner.policy.state_dict()

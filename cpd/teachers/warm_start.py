@@ -1,11 +1,11 @@
 """The warm start of `demo_rl`: demonstrations, cloning and DAgger, ended while success is still modest.
 
-A clone of the scripted expert may well pass the gate by itself, and RL would then get the credit for imitation. So
-the policy is validated after every small increment of cloning, and an increment that exceeds the cap is undone and
-repeated in halves.
+A clone of the scripted expert can pass the gate by itself, and RL would then get the credit for imitation. The
+policy is therefore validated after every small increment of cloning. An increment that exceeds the cap is undone
+and repeated with half as many steps.
 
-Everything is a pure function of (settings, task, seed). It takes a minute at most, so an interrupted warm start is
-repeated from its beginning. Shape letters: B rows, O = 39 observation, A = 4 action.
+Everything is a pure function of (settings, task, seed). A warm start takes a minute at most, so an interrupted one
+is repeated from its beginning. Dimensions: B rows, O = 39 observation, A = 4 action.
 """
 
 from __future__ import annotations
@@ -35,28 +35,30 @@ LEARNING_RATE: Final = 1e-3
 
 @dataclass(frozen=True)
 class WarmStart:
-    """A record of how the policy was made from which RL starts."""
+    """How the policy that RL starts from was made."""
 
     validation_success: float
     """Success rate on validation goals before RL; at most the cap, unless the untrained policy exceeds it."""
     highest_success: float
-    """The highest rate that cloning reached; if it exceeds the cap, that policy was dropped."""
+    """Highest success rate during cloning; if it exceeds the cap, that policy was dropped."""
     cloning_steps: int
-    """Gradient steps of cloning behind the policy."""
+    """Gradient steps of cloning that were kept."""
     dagger_rounds: int
     demonstration_env_steps: int
-    """Environment steps whose states the expert labelled: demonstrations and DAgger rounds."""
+    """Environment steps of demonstrations and DAgger rounds; the expert labelled the states of all."""
     cloning_loss: float
-    """Mean loss over the last increment that was kept; 0 if there is none."""
+    """Mean loss of the last increment that was kept; 0 if none was."""
 
 
 class Cloner:
     """Regression of a policy's mean on labels, with minibatches that depend on the seed and the step alone.
 
     Args:
-        policy: its mean network learns; the rest of it does not change.
+        policy: only its mean network is trained.
         seed: of the minibatches.
     """
+
+    # Minibatches depend on nothing else, so that a repeated increment takes the same steps up to its shorter end.
 
     def __init__(self, policy: GaussianPolicy, seed: int) -> None:
         self.num_steps = 0
@@ -66,6 +68,7 @@ class Cloner:
 
     def state(self) -> dict[str, Any]:
         """A copy of everything that the next step depends on."""
+        # A deep copy, since the optimiser changes its tensors in place.
         return copy.deepcopy(
             {
                 "net": self._policy.net.state_dict(),
@@ -87,6 +90,7 @@ class Cloner:
         for _ in range(num_steps):
             rng = generator(self._seed, "cloning", self.num_steps)
             rows = torch.from_numpy(rng.integers(len(obs_BO), size=BATCH_SIZE))
+            # Only the mean: after a warm start, teacher.ppo.init_log_std decides how much RL explores.
             loss = nn.functional.huber_loss(self._policy(obs_BO[rows]), labels_BA[rows])
             self._optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]  # torch has no annotations here
@@ -98,7 +102,7 @@ class Cloner:
 
 @dataclass
 class _Search:
-    """Cloning up to the target and never beyond the cap; it holds the last policy below the cap."""
+    """Cloning up to the target and never beyond the cap; the policy is always the last one below the cap."""
 
     cloner: Cloner
     config: WarmStartConfig
@@ -110,7 +114,7 @@ class _Search:
     is_over: bool = False
 
     def clone(self, data: Labelled) -> None:
-        """Run a round of cloning; end the search if the target is reached or no increment stays below the cap."""
+        """Clone for one round; the search is over if the target is reached or no increment stays below the cap."""
         end = self.cloner.num_steps + NUM_CLONING_STEPS
         kept = self.cloner.state()
         # The number of steps that exceeded the cap last. The same steps on the same data give the same weights, so
@@ -146,15 +150,16 @@ def warm_start(
 
     Args:
         policy: newly initialised.
-        demonstrator: the expert.
+        demonstrator: runs the expert.
         config: target, cap, and number of DAgger rounds.
-        validate: returns the policy's present success rate on validation goals.
+        validate: returns the current success rate of `policy` on validation goals.
 
     Raises:
-        InterruptedBySignal: if asked to stop; nothing is kept.
+        InterruptedBySignal: if asked to stop; discard the policy then.
     """
     data = demonstrator.gather(0)
     assert data.obs_BO.shape[1] == OBSERVATION_SIZE
+    # The statistics are fixed from here on: updating them with later data would change the actions of the clone.
     policy.normalizer.update(torch.from_numpy(data.obs_BO))
     untrained = validate()
     cloner = Cloner(policy, demonstrator.seed)
@@ -164,6 +169,7 @@ def warm_start(
     search.clone(data)
     while not search.is_over and round_number < config.num_dagger_rounds:
         round_number += 1
+        # The clone acts, so that the expert labels the states to which the clone's own errors lead.
         more = demonstrator.gather(round_number, policy)
         data = Labelled(
             np.concatenate([data.obs_BO, more.obs_BO]), np.concatenate([data.labels_BA, more.labels_BA])

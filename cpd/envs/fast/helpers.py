@@ -1,7 +1,7 @@
 """Bit-exact scalar versions of the helpers that Meta-World's task code calls most.
 
-Each calls the original for arguments that it was not written for. So a namespace that holds these in place of the
-originals behaves like the original one.
+For arguments that it was not written for, each calls the original. A namespace that holds these in place of the
+originals therefore behaves like the original one.
 """
 
 from __future__ import annotations

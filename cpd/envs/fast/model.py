@@ -1,4 +1,4 @@
-"""Light models lack what only rendering needs. They simulate the same bits, faster, in a sixth of the memory.
+"""Light models, which lack what only rendering needs: the same bits, faster, in a sixth of the memory.
 
 Of a task's model, 18 of 21 MB are textures and meshes of robot and furniture that nothing can touch. MuJoCo
 computes the position of each such geom at every physics step, and compiles it from its file in every process.

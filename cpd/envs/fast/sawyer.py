@@ -42,6 +42,7 @@ def _cached_lookup(kind: str) -> Callable[[Any, Any], Any]:
     look_up = getattr(mujoco.MjData, kind)
 
     def view(self: FastData, name: Any) -> Any:
+        """Return the live view of the object with this name or id."""
         views = self._views()
         if views is None:
             return look_up(self, name)
@@ -199,7 +200,7 @@ class FastSawyer(SawyerXYZEnv):
     def step(
         self, action: npt.NDArray[np.floating[Any]]
     ) -> tuple[npt.NDArray[np.float64], Any, bool, bool, dict[str, Any]]:
-        """As Meta-World's: [4] action to (observation [39], reward, False, truncated, info)."""
+        """Like Meta-World's: an action [4] gives observation [39], reward, False, truncated and info."""
         if not self._set_task_called:
             raise RuntimeError("You must call env.set_task before using env.step")
         assert len(action) == 4, f"Actions should be size 4, got {len(action)}"
@@ -220,7 +221,7 @@ class FastSawyer(SawyerXYZEnv):
         return obs.copy(), reward, False, self.curr_path_length == self.max_path_length, info
 
     def _simulate(self) -> None:
-        """As `mj_step` x frame_skip, then `mj_forward`.
+        """Do what `frame_skip` calls of `mj_step` and one of `mj_forward` do.
 
         Meta-World places target sites between the two, but `mj_forward` overwrites their positions.
         """
@@ -244,7 +245,7 @@ class FastSawyer(SawyerXYZEnv):
     def reset(
         self, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[npt.NDArray[np.float64], dict[str, Any]]:
-        """As Meta-World's, from the state of a new environment; the cache restores goals that were simulated."""
+        """Like Meta-World's reset of a new environment; goals that were simulated before come from a cache."""
         if self._pristine_attributes is None:
             self._pristine_attributes = Attributes(self)
         self._forwarded = None
@@ -277,7 +278,7 @@ class FastSawyer(SawyerXYZEnv):
         mujoco.mj_forward(self.model, self.data)
 
     def render(self) -> Any:
-        """As Gymnasium's, with a complete model that is set to this environment's state."""
+        """Like Gymnasium's, with a complete model that has this environment's state."""
         self.take_model()
         if self._render_model is None:
             self._render_model = RenderModel(self.fullpath, self.width, self.height)
