@@ -12,14 +12,14 @@ from slurm.testbed.conf import PARTITION, URGENT_PARTITION, Settings
 
 
 def at_least_one(text: str) -> int:
-    """Parse a whole number from 1 on."""
+    """Parse a positive whole number."""
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text}: expected a whole number from 1 on")
+        raise argparse.ArgumentTypeError(f"{text}: expected a positive whole number")
     return int(text)
 
 
 def argument_parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Return the parser of the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m slurm.testbed",
         description="A real Slurm on this machine: one controller and several virtual nodes, on the loopback "
@@ -32,11 +32,13 @@ def argument_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("verb", choices=("up", "down", "status"))
-    parser.add_argument("--state", type=Path, default=default_state(), help="its folder (default: %(default)s)")
+    parser.add_argument(
+        "--state", type=Path, default=default_state(), help="folder of all its files (default: %(default)s)"
+    )
     up = parser.add_argument_group("for up")
     up.add_argument("--nodes", type=at_least_one, default=2, help="virtual nodes (default: %(default)s)")
     up.add_argument(
-        "--cpus", type=at_least_one, default=4, help="CPUs of each, as it claims (default: %(default)s)"
+        "--cpus", type=at_least_one, default=4, help="CPUs that each node reports (default: %(default)s)"
     )
     up.add_argument(
         "--munge",
@@ -52,8 +54,14 @@ def argument_parser() -> argparse.ArgumentParser:
     up.add_argument("--grace", type=int, default=30, help="seconds that a preempted job has to save")
     up.add_argument("--preempt-user-signal", action="store_true", help="preempt with a job's own --signal")
     up.add_argument("--enforce-memory", action="store_true", help="kill jobs that exceed their --mem")
-    up.add_argument("--gpus", type=int, default=0, help="GPUs that each node pretends to have")
-    up.add_argument("--option", action="append", default=[], metavar="KEY=VALUE", help="a line of slurm.conf")
+    up.add_argument("--gpus", type=int, default=0, help="simulated GPUs of each node")
+    up.add_argument(
+        "--option",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="a further line of slurm.conf; repeatable",
+    )
     return parser
 
 
@@ -88,13 +96,13 @@ def status_lines(testbed: Testbed) -> list[str]:
         *lines,
         f"queues    {PARTITION} (default), {URGENT_PARTITION} (preempts {PARTITION})",
         "",
-        "in every shell that is to use it:",
+        "in every shell that uses it:",
         f"  export SLURM_CONF={testbed.conf}",
         "then, for instance:",
         "  sinfo && srun -N2 hostname",
         "  python -m jobs.launch demo --profile testbed --run-dir runs/demo-slurm",
         "  python -m jobs.status runs/demo-slurm --watch",
-        "and in the end:",
+        "to stop it:",
         f"  python -m slurm.testbed down{option}",
     ]
 

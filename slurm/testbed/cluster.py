@@ -50,14 +50,14 @@ def default_state() -> Path:
 
 
 def program(name: str) -> str | None:
-    """Path of a daemon, also where /usr/sbin is not on an ordinary user's PATH."""
+    """Return the path of a program, searching /usr/sbin too, which is not on an ordinary user's PATH."""
     return shutil.which(name, path=os.pathsep.join([os.environ.get("PATH", ""), *SYSTEM_FOLDERS]))
 
 
 def needed_programs(munge: bool, accounting: bool) -> list[str]:
-    """The programs that a cluster of this kind runs."""
+    """Return the programs that a cluster with these features runs."""
     names = ["slurmctld", "slurmd", "sbatch"]
-    # Debian's slurm packages are linked against munge's library, but only the daemon is asked for here.
+    # Debian's Slurm is linked against munge's library in any case; the daemon is needed with `munge` only.
     return names + ["munged"] * munge + ["slurmdbd", "mariadbd", "mariadb-install-db"] * accounting
 
 
@@ -74,7 +74,7 @@ def missing_packages(munge: bool = False, accounting: bool = False) -> str:
 
 
 def free_ports(count: int) -> int:
-    """The first of `count` consecutive free TCP ports of the loopback device.
+    """Return the first of `count` consecutive free TCP ports of the loopback device.
 
     Raises:
         TestbedError: if there are none.
@@ -105,7 +105,7 @@ class Testbed:
         return inherited | {"SLURM_CONF": str(self.conf), "PATH": path}
 
     def command(self, *words: str, check: bool = True, timeout: float = 60) -> str:
-        """Output of one of Slurm's commands.
+        """Run one of Slurm's commands and return its output.
 
         Raises:
             TestbedError: if it fails and `check` is set.
@@ -154,11 +154,11 @@ class Testbed:
         """Start the daemon of one virtual node."""
         self.start_daemon(f"slurmd-{node}", "slurmd", "-D", "-N", node)
 
-    def wait_for(self, ready: Callable[[], bool], what: str) -> None:
-        """Poll until `ready`.
+    def wait_for(self, ready: Callable[[], bool], condition: str) -> None:
+        """Poll until `ready` returns True; error messages call this `condition`.
 
         Raises:
-            TestbedError: if that takes too long or a daemon dies, with the ends of the logs.
+            TestbedError: if it takes more than `START_SECONDS` or a daemon dies, with the last lines of the logs.
         """
         deadline = time.monotonic() + START_SECONDS
         while not ready():
@@ -167,7 +167,7 @@ class Testbed:
                 reason = f"{', '.join(dead)} died" if dead else f"not within {START_SECONDS:.0f} s"
                 logs = sorted((self.state / "log").glob("*"))
                 tails = [f"--- {log}\n" + "\n".join(log.read_text().splitlines()[-8:]) for log in logs]
-                raise TestbedError(f"{what}: {reason}\n" + "\n".join(tails))
+                raise TestbedError(f"{condition}: {reason}\n" + "\n".join(tails))
             time.sleep(0.1)
 
     # ------------------------------------------------------------------ up
@@ -182,9 +182,9 @@ class Testbed:
             if all(state in ("idle", "mix", "alloc") for state in self.node_states().values()):
                 return False
             self.down()
-        complaint = missing_packages(settings.munge, settings.accounting)
-        if complaint:
-            raise TestbedError(complaint)
+        message = missing_packages(settings.munge, settings.accounting)
+        if message:
+            raise TestbedError(message)
         if len(str(settings.database_socket)) > 100:
             raise TestbedError(f"{self.state} is too long a path for unix sockets; choose a shorter --state")
         self._make_state(settings)
@@ -212,7 +212,9 @@ class Testbed:
 
     def _make_state(self, settings: Settings) -> None:
         if self.state.exists() and any(self.state.iterdir()) and not (self.state / MARKER).is_file():
-            raise TestbedError(f"{self.state} exists and is no test cluster; choose another --state, or remove it")
+            raise TestbedError(
+                f"{self.state} exists and is not a test cluster; choose another --state, or remove it"
+            )
         shutil.rmtree(self.state, ignore_errors=True)
         try:
             # Nobody else may read the credentials of the database or of munge.
@@ -237,7 +239,7 @@ class Testbed:
         paths = {"key-file": key, "socket": settings.munge_socket, "pid-file": self.state / "munged.pid"}
         paths |= {"log-file": self.state / "log" / "munged.log", "seed-file": self.state / "munged.seed"}
         options = [f"--{name}={path}" for name, path in paths.items()]
-        # munged insists that others can reach its socket's folder; nobody else needs to here.
+        # --force: munged refuses a socket in a folder that other users cannot read, as this one is on purpose.
         self.start_daemon("munged", "munged", "--foreground", "--force", *options)
         self.wait_for(settings.munge_socket.exists, "munged's socket")
 
@@ -267,35 +269,35 @@ class Testbed:
         self.command(*add, check=False)
         return CLUSTER in self.command("sacctmgr", "-n", "-P", "list", "cluster", "format=cluster", check=False)
 
-    # ------------------------------------------------------------------ looking
+    # ------------------------------------------------------------------ state
 
     def node_states(self) -> dict[str, str]:
-        """State of every node, such as `idle`; empty if the controller does not answer."""
+        """Return the state of every node, such as `idle`; empty if the controller does not answer."""
         lines = self.command("sinfo", "-N", "-h", "-p", "main", "-o", "%n %t %N", check=False).splitlines()
         return {line.split()[2]: line.split()[1] for line in lines}
 
     def is_idle(self, num_nodes: int) -> bool:
-        """Whether all nodes have reported and wait for work."""
+        """Whether all nodes have registered and are idle."""
         states = self.node_states()
         return len(states) == num_nodes and set(states.values()) == {"idle"}
 
     # ------------------------------------------------------------------ down
 
     def down(self) -> list[str]:
-        """Stop all jobs and daemons and kill what remains; return the killed processes. Safe if not up."""
+        """Stop all jobs and daemons; kill and return the processes that remain. Does nothing if it is not up."""
         if "slurmctld" in self.daemons():
             self.cancel_all()
         daemons = self.daemons()
-        # The accounting and munge last: the others talk to them until the end.
+        # Stop the database and munge last: the other daemons use them until they end.
         order = sorted(daemons, key=lambda name: ("slurm", "mariadb", "munge").index(_family(name)))
         for family in ("slurm", "mariadb", "munge"):
             self._end([daemons[name] for name in order if _family(name) == family])
-        stubborn = list(self._belonging())
-        for process in stubborn:
+        remaining = list(self._processes())
+        for process in remaining:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(process, signal.SIGKILL)
         self._pid_file.unlink(missing_ok=True)
-        return [str(process) for process in stubborn]
+        return [str(process) for process in remaining]
 
     def cancel_all(self, seconds: float = 3.0) -> None:
         """Kill all jobs without time to save, and wait at most `seconds` until they have left the queue."""
@@ -318,7 +320,7 @@ class Testbed:
             if is_alive(process, started):
                 os.kill(process, signal.SIGKILL)
 
-    def _belonging(self) -> Iterator[int]:
+    def _processes(self) -> Iterator[int]:
         """Yield the living processes of this cluster's daemons and jobs, recognised by their environment."""
         daemon_variable = f"{STATE_VARIABLE}={self.state}".encode()
         conf_variable = f"SLURM_CONF={self.conf}".encode()

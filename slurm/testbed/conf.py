@@ -21,14 +21,14 @@ class Settings:
     """Settings of a test cluster."""
 
     state: Path
-    """Folder of everything the cluster writes; a short path, since unix sockets lie in it."""
+    """Folder of all files of the cluster; a short path, since the length of unix sockets' paths is limited."""
     num_nodes: int = 2
     cpus: int = 4
-    """CPUs that every virtual node claims to have; more than the machine's cores is for scheduling only."""
+    """CPUs that every virtual node reports; may exceed the machine's cores, to test scheduling."""
     munge: bool = False
     accounting: bool = False
     min_job_age: int = 86_400
-    """Seconds for which squeue remembers an ended job; many sites keep to the default of 300."""
+    """Seconds for which squeue lists an ended job; many sites have Slurm's default of 300."""
     kill_wait: int = 30
     """Seconds between SIGTERM and SIGKILL at the end of a job."""
     grace_seconds: int = 30
@@ -36,11 +36,11 @@ class Settings:
     preempt_user_signal: bool = False
     """Preempt with the signal that a job asked for by --signal, rather than SIGTERM."""
     enforce_memory: bool = False
-    """Kill jobs that take more memory than they asked for, as sites do."""
+    """Kill jobs that use more memory than they requested, as sites do."""
     gpus: int = 0
-    """GPUs that every virtual node pretends to have, to try submissions that ask for them."""
+    """Simulated GPUs of every virtual node, for submissions that request GPUs."""
     options: tuple[str, ...] = ()
-    """Further lines of slurm.conf, `Key=Value`; they come last and win."""
+    """Further lines of slurm.conf, `Key=Value`; they take precedence over the others."""
     ports: dict[str, int] = field(default_factory=dict)
     """Port of each daemon, by name."""
 
@@ -51,12 +51,12 @@ class Settings:
 
     @property
     def devices(self) -> list[Path]:
-        """Empty files that stand for each node's GPUs."""
+        """Empty files that represent each node's GPUs."""
         return [self.state / f"gpu{number}" for number in range(self.gpus)]
 
     @property
     def slurm_conf(self) -> Path:
-        """What SLURM_CONF must point to."""
+        """The file that SLURM_CONF must name."""
         return self.state / "slurm.conf"
 
     @property
@@ -71,18 +71,18 @@ class Settings:
 
 
 def user_name() -> str:
-    """The user that runs everything."""
+    """Return the name of the user that runs the cluster."""
     return pwd.getpwuid(os.geteuid()).pw_name
 
 
 def memory_mib() -> int:
-    """This machine's memory."""
+    """Return the size of this machine's memory in MiB."""
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2**20
 
 
 def authentication_lines(settings: Settings) -> list[str]:
-    """Lines on authentication."""
-    # A requeued job restarts only after its credential has expired: by default after 120 s.
+    """Return the lines of slurm.conf on authentication."""
+    # A requeued job restarts only once its credential has expired, by default after 120 s.
     expire = "cred_expire=5"
     if settings.munge:
         return ["AuthType=auth/munge", "CredType=cred/munge", f"AuthInfo=socket={settings.munge_socket},{expire}"]
@@ -90,7 +90,7 @@ def authentication_lines(settings: Settings) -> list[str]:
 
 
 def slurm_conf(settings: Settings) -> str:
-    """The text of slurm.conf."""
+    """Return the text of slurm.conf."""
     host, state, ports = socket.gethostname(), settings.state, settings.ports
     first, last = ports["n1"], ports[settings.nodes[-1]]
     names = f"n[1-{settings.num_nodes}]" if settings.num_nodes > 1 else "n1"
@@ -145,10 +145,10 @@ def slurm_conf(settings: Settings) -> str:
 
 
 def memory_lines(settings: Settings) -> list[str]:
-    """Lines on memory. Every node claims the machine's whole memory, so allocating it would protect nothing."""
+    """Return the lines on memory. Every node reports all memory, so allocating it alone would limit nothing."""
     if not settings.enforce_memory:
         return ["SelectTypeParameters=CR_CPU"]
-    # Without cgroups, Slurm looks at the jobs' memory now and then.
+    # Without cgroups, Slurm polls the memory of jobs.
     return [
         "SelectTypeParameters=CR_CPU_Memory",
         "JobAcctGatherParams=OverMemoryKill",
@@ -157,7 +157,7 @@ def memory_lines(settings: Settings) -> list[str]:
 
 
 def accounting_lines(settings: Settings) -> list[str]:
-    """Lines on where records of ended jobs are kept."""
+    """Return the lines on the accounting of ended jobs."""
     if not settings.accounting:
         return ["AccountingStorageType=accounting_storage/none"]
     return [
@@ -170,7 +170,7 @@ def accounting_lines(settings: Settings) -> list[str]:
 
 
 def slurmdbd_conf(settings: Settings) -> str:
-    """The text of slurmdbd.conf."""
+    """Return the text of slurmdbd.conf."""
     lines = [
         *authentication_lines(settings),
         f"DbdHost={socket.gethostname()}",
@@ -189,6 +189,6 @@ def slurmdbd_conf(settings: Settings) -> str:
 
 
 def gres_conf(settings: Settings) -> str:
-    """The text of gres.conf: GPUs that are counted and numbered, with empty files for devices."""
+    """Return the text of gres.conf, with empty files as the devices of simulated GPUs."""
     devices = ",".join(str(path) for path in settings.devices)
     return f"NodeName={','.join(settings.nodes)} Name=gpu File={devices}\n"

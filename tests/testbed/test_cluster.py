@@ -75,7 +75,7 @@ def test_up_twice_then_down(tmp_path: Path) -> None:
     down = testbed("down", "--state", str(state))
     assert down.returncode == 0
     assert here.daemons() == {}
-    assert list(here._belonging()) == []
+    assert list(here._processes()) == []
     assert subprocess.run(["pgrep", "-f", "sleep 4711"], capture_output=True, check=False).returncode == 1
     assert testbed("down", "--state", str(state)).returncode == 0
     assert testbed("status", "--state", str(state)).returncode == 1
