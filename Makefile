@@ -19,7 +19,7 @@ setup: ## create the environment and install the pinned packages
 demo: setup ## the whole pipeline on real Meta-World in four to eight minutes, no cluster needed
 	@$(PY) -m jobs.launch demo --profile local
 
-figures: setup ## draw every published figure and table again, offline, in about 8 core-minutes
+figures: setup ## draw every published figure and table again, offline, in about 6 core-minutes
 	@$(PY) -m analysis.draw_published
 
 # By file: fixtures that a file's tests share are made once. In file order: pytest-xdist would begin with the files of

@@ -1,11 +1,15 @@
-"""Builds the figures and tables of one or more runs from their results alone; needs no torch, MPI or simulator."""
+"""Draws the figures and writes the tables of results, without torch, MPI or the simulator.
+
+results of students -> Dataset -> analysis.figures, analysis.paper_tables
+published teachers  -> analysis.build_teachers
+"""
 
 from __future__ import annotations
 
 import argparse
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -33,8 +37,8 @@ from cpd.evaluation.gather import find_results
 from cpd.evaluation.publish import publish_results
 from cpd.run.claim import check_repository_place, claim
 
-#: Files that this or an earlier version writes.
-OWN = re.compile(
+#: Names of the files that this version or an earlier one writes.
+WRITTEN_FILES = re.compile(
     r"((success_matrix|usage|retrieval)(_.+)?|stream|losses|masks|methods|profile|transfer|finals|teacher_student"
     r"|teacher_curves|table_(tasks|seeds|methods|look_alikes|starts))\.(pdf|png|txt|csv|tex|md)"
 )
@@ -50,13 +54,17 @@ EXAMPLES = """examples:
 FIGURES_OF_ONE = {"success_matrix": fig_success_matrix, "usage": fig_usage, "retrieval": fig_retrieval}
 
 
-def build(paths: Sequence[Path], out: Path | None = None) -> list[Path]:
+def build(
+    paths: Sequence[Path], out: Path | None = None, report: Callable[[Dataset], None] = lambda data: None
+) -> list[Path]:
     """Write the figures, their captions and the tables.
 
     Args:
         paths: run directories, which are gathered first, or folders of gathered results. Several are compared
-            as methods on one stream.
-        out: folder to write to. The default for a single path is `figures` beside its results.
+            as methods on one stream. A single path may also be or hold folders of published teachers.
+        out: folder to write to; the default for a single path is `figures` beside its results. Figures and tables
+            of earlier builds are removed from the default folder.
+        report: called with the data set once the files are written; not called for published teachers.
 
     Returns:
         The files written.
@@ -64,28 +72,12 @@ def build(paths: Sequence[Path], out: Path | None = None) -> list[Path]:
     Raises:
         ValueError: if a path holds no results, or the results cannot be compared.
     """
-    folder = figures_folder(paths, out)
-    return _build(load_all(paths), folder, sweep=out is None)
-
-
-def load_all(paths: Sequence[Path]) -> Dataset:
-    """Load the results of all paths as one data set; gather runs first."""
-    return load_dataset([find_results(path) for path in paths])
-
-
-def figures_folder(paths: Sequence[Path], out: Path | None) -> Path:
-    """Return the folder for the figures, and check that it may hold them."""
     if out is not None:
         claim(out, "figures")
-        return out
-    if len(paths) != 1:
-        raise ValueError("several directories are given without a folder for their figures; add --out DIR")
-    path = paths[0].resolve()
-    return (path.parent if path.name == "results" else path) / "figures"
-
-
-def _build(data: Dataset, folder: Path, *, sweep: bool) -> list[Path]:
-    """Draw into `folder`. With `sweep`, remove the figures and tables of earlier builds there."""
+    if len(paths) == 1 and find_published(paths[0]):
+        return build_teachers(paths[0], out)
+    folder = _figures_folder(paths, out)
+    data = load_all(paths)
     check_repository_place(folder, data.labels["teacher_recipe"])
     written: list[Path] = []
     with paper_style():
@@ -94,11 +86,26 @@ def _build(data: Dataset, folder: Path, *, sweep: bool) -> list[Path]:
                 stamp(figure, short_conditions(data, method))
                 written += save_figure(figure, folder / name, f"{caption} {conditions(data, method)}")
     written += write_tables(folder, data, conditions(data))
-    # Figures of an earlier build, e.g. of fewer methods, would not fit the new ones.
-    for path in set(folder.iterdir()) - set(written) if sweep else ():
-        if OWN.fullmatch(path.name):
+    # Figures of an earlier build, e.g. of other methods, would contradict the new ones.
+    for path in set(folder.iterdir()) - set(written) if out is None else ():
+        if WRITTEN_FILES.fullmatch(path.name):
             path.unlink()
+    report(data)
     return written
+
+
+def load_all(paths: Sequence[Path]) -> Dataset:
+    """Load the results of all paths as one data set; gather runs first."""
+    return load_dataset([find_results(path) for path in paths])
+
+
+def _figures_folder(paths: Sequence[Path], out: Path | None) -> Path:
+    if out is not None:
+        return out
+    if len(paths) != 1:
+        raise ValueError("several directories are given without a folder for their figures; add --out DIR")
+    path = paths[0].resolve()
+    return (path.parent if path.name == "results" else path) / "figures"
 
 
 def _figures(data: Dataset) -> Iterable[tuple[str, str | None, Figure | None, str]]:
@@ -134,30 +141,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     arguments = parser.parse_args(argv)
     try:
-        if arguments.out is not None:
-            claim(arguments.out, "figures")
-        if len(arguments.paths) == 1 and arguments.paths[0].is_dir() and find_published(arguments.paths[0]):
-            if arguments.publish is not None:
-                raise ValueError(
-                    f"--publish copies results of students, but {arguments.paths[0]} holds published teachers; "
-                    "publish the teachers of a run with `python -m jobs.publish RUN_DIR FOLDER`"
-                )
-            written = build_teachers(arguments.paths[0], arguments.out)
-            print(f"{len(written)} files in {written[0].parent}")
-            return 0
         paths = arguments.paths
         if arguments.publish is not None:
+            if arguments.out is not None:  # before anything is published
+                claim(arguments.out, "figures")
             if len(paths) != 1:
                 raise ValueError("--publish takes one run, but several are given; publish each to its own folder")
+            if find_published(paths[0]):
+                raise ValueError(
+                    f"--publish copies results of students, but {paths[0]} holds published teachers; "
+                    "publish the teachers of a run with `python -m jobs.publish RUN_DIR FOLDER`"
+                )
             paths = [publish_results(paths[0], arguments.publish)]
-        folder = figures_folder(paths, arguments.out)
-        data = load_all(paths)
-        written = _build(data, folder, sweep=arguments.out is None)
+        written = build(paths, arguments.out, report=show)
     except (ValueError, OSError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2
-    show(data)
-    print(f"{len(written)} files in {folder}")
+    print(f"{len(written)} files in {written[0].parent}")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Figures and tables of published teachers, drawn by `python -m analysis.build`."""
+"""Draws the figures and writes the tables of published teachers, for `analysis.build`."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ def build_teachers(path: Path, out: Path | None = None) -> list[Path]:
 
     Args:
         path: a folder of published teachers, or of such folders.
-        out: where to write to; `figures` in `path` unless told otherwise.
+        out: folder to write to, by default `figures` in `path`.
 
     Returns:
-        The files written: two figures and a Markdown table per folder, a figure for folders of the same stream,
-        and one long-form table of all scores.
+        The files written: two figures and a Markdown table per folder, a figure for every group of folders with
+        the same stream, and one long-form table of all scores.
 
     Raises:
         ValueError: if there are no published teachers, or a file of them is damaged.
@@ -62,7 +62,7 @@ def build_teachers(path: Path, out: Path | None = None) -> list[Path]:
 
 
 def _comparison(group: Mapping[str, PublishedTeachers]) -> str:
-    """Return the name of the figure that compares folders, prefixed with the words that all names begin with."""
+    """Return the name of the figure that compares folders, with the words that all their names begin with."""
     words = zip(*(name.split("-") for name in group), strict=False)
     shared = takewhile(lambda position: len(set(position)) == 1, words)
     return "-".join([*(word for word, *_ in shared), "comparison"])

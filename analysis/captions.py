@@ -28,7 +28,7 @@ def conditions(data: Dataset, method: str | None = None) -> str:
 
 
 def versions(labels: dict[str, str]) -> str:
-    """Return the versions of what the results depend on."""
+    """Return the versions of the simulator and of the reward."""
     return f"Meta-World {labels['metaworld']}, MuJoCo {labels['mujoco']}, reward {labels['reward_version']}"
 
 
@@ -47,7 +47,7 @@ def short_conditions(data: Dataset, method: str | None = None) -> str:
 
 
 def task_identity(data: Dataset, method: str | None) -> str:
-    """Return how the students of one method, or of any, know the task."""
+    """Return how the students of one method, or of all methods, know the task."""
     methods = [method] if method else data.task_identities
     return "/".join(dict.fromkeys(data.task_identities[name] for name in methods)) or "no students"
 

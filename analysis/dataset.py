@@ -1,4 +1,4 @@
-"""Reads one or more results folders into the data that figures and tables are made from."""
+"""Reads results folders into the data set that figures and tables are made from."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ from cpd.run.files import read_json
 from cpd.run.progress import read_status
 from cpd.run.tables import find_table, read_table
 
-#: A task looks like others if more than this share of its episodes begin nearer to one of another task.
-ALIKE = 0.05
+#: A task looks like others if more than this share of its episodes begin nearest to one of another task.
+LOOK_ALIKE_SHARE = 0.05
 
 
 def short(task: str) -> str:
-    """A task's name without the version of Meta-World's task set."""
+    """Return a task's name without the version of Meta-World's task set."""
     return task.removesuffix("-v3")
 
 
 @dataclass(frozen=True)
 class TeacherCurve:
-    """Training of one teacher; all tuples run along its records."""
+    """Training records of one teacher: one value per record, or per validation in `validation` and its steps."""
 
     task: str
     seed: int
     state: str
     env_steps: tuple[float, ...]
     validation_steps: tuple[float, ...]
-    """Steps of the values in `validation`."""
+    """Environment steps of the values in `validation`."""
     validation: tuple[float, ...]
     training: tuple[float, ...]
     """Success rate of the training episodes, NaN where none ended."""
@@ -60,7 +60,7 @@ class Dataset:
     teacher_rates: dict[tuple[str, int], Rate]
     """Teachers' success by task and teacher seed."""
     rejected: frozenset[tuple[str, int]]
-    """Task and seed of the teachers that missed the gate."""
+    """Task and seed of the teachers whose validation success is below the gate."""
     teacher_curves: tuple[TeacherCurve, ...]
     timings: tuple[dict[str, Any], ...]
     missing: tuple[str, ...]
@@ -72,12 +72,12 @@ class Dataset:
 
     @property
     def goals(self) -> str:
-        """What success was measured on: `held-out` or `validation` goals."""
+        """The goals that success was measured on: `held-out` or `validation`."""
         return self.tables.goal_set.replace("_", "-")
 
     @property
     def gate(self) -> float:
-        """The success on validation goals that admits a teacher."""
+        """The success on validation goals from which a teacher is admitted."""
         return float(self.tables.config["teacher"]["gate"])
 
     @property
@@ -100,7 +100,7 @@ class Dataset:
 
     @property
     def look_alikes(self) -> dict[str, dict[str, float]]:
-        """Tasks whose first observations resemble others': the share of episodes that are nearest to each task."""
+        """Shares of episodes that begin nearest to another task, by task that looks like others and other task."""
         alike: dict[str, dict[str, float]] = {}
         for task in self.tasks:
             rows = [row for row in self.tables.starts if row.task == task]
@@ -110,13 +110,13 @@ class Dataset:
                 for other in self.tasks
                 if episodes and other != task
             }
-            if sum(shares.values()) > ALIKE:
+            if sum(shares.values()) > LOOK_ALIKE_SHARE:
                 alike[task] = {other: share for other, share in shares.items() if share}
         return alike
 
     @property
     def teacher_scores(self) -> list[float]:
-        """Success of every teacher, 0 for a rejected one, as for students' tasks without a teacher."""
+        """Success of every teacher, 0 for a rejected one, so that teachers compare with average performance."""
         return [0.0 if key in self.rejected else rate.rate for key, rate in self.teacher_rates.items()]
 
     def teachers_of(self, task: str) -> list[Rate]:
@@ -138,7 +138,7 @@ def load_dataset(folders: Sequence[Path]) -> Dataset:
     """
     tables = [read_tables(folder) for folder in folders]
     summaries = [summarize(table) for table in tables]
-    _check_alike(tables, summaries)
+    _check_comparable(tables, summaries)
     merged = merge_tables(tables)
     distill = {
         method.method: table.method_config(method.method)["distill"]
@@ -162,18 +162,19 @@ def load_dataset(folders: Sequence[Path]) -> Dataset:
 
 
 def _missing(summaries: Sequence[Summary]) -> Iterable[str]:
-    """Yield what all results together lack; the students of a method may be in only one of them."""
+    """Yield what the folders together lack: a method's students may be in only one of several folders."""
     yield from dict.fromkeys(
-        line for s in summaries for line in s.missing if line not in without_students(s.unseen)
+        line for s in summaries for line in s.missing if line not in without_students(s.unevaluated)
     )
-    seen = {method.method for s in summaries for method in s.methods}
+    evaluated = {method.method for s in summaries for method in s.methods}
     yield from without_students(
-        [m for m in dict.fromkeys(m for s in summaries for m in s.unseen) if m not in seen]
+        [m for m in dict.fromkeys(m for s in summaries for m in s.unevaluated) if m not in evaluated]
     )
 
 
-def _check_alike(tables: Sequence[Tables], summaries: Sequence[Summary]) -> None:
-    seen: dict[str, Path] = {}
+def _check_comparable(tables: Sequence[Tables], summaries: Sequence[Summary]) -> None:
+    """Raise ValueError unless streams, goals, conditions and teachers agree, and no method occurs twice."""
+    folder_of: dict[str, Path] = {}
     for table, summary in zip(tables, summaries, strict=True):
         if table.stream != tables[0].stream:
             raise ValueError(f"{table.folder} and {tables[0].folder} have different streams; build each alone")
@@ -189,12 +190,12 @@ def _check_alike(tables: Sequence[Tables], summaries: Sequence[Summary]) -> None
                 "compared; build each alone"
             )
         for method in summary.methods:
-            if method.method in seen:
+            if method.method in folder_of:
                 raise ValueError(
-                    f"{seen[method.method]} and {table.folder} both have method {method.method!r}; "
+                    f"{folder_of[method.method]} and {table.folder} both have method {method.method!r}; "
                     "name one run of each method, with all its seeds"
                 )
-            seen[method.method] = table.folder
+            folder_of[method.method] = table.folder
     _check_same_teachers(tables)
 
 
@@ -219,7 +220,7 @@ def _check_same_teachers(tables: Sequence[Tables]) -> None:
 
 def _joined(labels: Sequence[dict[str, str]]) -> dict[str, str]:
     values = {key: [value for label in labels for value in label[key].split("/")] for key in labels[0]}
-    return {key: "/".join(dict.fromkeys(every)) for key, every in values.items()}
+    return {key: "/".join(dict.fromkeys(parts)) for key, parts in values.items()}
 
 
 def _differences(left: dict[str, str], right: dict[str, str]) -> str:
@@ -262,13 +263,13 @@ def _teacher_curves(tables: Tables) -> Iterable[TeacherCurve]:
 def _timings(tables: Tables) -> list[dict[str, Any]]:
     path = tables.folder / "timings.json"
     timings: list[dict[str, Any]] = read_json(path) if path.exists() else []
-    # The report writes timings.json before it ends; its spans are in its status.
+    # The report writes timings.json before it ends, so its own spans are only in its status.
     report = read_status(tables.folder / "status.json")
     return [*timings, {"role": "report", "spans": report.spans}] if report.spans else timings
 
 
 def mean_matrix(students: Sequence[StudentResults]) -> Floats:
-    """(K+1, J) success matrix averaged over the seeds that measured a cell, NaN where none did."""
+    """Return the (K+1, J) success matrix, averaged over the seeds that measured a cell; NaN where none did."""
     rates = np.stack([student.matrix.rates for student in students])
     measured = ~np.isnan(rates)
     with np.errstate(invalid="ignore"):

@@ -1,4 +1,4 @@
-"""Draws the figures and tables of all published results again, several folders at a time (`make figures`)."""
+"""Draws the figures and tables of all published results, several folders in parallel (`make figures`)."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
 from analysis.build import build
-from analysis.build_teachers import build_teachers
-from analysis.published_teachers import find_published
 from cpd.run.claim import REPOSITORY_RESULTS
 
-#: Figures of several folders together: where they go, and what they show.
-TOGETHER = {"stand-ins/figures": ("stand-ins/ablation", "stand-ins/baselines", "stand-ins/tuned", "stand-ins/ewc")}
-#: Core-minutes that all of them take.
-CORE_MINUTES = 8
+#: Figures that compare several folders: the folder to write to, and the folders of results.
+COMPARISONS = {
+    "stand-ins/figures": ("stand-ins/ablation", "stand-ins/baselines", "stand-ins/tuned", "stand-ins/ewc")
+}
+#: Time to draw all of them, in core-minutes.
+CORE_MINUTES = 6
 
 
 def figure_folders(root: Path) -> dict[Path, tuple[Path, ...]]:
-    """Every folder of figures below `root` and the folders of results that it is drawn from; the largest first."""
+    """Return every folder of figures below `root` and the folders of results that it is drawn from."""
     folders: dict[Path, tuple[Path, ...]] = {}
     for table in root.rglob("stages.csv"):
         folders[table.parent / "figures"] = (table.parent,)
-    for target, names in TOGETHER.items():
+    for target, names in COMPARISONS.items():
         if all((root / name).is_dir() for name in names):
             folders[root / target] = tuple(root / name for name in names)
     if (root / "teachers").is_dir():
         folders[root / "teachers" / "figures"] = (root / "teachers",)
-    # The largest first, so that no process draws the longest one alone at the end.
+    # Largest first, so that the last folder to finish is a small one.
     return dict(sorted(folders.items(), key=lambda item: -sum(map(_num_bytes, item[1]))))
 
 
@@ -38,12 +38,10 @@ def _num_bytes(folder: Path) -> int:
 
 
 def draw_folder(target: Path, sources: tuple[Path, ...]) -> tuple[int, float]:
-    """Draw one folder of figures; returns the number of files written and the seconds taken."""
+    """Draw one folder of figures; return the number of files written and the seconds that it took."""
     start = time.monotonic()
-    if find_published(sources[0]):
-        written = build_teachers(sources[0], target)
-    else:
-        written = build(sources, target if len(sources) > 1 else None)
+    # Without an explicit target, build() also removes what earlier versions drew there.
+    written = build(sources, target if len(sources) > 1 else None)
     return len(written), time.monotonic() - start
 
 

@@ -1,4 +1,4 @@
-"""Tables for papers and for further work: CSV with exact numbers, LaTeX (booktabs) with rounded ones."""
+"""Tables of results: CSV with exact numbers; LaTeX (booktabs) and Markdown with rounded ones."""
 
 from __future__ import annotations
 
@@ -47,19 +47,20 @@ SEED_COLUMNS = {
 
 @dataclass(frozen=True)
 class Table:
-    """One table in both forms."""
+    """One table: exact values for CSV, rounded ones for LaTeX and Markdown."""
 
     stem: str
     columns: tuple[str, ...]
     rows: tuple[tuple[Cell, ...], ...]
     """Exact values, for the CSV file."""
     tex_columns: tuple[str, ...] = ()
+    """Without these, the table is only written as CSV."""
     tex_rows: tuple[tuple[str, ...], ...] = ()
     caption: str = ""
 
 
 def write_tables(folder: Path, data: Dataset, notes: str) -> list[Path]:
-    """Write all tables, with the conditions in every CSV row and below every LaTeX and Markdown table."""
+    """Write all tables, with the conditions in every CSV row and below every other table; return their paths."""
     written = []
     starts = start_table(data)
     tables = (task_table(data), seed_table(data), method_table(data), *([starts] if starts else []))
@@ -120,7 +121,7 @@ def task_cells(data: Dataset, task: str, measured: Sequence[TaskMeasures]) -> tu
 
 
 def rate_text(rates: Sequence[Rate | None]) -> str:
-    """`96 [87, 99]`: per cent with one run's Wilson interval; `96 (90 to 99)` with the range of several; `–`."""
+    """Format rates in per cent: `96 [87, 99]` with the Wilson interval of one run, `96 (90 to 99)` of several."""
     measured = [rate for rate in rates if rate is not None]
     if len(measured) == 1:
         (rate,) = measured
@@ -129,7 +130,7 @@ def rate_text(rates: Sequence[Rate | None]) -> str:
 
 
 def percent(value: float, digits: int = 0) -> str:
-    """A share in per cent, without a minus before zero."""
+    """Format a share in per cent, without a minus sign before zero."""
     return f"{round(100 * value, digits) + 0.0:.{digits}f}"
 
 
@@ -192,7 +193,7 @@ def _improvement(data: Dataset, method: MethodMeasures) -> float | None:
 
 
 def headline(measure: dict[str, Aggregate], students: Sequence[StudentMeasures], name: str) -> str:
-    """`93 [90, 95]`: a measure in per cent with its interval; `93 (90 to 95)` with the range of few seeds."""
+    """Format a measure in per cent: `93.1 [90.2, 95.0]` with its interval, `93.1 (90.2 to 95.0)` with a range."""
     if "mean" not in measure:
         return "–"
     mean = measure["mean"]
@@ -205,14 +206,14 @@ def headline(measure: dict[str, Aggregate], students: Sequence[StudentMeasures],
 
 
 def worst_text(measure: dict[str, Aggregate], task: str | None) -> str:
-    """`52 (hammer)`: the worst task's mean over seeds, in per cent; `0` where all tasks are alike."""
+    """Format the worst task's mean over seeds in per cent: `52 (hammer)`, or `52` if all tasks are equal."""
     if "worst_task" not in measure:
         return "–"
     return percent(measure["worst_task"].estimate) + (f" ({short(task)})" if task else "")
 
 
 def start_table(data: Dataset) -> Table | None:
-    """Return results on tasks that the first observation tells apart and on the others; None without others."""
+    """Return results by whether a task looks like others at the start; None if no task does."""
     alike = data.look_alikes
     groups = {"apart": [task for task in data.tasks if task not in alike], "alike": list(alike)}
     if not alike:
@@ -250,7 +251,7 @@ def _mean(values: Floats) -> float | None:
 
 
 def _range_text(values: Sequence[float | None], digits: int = 1) -> str:
-    """`93.1 (90.0 to 95.2)`: mean and range over seeds, in per cent."""
+    """Format the mean and range over seeds in per cent: `93.1 (90.0 to 95.2)`."""
     measured = [value for value in values if value is not None]
     if len(measured) < 2:
         return percent(measured[0], digits) if measured else "–"
@@ -289,7 +290,7 @@ def _write_csv(folder: Path, table: Table, labels: dict[str, str]) -> Path:
 
 def _write_tex(folder: Path, table: Table, notes: str) -> Path:
     body = "\n".join("    " + " & ".join(map(_tex, row)) + r" \\" for row in table.tex_rows)
-    # More columns than a column of text has room for: span the page.
+    # Many columns do not fit one column of text.
     environment = "table*" if len(table.tex_columns) > 6 else "table"
     header = " & ".join(map(_tex, table.tex_columns))
     text = "\n".join(
@@ -325,12 +326,12 @@ def _write_markdown(folder: Path, table: Table, notes: str) -> Path:
 
 
 def _plain(text: str) -> str:
-    """A LaTeX cell as Markdown."""
+    """Convert a LaTeX cell to Markdown."""
     return re.sub(r"\\emph\{(.*)\}", r"*\1*", text).replace("\\", "")
 
 
 def _tex(text: str) -> str:
-    """En dashes and minus signs as LaTeX sets them; hyphens within names stay."""
+    """Convert en dashes and minus signs to LaTeX; hyphens within names stay."""
     return re.sub(r"(?<!\w)-(?=\d)", "$-$", text).replace("–", "--")
 
 

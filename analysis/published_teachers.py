@@ -32,8 +32,8 @@ class PublishedTeacher:
     state: str
     recipe: str
     horizon: int
-    before: Rate | None
-    """Success on validation goals at the start of RL; None from scratch."""
+    before_rl: Rate | None
+    """Success on validation goals after the warm start; None for a teacher trained from scratch."""
     validation: Rate
     """Success of the selected policy on validation goals, by which it was selected."""
     held_out: Rate
@@ -54,10 +54,10 @@ class PublishedTeacher:
 
     @property
     def validated(self) -> tuple[Sequence[float], Sequence[float]]:
-        """Steps of RL and the success on validation goals at each, with the start of RL if measured."""
-        if self.before is None:
+        """Steps of RL and the success on validation goals at each; step 0 is the warm start, if there was one."""
+        if self.before_rl is None:
             return self.curve.validation_steps, self.curve.validation
-        return (0.0, *self.curve.validation_steps), (self.before.rate, *self.curve.validation)
+        return (0.0, *self.curve.validation_steps), (self.before_rl.rate, *self.curve.validation)
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class PublishedTeachers:
 
     name: str
     stream: tuple[str, ...]
-    """Folders are compared if their streams are equal, even if some tasks have no policy."""
+    """Folders with equal streams are compared, even if some tasks have no policy."""
     labels: dict[str, str]
     gate: float
     teachers: tuple[PublishedTeacher, ...]
@@ -77,16 +77,11 @@ class PublishedTeachers:
         return any(teacher.cpu_seconds is not None for teacher in self.teachers)
 
 
-def is_published(folder: Path) -> bool:
-    """Whether `folder` holds published teachers."""
-    return (folder / "policies").is_dir()
-
-
 def find_published(folder: Path) -> list[Path]:
     """Return the folders of published teachers: `folder` itself, or those in it, sorted by name."""
-    if is_published(folder):
+    if (folder / "policies").is_dir():
         return [folder]
-    return sorted(child for child in folder.iterdir() if child.is_dir() and is_published(child))
+    return sorted(policies.parent for policies in folder.glob("*/policies") if policies.is_dir())
 
 
 def load_published(folder: Path) -> PublishedTeachers:
@@ -145,7 +140,7 @@ def _teacher(
         state=curve.state,
         recipe=row.teacher_recipe,
         horizon=row.horizon,
-        before=Rate.of(round(start["validation_success"] * goals), goals) if start else None,
+        before_rl=Rate.of(round(start["validation_success"] * goals), goals) if start else None,
         validation=Rate.of(round(training["validation_success"] * goals), goals),
         held_out=Rate.of(row.successes, row.episodes),
         held_out_last=Rate.of(row.successes_last, row.episodes),
@@ -163,7 +158,7 @@ def _selected_env_steps(training: dict[str, Any], curve: TeacherCurve) -> int:
     """Return the environment steps of RL up to the selected iteration."""
     if curve.env_steps:
         return int(curve.env_steps[training["selected_iteration"] - 1])
-    # Without records: every iteration takes equally many steps, except those of exploration.
+    # Without records this is an estimate: iterations take equally many steps, except those of exploration.
     return int(training["env_steps"] * training["selected_iteration"] // training["iterations"])
 
 
@@ -177,8 +172,8 @@ def score_rows(published: PublishedTeachers) -> list[dict[str, Any]]:
             "task": t.task,
             "seed": t.seed,
             "state": t.state,
-            "success_before_rl": t.before.rate if t.before else None,
-            "episodes_before_rl": t.before.episodes if t.before else None,
+            "success_before_rl": t.before_rl.rate if t.before_rl else None,
+            "episodes_before_rl": t.before_rl.episodes if t.before_rl else None,
             "validation_success": t.validation.rate,
             "validation_episodes": t.validation.episodes,
             "held_out_episodes": t.held_out.episodes,
@@ -211,7 +206,7 @@ def markdown(published: PublishedTeachers) -> str:
         name = t.task.removesuffix("-v3") + (f" (seed {t.seed})" if _several_seeds(published.teachers) else "")
         cells = (
             name + (" **rejected**" if t.state == "rejected" else ""),
-            f"{t.before.rate:.2f}" if t.before else "–",
+            f"{t.before_rl.rate:.2f}" if t.before_rl else "–",
             f"{t.validation.rate:.2f}",
             f"{t.held_out.rate:.2f} [{t.held_out.low:.2f}, {t.held_out.high:.2f}]",
             f"{t.held_out_last.rate:.2f}",

@@ -1,4 +1,4 @@
-"""The look shared by all figures, and how they are written: PDF and PNG, the same bytes at every build."""
+"""The style of all figures, and the function that writes them as PDF and PNG: equal data give equal bytes."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ from cpd.run.files import atomic_write, write_text
 
 STYLE = Path(__file__).resolve().parent / "paper.mplstyle"
 
+#: Widths of one column of text, and of both.
 COLUMN_INCHES = 3.3
 PAGE_INCHES = 6.9
-"""Width of the text over both columns."""
+#: Width of the margin that holds the conditions.
 STAMP_INCHES = 0.11
 DPI = 300
 
-# Okabe and Ito 2008
+# Readers with any colour vision can tell these apart (Okabe and Ito 2008).
 TEACHER_COLOUR = "#8c8c8c"
 METHOD_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 LINE_STYLES = ("-", (0, (4, 1.5)), (0, (1.2, 1.2)))
@@ -32,25 +33,30 @@ STAMP_COLOUR = "#555555"
 
 
 def method_colour(index: int) -> str:
-    """The colour of the method at `index`; they repeat after seven."""
+    """Return the colour of the method at `index`; colours repeat after seven methods."""
     return METHOD_COLOURS[index % len(METHOD_COLOURS)]
 
 
 def method_line(index: int) -> dict[str, Any]:
-    """Colour and dashes of the line of the method at `index`: twenty-one of them can be told apart."""
+    """Return the colour and dashes of the line of the method at `index`; they repeat after 21 methods."""
     dashes = LINE_STYLES[index // len(METHOD_COLOURS) % len(LINE_STYLES)]
     return {"color": method_colour(index), "linestyle": dashes}
 
 
 @contextlib.contextmanager
 def paper_style() -> Iterator[None]:
-    """Draw inside this: matplotlib's defaults, not the user's own, with the style sheet of this package on top."""
+    """Use matplotlib's defaults and the style sheet of this package in a context, not the user's settings."""
     with matplotlib.style.context(["default", STYLE]):
         yield
 
 
 def stamp(figure: Figure, text: str) -> None:
-    """Write the conditions of the results along the right edge, where nothing else is, and make room for them."""
+    """Write the conditions of the results along the right edge, and make room for them.
+
+    Args:
+        figure: a figure that was created inside `paper_style`.
+        text: the conditions, from `analysis.captions.short_conditions`.
+    """
     width = STAMP_INCHES / figure.get_figwidth()
     engine = figure.get_layout_engine()
     assert engine is not None, "figures are laid out by paper_style()"
@@ -64,9 +70,9 @@ def stamp(figure: Figure, text: str) -> None:
 
 
 def save_figure(figure: Figure, stem: Path, caption: str) -> list[Path]:
-    """Write `stem`.pdf, .png and the caption as .txt, without dates, so that equal data give equal bytes."""
+    """Write `stem`.pdf, `stem`.png and the caption as `stem`.txt, without dates; return the three paths."""
     engine = figure.get_layout_engine()
-    if engine is not None:  # once for both formats, which then agree
+    if engine is not None:  # the layout is computed once, so that both formats agree
         engine.execute(figure)
         figure.set_layout_engine("none")
     written = []

@@ -1,4 +1,4 @@
-"""The summary of a run for the terminal: tables where there is one, plain text where there is not."""
+"""Prints the summary of a run's results, with colours only if the output is a terminal."""
 
 from __future__ import annotations
 
@@ -16,12 +16,16 @@ from cpd.evaluation.student_measures import StudentMeasures
 from cpd.evaluation.summary import MethodMeasures
 from cpd.run.progress import clock
 
+#: Columns of the console, whatever the terminal has: rich would cut numbers to fit, a terminal wraps the lines.
 WIDTH = 140
-"""Columns that a table may take: where a terminal is narrower its lines wrap, and no number is cut short."""
 
 
 def print_summary(folder: Path, file: TextIO | None = None) -> None:
-    """Print what the results in `folder` say; to standard output unless told otherwise.
+    """Print the summary of a results folder.
+
+    Args:
+        folder: a folder of gathered or published results.
+        file: where to print to; standard output by default.
 
     Raises:
         ValueError: if `folder` holds no gathered results.
@@ -30,7 +34,7 @@ def print_summary(folder: Path, file: TextIO | None = None) -> None:
 
 
 def show(data: Dataset, file: TextIO | None = None) -> None:
-    """Print the summary of a data set."""
+    """Print the summary of a data set to `file`, or to standard output."""
     console = Console(file=file, width=WIDTH, highlight=False, markup=False, emoji=False)
     for method in data.methods:
         students = data.of_method(method.method)
@@ -57,7 +61,7 @@ def show(data: Dataset, file: TextIO | None = None) -> None:
 
 
 def _table(first: str, *others: str) -> Table:
-    """A table without lines, as narrow as can be: that of a stream with short names fits 80 columns."""
+    """Create a table without lines and padding, so that one of a stream with short names fits 80 columns."""
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
     table.add_column(first, no_wrap=True)
     for name in others:
@@ -75,7 +79,7 @@ def _task_table(data: Dataset, method: str) -> Table:
 
 
 def _method_table(data: Dataset) -> Table:
-    """One line per method, in the order of the recipe."""
+    """Return a table with one row per method, in the order of the recipe."""
     names = ("average_performance", "recovery", "forgetting")
     table = _table("method", "seeds", "memory", *(name.replace("_", " ") for name in names))
     for method in data.methods:
@@ -116,7 +120,7 @@ def _headlines(method: MethodMeasures, students: Sequence[StudentMeasures]) -> l
 
 
 def _time_table(timings: Sequence[dict[str, Any]]) -> Table:
-    """Wall time by role and phase: stretches in which several elements were at it count once."""
+    """Return the wall time by role and phase; time in which several elements worked at a phase counts once."""
     phases: dict[tuple[str, str], list[tuple[float, float]]] = {}
     for entry in timings:
         for phase, start, end in entry["spans"]:
@@ -130,7 +134,7 @@ def _time_table(timings: Sequence[dict[str, Any]]) -> Table:
 
 
 def _covered(spans: Sequence[tuple[float, float]]) -> float:
-    """Length of the union of intervals."""
+    """Return the length of the union of intervals."""
     total, reached = 0.0, float("-inf")
     for start, end in sorted(spans):
         total += max(0.0, end - max(start, reached))

@@ -11,7 +11,7 @@ from analysis.style import COLUMN_INCHES, PAGE_INCHES
 
 
 def draw(data: Dataset) -> Figure:
-    """Rows: the teachers, then the methods; columns: distinct tasks; per cent, means over seeds."""
+    """Draw a row for the teachers and each method and a column per task: per cent, means over seeds."""
     names = [f"teacher ({data.labels['teacher_recipe']})", *data.method_names]
     rates = np.full((len(names), len(data.tasks)), np.nan)
     for column, task in enumerate(data.tasks):
@@ -32,7 +32,7 @@ def draw(data: Dataset) -> Figure:
 
 
 def caption(data: Dataset) -> str:
-    """What the figure shows, without the conditions."""
+    """Say what the figure shows, without the conditions."""
     averaged = ", means over seeds" if len(data.students) > len(data.method_names) else ""
     return (
         f"Success in per cent on every task at the end of the stream of {data.name}{averaged}: the teachers, "

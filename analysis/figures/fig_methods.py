@@ -85,7 +85,7 @@ def _method(axes: Axes, data: Dataset, method: MethodMeasures, measure: str, row
 
 
 def caption(data: Dataset) -> str:
-    """What the figure shows, without the conditions."""
+    """Say what the figure shows, without the conditions."""
     counts = {len(method.seeds) for method in data.methods}
     drawn = "means; dots: single seeds" if max(counts) > 1 else "the only seed"
     marks = [f"Bars and numbers (per cent): {drawn}."]

@@ -68,7 +68,7 @@ def _line(curve: dict[int, float]) -> tuple[list[int], list[float]]:
 
 
 def caption(data: Dataset, method: str) -> str:
-    """What the figure shows, without the conditions."""
+    """Say what the figure shows, without the conditions."""
     seeds = len({row.seed for row in data.tables.retrieval if row.method == method})
     few = len(data.tasks) <= FEW_TASKS
     alike = look_alikes(data)

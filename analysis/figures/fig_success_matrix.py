@@ -18,7 +18,7 @@ COLOURS = "Blues"
 
 
 def draw(data: Dataset, method: str) -> Figure:
-    """Rows: before training, after every stage, and apart from them the teachers; columns: distinct tasks.
+    """Draw rows for before training, after every stage and the teachers, and a column per distinct task.
 
     Numbers are per cent, averaged over seeds; outlined cells are a task's own stage; hatched cells were not
     measured.
@@ -67,7 +67,7 @@ def draw(data: Dataset, method: str) -> Figure:
 
 
 def _row_names(data: Dataset, admitted: Bools) -> Sequence[str]:
-    """`before`, then every stage's number and task; a stage without an admitted teacher was skipped."""
+    """Return the number and task of every stage; one without an admitted teacher was skipped."""
     names = ["before training"]
     for stage, task in enumerate(data.stream, start=1):
         skipped = "" if admitted[data.tasks.index(task)] else " (skipped)"
@@ -76,7 +76,7 @@ def _row_names(data: Dataset, admitted: Bools) -> Sequence[str]:
 
 
 def heat(axes: Axes, rates: Floats, text_size: float) -> None:
-    """Success rates as colours and, in per cent, as numbers; NaN is hatched."""
+    """Draw success rates as colours and, in per cent, as numbers; NaN is hatched."""
     axes.set_facecolor("#eeeeee")
     axes.patch.set_hatch("//////")
     axes.patch.set_edgecolor("#c4c4c4")
@@ -95,7 +95,7 @@ def heat(axes: Axes, rates: Floats, text_size: float) -> None:
 
 
 def caption(data: Dataset, method: str) -> str:
-    """What the figure shows, without the conditions."""
+    """Say what the figure shows, without the conditions."""
     count = len(data.of_method(method))
     averaged = f", mean of {count} seeds" if count > 1 else ""
     return (

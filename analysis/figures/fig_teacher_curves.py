@@ -13,7 +13,7 @@ from analysis.style import COLUMN_INCHES, GUIDE, PAGE_INCHES, method_colour
 
 
 def draw(data: Dataset) -> Figure | None:
-    """Success on validation goals, and of the training episodes, over environment steps; None without records."""
+    """Draw success on validation goals and in training episodes over environment steps; None without records."""
     tasks = [task for task in data.tasks if any(curve.task == task for curve in data.teacher_curves)]
     if not tasks:
         return None
@@ -65,7 +65,7 @@ def _panel(axes: Axes, curves: list[TeacherCurve], gate: float, scale: float) ->
 
 
 def caption(data: Dataset) -> str:
-    """What the figure shows, without the conditions."""
+    """Say what the figure shows, without the conditions."""
     return (
         f"Learning of the teachers of {data.name}: success on validation goals and in the training episodes; "
         f"dotted: the gate of {data.gate:g} that admits a teacher to distillation. One line per seed; training "

@@ -24,8 +24,8 @@ def draw(published: PublishedTeachers) -> Figure:
     heights = -np.arange(len(teachers), dtype=float)
     for height, teacher in zip(heights, teachers, strict=True):
         rate = teacher.held_out
-        if teacher.before:
-            start = teacher.before.rate
+        if teacher.before_rl:
+            start = teacher.before_rl.rate
             axes.plot([start, rate.rate], [height] * 2, color=colour, alpha=0.3, linewidth=1.6, zorder=2)
             axes.plot(start, height, "o", markerfacecolor="white", markeredgecolor=colour, markeredgewidth=0.9)
         axes.plot([rate.low, rate.high], [height] * 2, color=colour, linewidth=0.8, zorder=3)
@@ -52,7 +52,7 @@ def draw(published: PublishedTeachers) -> Figure:
         ("after RL, held-out", {"marker": "o", "color": colour, "linewidth": 0.8}),
         ("at the last step", {"marker": "|", "linestyle": "", "color": TEACHER_COLOUR}),
     ]
-    if not any(teacher.before for teacher in teachers):
+    if not any(teacher.before_rl for teacher in teachers):
         styles = styles[1:]
     handles = [Line2D([], [], label=label, **style) for label, style in styles]
     figure.legend(handles=handles, loc="outside upper center", ncols=3, fontsize=6.5)
@@ -67,7 +67,7 @@ def caption(published: PublishedTeachers) -> str:
     """Say what the figure shows, with its conditions."""
     labels, teachers = published.labels, published.teachers
     episodes = {teacher.held_out.episodes for teacher in teachers}
-    goals = {t.before.episodes for t in teachers if t.before}
+    goals = {t.before_rl.episodes for t in teachers if t.before_rl}
     start = f"open: on {min(goals)} validation goals, where RL began; " if goals else ""
     cost = ", processor seconds of all work on the teacher" if published.has_cpu_seconds else ""
     return (

@@ -80,7 +80,7 @@ def _curve(axes: Axes, teacher: PublishedTeacher) -> None:
 def caption(published: PublishedTeachers) -> str:
     """Say what the figure shows, with its conditions."""
     labels = published.labels
-    start = "; at 0 the capped warm start" if any(t.before for t in published.teachers) else ""
+    start = "; at 0 the capped warm start" if any(t.before_rl for t in published.teachers) else ""
     return (
         f"Learning of the teachers of {published.name} (recipe {labels['teacher_recipe']}): success on validation "
         f"goals with deterministic actions{start}, of the training episodes with exploration noise, and of the "

@@ -64,13 +64,13 @@ def draw(data: Dataset) -> Figure | None:
 
 
 def gain_text(value: float, digits: int) -> str:
-    """A gain without the zero before the point."""
+    """Format a gain without the zero before the point."""
     text = re.sub(r"^(-?)0\.", r"\1.", f"{round(value, digits) + 0.0:.{digits}f}")
     return text.replace("-", "\N{MINUS SIGN}")
 
 
 def caption(data: Dataset) -> str:
-    """What the figure shows, without the conditions."""
+    """Say what the figure shows, without the conditions."""
     left_out = dict.fromkeys(t for m in data.methods if m.forward_transfer for t in m.forward_transfer.left_out)
     named = f" ({', '.join(map(short, left_out))})" if left_out else ""
     return (

@@ -11,9 +11,9 @@ from cpd.evaluation.intervals import Floats
 
 
 def draw(data: Dataset, method: str) -> Figure | None:
-    """Rows: tasks; columns: experts; one panel per layer, of the method's first seed.
+    """Draw a panel per layer with a row per task and a column per expert, for the method's first seed.
 
-    None if nobody looked, or if there is but one expert.
+    Return None without records of usage, or if there is only one expert.
     """
     shares = _shares(data, method)
     if shares is None or shares.shape[2] == 1:
@@ -49,7 +49,7 @@ def draw(data: Dataset, method: str) -> Figure | None:
 
 
 def _shares(data: Dataset, method: str) -> Floats | None:
-    """[layers, tasks, experts], of the first seed that was looked at."""
+    """Return the shares of the first recorded seed, (layers, tasks, experts)."""
     rows = [row for row in data.tables.usage if row.method == method]
     if not rows:
         return None
@@ -66,7 +66,7 @@ def _shares(data: Dataset, method: str) -> Floats | None:
 
 
 def caption(data: Dataset, method: str) -> str:
-    """What the figure shows, without the conditions."""
+    """Say what the figure shows, without the conditions."""
     seeds = list(dict.fromkeys(row.seed for row in data.tables.usage if row.method == method))
     which = f" of seed {seeds[0]}" if len(seeds) > 1 else ""
     return (

@@ -1,4 +1,4 @@
-"""Recording a student while it acts: which experts its router chooses, and which task it infers."""
+"""Records which experts a student's router chooses, and which task the student infers, while it acts."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Counts = npt.NDArray[np.int64]
 
 
 def retrieval_steps(horizon: int) -> list[int]:
-    """The steps at which beliefs are recorded: every step at first, then increasingly sparse, and the last."""
+    """Return the steps at which inferred tasks are recorded: all of the first ones, then fewer, and the last."""
     steps, step = [], 1.0
     while step < horizon:
         steps.append(round(step))
@@ -28,32 +28,40 @@ def retrieval_steps(horizon: int) -> list[int]:
 
 
 class ExpertUsage:
-    """A wrapper of a student's actor that records it; a `cpd.envs.episodes.Actor` with the same actions.
+    """A `cpd.envs.episodes.Actor` that records a student's actor and returns the same actions.
 
-    It counts every step of every row, so all episodes must run to their end.
+    It counts every step of every row of a batch, so all episodes must run to the horizon.
     """
 
     def __init__(self, student: Student, actor: Actor, tasks: Sequence[str], horizon: int) -> None:
-        """Record `actor`, which acts by `student`; `tasks` are the stream's distinct tasks, in order."""
+        """Record an actor.
+
+        Args:
+            student: the network that `actor` calls.
+            actor: the actor to record.
+            tasks: the stream's distinct tasks, in order.
+            horizon: length of the episodes, in steps.
+        """
         self._student, self._actor, self._tasks = student, actor, list(tasks)
         self._recorded = set(retrieval_steps(horizon))
         identity: str = student.config.task_identity
         self._believes = identity == "inferred"
         self._task, self._step = "", 0
         self._chosen: dict[tuple[str, int], Counts] = {}
-        """By task and layer: the number of assignments to each expert, [E]."""
+        """By task and layer: the number of assignments to each expert, (E,)."""
         self._retrieved: dict[tuple[str, int], tuple[int, int]] = {}
-        """By task and step: the number of episodes, and of those in which the inferred task was the right one."""
+        """By task and step: the number of episodes, and the number of those with the right inferred task."""
 
     def reset(self, tasks: Sequence[str]) -> None:
-        """Begin new episodes, all of one task."""
+        """Begin new episodes; all entries of `tasks` must be equal."""
         (self._task,) = set(tasks)
         self._step = 0
         self._actor.reset(tasks)
 
     def act(self, obs_BO: FloatArray) -> FloatArray:
-        """The actor's actions."""
+        """Record a step and return the actor's actions."""
         self._step += 1
+        # Registered for this step only: the same student also acts in episodes that are not recorded.
         pre_hook = self._student.register_forward_pre_hook(_ask_for_statistics, with_kwargs=True)
         hook = self._student.register_forward_hook(self._count)
         try:
@@ -64,8 +72,8 @@ class ExpertUsage:
         believed: Any = getattr(self._actor, "believed", ())
         if self._believes and self._step in self._recorded and len(believed):
             episodes, correct = self._retrieved.get((self._task, self._step), (0, 0))
-            right = int((believed[-1] == self._tasks.index(self._task)).sum())
-            self._retrieved[self._task, self._step] = episodes + len(obs_BO), correct + right
+            newly_correct = int((believed[-1] == self._tasks.index(self._task)).sum())
+            self._retrieved[self._task, self._step] = episodes + len(obs_BO), correct + newly_correct
         return actions
 
     def _count(self, student: torch.nn.Module, inputs: Any, out: StudentOutput) -> None:
@@ -75,7 +83,12 @@ class ExpertUsage:
             self._chosen[key] = counts + self._chosen.get(key, np.zeros_like(counts))
 
     def rows(self, comm: Comm, **common: Any) -> tuple[list[UsageRow], list[RetrievalRow]]:
-        """The records of all ranks, task by task; a collective. `common` has the columns that all rows share."""
+        """Return the records of all ranks, task by task; a collective.
+
+        Args:
+            comm: the ranks.
+            common: the columns that all rows share.
+        """
         chosen: dict[tuple[str, int], Counts] = {}
         retrieved: dict[tuple[str, int], tuple[int, int]] = {}
         for chosen_on_rank, retrieved_on_rank in comm.gather((self._chosen, self._retrieved)):
@@ -102,7 +115,7 @@ class ExpertUsage:
 def _ask_for_statistics(
     student: torch.nn.Module, inputs: tuple[Any, ...], options: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Restrict the router's statistics to the last step of every window: the one whose action is executed."""
+    """Restrict the router's statistics to the last step of every window, since only its action is executed."""
     (obs_BLO,) = inputs
     valid_BL = torch.zeros(obs_BLO.shape[:2], dtype=obs_BLO.dtype, device=obs_BLO.device)
     valid_BL[:, -1] = 1.0

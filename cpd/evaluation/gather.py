@@ -1,19 +1,19 @@
-"""Gathers the files of a run's elements into its results folder, which can be read without the rest of the run.
+"""Gathers the files of a run's elements into its results folder, which can be read without the run.
 
 results/
   config.json           the frozen configuration
-  evaluations.csv       success of teachers and students, one line per cell
-  episodes.csv          one line per episode of those
+  evaluations.csv       success of teachers and students, one line per cell of the success matrix
+  episodes.csv          one line per episode of these cells
   curves.csv            success on the current task within each stage
   teachers.csv          outcome of every teacher
   teacher_curves.csv    training records of the teachers
   losses.csv            losses of the students within every stage
   stages.csv            experts, parameters, memory and masks of the students after every stage
-  usage.csv             which experts act on which task, at the end of the stream
-  retrieval.csv         which task is believed in over an episode, at the end of the stream
+  usage.csv             how often the router chooses each expert on each task, at the end of the stream
+  retrieval.csv         how often students infer the right task, by step of the episode, at the end of the stream
   starts.csv            which tasks look alike when an episode begins
-  timings.json          when every element was in which phase (Unix time), its processor seconds
-  metrics.json          the measures; every number in it derives from the tables above
+  timings.json          start and end of every phase of every element (Unix time), and its processor seconds
+  metrics.json          the measures, computed from the tables above
 """
 
 from __future__ import annotations
@@ -67,6 +67,7 @@ def gather(run: Run) -> dict[str, Any]:
     files = [(teacher.evaluation, teacher.episodes) for teacher in run.teachers() if teacher.finished]
     files += [(e.row_file(stage), e.row_episodes_file(stage)) for e in run.evaluations() for stage in stages]
     evaluations = _existing_rows([table for table, _ in files], EvaluationRow)
+    # Checked before anything is written: a user may have removed a student's folder to save space.
     if (table := run.results / "evaluations.csv").exists():
         check_none_lost(
             run.results,
@@ -90,9 +91,10 @@ def gather(run: Run) -> dict[str, Any]:
     _write_table(run.results / "usage.csv", _existing_rows(usage, UsageRow))
     retrieval = [e.retrieval_file(stage) for e in run.evaluations() for stage in stages]
     _write_table(run.results / "retrieval.csv", _existing_rows(retrieval, RetrievalRow))
-    # An earlier table is kept if the rollouts for a new one no longer exist.
+    # Rollouts are large and often removed; the table that was computed from them stays.
     if rows := start_rows(run):
         write_rows(run.results / "starts.csv", rows)
+    # The report is the element that gathers: its own phase has not ended yet.
     write_json(run.results / "timings.json", [_timing(e) for e in run.elements() if e.role != "report"])
     # Copied as it is: a default must not be filled in for a setting that did not exist at the time.
     write_json(run.results / "config.json", read_json(run.config_path))
@@ -115,7 +117,7 @@ def _losses(student: StudentElement, records: Sequence[Mapping[str, Any]]) -> It
     steps = [record for record in records if record.get("loss") is not None]
     for stage in dict.fromkeys(record["stage"] for record in steps):
         in_stage = [record for record in steps if record["stage"] == stage]
-        size = -(-len(in_stage) // LOSS_POINTS)
+        size = -(-len(in_stage) // LOSS_POINTS)  # rounded up
         for group in (in_stage[start : start + size] for start in range(0, len(in_stage), size)):
             means = {name: _mean(group, name) for name in ("current", "replay")}
             loss = _mean(group, "loss")
@@ -172,7 +174,7 @@ def _timing(element: Element) -> dict[str, Any]:
         "element": element.name,
         "role": element.role,
         "state": record.state,
-        "cpu_seconds": round(record.cpu_seconds, 1) or None,
+        "cpu_seconds": round(record.cpu_seconds, 1) or None,  # 0 in the status means that it was not measured
         "spans": [[phase, round(start, 1), round(end, 1)] for phase, start, end in record.spans],
     }
 
@@ -185,6 +187,7 @@ def _provenance(run: Run) -> dict[str, Any]:
 
 
 def _write_table(path: Path, rows: Sequence[Any]) -> None:
+    """Write a table; without rows, remove it, since a stale table would belong to other results."""
     if rows:
         write_rows(path, rows)
     else:
@@ -198,7 +201,7 @@ def _write_records(path: Path, groups: Iterable[tuple[Mapping[str, Any], Sequenc
         path.unlink(missing_ok=True)
         return
     text = io.StringIO()
-    columns = dict.fromkeys(key for line in lines for key in line)
+    columns = dict.fromkeys(key for line in lines for key in line)  # records of one teacher may lack some keys
     writer = csv.DictWriter(text, list(columns), restval="", lineterminator="\n")
     writer.writeheader()
     writer.writerows(lines)
@@ -213,13 +216,13 @@ def find_results(path: Path) -> Path:
     """Return the results folder that `path` is or holds; gather a run's results first, if it is writable.
 
     Raises:
-        RunError: if there is none.
+        RunError: if `path` holds no results.
     """
     if not path.is_dir():
         raise RunError(f"{path} is not a directory; name a run directory or a results folder")
     if kind_of(path) == "run" and any((path / name).is_dir() for name in ("teachers", "students")):
         run = Run(path)
-        if os.access(run.root, os.W_OK):
+        if os.access(run.root, os.W_OK):  # a colleague's run can be drawn from what its owner gathered
             gather(run)
         elif not (run.results / "teachers.csv").exists():
             raise RunError(f"{path} is read-only and has no gathered results; ask its owner to gather them")

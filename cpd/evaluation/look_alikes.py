@@ -1,11 +1,10 @@
-"""Which tasks look alike when an episode begins: no student without a task label can tell these apart at once.
+"""Tasks that look alike at the start of an episode: without a task label, no student can tell them apart at once.
 
-The first observation of a teacher's episode is compared with those of all teachers' other episodes, except
-episodes of the same task on the same goal. If the nearest one belongs to another task, the tasks differ less than
-their goals do. Tasks whose first observations coincide are nearest to each other by chance, or more often if their
-goals coincide too.
+The first observation of each teacher's episodes is compared with those of all teachers' other episodes, except
+episodes of the same task on the same goal. If the nearest one is of another task, the two tasks differ less than
+goals of one task do.
 
-Dimensions: E episodes, O observation size.
+Shapes: E episodes, O observation size.
 """
 
 from __future__ import annotations
@@ -27,15 +26,17 @@ class FirstObservations(NamedTuple):
     """The first observations of one task's episodes, with their goals."""
 
     obs_EO: npt.NDArray[np.float64]
-    """Scaled as the student's input is."""
+    """Scaled in the same way as the student's input."""
     goal_E: npt.NDArray[np.int64]
+    """Index of each episode's goal within its set."""
 
 
 def start_rows(run: Run) -> list[StartRow]:
-    """The table of look-alikes of a run, for the teachers of every seed.
+    """Compute the rows of `starts.csv`, for the teachers of every seed.
 
-    It is empty while a teacher is unfinished. It is also empty if the rollouts of one can no longer be read, since
-    results do not depend on them.
+    Returns:
+        No rows while a teacher is unfinished, or if the rollouts of one can no longer be read: no other result
+        depends on them.
     """
     rows: list[StartRow] = []
     for seed in run.config.teacher.seeds:
@@ -61,24 +62,26 @@ def _read(teacher: TeacherElement) -> FirstObservations:
 
 
 def nearest_tasks(observations: Mapping[str, FirstObservations]) -> dict[tuple[str, str], int]:
-    """Count, by task and other task, the episodes whose nearest first observation (Euclidean) is of the other.
+    """Count, by task and other task, the task's episodes whose nearest first observation is of the other task.
 
-    The count of every task with itself is always included, other counts only if they are not 0. An episode that
-    can be compared with no other does not count.
+    Distances are Euclidean. An episode that cannot be compared with any other does not count.
+
+    Returns:
+        The count of every task with itself, and all other counts that are not 0.
     """
     tasks = list(observations)
     every_EO = np.concatenate([observations[task].obs_EO for task in tasks])
     goal_E = np.concatenate([observations[task].goal_E for task in tasks])
     task_E = np.repeat(np.arange(len(tasks)), [len(observations[task].goal_E) for task in tasks])
     nearest: dict[tuple[str, str], int] = {}
-    for number, task in enumerate(tasks):
+    for index, task in enumerate(tasks):
         first = observations[task]
         # One task at a time: the distances of all pairs of fifty tasks would take gigabytes.
         distance_EE = np.square(first.obs_EO[:, None] - every_EO[None]).sum(-1)
-        distance_EE[(first.goal_E[:, None] == goal_E[None]) & (task_E == number)[None]] = np.inf
+        distance_EE[(first.goal_E[:, None] == goal_E[None]) & (task_E == index)[None]] = np.inf
         comparable_E = np.isfinite(distance_EE).any(1)
         nearest_E = task_E[distance_EE.argmin(1)[comparable_E]]
         counts = np.bincount(nearest_E, minlength=len(tasks))
-        nearest[task, task] = int(counts[number])
-        nearest |= {(task, tasks[k]): int(counts[k]) for k in np.flatnonzero(counts) if k != number}
+        nearest[task, task] = int(counts[index])
+        nearest |= {(task, tasks[k]): int(counts[k]) for k in np.flatnonzero(counts) if k != index}
     return nearest

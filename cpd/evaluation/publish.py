@@ -19,7 +19,7 @@ from cpd.run.directory import Run, TeacherElement, published_policy
 from cpd.run.files import DamagedFileError, copy, read_json, sha256, write_json
 from cpd.run.tables import EpisodeRow, EvaluationRow, compress_tables, find_table, read_rows, write_rows
 
-#: The files that are copied whole, since they concern teachers only.
+#: The files that are copied as they are, since they hold no results of students.
 TABLES = ("config.json", "teachers.csv", "teacher_curves.csv")
 
 
@@ -30,9 +30,10 @@ def publish_teachers(run: Run, folder: Path) -> list[Path]:
         The policy files.
 
     Raises:
-        RunError: if the run holds no teacher at all.
-        ValueError: if no teacher is finished, if they were not evaluated on held-out goals or are stand-ins, or
-            if `folder` holds anything but teachers of this experiment.
+        RunError: if `folder` holds anything but teachers of this experiment, or a teacher that would be lost.
+        ValueError: if no teacher is finished, if they were not evaluated on held-out goals, or if they are
+            scripted stand-ins.
+        DamagedFileError: if a policy does not have the checksum in its description.
     """
     if run.config.teacher.recipe == "scripted":
         raise ValueError(
@@ -41,8 +42,8 @@ def publish_teachers(run: Run, folder: Path) -> list[Path]:
         )
     if run.config.evaluation.goal_set != "held_out":
         raise ValueError(
-            f"{run.root} was evaluated on goals by which its teachers were chosen (evaluation.goal_set = "
-            f"{run.config.evaluation.goal_set!r}); publish a run that reports on held-out ones"
+            f"{run.root} was evaluated on the goals that its teachers were selected by (evaluation.goal_set = "
+            f"{run.config.evaluation.goal_set!r}); publish a run that is evaluated on held-out goals"
         )
     finished = [teacher for teacher in run.teachers() if teacher.finished]
     if not finished:
@@ -51,6 +52,7 @@ def publish_teachers(run: Run, folder: Path) -> list[Path]:
     unfinished = [teacher for teacher in run.teachers() if not teacher.finished]
     published = [t.name for t in unfinished if published_policy(folder, t.task, t.seed).exists()]
     check_none_lost(folder, published, (), f"launch {run.root} again to finish them, or choose another folder")
+    # All policies are checked before the first file is copied: a failure leaves the folder as it was.
     for teacher in finished:
         _check_whole(teacher)
     report = gather(run)
@@ -61,13 +63,15 @@ def publish_teachers(run: Run, folder: Path) -> list[Path]:
             _remove(folder, name)
     evaluations = read_rows(run.results / "evaluations.csv", EvaluationRow)
     episodes = read_rows(run.results / "episodes.csv", EpisodeRow)
+    # Results of students are published into folders of their own, by `publish_results`.
     write_rows(folder / "evaluations.csv", [row for row in evaluations if row.method == TEACHER])
     write_rows(folder / "episodes.csv", [row for row in episodes if row.method == TEACHER])
     timings = [entry for entry in read_json(run.results / "timings.json") if entry["role"] == "teacher"]
     write_json(folder / "timings.json", timings)
+    # Not the run's own metrics.json, which also has its students.
     measures = summarize(read_tables(folder)).to_json()
     write_json(folder / "metrics.json", {**measures, "provenance": report["provenance"]})
-    compress_tables(folder)
+    compress_tables(folder)  # published tables are made to be committed
     policies = []
     for teacher in finished:
         target = published_policy(folder, teacher.task, teacher.seed)
@@ -88,8 +92,8 @@ def publish_results(path: Path, folder: Path) -> Path:
         `folder`, from which all figures and tables can be rebuilt.
 
     Raises:
-        ValueError: if there are no results, or if `folder` is the wrong place or holds results of another
-            experiment or of students that these results lack.
+        RunError: if there are no results, if `folder` is the wrong place for them, or if it holds results of
+            another experiment or of students that these results lack.
     """
     results = find_results(path)
     tables = read_tables(results)
@@ -101,14 +105,14 @@ def publish_results(path: Path, folder: Path) -> Path:
             folder,
             evaluated(students),
             evaluated(tables.evaluations),
-            f"{results} does not have them{f' ({missing})' if missing else ''}. Finish the run, or choose another "
+            f"{results} lacks them{f' ({missing})' if missing else ''}. Finish the run, or choose another "
             "folder (`python -m analysis.build DIR DIR --out FIGURES` draws several side by side)",
         )
     recipe = labels_of(tables.evaluations)["teacher_recipe"] or tables.config["teacher"]["recipe"]
     check_repository_place(folder, recipe, tables.goal_set)
     for name in sorted(RESULT_FILES):
         file = find_table(results / name)
-        # A stale table would be drawn with the new ones, and both forms of a table must not coexist.
+        # A stale table would be drawn with the new ones; of a plain and a compressed one, only one may stay.
         if file is None or file.name != name:
             _remove(folder, name)
         if file is not None:
@@ -132,7 +136,7 @@ def read_description(path: Path, needed: Iterable[str]) -> dict[str, Any]:
 
     Args:
         path: the policy's `.json`.
-        needed: required entries; `table.entry` is one in a nested table, and not required if the table is null.
+        needed: keys of required entries; `table.entry` is not required if `table` is null.
 
     Raises:
         DamagedFileError: if an entry is missing.

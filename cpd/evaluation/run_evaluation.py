@@ -1,4 +1,4 @@
-"""The success matrix: students of every stage on every task, row by row."""
+"""Measures the success matrix of a student: the policy of every stage on every task, row by row."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from cpd.student.network import Student, load_student
 
 
 def row_cells(config: Config, stage: int, last_stage: int) -> list[Cell]:
-    """The cells of row `stage` (-1: before training) of the success matrix.
+    """Return the cells of row `stage` (-1: before training) of the success matrix.
 
     On the goals of `evaluation.goal_set` the diagonal and the final row get `num_episodes`, other cells
     `num_episodes_brief`; the final row is also measured to the episodes' end, and on training goals.
@@ -51,7 +51,7 @@ def evaluation_rows(
     stage: int | None,
     label: Labels,
 ) -> tuple[list[EvaluationRow], list[EpisodeRow]]:
-    """Long-form rows of measured cells: one per cell, and one per episode."""
+    """Return long-form rows of measured cells: one per cell, and one per episode."""
     rows, episodes = [], []
     for cell, results in zip(cells, outcomes, strict=True):
         common: dict[str, Any] = {
@@ -87,16 +87,16 @@ def evaluation_rows(
 
 
 def _make_actor(element: StudentElement, model: Student, stages: Sequence[int]) -> Actor:
-    """What row `stages[-1]` of the success matrix measures.
+    """Return the actor that row `stages[-1]` of the success matrix measures.
 
-    This is the student after that stage. The protocol `single_task` is an exception, since it trains a student per
-    task: row i uses, for each task, the student from that task's latest stage up to i, or the untrained student if
-    it has none. S[i, j] then stays as it was at the end of task j's stage: nothing is forgotten.
+    This is the student after that stage, except with the protocol `single_task`, which trains a student per task:
+    row i then measures each task with the student of its latest stage up to i, or with the untrained student if
+    there is none. S[i, j] then stays as it was at the end of task j's stage, so nothing is forgotten.
 
     Args:
-        element: the student's.
+        element: the element of the student.
         model: the student after `stages[-1]`.
-        stages: those that have a policy, ascending, up to the row's.
+        stages: the stages that have a policy, ascending, up to the row's.
     """
     stream, device = element.config.stream, model.device
     if element.config.distill.protocol != "single_task":
@@ -117,8 +117,8 @@ def run_evaluation(
 ) -> None:
     """Evaluate the missing rows of one student's success matrix; a collective.
 
-    While the student is still learning, its newest stage is not evaluated: if it turns out to be the last, its row
-    is the final one, which takes more episodes.
+    While the student is still learning, its newest stage is not evaluated, since it may be the last one, whose row
+    takes more episodes.
 
     Raises:
         LeaseHeldError: if another process is evaluating this student.
@@ -161,7 +161,7 @@ def _fill_rows(
 
     def advance(num_episodes: int) -> None:
         nonlocal done
-        # Ranks work side by side: this one's progress times their number is about the whole's.
+        # All ranks work at about the same speed, so the total is this rank's progress times their number.
         done += num_episodes * comm.size
         attempt.advance(min(done, total))
 
@@ -173,8 +173,7 @@ def _fill_rows(
         actor = _make_actor(student, model, stages[: stages.index(stage) + 1])
         usage = ExpertUsage(model, actor, config.stream.distinct_tasks, config.stream.horizon)
         done_earlier = done
-        # Finished episodes stay in the batch that the actor sees: its records are of running episodes only if all
-        # episodes run to their end.
+        # Episodes that ended at success stay in the batch, so usage is recorded only where none ends early.
         outcomes: list[list[Outcome]] = []
         for acting, to_the_end in ((usage, True), (actor, False)):
             measured = evaluate_cells(

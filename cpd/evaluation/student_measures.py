@@ -38,7 +38,7 @@ class Rate:
 
     @classmethod
     def of(cls, successes: float, episodes: float) -> Rate:
-        """From counts; there must be at least one episode."""
+        """Compute the rate from counts; `episodes` must be at least 1."""
         low, high = intervals.wilson(successes, episodes)
         return cls(int(successes), int(episodes), float(successes / episodes), float(low), float(high))
 
@@ -62,26 +62,27 @@ def _number(value: float) -> float | None:
 
 @dataclass(frozen=True)
 class TaskMeasures:
-    """One task of one student, on the goals that the run was evaluated on unless the name says otherwise."""
+    """One task of one student, measured on the goals of `evaluation.goal_set` unless stated otherwise."""
 
     task: str
     stages: tuple[int, ...]
-    """Its stages in the stream; `own` is measured after the last."""
+    """Its stages in the stream."""
     teacher_state: str
     teacher: Rate | None
     before: Rate | None
     """Before any training."""
     own: Rate | None
-    """None where the stage was skipped for want of a teacher, or where stages do not follow each other."""
+    """After the last of `stages`. None if the stage was skipped because the teacher was rejected, or if the
+    student does not learn one task after another."""
     final: Rate | None
     final_last: Rate | None
     """Success at the last step of the episode, in the final row."""
     final_training: Rate | None
-    """Final row on training goals."""
+    """Success on training goals in the final row."""
     forgetting: float | None
-    """None for students that do not learn one task after another (`distill.protocol`): they cannot forget."""
+    """None for students that do not learn one task after another (`distill.protocol`) and so cannot forget."""
     recovery: float | None
-    """Unclipped."""
+    """Not clipped at 1."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ class StudentMeasures:
     average_by_stage: tuple[float | None, ...]
     """Average performance over all tasks after stages -1 … K-1."""
     average_seen_by_stage: tuple[float | None, ...]
-    """The same over the tasks whose stage has passed; 0 counts for those without an admitted teacher."""
+    """The same over the tasks whose stage has passed, with 0 for those without an admitted teacher."""
     forgetting: Estimate
     forgetting_over_all: float | None
     forgetting_max_based: float | None
@@ -115,7 +116,7 @@ class StudentMeasures:
 
 @dataclass(frozen=True)
 class StudentResults:
-    """One student: its success matrix, its measures, and what aggregates over students need beside them."""
+    """One student: its success matrix, its measures, and further values that aggregates over students need."""
 
     method: str
     seed: int
@@ -123,12 +124,16 @@ class StudentResults:
     admitted: Bools
     """(J,) whether the task has an admitted teacher."""
     areas_at_most: tuple[float | None, ...]
-    """By stage, what `measures.areas` would be if every evaluation within the stage were a full success."""
+    """By stage, what `measures.areas` would be if every episode within the stage succeeded."""
     measures: StudentMeasures
 
 
 def measure_student(tables: Tables, method: str, seed: int) -> StudentResults:
-    """Assemble the success matrix of one student and derive its measures."""
+    """Assemble the success matrix of one student and compute its measures.
+
+    Raises:
+        ValueError: if an evaluation is of no stage or task of the stream, or occurs twice.
+    """
     rows = [r for r in tables.evaluations if r.method == method and r.seed == seed]
     matrix = success_matrix(rows, tables.stream, tables.goal_set)
     teacher_seed = tables.teacher_seed(seed)
@@ -138,25 +143,25 @@ def measure_student(tables: Tables, method: str, seed: int) -> StudentResults:
         for r in tables.evaluations
         if r.method == TEACHER and r.seed == teacher_seed and r.goal_set == tables.goal_set
     }
-    # A task without a row counts as admitted: its teacher's folder may have been removed since, but a student that
-    # learned without this teacher would have skipped the stage. Only a recorded rejection is certain.
+    # A task without a row counts as admitted, because its teacher's folder may have been removed since training.
+    # Only a recorded rejection shows that the student skipped the stage.
     admitted = np.array([states.get(task) != "rejected" for task in matrix.tasks])
     successes, episodes = np.array([teachers.get(task, (0, 0)) for task in matrix.tasks], float).T
-    with np.errstate(invalid="ignore"):
+    with np.errstate(invalid="ignore"):  # 0 / 0 of teachers that are not evaluated yet
         teacher_rates = successes / episodes
-    # Joint and single-task students have no earlier success to lose: with NaN, every form of forgetting is None.
+    # Joint and single-task students have no earlier success to lose: NaN makes every form of forgetting None.
     continual = tables.method_config(method)["distill"]["protocol"] == "continual"
     final = final_stage(matrix.rates, matrix.stream, admitted)
     row = matrix.rates[final + 1] if final is not None else np.full(len(matrix.tasks), np.nan)
-    # Until the stream is evaluated to its end row K-1 is NaN throughout, and so is whatever depends on it.
-    lost = forgetting(
+    # Until the stream is evaluated to its end, all of row K-1 is NaN, and so is every measure that needs it.
+    forgotten = forgetting(
         matrix.rates if continual else np.full_like(matrix.rates, np.nan),
         matrix.stream,
         admitted,
         len(matrix.stream) - 1 if final is None else final,
     )
-    own = own_stages(matrix.stream)
-    # The NaN rate of a teacher without evaluation episodes must not reach the mean.
+    last_stages = own_stages(matrix.stream)
+    # Results may be gathered while teachers are not evaluated yet: recovery is of those that are.
     share = recovery(row, teacher_rates, admitted & (episodes > 0))
     reported = [row for row in rows if row.goal_set == tables.goal_set]
     training = success_matrix(rows, matrix.stream, "training")
@@ -168,11 +173,11 @@ def measure_student(tables: Tables, method: str, seed: int) -> StudentResults:
         without_teacher=tuple(t for t, good in zip(matrix.tasks, admitted, strict=True) if not good),
         average_performance=_average_interval(matrix, final, admitted),
         average_by_stage=tuple(_number(average_performance(r, admitted)) for r in matrix.rates),
-        average_seen_by_stage=_seen(matrix, admitted),
-        forgetting=_forgetting_interval(matrix, final, admitted, lost.mean),
-        forgetting_over_all=_number(lost.over_all),
-        forgetting_max_based=_number(lost.max_based),
-        most_forgotten=None if lost.worst is None else matrix.tasks[lost.worst],
+        average_seen_by_stage=_averages_over_seen_tasks(matrix, admitted),
+        forgetting=_forgetting_interval(matrix, final, admitted, forgotten.mean),
+        forgetting_over_all=_number(forgotten.over_all),
+        forgetting_max_based=_number(forgotten.max_based),
+        most_forgotten=None if forgotten.worst is None else matrix.tasks[forgotten.worst],
         recovery=_recovery_interval(matrix, final, successes, episodes, share),
         recovery_unclipped=_number(share.unclipped),
         recovery_ratio_of_means=_number(share.ratio_of_means),
@@ -185,11 +190,11 @@ def measure_student(tables: Tables, method: str, seed: int) -> StudentResults:
                 teacher_state=states.get(task, "waiting"),
                 teacher=_rate(successes[j], episodes[j]),
                 before=_cell(matrix, -1, j),
-                own=_cell(matrix, int(own[j]), j) if admitted[j] and continual else None,
+                own=_cell(matrix, int(last_stages[j]), j) if admitted[j] and continual else None,
                 final=_cell(matrix, final, j),
                 final_last=_last_step(reported, final, task),
                 final_training=_cell(training, final, j),
-                forgetting=_number(lost.per_task[j]),
+                forgetting=_number(forgotten.per_task[j]),
                 recovery=_number(share.per_task[j]),
             )
             for j, task in enumerate(matrix.tasks)
@@ -200,12 +205,12 @@ def measure_student(tables: Tables, method: str, seed: int) -> StudentResults:
 
 
 def rate_before(matrix: SuccessMatrix, stage: int, *, single_task: bool = False) -> float | None:
-    """Success on a stage's own task just before that stage, None if not measured.
+    """Return the success on a stage's own task just before that stage, None if not measured.
 
-    Skipped stages have no row of their own; the row before them still holds.
+    A skipped stage has no row and does not change the student, so the row before it applies.
 
     Args:
-        matrix: of one student.
+        matrix: success matrix of one student.
         stage: from 0 on.
         single_task: whether every stage trains a separate student, starting from the untrained one.
     """
@@ -224,8 +229,8 @@ def _last_step(rows: Sequence[EvaluationRow], final: int | None, task: str) -> R
     return None if row is None or row.successes_last is None else _rate(row.successes_last, row.episodes)
 
 
-def _seen(matrix: SuccessMatrix, admitted: Bools) -> tuple[float | None, ...]:
-    averages: list[float | None] = [None]
+def _averages_over_seen_tasks(matrix: SuccessMatrix, admitted: Bools) -> tuple[float | None, ...]:
+    averages: list[float | None] = [None]  # before training, no task has been seen
     for stage in range(len(matrix.stream)):
         seen = np.isin(matrix.tasks, matrix.stream[: stage + 1])
         averages.append(_number(average_performance(matrix.rates[stage + 1, seen], admitted[seen])))
@@ -233,7 +238,7 @@ def _seen(matrix: SuccessMatrix, admitted: Bools) -> tuple[float | None, ...]:
 
 
 def _row_rates(matrix: SuccessMatrix, rows: Any, columns: Any) -> tuple[Floats, Floats, Floats]:
-    """(rate, low, high), each (J',), of the given cells."""
+    """Return (rate, low, high) of the given cells, each (J',)."""
     cells = rows, columns
     return matrix.rates[cells], *intervals.wilson(matrix.successes[cells], matrix.episodes[cells])
 
@@ -241,6 +246,7 @@ def _row_rates(matrix: SuccessMatrix, rows: Any, columns: Any) -> tuple[Floats, 
 def _average_interval(matrix: SuccessMatrix, final: int | None, admitted: Bools) -> Estimate:
     if final is None:
         return Estimate(None)
+    # The 0 of a task without a teacher is a convention, not an estimate: its interval has no width.
     rate, low, high = (np.where(admitted, values, 0.0) for values in _row_rates(matrix, final + 1, slice(None)))
     value = average_performance(rate, admitted)
     return Estimate(_number(value), *map(_number, intervals.mean_interval(rate, low, high)))
@@ -249,9 +255,9 @@ def _average_interval(matrix: SuccessMatrix, final: int | None, admitted: Bools)
 def _forgetting_interval(matrix: SuccessMatrix, final: int | None, admitted: Bools, value: float) -> Estimate:
     if final is None or np.isnan(value):
         return Estimate(None)
-    own = own_stages(matrix.stream)
-    columns = np.flatnonzero(admitted & (own < own[admitted].max()))
-    first, second = (_row_rates(matrix, rows, columns) for rows in (own[columns] + 1, final + 1))
+    last_stages = own_stages(matrix.stream)
+    columns = np.flatnonzero(admitted & (last_stages < last_stages[admitted].max()))
+    first, second = (_row_rates(matrix, rows, columns) for rows in (last_stages[columns] + 1, final + 1))
     low, high = intervals.difference_interval(first, second)
     return Estimate(value, *intervals.mean_interval(first[0] - second[0], low, high))
 
@@ -264,6 +270,7 @@ def _recovery_interval(
     columns = np.flatnonzero(~np.isnan(share.per_task))
     teacher = successes[columns] / episodes[columns], *intervals.wilson(successes[columns], episodes[columns])
     low, high = intervals.ratio_interval(_row_rates(matrix, final + 1, columns), teacher)
+    # The limits are clipped like the shares, so that the interval belongs to the clipped mean.
     clipped = (np.minimum(values, 1.0) for values in (share.per_task[columns], low, high))
     return Estimate(share.mean, *intervals.mean_interval(*clipped))
 
@@ -274,15 +281,17 @@ def _areas(
     settings = tables.method_config(method)["distill"]
     length = settings["steps_per_stage"]
     for stage, task in enumerate(matrix.stream):
+        # With `at_most`, step 0 keeps its value: no training can raise the success before the first step.
         points = sorted(
             (r.step, 1.0 if at_most and r.step else r.successes / r.episodes)
             for r in tables.curves
             if (r.method, r.seed, r.stage, r.task) == (method, seed, stage, task)
         )
-        if not points or points[-1][0] < length:
+        if not points or points[-1][0] < length:  # the stage is still being distilled
             yield None
             continue
         start = rate_before(matrix, stage, single_task=settings["protocol"] == "single_task")
+        # Curves begin with the first evaluation within the stage; the row before the stage is their step 0.
         if points[0][0] > 0 and start is not None:
             points.insert(0, (0, start))
         yield area_under_curve([p[0] for p in points], [p[1] for p in points], length)

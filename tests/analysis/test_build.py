@@ -123,15 +123,15 @@ def test_tables_hold_the_exact_numbers_and_labels(run: Run) -> None:
 
 def test_rebuilding_gives_the_same_bytes_whatever_the_users_own_style(run: Run, tmp_path: Path) -> None:
     build([run.root])
-    before = {path.name: path.read_bytes() for path in run.figures.iterdir()}
+    drawn = {path.name: path.read_bytes() for path in run.figures.iterdir()}
     published = tmp_path / "published" / "demo"
     shutil.copytree(run.results, published)
     shutil.rmtree(run.root)
     with matplotlib.rc_context({"font.size": 20, "axes.facecolor": "black"}):
         build([published])
-    after = {path.name: path.read_bytes() for path in (published / "figures").iterdir()}
-    assert sorted(after) == sorted(before)
-    assert [name for name in before if before[name] != after[name]] == []
+    again = {path.name: path.read_bytes() for path in (published / "figures").iterdir()}
+    assert sorted(again) == sorted(drawn)
+    assert [name for name in drawn if drawn[name] != again[name]] == []
 
 
 def test_analysis_of_published_results_imports_nothing_heavy(run: Run, tmp_path: Path) -> None:
@@ -187,7 +187,7 @@ def test_runs_whose_teachers_differ_are_not_drawn_together(tmp_path: Path) -> No
     for method, rate in (("moe", 1.0), ("dense", 0.5)):
         teachers = dict.fromkeys(STREAM, rate)
         write_run(tmp_path / method, stream=STREAM, students={1: RATES}, teachers=teachers, method=method)
-    with pytest.raises(ValueError, match=r"different teachers of .*successes 25/50 and 50/50"):
+    with pytest.raises(ValueError, match="25/50 and 50/50"):
         build([tmp_path / "moe", tmp_path / "dense"], tmp_path / "out")
 
 
@@ -207,7 +207,7 @@ def test_methods_on_one_stream_are_drawn_together(tmp_path: Path) -> None:
         build(paths)
 
 
-def test_figures_of_one_method_tell_its_own_task_identity(tmp_path: Path) -> None:
+def test_figures_of_one_method_have_its_task_identity(tmp_path: Path) -> None:
     for name in ("given", "none"):
         labels = replace(LABELS, task_identity=name)
         root = tmp_path / name
@@ -219,7 +219,7 @@ def test_figures_of_one_method_tell_its_own_task_identity(tmp_path: Path) -> Non
     assert "task identity: given/none." in (tmp_path / "both" / "methods.txt").read_text()
 
 
-def test_what_one_of_several_runs_has_is_missing_in_none(tmp_path: Path) -> None:
+def test_students_that_one_of_several_runs_has_are_not_missing(tmp_path: Path) -> None:
     """Two runs of one recipe, each with students of some of its methods."""
     options = {"stream": STREAM, "teachers": TEACHERS, "variants": {"a": {1: RATES}, "b": {}}}
     left = write_run(tmp_path / "left", **options, students={1: RATES})
@@ -247,14 +247,14 @@ def test_results_that_do_not_belong_together_are_refused(tmp_path: Path, run: Ru
     with pytest.raises(ValueError, match=str(shorter.results)):
         build([run.root, shorter.root], tmp_path / "out")
     tuning = write_run(tmp_path / "tried", **options, goal_set="validation")
-    with pytest.raises(ValueError, match="validation goals"):
+    with pytest.raises(ValueError, match="validation"):
         build([run.root, tuning.root], tmp_path / "out")
 
 
 def test_results_on_validation_goals_say_so_and_are_kept_apart(tmp_path: Path, run: Run) -> None:
     options = {"stream": STREAM, "students": {1: RATES}, "teachers": TEACHERS}
     tried = write_run(tmp_path / "tried", **options, goal_set="validation")
-    assert gather(tried)["students"] == gather(run)["students"], "measured on the goals that there are"
+    assert gather(tried)["students"] == gather(run)["students"]
     build([tried.root])
     caption = (tried.root / "figures" / "success_matrix.txt").read_text()
     assert "on validation goals" in caption and "held-out" not in caption
@@ -269,36 +269,36 @@ def test_partial_runs_get_the_figures_that_their_data_allow(tmp_path: Path, run:
     assert "stream.pdf" not in names
     text = io.StringIO()
     print_summary(run.results, text)
-    assert "no student of moe has been evaluated" in text.getvalue()
+    assert any(line.startswith("note: ") and "moe" in line for line in text.getvalue().splitlines())
     rates = RATES.copy()
     rates[3] = np.nan
     unfinished = write_run(tmp_path / "unfinished", stream=STREAM, students={1: rates}, teachers=TEACHERS)
     assert (unfinished.figures / "stream.pdf") in build([unfinished.root])
     text = io.StringIO()
     print_summary(unfinished.results, text)
-    assert "has not been evaluated to its end yet" in text.getvalue()
+    assert "window-close" in text.getvalue() and not re.search(r"average performance +\d", text.getvalue())
 
 
 def test_command_line_explains_a_wrong_path(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(tmp_path / "nowhere")]) == 2
-    assert "is not a directory" in capsys.readouterr().err
+    assert str(tmp_path / "nowhere") in capsys.readouterr().err
     assert main([str(tmp_path)]) == 2
     assert str(tmp_path) in capsys.readouterr().err
     (tmp_path / "file").touch()
     for out in (tmp_path / "file", tmp_path / "file" / "figures"):
         assert main([str(tmp_path), "--out", str(out)]) == 2
-        assert f"{tmp_path / 'file'} is a file" in capsys.readouterr().err
+        assert str(tmp_path / "file") in capsys.readouterr().err
 
 
 def test_no_figure_is_drawn_among_a_run_s_own_files(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
-    before = sorted(run.root.rglob("*"))
-    for part in ("students", "teachers/push-v3", "logs"):
-        assert main([str(run.root), "--out", str(run.root / part)]) == 2
+    files = sorted(run.root.rglob("*"))
+    for folder in ("students", "teachers/push-v3", "logs"):
+        assert main([str(run.root), "--out", str(run.root / folder)]) == 2
         assert str(run.root) in capsys.readouterr().err
-    assert sorted(run.root.rglob("*")) == before
+    assert sorted(run.root.rglob("*")) == files
 
 
-def test_a_folder_of_results_is_told_from_results(
+def test_a_folder_that_holds_results_folders_names_them(
     tmp_path: Path, run: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for folder in (tmp_path / "teachers" / "inner", tmp_path / "outer"):
@@ -335,7 +335,7 @@ def draw_all(folder: Path) -> Iterator[Figure]:
 
 
 def visible_texts(figure: Figure) -> list[Text]:
-    """Everything written in a figure, tick labels outside the axes' limits left out since they are not drawn."""
+    """Return every text of a figure, except tick labels outside the axes' limits, which are not drawn."""
     shown = [axes for axes in figure.axes if axes.get_visible()]
     texts = [*figure.texts, *(text for legend in figure.legends for text in legend.texts)]
     for axes in shown:
@@ -387,7 +387,7 @@ def check_layout(figure: Figure) -> None:
         assert box.y0 > -0.5, text
         assert box.x1 < figure.bbox.x1 + 0.5, text
         assert box.y1 < figure.bbox.y1 + 0.5, text
-    # Of slanted names the boxes overlap where the letters do not.
+    # The boxes of slanted names overlap where the letters do not.
     upright = [(text, box) for text, box in boxes if text.get_rotation() in (0, 90)]
     low = np.array([box.min for _, box in upright])
     high = np.array([box.max for _, box in upright])

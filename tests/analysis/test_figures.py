@@ -105,7 +105,7 @@ def test_bars_of_methods_are_the_measures_and_no_line_is_cut_off(tmp_path: Path)
         assert low <= min(drawn) and (max(drawn) <= high or high == 1)
 
 
-def test_methods_are_told_in_numbers_and_measured_against_their_teachers(tmp_path: Path) -> None:
+def test_bars_of_methods_have_numbers_and_a_line_at_their_teachers(tmp_path: Path) -> None:
     joint = {"variants": {"all": {1: RATES}}, "protocols": {"all": "joint"}}
     with paper_style():
         figure = fig_methods.draw(made(tmp_path / "r", **joint))
@@ -138,7 +138,7 @@ def test_curves_and_losses_lie_within_their_stages(tmp_path: Path, steps: int) -
     assert sorted(drawn) == pytest.approx(sorted(recorded))
 
 
-def test_nothing_is_said_of_curves_that_are_not_there(tmp_path: Path) -> None:
+def test_the_caption_does_not_name_curves_that_are_missing(tmp_path: Path) -> None:
     run = write_run(tmp_path / "r", stream=STREAM, students={1: RATES}, teachers=TEACHERS)
     run.students()[0].curves.unlink()
     gather(run)
@@ -161,9 +161,9 @@ def test_usage_is_the_share_of_every_task_s_choices_of_the_first_seed(tmp_path: 
     shares = fig_usage._shares(data, "moe")
     assert shares is not None
     for layer, column, expert in np.ndindex(shares.shape):
-        own = [row for row in data.tables.usage if (row.seed, row.layer, row.task) == (1, layer, STREAM[column])]
-        chosen = sum(row.chosen for row in own if row.expert == expert)
-        assert shares[layer, column, expert] == pytest.approx(chosen / sum(row.chosen for row in own))
+        rows = [row for row in data.tables.usage if (row.seed, row.layer, row.task) == (1, layer, STREAM[column])]
+        chosen = sum(row.chosen for row in rows if row.expert == expert)
+        assert shares[layer, column, expert] == pytest.approx(chosen / sum(row.chosen for row in rows))
 
 
 def test_numbers_of_transfer_keep_their_zeros() -> None:
@@ -182,21 +182,21 @@ def test_a_separate_student_of_every_stage_begins_like_the_first() -> None:
     assert rate_before(matrix, 2, single_task=True) == 0.1
 
 
-def test_figures_of_what_is_no_longer_there_are_removed_and_nothing_else(tmp_path: Path) -> None:
+def test_figures_of_earlier_builds_are_removed_and_nothing_else(tmp_path: Path) -> None:
     run = write_run(
         tmp_path / "r", stream=STREAM, students={1: RATES}, teachers=TEACHERS, variants={"b": {1: RATES}}
     )
-    own, theirs = run.root / "figures", tmp_path / "paper"
-    for folder in (own, theirs):
+    figures, paper = run.root / "figures", tmp_path / "paper"
+    for folder in (figures, paper):
         folder.mkdir()
         for name in ("success_matrix.pdf", "notes.txt"):
             (folder / name).write_text("before")
     build([run.root])
-    assert not list(own.glob("success_matrix.*")) and (own / "success_matrix_b.pdf").exists()
-    assert (own / "notes.txt").exists()
-    build([run.root], theirs)
-    assert (theirs / "success_matrix.pdf").exists(), "a folder of the user's is not swept"
-    with pytest.raises(RunError, match=re.escape(str(own))):
+    assert not list(figures.glob("success_matrix.*")) and (figures / "success_matrix_b.pdf").exists()
+    assert (figures / "notes.txt").exists()
+    build([run.root], paper)
+    assert (paper / "success_matrix.pdf").exists(), "nothing is removed from the user's folder"
+    with pytest.raises(RunError, match=re.escape(str(figures))):
         build([run.root], run.root)
 
 

@@ -1,4 +1,4 @@
-"""Looking into a student while it acts changes nothing and counts everything."""
+"""Recording a student while it acts: the actions stay the same, and every step is counted."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def observations(count: int) -> list[np.ndarray]:
     return [rng.uniform(-1, 1, (5, 39)).astype(np.float32) for _ in range(count)]
 
 
-def test_a_watched_student_acts_the_same_and_every_step_counts_top_k_times() -> None:
+def test_a_recorded_student_acts_the_same_and_every_step_counts_top_k_times() -> None:
     model = student()
     recorder = ExpertUsage(model, StudentActor(model, TASKS), TASKS, horizon=9)
     alone = StudentActor(model, TASKS)
@@ -44,7 +44,7 @@ def test_a_watched_student_acts_the_same_and_every_step_counts_top_k_times() -> 
         for obs in observations(7):
             np.testing.assert_array_equal(recorder.act(obs), alone.act(obs))
     usage, retrieval = recorder.rows(SerialComm(), **COMMON)
-    assert retrieval == [], "a student that believes nothing retrieves nothing"
+    assert retrieval == [], "this student does not infer its task"
     assert list(dict.fromkeys((row.task, row.layer) for row in usage)) == [
         (task, layer) for task in ("a-v3", "b-v3") for layer in (0, 1)
     ]
@@ -56,7 +56,7 @@ def test_a_watched_student_acts_the_same_and_every_step_counts_top_k_times() -> 
 
 
 class Believer:
-    """Acts like a student's actor that believes in task 1 from the third step on, and in task 0 before."""
+    """An actor that infers task 0 in the first two steps, and task 1 from the third step on."""
 
     def __init__(self) -> None:
         self.believed: list[np.ndarray] = []
@@ -69,7 +69,7 @@ class Believer:
         return np.zeros((len(obs_BO), 4), np.float32)
 
 
-def test_beliefs_are_compared_with_the_task_at_the_recorded_steps() -> None:
+def test_inferred_tasks_are_compared_with_the_right_one_at_the_recorded_steps() -> None:
     recorder = ExpertUsage(student(), Believer(), TASKS, horizon=9)  # type: ignore[arg-type]
     recorder._believes = True
     for task in ("b-v3", "a-v3", "b-v3"):
@@ -77,15 +77,15 @@ def test_beliefs_are_compared_with_the_task_at_the_recorded_steps() -> None:
         for obs in observations(9):
             recorder.act(obs)
     _, rows = recorder.rows(SerialComm(), **COMMON)
-    found = {(row.task, row.step): (row.correct, row.episodes) for row in rows}
+    counts = {(row.task, row.step): (row.correct, row.episodes) for row in rows}
     steps = retrieval_steps(9)
-    assert list(found) == [(task, step) for task in ("a-v3", "b-v3") for step in steps]
-    assert [found["a-v3", step] for step in steps] == [(5 if step < 3 else 0, 5) for step in steps]
-    assert [found["b-v3", step] for step in steps] == [(10 if step >= 3 else 0, 10) for step in steps]
+    assert list(counts) == [(task, step) for task in ("a-v3", "b-v3") for step in steps]
+    assert [counts["a-v3", step] for step in steps] == [(5 if step < 3 else 0, 5) for step in steps]
+    assert [counts["b-v3", step] for step in steps] == [(10 if step >= 3 else 0, 10) for step in steps]
 
 
 @pytest.mark.parametrize("horizon", [1, 2, 9, 60, 200, 500])
-def test_recorded_steps_are_few_begin_at_once_and_reach_the_end(horizon: int) -> None:
+def test_recorded_steps_are_few_and_include_the_first_and_the_last(horizon: int) -> None:
     steps = retrieval_steps(horizon)
     assert steps == sorted(set(steps))
     assert (steps[0], steps[-1]) == (1, horizon)

@@ -1,4 +1,4 @@
-"""Forward transfer of gathered results, measured from students of single tasks."""
+"""Forward transfer of gathered results, relative to students of single tasks."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_forward_transfer_is_measured_from_the_students_of_single_tasks_in_the_s
     assert transfer["left_out"] == ()
     assert (ours["memory_steps"], ours["parameters"]) == (240, 70_000)
 
-    # A task that students of their own master whenever they are looked at leaves nothing to be learned sooner.
+    # A task in which the single-task students succeed at every evaluation is left out: no gain is possible.
     for student in run.students():
         if student.method == "alone":
             rows = read_rows(student.curves, CurveRow)
@@ -48,7 +48,7 @@ def test_forward_transfer_is_measured_from_the_students_of_single_tasks_in_the_s
     assert ours["forward_transfer"]["left_out"] == (STREAM[1],)
     assert ours["forward_transfer"]["mean"]["estimate"] == pytest.approx((expected[0] + expected[2]) / 2)
 
-    # Students that were distilled longer, or on larger batches, are no measure.
+    # Single-task students with other batch sizes or numbers of steps are not comparable.
     config = read_json(run.config_path)
     config["variants"]["alone"]["distill"]["batch_size"] = 2 * config["distill"]["batch_size"]
     write_json(run.config_path, config)
@@ -59,7 +59,7 @@ def test_forward_transfer_is_measured_from_the_students_of_single_tasks_in_the_s
     assert all(method["forward_transfer"] is None for method in gather(run)["methods"])
 
 
-def test_the_area_of_a_student_of_a_single_task_begins_where_an_untrained_one_is(tmp_path: Path) -> None:
+def test_the_area_of_a_single_task_student_begins_at_the_success_of_an_untrained_one(tmp_path: Path) -> None:
     run = write_run(
         tmp_path / "run",
         stream=STREAM,

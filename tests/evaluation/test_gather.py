@@ -96,11 +96,11 @@ def test_gathered_tables_hold_every_row_and_suffice_alone(tmp_path: Path) -> Non
 def test_gathering_again_changes_nothing(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", stream=STREAM, students={1: RATES}, teachers=TEACHERS)
     gather(run)
-    before = {path.name: path.read_bytes() for path in run.results.iterdir()}
+    gathered = {path.name: path.read_bytes() for path in run.results.iterdir()}
     gather(Run(run.root))
-    assert before == {path.name: path.read_bytes() for path in run.results.iterdir()}
+    assert gathered == {path.name: path.read_bytes() for path in run.results.iterdir()}
     names = "config.json evaluations.csv episodes.csv curves.csv teachers.csv teacher_curves.csv"
-    assert set(before) == {*names.split(), *MORE.split(), "timings.json", "metrics.json"}
+    assert set(gathered) == {*names.split(), *MORE.split(), "timings.json", "metrics.json"}
 
 
 def test_a_rejected_teacher_is_named_and_counts_as_zero(tmp_path: Path) -> None:
@@ -190,7 +190,7 @@ def test_five_seeds_get_an_interval_and_the_worst_task_a_name(tmp_path: Path) ->
         "forgetting": STREAM[0],
         "recovery": STREAM[0],
     }
-    # Its estimate is that task's: the least of the tasks' means, but of forgetting the most.
+    # Its estimate is the lowest of the tasks' means over seeds, but the highest for forgetting.
     for measure, worst in {"average_performance": 0.476, "forgetting": 0.4, "recovery": 0.476}.items():
         assert method[measure]["worst_task"]["estimate"] == pytest.approx(worst)
 
@@ -229,22 +229,22 @@ def test_a_task_whose_teacher_s_folder_is_gone_counts_as_it_was_measured(tmp_pat
     assert student["recovery"]["value"] is None
 
 
-def test_what_was_gathered_is_not_lost_with_the_run_s_own_files(tmp_path: Path) -> None:
+def test_gathered_results_are_not_lost_with_the_run_s_own_files(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", stream=STREAM, students={1: RATES, 2: RATES}, teachers=TEACHERS)
     gather(run)
-    before = {path: path.read_bytes() for path in run.results.iterdir()}
+    gathered = {path: path.read_bytes() for path in run.results.iterdir()}
     shutil.rmtree(run.evaluations()[1].path)
     with pytest.raises(RunError, match=r"moe \(seed 2\)"):
         gather(run)
     shutil.rmtree(run.root / "students")
     with pytest.raises(RunError, match=r"moe \(seed 1\), moe \(seed 2\)"):
         gather(run)
-    assert before == {path: path.read_bytes() for path in run.results.iterdir()}
+    assert gathered == {path: path.read_bytes() for path in run.results.iterdir()}
     (run.results / "evaluations.csv").unlink()
     assert gather(run)["students"] == []
 
 
-def test_a_setting_that_the_run_knew_nothing_of_is_not_filled_in(tmp_path: Path) -> None:
+def test_a_setting_that_the_run_s_configuration_lacks_is_not_filled_in(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", stream=STREAM, students={1: RATES}, teachers=TEACHERS)
     config = json.loads(run.config_path.read_text())
     del config["distill"]["episodes"]
@@ -259,14 +259,14 @@ def test_a_damaged_line_of_a_table_is_named(tmp_path: Path) -> None:
     table = run.results / "evaluations.csv"
     lines = table.read_text().splitlines()
     table.write_text("\n".join([*lines[:2], lines[2][:20], *lines[3:]]))
-    with pytest.raises(ValueError, match=r"evaluations.csv, line 3: \d+ values for \d+ columns"):
+    with pytest.raises(ValueError, match=r"evaluations\.csv, line 3"):
         read_tables(run.results)
 
 
 def test_a_run_without_elements_is_refused(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", stream=STREAM, students={1: RATES}, teachers=TEACHERS)
-    for part in ("teachers", "students"):
-        shutil.rmtree(run.root / part)
+    for name in ("teachers", "students"):
+        shutil.rmtree(run.root / name)
     with pytest.raises(RunError, match=str(run.root)):
         gather(run)
 
@@ -283,7 +283,7 @@ def test_gathering_needs_no_torch(tmp_path: Path) -> None:
     assert done.stdout.strip() == "[]"
 
 
-def test_losses_are_thinned_to_means_and_stages_told_with_their_masks(tmp_path: Path) -> None:
+def test_losses_are_thinned_to_means_and_stages_have_their_masks(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", stream=STREAM, students={1: RATES}, teachers=TEACHERS)
     student = run.students()[0]
     log = MetricsLog(student.metrics)
@@ -306,7 +306,7 @@ def test_losses_are_thinned_to_means_and_stages_told_with_their_masks(tmp_path: 
     assert (stages[0].task, stages[3].task, stages[3].teacher_recipe) == (None, STREAM[2], "rl")
 
 
-def test_variants_are_measured_beside_their_base_and_missed_by_name(tmp_path: Path) -> None:
+def test_variants_are_measured_beside_their_base_and_named_if_missing(tmp_path: Path) -> None:
     run = write_run(
         tmp_path / "run",
         stream=STREAM,
@@ -325,7 +325,7 @@ def test_variants_are_measured_beside_their_base_and_missed_by_name(tmp_path: Pa
 
 
 @pytest.mark.parametrize("protocol", ["joint", "single_task"])
-def test_who_does_not_learn_one_task_after_another_cannot_forget(protocol: str, tmp_path: Path) -> None:
+def test_joint_and_single_task_students_have_no_forgetting(protocol: str, tmp_path: Path) -> None:
     run = write_run(
         tmp_path / "run",
         stream=STREAM,
@@ -354,6 +354,6 @@ def test_a_student_that_was_not_measured_on_a_task_is_not_averaged_without_it(tm
     assert report["students"][1]["average_performance"]["value"] is None
     (method,) = report["methods"]
     assert (method["seeds"], method["unfinished_seeds"]) == ((1,), (2,))
-    found, expected = (r["students"][0]["average_performance"]["value"] for r in (report, whole))
-    assert method["average_performance"]["mean"]["estimate"] == pytest.approx(expected) == pytest.approx(found)
+    measured, expected = (r["students"][0]["average_performance"]["value"] for r in (report, whole))
+    assert method["average_performance"]["mean"]["estimate"] == pytest.approx(expected) == pytest.approx(measured)
     assert f"student moe (seed 2) has not been evaluated on {task} after stage 2" in report["missing"]

@@ -1,4 +1,4 @@
-"""Which tasks look alike at the start: by hand, from real shards, and in the tables."""
+"""Tasks that look alike at the start of an episode: by hand, from real shards, and in the tables."""
 
 from __future__ import annotations
 
@@ -30,19 +30,19 @@ def first(*values: float, goals: tuple[int, ...] | None = None) -> FirstObservat
 
 
 def test_nearest_neighbours_by_hand() -> None:
-    found = nearest_tasks(
+    nearest = nearest_tasks(
         {
             "a": first(0.0, 1.0, 1.1),
             "b": first(0.4, 5.0),
             "c": first(7.0, 7.2),
         }
     )
-    assert found == {("a", "a"): 2, ("a", "b"): 1, ("b", "b"): 0, ("b", "a"): 1, ("b", "c"): 1, ("c", "c"): 2}
+    assert nearest == {("a", "a"): 2, ("a", "b"): 1, ("b", "b"): 0, ("b", "a"): 1, ("b", "c"): 1, ("c", "c"): 2}
 
 
-def test_another_episode_on_the_same_goal_proves_nothing() -> None:
-    found = nearest_tasks({"a": first(0.0, 0.0, 3.0, goals=(7, 7, 8)), "b": first(0.5, 9.0)})
-    assert found["a", "b"] == 3
+def test_other_episodes_on_the_same_goal_are_not_compared() -> None:
+    nearest = nearest_tasks({"a": first(0.0, 0.0, 3.0, goals=(7, 7, 8)), "b": first(0.5, 9.0)})
+    assert nearest["a", "b"] == 3
 
 
 def test_a_task_alone_on_its_only_goal_cannot_be_compared() -> None:
@@ -61,7 +61,7 @@ def run(tmp_path: Path) -> Run:
     return run
 
 
-def test_rows_from_shards_are_gathered_and_outlive_them(run: Run) -> None:
+def test_rows_are_computed_from_shards_and_stay_when_these_are_removed(run: Run) -> None:
     rows = [
         StartRow("reach-v3", 1, "reach-v3", 2, 0),
         StartRow("reach-v3", 1, "push-v3", 2, 2),
@@ -77,12 +77,12 @@ def test_rows_from_shards_are_gathered_and_outlive_them(run: Run) -> None:
     assert read_rows(run.results / "starts.csv", StartRow) == rows
 
 
-def test_nothing_is_said_before_all_teachers_are_finished(run: Run) -> None:
+def test_there_are_no_rows_before_all_teachers_are_finished(run: Run) -> None:
     run.teachers()[1].complete.unlink()
     assert start_rows(run) == []
 
 
-def test_where_no_teacher_was_admitted_there_is_nothing_to_compare(run: Run) -> None:
+def test_there_are_no_rows_without_an_admitted_teacher(run: Run) -> None:
     for teacher in run.teachers():
         teacher.complete.unlink()
         teacher.rejected.touch()

@@ -52,17 +52,9 @@ def test_success_matrix_places_counts_and_leaves_gaps() -> None:
     assert measures.success_matrix(rows, STREAM, "training").rates[3, 1] == 1.0
 
 
-@pytest.mark.parametrize(
-    ("row", "message"),
-    [
-        (Row(3, "a", 1, 0), "no cell"),
-        (Row(0, "z", 1, 0), "no cell"),
-        (Row(None, "a", 1, 0), "no cell"),
-        (Row(0, "a", 1, 0), "twice"),
-    ],
-)
-def test_success_matrix_refuses_what_has_no_place(row: Row, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+@pytest.mark.parametrize("row", [Row(3, "a", 1, 0), Row(0, "z", 1, 0), Row(None, "a", 1, 0), Row(0, "a", 1, 0)])
+def test_success_matrix_refuses_rows_outside_the_stream_and_second_rows_of_a_cell(row: Row) -> None:
+    with pytest.raises(ValueError, match=f"stage {row.stage}, task '{row.task}'"):
         measures.success_matrix([Row(0, "a", 1, 1), row], STREAM, "held_out")
 
 
@@ -149,9 +141,9 @@ def test_area_under_curve() -> None:
     assert measures.area_under_curve([0, 50, 100], [0.0, 1.0, 1.0], 100) == pytest.approx(0.75)
     assert measures.area_under_curve([50], [0.4], 100) == pytest.approx(0.4)
     assert measures.area_under_curve([20, 60], [0.0, 1.0], 100) == pytest.approx(0.6)
-    with pytest.raises(ValueError, match="increase"):
+    with pytest.raises(ValueError, match=r"100.*\[50, 50\]"):
         measures.area_under_curve([50, 50], [0.0, 1.0], 100)
-    with pytest.raises(ValueError, match="increase"):
+    with pytest.raises(ValueError, match=r"100.*\[\]"):
         measures.area_under_curve([], [], 100)
 
 
@@ -250,7 +242,6 @@ def test_aggregates_lie_in_order(scores: np.ndarray) -> None:
     assert np.mean(result.per_seed) == pytest.approx(result.estimate)
     if len(scores) < intervals.FEW_SEEDS:
         assert result.low is None
-        assert "every seed" in result.note
     else:
         assert result.low is not None
         assert result.high is not None
@@ -282,12 +273,12 @@ def test_bootstrap_is_seeded_and_draws_seeds_with_all_their_tasks() -> None:
     assert first == intervals.over_seeds(scores, intervals.mean_score, 4_000)
     standard_error = scores.mean(axis=1).std() / np.sqrt(len(scores))
     assert first.high - first.low == pytest.approx(2 * 1.96 * standard_error, rel=0.08)
-    # All tasks of a seed fare alike: however many they are, they say no more than one.
+    # If all tasks of a seed have the same score, ten tasks say no more than one.
     together = np.tile(scores[:, :1], (1, 10))
     alone = intervals.over_seeds(scores[:, :1], intervals.mean_score, 4_000)
     every = intervals.over_seeds(together, intervals.mean_score, 4_000)
     assert (every.low, every.high) == pytest.approx((alone.low, alone.high))
-    # All seeds agree, so that nothing is left to be unsure of, whatever the differences between tasks.
+    # If all seeds agree, the interval has no width, however much tasks differ.
     constant = np.tile([0.0, 0.5, 1.0], (6, 1))
     result = intervals.over_seeds(constant, intervals.mean_score, 100)
     assert result.low == result.high == pytest.approx(0.5)

@@ -1,4 +1,4 @@
-"""A student of a single expert is a dense one, with as many parameters as wanted."""
+"""A student with a single expert is dense, and can have as many parameters as one with several."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def num_parameters(config: StudentConfig, num_experts: int) -> int:
 
 @pytest.mark.parametrize("expansion", ["none", "per_task"])
 @pytest.mark.parametrize("sizes", [{}, {"width": 32, "expert_width": 16, "num_layers": 3}])
-def test_has_no_fewer_parameters_than_wanted_and_hardly_more(expansion, sizes):
+def test_has_as_many_parameters_as_the_student_of_several_experts_or_slightly_more(expansion, sizes):
     config = StudentConfig(expansion=expansion, task_identity="none", **sizes)
     dense = StudentConfig(
         **DENSE, task_identity="none", **{**sizes, "expert_width": dense_expert_width(config, 10)}
@@ -57,7 +57,7 @@ def test_growth_of_a_dense_student_changes_no_output_by_a_single_bit():
     assert torch.equal(trainer.learner.student(obs).mean_BLA, mean_BLA)
 
 
-def test_learns_and_leaves_its_router_alone():
+def test_learns_and_does_not_change_its_router():
     trainer = make_trainer(
         student={**DENSE, "task_identity": "none", "width": 32},
         protection={"kind": "none"},

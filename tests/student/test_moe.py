@@ -26,7 +26,7 @@ def tokens(num: int, seed: int = 1, dtype: torch.dtype = torch.float64) -> torch
 
 
 def token_by_token(moe: MoE, x_ND: torch.Tensor) -> torch.Tensor:
-    """What the block should compute, spelled out."""
+    """Compute the expected output of the block one token at a time."""
     rows = []
     for x_D in x_ND:
         logits = [(row @ x_D + offset).item() for row, offset in zip(moe.router, moe.logit_offset, strict=True)]
@@ -73,7 +73,7 @@ def test_statistics_leave_padding_out():
 
 
 @pytest.mark.parametrize("num_experts, top_k", [(1, 1), (3, 1), (4, 2), (5, 3)])
-def test_own_backward_pass_is_right(num_experts, top_k):
+def test_gradients_are_those_of_finite_differences(num_experts, top_k):
     moe = make_moe(num_experts, top_k)
     names, values = zip(*moe.named_parameters(), strict=True)
 

@@ -1,4 +1,4 @@
-"""The Transformer student: causality, windows of every length, acting, and what is kept of it."""
+"""The Transformer student: causality, windows of every length, acting, and its files."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_rows_of_a_batch_do_not_see_each_other(data):
     torch.testing.assert_close(whole.mean_BLA[rows], subset.mean_BLA, rtol=0, atol=1e-12)
 
 
-def test_gradient_of_every_parameter_is_right():
+def test_gradients_of_all_parameters_are_those_of_finite_differences():
     student = make_student(context=2, width=4, expert_width=4, num_layers=1, num_experts=2, top_k=1)
     obs, valid = observations(3, 2), torch.ones(3, 2, dtype=torch.float64)
     names, values = zip(*student.named_parameters(), strict=True)
@@ -141,7 +141,7 @@ class TestActor:
             np.testing.assert_array_equal(actors[0].act(buffer), actors[1].act(obs[:, step]))
             buffer[:] = np.nan
 
-    def test_onehot_is_told_the_task_and_none_is_not(self):
+    def test_onehot_acts_by_the_name_of_the_task_and_none_does_not(self):
         obs = observations(2, 1)[:, 0].float().numpy()
         actions = {}
         for identity in ("none", "onehot"):
@@ -156,7 +156,7 @@ class TestActor:
         np.testing.assert_array_equal(actions["none", TASKS[0]], actions["none", TASKS[1]])
         assert np.abs(actions["onehot", TASKS[0]] - actions["onehot", TASKS[1]]).max() > 1e-3
 
-    def test_onehot_refuses_a_task_it_was_not_told_of(self):
+    def test_onehot_refuses_a_task_outside_its_stream(self):
         with pytest.raises(ValueError, match="reach-v3"):
             StudentActor(make_student(task_identity="onehot"), TASKS).reset(["reach-v3"])
 
@@ -180,7 +180,7 @@ class TestFile:
         obs = observations(2, 5, dtype=torch.float32)
         assert torch.equal(loaded(obs).mean_BLA, student(obs).mean_BLA)
 
-    def test_refuses_weights_that_are_not_the_described_ones(self, tmp_path):
+    def test_refuses_weights_that_do_not_match_their_description(self, tmp_path):
         path = tmp_path / "a.safetensors"
         save_student(path, make_student(1), {})
         weights = path.read_bytes()

@@ -1,4 +1,4 @@
-"""The contrastive embedding, and the belief that an actor holds over an episode."""
+"""The contrastive task embedding, and the task that an actor infers over an episode."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.student.test_network import TASKS, make_student, observations
 
 
 def by_hand(z: torch.Tensor, task: torch.Tensor, temperature: float) -> float:
-    """The loss term by term."""
+    """Compute the loss term by term."""
     total, rows = 0.0, 0
     for i in range(len(z)):
         positives = [p for p in range(len(z)) if p != i and task[p] == task[i]]
@@ -32,14 +32,14 @@ def test_info_nce_is_what_its_formula_says():
     assert float(info_nce(z, torch.zeros(9, dtype=torch.int64), 0.2)) == 0.0
 
 
-def test_info_nce_is_least_where_tasks_are_apart_and_alike_within():
+def test_info_nce_is_lowest_if_embeddings_are_equal_within_a_task_and_orthogonal_between_tasks():
     task = torch.arange(8) % 2
     apart = torch.eye(4, dtype=torch.float64)[task]
     mixed = torch.eye(4, dtype=torch.float64)[torch.arange(8) // 2]
     assert info_nce(apart, task, 0.1) < info_nce(mixed, task, 0.1)
 
 
-def test_embeddings_are_unit_vectors_that_the_first_weights_keep_apart():
+def test_embeddings_of_an_untrained_encoder_are_unit_vectors_that_keep_distances():
     encoder = TaskEncoder(torch.float64)
     near, far = torch.randn(2, 39, dtype=torch.float64)
     z = encoder(torch.stack([near, near + 0.01, far]))
@@ -47,8 +47,8 @@ def test_embeddings_are_unit_vectors_that_the_first_weights_keep_apart():
     assert z[0] @ z[1] > z[0] @ z[2]
 
 
-def knowing(*tasks: int, **over):
-    """A student whose prototypes of `tasks` are those of observations drawn with the task as seed."""
+def student_with_prototypes(*tasks: int, **over):
+    """Create a student whose prototypes of `tasks` are of observations drawn with the task as seed."""
     student = make_student(task_identity="inferred", **over)
     for task in tasks:
         student.known_K[task] = True
@@ -56,58 +56,57 @@ def knowing(*tasks: int, **over):
     return student
 
 
-class TestBelief:
-    def test_is_of_the_task_whose_prototype_is_nearest(self):
-        actor = StudentActor(knowing(0, 1, 2), TASKS)
-        actor.reset(["nobody-tells-it"] * 3)
+class TestInferredTask:
+    def test_is_the_task_of_the_nearest_prototype(self):
+        actor = StudentActor(student_with_prototypes(0, 1, 2), TASKS)
+        actor.reset([""] * 3)
         actor.act(torch.cat([observations(1, seed=seed) for seed in (2, 0, 1)]).float().numpy())
         assert actor.believed[-1].tolist() == [2, 0, 1]
 
-    def test_never_is_of_a_task_that_is_not_known(self):
-        actor = StudentActor(knowing(0, 2), TASKS)
+    def test_is_never_a_task_without_a_prototype(self):
+        actor = StudentActor(student_with_prototypes(0, 2), TASKS)
         actor.reset([""] * 1)
         actor.act(observations(1, seed=1).float().numpy())
         assert actor.believed[-1].tolist() in ([0], [2])
-        blank = StudentActor(knowing(), TASKS)
+        blank = StudentActor(student_with_prototypes(), TASKS)
         blank.reset([""] * 2)
         assert np.isfinite(blank.act(observations(2).float().numpy())).all()
 
-    def test_is_held_against_later_observations_that_speak_less(self):
-        """Evidence of 0.9^t: one observation of another task does not turn a belief that five have made."""
-        actor = StudentActor(knowing(0, 1), TASKS)
+    def test_one_later_observation_of_another_task_does_not_change_it(self):
+        actor = StudentActor(student_with_prototypes(0, 1), TASKS)
         actor.reset([""] * 1)
         for seed in (0, 0, 0, 0, 0, 1):
             actor.act(observations(1, seed=seed).float().numpy())
         assert actor.believed[-1].tolist() == [0]
 
     def test_later_evidence_counts_ever_less(self, monkeypatch):
-        """With 0.4^t all that follows weighs less than the first observation; with 1 it outweighs it."""
+        """With weights 0.4^t, all later observations together weigh less than the first, with 1^t more."""
         for decay, believed in ((0.4, 0), (1.0, 1)):
             monkeypatch.setattr(actor_module, "BELIEF_DECAY", decay)
-            actor = StudentActor(knowing(0, 1), TASKS)
+            actor = StudentActor(student_with_prototypes(0, 1), TASKS)
             actor.reset([""] * 1)
             for seed in (0, 1, 1, 1):
                 actor.act(observations(1, seed=seed).float().numpy())
             assert actor.believed[-1].tolist() == [believed]
 
-    def test_turns_where_evidence_adds_up(self, monkeypatch):
+    def test_several_later_observations_of_another_task_change_it(self, monkeypatch):
         monkeypatch.setattr(actor_module, "BELIEF_DECAY", 1.0)
-        actor = StudentActor(knowing(0, 1), TASKS)
+        actor = StudentActor(student_with_prototypes(0, 1), TASKS)
         actor.reset([""] * 1)
         for seed in (0, 1, 1, 1, 1):
             actor.act(observations(1, seed=seed).float().numpy())
         assert actor.believed[0].tolist() == [0] and actor.believed[-1].tolist() == [1]
 
-    def test_starts_afresh_with_every_episode(self):
-        actor = StudentActor(knowing(0, 1), TASKS)
+    def test_is_reset_with_every_episode(self):
+        actor = StudentActor(student_with_prototypes(0, 1), TASKS)
         for seed in (0, 1):
             actor.reset([""] * 1)
             actor.act(observations(1, seed=seed).float().numpy())
             assert actor.believed[-1].tolist() == [seed] and len(actor.believed) == 1
 
-    def test_however_long_the_episode_was_the_next_one_s_first_observation_counts_in_full(self):
-        """In float32, of which students are by default, what the 1,200th says has come to weigh nothing."""
-        actor = StudentActor(knowing(0, 1, dtype=torch.float32), TASKS)
+    def test_the_first_observation_has_full_weight_after_a_long_episode(self):
+        """In float32, the default of students, the weight of the 1,200th observation is 0."""
+        actor = StudentActor(student_with_prototypes(0, 1, dtype=torch.float32), TASKS)
         actor.reset([""] * 1)
         first = observations(1, seed=0).float().numpy()
         for _ in range(1_200):
@@ -117,9 +116,9 @@ class TestBelief:
         actor.act(observations(1, seed=1).float().numpy())
         assert actor.believed[-1].tolist() == [1]
 
-    def test_inferred_looks_at_no_name_and_given_at_nothing_else(self):
+    def test_inferred_ignores_the_name_of_the_task_and_given_uses_only_the_name(self):
         obs = observations(2, seed=0).float().numpy()
-        student = knowing(0, 1)
+        student = student_with_prototypes(0, 1)
         actions = []
         for task in TASKS[:2]:
             actor = StudentActor(student, TASKS)
@@ -133,7 +132,7 @@ class TestBelief:
             assert actor.believed[-1].tolist() == [position] * 2
 
     def test_mixing_tasks_in_a_batch_gives_what_each_gets_alone(self):
-        student = knowing(0, 1, 2)
+        student = student_with_prototypes(0, 1, 2)
         obs = torch.stack([observations(6, seed=seed) for seed in (0, 1, 2)]).float().numpy()
         together = StudentActor(student, TASKS)
         together.reset([""] * 3)
