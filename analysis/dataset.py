@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import FiniteFloat
+from typing_extensions import TypedDict
 
 from cpd.evaluation.intervals import Floats
 from cpd.evaluation.results_folder import TEACHER, Tables, merge_tables, read_tables
 from cpd.evaluation.student_measures import Rate, StudentResults
 from cpd.evaluation.summary import MethodMeasures, Summary, summarize, without_students
-from cpd.run.files import read_json
+from cpd.reading import read_for_display
 from cpd.run.progress import read_status
 from cpd.run.tables import find_table, read_table
 
@@ -26,6 +28,13 @@ LOOK_ALIKE_SHARE = 0.05
 def short(task: str) -> str:
     """Return a task's name without the version of Meta-World's task set."""
     return task.removesuffix("-v3")
+
+
+class Timing(TypedDict):
+    """When an element of a role was in which phase (Unix time)."""
+
+    role: str
+    spans: list[tuple[str, FiniteFloat, FiniteFloat]]
 
 
 @dataclass(frozen=True)
@@ -62,7 +71,7 @@ class Dataset:
     rejected: frozenset[tuple[str, int]]
     """Task and seed of the teachers whose validation success is below the gate."""
     teacher_curves: tuple[TeacherCurve, ...]
-    timings: tuple[dict[str, Any], ...]
+    timings: tuple[Timing, ...]
     missing: tuple[str, ...]
 
     @property
@@ -260,12 +269,11 @@ def _teacher_curves(tables: Tables) -> Iterable[TeacherCurve]:
             )
 
 
-def _timings(tables: Tables) -> list[dict[str, Any]]:
-    path = tables.folder / "timings.json"
-    timings: list[dict[str, Any]] = read_json(path) if path.exists() else []
+def _timings(tables: Tables) -> list[Timing]:
+    timings = read_for_display(tables.folder / "timings.json", list[Timing], [])
     # The report writes timings.json before it ends, so its own spans are only in its status.
     report = read_status(tables.folder / "status.json")
-    return [*timings, {"role": "report", "spans": report.spans}] if report.spans else timings
+    return [*timings, Timing(role="report", spans=report.spans)] if report.spans else timings
 
 
 def mean_matrix(students: Sequence[StudentResults]) -> Floats:

@@ -5,22 +5,24 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired
+
+from typing_extensions import TypedDict
 
 from analysis.dataset import TeacherCurve, load_dataset
-from cpd.evaluation.publish import read_description
 from cpd.evaluation.results_folder import HELD_OUT, TEACHER
 from cpd.evaluation.student_measures import Rate
+from cpd.reading import read_for_display, read_json
+from cpd.run.descriptions import RlPolicy, RlTraining
 from cpd.run.directory import published_policy
-from cpd.run.files import read_json
 from cpd.run.tables import EvaluationRow
 
-#: The entries read from a policy's description; `warm_start` is null for a teacher trained from scratch.
-DESCRIPTION = (
-    *("training.warm_start.validation_success", "training.warm_start.demonstration_env_steps"),
-    *("training.validation_success", "training.env_steps", "training.selected_iteration", "training.iterations"),
-    *("training.policy_updates", "training.stopped_by"),
-)
+
+class _Timing(TypedDict):
+    """An entry of timings.json."""
+
+    element: str
+    cpu_seconds: NotRequired[float | None]
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,8 @@ def load_published(folder: Path) -> PublishedTeachers:
         for path in (published_policy(folder, task, seed), _description(folder, task, seed)):
             if not path.exists():
                 raise ValueError(f"{path} is missing, but {folder} has its results; restore it or publish again")
-    cpu_seconds = {entry["element"]: entry.get("cpu_seconds") for entry in read_json(folder / "timings.json")}
+    timings = read_for_display(folder / "timings.json", list[_Timing], [])
+    cpu_seconds = {entry["element"]: entry.get("cpu_seconds") for entry in timings}
     goals = config["teacher"]["num_validation_goals"]
     teachers = []
     for task in dict.fromkeys(config["stream"]["tasks"]):
@@ -107,7 +110,7 @@ def load_published(folder: Path) -> PublishedTeachers:
             path = _description(folder, task, seed)
             if path.exists():
                 key = (task, seed)
-                description = read_description(path, DESCRIPTION)
+                training = read_json(path, RlPolicy)["training"]
                 if key not in held_out:
                     raise ValueError(f"{folder / 'evaluations.csv'} has no held-out row of {task} (seed {seed})")
                 state = "rejected" if key in data.rejected else "admitted"
@@ -115,7 +118,7 @@ def load_published(folder: Path) -> PublishedTeachers:
                 curve = curves.get(key) or TeacherCurve(task, seed, state, (), (), (), ())
                 row = held_out[key]
                 cpu = cpu_seconds.get(f"teachers/{task}/seed-{seed}")
-                teachers.append(_teacher(description, goals, row, curve, cpu))
+                teachers.append(_teacher(training, goals, row, curve, cpu))
     return PublishedTeachers(config["name"], data.stream, data.labels, data.gate, tuple(teachers))
 
 
@@ -125,13 +128,12 @@ def _description(folder: Path, task: str, seed: int) -> Path:
 
 
 def _teacher(
-    description: dict[str, Any],
+    training: RlTraining,
     goals: int,
     row: EvaluationRow,
     curve: TeacherCurve,
     cpu_seconds: float | None,
 ) -> PublishedTeacher:
-    training = description["training"]
     start = training["warm_start"]
     assert row.successes_last is not None
     return PublishedTeacher(
@@ -154,7 +156,7 @@ def _teacher(
     )
 
 
-def _selected_env_steps(training: dict[str, Any], curve: TeacherCurve) -> int:
+def _selected_env_steps(training: RlTraining, curve: TeacherCurve) -> int:
     """Return the environment steps of RL up to the selected iteration."""
     if curve.env_steps:
         return int(curve.env_steps[training["selected_iteration"] - 1])

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 from rich.console import Console
 from rich.table import Table
 
 from analysis.captions import conditions, look_alikes
-from analysis.dataset import Dataset, load_dataset, short
+from analysis.dataset import Dataset, Timing, load_dataset, short
 from analysis.paper_tables import headline, task_cells, worst_text
 from cpd.evaluation.student_measures import StudentMeasures
 from cpd.evaluation.summary import MethodMeasures
@@ -119,7 +119,7 @@ def _headlines(method: MethodMeasures, students: Sequence[StudentMeasures]) -> l
     return lines
 
 
-def _time_table(timings: Sequence[dict[str, Any]]) -> Table:
+def _time_table(timings: Sequence[Timing]) -> Table:
     """Return the wall time by role and phase; time in which several elements worked at a phase counts once."""
     phases: dict[tuple[str, str], list[tuple[float, float]]] = {}
     for entry in timings:

@@ -6,17 +6,15 @@ import csv
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from cpd.evaluation.publish import read_description
+from cpd.reading import read_json
+from cpd.run.descriptions import Policy
 from jobs.common import EXIT_FAILED, EXIT_USAGE, log, parser_with_examples
 
 #: The first seed of the held-out goals. Meta-World draws the same goals from it.
 HELD_OUT_SEED = 2001
 #: The first columns of a table of results.
 COLUMNS = "task,teacher_seed"
-#: The entries of a policy's description that the check needs.
-DESCRIPTION = ("task", "seed", "labels.horizon", "labels.teacher_recipe")
 
 
 def check_teachers(folder: Path, only: Sequence[str], seed: int, num_episodes: int, table: Path | None) -> bool:
@@ -59,7 +57,7 @@ def check_teachers(folder: Path, only: Sequence[str], seed: int, num_episodes: i
     for file, description in policies:
         task, teacher_seed, labels = description["task"], description["seed"], description["labels"]
         result = evaluate_with_metaworld(
-            load_policy(file), task, seed=seed, horizon=labels["horizon"], num_episodes=num_episodes
+            load_policy(file), task, seed=seed, horizon=labels.horizon, num_episodes=num_episodes
         )
         row = published.get((task, teacher_seed))
         if row is None:
@@ -74,8 +72,8 @@ def check_teachers(folder: Path, only: Sequence[str], seed: int, num_episodes: i
             {
                 "task": task,
                 "teacher_seed": teacher_seed,
-                "teacher_recipe": labels["teacher_recipe"],
-                "horizon": labels["horizon"],
+                "teacher_recipe": labels.teacher_recipe,
+                "horizon": labels.horizon,
                 "goal_seed": seed,
                 "episodes": result.episodes,
                 "successes": result.successes,
@@ -92,7 +90,7 @@ def check_teachers(folder: Path, only: Sequence[str], seed: int, num_episodes: i
             f"{'agrees' if agrees else 'DISAGREES'}"
         )
     if table:
-        with table.open("w", newline="") as stream:
+        with table.open("w", newline="", encoding="utf-8") as stream:
             writer = csv.DictWriter(stream, list(results[0]), lineterminator="\n")
             writer.writeheader()
             writer.writerows(results)
@@ -103,18 +101,18 @@ def _check_table(path: Path) -> None:
     """Raise ValueError if the results cannot be written to `path`, or would overwrite something else."""
     if not path.parent.is_dir():
         raise ValueError(f"--csv {path}: there is no directory {path.parent}")
-    if path.exists() and not path.read_text(errors="replace").startswith(f"{COLUMNS},"):
+    if path.exists() and not path.read_bytes().startswith(f"{COLUMNS},".encode()):
         raise ValueError(f"--csv {path} exists and is not a table of this command: name another file")
 
 
-def _policies(folder: Path, only: Sequence[str]) -> list[tuple[Path, dict[str, Any]]]:
+def _policies(folder: Path, only: Sequence[str]) -> list[tuple[Path, Policy]]:
     """Return the policy files of the tasks in `only`, or of all tasks, with their descriptions."""
     files = sorted((folder / "policies").glob("*.safetensors"))
     if not files or not (folder / "evaluations.csv").exists():
         raise ValueError(
             f"{folder} has no policies, or no evaluations.csv: name a folder that `python -m jobs.publish` wrote"
         )
-    policies = [(file, read_description(file.with_suffix(".json"), DESCRIPTION)) for file in files]
+    policies = [(file, read_json(file.with_suffix(".json"), Policy)) for file in files]
     tasks = {description["task"] for _, description in policies}
     if unknown := [task for task in only if task not in tasks]:
         raise ValueError(f"{folder} has no policy of {', '.join(unknown)} (it has {', '.join(sorted(tasks))})")

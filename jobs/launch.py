@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.live import Live
@@ -20,13 +21,14 @@ from cpd.config import Config, changes, continued
 from cpd.config.load import ConfigError, setting_lines, to_dict
 from cpd.config.profile import Profile
 from cpd.config.retired import upgrade
+from cpd.reading import DamagedFileError, read_for_display, read_json
 from cpd.run.claim import claim
 from cpd.run.directory import Element, Run, RunError, StudentElement
-from cpd.run.files import DamagedFileError, read_json, write_json
+from cpd.run.files import write_json
 from cpd.run.interrupt import EXIT_INTERRUPTED, Interrupt
 from cpd.run.lease import Lease, LeaseHeldError
 from cpd.run.progress import progress_line, read_status
-from cpd.run.provenance import code_version, provenance
+from cpd.run.provenance import Provenance, code_version, provenance
 from cpd.run.reuse import PlannedRun, ReuseError, find_reusable, reuse
 from jobs.common import EXIT_FAILED, EXIT_USAGE, exit_quietly, log
 from jobs.launch_options import build_parser, check_options, check_run_dir, load_recipe_and_profile
@@ -58,10 +60,11 @@ def prepare(root: Path, config: Config, profile: Profile) -> Run:
     config_path = root / "config.json"
     if config_path.exists():
         old = Run(root)
-        old_version = read_json(root / "provenance.json")["code"]
+        unknown = Provenance(code="an unknown version")
+        old_version = read_for_display(root / "provenance.json", Provenance, unknown)["code"]
         if old_version != code_version():
             log(f"note: {root} was started with code {old_version}, this is {code_version()}")
-        stored = upgrade(read_json(config_path))
+        stored = upgrade(read_json(config_path, dict[str, Any]))
         added = [line for line in changes(stored, to_dict(old.config)) if ": None -> " in line]
         if added:
             lines = "\n".join(f"  {line.replace('None -> ', '')}" for line in added)

@@ -6,14 +6,16 @@ import argparse
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+from typing_extensions import TypedDict
 
 from cpd.config import Config
 from cpd.config.load import WHOLE, ConfigError, load, merge, parse_overrides, read_toml, suggestion
 from cpd.config.profile import Profile, load_profile
+from cpd.reading import read_json
 from cpd.run.claim import claim
 from cpd.run.directory import RunError
-from cpd.run.files import read_json
 from jobs.common import parser_with_examples
 
 RECIPES = Path(__file__).resolve().parent / "recipes"
@@ -115,6 +117,12 @@ def _paths(tables: Mapping[str, Any], path: str = "") -> Iterator[str]:
             yield from _paths(value, dotted)
 
 
+class _Recorded(TypedDict):
+    """What is read of the profile of a run's last launch."""
+
+    cluster: Literal["local", "slurm"]
+
+
 def check_run_dir(root: Path, config: Config, profile: str | None) -> None:
     """Check, before anything is written, that `root` can hold the run of this experiment.
 
@@ -124,7 +132,7 @@ def check_run_dir(root: Path, config: Config, profile: str | None) -> None:
     """
     claim(root, "run", config)
     recorded = root / "profile.json"
-    if profile is None and recorded.exists() and read_json(recorded)["cluster"] == "slurm":
+    if profile is None and recorded.exists() and read_json(recorded, _Recorded)["cluster"] == "slurm":
         raise RunError(
             f"{root} was launched with a Slurm profile: name it again (--profile NAME), or use --profile local to "
             "continue on this machine"

@@ -9,10 +9,11 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Literal
 
 from cpd.config.types import Role
+from cpd.reading import parse_json, read_text
 from cpd.run.directory import Run
 
 
@@ -49,15 +50,18 @@ def append(run: Run, entries: Iterable[LedgerEntry]) -> None:
 
 
 def ledger(run: Run) -> dict[str, list[LedgerEntry]]:
-    """Return all submissions by element name, oldest first; a submission's second line replaces its first."""
+    """Return all submissions by element name, oldest first; a submission's second line replaces its first.
+
+    Raises:
+        DamagedFileError: if a line is damaged: without the jobs that it names, work would be submitted twice.
+    """
     entries: dict[str, list[LedgerEntry]] = {}
-    names = {field.name for field in fields(LedgerEntry)}  # another version may have written more fields
     if run.ledger.exists():
-        for line in run.ledger.read_text().splitlines():
-            try:
-                entry = LedgerEntry(**{key: value for key, value in json.loads(line).items() if key in names})
-            except json.JSONDecodeError:
+        for number, line in enumerate(read_text(run.ledger).splitlines(), start=1):
+            if line.startswith("{") and not line.endswith("}"):
                 continue  # a kill cut the line off; sbatch is called after the line is synced, so no job is lost
+            remedy = "remove this line if no job of the run is in the queue"
+            entry = parse_json(line, LedgerEntry, f"{run.ledger}, line {number}", remedy)
             earlier = entries.setdefault(entry.element, [])
             if entry.name and earlier and earlier[-1].name == entry.name:
                 earlier.pop()

@@ -6,13 +6,18 @@ import os
 import textwrap
 import time
 from collections.abc import Callable
+from typing import Any
+
+from typing_extensions import TypedDict
 
 from cpd.cluster.queue import SchedulerError, run_command
 from cpd.comm import Comm
 from cpd.config.profile import Profile
+from cpd.config.types import Positive
+from cpd.reading import read_for_display
 from cpd.run.attempt import mark
 from cpd.run.directory import Element, Run
-from cpd.run.files import read_json, write_json
+from cpd.run.files import write_json
 from cpd.run.interrupt import LAUNCHER_VARIABLE
 from cpd.run.progress import read_status
 
@@ -98,16 +103,26 @@ def _requeue(run: Run, element: Element, job: str) -> str:
     return f"job {job} is back in the queue"
 
 
+class _Requeues(TypedDict):
+    """How often in a row a job was requeued with the same progress."""
+
+    progress: list[Any]
+    count: int
+
+
+class _Limit(TypedDict):
+    max_timeouts: Positive
+
+
 def is_stuck(run: Run, element: Element, job: str) -> bool:
     """Whether this job has been requeued too often in a row without progress."""
     record = read_status(element.status)
     checkpoints = sorted(path.name for path in element.checkpoints.glob("*/meta.json"))
     progress = [element.name, record.phase, record.done, *checkpoints]
     path = run.logs / f"{job}_requeues.json"
-    last = read_json(path) if path.exists() else {}
-    count = last["count"] + 1 if last.get("progress") == progress else 0
+    last = read_for_display(path, _Requeues, _Requeues(progress=[], count=0))
+    count = last["count"] + 1 if last["progress"] == progress else 0
     write_json(path, {"progress": progress, "count": count})
     # The profile of the last launch.
-    profile = run.root / "profile.json"
-    limit = read_json(profile).get("max_timeouts") if profile.exists() else None
-    return count >= int(limit or Profile(cluster="local").max_timeouts)
+    default = _Limit(max_timeouts=Profile(cluster="local").max_timeouts)
+    return count >= read_for_display(run.root / "profile.json", _Limit, default)["max_timeouts"]

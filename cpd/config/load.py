@@ -19,6 +19,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from typing_extensions import TypedDict, is_typeddict
 
 from cpd.config.retired import explain, upgrade
+from cpd.reading import DamagedFileError, read_text
 
 STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 #: Path in `problems` of a mistake that concerns several settings; it is not shown.
@@ -139,13 +140,11 @@ def read_toml(path: Path, above: tuple[Path, ...] = (), *, shipped: Path | None 
         ConfigError: a file cannot be read or parsed; names the file and line.
     """
     try:
-        tables = tomllib.loads(path.read_bytes().decode())
+        tables = tomllib.loads(read_text(path, "name another file"))
     except OSError as error:
         raise ConfigError([f"cannot be read: {error.strerror}"], str(path)) from None
-    except UnicodeDecodeError as error:
-        line = error.object.count(b"\n", 0, error.start) + 1
-        place = f"byte {error.object[error.start]:#04x} at position {error.start} (line {line})"
-        raise ConfigError([f"not UTF-8: {place}; save the file as UTF-8"], str(path)) from None
+    except DamagedFileError as error:
+        raise ConfigError([str(error)], str(path)) from None
     except tomllib.TOMLDecodeError as error:
         raise ConfigError([f"not valid TOML: {error}"], str(path)) from None
     base = tables.pop("extends", None)

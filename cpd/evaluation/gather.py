@@ -23,15 +23,18 @@ import io
 import os
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from cpd.evaluation.look_alikes import start_rows
 from cpd.evaluation.results_folder import TEACHER, read_tables
 from cpd.evaluation.summary import summarize
+from cpd.reading import read_for_display, read_json
 from cpd.run.claim import check_none_lost, collected, kind_of
+from cpd.run.descriptions import StudentSize
 from cpd.run.directory import Element, Run, RunError, StudentElement, TeacherElement
-from cpd.run.files import read_json, write_json, write_text
+from cpd.run.files import write_json, write_text
 from cpd.run.progress import read_metrics, read_status
 from cpd.run.tables import (
     CurveRow,
@@ -82,9 +85,12 @@ def gather(run: Run) -> dict[str, Any]:
     _write_table(run.results / "teachers.csv", [_teacher_row(t) for t in run.teachers()])
     _write_records(
         run.results / "teacher_curves.csv",
-        [({"task": t.task, "seed": t.seed}, read_metrics(t.metrics)) for t in run.teachers()],
+        [
+            ({"task": t.task, "seed": t.seed}, read_metrics(t.metrics, is_finished=t.finished))
+            for t in run.teachers()
+        ],
     )
-    records = [(student, read_metrics(student.metrics)) for student in run.students()]
+    records = [(s, read_metrics(s.metrics, is_finished=s.finished)) for s in run.students()]
     _write_table(run.results / "losses.csv", [row for s, metrics in records for row in _losses(s, metrics)])
     _write_table(run.results / "stages.csv", [row for s, metrics in records for row in _stages(s, metrics)])
     usage = [e.usage_file(stage) for e in run.evaluations() for stage in stages]
@@ -97,7 +103,7 @@ def gather(run: Run) -> dict[str, Any]:
     # The report is the element that gathers: its own phase has not ended yet.
     write_json(run.results / "timings.json", [_timing(e) for e in run.elements() if e.role != "report"])
     # Copied as it is: a default must not be filled in for a setting that did not exist at the time.
-    write_json(run.results / "config.json", read_json(run.config_path))
+    write_json(run.results / "config.json", read_json(run.config_path, dict[str, Any]))
     report = {**summarize(read_tables(run.results)).to_json(), "provenance": _provenance(run)}
     write_json(run.results / "metrics.json", report)
     return report
@@ -137,7 +143,7 @@ def _stages(student: StudentElement, records: Sequence[Mapping[str, Any]]) -> It
     for stage in range(-1, len(student.config.stream.tasks)):
         path = student.stage_policy(stage).with_suffix(".json")
         if path.exists():
-            description = read_json(path)
+            description = read_json(path, StudentSize)
             yield StageRow(
                 method=student.method,
                 seed=student.seed,
@@ -148,7 +154,7 @@ def _stages(student: StudentElement, records: Sequence[Mapping[str, Any]]) -> It
                 memory_steps=description["memory_steps"],
                 memory_bytes=description["memory_bytes"],
                 masked_share=masked.get(stage),
-                **description["labels"],
+                **asdict(description["labels"]),
             )
 
 
@@ -158,7 +164,7 @@ def _teacher_row(teacher: TeacherElement) -> TeacherRow:
         state = "rejected" if teacher.rejected.exists() else "admitted"
     elif state in ("done", "rejected"):
         state = "running"  # between its last status and its marker
-    records = read_metrics(teacher.metrics)
+    records = read_metrics(teacher.metrics, is_finished=teacher.finished)
     validated = [r["validation_success"] for r in records if r.get("validation_success") is not None]
     last = records[-1] if records else {}
     env_steps, iterations = (
@@ -181,8 +187,7 @@ def _timing(element: Element) -> dict[str, Any]:
 
 def _provenance(run: Run) -> dict[str, Any]:
     """Return versions and machine without the command line, which may contain local paths."""
-    path = run.root / "provenance.json"
-    provenance = read_json(path) if path.exists() else {}
+    provenance = read_for_display(run.root / "provenance.json", dict[str, Any], {})
     return {key: value for key, value in provenance.items() if key != "command"}
 
 

@@ -6,7 +6,6 @@ A folder of published teachers holds the long-form tables of `cpd.evaluation.gat
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +13,11 @@ from cpd.config.load import to_dict
 from cpd.evaluation.gather import evaluated, find_results, gather
 from cpd.evaluation.results_folder import TEACHER, labels_of, read_tables
 from cpd.evaluation.summary import summarize
+from cpd.reading import DamagedFileError, read_for_display, read_json
 from cpd.run.claim import RESULT_FILES, check_none_lost, check_repository_place, claim
+from cpd.run.descriptions import Policy
 from cpd.run.directory import Run, TeacherElement, published_policy
-from cpd.run.files import DamagedFileError, copy, read_json, sha256, write_json
+from cpd.run.files import copy, sha256, write_json
 from cpd.run.tables import EpisodeRow, EvaluationRow, compress_tables, find_table, read_rows, write_rows
 
 #: The files that are copied as they are, since they hold no results of students.
@@ -66,7 +67,8 @@ def publish_teachers(run: Run, folder: Path) -> list[Path]:
     # Results of students are published into folders of their own, by `publish_results`.
     write_rows(folder / "evaluations.csv", [row for row in evaluations if row.method == TEACHER])
     write_rows(folder / "episodes.csv", [row for row in episodes if row.method == TEACHER])
-    timings = [entry for entry in read_json(run.results / "timings.json") if entry["role"] == "teacher"]
+    timings = read_for_display(run.results / "timings.json", list[dict[str, Any]], [])
+    timings = [entry for entry in timings if entry.get("role") == "teacher"]
     write_json(folder / "timings.json", timings)
     # Not the run's own metrics.json, which also has its students.
     measures = summarize(read_tables(folder)).to_json()
@@ -124,38 +126,11 @@ def publish_results(path: Path, folder: Path) -> Path:
 def _check_whole(teacher: TeacherElement) -> None:
     """Raise DamagedFileError unless the policy has the checksum in its description."""
     path = teacher.policy.with_suffix(".json")
-    if read_description(path, ("sha256",))["sha256"] != sha256(teacher.policy):
+    if read_json(path, Policy)["sha256"] != sha256(teacher.policy):
         raise DamagedFileError(
             f"{teacher.policy} is damaged: its checksum differs from that in {path.name}; remove {teacher.path} "
             "and launch again to train this teacher again"
         )
-
-
-def read_description(path: Path, needed: Iterable[str]) -> dict[str, Any]:
-    """Read the description of a policy.
-
-    Args:
-        path: the policy's `.json`.
-        needed: keys of required entries; `table.entry` is not required if `table` is null.
-
-    Raises:
-        DamagedFileError: if an entry is missing.
-    """
-    description: dict[str, Any] = read_json(path)
-    missing = [key for key in needed if _lacks(description, key)]
-    if missing:
-        raise DamagedFileError(
-            f"{path} lacks {', '.join(missing)}: it does not describe a policy; publish the run again "
-            "(`python -m jobs.publish`)"
-        )
-    return description
-
-
-def _lacks(table: Any, key: str) -> bool:
-    name, _, rest = key.partition(".")
-    if not isinstance(table, dict) or name not in table:
-        return True
-    return bool(rest) and table[name] is not None and _lacks(table[name], rest)
 
 
 def _remove(folder: Path, name: str) -> None:

@@ -8,11 +8,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Annotated, Any, Final, NotRequired
+
+from pydantic import Field
+from typing_extensions import TypedDict
 
 from cpd.config.load import merge
 from cpd.config.retired import upgrade
-from cpd.run.files import read_json
+from cpd.config.types import Positive, Share
+from cpd.reading import check_shape, read_json
 from cpd.run.provenance import Labels
 from cpd.run.tables import (
     CurveRow,
@@ -40,6 +44,45 @@ TABLES: Final[dict[str, type[Any]]] = {
 }
 TEACHER = "teacher"
 HELD_OUT = "held_out"
+
+
+class _StreamConfig(TypedDict):
+    tasks: Annotated[list[str], Field(min_length=1)]
+
+
+class _TeacherConfig(TypedDict):
+    recipe: str
+    seeds: Annotated[list[int], Field(min_length=1)]
+    gate: Share
+    num_validation_goals: Positive
+
+
+class _DistillConfig(TypedDict):
+    protocol: str
+    steps_per_stage: Positive
+    batch_size: Positive
+
+
+class _EvaluationConfig(TypedDict, total=False):
+    goal_set: str
+
+
+class _Variant(TypedDict, total=False):
+    distill: dict[str, Any]
+
+
+class ResultsConfig(TypedDict):
+    """What is read of the config.json of results, of all versions."""
+
+    name: str
+    method: str
+    seeds: Annotated[list[int], Field(min_length=1)]
+    variants: NotRequired[dict[str, _Variant]]
+    variants_only: NotRequired[bool]
+    stream: _StreamConfig
+    teacher: _TeacherConfig
+    distill: _DistillConfig
+    evaluation: _EvaluationConfig
 
 
 @dataclass(frozen=True)
@@ -97,12 +140,15 @@ def read_tables(folder: Path) -> Tables:
             f"{folder} is not a results folder: it has no config.json; name a run or its results folder"
         )
 
+    config = upgrade(read_json(path, dict[str, Any]))
+    check_shape(config, ResultsConfig, str(path))
+
     def rows(name: str, kind: type[Any]) -> list[Any]:
         return read_rows(folder / name, kind) if find_table(folder / name) else []
 
     return Tables(
         folder,
-        upgrade(read_json(path)),
+        config,
         **{name: rows(f"{name}.csv", kind) for name, kind in TABLES.items()},
     )
 

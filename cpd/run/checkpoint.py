@@ -13,12 +13,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from typing_extensions import TypedDict
 
-from cpd.run.files import atomic_write, is_temporary, read_json, sha256, sweep_temporaries, write_json
+from cpd.reading import DamagedFileError, read_json
+from cpd.run.files import atomic_write, is_temporary, sha256, sweep_temporaries, write_json
+
+#: Names of checkpoints, such as `stage-03-step-004000`; folders of other names are not ours.
+CHECKPOINT = re.compile(r"[a-z]+-\d+(-[a-z]+-\d+)*")
 
 
-class CheckpointError(ValueError):
+class CheckpointError(DamagedFileError):
     """A checkpoint that was damaged from outside."""
+
+
+class Meta(TypedDict):
+    """What is read of meta.json."""
+
+    sha256: str
 
 
 @dataclass(frozen=True)
@@ -26,17 +37,17 @@ class Checkpoint:
     """A published checkpoint."""
 
     path: Path
-    meta: dict[str, Any]
 
     def load(self) -> dict[str, Any]:
         """Load the state to the CPU.
 
         Raises:
-            CheckpointError: if the file's hash is not the recorded one.
+            DamagedFileError: if the file's hash is not the recorded one, or meta.json is damaged.
         """
-        file = self.path / "state.pt"
-        if sha256(file) != self.meta["sha256"]:
-            raise CheckpointError(f"{file} is damaged: its hash is not the one in meta.json; remove {self.path}")
+        file, remedy = self.path / "state.pt", f"remove {self.path}"
+        meta = read_json(self.path / "meta.json", Meta, remedy)
+        if not file.is_file() or sha256(file) != meta["sha256"]:
+            raise CheckpointError(f"{file} is missing, or damaged: its hash is not the one in meta.json; {remedy}")
         state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
         return state
 
@@ -57,18 +68,17 @@ def save(folder: Path, name: str, state: dict[str, Any], *, keep: int = 2, **met
     sweep_temporaries(path)
     with atomic_write(path / "state.pt") as temporary:
         torch.save(state, temporary)
-    meta = {**meta, "sha256": sha256(path / "state.pt")}
-    write_json(path / "meta.json", meta)
+    write_json(path / "meta.json", {**meta, "sha256": sha256(path / "state.pt")})
     prune(folder, keep)
-    return Checkpoint(path, meta)
+    return Checkpoint(path)
 
 
 def published(folder: Path) -> list[Checkpoint]:
     """Return all complete checkpoints in `folder`, oldest first."""
-    paths = [path.parent for path in folder.glob("*/meta.json")]
+    paths = [path.parent for path in folder.glob("*/meta.json") if CHECKPOINT.fullmatch(path.parent.name)]
     # Sort by number: a step may have more digits than the name is padded to.
     paths.sort(key=lambda path: [int(number) for number in re.findall(r"\d+", path.name)])
-    return [Checkpoint(path, read_json(path / "meta.json")) for path in paths]
+    return [Checkpoint(path) for path in paths]
 
 
 def latest(folder: Path) -> Checkpoint | None:
@@ -80,7 +90,7 @@ def prune(folder: Path, keep: int) -> None:
     """Remove all but the `keep` newest checkpoints, and the temporary files of killed writers."""
     newest = {checkpoint.path for checkpoint in published(folder)[-keep:]} if keep else set()
     for path in folder.iterdir() if folder.exists() else ():
-        if path.is_dir() and path not in newest:
+        if CHECKPOINT.fullmatch(path.name) and path.is_dir() and path not in newest:
             # Unmark first, so that a half-removed checkpoint is never taken for a complete one.
             (path / "meta.json").unlink(missing_ok=True)
             shutil.rmtree(path, ignore_errors=True)

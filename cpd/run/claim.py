@@ -13,8 +13,9 @@ from typing import Any, Final, Literal
 from cpd.config import Config, changes, differences
 from cpd.config.load import first_few
 from cpd.config.retired import upgrade
+from cpd.reading import read_json
 from cpd.run.directory import Run, RunError
-from cpd.run.files import is_temporary, read_json
+from cpd.run.files import is_temporary
 from cpd.run.reuse import EXEMPT
 
 Kind = Literal["run", "teachers", "results", "figures"]
@@ -145,7 +146,7 @@ def claim(folder: Path, kind: Kind, experiment: Config | Mapping[str, Any] | Non
         return
     assert isinstance(experiment, Mapping)
     if "config.json" in names:
-        if differing := _published_differences(read_json(folder / "config.json"), experiment):
+        if differing := _published_differences(read_json(folder / "config.json", dict[str, Any]), experiment):
             shown = "; ".join(textwrap.shorten(line, 160, placeholder=" ...") for line in differing[:3])
             raise refuse(f"it holds another experiment, which would be lost (there -> here: {shown})")
     elif tables := sorted(names & (RESULT_FILES | TEACHER_FILES)):

@@ -17,11 +17,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from cpd.config import Config
 from cpd.config.load import load, nearest
 from cpd.config.types import Role
-from cpd.run.files import read_json
+from cpd.reading import read_json
 
 
 class RunError(ValueError):
@@ -154,7 +155,9 @@ class Run:
     @cached_property
     def config(self) -> Config:
         """The stored configuration, checked on load."""
-        return self._planned_config or load(Config, read_json(self.config_path), str(self.config_path))
+        if self._planned_config:
+            return self._planned_config
+        return load(Config, read_json(self.config_path, dict[str, Any]), str(self.config_path))
 
     @cached_property
     def method_configs(self) -> dict[str, Config]:

@@ -14,10 +14,6 @@ from typing import Any
 TEMPORARY_SUFFIX = ".tmp"
 
 
-class DamagedFileError(ValueError):
-    """A file was damaged or removed from outside; the message names it."""
-
-
 @contextlib.contextmanager
 def atomic_write(path: Path, sync: bool = True) -> Iterator[Path]:
     """Yield a temporary sibling of `path` to write to; on leaving, sync it and rename it to `path`.
@@ -53,26 +49,12 @@ def copy(source: Path, target: Path) -> None:
 def write_text(path: Path, text: str, sync: bool = True) -> None:
     """Write `text` to `path` with `atomic_write`."""
     with atomic_write(path, sync) as temporary:
-        temporary.write_text(text)
+        temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, data: Any, sync: bool = True) -> None:
     """Write `data` as indented JSON to `path` with `atomic_write`."""
     write_text(path, json.dumps(data, indent=2) + "\n", sync)
-
-
-def read_json(path: Path) -> Any:
-    """Return the contents of a JSON file.
-
-    Raises:
-        DamagedFileError: if it is not JSON.
-    """
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:  # not JSON, or not even text
-        raise DamagedFileError(
-            f"{path} is not valid JSON ({error}); it was damaged from outside: put it back, or remove it"
-        ) from None
 
 
 def sha256(path: Path) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import socket
 import threading
 import time
@@ -17,9 +18,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 
+from cpd.reading import DamagedFileError, read_json
 from cpd.run.files import write_json
 
 HEARTBEAT_SECONDS = 5.0
+#: Names of attempts; a sync tool or an editor may leave others beside them.
+ATTEMPT = re.compile(r"\d{4,}\.json")
 #: A holder on another host that has been silent for this long counts as dead.
 STALE_SECONDS = 90.0
 
@@ -61,7 +65,7 @@ class Holder:
 def start_ticks(process: int) -> int:
     """Return a process's start time in clock ticks since boot, which tells reused ids apart; 0 if it has ended."""
     try:
-        text = Path(f"/proc/{process}/stat").read_text()
+        text = Path(f"/proc/{process}/stat").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return 0
     fields = text.rpartition(")")[2].split()
@@ -112,7 +116,7 @@ class Lease:
     def _create(self) -> None:
         # A link publishes the complete file at once, and fails if the number exists, also on NFS.
         temporary = self._attempts / f".{socket.gethostname()}.{os.getpid()}.tmp"
-        with temporary.open("w") as file:
+        with temporary.open("w", encoding="utf-8") as file:
             json.dump(asdict(Holder.current()), file)
             file.flush()
             os.fsync(file.fileno())
@@ -159,21 +163,21 @@ class Lease:
 
 def current_holder(attempts: Path) -> tuple[Holder | None, int]:
     """Return the living holder of the lease, or None, and the number of the last attempt (0 if none)."""
-    numbers = sorted(int(path.stem) for path in attempts.glob("[0-9]*.json"))
-    if not numbers:
+    files = {int(path.stem): path for path in attempts.glob("*.json") if ATTEMPT.fullmatch(path.name)}
+    if not files:
         return None, 0
-    path = attempts / f"{numbers[-1]:04d}.json"
+    number, path = max(files.items())
     try:
-        holder = Holder(**json.loads(path.read_text()))
-    except (ValueError, TypeError):
-        return None, numbers[-1]  # only a power failure leaves a partial file, and it ended the writer too
+        holder = read_json(path, Holder)
+    except (DamagedFileError, FileNotFoundError):
+        return None, number  # only a power failure leaves a partial file, and it ended the writer too
     if holder.released:
-        return None, numbers[-1]
+        return None, number
     if holder.host == socket.gethostname():
         alive = is_alive(holder.process, holder.start_ticks)
     else:
         alive = _age_seconds(path) < STALE_SECONDS
-    return (holder if alive else None), numbers[-1]
+    return (holder if alive else None), number
 
 
 def _age_seconds(path: Path) -> float:

@@ -8,9 +8,13 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Annotated, Any, BinaryIO, Literal
 
-from cpd.run.files import read_json, write_json
+from pydantic import AfterValidator, ConfigDict, FiniteFloat, TypeAdapter
+from typing_extensions import TypedDict
+
+from cpd.reading import read_for_display, read_json_lines
+from cpd.run.files import write_json
 
 State = Literal["waiting", "queued", "running", "done", "rejected", "stopped", "failed"]
 
@@ -49,6 +53,7 @@ class MetricsLog:
 class StatusRecord:
     """The contents of status.json; every field but `state` is for display only."""
 
+    __pydantic_config__ = ConfigDict(allow_inf_nan=False)
     state: State = "waiting"
     phase: str = ""
     done: int = 0
@@ -77,10 +82,7 @@ class StatusRecord:
 
 def read_status(path: Path) -> StatusRecord:
     """Return the record in `path`, or an empty one if it is missing or damaged: it is for display only."""
-    try:
-        return StatusRecord(**read_json(path)) if path.exists() else StatusRecord()
-    except (ValueError, TypeError):
-        return StatusRecord()
+    return read_for_display(path, StatusRecord, StatusRecord())
 
 
 class Status:
@@ -175,9 +177,45 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Return all complete records of a metrics.jsonl; skip a line that a kill cut off."""
-    if not path.exists():
-        return []
-    lines = path.read_bytes().split(b"\n")[:-1]
-    return [json.loads(line) for line in lines if line]
+class _UsedMetrics(TypedDict, total=False):
+    """The entries of metrics records that results are made from."""
+
+    stage: int
+    step: int
+    task: str | None
+    loss: float | None
+    current: float | None
+    replay: float | None
+    masked_share: FiniteFloat
+    iteration: int
+    env_steps: FiniteFloat
+    train_success: float | None
+    validation_success: FiniteFloat | None
+
+
+_USED_METRICS = TypeAdapter(_UsedMetrics)
+
+
+def _check_metrics(record: dict[str, Any]) -> dict[str, Any]:
+    _USED_METRICS.validate_python(record, strict=True)
+    needed = {"stage", "step", "task"} if "loss" in record else {"stage"} if "masked_share" in record else set()
+    if missing := needed - record.keys():
+        raise ValueError(f"required, but not given: {', '.join(sorted(missing))}")
+    return record
+
+
+MetricsRecord = Annotated[dict[str, float | int | str | None], AfterValidator(_check_metrics)]
+
+
+def read_metrics(path: Path, *, is_finished: bool = False) -> list[dict[str, Any]]:
+    """Return all complete records of a metrics.jsonl; skip a line that a kill cut off.
+
+    Args:
+        path: the file; no records if it does not exist.
+        is_finished: whether its element is, so that no line may be cut off.
+
+    Raises:
+        DamagedFileError: if a line is damaged.
+    """
+    shape: Any = MetricsRecord
+    return list(read_json_lines(path, shape, is_finished=is_finished)) if path.exists() else []

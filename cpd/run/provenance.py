@@ -11,6 +11,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from typing_extensions import TypedDict
+
 from cpd.config import Config
 from cpd.envs.tasks import REWARD_VERSION
 
@@ -42,6 +44,12 @@ def labels(config: Config) -> Labels:
         version("metaworld"),
         version("mujoco"),
     )
+
+
+class Provenance(TypedDict):
+    """What is read of provenance.json."""
+
+    code: str
 
 
 @cache

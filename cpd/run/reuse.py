@@ -22,8 +22,10 @@ from typing import Any
 from cpd.config import Config, changes
 from cpd.config.load import load, to_dict
 from cpd.config.retired import upgrade
+from cpd.reading import read_for_display, read_json
+from cpd.run.descriptions import Policy
 from cpd.run.directory import Element, Run, TeacherElement, published_policy, teacher_element
-from cpd.run.files import atomic_write, copy, read_json, sha256, write_json
+from cpd.run.files import atomic_write, copy, sha256, write_json
 from cpd.run.progress import State, StatusRecord
 from cpd.run.provenance import labels
 from cpd.run.shards.schema import INDEX_NAME, read_index
@@ -109,8 +111,9 @@ def reuse(run: Run, folder: Path) -> list[Reuse]:
     records = {r.teacher.name: _copy_files(r, r.policy, folder.resolve().name) for r in reuses if r.policy}
     if records:
         path = run.root / "provenance.json"
-        provenance = read_json(path) if path.exists() else {}
-        write_json(path, {**provenance, "teachers": {**provenance.get("teachers", {}), **records}})
+        provenance = read_for_display(path, dict[str, Any], {})
+        earlier = provenance.get("teachers")
+        write_json(path, {**provenance, "teachers": {**(earlier if isinstance(earlier, dict) else {}), **records}})
     for item in reuses:
         if item.source and item.marker:
             copy(item.source.path / item.marker, item.teacher.path / item.marker)
@@ -125,7 +128,7 @@ def _changed_settings(folder: Path, ours: Config) -> list[str]:
             f"teachers_from = {str(folder)!r}: no such run or folder of published teachers (it has no config.json)"
         )
     # Only the tables that concern teachers: student tables of older code may no longer load.
-    tables = upgrade(read_json(path))
+    tables = upgrade(read_json(path, dict[str, Any]))
     lines = []
     for name in ("stream", "teacher", "rollouts", "evaluation"):
         table = getattr(ours, name)
@@ -163,15 +166,15 @@ def _check_policy(policy: Path, teacher: TeacherElement, ours: Config) -> None:
     path = policy.with_suffix(".json")
     if not path.exists():
         raise ReuseError(f"{policy} has no description ({path.name}) beside it")
-    description = read_json(path)
-    if sha256(policy) != description.get("sha256"):
+    description = read_json(path, Policy)
+    if sha256(policy) != description["sha256"]:
         raise ReuseError(f"{policy} is damaged: its hash differs from the one in {path.name}")
-    if (description.get("task"), description.get("seed")) != (teacher.task, teacher.seed):
+    if (description["task"], description["seed"]) != (teacher.task, teacher.seed):
         raise ReuseError(f"{path} describes another teacher, not {teacher.task} seed {teacher.seed}")
     wanted = asdict(labels(ours))
     wrong = [
         f"{name} is {value!r} there, {wanted.get(name)!r} here"
-        for name, value in description.get("labels", {}).items()
+        for name, value in asdict(description["labels"]).items()
         if name != "task_identity" and wanted.get(name) != value
     ]
     if wrong:
@@ -180,7 +183,7 @@ def _check_policy(policy: Path, teacher: TeacherElement, ours: Config) -> None:
 
 def _depends_on_budget(policy: Path, changed: Sequence[str], ours: Config) -> bool:
     """Whether budgets differ, and training stopped at theirs or used more steps than ours."""
-    training = read_json(policy.with_suffix(".json")).get("training", {})
+    training = read_json(policy.with_suffix(".json"), Policy)["training"]
     is_other = any(line.startswith("teacher.max_env_steps:") for line in changed)
     ended = training.get("stopped_by") == "budget" or training.get("env_steps", 0) > ours.teacher.max_env_steps
     return is_other and ended
@@ -214,7 +217,7 @@ def _copy_files(item: Reuse, policy: Path, name: str) -> dict[str, Any]:
         copy(source.metrics, teacher.metrics)
     _link(policy, teacher.policy)
     copy(policy.with_suffix(".json"), teacher.policy.with_suffix(".json"))
-    success = read_json(policy.with_suffix(".json")).get("training", {}).get("validation_success")
+    success = read_json(policy.with_suffix(".json"), Policy)["training"]["validation_success"]
     states: dict[str, State] = {"COMPLETE": "done", "REJECTED": "rejected"}
     status = StatusRecord(states.get(item.marker, "waiting"), success=success, message=f"reused from {name}")
     write_json(teacher.status, asdict(status))

@@ -17,7 +17,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
 
-from cpd.run.files import DamagedFileError, atomic_write, write_text
+from cpd.reading import DamagedFileError, decode
+from cpd.run.files import atomic_write, write_text
 from cpd.run.provenance import Labels
 
 Row = TypeVar("Row")
@@ -213,9 +214,9 @@ def read_table(path: Path) -> str:
     file = find_table(path) or path
     content = file.read_bytes()
     if file == path:
-        return content.decode()
+        return decode(content, file)
     try:
-        return gzip.decompress(content).decode()
+        return decode(gzip.decompress(content), file)
     except (OSError, EOFError, zlib.error) as error:
         raise DamagedFileError(f"{file} is damaged ({error}): restore it, or publish the run again") from None
 

@@ -22,7 +22,9 @@ from cpd.config import StudentConfig
 from cpd.config.load import load, to_dict
 from cpd.config.retired import upgrade
 from cpd.envs.tasks import ACTION_SIZE, OBSERVATION_SIZE
-from cpd.run.files import atomic_write, read_json, write_json
+from cpd.reading import DamagedFileError, read_json
+from cpd.run.descriptions import StudentPolicy
+from cpd.run.files import atomic_write, write_json
 from cpd.student.moe import MoE, RouterStats
 from cpd.student.observations import observation_scaling
 from cpd.student.packing import Packing
@@ -240,27 +242,29 @@ def load_student(path: Path) -> Student:
     """Load the student that `save_student` wrote to `path`, on the CPU.
 
     Raises:
-        ValueError: if weights and description do not match, or if observations were scaled differently.
+        DamagedFileError: if weights and description do not match, or if observations were scaled differently.
     """
     description_path = path.with_suffix(".json")
-    description = read_json(description_path)
+    description = read_json(description_path, StudentPolicy)
     data = path.read_bytes()
     if hashlib.sha256(data).hexdigest() != description["sha256"]:
-        raise ValueError(
+        raise DamagedFileError(
             f"{path} is damaged: its hash is not the one in {description_path.name}; restore it, or remove the "
             "student's folder and launch again to distil it again"
         )
     centre, scale = observation_scaling()
     if [centre.tolist(), scale.tolist()] != [description["obs_centre"], description["obs_scale"]]:
-        raise ValueError(f"{path} was trained with another scaling of observations; distil the student again")
+        raise DamagedFileError(
+            f"{path} was trained with another scaling of observations; distil the student again"
+        )
     settings = upgrade({"student": description["student"]})["student"]
-    student = Student(
-        load(StudentConfig, settings, str(description_path)),
-        description["num_tasks"],
-        num_experts=description["num_experts"],
-        dtype=getattr(torch, description["dtype"]),
-    )
-    tensors = safetensors.torch.load(data)
-    student.packing = Packing.pop_from(tensors)
-    student.load_state_dict(tensors)
+    config = load(StudentConfig, settings, str(description_path))
+    dtype = getattr(torch, description["dtype"])
+    try:
+        student = Student(config, description["num_tasks"], num_experts=description["num_experts"], dtype=dtype)
+        tensors = safetensors.torch.load(data)
+        student.packing = Packing.pop_from(tensors)
+        student.load_state_dict(tensors)
+    except (RuntimeError, TypeError, safetensors.SafetensorError) as error:
+        raise DamagedFileError(f"{path} is not what {description_path.name} describes: {error}") from None
     return student

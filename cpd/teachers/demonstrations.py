@@ -16,7 +16,9 @@ from typing import Any, Final, Literal, NamedTuple
 import numpy as np
 import torch
 from metaworld.policies import ENV_POLICY_MAP
+from typing_extensions import TypedDict
 
+from cpd.config.types import PositiveFloat, Task
 from cpd.envs.cells import CHUNK
 from cpd.envs.goals import Goal
 from cpd.envs.tasks import ACTION_SIZE
@@ -71,14 +73,18 @@ def save_scripted(policy: ScriptedPolicy, path: Path, description: dict[str, Any
     write_tensors(tensors, path, {"architecture": architecture, **description})
 
 
+class _ScriptedArchitecture(TypedDict):
+    task: Task
+    assumed_std: PositiveFloat
+
+
 def load_scripted(path: Path) -> ScriptedPolicy:
     """Load the stand-in saved at `path`.
 
     Raises:
-        ValueError: if it is missing, damaged, or of another kind.
+        DamagedFileError: if it is missing, damaged, or of another kind.
     """
-    _, description = read_tensors(path, "scripted")
-    architecture = description["architecture"]
+    _, architecture = read_tensors(path, "scripted", _ScriptedArchitecture)
     return ScriptedPolicy(architecture["task"], architecture["assumed_std"])
 
 

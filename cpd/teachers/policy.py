@@ -9,17 +9,20 @@ import math
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Final, Literal, NamedTuple, Protocol
+from typing import Any, Final, Literal, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import safetensors.torch
 import torch
 from torch import Tensor, nn
+from typing_extensions import TypedDict
 
 from cpd.comm import Comm, SerialComm
+from cpd.config.types import Positive
 from cpd.envs.tasks import ACTION_SIZE, OBSERVATION_SIZE
-from cpd.run.files import atomic_write, read_json, sha256, write_json
+from cpd.reading import DamagedFileError, check_shape, read_json
+from cpd.run.files import atomic_write, sha256, write_json
 from cpd.teachers.ranks import column_moments
 
 
@@ -62,6 +65,7 @@ class RunningMoments(nn.Module):
         return (self.sum_of_squares / self.count).sqrt().clamp_min(self._min_std)
 
 
+A = TypeVar("A")
 FloatArray = npt.NDArray[np.float32]
 
 #: The kind of architecture in policies' descriptions.
@@ -209,26 +213,36 @@ def write_tensors(tensors: dict[str, Tensor], path: Path, description: dict[str,
     write_json(path.with_suffix(".json"), {**description, "sha256": sha256(path)})
 
 
-def read_tensors(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read the tensors at `path` and their description, and check their hash and kind.
+class _Description(TypedDict):
+    sha256: str
+    architecture: dict[str, Any]
+
+
+class _GaussianArchitecture(TypedDict):
+    hidden_sizes: list[Positive]
+
+
+def read_tensors(path: Path, kind: str, shape: type[A]) -> tuple[dict[str, Tensor], A]:
+    """Read the tensors at `path` and their architecture, of the given shape; check their hash and kind.
 
     Raises:
-        ValueError: if a file is missing, damaged, or describes another kind; the message names it.
+        DamagedFileError: if a file is missing, damaged, or describes another kind; the message names it.
     """
     description_path = path.with_suffix(".json")
     for file in (path, description_path):
         if not file.exists():
-            raise ValueError(f"{file} is missing; {_remedy(path)}")
-    description = read_json(description_path)
-    described_kind = description.get("architecture", {}).get("kind")
-    if described_kind != kind:
-        raise ValueError(f"{description_path} describes a policy of kind {described_kind!r}, not {kind!r}")
-    if sha256(path) != description.get("sha256"):
-        raise ValueError(
+            raise DamagedFileError(f"{file} is missing; {_remedy(path)}")
+    description = read_json(description_path, _Description, _remedy(path))
+    architecture = description["architecture"]
+    if (described_kind := architecture.get("kind")) != kind:
+        raise DamagedFileError(f"{description_path} describes a policy of kind {described_kind!r}, not {kind!r}")
+    if sha256(path) != description["sha256"]:
+        raise DamagedFileError(
             f"{path} is damaged or is not the file that {description_path.name} describes: the hashes differ; "
             f"{_remedy(path)}"
         )
-    return safetensors.torch.load_file(path), description
+    place = f"{description_path}, in its part 'architecture'"
+    return safetensors.torch.load_file(path), check_shape(architecture, shape, place, _remedy(path))
 
 
 def _remedy(path: Path) -> str:
@@ -244,9 +258,12 @@ def load_policy(path: Path) -> GaussianPolicy:
     """Load the policy saved at `path`, ready to act.
 
     Raises:
-        ValueError: if it is missing, damaged, or of another kind.
+        DamagedFileError: if it is missing, damaged, or of another kind.
     """
-    tensors, description = read_tensors(path, KIND)
-    policy = GaussianPolicy(description["architecture"]["hidden_sizes"], init_log_std=0.0)
-    policy.load_state_dict(tensors)
+    tensors, architecture = read_tensors(path, KIND, _GaussianArchitecture)
+    try:
+        policy = GaussianPolicy(architecture["hidden_sizes"], init_log_std=0.0)
+        policy.load_state_dict(tensors)
+    except (RuntimeError, TypeError) as error:
+        raise DamagedFileError(f"{path} is not what its description describes: {error}; {_remedy(path)}") from None
     return policy.eval().requires_grad_(False)

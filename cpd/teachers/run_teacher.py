@@ -13,10 +13,12 @@ from cpd.config import Config
 from cpd.envs.cells import Cell, EnvPool, evaluate_cells
 from cpd.envs.goals import goal_set
 from cpd.evaluation.run_evaluation import evaluation_rows
+from cpd.reading import read_json
 from cpd.run import checkpoint
 from cpd.run.attempt import Attempt, begin_attempt
+from cpd.run.descriptions import Policy
 from cpd.run.directory import Run, TeacherElement
-from cpd.run.files import read_json, sha256, sweep_temporaries, write_text
+from cpd.run.files import sha256, sweep_temporaries, write_text
 from cpd.run.interrupt import Interrupt, InterruptedBySignal
 from cpd.run.provenance import labels
 from cpd.run.shards.schema import INDEX_NAME, Episode, ShardAttributes, ShardError, read_index
@@ -71,7 +73,7 @@ def run_teacher(
         # description is written after the weights, so it marks the end of training.
         if not on_first_rank(comm, description_path.exists):
             phases.train()
-        description = on_first_rank(comm, lambda: read_json(description_path))
+        description = on_first_rank(comm, lambda: read_json(description_path, Policy))
         success: float = description["training"]["validation_success"]
         # Evaluated before the gate: a rejected teacher is reported with its success rate, too.
         if not on_first_rank(comm, element.evaluation.exists):

@@ -30,8 +30,9 @@ from cpd.evaluation.measures import SuccessMatrix
 from cpd.evaluation.results_folder import read_tables
 from cpd.evaluation.student_measures import rate_before
 from cpd.evaluation.summary import summarize
+from cpd.reading import read_json
 from cpd.run.directory import RunError
-from cpd.run.files import read_json, write_json
+from cpd.run.files import write_json
 from tests.synthetic_run import write_run
 
 STREAM = STREAMS["demo"]
@@ -119,7 +120,7 @@ def test_bars_of_methods_have_numbers_and_a_line_at_their_teachers(tmp_path: Pat
 @pytest.mark.parametrize("steps", [1_000, 2_000])
 def test_curves_and_losses_lie_within_their_stages(tmp_path: Path, steps: int) -> None:
     run = write_run(tmp_path / "r", stream=STREAM, students={1: RATES, 2: RATES}, teachers=TEACHERS)
-    config = read_json(run.config_path)
+    config = read_json(run.config_path, dict)
     config["distill"]["steps_per_stage"] = steps
     write_json(run.config_path, config)
     gather(run)
@@ -202,6 +203,6 @@ def test_figures_of_earlier_builds_are_removed_and_nothing_else(tmp_path: Path) 
 
 @pytest.mark.parametrize("folder", PUBLISHED, ids=lambda path: str(path.relative_to(RESULTS)))
 def test_published_measures_are_what_their_raw_tables_give(folder: Path) -> None:
-    published = read_json(folder / "metrics.json")
+    published = read_json(folder / "metrics.json", dict)
     measures = json.loads(json.dumps(summarize(read_tables(folder)).to_json()))
     assert {**measures, "provenance": published["provenance"]} == published

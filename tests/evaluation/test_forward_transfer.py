@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from cpd.evaluation.gather import gather
-from cpd.run.files import read_json, write_json
+from cpd.reading import read_json
+from cpd.run.files import write_json
 from cpd.run.tables import CurveRow, read_rows, write_rows
 from tests.evaluation.test_gather import RATES, STREAM, TEACHERS
 from tests.synthetic_run import write_run
@@ -49,7 +50,7 @@ def test_forward_transfer_is_measured_from_the_students_of_single_tasks_in_the_s
     assert ours["forward_transfer"]["mean"]["estimate"] == pytest.approx((expected[0] + expected[2]) / 2)
 
     # Single-task students with other batch sizes or numbers of steps are not comparable.
-    config = read_json(run.config_path)
+    config = read_json(run.config_path, dict)
     config["variants"]["alone"]["distill"]["batch_size"] = 2 * config["distill"]["batch_size"]
     write_json(run.config_path, config)
     assert all(method["forward_transfer"] is None for method in gather(run)["methods"])

@@ -22,9 +22,9 @@ from cpd.config.load import load, merge, read_toml, to_dict
 from cpd.envs.cells import EnvPool
 from cpd.envs.episodes import run_episodes
 from cpd.envs.goals import FIRST_SEEDS, goal_set
-from cpd.evaluation.publish import publish_teachers, read_description
+from cpd.evaluation.publish import publish_teachers
 from cpd.run.directory import Run, published_policy
-from cpd.run.files import DamagedFileError, sha256, write_json
+from cpd.run.files import sha256, write_json
 from cpd.run.interrupt import Interrupt
 from cpd.run.tables import EvaluationRow, read_rows, write_rows
 from cpd.teachers.demonstrations import ScriptedPolicy
@@ -337,13 +337,3 @@ def test_a_committed_policy_passes_meta_world_s_evaluation(tmp_path: Path) -> No
     assert check_main([str(EASIEST.parents[1]), "--only", task, "--csv", str(table)]) == 0
     (row,) = csv.DictReader(table.open(newline=""))
     assert row["successes"] == row["published_successes"], "the same goals, so the same episodes"
-
-
-def test_missing_entries_of_a_description_are_named_except_those_of_a_null_table(tmp_path: Path) -> None:
-    path, needed = tmp_path / "policy.json", ("seed", "training.warm_start.success", "training.steps")
-    for training in ({"warm_start": {"success": 0.5}, "steps": 1}, {"warm_start": None, "steps": 1}):
-        path.write_text(json.dumps({"seed": 1, "training": training}))
-        assert read_description(path, needed)["training"] == training
-    path.write_text(json.dumps({"training": {"warm_start": {}}}))
-    with pytest.raises(DamagedFileError, match=r"seed, training\.warm_start\.success, training\.steps:"):
-        read_description(path, needed)

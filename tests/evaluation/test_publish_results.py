@@ -12,10 +12,10 @@ import pytest
 from analysis.build import main
 from cpd.envs.tasks import STREAMS
 from cpd.evaluation.publish import publish_results
+from cpd.reading import read_json
 from cpd.run import claim as module
 from cpd.run.claim import check_repository_place
 from cpd.run.directory import RunError
-from cpd.run.files import read_json
 from tests.synthetic_run import LABELS, write_run
 
 RATES = np.array([[0.1, 0.0, 0.0], [0.9, 0.1, 0.0], [0.7, 0.8, 0.2], [0.5, 0.9, 0.96]])
@@ -121,4 +121,4 @@ def test_real_teachers_are_not_published_among_stand_ins(places: Path, tmp_path:
     "path", sorted(module.REPOSITORY_RESULTS.rglob("config.json")), ids=lambda path: path.parent.name
 )
 def test_committed_results_are_where_they_belong(path: Path) -> None:
-    check_repository_place(path.parent, read_json(path)["teacher"]["recipe"])
+    check_repository_place(path.parent, read_json(path, dict)["teacher"]["recipe"])

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from cpd.reading import read_json
 from cpd.run.checkpoint import CheckpointError, latest, published, save
-from cpd.run.files import atomic_write, read_json, sweep_temporaries, write_json
+from cpd.run.files import atomic_write, sweep_temporaries, write_json
 from cpd.run.progress import MetricsLog, Status, clock, progress_line, read_metrics, read_status
 from cpd.seeding import derive, generator
 
@@ -23,7 +24,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError), atomic_write(path) as temporary:
         temporary.write_text("half of it")
         raise RuntimeError
-    assert read_json(path) == {"old": 1}
+    assert read_json(path, dict) == {"old": 1}
     assert list(tmp_path.iterdir()) == [path]
 
 
@@ -36,7 +37,7 @@ def test_a_killed_write_leaves_the_old_file_and_a_temporary_to_sweep(tmp_path: P
         "    temporary.write_text('half'); os.kill(os.getpid(), signal.SIGKILL)"
     )
     assert subprocess.run([sys.executable, "-c", code, str(path)]).returncode == -signal.SIGKILL
-    assert read_json(path) == {"old": 1}
+    assert read_json(path, dict) == {"old": 1}
     assert len(list(tmp_path.iterdir())) == 2
     sweep_temporaries(tmp_path)
     assert list(tmp_path.iterdir()) == [path]
@@ -54,13 +55,13 @@ def test_published_files_follow_the_umask(tmp_path: Path) -> None:
 def test_damaged_json_is_named(tmp_path: Path) -> None:
     (tmp_path / "status.json").write_text('{"state": ')
     with pytest.raises(ValueError, match=r"status\.json"):
-        read_json(tmp_path / "status.json")
+        read_json(tmp_path / "status.json", dict)
 
 
 def test_checkpoints_are_pruned_and_the_latest_is_found(tmp_path: Path) -> None:
     for step in (100, 200, 300):
         save(tmp_path, f"step-{step:06d}", {"weights": torch.full((3,), float(step))}, keep=2, step=step)
-    assert [checkpoint.meta["step"] for checkpoint in published(tmp_path)] == [200, 300]
+    assert [checkpoint.path.name for checkpoint in published(tmp_path)] == ["step-000200", "step-000300"]
     newest = latest(tmp_path)
     assert newest is not None and torch.equal(newest.load()["weights"], torch.full((3,), 300.0))
 
@@ -68,7 +69,10 @@ def test_checkpoints_are_pruned_and_the_latest_is_found(tmp_path: Path) -> None:
 def test_checkpoints_are_in_the_order_of_their_numbers(tmp_path: Path) -> None:
     for stage, step in ((99, 1_000_000), (100, 200), (100, 1_200_000)):
         save(tmp_path, f"stage-{stage:02d}-step-{step:06d}", {"x": 1}, keep=2, step=step)
-    assert [checkpoint.meta["step"] for checkpoint in published(tmp_path)] == [200, 1_200_000]
+    assert [checkpoint.path.name for checkpoint in published(tmp_path)] == [
+        "stage-100-step-000200",
+        "stage-100-step-1200000",
+    ]
 
 
 def test_a_checkpoint_without_its_marker_does_not_exist(tmp_path: Path) -> None:
@@ -76,9 +80,9 @@ def test_a_checkpoint_without_its_marker_does_not_exist(tmp_path: Path) -> None:
     save(tmp_path, "step-000002", {"x": 2}, step=2)
     (tmp_path / "step-000002" / "meta.json").unlink()
     newest = latest(tmp_path)
-    assert newest is not None and newest.meta["step"] == 1
+    assert newest is not None and newest.path.name == "step-000001"
     save(tmp_path, "step-000002", {"x": 2}, step=2)
-    assert [checkpoint.meta["step"] for checkpoint in published(tmp_path)] == [1, 2]
+    assert [checkpoint.path.name for checkpoint in published(tmp_path)] == ["step-000001", "step-000002"]
 
 
 def test_a_damaged_checkpoint_is_refused_by_name(tmp_path: Path) -> None:
@@ -94,15 +98,15 @@ def test_a_damaged_checkpoint_is_refused_by_name(tmp_path: Path) -> None:
 def test_metrics_are_cut_back_on_resume(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     log = MetricsLog(path)
-    log.append(step=1, loss=0.123456789)
+    log.append(step=1, reward=0.123456789)
     known = log.size
-    log.append(step=2, loss=0.1)
+    log.append(step=2, reward=0.1)
     log.close()
-    path.open("a").write('{"step": 3, "lo')  # cut off by a kill
+    path.open("a").write('{"step": 3, "re')  # cut off by a kill
     assert [row["step"] for row in read_metrics(path)] == [1, 2]
     log = MetricsLog(path, known)
-    log.append(step=2, loss=0.2)
-    assert read_metrics(path) == [{"step": 1, "loss": 0.123457}, {"step": 2, "loss": 0.2}]
+    log.append(step=2, reward=0.2)
+    assert read_metrics(path) == [{"step": 1, "reward": 0.123457}, {"step": 2, "reward": 0.2}]
 
 
 def test_status_adds_up_seconds_over_attempts(tmp_path: Path) -> None:

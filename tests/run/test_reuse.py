@@ -14,8 +14,9 @@ from cpd.comm import SerialComm
 from cpd.config import Config
 from cpd.config.load import load, merge, read_toml, to_dict
 from cpd.distill.stage_data import read_stage
+from cpd.reading import read_json
 from cpd.run.directory import Run, TeacherElement, published_policy
-from cpd.run.files import read_json, sha256, write_json
+from cpd.run.files import sha256, write_json
 from cpd.run.interrupt import Interrupt
 from cpd.run.progress import read_status
 from cpd.run.reuse import ReuseError, find_reusable, reuse
@@ -87,7 +88,7 @@ def test_finished_teachers_are_taken_over_as_they_are(finished: Path, tmp_path: 
             "reused from other",
         )
         assert read_stage(run, ours, SerialComm()).observations.shape == (120, 39)
-    record = read_json(run.root / "provenance.json")["teachers"]
+    record = read_json(run.root / "provenance.json", dict)["teachers"]
     first = run.teachers()[0]
     assert record[first.name] == {
         "from": "other",
@@ -134,7 +135,7 @@ def test_a_take_over_that_ends_before_its_record_is_recorded_by_the_next(
         reuse(run, finished)
     reuse(run, finished)
     assert all(teacher.finished for teacher in run.teachers())
-    assert set(read_json(run.root / "provenance.json")["teachers"]) == {t.name for t in run.teachers()}
+    assert set(read_json(run.root / "provenance.json", dict)["teachers"]) == {t.name for t in run.teachers()}
 
 
 def test_settings_that_come_after_training_may_differ_and_only_their_part_is_done_anew(
@@ -186,18 +187,18 @@ def test_teachers_may_come_from_several_places(other: Path, tmp_path: Path) -> N
     assert [a.summary for a in reuse(run, other)] == [half, "not in the source, trained as usual"]
     again = reuse(run, tmp_path / "elsewhere")
     assert [a.summary for a in again] == ["not in the source, but reused from another one before", half]
-    sources = read_json(run.root / "provenance.json")["teachers"]
+    sources = read_json(run.root / "provenance.json", dict)["teachers"]
     assert [record["from"] for record in sources.values()] == ["other", "elsewhere"]
     for teacher in run.teachers():
         finish(run, teacher)
-        assert teacher.finished and read_json(teacher.policy.with_suffix(".json"))["seed"] == 1
+        assert teacher.finished and read_json(teacher.policy.with_suffix(".json"), dict)["seed"] == 1
 
 
 def test_another_budget_concerns_only_teachers_whose_training_it_ends(other: Path, tmp_path: Path) -> None:
     endings = ({"stopped_by": "validation", "env_steps": 3_000}, {"stopped_by": "budget", "env_steps": 5_000})
     for teacher, ending in zip(Run(other).teachers(), endings, strict=True):
         path = teacher.policy.with_suffix(".json")
-        description = read_json(path)
+        description = read_json(path, dict)
         write_json(path, {**description, "training": {**description["training"], **ending}})
 
     def told(budget: int) -> list[str]:
@@ -278,7 +279,7 @@ def test_files_that_are_not_what_their_records_say_are_refused(
 
 def relabel(teacher: TeacherElement, name: str, value: str) -> None:
     path = teacher.policy.with_suffix(".json")
-    description = read_json(path)
+    description = read_json(path, dict)
     description["labels"][name] = value
     write_json(path, description)
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cpd.run.files import DamagedFileError
+from cpd.reading import DamagedFileError
 from cpd.run.tables import (
     LARGE_TABLE,
     EpisodeRow,

@@ -17,7 +17,6 @@ from cpd.run.shards.schema import (
     EPISODE_FIELDS,
     INDEX_NAME,
     SCHEMA_VERSION,
-    SHARD_PATTERN,
     STEP_FIELDS,
     FloatArray,
     ShardEntry,
@@ -25,6 +24,7 @@ from cpd.run.shards.schema import (
     ShardIndex,
     read_index,
     remedy,
+    shard_files,
 )
 
 
@@ -71,7 +71,7 @@ def read_rollouts(folder: Path, *, task: str, labels: Labels, policy_sha256: str
     index = read_index(folder)
     _check_labels(folder / INDEX_NAME, index, task, labels, policy_sha256)
     listed = {entry.file for entry in index.shards}
-    for path in sorted(folder.glob(SHARD_PATTERN)):
+    for path in shard_files(folder):
         if path.name not in listed:
             raise ShardError(f"{path} is stale: {INDEX_NAME} does not list it; remove it, or {remedy(folder)}")
     for entry in index.shards:

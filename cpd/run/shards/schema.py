@@ -8,15 +8,19 @@ observation after the last step. Episode `e` has steps `offsets[e]:offsets[e + 1
 
 from __future__ import annotations
 
-import json
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import Field
+from typing_extensions import TypedDict
 
+from cpd.config.types import Count
 from cpd.envs.tasks import ACTION_SIZE, OBSERVATION_SIZE
+from cpd.reading import DamagedFileError, read_json
 
 #: Increased whenever fields or their meaning change; a reader accepts its own version only.
 SCHEMA_VERSION: Final = 1
@@ -40,10 +44,11 @@ EPISODE_FIELDS: Final[dict[str, tuple[str, tuple[int, ...]]]] = {
     "episode_success": ("uint8", ()),
 }
 INDEX_NAME: Final = "index.json"
-SHARD_PATTERN: Final = "shard-*.h5"
+#: Names of shards; a sync tool or an editor may leave others beside them.
+SHARD_NAME: Final = r"^shard-\d{5,}\.h5$"
 
 
-class ShardError(ValueError):
+class ShardError(DamagedFileError):
     """Rollouts that are damaged, missing, stale, or another teacher's; the message says which and what to do."""
 
 
@@ -127,11 +132,11 @@ class Episode:
 class ShardEntry:
     """The index's entry of one shard."""
 
-    file: str
+    file: Annotated[str, Field(pattern=SHARD_NAME)]
     sha256: str
-    num_bytes: int
-    num_steps: int
-    num_episodes: int
+    num_bytes: Count
+    num_steps: Count
+    num_episodes: Count
 
 
 @dataclass(frozen=True)
@@ -161,6 +166,26 @@ class ShardIndex:
         }
 
 
+class _Version(TypedDict):
+    schema_version: int
+
+
+class _AnyIndex(TypedDict):
+    """What the indices of all versions have."""
+
+    attributes: _Version
+
+
+class _Totals(TypedDict):
+    num_steps: int
+    num_episodes: int
+
+
+def shard_files(folder: Path) -> list[Path]:
+    """Return the shards in `folder`, sorted, whether or not the index lists them."""
+    return sorted(path for path in folder.glob("shard-*.h5") if re.search(SHARD_NAME, path.name))
+
+
 def read_index(folder: Path) -> ShardIndex:
     """Read the index of a teacher's shards.
 
@@ -173,18 +198,17 @@ def read_index(folder: Path) -> ShardIndex:
             f"{folder} has no {INDEX_NAME}: its rollouts are missing or were not finished; {remedy(folder)}"
         )
     try:
-        data = json.loads(path.read_text())
-        version = data["attributes"]["schema_version"]
+        version = read_json(path, _AnyIndex, remedy(folder))["attributes"]["schema_version"]
         if version != SCHEMA_VERSION:
             raise ShardError(
                 f"{path}: shards of schema version {version}, but this code reads version {SCHEMA_VERSION}; "
                 + remedy(folder)
             )
-        shards = tuple(ShardEntry(**entry) for entry in data["shards"])
-        index = ShardIndex(ShardAttributes(**data["attributes"]), shards)
-        counts = (data["num_steps"], data["num_episodes"])
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise ShardError(f"{path} is damaged: {error}; {remedy(folder)}") from None
+        index = read_json(path, ShardIndex, remedy(folder))
+        totals = read_json(path, _Totals, remedy(folder))
+    except DamagedFileError as error:
+        raise ShardError(str(error)) from None
+    counts = totals["num_steps"], totals["num_episodes"]
     if counts != (index.num_steps, index.num_episodes):
         raise ShardError(
             f"{path} is damaged: its totals {counts} are not the sums over its shards; {remedy(folder)}"

@@ -16,12 +16,12 @@ from cpd.run.files import atomic_write, sha256, sweep_temporaries, write_json
 from cpd.run.shards.schema import (
     EPISODE_FIELDS,
     INDEX_NAME,
-    SHARD_PATTERN,
     STEP_FIELDS,
     Episode,
     ShardAttributes,
     ShardEntry,
     ShardIndex,
+    shard_files,
 )
 
 
@@ -31,7 +31,7 @@ def clear_shards(folder: Path) -> None:
         return
     (folder / INDEX_NAME).unlink(missing_ok=True)
     sweep_temporaries(folder)
-    for path in folder.glob(SHARD_PATTERN):
+    for path in shard_files(folder):
         path.unlink()
 
 

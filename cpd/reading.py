@@ -1,0 +1,128 @@
+"""The reader of text files: UTF-8 with or without a byte-order mark, and JSON whose shape is checked.
+
+A shape is any type that pydantic knows, such as a dataclass, a TypedDict or `dict[str, float]`. Further entries of
+a file are ignored, since other versions may write more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
+
+T = TypeVar("T")
+RESTORE = "restore the file, or remove it"
+
+
+class DamagedFileError(ValueError):
+    """A file that was damaged or replaced from outside; the message names it and what is wrong in it."""
+
+
+def read_text(path: Path, remedy: str = RESTORE) -> str:
+    """Read a text file.
+
+    Raises:
+        DamagedFileError: if it is a directory or not UTF-8.
+        OSError: if it is missing or not readable.
+    """
+    try:
+        return decode(path.read_bytes(), path, remedy)
+    except IsADirectoryError:
+        raise DamagedFileError(f"{path} is a directory, not a file; {remedy}") from None
+
+
+def decode(content: bytes, path: Path, remedy: str = RESTORE) -> str:
+    """Decode the content of a text file.
+
+    Raises:
+        DamagedFileError: if it is not UTF-8.
+    """
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        byte, line = error.object[error.start], error.object.count(b"\n", 0, error.start) + 1
+        raise DamagedFileError(
+            f"{path} is not UTF-8: byte {byte:#04x} at position {error.start} (line {line}); save the file as "
+            f"UTF-8, or {remedy}"
+        ) from None
+
+
+def read_json(path: Path, shape: type[T], remedy: str = RESTORE) -> T:
+    """Read a JSON file of the given shape.
+
+    Raises:
+        DamagedFileError: if it is not UTF-8 or not JSON, or has another shape; names the first wrong entry.
+        OSError: if it is missing or not readable.
+    """
+    return parse_json(read_text(path, remedy), shape, str(path), remedy)
+
+
+def read_json_lines(
+    path: Path, shape: type[T], *, is_finished: bool = False, remedy: str = RESTORE
+) -> Iterator[T]:
+    """Read a file with one JSON value per line; ignore a last line without its end, which a kill has cut off.
+
+    Args:
+        path: the file.
+        shape: of a line.
+        is_finished: whether its writer has finished, so that the file may be neither empty nor cut off.
+        remedy: what to do about a damaged file.
+
+    Raises:
+        DamagedFileError: if a line is not JSON, or has another shape; names the line.
+        OSError: if it is missing or not readable.
+    """
+    *lines, last_line = read_text(path, remedy).split("\n")
+    if is_finished and (last_line or not lines):
+        raise DamagedFileError(f"{path} ends early: its last line is missing or cut off; {remedy}")
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            yield parse_json(line, shape, f"{path}, line {number}", remedy)
+
+
+def parse_json(text: str, shape: type[T], place: str, remedy: str = RESTORE) -> T:
+    """Convert JSON text from `place` to the given shape.
+
+    Raises:
+        DamagedFileError: if it is not JSON, or has another shape.
+    """
+    value: T = _checked(shape, "validate_json", text, place, remedy)
+    return value
+
+
+def check_shape(value: Any, shape: type[T], place: str, remedy: str = RESTORE) -> T:
+    """Return a value that was read from `place` in the given shape.
+
+    Raises:
+        DamagedFileError: if it has another shape.
+    """
+    checked: T = _checked(shape, "validate_python", value, place, remedy)
+    return checked
+
+
+def _checked(shape: Any, method: str, value: Any, place: str, remedy: str) -> Any:
+    try:
+        return getattr(_adapter(shape), method)(value, strict=True)
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+        if problem["type"] == "json_invalid":
+            raise DamagedFileError(f"{place} is not valid JSON ({problem['msg']}); {remedy}") from None
+        path, message = ".".join(map(str, problem["loc"])), problem["msg"].removeprefix("Value error, ")
+        raise DamagedFileError(f"{place}: {f'{path}: ' if path else ''}{message}; {remedy}") from None
+
+
+def read_for_display(path: Path, shape: type[T], default: T) -> T:
+    """Read a JSON file that is only displayed; return `default` if it is missing or damaged."""
+    try:
+        return read_json(path, shape)
+    except (DamagedFileError, OSError):
+        return default
+
+
+@cache
+def _adapter(shape: Any) -> TypeAdapter[Any]:
+    # Made once per shape: making one takes longer than reading a file.
+    return TypeAdapter(shape)
