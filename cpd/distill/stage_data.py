@@ -12,7 +12,7 @@ from cpd.comm import Comm
 from cpd.config.types import EpisodeChoice
 from cpd.distill.memory.segments import Segments, cut_segments
 from cpd.reading import read_json
-from cpd.run.descriptions import Policy
+from cpd.run.descriptions import Weights
 from cpd.run.directory import Run, StudentElement, TeacherElement
 from cpd.run.files import sha256
 from cpd.run.provenance import labels
@@ -122,7 +122,7 @@ def read_stage(run: Run, teacher: TeacherElement, comm: Comm, episodes: EpisodeC
     """
     policy = sha256(teacher.policy) if teacher.policy.exists() else None
     description = teacher.policy.with_suffix(".json")
-    if policy and description.exists() and read_json(description, Policy)["sha256"] != policy:
+    if policy and description.exists() and read_json(description, Weights)["sha256"] != policy:
         raise ValueError(
             f"{teacher.policy} is damaged: it is not the file that {description.name} describes; restore it, or "
             f"remove {teacher.path} and launch again to train this teacher again"

@@ -10,6 +10,12 @@ from cpd.config.types import Count, Positive, Share
 from cpd.run.provenance import Labels
 
 
+class Weights(TypedDict):
+    """The description of any policy: the hash of its weights."""
+
+    sha256: str
+
+
 class RlStart(TypedDict):
     """A teacher's policy at the start of RL."""
 

@@ -22,6 +22,7 @@ from cpd.comm import Comm, SerialComm
 from cpd.config.types import Positive
 from cpd.envs.tasks import ACTION_SIZE, OBSERVATION_SIZE
 from cpd.reading import DamagedFileError, check_shape, read_json
+from cpd.run.descriptions import Weights
 from cpd.run.files import atomic_write, sha256, write_json
 from cpd.teachers.ranks import column_moments
 
@@ -213,8 +214,7 @@ def write_tensors(tensors: dict[str, Tensor], path: Path, description: dict[str,
     write_json(path.with_suffix(".json"), {**description, "sha256": sha256(path)})
 
 
-class _Description(TypedDict):
-    sha256: str
+class _Description(Weights):
     architecture: dict[str, Any]
 
 
