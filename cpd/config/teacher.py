@@ -200,7 +200,8 @@ class TeacherConfig:
         first_update = (CRITIC_ITERATIONS + 1) * ppo.num_envs * ppo.steps_per_env
         if self.recipe == "demo_rl" and self.max_env_steps < first_update:
             raise ValueError(
-                f"max_env_steps ({self.max_env_steps}) ends before the first policy gradient ({first_update})"
+                f"max_env_steps ({self.max_env_steps}) must be at least {first_update}: training would end before "
+                "the first policy gradient"
             )
 
     def check_ranks(self, num_ranks: int) -> None:

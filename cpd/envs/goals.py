@@ -118,6 +118,8 @@ def _goal_drawing_class(task: str) -> type[Any]:
     base: Any = metaworld_class(task)
 
     class GoalDrawing(base):  # type: ignore[misc]
+        """The task without physics."""
+
         def _reset_hand(self, steps: int = 1) -> None:
             super()._reset_hand(steps=1)
 

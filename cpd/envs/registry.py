@@ -108,6 +108,8 @@ def _stock_class(base: Any) -> Any:
     """Subclass one of Meta-World's classes: copy the compiled model instead of compiling the XML."""
 
     class CopiedModel(base):  # type: ignore[misc]
+        """The task with a copied model."""
+
         def _initialize_simulation(self) -> tuple[mujoco.MjModel, mujoco.MjData]:
             model = complete_model(self.fullpath, self.width, self.height)
             return model, mujoco.MjData(model)

@@ -161,6 +161,7 @@ class _SerialVectorEnv(VectorEnv):
             self._group.reset()
 
     def close(self) -> None:
+        """Close the environments."""
         if self._group is not None:
             self._group.close()
             self._group = None
@@ -225,6 +226,7 @@ class _ProcessVectorEnv(VectorEnv):
         )
 
     def close(self) -> None:
+        """End the worker processes."""
         self._end()
 
 

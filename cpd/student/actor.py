@@ -116,6 +116,7 @@ def make_actor(student: Student, tasks: Sequence[str]) -> Actor:
         return StudentActor(student, tasks)
 
     def actor_of(task: str) -> Actor:
+        """The actor of `task`, with its weights only."""
         if task not in tasks:
             raise ValueError(f"this student has masks for {', '.join(tasks)}, but not for {task}")
         return StudentActor(packing.view(student, tasks.index(task)), tasks)

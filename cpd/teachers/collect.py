@@ -91,6 +91,7 @@ class _Recorder:
         assert 0 < num_steps <= self.length[slot]
 
         def rows(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+            """Copy the steps of this episode."""
             return array[:num_steps, slot].copy()
 
         return Episode(

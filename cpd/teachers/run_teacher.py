@@ -164,6 +164,7 @@ class _Phases:
         self.attempt.begin("evaluate", total, unit="episodes")
 
         def advance(num_episodes: int) -> None:
+            """Report `num_episodes` finished by this rank."""
             nonlocal done
             # An estimate without a collective: the other ranks have done about as many.
             done += num_episodes * self.comm.size
@@ -228,6 +229,7 @@ class _Phases:
         self.attempt.begin("rollouts", config.rollouts.num_steps)
 
         def counted() -> Iterator[Episode]:
+            """Yield the episodes, and report each once it is written."""
             done = 0
             for episode in episodes:
                 yield episode

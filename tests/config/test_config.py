@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cpd.config import Config, MethodConfig, continued, differences
+from cpd.config import Config, MethodConfig, TeacherConfig, continued, differences
 from cpd.config.load import ConfigError, load, merge, parse_overrides, read_toml, setting_lines, to_dict
 from cpd.envs.tasks import STREAMS
 from jobs.launch_options import RECIPES
@@ -102,13 +102,13 @@ def test_a_variant_is_the_whole_configuration_with_its_own_settings_on_top() -> 
 
 
 def test_variants_may_change_every_section_of_a_students_learning_and_no_other() -> None:
-    own = {"stream", "teacher", "rollouts", "evaluation", "logging"}
+    others = {"stream", "teacher", "rollouts", "evaluation", "logging"}
     sections = {
         field.name for field in dataclasses.fields(Config) if dataclasses.is_dataclass(field.default_factory)
     }
-    assert {field.name for field in dataclasses.fields(MethodConfig)} == sections - own
-    for name in own:
-        with pytest.raises(ConfigError, match=rf"variants\.a\.{name}: unknown key \(known: student"):
+    assert {field.name for field in dataclasses.fields(MethodConfig)} == sections - others
+    for name in others:
+        with pytest.raises(ConfigError, match=rf"variants\.a\.{name}: .*student"):
             load(Config, {**MINIMAL, "variants": {"a": {name: {}}}}, "recipe")
 
 
@@ -162,7 +162,7 @@ def test_a_file_lays_its_tables_on_those_of_the_one_it_extends(tmp_path: Path) -
         ),
         ('"none-such.toml"', r"extends: 'none-such\.toml': .*/none-such\.toml "),
         ("3", "extends: 3 "),
-        ('"recipe"', "extends: 'recipe' extends this file in turn"),
+        ('"recipe"', "extends: 'recipe' "),
     ],
 )
 def test_what_cannot_be_extended_is_named(tmp_path: Path, base: str, message: str) -> None:
@@ -181,9 +181,7 @@ def test_a_shipped_file_may_be_extended_from_everywhere_by_its_name(tmp_path: Pa
         recipe.write_text(f'extends = "{name}"\nname = "mine"\n')
         assert read_toml(recipe, shipped=shipped) == {"name": "mine", "seeds": [3]}
     recipe.write_text('extends = "bsae"\n')
-    with pytest.raises(
-        ConfigError, match=r"mine\.toml has .*\n.*nor is it a name in .*shipped; did you mean 'base'"
-    ):
+    with pytest.raises(ConfigError, match=r"mine\.toml .*\n.*/bsae\.toml .*shipped.*'base'"):
         read_toml(recipe, shipped=shipped)
     recipe.write_text('extends = "base"\n')
     (tmp_path / "base.toml").write_text('name = "beside"\n')
@@ -193,7 +191,12 @@ def test_a_shipped_file_may_be_extended_from_everywhere_by_its_name(tmp_path: Pa
 def test_a_file_in_another_encoding_is_named_with_the_byte(tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.toml"
     recipe.write_bytes('# one\nname = "Stra\u00dfe"\n'.encode("latin-1"))
-    with pytest.raises(
-        ConfigError, match=r"recipe\.toml has .*\n.*not UTF-8: byte 0xdf at position 18 \(line 2\)"
-    ):
+    with pytest.raises(ConfigError, match=r"recipe\.toml .*\n.*0xdf .*18 .*line 2"):
         read_toml(recipe)
+
+
+def test_ranks_that_cannot_share_the_environments_of_a_teacher_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"26 .*teacher\.ppo\.num_envs = 25 "):
+        TeacherConfig().check_ranks(26)
+    TeacherConfig().check_ranks(25)
+    TeacherConfig(recipe="scripted").check_ranks(26)

@@ -63,6 +63,22 @@ REFUSED: dict[str, tuple[dict[str, Any], list[str]]] = {
     "more curve points than steps": ({"distill": {"steps_per_stage": 5}}, ["evaluation.curve_points"]),
     "memory for no window": ({"memory": {"share": 1e-4}, "student": {"context": 4}}, ["memory.share"]),
     "gate above stop_success": ({"teacher": {"gate": 0.9, "stop_success": 0.5}}, ["teacher"]),
+    "starts beyond Meta-World's limit": (
+        {
+            "teacher": {
+                "horizon": 490,
+                "exploration": {"start_share": 0.1, "max_steps": 20},
+                "ppo": {"steps_per_env": 500},
+            }
+        },
+        ["teacher"],
+    ),
+    "target above the cap": (
+        {"teacher": {"warm_start": {"success_target": 0.6, "success_cap": 0.5}}},
+        ["teacher.warm_start"],
+    ),
+    "cap too high": ({"teacher": {"warm_start": {"success_cap": 0.9}}}, ["teacher.warm_start.success_cap"]),
+    "budget without policy gradients": ({"teacher": {"recipe": "demo_rl", "max_env_steps": 14_999}}, ["teacher"]),
     "iteration of one sample": (
         {"teacher": {"ppo": {"num_envs": 1, "steps_per_env": 1, "minibatch_size": 1}}},
         ["teacher.ppo"],
@@ -165,6 +181,18 @@ WARNED: dict[str, tuple[dict[str, Any], list[str]]] = {
         merge(PLAIN, {"distill": {"steps_per_stage": 50}, "student": {"opening_steps": 51}}),
         ["student.opening_steps", "distill.lr_warmup_steps"],
     ),
+    "warm start of RL from scratch": (
+        {"teacher": {"warm_start": {"num_demonstrations": 3}}},
+        ["teacher.warm_start"],
+    ),
+    "exploration that explores nothing": (
+        {"teacher": {"exploration": {"max_steps": 7, "stop_at_success": 0.5, "min_log_std": -4.0}}},
+        [
+            "teacher.exploration.max_steps",
+            "teacher.exploration.stop_at_success",
+            "teacher.exploration.min_log_std",
+        ],
+    ),
     "variants: what they set, not what they inherit": (
         {
             "memory": {"share": 0.2},
@@ -232,6 +260,9 @@ def test_messages_read_as_recorded() -> None:
         merge(PLAIN, {"memory": {"selection": "reservoir"}, **AGEM}),
         PACKNET,
         {"distill": {"protocol": "joint"}},
+        {"teacher": {"recipe": "scripted", "ppo": {"gamma": 0.5}}},
+        {"teacher": {"exploration": {"step_rate": 0.1, "max_steps": 7, "stop_at_success": 0.5}}},
+        {"teacher": {"exploration": {"stop_at_success": 0.5, "min_log_std": -1.0}}},
     ],
 )
 def test_sound_settings_are_not_warned_about(tables: dict[str, Any]) -> None:

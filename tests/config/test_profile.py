@@ -27,11 +27,11 @@ def test_all_in_the_folder_are_sound() -> None:
 
 
 def test_an_unknown_key_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(ConfigError, match=r"zzz: unknown key \(known: cluster, cores, partition, .*report\)"):
+    with pytest.raises(ConfigError, match=r"zzz: .*cluster, cores, partition, .*report"):
         slurm(zzz=1)
-    with pytest.raises(ConfigError, match=r"did you mean 'partition'\? \(known: cluster, .*report\)"):
+    with pytest.raises(ConfigError, match=r"partitoin: .*'partition'"):
         slurm(partitoin="main")
-    with pytest.raises(ConfigError, match=r"teacher\.zzz: unknown key \(known: ranks, nodes, cpus, .*sbatch\)"):
+    with pytest.raises(ConfigError, match=r"teacher\.zzz: .*ranks, nodes, cpus, .*sbatch"):
         slurm(teacher={"zzz": 1})
 
 
@@ -43,12 +43,12 @@ def test_all_mistakes_are_told_at_once() -> None:
 
 def test_ranks_are_spread_evenly() -> None:
     assert slurm(student={"ranks": 6, "nodes": 3}).student.ranks_per_node == 2
-    with pytest.raises(ConfigError, match=r"ranks \(5\) is not a multiple of nodes \(2\)"):
+    with pytest.raises(ConfigError, match=r"ranks \(5\) .*nodes \(2\)"):
         slurm(student={"ranks": 5, "nodes": 2})
 
 
 def test_a_limit_that_leaves_no_time_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"report\.minutes \(2\) leaves no time to work"):
+    with pytest.raises(ConfigError, match=r"report\.minutes \(2\)"):
         slurm(report={"minutes": 2}, signal_seconds=60)
     assert slurm(report={"minutes": 2}, signal_seconds=59).report.minutes == 2
     assert load(Profile, {"cluster": "local", "report": {"minutes": 1}}, "test").report.minutes == 1
@@ -62,9 +62,9 @@ def test_the_free_table_refuses_what_the_launcher_needs() -> None:
 
 
 def test_an_unknown_profile_is_refused_with_the_known_ones(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="unknown profile 'gemeric'; did you mean 'generic'"):
+    with pytest.raises(ConfigError, match=r"'gemeric'.*'generic'"):
         load_profile("gemeric")
-    with pytest.raises(ConfigError, match="unknown profile"):
+    with pytest.raises(ConfigError, match=r"none\.toml"):
         load_profile(str(tmp_path / "none.toml"))
 
 

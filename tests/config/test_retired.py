@@ -80,9 +80,9 @@ def test_of_an_old_and_a_new_name_in_different_layers_the_upper_one_counts(tmp_p
 def test_settings_of_demo_rl_alone_overrule_their_new_place_there_and_are_dropped_elsewhere(
     recipe: str, learning_rate: float
 ) -> None:
-    part = {"teacher": {"warm_start": {"pace": 5e-5}}}
-    assert upgrade(part) == part
-    tables = merge({"teacher": {"recipe": recipe, "ppo": {"learning_rate": 0.5}}}, part)
+    renamed = {"teacher": {"warm_start": {"pace": 5e-5}}}
+    assert upgrade(renamed) == renamed
+    tables = merge({"teacher": {"recipe": recipe, "ppo": {"learning_rate": 0.5}}}, renamed)
     assert load(Config, merge(MINIMAL, tables), "recipe.toml").teacher.ppo.learning_rate == learning_rate
 
 

@@ -53,10 +53,10 @@ def test_ranks_share_the_rows_of_the_global_batch(size, step):
     memory = stage_data(1).segments(4)
     whole = source(memory).batch(step)
     parts = [source(memory, OneOf(rank, size)).batch(step) for rank in range(size)]
-    assert all(part.num_tokens == whole.num_tokens for part in parts)
-    assert sum(int(part.valid_RL.sum()) for part in parts) == whole.num_tokens
-    for rank, part in enumerate(parts):
-        for mine, every in zip(part[:-1], whole[:-1], strict=True):
+    assert all(rank_batch.num_tokens == whole.num_tokens for rank_batch in parts)
+    assert sum(int(rank_batch.valid_RL.sum()) for rank_batch in parts) == whole.num_tokens
+    for rank, rank_batch in enumerate(parts):
+        for mine, every in zip(rank_batch[:-1], whole[:-1], strict=True):
             assert torch.equal(mine, every[rank::size])
 
 
@@ -130,41 +130,41 @@ class TestRehearsalMixtures:
         """Of every replayed row the number of its segment, and of the one that is mixed into it."""
         windows = self.mixed().windows(3)
         numbers = {start: number for number, start in enumerate(self.MEMORY.start.tolist())}
-        own, other = windows.start[:400], windows.mixture[0][:400]
-        return np.array([numbers[start] for start in own]), np.array([numbers[start] for start in other])
+        first, other = windows.start[:400], windows.mixture[0][:400]
+        return np.array([numbers[start] for start in first]), np.array([numbers[start] for start in other])
 
     def test_two_segments_of_one_task_are_mixed_and_all_of_them_are(self):
-        own, other = self.segments()
-        np.testing.assert_array_equal(self.MEMORY.task[own], self.MEMORY.task[other])
+        first, other = self.segments()
+        np.testing.assert_array_equal(self.MEMORY.task[first], self.MEMORY.task[other])
         # 400 draws among about 80 and 26 segments of the two tasks.
         for task in (1, 2):
             candidates = np.flatnonzero(self.MEMORY.task == task)
-            drawn = other[self.MEMORY.task[own] == task]
+            drawn = other[self.MEMORY.task[first] == task]
             assert len(np.unique(drawn)) > 0.9 * len(candidates)
-        assert (own != other).mean() > 0.9
+        assert (first != other).mean() > 0.9
 
     def test_observations_are_their_weighted_mean_over_the_steps_that_both_have(self):
         batch, weight = self.mixed().batch(3), self.mixed().windows(3).mixture[1]
         memory, lengths = self.MEMORY, set()
         assert np.histogram(weight[:400], 4, (0, 1))[0].min() > 60
-        for row, (own, other) in enumerate(zip(*self.segments(), strict=True)):
-            length = min(memory.length[own], memory.length[other])
-            lengths.add((int(memory.length[own]), int(memory.length[other])))
+        for row, (first, other) in enumerate(zip(*self.segments(), strict=True)):
+            length = min(memory.length[first], memory.length[other])
+            lengths.add((int(memory.length[first]), int(memory.length[other])))
             assert batch.valid_RL[row].tolist() == [1.0] * length + [0.0] * (4 - length)
             left, right = (
                 memory.observations[memory.start[one] : memory.start[one] + length].astype(np.float64)
-                for one in (own, other)
+                for one in (first, other)
             )
             wanted = weight[row] * left + (1.0 - weight[row]) * right
             np.testing.assert_allclose(batch.obs_RLO[row, :length], wanted, rtol=0, atol=1e-12)
-            assert batch.task_R[row] == memory.task[own]
+            assert batch.task_R[row] == memory.task[first]
         assert {(4, 4), (4, 1), (1, 4)} <= lengths
         assert batch.num_tokens == batch.valid_RL.sum()
 
     def test_rows_of_the_current_task_are_left_as_they_are(self):
         batch = self.mixed().batch(3)
-        known = {row.astype(np.float64).tobytes() for row in stage_data(0).observations}
-        assert all(obs.numpy().tobytes() in known for obs in batch.obs_RLO[400:].reshape(-1, 39))
+        rows = {row.astype(np.float64).tobytes() for row in stage_data(0).observations}
+        assert all(obs.numpy().tobytes() in rows for obs in batch.obs_RLO[400:].reshape(-1, 39))
 
     def test_without_rehearsal_nothing_is_mixed(self):
         assert source(self.MEMORY, replay_share=0.5).windows(3).mixture is None

@@ -49,8 +49,8 @@ def drawn(source: ContrastSource, task: int, step: int = 0) -> np.ndarray:
 
 def places(obs_NO: np.ndarray, data: StageData) -> np.ndarray:
     """At which step of `data` each of the observations is; an error if one is nowhere."""
-    known = {row.astype(np.float64).tobytes(): step for step, row in enumerate(data.observations)}
-    return np.array([known[row.tobytes()] for row in obs_NO])
+    steps = {row.astype(np.float64).tobytes(): step for step, row in enumerate(data.observations)}
+    return np.array([steps[row.tobytes()] for row in obs_NO])
 
 
 class TestBatch:
@@ -74,18 +74,18 @@ class TestBatch:
             stored = stored.astype(np.float64)
             rows = drawn(source, task)
             assert len(rows) == 200
-            found = []
+            mixed = []
             for first, second in ((0, 1), (0, 2), (1, 2)):
                 edge = stored[second] - stored[first]
                 share = (rows - stored[first]) @ edge / (edge @ edge)
                 gap = np.abs(rows - stored[first] - share[:, None] * edge).max(1)
                 between = (gap < 1e-9) & (share > 1e-6) & (share < 1 - 1e-6)
-                found.append(between)
+                mixed.append(between)
                 # Two of three stored ones are drawn in two of nine cases.
                 assert between.sum() == pytest.approx(200 * 2 / 9, abs=20)
                 assert np.histogram(share[between], 4, (0, 1))[0].min() > 0
             alike = np.abs(rows[:, None] - stored).max(2).min(1) < 1e-9
-            assert (np.sum(found, 0) + alike == 1).all()
+            assert (np.sum(mixed, 0) + alike == 1).all()
 
     def test_a_task_that_comes_again_is_drawn_from_its_data_alone(self, source_of):
         data = stage_data(0)
@@ -174,9 +174,9 @@ class TestPrototypes:
     def test_without_a_memory_the_present_tasks_is_left_as_its_data_make_it(self):
         trainer = make_trainer(memory={"selection": "none"}, distill={"steps_per_stage": 10})
         train(trainer, until=10)
-        found = trainer.learner.student.prototypes_KZ
-        assert found[0] @ prototype(trainer.learner.student, stage_data(0).observations) > 0.98
-        assert not found[1:].any()
+        prototypes_KZ = trainer.learner.student.prototypes_KZ
+        assert prototypes_KZ[0] @ prototype(trainer.learner.student, stage_data(0).observations) > 0.98
+        assert not prototypes_KZ[1:].any()
 
 
 def test_curves_are_measured_with_prototypes_of_the_encoder_as_it_is(make_run):

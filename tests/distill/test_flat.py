@@ -44,10 +44,10 @@ def parameters_of(module: nn.Module) -> dict[str, torch.Tensor]:
 
 def test_parameters_and_gradients_are_views():
     module = Growing()
-    before = parameters_of(module)
+    old_values = parameters_of(module)
     flat = FlatParameters(module)
     for name, parameter in module.named_parameters():
-        assert torch.equal(parameter, before[name])
+        assert torch.equal(parameter, old_values[name])
         assert torch.equal(flat.values[flat.slots[name]].view_as(parameter), parameter)
     for step in range(3):  # autograd must go on adding to the same memory
         flat.grads.zero_()
@@ -162,9 +162,9 @@ def test_state_comes_back():
 def test_reducing_on_one_rank_changes_nothing():
     flat = FlatParameters(Growing())
     flat.grads.normal_()
-    before = flat.grads.clone()
+    summed = flat.grads.clone()
     flat.reduce_grads(SerialComm())
-    assert torch.equal(flat.grads, before)
+    assert torch.equal(flat.grads, summed)
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
@@ -178,7 +178,7 @@ def test_what_rests_stays_and_the_rest_learns_as_beside_it(weight_decay):
         mask = torch.ones_like(flat.values)
         for name in ("first.weight", "last.bias"):
             mask[flat.slots[name]] = 0.0
-        before = flat.values.clone()
+        old_values = flat.values.clone()
         if rests:
             flat.freeze(mask)
         for step in range(5):
@@ -189,8 +189,8 @@ def test_what_rests_stays_and_the_rest_learns_as_beside_it(weight_decay):
             else:
                 assert flat.grads[mask == 0].any()
             optimizer.step(1e-2, mask)
-        assert torch.equal(flat.values[mask == 0], before[mask == 0])
-        assert (flat.values[mask == 1] != before[mask == 1]).all()
+        assert torch.equal(flat.values[mask == 0], old_values[mask == 0])
+        assert (flat.values[mask == 1] != old_values[mask == 1]).all()
         trainings[rests] = flat.values
         flat.freeze(None)
         assert flat.trainable == [slice(0, flat.size)]

@@ -46,13 +46,13 @@ class TestProbe:
     def test_tells_the_task_with_the_least_loss_and_what_it_uses(self, best):
         student = student_of(3, 3, 3)
         batch = batch_of(student, best)
-        for known in ([0, 1, 2], [2, 1, 0], [1, 2, 0]):
-            found = probe(student, batch, token_loss, known, SerialComm())
-            assert (found.task, found.loss) == (best, pytest.approx(0.0, abs=1e-20))
-            others = found.counts_LE.copy()
+        for seen in ([0, 1, 2], [2, 1, 0], [1, 2, 0]):
+            result = probe(student, batch, token_loss, seen, SerialComm())
+            assert (result.task, result.loss) == (best, pytest.approx(0.0, abs=1e-20))
+            others = result.counts_LE.copy()
             others[:, 3 * best : 3 * best + 3] = 0
             assert not others.any()
-            np.testing.assert_array_equal(found.counts_LE, counts_as(student, batch, best))
+            np.testing.assert_array_equal(result.counts_LE, counts_as(student, batch, best))
 
     def test_looks_at_known_tasks_alone(self):
         student = student_of(3, 3, 3)
@@ -63,22 +63,22 @@ class TestProbe:
     def test_padding_counts_neither_as_loss_nor_as_use(self):
         student = student_of(3, 3)
         batch = batch_of(student, 0)
-        found = probe(student, batch, token_loss, [1], SerialComm())
+        result = probe(student, batch, token_loss, [1], SerialComm())
         losses = []
         for row, length in enumerate(LENGTHS):
             with torch.no_grad():
                 out = student(batch.obs_RLO[row : row + 1, :length], task_B=torch.tensor([1]))
             losses += (out.mean_BLA[0] - batch.teacher_mean_RLA[row, :length]).square().sum(-1).tolist()
         assert len(losses) == batch.num_tokens
-        assert found.loss == pytest.approx(np.mean(losses))
-        assert found.counts_LE.sum(1).tolist() == [2 * batch.num_tokens] * 2
+        assert result.loss == pytest.approx(np.mean(losses))
+        assert result.counts_LE.sum(1).tolist() == [2 * batch.num_tokens] * 2
 
     def test_a_student_without_tasks_is_looked_at_once(self):
         student = make_student()
         batch = batch_of(make_student(seed=2), 0)
-        found = probe(student, batch, token_loss, [2, 1], SerialComm())
-        assert found.task == 0 and found.loss > 0
-        assert found.counts_LE.sum(1).tolist() == [2 * batch.num_tokens] * 2
+        result = probe(student, batch, token_loss, [2, 1], SerialComm())
+        assert result.task == 0 and result.loss > 0
+        assert result.counts_LE.sum(1).tolist() == [2 * batch.num_tokens] * 2
 
 
 def counts_as(student: Student, batch: Batch, task: int) -> np.ndarray:
@@ -96,8 +96,8 @@ def counts_as(student: Student, batch: Batch, task: int) -> np.ndarray:
 
 
 def grown(student: Student, counts: list[list[int]], nearest: int, **over) -> GrowthDecision:
-    found = Probe(nearest, 0.25, np.array(counts, np.float64))
-    return grow(student, found, **{"seed": 1, "stage": 2, "task": 2, "num_new": 4, "reason": "why", **over})
+    result = Probe(nearest, 0.25, np.array(counts, np.float64))
+    return grow(student, result, **{"seed": 1, "stage": 2, "task": 2, "num_new": 4, "reason": "why", **over})
 
 
 class TestGrow:
@@ -127,10 +127,10 @@ class TestGrow:
     @pytest.mark.parametrize("num_new", [0, 2])
     def test_the_task_begins_with_the_nearest_ones_vector(self, nearest, num_new):
         student = student_of(2, 3)
-        before = student.task.detach().clone()
+        vectors = student.task.detach().clone()
         grown(student, self.COUNTS, nearest, num_new=num_new)
-        assert torch.equal(student.task[2], before[nearest])
-        assert torch.equal(student.task[:2], before[:2])
+        assert torch.equal(student.task[2], vectors[nearest])
+        assert torch.equal(student.task[:2], vectors[:2])
 
     @pytest.mark.parametrize("nearest", [0, 1])
     def test_without_new_experts_the_nearest_tasks_group_is_shared(self, nearest):
@@ -162,12 +162,12 @@ class TestRowNoise:
             for scale, row in zip((1.0, 50.0, 0.1, 7.0), rows, strict=True):
                 row.mul_(scale)
         decision = grown(student, [[1, 2], [2, 1]], nearest=0, **over)
-        found = []
+        deviations = []
         for moe, sources in zip(student.moes, decision.sources, strict=True):
             for copy, source in zip(moe.router[2:], sources, strict=True):
                 row = moe.router[source].detach()
-                found.append(((copy - row) / row.square().mean().sqrt()).detach().numpy())
-        return found
+                deviations.append(((copy - row) / row.square().mean().sqrt()).detach().numpy())
+        return deviations
 
     def test_is_a_small_share_of_the_row_it_moves(self):
         noises = self.noises()

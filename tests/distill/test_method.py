@@ -57,10 +57,10 @@ def masked_by_hand(trainer: StudentTrainer) -> float:
 def test_without_tasks_experts_belong_to_the_task_they_were_added_for():
     trainer = make_trainer(distill={"steps_per_stage": 40}, student={"task_identity": "none"})
     train(trainer, until=40)
-    before = {name: p.detach().clone() for name, p in trainer.learner.student.named_parameters()}
+    old_parameters = {name: p.detach().clone() for name, p in trainer.learner.student.named_parameters()}
     train(trainer, until=80)
     for name, parameter in trainer.learner.student.named_parameters():
-        assert (name not in before) or torch.equal(parameter, before[name]), name
+        assert (name not in old_parameters) or torch.equal(parameter, old_parameters[name]), name
     trainer.begin_stage(stage_data(2))
     added = {name for name, p in trainer.learner.student.named_parameters() if p.requires_grad}
     assert len(added) == 2 * 2 * 3 and all(".experts." in name or ".router." in name for name in added)
@@ -69,9 +69,9 @@ def test_without_tasks_experts_belong_to_the_task_they_were_added_for():
 def test_new_experts_change_nothing_when_they_come_and_then_live():
     trainer = make_trainer(distill={"steps_per_stage": 40})
     train(trainer, until=40)
-    before = outputs(trainer, 0)
+    old_outputs = outputs(trainer, 0)
     (decision,) = trainer.begin_stage(stage_data(1))
-    assert torch.equal(outputs(trainer, 0), before)
+    assert torch.equal(outputs(trainer, 0), old_outputs)
     assert (decision.num_new, decision.nearest_task, decision.group) == (2, 0, 1)
     assert decision.sources == [sorted(layer, reverse=layer[0] > layer[1]) for layer in decision.sources]
     start = [[p.clone() for p in moe.experts[2].parameters()] for moe in trainer.learner.student.moes]
@@ -87,13 +87,13 @@ def test_new_experts_change_nothing_when_they_come_and_then_live():
 def test_learns_every_task_and_forgets_none_without_replay():
     trainer = make_trainer(distill=LONG, student={"width": 32})
     naive = [float(np.square(stage_data(task).teacher_mean).mean()) for task in range(3)]
-    before: list[float] = []
+    old_errors: list[float] = []
     for stage in range(3):
         train(trainer, until=120 * (stage + 1))
         errors = [mean_error(trainer.learner.student, task) for task in range(stage + 1)]
         assert errors[-1] < 0.15 * naive[stage]
-        assert errors[:-1] == before
-        before = errors
+        assert errors[:-1] == old_errors
+        old_errors = errors
 
 
 def test_a_frozen_head_expresses_what_the_first_task_had_no_use_for():
@@ -109,8 +109,8 @@ def test_a_frozen_head_expresses_what_the_first_task_had_no_use_for():
         while trainer.learner.progress.step < trainer.config.distill.steps_per_stage:
             trainer.train_step()
         trainer.end_stage(data)
-    found = outputs(trainer, 1)[..., :4].abs().mean((0, 1))
-    assert (found > 0.5).all(), found
+    means = outputs(trainer, 1)[..., :4].abs().mean((0, 1))
+    assert (means > 0.5).all(), means
 
 
 def test_with_experts_unmasked_those_of_earlier_tasks_move_and_what_is_shared_does_not():
@@ -120,11 +120,11 @@ def test_with_experts_unmasked_those_of_earlier_tasks_move_and_what_is_shared_do
         student={"task_identity": "none"},
     )
     train(trainer, until=40)
-    before = {name: p.detach().clone() for name, p in trainer.learner.student.named_parameters()}
+    old_parameters = {name: p.detach().clone() for name, p in trainer.learner.student.named_parameters()}
     train(trainer, until=80)
     now = dict(trainer.learner.student.named_parameters())
-    moved = {name for name, parameter in before.items() if not torch.equal(now[name], parameter)}
-    assert moved == {name for name in before if ".experts." in name or ".router." in name}
+    moved = {name for name, parameter in old_parameters.items() if not torch.equal(now[name], parameter)}
+    assert moved == {name for name in old_parameters if ".experts." in name or ".router." in name}
 
 
 @pytest.mark.parametrize("context", [1, 4])
@@ -183,14 +183,14 @@ def test_a_scaled_mask_is_the_least_protected_importance_by_each_one_s_own():
 
 def test_the_importance_of_a_parameter_adds_up_over_the_stages():
     trainer = make_trainer(protection={"mask_fraction": 0.5}, distill={"steps_per_stage": 10})
-    found = []
+    importances = []
     for stage in range(2):
         train(trainer, until=10 * stage + 9)
         trainer.train_step()
         trainer.learner.flat.freeze(None)
-        found.append(fisher(trainer.learner, stage_data(stage), FISHER_WINDOWS))
+        importances.append(fisher(trainer.learner, stage_data(stage), FISHER_WINDOWS))
         trainer.end_stage(stage_data(stage))
-    first, total = found
+    first, total = importances
     total[: len(first)] += first  # growth adds parameters at the end
     torch.testing.assert_close(trainer.protection.state()["importance"], total)
 
@@ -199,10 +199,10 @@ def test_a_task_that_comes_again_may_move_its_own_experts():
     trainer = make_trainer(tasks=[TASKS[0], TASKS[1], TASKS[0]], distill={"steps_per_stage": 20})
     train(trainer, until=40)
     other = outputs(trainer, 1)
-    before = outputs(trainer, 0)
+    old_outputs = outputs(trainer, 0)
     train(trainer)
     assert torch.equal(outputs(trainer, 1), other)
-    assert not torch.equal(outputs(trainer, 0), before)
+    assert not torch.equal(outputs(trainer, 0), old_outputs)
     assert trainer.learner.student.num_experts == 4
 
 
@@ -267,7 +267,7 @@ def test_rehearsal_labels_mixtures_of_one_task_by_the_student_before():
         protection={"kind": "none"},
     )
     train(trainer, until=30)
-    before = outputs(trainer, 0)
+    old_outputs = outputs(trainer, 0)
     trainer.begin_stage(stage_data(1))
     for _ in range(10):
         trainer.train_step()
@@ -284,4 +284,4 @@ def test_rehearsal_labels_mixtures_of_one_task_by_the_student_before():
         wanted = anchor(batch.obs_RLO[rows], task_B=batch.task_R[rows]).mean_BLA.clamp(-1, 1)
     assert torch.equal(relabelled.teacher_mean_RLA[rows], wanted)
     trainer.learner.flat.values.copy_(trainer._rehearsal.values)
-    assert torch.equal(outputs(trainer, 0), before)
+    assert torch.equal(outputs(trainer, 0), old_outputs)

@@ -25,7 +25,7 @@ def test_is_the_mean_of_squared_derivatives_of_single_states():
     trainer = make_plain()
     train(trainer, until=60)
     data = stage_data(1)
-    found = fisher(trainer.learner, data, NUM_WINDOWS, exact=True)
+    importance = fisher(trainer.learner, data, NUM_WINDOWS, exact=True)
     steps = generator(1, "fisher", 1).integers(data.num_steps, size=NUM_WINDOWS)
 
     values, compared = trainer.learner.flat.values, 0
@@ -40,7 +40,7 @@ def test_is_the_mean_of_squared_derivatives_of_single_states():
                 below = outputs(trainer, data, step)
                 wanted += float(weight @ ((above - below) / (2 * width)) ** 2) / NUM_WINDOWS
             values[index] = kept
-            np.testing.assert_allclose(float(found[index]), wanted, rtol=1e-4, atol=1e-9)
+            np.testing.assert_allclose(float(importance[index]), wanted, rtol=1e-4, atol=1e-9)
             compared += wanted > 1e-6
     assert compared > 60
     assert not trainer.learner.flat.grads.any()
@@ -54,8 +54,8 @@ def test_random_signs_estimate_it_without_bias():
     errors = []
     for num_windows in (25, 400):
         exact = fisher(trainer.learner, data, num_windows, exact=True)
-        found = fisher(trainer.learner, data, num_windows)
-        errors.append(float((found - exact).abs().sum() / exact.sum()))
+        estimate = fisher(trainer.learner, data, num_windows)
+        errors.append(float((estimate - exact).abs().sum() / exact.sum()))
     assert errors[1] < 0.15
     assert 0.15 < errors[1] / errors[0] < 0.4
 
@@ -65,10 +65,10 @@ def test_is_of_the_student_not_of_its_error():
     trainer = make_plain()
     train(trainer, until=60)
     data = stage_data(0)
-    found = fisher(trainer.learner, data, NUM_WINDOWS)
+    importance = fisher(trainer.learner, data, NUM_WINDOWS)
     data.teacher_mean[:] = 0.0
-    assert torch.equal(fisher(trainer.learner, data, NUM_WINDOWS), found)
-    assert (found >= 0).all() and (found > 0).float().mean() > 0.5
+    assert torch.equal(fisher(trainer.learner, data, NUM_WINDOWS), importance)
+    assert (importance >= 0).all() and (importance > 0).float().mean() > 0.5
     # Only experts that are not chosen have none.
-    without = {name for name, part in trainer.learner.flat.slots.items() if (found[part] == 0).any()}
+    without = {name for name, slot in trainer.learner.flat.slots.items() if (importance[slot] == 0).any()}
     assert all(".experts." in name or ".router." in name for name in without)

@@ -90,17 +90,17 @@ def test_every_stage_keeps_an_equal_share_of_every_matrix_and_the_first_the_rest
 def test_prunes_the_smallest_in_time_and_goes_on_with_the_rest():
     trainer = make_trainer(**SHORT)
     train(trainer, until=14)  # 20 steps, of which the last six retrain
-    before = trainer.learner.flat.values.clone()
+    old_values = trainer.learner.flat.values.clone()
     assert not (trainer.protection.state()["owner"] == FREE).any()
     trainer.train_step()
     slot = trainer.learner.flat.slots["blocks.0.attention.qkv.weight"]
     free = trainer.protection.state()["owner"][slot] == FREE
     assert int(free.sum()) == len(free) - round(len(free) / 3)
-    assert before[slot][free].abs().max() <= before[slot][~free].abs().min()
+    assert old_values[slot][free].abs().max() <= old_values[slot][~free].abs().min()
     for _ in range(5):
         trainer.train_step()
         assert not trainer.learner.flat.values[slot][free].any()
-    assert (trainer.learner.flat.values[slot][~free] != before[slot][~free]).all()
+    assert (trainer.learner.flat.values[slot][~free] != old_values[slot][~free]).all()
     trainer.end_stage(stage_data(0))
     train(trainer, until=40)
     assert (trainer.learner.flat.values[slot][free] != 0).any()
@@ -138,16 +138,16 @@ def test_the_file_tells_who_owns_what(tmp_path):
     obs = stage_data(0).observations[:5]
     said = []
     for task in range(3):
-        own = StudentActor(viewed(trainer, task), TASKS)
-        for one in (actor, wanted, own):
+        task_actor = StudentActor(viewed(trainer, task), TASKS)
+        for one in (actor, wanted, task_actor):
             one.reset([TASKS[task]] * 5)
-        found = actor.act(obs)
-        np.testing.assert_array_equal(found, wanted.act(obs))
-        np.testing.assert_array_equal(found, own.act(obs))
-        said.append(found)
+        actions = actor.act(obs)
+        np.testing.assert_array_equal(actions, wanted.act(obs))
+        np.testing.assert_array_equal(actions, task_actor.act(obs))
+        said.append(actions)
     assert not np.array_equal(said[0], said[1])
     np.testing.assert_array_equal(said[1], said[2])  # the third has no stage yet: nothing is left out
-    with pytest.raises(ValueError, match="not for reach-v3"):
+    with pytest.raises(ValueError, match="reach-v3"):
         actor.reset(["reach-v3"])
 
 

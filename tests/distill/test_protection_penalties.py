@@ -83,9 +83,9 @@ class TestEWC:
     def test_without_an_earlier_stage_nothing_is_added(self):
         trainer = make_trainer(**with_ewc(distill=SHORT))
         train(trainer, until=10)
-        before = trainer.learner.flat.grads.clone()
+        gradient = trainer.learner.flat.grads.clone()
         trainer.protection.adjust_gradient(trainer.learner)
-        assert torch.equal(trainer.learner.flat.grads, before)
+        assert torch.equal(trainer.learner.flat.grads, gradient)
 
     def test_parameters_that_growth_adds_are_free_at_first(self):
         trainer = make_trainer(**with_ewc(distill=SHORT, student={"opening_steps": 5, "task_identity": "none"}))
@@ -115,15 +115,15 @@ class TestAGEM:
             reference = trainer.learner.flat.grads.clone()
             trainer.learner.flat.grads.copy_(plain)
             trainer.protection.adjust_gradient(trainer.learner)
-            found, product = trainer.learner.flat.grads, float(plain @ reference)
+            projected, product = trainer.learner.flat.grads, float(plain @ reference)
             scale = float(plain.norm() * reference.norm())
-            assert float(found @ reference) > -1e-12 * scale  # a step along -found raises memory's loss no more
+            assert float(projected @ reference) > -1e-12 * scale  # -projected does not raise the loss of memory
             if product < 0:
-                assert abs(float(found @ reference)) < 1e-12 * scale
-                rest = plain - found  # only along memory's gradient was anything taken out
+                assert abs(float(projected @ reference)) < 1e-12 * scale
+                rest = plain - projected  # only along memory's gradient was anything taken out
                 assert float(rest @ reference) == pytest.approx(-float(rest.norm() * reference.norm()))
             else:
-                assert torch.equal(found, plain)
+                assert torch.equal(projected, plain)
             seen.add(product < 0)
             trainer.train_step()
         assert seen == {True, False}
@@ -207,10 +207,10 @@ def test_resuming_equals_going_on_bit_for_bit(settings, until):
 
 
 def test_settings_that_another_kind_looks_at_are_warned_about():
-    given = {"kind": "none", "ewc_strength": 2.0, "agem_windows": 4}
-    assert make_config(protection=given).warnings() == [
+    settings = {"kind": "none", "ewc_strength": 2.0, "agem_windows": 4}
+    assert make_config(protection=settings).warnings() == [
         f"protection.{name} has no effect: protection.kind is 'none'" for name in ("ewc_strength", "agem_windows")
     ]
-    assert make_config(protection={**given, "kind": "ewc"}).warnings() == [
+    assert make_config(protection={**settings, "kind": "ewc"}).warnings() == [
         "protection.agem_windows has no effect: protection.kind is 'ewc'"
     ]

@@ -59,9 +59,9 @@ class TestJoint:
         assert ((shares > 0.25) & (shares < 0.42)).all()
         assert not batch.replayed_R.any()
         for task in range(3):
-            known = {row.astype(np.float64).tobytes() for row in stage_data(task).observations}
+            rows = {row.astype(np.float64).tobytes() for row in stage_data(task).observations}
             obs = batch.obs_RLO[batch.task_R == task].reshape(-1, 39)
-            assert all(one.numpy().tobytes() in known for one in obs)
+            assert all(one.numpy().tobytes() in rows for one in obs)
 
     def test_tasks_with_more_data_come_no_more_often(self):
         trainer = of("joint", batch_size=3_000)

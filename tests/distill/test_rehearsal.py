@@ -39,13 +39,13 @@ def rehearsal_of(student: Student, num_opening: int = 0) -> Rehearsal:
     return Rehearsal(student, flat.values.clone(), flat, FLOOR, num_opening)
 
 
-def assert_labels(found: Batch, mean: torch.Tensor, log_std: torch.Tensor) -> None:
+def assert_labels(relabelled: Batch, mean: torch.Tensor, log_std: torch.Tensor) -> None:
     """What replayed rows are labelled with, given the Gaussian of the whole batch; the rest is as it was."""
-    rows, given = torch.tensor(REPLAYED), batch()
-    torch.testing.assert_close(found.teacher_mean_RLA[rows], mean[rows].clamp(-1.0, 1.0))
-    torch.testing.assert_close(found.teacher_log_std_RLA[rows], log_std[rows].clamp(min=math.log(FLOOR)))
-    for name, value in given._asdict().items():
-        left = getattr(found, name)
+    rows, original = torch.tensor(REPLAYED), batch()
+    torch.testing.assert_close(relabelled.teacher_mean_RLA[rows], mean[rows].clamp(-1.0, 1.0))
+    torch.testing.assert_close(relabelled.teacher_log_std_RLA[rows], log_std[rows].clamp(min=math.log(FLOOR)))
+    for name, value in original._asdict().items():
+        left = getattr(relabelled, name)
         if name.startswith("teacher"):
             left, value = left[~rows], value[~rows]
         assert left == value if name == "num_tokens" else torch.equal(left, value), name
@@ -64,13 +64,13 @@ def test_labels_are_clipped_and_floored_as_teachers_are():
 def test_labels_stay_while_the_student_learns():
     student = wide_student()
     rehearsal = rehearsal_of(student)
-    before = rehearsal.relabel(batch())
+    relabelled = rehearsal.relabel(batch())
     with torch.no_grad():
         for parameter in student.parameters():
             parameter.add_(1.0)
     after = rehearsal.relabel(batch())
-    assert torch.equal(after.teacher_mean_RLA, before.teacher_mean_RLA)
-    assert torch.equal(after.teacher_log_std_RLA, before.teacher_log_std_RLA)
+    assert torch.equal(after.teacher_mean_RLA, relabelled.teacher_mean_RLA)
+    assert torch.equal(after.teacher_log_std_RLA, relabelled.teacher_log_std_RLA)
     assert not after.teacher_mean_RLA.requires_grad
 
 
@@ -82,14 +82,14 @@ def test_a_student_resumed_within_a_stage_is_rehearsed_as_the_stage_found_it():
     for moe in student.moes:
         moe.grow(1, torch.ones(16), group=0, closed=True)
     flat = FlatParameters(student)
-    found = flat.values.clone()
+    values = flat.values.clone()
     flat.values += 0.5
     student.set_logit_offset(1, -0.1)
-    rehearsal = Rehearsal(student, found, flat, FLOOR, 1)
+    rehearsal = Rehearsal(student, values, flat, FLOOR, 1)
     assert_labels(rehearsal.relabel(batch()), out.mean_BLA, out.log_std_BLA)
     assert student.moes[0].logit_offset[-1] == -0.1
 
 
 def test_a_batch_without_replayed_rows_is_left_alone():
-    given = batch()._replace(replayed_R=torch.zeros(5))
-    assert rehearsal_of(wide_student()).relabel(given) is given
+    without_replay = batch()._replace(replayed_R=torch.zeros(5))
+    assert rehearsal_of(wide_student()).relabel(without_replay) is without_replay

@@ -79,9 +79,9 @@ def test_leaves_policies_curves_metrics_and_status(make_run):
     status = json.loads(element.status.read_text())
     assert (status["state"], status["phase"], status["done"], status["total"]) == ("done", "distill", 80, 80)
 
-    before = policy_bytes(run, 1)
+    published = policy_bytes(run, 1)
     distil(run)
-    assert policy_bytes(run, 1) == before
+    assert policy_bytes(run, 1) == published
 
 
 def test_curves_do_not_influence_training(make_student_run):
@@ -118,8 +118,8 @@ def test_stopping_and_launching_again_equals_going_on(make_student_run, count, m
     for stage in (-1, 0, 1):
         assert policy_bytes(run, stage) == policy_bytes(straight, stage)
     wanted = straight.students()[0].metrics.read_text().splitlines()
-    found = element.metrics.read_text().splitlines()
-    without_rate = [{k: v for k, v in json.loads(line).items() if k != "tokens_per_second"} for line in found]
+    lines = element.metrics.read_text().splitlines()
+    without_rate = [{k: v for k, v in json.loads(line).items() if k != "tokens_per_second"} for line in lines]
     assert without_rate == [
         {k: v for k, v in json.loads(line).items() if k != "tokens_per_second"} for line in wanted
     ]
@@ -151,14 +151,14 @@ class TestTeachers:
     def test_ranks_that_see_different_rollouts_are_refused(self, make_student_run):
         run = make_student_run()
         shards = run.teacher_of("drawer-close-v3", 1).shards
-        with pytest.raises(ValueError, match=f"the ranks see different contents of {re.escape(str(shards))}"):
+        with pytest.raises(ValueError, match=re.escape(str(shards))):
             distil(run, comm=AnotherDiffersAt(1))
         assert not published(run.students()[0].checkpoints)
 
     def test_one_that_is_not_finished_is_named(self, make_student_run):
         run = make_student_run()
         run.teacher_of("window-close-v3", 1).complete.unlink()
-        with pytest.raises(ValueError, match="COMPLETE or REJECTED: teachers/window-close-v3/seed-1"):
+        with pytest.raises(ValueError, match="teachers/window-close-v3/seed-1"):
             distil(run)
         assert json.loads(run.students()[0].status.read_text())["state"] == "failed"
 
@@ -167,9 +167,7 @@ class TestTeachers:
         policy = run.teacher_of("drawer-close-v3", 1).policy
         policy.write_bytes(b"half of it")
         policy.with_suffix(".json").write_text(json.dumps({"sha256": "of the whole"}))
-        with pytest.raises(
-            ValueError, match=r"policy\.safetensors is damaged.*restore it, or remove .*drawer-close"
-        ):
+        with pytest.raises(ValueError, match=r"policy\.safetensors .*policy\.json .*drawer-close"):
             distil(run)
 
     def test_a_rejected_one_is_skipped_and_recorded(self, make_student_run):
@@ -189,14 +187,14 @@ class TestTeachers:
     def test_a_rejected_one_stops_the_chain_if_so_wished(self, make_student_run):
         run = make_student_run(teacher={"on_rejected": "stop"})
         reject(run, "window-close-v3")
-        with pytest.raises(ValueError, match="rejected teachers: teachers/window-close-v3/seed-1"):
+        with pytest.raises(ValueError, match=r"teachers/window-close-v3/seed-1.*teacher\.on_rejected"):
             distil(run)
 
     def test_nothing_but_rejected_ones_is_an_error(self, make_student_run):
         run = make_student_run()
         for task in run.config.stream.distinct_tasks:
             reject(run, task)
-        with pytest.raises(ValueError, match="all teachers were rejected"):
+        with pytest.raises(ValueError, match=r"teachers/drawer-close.*teachers/window-close"):
             distil(run)
 
     def test_rollouts_of_another_horizon_are_refused(self, make_student_run, make_run):
@@ -223,10 +221,10 @@ def test_batches_smaller_than_the_ranks_are_refused(make_config):
 
     comm = SerialComm()
     comm.size = 99
-    with pytest.raises(ValueError, match=r"distill\.batch_size = 64 is less than the 99 ranks"):
+    with pytest.raises(ValueError, match=r"distill\.batch_size = 64 .*99"):
         StudentTrainer(make_config(), 1, comm, torch.device("cpu"))
     config = make_config(protection={"kind": "agem", "agem_windows": 7}, distill={"batch_size": 128})
-    with pytest.raises(ValueError, match=r"protection\.agem_windows = 7 is less than the 99 ranks"):
+    with pytest.raises(ValueError, match=r"protection\.agem_windows = 7 .*99"):
         StudentTrainer(config, 1, comm, torch.device("cpu"))
 
 
@@ -244,6 +242,6 @@ def test_a_stage_that_was_lost_is_not_passed_over_when_the_student_is_evaluated(
     distil(run)
     student, element = run.students()[0], run.evaluations()[0]
     student.stage_policy(0).unlink()
-    with pytest.raises(ValueError, match=r"stage-00\.safetensors lacking, though students/moe/seed-1 is finished"):
+    with pytest.raises(ValueError, match=r"stage-00\.safetensors .*students/moe/seed-1"):
         run_evaluation(run, element, SerialComm(), interrupt=Interrupt(), log=lambda line: None)
     assert not element.complete.exists()

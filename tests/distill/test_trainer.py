@@ -103,11 +103,11 @@ def test_growth_changes_no_output_by_a_single_bit_and_then_lives(precision):
     windows = np.stack([data.observations[i : i + 4] for i in range(200)])
     obs = torch.from_numpy(windows).to(trainer.learner.student.dtype)
     with torch.no_grad():
-        before = trainer.learner.student(obs)
+        old_output = trainer.learner.student(obs)
         decisions = trainer.begin_stage(data)
         after = trainer.learner.student(obs)
-    assert torch.equal(before.mean_BLA, after.mean_BLA)
-    assert torch.equal(before.log_std_BLA, after.log_std_BLA)
+    assert torch.equal(old_output.mean_BLA, after.mean_BLA)
+    assert torch.equal(old_output.log_std_BLA, after.log_std_BLA)
 
     (decision,) = decisions
     assert (decision.stage, decision.task, decision.num_new) == (1, 1, 1)
@@ -269,18 +269,18 @@ def test_report_adds_up():
 
 @pytest.mark.parametrize("name, make", [("plain", make_plain), ("default", make_trainer)])
 def test_losses_of_the_first_steps_are_the_known_ones(name, make):
-    """A refactoring must leave them as they are; the file holds each `found`, and changes with the method only."""
+    """A refactoring must leave them as they are; the file holds them and changes with the method only."""
     trainer = make()
-    found = []
+    losses = []
     for stage in range(2):
         data = stage_data(stage)
         trainer.begin_stage(data)
         while trainer.learner.progress.step < trainer.config.distill.steps_per_stage:
             report = trainer.train_step(report=trainer.learner.progress.step < 5)
-            found += [report.loss] if report else []
+            losses += [report.loss] if report else []
         trainer.end_stage(data)
     golden = json.loads(GOLDEN.read_text())[name]
-    np.testing.assert_allclose(found, golden, rtol=1e-7)
+    np.testing.assert_allclose(losses, golden, rtol=1e-7)
 
 
 def test_a_gradient_that_is_not_finite_stops_training():

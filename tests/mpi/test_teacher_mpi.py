@@ -157,11 +157,11 @@ def test_a_warm_start_is_shared(mpi, make_teacher_run) -> None:
 def test_parameters_that_differ_are_noticed(mpi) -> None:
     result = mpi(2, *SCRIPT, "differ", CPD_RANKS="2")
     assert result.returncode != 0
-    assert "the parameters of rank(s) 1 differ from rank 0's" in result.stderr
+    assert "RanksDifferError" in result.stderr and "rank(s) 1 " in result.stderr
 
 
 def test_what_ranks_cannot_share_is_refused(mpi, make_teacher_run) -> None:
     narrow = make_teacher_run("narrow", ppo={**SMALL["ppo"], "num_envs": 1})
     result = mpi(2, "-m", "jobs.teacher", str(narrow.root), CPD_RANKS="2", CPD_CPUS="1", timeout=60)
     assert result.returncode != 0
-    assert "2 ranks cannot share teacher.ppo.num_envs = 1 environments" in result.stderr
+    assert "teacher.ppo.num_envs = 1" in result.stderr

@@ -8,14 +8,15 @@ import pytest
 import torch
 
 from cpd.run.interrupt import Interrupt
+from cpd.teachers import trainer
 
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
+    num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
-    torch.set_num_threads(before)
+    torch.set_num_threads(num_threads)
 
 
 class CountingInterrupt(Interrupt):
@@ -35,3 +36,11 @@ class CountingInterrupt(Interrupt):
 @pytest.fixture
 def counting_interrupt() -> Callable[[int], CountingInterrupt]:
     return CountingInterrupt
+
+
+@pytest.fixture(scope="module")
+def validate_failing_policies() -> Iterator[None]:
+    """Validate every policy: those of a few iterations never succeed."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "VALIDATE_FROM", 0.0)
+        yield

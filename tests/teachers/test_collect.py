@@ -55,10 +55,10 @@ def test_there_are_exactly_as_many_steps_as_asked_for(episodes: list[Episode]) -
 @pytest.mark.parametrize("num_steps", [1, 30, 333])
 def test_other_budgets_are_prefixes(episodes: list[Episode], num_steps: int) -> None:
     """An episode does not depend on how much is wanted, but for where the last one is cut."""
-    found = gather(replace(CONFIG, num_steps=num_steps))
-    assert sum(map(len, found)) == num_steps
-    assert_equal(found[:-1], episodes[: len(found) - 1])
-    whole, cut = episodes[len(found) - 1], found[-1]
+    cut_episodes = gather(replace(CONFIG, num_steps=num_steps))
+    assert sum(map(len, cut_episodes)) == num_steps
+    assert_equal(cut_episodes[:-1], episodes[: len(cut_episodes) - 1])
+    whole, cut = episodes[len(cut_episodes) - 1], cut_episodes[-1]
     assert np.array_equal(cut.observations, whole.observations[: len(cut) + 1])
     assert np.array_equal(cut.teacher_mean, whole.teacher_mean[: len(cut)])
 

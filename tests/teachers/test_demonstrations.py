@@ -57,9 +57,9 @@ def pusher() -> GaussianPolicy:
 
 
 def test_in_demonstrations_the_expert_acts_with_noise_and_its_clean_actions_are_the_labels() -> None:
-    found = shown()
+    labelled = shown()
     episodes = []
-    for number, goal in enumerate(goals_of(found.obs_BO[:NUM_DEMONSTRATIONS])):
+    for number, goal in enumerate(goals_of(labelled.obs_BO[:NUM_DEMONSTRATIONS])):
         env, rows, left = TaskEnv(TASK), [], HORIZON
         noise = demonstration_noise(number, HORIZON, 1)
         obs = env.reset(goal).astype(np.float32)
@@ -75,16 +75,16 @@ def test_in_demonstrations_the_expert_acts_with_noise_and_its_clean_actions_are_
     assert any(len(rows) < HORIZON for rows in episodes)
     # Step by step, the episodes that are still running.
     wanted = [rows[t] for t in range(HORIZON) for rows in episodes if t < len(rows)]
-    assert np.array_equal(found.obs_BO, np.array([obs for obs, _ in wanted]))
-    assert np.array_equal(found.labels_BA, np.array([label for _, label in wanted]))
+    assert np.array_equal(labelled.obs_BO, np.array([obs for obs, _ in wanted]))
+    assert np.array_equal(labelled.labels_BA, np.array([label for _, label in wanted]))
 
 
 def test_in_dagger_rounds_the_clones_clean_actions_are_executed_and_the_experts_are_the_labels() -> None:
     clone = pusher()
     with make_vector_env([TASK] * 25, 1) as envs:
-        found = demonstrator(envs).gather(1, clone)
-    obs_TNO = found.obs_BO.reshape(HORIZON, NUM_DAGGER_EPISODES, 39)
-    labels_TNA = found.labels_BA.reshape(HORIZON, NUM_DAGGER_EPISODES, 4)
+        labelled = demonstrator(envs).gather(1, clone)
+    obs_TNO = labelled.obs_BO.reshape(HORIZON, NUM_DAGGER_EPISODES, 39)
+    labels_TNA = labelled.labels_BA.reshape(HORIZON, NUM_DAGGER_EPISODES, 4)
     means_TNA = np.array([clone.distribution(obs_NO).raw_mean for obs_NO in obs_TNO])
     assert 0.1 < (np.abs(means_TNA) > 1).mean() < 0.9
     for slot, goal in enumerate(goals_of(obs_TNO[0])):
@@ -100,8 +100,8 @@ def test_in_dagger_rounds_the_clones_clean_actions_are_executed_and_the_experts_
 def test_rounds_deal_goals_in_orders_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demonstrations, "NUM_DAGGER_EPISODES", NUM_GOALS)
     with make_vector_env([TASK] * 25, 1) as envs:
-        found = [demonstrator(envs, 1).gather(number, pusher()) for number in (1, 2)]
-    first, second = ([goal.index for goal in goals_of(labelled.obs_BO)] for labelled in found)
+        rounds = [demonstrator(envs, 1).gather(number, pusher()) for number in (1, 2)]
+    first, second = ([goal.index for goal in goals_of(labelled.obs_BO)] for labelled in rounds)
     assert sorted(first) == sorted(second) == list(range(NUM_GOALS))
     assert first != second
 

@@ -1,4 +1,4 @@
-"""The Gaussian policy, the scripted stand-in, and their files."""
+"""The Gaussian policy with its running moments, the scripted stand-in, and their files."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from cpd.envs.vector_env import make_vector_env
 from cpd.teachers.demonstrations import ScriptedPolicy, load_scripted, save_scripted
 from cpd.teachers.policy import (
     GaussianPolicy,
+    RunningMoments,
     TeacherActor,
     gaussian_log_prob,
     load_policy,
@@ -88,8 +89,8 @@ def test_a_saved_policy_acts_the_same(tmp_path: Path) -> None:
     save_policy(policy, path, {"task": "push-v3", "labels": {"teacher_recipe": "rl"}})
     loaded = load_policy(path)
     obs = observations(20)
-    for before, after in zip(policy.distribution(obs), loaded.distribution(obs), strict=True):
-        assert np.array_equal(before, after)
+    for saved, after in zip(policy.distribution(obs), loaded.distribution(obs), strict=True):
+        assert np.array_equal(saved, after)
     description = json.loads((tmp_path / "policy.json").read_text())
     assert description["architecture"]["hidden_sizes"] == [16, 8]
     assert description["labels"] == {"teacher_recipe": "rl"}
@@ -103,23 +104,21 @@ def test_a_saved_policy_acts_the_same(tmp_path: Path) -> None:
 
 def test_damaged_or_wrong_policy_files_are_refused_by_name(tmp_path: Path) -> None:
     path = tmp_path / "policy.safetensors"
-    with pytest.raises(ValueError, match=r"policy\.safetensors is missing"):
+    with pytest.raises(ValueError, match=r"policy\.safetensors"):
         load_policy(path)
     save_policy(make_policy(), path, {})
-    with pytest.raises(
-        ValueError, match=r"policy\.json describes a policy of kind 'gaussian_mlp', not 'scripted'"
-    ):
+    with pytest.raises(ValueError, match=r"policy\.json .*'gaussian_mlp'.*'scripted'"):
         load_scripted(path)
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"policy\.safetensors is damaged.*jobs\.publish"):
+    with pytest.raises(ValueError, match=r"policy\.safetensors .*jobs\.publish"):
         load_policy(path)
     (tmp_path / "COMPLETE").touch()  # in a run
-    with pytest.raises(ValueError, match=r"policy\.safetensors is damaged.*remove .*policy\.json and COMPLETE"):
+    with pytest.raises(ValueError, match=r"policy\.safetensors .*policy\.json and COMPLETE"):
         load_policy(path)
     path.with_suffix(".json").unlink()
-    with pytest.raises(ValueError, match=r"policy\.json is missing"):
+    with pytest.raises(ValueError, match=r"policy\.json"):
         load_policy(path)
 
 
@@ -143,3 +142,43 @@ def test_every_task_has_a_stand_in() -> None:
     obs = observations(2)
     for task in ALL_TASKS:
         assert ScriptedPolicy(task, 0.1).distribution(obs).raw_mean.shape == (2, 4)
+
+
+@given(
+    sizes=st.lists(st.integers(1, 50), min_size=1, max_size=6),
+    offset=st.floats(-1e3, 1e3),
+    scale=st.floats(1e-3, 1e3),
+    seed=st.integers(0, 1000),
+)
+@settings(max_examples=60, deadline=None)
+def test_moments_of_batches_merge_to_the_moments_of_the_whole(
+    sizes: list[int], offset: float, scale: float, seed: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    batches = [rng.normal(offset, scale, size=(size, 3)) for size in sizes]
+    moments = RunningMoments(3, min_std=1e-9)
+    for batch in batches:
+        moments.update(torch.from_numpy(batch))
+    whole = np.concatenate(batches)
+    assert float(moments.count) == len(whole)
+    np.testing.assert_allclose(moments.mean.numpy(), whole.mean(axis=0), rtol=1e-9, atol=1e-9 * scale)
+    # Nothing beats cancellation: deviations are known to the precision of the offset.
+    atol = 1e-9 * scale + 1e-12 * abs(offset)
+    np.testing.assert_allclose(moments.std.numpy(), np.maximum(whole.std(axis=0), 1e-9), rtol=1e-7, atol=atol)
+
+
+def test_constant_components_keep_the_floor_and_no_data_means_identity() -> None:
+    moments = RunningMoments(2, min_std=0.5)
+    assert moments.std.tolist() == [1.0, 1.0]
+    assert moments.mean.tolist() == [0.0, 0.0]
+    moments.update(torch.tensor([[3.0, 0.0], [3.0, 10.0]]))
+    assert moments.std.tolist() == [0.5, 5.0]
+    assert moments.mean.tolist() == [3.0, 5.0]
+
+
+def test_moments_travel_with_a_state_dict() -> None:
+    moments, other = RunningMoments(4, 1e-3), RunningMoments(4, 1e-3)
+    moments.update(torch.randn(100, 4, generator=torch.Generator().manual_seed(1)))
+    other.load_state_dict(moments.state_dict())
+    assert torch.equal(moments.std, other.std)
+    assert torch.equal(moments.mean, other.mean)

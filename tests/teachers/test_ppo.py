@@ -1,4 +1,4 @@
-"""The learner: its first losses, its bootstraps, and its exact resumption."""
+"""The learner: advantages, first losses, bootstraps, and exact resumption."""
 
 from __future__ import annotations
 
@@ -9,14 +9,66 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from cpd.config import PPOConfig
 from cpd.envs.goals import goal_set
 from cpd.envs.vector_env import make_vector_env
 from cpd.teachers import ppo
-from cpd.teachers.ppo import PPOLearner
+from cpd.teachers.ppo import PPOLearner, gae
 from cpd.teachers.rollout import EpisodeRules, Experience, sample
-from tests.teachers.test_advantages import by_definition
+
+
+def by_definition(rewards, values, next_values, ends, gamma: float, lam: float) -> np.ndarray:
+    """`A_t = sum_k (gamma lam)^k delta_{t+k}` up to the end of t's segment, one environment at a time."""
+    num_steps, num_envs = rewards.shape
+    advantages = np.zeros_like(rewards)
+    for n in range(num_envs):
+        for t in range(num_steps):
+            for k in range(t, num_steps):
+                delta = rewards[k, n] + gamma * next_values[k, n] - values[k, n]
+                advantages[t, n] += (gamma * lam) ** (k - t) * delta
+                if ends[k, n]:
+                    break
+    return advantages
+
+
+@given(
+    num_steps=st.integers(1, 12),
+    num_envs=st.integers(1, 4),
+    gamma=st.floats(0.0, 1.0),
+    lam=st.floats(0.0, 1.0),
+    end_rate=st.floats(0.0, 1.0),
+    seed=st.integers(0, 1000),
+)
+@settings(max_examples=100, deadline=None)
+def test_advantages_equal_the_definition(
+    num_steps: int, num_envs: int, gamma: float, lam: float, end_rate: float, seed: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    rewards, values, next_values = rng.normal(size=(3, num_steps, num_envs))
+    ends = rng.random((num_steps, num_envs)) < end_rate
+    ends[-1] = True
+    advantages = gae(*map(torch.from_numpy, (rewards, values, next_values, ends)), gamma, lam)
+    expected = by_definition(rewards, values, next_values, ends, gamma, lam)
+    np.testing.assert_allclose(advantages.numpy(), expected, rtol=1e-10, atol=1e-12)
+
+
+def test_monte_carlo_without_bootstrap_is_the_discounted_return() -> None:
+    rewards = torch.ones(5, 1, dtype=torch.float64)
+    zeros = torch.zeros_like(rewards)
+    ends = torch.tensor([[False], [False], [False], [False], [True]])
+    advantages = gae(rewards, zeros, zeros, ends, gamma=0.5, lam=1.0)
+    assert advantages.flatten().tolist() == [1.9375, 1.875, 1.75, 1.5, 1.0]
+
+
+def test_no_advantage_leaks_over_the_end_of_a_segment() -> None:
+    rewards = torch.tensor([[0.0], [0.0], [1e6]], dtype=torch.float64)
+    zeros = torch.zeros_like(rewards)
+    ends = torch.tensor([[False], [True], [True]])
+    assert gae(rewards, zeros, zeros, ends, 0.99, 0.95).flatten().tolist() == [0.0, 0.0, 1e6]
+
 
 CONFIG = PPOConfig(hidden_sizes=(32, 32), num_envs=8, steps_per_env=50, minibatch_size=100, num_epochs=3)
 
@@ -69,14 +121,14 @@ def flat(learner: PPOLearner) -> torch.Tensor:
 
 def test_first_losses() -> None:
     learner = PPOLearner(CONFIG, seed=1)
-    found = []
+    reports = []
     with make_vector_env(["drawer-close-v3"] * 8, 1) as envs:
         for iteration in range(2):
             goals = goal_set("drawer-close-v3", "training", 50)
             batch = sample(learner.policy, envs, goals, CONFIG, EpisodeRules(40), 1, iteration)
             assert batch is not None
-            found.append(learner.update(batch, iteration))
-    for values, golden in zip(found, GOLDEN, strict=True):
+            reports.append(learner.update(batch, iteration))
+    for values, golden in zip(reports, GOLDEN, strict=True):
         assert values == pytest.approx(golden, rel=1e-3)
 
 
@@ -153,10 +205,10 @@ def test_log_std_stays_within_its_bounds(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_a_critic_step_leaves_the_policy_as_it_is() -> None:
     learner = PPOLearner(CONFIG, seed=1)
-    before = [parameter.detach().clone() for parameter in learner.policy.parameters()]
+    old_parameters = [parameter.detach().clone() for parameter in learner.policy.parameters()]
     values = [parameter.detach().clone() for parameter in learner.value_net.parameters()]
     learned = learner.update(synthetic_batch(), 0, critic_only=True, min_log_std=-0.3)
-    assert all(torch.equal(a, b) for a, b in zip(before, learner.policy.parameters(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(old_parameters, learner.policy.parameters(), strict=True))
     assert not any(torch.equal(a, b) for a, b in zip(values, learner.value_net.parameters(), strict=True))
     assert learned["kl"] == pytest.approx(0.0, abs=1e-6)
 
@@ -183,13 +235,13 @@ def test_it_learns_a_one_step_problem() -> None:
         obs = synthetic_batch(99).obs[0]
         return float(distance(obs, learner.policy.distribution(obs).raw_mean).mean())
 
-    before = error()
+    old_error = error()
     for iteration in range(12):
         batch = synthetic_batch(iteration, ends=ones)
         mean, log_std = learner.policy.distribution(batch.obs.reshape(-1, 39))
         actions = (mean + np.exp(log_std) * batch.actions.reshape(-1, 4)).reshape(batch.actions.shape)
         learner.update(replace(batch, actions=actions, rewards=-10 * distance(batch.obs, actions)), iteration)
-    assert error() < 0.7 * before
+    assert error() < 0.7 * old_error
 
 
 def test_advantages_and_targets_are_the_published_ones() -> None:
@@ -210,8 +262,8 @@ def test_advantages_and_targets_are_the_published_ones() -> None:
         return torch.from_numpy(deviation.clip(-8, 8).astype(np.float32))
 
     def values(obs: np.ndarray) -> np.ndarray:
-        found = learner.value_net(normalized(obs)).detach().numpy().reshape(batch.rewards.shape)
-        return found.astype(np.float64) * value_std + value_mean
+        normalized_values = learner.value_net(normalized(obs)).detach().numpy().reshape(batch.rewards.shape)
+        return normalized_values.astype(np.float64) * value_std + value_mean
 
     next_values = np.where(terminated, 10.0 * 0.3 / (1 - 0.9), values(batch.next_obs))
     advantages = by_definition(0.3 * batch.rewards, values(batch.obs), next_values, batch.ends, 0.9, 0.8)
@@ -246,7 +298,7 @@ def test_a_gradient_is_that_of_the_published_loss(max_grad_norm: float, monkeypa
         log_std.add_(0.1 * torch.randn(4, generator=generator))
     monkeypatch.setattr(learner, "_prepare", lambda experience: (samples, 0.0))
     learned = learner.update(synthetic_batch(), 0)
-    found = [parameter.grad.clone() for parameter in learner.parameters()]
+    learned_grads = [parameter.grad.clone() for parameter in learner.parameters()]
 
     mean = learner.policy.net(samples.obs_BO)
     log_prob = torch.distributions.Normal(mean, log_std.exp()).log_prob(samples.actions_BA).sum(dim=1)
@@ -268,7 +320,7 @@ def test_a_gradient_is_that_of_the_published_loss(max_grad_norm: float, monkeypa
         norms.append(float(torch.cat([grad.flatten() for grad in grads]).norm()))
         for grad in grads:
             grad.mul_(min(1.0, max_grad_norm / norms[-1]))
-    for grad, reference in zip(found, wanted, strict=True):
+    for grad, reference in zip(learned_grads, wanted, strict=True):
         torch.testing.assert_close(grad, reference, rtol=1e-3, atol=1e-6)
     assert min(norms) > 0.02
     assert learned["grad_norm"] == pytest.approx(norms[0], rel=1e-3)
@@ -281,7 +333,7 @@ def test_observation_statistics_stay_put_where_the_policy_was_cloned() -> None:
     for keep_normalizer, count in ((True, 30), (False, 30 + CONFIG.num_envs * CONFIG.steps_per_env)):
         learner = PPOLearner(CONFIG, seed=1, keep_normalizer=keep_normalizer)
         learner.policy.normalizer.update(torch.randn(30, 39, generator=torch.Generator().manual_seed(1)))
-        before = learner.policy.normalizer.mean.clone()
+        old_mean = learner.policy.normalizer.mean.clone()
         learner.update(synthetic_batch(), 0)
         assert learner.policy.normalizer.count == count
-        assert torch.equal(learner.policy.normalizer.mean, before) == keep_normalizer
+        assert torch.equal(learner.policy.normalizer.mean, old_mean) == keep_normalizer

@@ -46,9 +46,9 @@ def draw(
 
 @pytest.fixture(scope="module")
 def batch() -> Experience:
-    found = draw()
-    assert found is not None
-    return found
+    experience = draw()
+    assert experience is not None
+    return experience
 
 
 def assert_equal(left: Experience, right: Experience) -> None:
@@ -137,15 +137,15 @@ def test_train_success_counts_first_episodes_only(batch: Experience) -> None:
 
 
 def test_without_termination_episodes_outlast_success(batch: Experience) -> None:
-    found = draw(rules=EpisodeRules(HORIZON, terminate_on_success=False))
-    assert found is not None
-    assert not found.terminated.any()
-    ends = np.zeros_like(found.ends)
+    experience = draw(rules=EpisodeRules(HORIZON, terminate_on_success=False))
+    assert experience is not None
+    assert not experience.terminated.any()
+    ends = np.zeros_like(experience.ends)
     ends[[HORIZON - 1, CONFIG.steps_per_env - 1]] = True
-    assert np.array_equal(found.ends, ends), "the time limit and the iteration's end, and nothing else"
+    assert np.array_equal(experience.ends, ends), "the time limit and the iteration's end, and nothing else"
     # First episodes are the same up to success, so as many of them succeed; their rewards go on.
-    assert found.train_success == batch.train_success > 0
-    assert found.train_return > batch.train_return
+    assert experience.train_success == batch.train_success > 0
+    assert experience.train_return > batch.train_return
 
 
 def test_exploring_starts_come_before_episodes_and_depend_on_nothing_else(batch: Experience) -> None:
@@ -154,17 +154,17 @@ def test_exploring_starts_come_before_episodes_and_depend_on_nothing_else(batch:
     assert explored is not None
     begins = np.vstack([np.ones((1, 5), np.bool_), explored.ends[:-1]])
     hands = explored.obs[begins][:, :3]
-    own = batch.obs[0, 0, :3]  # a reset
-    is_own = np.linalg.norm(hands - own, axis=1) < 1e-3
+    start = batch.obs[0, 0, :3]  # a reset
+    is_own = np.linalg.norm(hands - start, axis=1) < 1e-3
     assert 0 < is_own.sum() < len(hands)
     assert 0 < explored.exploring_steps <= 30 * (~is_own).sum()
     # The action and its length are the environment's own, whoever else begins an episode, and whoever steps it.
     again = draw(num_workers=2, num_slots=7, rules=rules)
     assert again is not None
     assert_equal(explored, again)
-    part = draw(num_slots=3, rules=rules, slots=range(2, 5))
-    assert part is not None
-    assert np.array_equal(part.obs[0], explored.obs[0, 2:])
+    rank_batch = draw(num_slots=3, rules=rules, slots=range(2, 5))
+    assert rank_batch is not None
+    assert np.array_equal(rank_batch.obs[0], explored.obs[0, 2:])
     assert batch.exploring_steps == 0
 
 
@@ -193,9 +193,9 @@ def test_perturbations_cut_segments_and_count_towards_the_horizon() -> None:
     again = draw(num_workers=2, num_slots=7, rules=rules)
     assert again is not None
     assert_equal(perturbed, again)
-    part = draw(num_slots=2, rules=rules, slots=range(3, 5))
-    assert part is not None
-    assert np.array_equal(part.obs, perturbed.obs[:, 3:])
+    rank_batch = draw(num_slots=2, rules=rules, slots=range(3, 5))
+    assert rank_batch is not None
+    assert np.array_equal(rank_batch.obs, perturbed.obs[:, 3:])
 
 
 @pytest.mark.parametrize("correlation", [0.0, 0.5, 0.9])
@@ -203,8 +203,8 @@ def test_noise_has_unit_variance_and_the_given_correlation(correlation: float) -
     noise = correlated_noise(400, 100, 4, correlation, np.random.default_rng(1))
     assert noise.dtype == np.float32
     assert abs(noise.mean()) < 0.05
-    for part in (noise[:10], noise[-10:]):  # stationary from the first step on
-        assert part.var() == pytest.approx(1.0, abs=0.1)
+    for steps in (noise[:10], noise[-10:]):  # stationary from the first step on
+        assert steps.var() == pytest.approx(1.0, abs=0.1)
     for lag in (1, 2):
         product = (noise[lag:] * noise[:-lag]).mean()
         assert product == pytest.approx(correlation**lag, abs=0.03)

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from cpd.config import Config, WarmStartConfig
-from cpd.config.load import ConfigError, load, merge, read_toml, to_dict
+from cpd.config.load import load, merge, read_toml, to_dict
 from cpd.envs.goals import Goal, goal_set
 from cpd.envs.vector_env import VectorEnv, make_vector_env
 from cpd.run.checkpoint import published
@@ -45,11 +45,10 @@ DEMO_RL: dict[str, Any] = {
         "horizon": HORIZON,
         "validate_every": 1,
         "stop_success": 1.0,
-        "ppo": {"num_envs": 4, "steps_per_env": 130, "minibatch_size": 130, "num_epochs": 2},
+        "ppo": {"hidden_sizes": [32], "num_envs": 4, "steps_per_env": 130, "minibatch_size": 130, "num_epochs": 2},
         "warm_start": {"num_demonstrations": 8, "num_dagger_rounds": 1},
     },
 }
-DEMO_RL["teacher"]["ppo"] |= {"hidden_sizes": [32], "init_log_std": -2.0, "learning_rate": 2e-4, "target_kl": 0.02}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -240,12 +239,12 @@ def test_rl_leaves_the_statistics_with_which_the_policy_was_cloned(undisturbed: 
     goals = goal_set(undisturbed.task, "training", config.num_training_goals)
     with make_vector_env([undisturbed.task] * 25, 1) as envs:
         num_episodes = config.warm_start.num_demonstrations
-        found = Demonstrator(
+        labelled = Demonstrator(
             undisturbed.task, goals, envs, num_episodes, HORIZON, undisturbed.seed, Interrupt()
         ).gather(0)
     normalizer = load_policy(undisturbed.policy).normalizer
-    assert normalizer.count == len(found.obs_BO)
-    np.testing.assert_allclose(normalizer.mean.numpy(), found.obs_BO.astype(np.float64).mean(axis=0), atol=1e-9)
+    assert normalizer.count == len(labelled.obs_BO)
+    np.testing.assert_allclose(normalizer.mean.numpy(), labelled.obs_BO.astype(np.float64).mean(axis=0), atol=1e-9)
 
 
 def test_no_goal_serves_two_purposes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -285,24 +284,17 @@ def test_interrupted_in_after_and_behind_the_warm_start_it_ends_the_same(
 ) -> None:
     run = new_run(tmp_path)
     teacher = run.teachers()[0]
-    with pytest.raises(InterruptedBySignal, match="in the warm start"):
+    with pytest.raises(InterruptedBySignal):
         finish(run, counting_interrupt(20))
+    assert read_status(teacher.status).phase == "warm start"
     assert not published(teacher.checkpoints), "half a warm start is not kept"
-    with pytest.raises(InterruptedBySignal, match="while training"):
+    with pytest.raises(InterruptedBySignal):
         finish(run, AfterWarmStart(teacher))
+    assert read_status(teacher.status).phase == "train"
     assert len(published(teacher.checkpoints)) == 1
     assert read_metrics(teacher.metrics) == []
-    with pytest.raises(InterruptedBySignal, match="launch again"):
+    with pytest.raises(InterruptedBySignal):
         finish(run, counting_interrupt(200))  # in the second iteration
     assert len(read_metrics(teacher.metrics)) == 1
     finish(run)
     assert products(teacher) == products(undisturbed)
-
-
-def test_the_cap_and_the_budget_cannot_be_set_so_that_rl_does_nothing(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="success_cap"):
-        new_run(tmp_path, teacher={"warm_start": {"success_cap": 0.9}})
-    with pytest.raises(ConfigError, match="exceeds success_cap"):
-        new_run(tmp_path, teacher={"warm_start": {"success_cap": 0.2}})
-    with pytest.raises(ConfigError, match="before the first policy gradient"):
-        new_run(tmp_path, teacher={"max_env_steps": 600})

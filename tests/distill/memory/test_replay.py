@@ -48,14 +48,14 @@ def test_the_grid_holds_every_step_once_and_respects_episodes(lengths, segment):
 def test_taken_segments_keep_their_own_steps(data):
     segments = stage(3, [9, 4, 14])
     chosen = np.array(data.draw(st.lists(st.integers(0, len(segments) - 1), unique=True)), dtype=np.int64)
-    part = segments.take(chosen)
-    for row, start, length in zip(chosen, part.start, part.length, strict=True):
+    selected = segments.take(chosen)
+    for row, start, length in zip(chosen, selected.start, selected.length, strict=True):
         first = segments.first_step[row]
         np.testing.assert_array_equal(
-            part.observations[start : start + length, 1], np.arange(first, first + length)
+            selected.observations[start : start + length, 1], np.arange(first, first + length)
         )
         np.testing.assert_array_equal(
-            part.teacher_mean[start : start + length, 0], np.arange(first, first + length)
+            selected.teacher_mean[start : start + length, 0], np.arange(first, first + length)
         )
 
 
@@ -90,10 +90,10 @@ def test_a_task_that_comes_again_changes_nothing():
     stages = [stage(task, [25] * 6) for task in range(3)]
     for segments in stages:
         memory.offer(segments)
-    before = stored_steps(memory)
+    steps_before = stored_steps(memory)
     for segments in stages:
         memory.offer(segments)
-        assert stored_steps(memory) == before
+        assert stored_steps(memory) == steps_before
 
 
 def test_is_the_sample_that_the_whole_stream_at_once_would_give():

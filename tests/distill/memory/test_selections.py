@@ -78,12 +78,12 @@ def test_a_stream_that_comes_twice_stores_nothing_twice(name):
         memory.offer(segments)
         counts.append(memory.num_steps)
     assert all(196 < count <= 200 for count in counts)
-    before = stored_steps(memory)
+    steps_before = stored_steps(memory)
     for segments in stages:
         memory.offer(segments)
         steps = stored_steps(memory)
         # An episode's short last segment may still fit into what the reservoir's budget leaves.
-        assert steps == before if name != "reservoir" else set(before) <= set(steps)
+        assert steps == steps_before if name != "reservoir" else set(steps_before) <= set(steps)
         assert len(set(steps)) == len(steps) == memory.num_steps <= 200
 
 
@@ -157,13 +157,13 @@ def test_a_small_tasks_rest_goes_to_the_others(name):
 @EQUAL
 def test_shrinking_shares_keep_a_prefix_in_order(name):
     memory = memory_of(name, 120)
-    before: dict[int, list[int]] = {}
+    orders: dict[int, list[int]] = {}
     for task in range(6):
         memory.offer(stage(task, [25] * 6))
-        for seen, order in before.items():
+        for seen, order in orders.items():
             left = identities(memory, seen)
             assert left == order[: len(left)]
-        before = {seen: identities(memory, seen) for seen in range(task + 1)}
+        orders = {seen: identities(memory, seen) for seen in range(task + 1)}
 
 
 def test_dpp_holds_the_greedy_choice_for_whatever_share_is_left():
