@@ -39,7 +39,7 @@ class PPOConfig:
     steps_per_env: Positive = 200
     """Environment steps per environment and iteration."""
     learning_rate: PositiveFloat = 1e-3
-    """Of Adam, constant. Default with teacher.recipe demo_rl: 0.0002."""
+    """Learning rate of Adam, which stays constant. Default with teacher.recipe demo_rl: 0.0002."""
     num_epochs: Positive = 12
     """Maximum of passes over an iteration's samples."""
     minibatch_size: Positive = 500
@@ -74,6 +74,7 @@ class PPOConfig:
             raise ValueError(
                 "num_envs x steps_per_env must be 2 or more: a single sample's advantage has no scale"
             )
+        # PPO drops an incomplete minibatch, so there would be no gradient step.
         if self.minibatch_size > num_samples:
             raise ValueError(
                 f"minibatch_size ({self.minibatch_size}) exceeds the samples of an iteration, "
@@ -175,12 +176,14 @@ class TeacherConfig:
     warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)
 
     def __post_init__(self) -> None:
+        # Training would stop at policies that the gate rejects.
         if self.stop_success < self.gate:
             raise ValueError(f"stop_success ({self.stop_success}) lies below the gate ({self.gate})")
         # Nothing below concerns a scripted expert, and a recipe for one may extend any other.
         if self.recipe == "scripted":
             return
         ppo, exploration = self.ppo, self.exploration
+        # The first update would raise the standard deviation, and so change a cloned policy before RL has begun.
         if ppo.init_log_std < exploration.min_log_std:
             raise ValueError(
                 f"ppo.init_log_std ({ppo.init_log_std:g}) lies below exploration.min_log_std "

@@ -209,4 +209,5 @@ class StudentLearner:
         self._set_student(student, state["names"])
         self.flat.values.copy_(state["values"])
         self.optimizer.restore(state["optimizer"])
+        # Batches that are open belong to another stage or memory: `open_stage` creates new ones.
         self.close_stage()

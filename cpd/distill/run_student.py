@@ -243,6 +243,7 @@ class Distillation:
             )
         progress = self.trainer.learner.progress
         name = f"stage-{progress.stage:02d}-step-{progress.step:06d}"
+        # A checkpoint of this name holds the same state, and a kill while overwriting it would damage it.
         if self.log is None or name == self._saved:
             return
         self.attempt.check()

@@ -154,6 +154,7 @@ class _Phases:
     def evaluate(self, teacher: Teacher) -> None:
         """Measure success as for students: with episodes that continue after success, and on training goals."""
         config, element = self.config, self.element
+        # Goals beyond those of training would be unseen ones.
         num_training = min(config.evaluation.num_episodes, config.teacher.num_training_goals)
         cells = [
             Cell(element.task, config.evaluation.goal_set, config.evaluation.num_episodes, to_the_end=True),
