@@ -1,6 +1,6 @@
 """What is refused or warned about, by the path that each message names; a golden file holds the full texts.
 
-`UPDATE_GOLDEN=1 pytest tests/config/test_messages.py` writes that file anew.
+`UPDATE_GOLDEN=1 pytest tests/config/test_messages.py` writes that file again.
 """
 
 from __future__ import annotations

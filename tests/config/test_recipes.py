@@ -1,4 +1,4 @@
-"""What the recipes promise about each other."""
+"""Recipes: relations between them, and defaults that depend on the kind of teacher."""
 
 from __future__ import annotations
 

@@ -104,7 +104,7 @@ def test_upgrading_changes_nothing_that_it_was_passed_and_nothing_twice() -> Non
 def test_every_published_configuration_loads_with_the_values_that_it_holds(path: Path) -> None:
     stored = json.loads(path.read_text())
     config = load(Config, stored, str(path))
-    # What it does not hold was no setting yet.
+    # Settings that the file lacks did not exist yet.
     differing = [line for line in changes(upgrade(stored), to_dict(config)) if ": None -> " not in line]
     assert differing == []
     assert config.of_method(config.methods[0]) is not None

@@ -118,7 +118,7 @@ def test_the_probe_and_the_reference_are_drawn_apart_from_the_batches():
 
 
 class TestRehearsalMixtures:
-    """Of a memory in which the segments of two tasks, one with three times as many, lie one among another."""
+    """A memory with interleaved segments of two tasks, one of which has three times as many."""
 
     MEMORY = Segments.concatenate([stage_data(1).segments(4), stage_data(2, num_episodes=4).segments(4)])
     MEMORY = MEMORY.take(np.random.default_rng(0).permutation(len(MEMORY)))
@@ -127,7 +127,7 @@ class TestRehearsalMixtures:
         return source(self.MEMORY, batch_size=800, replay_share=0.5, rehearsal=True)
 
     def segments(self) -> tuple[np.ndarray, np.ndarray]:
-        """Of every replayed row the number of its segment, and of the one that is mixed into it."""
+        """For every replayed row, the numbers of its segment and of the one that is mixed in."""
         windows = self.mixed().windows(3)
         numbers = {start: number for number, start in enumerate(self.MEMORY.start.tolist())}
         first, other = windows.start[:400], windows.mixture[0][:400]

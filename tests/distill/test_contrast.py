@@ -1,4 +1,4 @@
-"""What the task embedding learns from, and that prototypes keep up with it."""
+"""Training data of the task embedding, and prototypes that follow it."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def drawn(source: ContrastSource, task: int, step: int = 0) -> np.ndarray:
 
 
 def places(obs_NO: np.ndarray, data: StageData) -> np.ndarray:
-    """At which step of `data` each of the observations is; an error if one is nowhere."""
+    """The step of `data` at which each observation occurs; KeyError if one does not occur."""
     steps = {row.astype(np.float64).tobytes(): step for step, row in enumerate(data.observations)}
     return np.array([steps[row.tobytes()] for row in obs_NO])
 
@@ -100,7 +100,7 @@ class TestBatch:
 
     @pytest.mark.parametrize("noise", [0.05, 0.4])
     def test_noise_is_in_the_students_scaling_and_each_numbers_own(self, noise, source_of):
-        """Of tasks with one observation each, so that all that varies is the noise."""
+        """Tasks with one observation each, so that only the noise varies."""
         data = stage_data(2, num_episodes=1, length=1)
         source = source_of(data, memory_of({0: 1}), batch_size=2_000, noise=noise)
         for task, only in ((0, stage_data(0).observations[0]), (2, data.observations[0])):
@@ -126,7 +126,7 @@ def prototype(student: Student, obs_NO: np.ndarray) -> torch.Tensor:
 
 
 def assert_remembered(student: Student, memory: Segments, tasks: set[int]) -> None:
-    """The prototypes of `tasks`, and of no others that the memory holds, are those of what it holds."""
+    """Of all tasks in memory, exactly those of `tasks` have the prototypes of the stored observations."""
     held = memory.observations_by_task()
     assert tasks == set(held)
     for task, obs_NO in held.items():
@@ -180,7 +180,7 @@ class TestPrototypes:
 
 
 def test_curves_are_measured_with_prototypes_of_the_encoder_as_it_is(make_run):
-    """Stopped in the midst of a curve's first episode: what is saved is what it acts with."""
+    """Stopped during the first episode of a curve: the saved prototypes are those it acts with."""
 
     class AskedInTheEpisode(Interrupt):
         looks = 0
@@ -188,7 +188,7 @@ def test_curves_are_measured_with_prototypes_of_the_encoder_as_it_is(make_run):
         @property
         def requested(self) -> bool:
             self.looks += 1
-            return self.looks > 40  # one look per step of the stage, and then the episode's
+            return self.looks > 40  # one check per step of the stage, and then those of the episode
 
     run = make_run(
         distill={"batch_size": 16},

@@ -11,7 +11,7 @@ from cpd.distill.flat import AdamW, FlatParameters
 
 
 class Growing(nn.Module):
-    """Layers in front of and behind a list that grows, so that growth falls into the middle of the order."""
+    """Layers before and after a list that grows, so that growth inserts into the middle of the order."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -49,7 +49,7 @@ def test_parameters_and_gradients_are_views():
     for name, parameter in module.named_parameters():
         assert torch.equal(parameter, old_values[name])
         assert torch.equal(flat.values[flat.slots[name]].view_as(parameter), parameter)
-    for step in range(3):  # autograd must go on adding to the same memory
+    for step in range(3):  # autograd must keep adding to the same memory
         flat.grads.zero_()
         backward(module, step)
     for name, parameter in module.named_parameters():
@@ -168,10 +168,10 @@ def test_reducing_on_one_rank_changes_nothing():
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
-def test_what_rests_stays_and_the_rest_learns_as_beside_it(weight_decay):
-    """Resting is the same as a mask of zeros, but for the work; and ends as if it had not been."""
+def test_frozen_parameters_stay_and_others_learn_as_under_a_mask(weight_decay):
+    """Freezing is the same as a mask of zeros, but faster; unfreezing leaves no trace of it."""
     trainings = {}
-    for rests in (False, True):
+    for freezes in (False, True):
         module = Growing()
         flat = FlatParameters(module)
         optimizer = AdamW(flat, weight_decay)
@@ -179,19 +179,19 @@ def test_what_rests_stays_and_the_rest_learns_as_beside_it(weight_decay):
         for name in ("first.weight", "last.bias"):
             mask[flat.slots[name]] = 0.0
         old_values = flat.values.clone()
-        if rests:
+        if freezes:
             flat.freeze(mask)
         for step in range(5):
             flat.grads.zero_()
             backward(module, step)
-            if rests:
+            if freezes:
                 assert len(flat.grads) == int(mask.sum())
             else:
                 assert flat.grads[mask == 0].any()
             optimizer.step(1e-2, mask)
         assert torch.equal(flat.values[mask == 0], old_values[mask == 0])
         assert (flat.values[mask == 1] != old_values[mask == 1]).all()
-        trainings[rests] = flat.values
+        trainings[freezes] = flat.values
         flat.freeze(None)
         assert flat.trainable == [slice(0, flat.size)]
         backward(module, 9)

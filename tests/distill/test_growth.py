@@ -1,4 +1,4 @@
-"""Growth: which known task serves a new one best, what is copied for it, and how copies are set apart."""
+"""Growth: which earlier task serves a new one best, what is copied, and how copies differ."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def token_loss(out: StudentOutput, batch: Batch) -> torch.Tensor:
 
 
 def student_of(*sizes: int, **over) -> Student:
-    """A student of as many known tasks, each with a group of so many experts in every layer."""
+    """A student with a task for every argument, whose group has that many experts in every layer."""
     student = make_student(**{"num_experts": sum(sizes), "task_identity": "onehot", **over})
     group = torch.arange(len(sizes))
     student.group_K[: len(sizes)] = group
@@ -31,7 +31,7 @@ def student_of(*sizes: int, **over) -> Student:
 
 
 def batch_of(student: Student, task: int) -> Batch:
-    """Windows of different lengths that are taught what the student does as `task`; their padding is not."""
+    """Windows of different lengths, labelled by the student as `task` except for the padding."""
     obs = observations(len(LENGTHS), 5)
     task_B = torch.full((len(LENGTHS),), task)
     with torch.no_grad():
@@ -82,7 +82,7 @@ class TestProbe:
 
 
 def counts_as(student: Student, batch: Batch, task: int) -> np.ndarray:
-    """[layers, experts] assignments of the batch's steps, one window after another, seen as `task`."""
+    """Assignments [layers, experts] of the batch's steps, one window after another, as `task`."""
     total = np.zeros((len(student.moes), student.num_experts))
     for row, length in enumerate(LENGTHS):
         with torch.no_grad():
@@ -101,7 +101,7 @@ def grown(student: Student, counts: list[list[int]], nearest: int, **over) -> Gr
 
 
 class TestGrow:
-    #: By layer, of a group of two and one of three; what the first group's experts have is not the new task's.
+    #: By layer, for groups of two and of three; the new task does not use the first group's experts.
     COUNTS = ([9, 0, 2, 5, 0], [0, 9, 4, 0, 7])
 
     def test_copies_the_nearest_tasks_experts_by_use_and_begins_again_when_all_are_copied(self):
@@ -155,7 +155,7 @@ class TestRowNoise:
 
     @staticmethod
     def noises(**over) -> list[np.ndarray]:
-        """By layer and copy, how its router row departs from its source's, relative to the source's scale."""
+        """For every layer and copy, the deviation of its router row from the source's, relative to its scale."""
         student = student_of(2, width=512, expert_width=4)
         rows = [row for moe in student.moes for row in moe.router]
         with torch.no_grad():

@@ -1,4 +1,4 @@
-"""The method's parts in the trainer: groups of experts, masks, belief, rehearsal, growth on demand."""
+"""Parts of the method in the trainer: groups of experts, masks, belief, rehearsal, growth on demand."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LONG = {"steps_per_stage": 120, "lr": 5e-3}
 
 
 def outputs(trainer: StudentTrainer, task: int) -> torch.Tensor:
-    """The student's Gaussian on a task's data, seen as that task."""
+    """The student's Gaussian on a task's data, acting for that task."""
     data = stage_data(task)
     windows = np.stack([data.observations[i : i + 4] for i in range(100)])
     obs = torch.from_numpy(windows).to(trainer.learner.student.dtype)
@@ -97,7 +97,7 @@ def test_learns_every_task_and_forgets_none_without_replay():
 
 
 def test_a_frozen_head_expresses_what_the_first_task_had_no_use_for():
-    """The head stays as the first task leaves it; the second one, with saturated actions, comes near them."""
+    """The head stays as after the first task; the second task still approaches its saturated actions."""
     trainer = make_trainer(distill=LONG)
     for stage in range(2):
         data = stage_data(stage)
@@ -140,7 +140,7 @@ def test_the_share_asked_for_is_masked_and_moves_not_at_all_or_less(context):
         mask, flat = trainer.protection.update_mask(trainer.learner), trainer.learner.flat
         shared = shared_by_all(trainer)
         protected = shared[mask[shared] < 1.0]
-        # A window of one step has no use for queries and keys: these are no part of what is shared out.
+        # A window of one step uses neither queries nor keys, so they are not divided.
         useful = trainer.protection._importance[shared] > 0
         unused = 2 * 2 * (16 * 16 + 16) if context == 1 else 0  # in two layers of width 16
         assert int((~useful).sum()) == unused
@@ -161,7 +161,7 @@ def is_shared(name: str) -> bool:
 
 
 def shared_by_all(trainer: StudentTrainer) -> torch.Tensor:
-    """Where in the vector of parameters those are that all tasks share."""
+    """Mask of the parameters that all tasks share."""
     slots = trainer.learner.flat.slots.items()
     return torch.cat([torch.arange(slot.start, slot.stop) for name, slot in slots if is_shared(name)])
 
@@ -207,7 +207,7 @@ def test_a_task_that_comes_again_may_move_its_own_experts():
 
 
 def test_the_task_is_recognised_from_few_stored_steps():
-    """One step in fifty stays; held-out episodes of every task are recognised at their first observation."""
+    """One step in fifty is stored; held-out episodes of every task are recognised at their first observation."""
     trainer = make_trainer(distill={"steps_per_stage": 60}, memory={"share": 0.04})
     train(trainer)
     assert 0 < trainer.memory.num_steps <= 34
@@ -249,7 +249,7 @@ def test_on_demand_grows_where_the_experts_of_no_task_serve(threshold, experts):
 
 
 def test_experts_that_serve_another_task_too_do_not_move_for_it():
-    """On demand the second task finds the first one's experts good enough, which from then on are both tasks'."""
+    """On demand, the second task shares the experts of the first, which then belong to both."""
     trainer = make_trainer(
         student={"expansion": "on_demand", "demand_threshold": 1e6}, distill={"steps_per_stage": 30}
     )

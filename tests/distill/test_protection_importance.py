@@ -14,7 +14,7 @@ NUM_WINDOWS = 12
 
 
 def outputs(trainer, data, step: int) -> np.ndarray:
-    """The Gaussian's [8] means and log deviations at a step of `data`, seen with its past."""
+    """The Gaussian's means and log deviations [8] at a step of `data`, with its past."""
     start = data.window_starts(4)[step]
     with torch.no_grad():
         out = trainer.learner.student(torch.from_numpy(data.observations[start : step + 1]).double()[None])
@@ -47,7 +47,7 @@ def test_is_the_mean_of_squared_derivatives_of_single_states():
 
 
 def test_random_signs_estimate_it_without_bias():
-    """Their part of the error falls with the number of states, at the rate of a mean."""
+    """Their error falls with the number of states, at the rate of a mean."""
     trainer = make_plain()
     train(trainer, until=60)
     data = stage_data(0)

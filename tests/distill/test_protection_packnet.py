@@ -1,4 +1,4 @@
-"""PackNet: what a task acts with never changes again, and every stage gets its share of the weights."""
+"""PackNet: the weights of a task never change again, and every stage gets its share."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def outputs(trainer: StudentTrainer, task: int) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def stages() -> tuple[StudentTrainer, list[list[torch.Tensor]]]:
-    """A trained stream, and what each task's student said at the end of each stage since its own."""
+    """A trained stream, and the outputs of each task's student after its stage and all later ones."""
     trainer, said = make_trainer(**SETTINGS), []
     for stage in range(3):
         train(trainer, until=120 * (stage + 1) - 1)
@@ -146,7 +146,7 @@ def test_the_file_tells_who_owns_what(tmp_path):
         np.testing.assert_array_equal(actions, task_actor.act(obs))
         said.append(actions)
     assert not np.array_equal(said[0], said[1])
-    np.testing.assert_array_equal(said[1], said[2])  # the third has no stage yet: nothing is left out
+    np.testing.assert_array_equal(said[1], said[2])  # the third has had no stage: it uses all weights
     with pytest.raises(ValueError, match="reach-v3"):
         actor.reset(["reach-v3"])
 

@@ -40,7 +40,7 @@ def with_agem(**over):
 
 
 def forgotten(trainer) -> float:
-    """How much the first task's error rose from its own stage's end to the stream's."""
+    """Rise of the first task's error from the end of its stage to the end of the stream."""
     train(trainer, until=120)
     learned = mean_error(trainer.learner.student, 0)
     train(trainer)
@@ -61,7 +61,7 @@ def test_less_is_forgotten_in_as_many_steps(forgotten_without, settings, share):
 
 class TestEWC:
     def test_the_gradient_is_that_of_the_sum_of_all_stages_penalties(self):
-        """By finite differences of the penalty as it is written, with each stage's own F and theta*."""
+        """By finite differences of the penalty by its formula, with F and theta* of each stage."""
         trainer = make_trainer(**with_ewc(distill=SHORT))
         terms = []
         for stage in range(2):
@@ -120,7 +120,7 @@ class TestAGEM:
             assert float(projected @ reference) > -1e-12 * scale  # -projected does not raise the loss of memory
             if product < 0:
                 assert abs(float(projected @ reference)) < 1e-12 * scale
-                rest = plain - projected  # only along memory's gradient was anything taken out
+                rest = plain - projected  # only a multiple of memory's gradient was removed
                 assert float(rest @ reference) == pytest.approx(-float(rest.norm() * reference.norm()))
             else:
                 assert torch.equal(projected, plain)

@@ -1,4 +1,4 @@
-"""The two bounds: all tasks jointly, and a student for every task."""
+"""The two bounds: joint training, and one student per task."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def of(protocol: str, **distill) -> StudentTrainer:
     return make_trainer(student={"task_identity": "none", "width": 32}, distill={**distill, "protocol": protocol})
 
 
-def lesson(trainer: StudentTrainer, task: int) -> StageData:
-    """What a stage of `task` distils."""
+def data_of(trainer: StudentTrainer, task: int) -> StageData:
+    """The data of a stage of `task`."""
     joint = trainer.config.distill.protocol == "joint"
     return replace(
         stage_data(task), others=tuple(stage_data(other) for other in range(3) if other != task and joint)
@@ -42,18 +42,18 @@ def train(trainer: StudentTrainer, until: int = 10**6) -> None:
     for stage in range(trainer.learner.progress.stage, 3):
         if stage * steps == until:
             return
-        trainer.begin_stage(lesson(trainer, stage))
+        trainer.begin_stage(data_of(trainer, stage))
         while trainer.learner.progress.step < steps:
             if stage * steps + trainer.learner.progress.step == until:
                 return
             trainer.train_step()
-        trainer.end_stage(lesson(trainer, stage))
+        trainer.end_stage(data_of(trainer, stage))
 
 
 class TestJoint:
     def test_every_batch_mixes_all_tasks_evenly(self):
         trainer = of("joint", batch_size=512)
-        trainer.begin_stage(lesson(trainer, 1))
+        trainer.begin_stage(data_of(trainer, 1))
         batch = trainer.learner.source.batch(0)
         shares = torch.bincount(batch.task_R) / 512
         assert ((shares > 0.25) & (shares < 0.42)).all()
@@ -71,7 +71,7 @@ class TestJoint:
 
     def test_a_student_that_knows_of_tasks_does_not_grow_either(self):
         trainer = make_trainer(distill={**SHORT, "protocol": "joint"})
-        assert trainer.begin_stage(lesson(trainer, 0)) == []
+        assert trainer.begin_stage(data_of(trainer, 0)) == []
         trainer.train_step()
         assert trainer.learner.student.num_experts == trainer.config.student.num_experts
 
@@ -90,7 +90,7 @@ class TestSingleTask:
         trainer = of("single_task", **SHORT)
         first = trainer.learner.flat.values.clone()
         train(trainer, until=40)
-        trainer.begin_stage(lesson(trainer, 2))
+        trainer.begin_stage(data_of(trainer, 2))
         assert torch.equal(trainer.learner.flat.values, first)
         train(trainer)
         alone = of("continual", **SHORT)

@@ -1,4 +1,4 @@
-"""Rehearsal: replayed rows are labelled by the student as the stage found it, all others are left alone."""
+"""Rehearsal: the student from the start of the stage labels replayed rows; others are unchanged."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FLOOR = 0.25
 
 
 def wide_student(**over) -> Student:
-    """One whose means are often out of range, and whose deviations are often below the floor."""
+    """A student whose means are often out of range and whose deviations are often below the floor."""
     student = make_student(**{"task_identity": "onehot", **over})
     with torch.no_grad():
         student.head.weight.mul_(3.0)
@@ -40,7 +40,7 @@ def rehearsal_of(student: Student, num_opening: int = 0) -> Rehearsal:
 
 
 def assert_labels(relabelled: Batch, mean: torch.Tensor, log_std: torch.Tensor) -> None:
-    """What replayed rows are labelled with, given the Gaussian of the whole batch; the rest is as it was."""
+    """Check the labels of replayed rows against the Gaussian of the whole batch; others are unchanged."""
     rows, original = torch.tensor(REPLAYED), batch()
     torch.testing.assert_close(relabelled.teacher_mean_RLA[rows], mean[rows].clamp(-1.0, 1.0))
     torch.testing.assert_close(relabelled.teacher_log_std_RLA[rows], log_std[rows].clamp(min=math.log(FLOOR)))
@@ -75,7 +75,7 @@ def test_labels_stay_while_the_student_learns():
 
 
 def test_a_student_resumed_within_a_stage_is_rehearsed_as_the_stage_found_it():
-    """Its parameters have moved on, and the experts that were added are half open."""
+    """By then its parameters have changed, and the experts that were added are half open."""
     student = wide_student(task_identity="none")
     with torch.no_grad():
         out = student(batch().obs_RLO)

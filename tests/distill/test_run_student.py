@@ -1,4 +1,4 @@
-"""A student element: what it leaves behind, and how it deals with teachers that are not as they should be."""
+"""Students: their files, resuming, and teachers that are missing, damaged or rejected."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def test_stopping_and_launching_again_equals_going_on(make_student_run, count, m
     assert json.loads(element.status.read_text())["state"] == "stopped"
     assert not element.complete.exists()
     with element.metrics.open("a") as file:
-        file.write('{"step": 999}\n')  # what an attempt wrote after its last checkpoint
+        file.write('{"step": 999}\n')  # written by an attempt after its last checkpoint
     distil(run)
     for stage in (-1, 0, 1):
         assert policy_bytes(run, stage) == policy_bytes(straight, stage)
@@ -127,7 +127,7 @@ def test_stopping_and_launching_again_equals_going_on(make_student_run, count, m
 
 
 class AnotherDiffersAt(SerialComm):
-    """With another rank, which shows the same as this one in every gathering but the `at`-th."""
+    """A second rank, which gathers the same as this one except in the `at`-th call."""
 
     def __init__(self, at: int) -> None:
         self._left = at
@@ -138,7 +138,7 @@ class AnotherDiffersAt(SerialComm):
 
 
 def test_ranks_whose_students_have_drifted_apart_are_refused(make_student_run):
-    """The first thing they compare is what they read, then their students at every checkpoint."""
+    """Ranks first compare what they read, then their students at every checkpoint."""
     run = make_student_run()
     with pytest.raises(RuntimeError, match="ranks"):
         distil(run, comm=AnotherDiffersAt(3))

@@ -1,4 +1,4 @@
-"""The trainer on synthetic teachers: growth that is unnoticed and then lives, resuming, and known losses."""
+"""The trainer on synthetic teachers: growth, resuming, and reference losses."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def make_config(tasks=TASKS, **over) -> Config:
     return load(Config, {**tables, **over}, "test")
 
 
-#: All experts open to all tasks, of which the policy is told nothing, and nothing but replay against forgetting.
+#: All tasks share all experts without task identity, and only replay acts against forgetting.
 PLAIN = {
     "student": {"task_identity": "none", "num_experts": 4, "experts_per_task": 1, "opening_steps": 30},
     "memory": {"selection": "reservoir"},
@@ -88,7 +88,7 @@ def through_a_file(state: dict) -> dict:
 
 
 def new_task_shares(trainer: StudentTrainer, batch: Batch) -> np.ndarray:
-    """[layers, experts] shares of the assignments of a batch."""
+    """Shares [layers, experts] of the assignments of a batch."""
     with torch.no_grad():
         out = trainer.learner.student(batch.obs_RLO, task_B=batch.task_R, valid_BL=batch.valid_RL)
     return np.stack([(stats.counts_E / stats.counts_E.sum()).numpy() for stats in out.stats])
@@ -161,7 +161,7 @@ def test_experts_are_added_for_new_tasks_only():
         held.append(trainer.memory.num_steps)
         experts.append(trainer.learner.student.num_experts)
     assert experts == [2, 4, 4, 4]
-    # Half of the stream's budget of 0.2 x 2 x 280 steps would hold the first task's twice.
+    # Half of the stream's budget of 0.2 x 2 x 280 steps would hold the steps of the first task twice.
     assert trainer.memory.budget == 112
     assert held[1] == held[2] == held[3] <= 112
     assert trainer.learner.progress.seen == [0, 1]

@@ -1,4 +1,4 @@
-"""Evaluation in cells: every episode once, whatever acts beside it."""
+"""Evaluation in cells: every episode runs once, whatever other episodes run beside it."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_episodes_end_as_they_do_with_their_task_alone(to_the_end: bool) -> None
 
 
 class Recorder:
-    """Acts with a constant, and keeps what it is asked."""
+    """Acts with a constant action and records its calls."""
 
     def __init__(self, value: float) -> None:
         self.value, self.tasks, self.seen = value, [""], np.zeros(0)

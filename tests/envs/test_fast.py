@@ -49,7 +49,7 @@ def assert_same_step(stock, fast, where):
 
 
 def assert_same_episode(stock, fast, policy, goal, num_steps, mode, rng):
-    """Reset both to the goal, step both with the same actions, and compare everything that they return."""
+    """Reset both to the goal, step both with the same actions, and compare all that they return."""
     for env in (stock, fast):
         set_goal(env, goal)
     obs, fast_obs = stock.reset()[0], fast.reset()[0]
@@ -124,7 +124,7 @@ def test_long_episodes_equal_metaworld(task, reward_version):
 
 @pytest.mark.parametrize("task", ALL_TASKS)
 def test_a_restored_reset_is_a_real_one(task):
-    """Also that resets write no model fields but GOAL_FIELDS, on which sharing the model rests."""
+    """It also checks that resets write no model fields but GOAL_FIELDS, which sharing a model depends on."""
     goals = goal_set(task, "training")
     stock = build_stock(metaworld_class(task))
     fields = {name: array.copy() for name, array in numeric_arrays(stock.model).items()}
@@ -157,7 +157,7 @@ def test_a_light_model_simulates_what_the_complete_one_does(task):
     for name in a:
         if name.startswith("geom_"):
             a[name] = a[name][geoms]
-    # What differs numbers geoms and assets, or sums up what geoms collide with; no equation of motion has it.
+    # These fields number geoms and assets or summarise collisions; no equation of motion contains them.
     assets = ("mesh_", "bvh_", "mat_", "tex_", "name_", "names", "paths", "text_", "geom_matid", "geom_dataid")
     different = {name for name in differing(a, b) if not name.startswith(assets)}
     sums = {"body_contype", "body_conaffinity"}

@@ -1,4 +1,4 @@
-"""Accelerated environments, whose models lack what only pictures show, render the pictures of Meta-World's own."""
+"""Accelerated environments render the same pictures as Meta-World's own, although their models are light."""
 
 import os
 import subprocess
@@ -15,7 +15,7 @@ NO_GRAPHICS = 77
 
 
 def frames(env, task):
-    """Pictures after resets, one of them from the cache, and amidst episodes."""
+    """Pictures after resets, one of them from the cache, and within episodes."""
     actions = np.random.default_rng(3).uniform(-1, 1, (12, 4)).astype(np.float32)
     env._set_task_called = env._freeze_rand_vec = True
     for index in (0, 1, 0):
@@ -40,7 +40,7 @@ def compare(task):
     stock, fast = build_stock(metaworld_class(task), **settings), accelerated_class(task)(**settings)
     pairs = list(zip(frames(stock, task), frames(fast, task), strict=True))
     for expected, shown in pairs:
-        # A rasteriser may round the odd pixel the other way; a missing geom changes hundreds, by much.
+        # A rasteriser may round single pixels differently; a missing geom changes hundreds, by much.
         differences = np.abs(expected.astype(int) - shown)
         assert differences.max() <= 2 and (differences > 0).mean() < 1e-3
     assert len(pairs) == 6 and all(expected.std() > 10 for expected, _ in pairs)

@@ -1,4 +1,4 @@
-"""TaskEnv: what it returns, what it refuses, and that the past does not matter."""
+"""TaskEnv: what it returns and refuses, and that earlier episodes have no influence."""
 
 import pickle
 

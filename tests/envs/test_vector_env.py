@@ -1,4 +1,4 @@
-"""Vector environments: equal for any number of workers, clean at the end, clear about failures."""
+"""Vector environments: same results for any number of workers, nothing left behind, clear errors."""
 
 import gc
 import os
@@ -95,7 +95,7 @@ def test_inactive_slots_are_left_alone(num_workers):
         env.reset([1], [goals_for(tasks, 0)[1]])
         np.testing.assert_array_equal(env.observations, first)
         assert not env.rewards.any()
-        # An inactive slot's action is not looked at.
+        # The action of an inactive slot is ignored.
         actions = np.zeros((3, 4), np.float32)
         actions[0] = np.nan
         env.step(actions, np.array([False, True, True]))

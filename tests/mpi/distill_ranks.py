@@ -25,7 +25,7 @@ TABLES = {
     "student": {"context": 4, "width": 16, "expert_width": 32, "opening_steps": 30},
     "rollouts": {"num_steps": 280},
     "memory": {"share": 0.2},
-    # A batch that two and three ranks do not share evenly, and a norm that clips most steps.
+    # A batch that neither two nor three ranks divide evenly, and a norm that clips most steps.
     "distill": {
         "steps_per_stage": 80,
         "batch_size": 33,
@@ -90,7 +90,7 @@ def train(comm: Comm, method: str = "ours") -> dict[str, np.ndarray]:
 
 
 class AskedAfter(Interrupt):
-    """Asked to stop when looked at for the `count`-th time."""
+    """Asks to stop when it is checked for the `count`-th time."""
 
     def __init__(self, count: int) -> None:
         super().__init__()

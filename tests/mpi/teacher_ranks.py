@@ -20,13 +20,13 @@ from cpd.teachers.rollout import Experience
 from cpd.teachers.run_teacher import env_pool, run_teacher
 from tests.mpi.distill_ranks import AskedAfter
 
-#: Seven environments, which two ranks cannot share evenly.
+#: Seven environments, which two ranks cannot divide evenly.
 CONFIG = PPOConfig(hidden_sizes=(32, 32), num_envs=7, steps_per_env=40, minibatch_size=70, num_epochs=2)
 NUM_ITERATIONS = 3
 
 
 def batch(iteration: int, slots: range) -> Experience:
-    """Columns `slots` of an iteration's samples, the same whoever asks."""
+    """Columns `slots` of an iteration's samples, the same on every rank."""
     rng = np.random.default_rng(iteration)
     shape = (CONFIG.steps_per_env, CONFIG.num_envs)
     ends = rng.random(shape) < 0.05

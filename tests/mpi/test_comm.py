@@ -39,7 +39,7 @@ def test_a_communicator_of_another_size_than_asked_is_refused(mpi) -> None:
 
 
 def test_ranks_that_do_not_know_of_each_other_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    # What a wrong process-management interface does: this process is told of two ranks and finds itself alone.
+    # The effect of a wrong process-management interface: two ranks are announced, but this process is alone.
     import subprocess
     import sys
 

@@ -15,7 +15,7 @@ from tests.distill.synthetic import write_teachers
 from tests.mpi import distill_ranks
 
 SCRIPT = ("-m", "tests.mpi.distill_ranks")
-#: Tables of a run without environments: stages of 40 steps in float64, looked at after every step.
+#: Tables of a run without environments: stages of 40 steps in float64, checked after every step.
 QUICK = {
     "stream": {"horizon": 60},
     "distill": {"precision": "float64", "batch_size": 16},

@@ -1,4 +1,4 @@
-"""A teacher on real MPI ranks: they learn what one learns from the same samples, stop together, go on exactly."""
+"""A teacher on real MPI ranks: the same update as one rank, common stops, exact resumption."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def succeed(result: subprocess.CompletedProcess[str], code: int = 0) -> None:
 
 
 def products(teacher: TeacherElement) -> dict[str, str]:
-    """Hashes of all that counts, and the learning curve without its wall times."""
+    """Hashes of all results, and the learning curve without wall times."""
     files = [teacher.policy, teacher.evaluation, teacher.episodes, *sorted(teacher.shards.iterdir())]
     curve = [{k: v for k, v in line.items() if "seconds" not in k} for line in read_metrics(teacher.metrics)]
     return {file.name: sha256(file) for file in files} | {"curve": json.dumps(curve)}
@@ -93,7 +93,7 @@ def test_two_and_three_ranks_learn_what_one_learns(mpi, tmp_path: Path) -> None:
         for other in by_rank:
             np.testing.assert_array_equal(other["values"], by_rank[0]["values"])
             np.testing.assert_array_equal(other["learned"], by_rank[0]["learned"])
-        # Adam turns rounding of a gradient near zero into a part of its step of 1e-3.
+        # For a gradient near zero, Adam turns rounding into a fraction of its step of 1e-3.
         np.testing.assert_allclose(by_rank[0]["values"], alone["values"], rtol=1e-3, atol=1e-4)
         np.testing.assert_allclose(by_rank[0]["learned"], alone["learned"], rtol=1e-2, atol=1e-4)
 

@@ -1,4 +1,4 @@
-"""Teachers are computed with one thread, as by default in a run."""
+"""Fixtures: one thread of arithmetic, as in a run; interrupts; validation of failing policies."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def one_thread() -> Iterator[None]:
 
 
 class CountingInterrupt(Interrupt):
-    """Asks to stop once it has been looked at `limit` times."""
+    """Asks to stop once it has been checked `limit` times."""
 
     def __init__(self, limit: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""A teacher that trains in a second: its settings, its run, and what it leaves."""
+"""A teacher that trains in a second: settings, run, and results."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def finish(run: Run, interrupt: Interrupt | None = None, num_workers: int = 1) -
 
 
 def products(teacher: TeacherElement) -> dict[str, str]:
-    """Hashes of all that counts, and the learning curve without its wall times."""
+    """Hashes of all results, and the learning curve without wall times."""
     files = [teacher.policy, teacher.policy.with_suffix(".json"), teacher.evaluation]
     files += [teacher.path / "episodes.csv", *sorted(teacher.shards.iterdir())]
     return {file.name: sha256(file) for file in files} | {"curve": json.dumps(curve(teacher))}

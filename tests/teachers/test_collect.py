@@ -1,4 +1,4 @@
-"""Collected rollouts: what is in them, in which order, and what they do not depend on."""
+"""Collected rollouts: contents, order, and what they do not depend on."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_there_are_exactly_as_many_steps_as_asked_for(episodes: list[Episode]) -
 
 @pytest.mark.parametrize("num_steps", [1, 30, 333])
 def test_other_budgets_are_prefixes(episodes: list[Episode], num_steps: int) -> None:
-    """An episode does not depend on how much is wanted, but for where the last one is cut."""
+    """Episodes do not depend on the number of steps, except that the last one is cut."""
     cut_episodes = gather(replace(CONFIG, num_steps=num_steps))
     assert sum(map(len, cut_episodes)) == num_steps
     assert_equal(cut_episodes[:-1], episodes[: len(cut_episodes) - 1])

@@ -1,4 +1,4 @@
-"""What the scripted expert shows: who acts, whose actions are the labels, and where its episodes end."""
+"""Demonstrations: who acts, whose actions are the labels, and where episodes end."""
 
 from __future__ import annotations
 

@@ -98,7 +98,7 @@ def test_a_saved_policy_acts_the_same(tmp_path: Path) -> None:
     first = path.read_bytes()
     save_policy(make_policy(), path, {"task": "push-v3"})
     assert path.read_bytes() == first
-    # A group on a shared file system can read it like any other file.
+    # Members of a group on a shared file system can read it like any other file.
     assert path.stat().st_mode == (tmp_path / "policy.json").stat().st_mode
 
 
@@ -162,7 +162,7 @@ def test_moments_of_batches_merge_to_the_moments_of_the_whole(
     whole = np.concatenate(batches)
     assert float(moments.count) == len(whole)
     np.testing.assert_allclose(moments.mean.numpy(), whole.mean(axis=0), rtol=1e-9, atol=1e-9 * scale)
-    # Nothing beats cancellation: deviations are known to the precision of the offset.
+    # Deviations are no more precise than the offset, which cancels.
     atol = 1e-9 * scale + 1e-12 * abs(offset)
     np.testing.assert_allclose(moments.std.numpy(), np.maximum(whole.std(axis=0), 1e-9), rtol=1e-7, atol=atol)
 

@@ -155,7 +155,7 @@ def test_seeds_differ_in_weights_and_order() -> None:
 
 
 def test_success_is_worth_the_largest_reward_for_ever_after() -> None:
-    """Were success a plain termination, steps that end in it would look worse than the others, not better."""
+    """With a plain termination, steps that end in success would look worse than the others, not better."""
     terminated = np.zeros((CONFIG.steps_per_env, CONFIG.num_envs), np.bool_)
     terminated[10, :4] = True
     ends = terminated.copy()
@@ -177,7 +177,7 @@ def test_the_value_of_success_grows_with_larger_rewards() -> None:
 
 
 def test_ratios_start_at_one() -> None:
-    """With one epoch of one minibatch, old and new policy are the same when the loss is taken."""
+    """With one epoch of one minibatch, the loss is computed while old and new policy are equal."""
     config = replace(CONFIG, num_epochs=1, minibatch_size=CONFIG.num_envs * CONFIG.steps_per_env)
     values = PPOLearner(config, seed=1).update(synthetic_batch(), 0)
     assert values["kl"] == pytest.approx(0.0, abs=1e-6)
@@ -223,7 +223,7 @@ def test_while_it_explores_the_larger_bound_keeps_the_deviation_up() -> None:
 
 
 def test_it_learns_a_one_step_problem() -> None:
-    """The reward is highest where the action equals a number that the observation tells."""
+    """The reward is highest where the action equals a component of the observation."""
     config = replace(CONFIG, num_epochs=10, gamma=0.5)
     learner = PPOLearner(config, seed=1)
     ones = np.ones((CONFIG.steps_per_env, CONFIG.num_envs), np.bool_)
@@ -245,7 +245,7 @@ def test_it_learns_a_one_step_problem() -> None:
 
 
 def test_advantages_and_targets_are_the_published_ones() -> None:
-    """Estimated with the values of before, at observations whose statistics know the batch already."""
+    """They use the values from before the update, at observations normalised with the batch included."""
     config = replace(CONFIG, gamma=0.9, gae_lambda=0.8, reward_scale=0.3)
     learner = PPOLearner(config, seed=1)
     first, batch = synthetic_batch(0), synthetic_batch(1)
@@ -272,7 +272,7 @@ def test_advantages_and_targets_are_the_published_ones() -> None:
     close(samples.obs_BO, normalized(batch.obs))
     close(samples.advantages_B, (advantages.ravel() - advantages.mean()) / advantages.std())
     mean, std = learner.value_moments.mean.numpy(), learner.value_moments.std.numpy()
-    # Half of what the moments know by now are this batch's targets.
+    # Half of the samples of the moments are this batch's targets.
     close(mean, (value_mean + targets.mean()) / 2)
     close(std, np.sqrt((value_std**2 + targets.var()) / 2 + (value_mean - targets.mean()) ** 2 / 4))
     close(samples.targets_B, (targets.ravel() - mean) / std)
@@ -316,7 +316,7 @@ def test_a_gradient_is_that_of_the_published_loss(max_grad_norm: float, monkeypa
 
     num_of_policy = len(list(learner.policy.parameters()))
     norms = []
-    for grads in (wanted[:num_of_policy], wanted[num_of_policy:]):  # bounded apart
+    for grads in (wanted[:num_of_policy], wanted[num_of_policy:]):  # each clipped by itself
         norms.append(float(torch.cat([grad.flatten() for grad in grads]).norm()))
         for grad in grads:
             grad.mul_(min(1.0, max_grad_norm / norms[-1]))

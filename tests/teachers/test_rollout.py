@@ -1,4 +1,4 @@
-"""An iteration's experience: what it holds, and that nothing but policy, seed and iteration decides it."""
+"""An iteration's experience: contents, and that it depends on policy, seed and iteration only."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_segments_end_at_success_time_limit_and_iteration_end(batch: Experience)
             assert batch.ends[t, slot] == is_end
             if is_end:
                 length = 0
-            else:  # within a segment, what follows a step is what precedes the next
+            else:  # within a segment, the observation after a step is the one before the next
                 assert np.array_equal(batch.next_obs[t, slot], batch.obs[t + 1, slot])
 
 
@@ -143,7 +143,7 @@ def test_without_termination_episodes_outlast_success(batch: Experience) -> None
     ends = np.zeros_like(experience.ends)
     ends[[HORIZON - 1, CONFIG.steps_per_env - 1]] = True
     assert np.array_equal(experience.ends, ends), "the time limit and the iteration's end, and nothing else"
-    # First episodes are the same up to success, so as many of them succeed; their rewards go on.
+    # First episodes are the same up to success, so as many succeed; then they collect further rewards.
     assert experience.train_success == batch.train_success > 0
     assert experience.train_return > batch.train_return
 
@@ -158,7 +158,7 @@ def test_exploring_starts_come_before_episodes_and_depend_on_nothing_else(batch:
     is_own = np.linalg.norm(hands - start, axis=1) < 1e-3
     assert 0 < is_own.sum() < len(hands)
     assert 0 < explored.exploring_steps <= 30 * (~is_own).sum()
-    # The action and its length are the environment's own, whoever else begins an episode, and whoever steps it.
+    # Action and length depend on the environment, not on which others begin an episode or which rank steps it.
     again = draw(num_workers=2, num_slots=7, rules=rules)
     assert again is not None
     assert_equal(explored, again)
@@ -186,7 +186,7 @@ def test_perturbations_cut_segments_and_count_towards_the_horizon() -> None:
             elif not is_same:
                 num_perturbations += 1
                 assert 0 < np.linalg.norm(next_hand - hand) < 12 * 0.03
-                # The last 18 components are what was seen a step earlier: on the way, not before it.
+                # The last 18 components are the frame of the step before: within the perturbation, not before it.
                 assert not np.array_equal(perturbed.obs[t + 1, slot, 18:36], perturbed.next_obs[t, slot, 18:36])
     assert num_perturbations > 5
     assert num_perturbations <= perturbed.exploring_steps <= 12 * num_perturbations
@@ -234,7 +234,7 @@ def test_actions_are_the_policys_with_correlated_noise_and_are_not_clipped(batch
 
 
 class Steps:
-    """In the place of an environment with many slots: what it is told to do."""
+    """Stands in for an environment with many slots and records its calls."""
 
     def __init__(self, num_envs: int) -> None:
         self.num_envs = num_envs

@@ -1,4 +1,4 @@
-"""A teacher from its first iteration to its shards, undisturbed, interrupted, killed, and rejected."""
+"""A teacher from its first iteration to its shards: undisturbed, interrupted, killed, rejected."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def test_killed_it_ends_the_same(undisturbed: TeacherElement, tmp_path: Path) ->
         process.send_signal(signal.SIGKILL)
         process.wait()
     assert not teacher.complete.exists()
-    # After the second kill three iterations were behind the newest checkpoint; records beyond are cut back.
+    # At the second kill the newest checkpoint held three iterations; later records are cut off.
     assert published(teacher.checkpoints)
     finish(run)
     assert products(teacher) == products(undisturbed)
@@ -182,7 +182,7 @@ def test_a_new_policy_withdraws_what_the_old_one_left(tmp_path: Path) -> None:
     finish(run)
     assert products(teacher) == old_products
 
-    # Shards of another policy are collected anew, though their index is there.
+    # Shards of another policy are collected again, although their index exists.
     teacher.complete.unlink()
     index = json.loads((teacher.shards / "index.json").read_text())
     index["attributes"]["policy_sha256"] = "0" * 64

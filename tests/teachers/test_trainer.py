@@ -40,7 +40,7 @@ EXPLORATION = {"start_share": 1.0, "max_steps": 20, "stop_at_success": 0.4}
 
 @pytest.fixture
 def succeeding(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Iterations of which these shares of first episodes succeed, whatever they do."""
+    """Replace the success rate of the first episodes of every iteration by a fixed one."""
     rates = [0.2, 0.4, 0.5, 0.1, 0.9, 0.0]
 
     def sampled(*arguments: Any, **named: Any) -> Any:
@@ -110,7 +110,7 @@ def test_the_last_of_the_best_policies_is_selected(tmp_path: Path, monkeypatch: 
     training = json.loads(teacher.policy.with_suffix(".json").read_text())["training"]
     assert (training["stopped_by"], training["iterations"]) == ("budget", 6)
     assert (training["selected_iteration"], training["validation_success"]) == (4, 0.6)
-    # Trained from scratch, it normalises with what it has seen up to then: 200 steps in each iteration.
+    # From scratch, it normalises with all observations so far: 200 steps in each iteration.
     assert load_policy(teacher.policy).normalizer.count == 4 * 200
 
 

@@ -1,4 +1,4 @@
-"""The warm start of `demo_rl`: its demonstrations, its cloning, its cap, and RL from there on."""
+"""The warm start of `demo_rl`: demonstrations, cloning, the cap, and RL after it."""
 
 from __future__ import annotations
 
@@ -143,7 +143,7 @@ def started(validate: Callable[[], float], config: WarmStartConfig = CONFIG) -> 
 def test_an_increment_beyond_the_cap_is_taken_back_and_halved() -> None:
     rates = iter([0.0, 0.9, 0.2, 0.8, 0.4, 0.6])
     done, _ = started(lambda: next(rates))
-    # 20 steps are too many, 10 are not; 20 need no second look; 15 are too many, 12 not, and 14 reach the target.
+    # 20 steps exceed the cap, 10 do not; 20 are validated once; 15 exceed it, 12 do not; 14 reach the target.
     assert (done.validation_success, done.highest_success, done.cloning_steps) == (0.6, 0.9, 14)
     assert done.dagger_rounds == 0
     assert not list(rates)
@@ -172,7 +172,7 @@ def test_a_policy_that_succeeds_untrained_is_not_cloned() -> None:
 
 
 def test_an_increment_stays_as_small_as_the_cap_has_made_it() -> None:
-    # From 10 steps on five at a time, since 20 were too many, and two from 15 on, also in the DAgger round.
+    # Increments of five from 10 steps on, since 20 exceeded the cap, and of two from 15 on, DAgger round included.
     ends = [20, 10, 15, *range(17, 40, 2), *range(40, 81, 2)]
     rates = iter([0.0, 0.8, *[0.45] * (len(ends) - 1)])
     done, _ = started(lambda: next(rates))
@@ -224,7 +224,7 @@ def test_the_record_tells_success_before_and_after_rl(undisturbed: TeacherElemen
     assert 0.0 < start["validation_success"] <= 0.7
     assert start["demonstration_env_steps"] > 0
     records = read_metrics(undisturbed.metrics)
-    # The critic's own iteration is never validated: no policy is selected that RL has not changed.
+    # The iteration of the critic alone is not validated: only policies that RL has changed are selected.
     assert records[0]["validation_success"] is None
     assert records[0]["grad_norm"] == 0.0
     assert training["selected_iteration"] >= 2
@@ -268,7 +268,7 @@ def test_no_goal_serves_two_purposes(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 class AfterWarmStart(Interrupt):
-    """Asks to stop as soon as the teacher has a checkpoint, which is when its warm start is over."""
+    """Asks to stop as soon as the teacher has a checkpoint: at the end of the warm start."""
 
     def __init__(self, teacher: TeacherElement) -> None:
         super().__init__()

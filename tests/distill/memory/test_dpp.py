@@ -31,7 +31,7 @@ def draw(seed: int, num_candidates: int, num_features: int) -> Similarity:
 
 
 def dense_kernel(similarity: Similarity) -> np.ndarray:
-    """S, written down from its definition."""
+    """S by its definition."""
     x, n = similarity.features, len(similarity)
 
     def entry(a: np.ndarray, b: np.ndarray) -> float:
@@ -99,7 +99,7 @@ def test_greedy_comes_close_to_the_likeliest_set() -> None:
     for seed in range(20):
         similarity = draw(seed, 10, 5)
         kernel = dense_kernel(similarity)
-        best = max(log_det(kernel, [0, *s]) for s in combinations(range(1, 10), 3))  # 0 comes first
+        best = max(log_det(kernel, [0, *s]) for s in combinations(range(1, 10), 3))  # 0 is chosen first
         shortfalls.append(best - log_det(kernel, greedy_map(similarity, 4).tolist()))
         hits += shortfalls[-1] < 1e-12
     assert min(shortfalls) > -1e-9

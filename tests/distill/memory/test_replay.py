@@ -1,4 +1,4 @@
-"""The replay memory: what it holds after every stage, that it never exceeds its budget, and uniformity."""
+"""The replay memory: contents after every stage, budget, and uniformity."""
 
 from __future__ import annotations
 

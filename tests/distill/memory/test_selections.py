@@ -1,4 +1,4 @@
-"""What every selection in the table must do, and what equal shares and the greedy order add to it."""
+"""What every selection must do, and what equal shares and the greedy order add."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def stored_steps(memory: ReplayMemory) -> list[tuple[int, int]]:
 
 
 def identities(memory: ReplayMemory, task: int) -> list[int]:
-    """First steps of a task's segments, in the order in which they are held."""
+    """First steps of a task's segments, in the order of the memory."""
     return memory.segments.first_step[memory.segments.task == task].tolist()
 
 
