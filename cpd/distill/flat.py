@@ -38,7 +38,7 @@ class FlatParameters:
 
     def __init__(self, module: nn.Module, first_names: Sequence[str] = ()) -> None:
         """Move the parameters of `module`; those in `first_names` come first, in that order."""
-        # So growth appends: the positions of older parameters, and with them moments and masks, stay valid.
+        # So growth appends, and parameters of one age stay contiguous, as `AdamW.cohorts` needs.
         parameters = dict(module.named_parameters())
         self.names = [*first_names, *(name for name in parameters if name not in set(first_names))]
         assert set(self.names) == set(parameters)

@@ -42,7 +42,7 @@ class Exploration:
     holds after the policy's next step.
     """
 
-    # One action is repeated because an action of 1 moves the hand by 1 cm only: independent ones would cancel out.
+    # One action is repeated because an action of 1 moves the hand by 1 cm only: independent ones mostly cancel.
     start_share: float = 0.0
     """Share of episodes with a random start."""
     step_rate: float = 0.0

@@ -67,7 +67,7 @@ def reduce_sum(x: Tensor, comm: Comm) -> Tensor:
     """Return the sum of `x` over ranks; a collective."""
     if comm.size == 1:
         return x
-    # A copy, since the reduction is in place. NumPy shares its memory with the tensor.
+    # A copy, since the reduction is in place and NumPy shares the memory of the tensor.
     total = x.detach().contiguous().clone()
     comm.all_reduce_sum(total.numpy())
     return total
