@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TextIO
 
-from rich.console import Console
 from rich.table import Table
 
 from analysis.captions import conditions, look_alikes
@@ -15,6 +14,7 @@ from analysis.paper_tables import headline, task_cells, worst_text
 from cpd.evaluation.student_measures import StudentMeasures
 from cpd.evaluation.summary import MethodMeasures
 from cpd.run.progress import clock
+from cpd.terminal import plain_console
 
 #: Columns of the console, whatever the terminal has: rich would cut numbers to fit, a terminal wraps the lines.
 WIDTH = 140
@@ -35,7 +35,7 @@ def print_summary(folder: Path, file: TextIO | None = None) -> None:
 
 def show(data: Dataset, file: TextIO | None = None) -> None:
     """Print the summary of a data set to `file`, or to standard output."""
-    console = Console(file=file, width=WIDTH, highlight=False, markup=False, emoji=False)
+    console = plain_console(file=file, width=WIDTH)
     for method in data.methods:
         students = data.of_method(method.method)
         console.print(_title(data, method.method), style="bold", soft_wrap=True)

@@ -15,8 +15,9 @@ from typing import Generic, NoReturn, Self, TypeVar
 
 from cpd.cluster.requeue import describe_unfinished, hand_back, is_first_rank, unfinished_dependencies
 from cpd.comm import connect
+from cpd.reading import DamagedFileError
 from cpd.run.attempt import mark
-from cpd.run.directory import Element, Run
+from cpd.run.directory import Element, Run, RunError
 from cpd.run.interrupt import EXIT_INTERRUPTED, Interrupt, InterruptedBySignal
 from cpd.run.lease import LeaseHeldError
 from cpd.run.progress import read_status
@@ -171,9 +172,13 @@ class ElementCommand(Generic[E]):
             print(f"{self._prog}: {error}", file=sys.stderr)
             self.exit_code = EXIT_FAILED
         elif isinstance(error, Exception):
-            traceback.print_exception(error)
+            is_damage = isinstance(error, DamagedFileError | RunError)
+            if is_damage:
+                print(f"{self._prog}: {error}", file=sys.stderr)
+            else:
+                traceback.print_exception(error)
             # An attempt records its own failure. If the element is still queued, no attempt has begun.
             if is_first_rank() and read_status(self.element.status).state == "queued":
                 mark(self.element, "failed", f"{type(error).__name__}: {error}")
-            self.exit_code = EXIT_FAILED
+            self.exit_code = EXIT_USAGE if is_damage else EXIT_FAILED
         return isinstance(error, Exception)

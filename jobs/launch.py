@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.live import Live
 
 from cpd.cluster.element_job import VERBS
@@ -30,6 +29,7 @@ from cpd.run.lease import Lease, LeaseHeldError
 from cpd.run.progress import progress_line, read_status
 from cpd.run.provenance import Provenance, code_version, provenance
 from cpd.run.reuse import PlannedRun, ReuseError, find_reusable, reuse
+from cpd.terminal import plain_console
 from jobs.common import EXIT_FAILED, EXIT_USAGE, exit_quietly, log
 from jobs.launch_options import build_parser, check_options, check_run_dir, load_recipe_and_profile
 from jobs.launch_slurm import cancel_chain, dry_run, submit_chain
@@ -105,7 +105,7 @@ def describe(run: Run, profile: Profile, chosen: Sequence[Element]) -> list[str]
 
 def execute(run: Run, profile: Profile, interrupt: Interrupt, elements: Sequence[Element]) -> bool:
     """Execute elements on this machine with a live display, or plain lines where there is no terminal."""
-    console, view = Console(), QueueView()
+    console, view = plain_console(), QueueView()
     if console.is_terminal:
         with Live(console=console, auto_refresh=False) as live:
 

@@ -22,6 +22,7 @@ from cpd.run.claim import expect
 from cpd.run.directory import Element, Run
 from cpd.run.lease import Holder, current_holder
 from cpd.run.progress import StatusRecord, clock, number, read_status
+from cpd.terminal import plain_console, printable
 from jobs.common import EXIT_CTRL_C, EXIT_FAILED, EXIT_USAGE, exit_quietly, parser_with_examples
 
 #: Least width of a terminal, in columns, that shows all columns of the table.
@@ -85,7 +86,7 @@ def element_status(run: Run, element: Element, log: str, job: JobState | None = 
     state = _state(element, record, holder, job)
     if state == "queued" and not job and current_holder(run.root / "launcher" / "attempts")[0] is None:
         state = "waiting"  # the local launcher that queued it has ended
-    message = record.message
+    message = printable(record.message)
     if job and state == "killed":
         log_state = state_in_log(log_tail(run.root / log) if log else ())
         message = f"{REMEDIES.get(log_state or job.state, '')}{f' (was on {job.node})' if job.node else ''}"
@@ -93,7 +94,7 @@ def element_status(run: Run, element: Element, log: str, job: JobState | None = 
         element=element.name,
         role=element.role,
         state=state,
-        phase=record.phase,
+        phase=printable(record.phase),
         done=record.done,
         total=record.total,
         unit=record.unit,
@@ -154,7 +155,7 @@ def _log_with_exception(log: Path) -> Path:
 
 def log_tail(path: Path, num_lines: int = 12) -> list[str]:
     """Return the last lines of a job's log, without reading all of it; empty if the log does not exist."""
-    if not path.exists():
+    if not path.is_file():
         return []
     with path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - TAIL_BYTES))
@@ -241,7 +242,7 @@ def status_table(run: Run, rows: Sequence[ElementStatus], width: int = 120, num_
 def _remark(row: ElementStatus) -> str:
     """Return an element's job and node, number of attempts, log, and last message."""
     job = f"job {row.job} {row.node or row.queue}" if row.job else ""
-    message = "" if row.state == "done" else row.message
+    message = "" if row.state == "done" else " ".join(row.message.split())
     attempt = f"attempt {row.attempts}" if row.attempts > 1 else ""
     return "  ".join(filter(None, (job, attempt, row.log, message)))
 
@@ -255,7 +256,7 @@ def failure_lines(run: Run, rows: Sequence[ElementStatus], num_lines: int = 6) -
                 f"{row.state.upper()} {row.element}: {row.message or 'its job ended without an error message'}"
             )
             log = _log_with_exception(run.root / row.log)
-            if row.log and log.exists():
+            if row.log and log.is_file():
                 lines += [*(f"    {line}" for line in log_tail(log, num_lines)), f"  full log: {log}"]
     if lines:
         lines.append("fix the causes and launch again: the same command resumes the run")
@@ -310,13 +311,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 def console_for_table() -> Console:
     """Return a console as wide as the terminal or COLUMNS; for a file, one so wide that no row wraps."""
     has_width = sys.stdout.isatty() or "COLUMNS" in os.environ
-    return Console(width=None if has_width else UNLIMITED)
+    return plain_console(width=None if has_width else UNLIMITED)
 
 
 def print_failures(console: Console, run: Run, rows: Sequence[ElementStatus]) -> None:
     """Print `failure_lines` without wrapping them to the terminal."""
     for line in failure_lines(run, rows):
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        console.print(line, soft_wrap=True)
 
 
 def watch(run: Run) -> int:

@@ -148,3 +148,23 @@ def test_a_status_that_lost_its_end_with_the_machine_s_power_counts_as_none(make
         write_json(run.teachers()[0].status, {})
         run.teachers()[0].status.write_text(text)
         assert run_status(run)[0].state == "waiting"
+
+
+def test_an_element_that_was_started_by_hand_and_failed_has_no_log(
+    make_run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run: Run = make_run()
+    first, second = run.teachers()
+    Status(first.status).finish("failed", "ValueError: no luck [/bold] :smile: [lr=5e-4]\x1b[2J")
+    Status(second.status).begin("train", 100, 40)
+    assert main([str(run.root)]) == 0
+    output = capsys.readouterr().out
+    assert f"FAILED {first.name}: ValueError: no luck [/bold] :smile: [lr=5e-4]" in output
+    assert f"KILLED {second.name}: " in output
+    assert "\x1b" not in output
+
+
+def test_a_path_with_brackets_is_shown_whole(make_run, capsys: pytest.CaptureFixture[str]) -> None:
+    run: Run = make_run("run[lr=5e-4] :smile: [/x]")
+    assert main([str(run.root)]) == 0
+    assert str(run.root) in capsys.readouterr().out
