@@ -52,10 +52,10 @@ def test_depends_on_nothing_but_seed_stage_and_step():
 def test_ranks_share_the_rows_of_the_global_batch(size, step):
     memory = stage_data(1).segments(4)
     whole = source(memory).batch(step)
-    parts = [source(memory, OneOf(rank, size)).batch(step) for rank in range(size)]
-    assert all(rank_batch.num_tokens == whole.num_tokens for rank_batch in parts)
-    assert sum(int(rank_batch.valid_RL.sum()) for rank_batch in parts) == whole.num_tokens
-    for rank, rank_batch in enumerate(parts):
+    rank_batches = [source(memory, OneOf(rank, size)).batch(step) for rank in range(size)]
+    assert all(rank_batch.num_tokens == whole.num_tokens for rank_batch in rank_batches)
+    assert sum(int(rank_batch.valid_RL.sum()) for rank_batch in rank_batches) == whole.num_tokens
+    for rank, rank_batch in enumerate(rank_batches):
         for mine, every in zip(rank_batch[:-1], whole[:-1], strict=True):
             assert torch.equal(mine, every[rank::size])
 

@@ -94,10 +94,10 @@ class Segments:
         )
 
     @staticmethod
-    def concatenate(parts: Sequence[Segments]) -> Segments:
-        """All segments of all parts, in order."""
+    def concatenate(groups: Sequence[Segments]) -> Segments:
+        """All segments of all groups, in order."""
         names = [field.name for field in fields(Segments)]
-        return Segments(**{name: np.concatenate([getattr(part, name) for part in parts]) for name in names})
+        return Segments(**{name: np.concatenate([getattr(group, name) for group in groups]) for name in names})
 
 
 def cut_segments(
