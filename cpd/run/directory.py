@@ -56,7 +56,7 @@ class Element:
 
     @property
     def complete(self) -> Path:
-        """Marker that a successful element writes last."""
+        """Marker of success, written last: by `run_teacher`, `run_student`, `run_evaluation` or `jobs.report`."""
         return self.path / "COMPLETE"
 
     @property

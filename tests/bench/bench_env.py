@@ -195,13 +195,13 @@ def main() -> None:
     }
     print("medians: " + ", ".join(f"{name} {value:.2f}" for name, value in medians.items()))
 
-    sampler_task = arguments.tasks[0] if len(arguments.tasks) == 1 else "push-v3"
-    sampler = bench_vector_env(sampler_task, arguments.workers, 8, num_repeats)
-    print(f"\nvector environments, {sampler_task}, {arguments.workers} processes, steps per second of all slots")
-    for name, rate in sampler.items():
-        print(f"{name:24s}{rate:8.0f}{rate / sampler['gym_async']:8.2f} x")
+    vector_task = arguments.tasks[0] if len(arguments.tasks) == 1 else "push-v3"
+    vector_rates = bench_vector_env(vector_task, arguments.workers, 8, num_repeats)
+    print(f"\nvector environments, {vector_task}, {arguments.workers} processes, steps per second of all slots")
+    for name, rate in vector_rates.items():
+        print(f"{name:24s}{rate:8.0f}{rate / vector_rates['gym_async']:8.2f} x")
     if arguments.json:
-        results = {"tasks": rates, "medians": medians, "sampler": {"task": sampler_task, **sampler}}
+        results = {"tasks": rates, "medians": medians, "sampler": {"task": vector_task, **vector_rates}}
         arguments.json.write_text(json.dumps(results, indent=1) + "\n")
 
 
