@@ -28,7 +28,7 @@ from jobs.launch_options import load_recipe
 from tests.conftest import MINIATURE
 
 
-def test_mistakes_of_recipe_overrides_and_profile_are_told_together(
+def test_mistakes_of_recipe_overrides_and_profile_are_reported_together(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     root = tmp_path / "run"
@@ -43,49 +43,49 @@ def test_mistakes_of_recipe_overrides_and_profile_are_told_together(
         "--teacher.gate=x",
     ]
     assert main(arguments) == 2
-    told = capsys.readouterr().err
-    assert "distil: unknown key; did you mean 'distill'?" in told
-    assert "teacher.gate: " in told
-    assert "unknown profile 'lokal'" in told
+    error = capsys.readouterr().err
+    assert "distil: " in error and "'distill'" in error
+    assert "teacher.gate: " in error
+    assert "'lokal'" in error
     assert not root.exists()
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "words"),
     [
-        (["demoo"], "did you mean 'demo'"),
+        (["demoo"], "'demo'"),
         (["nowhere.toml"], "nowhere.toml"),
-        (["demo", "--stream.tasks", "['hamer-v3']"], "did you mean 'hammer-v3'"),
+        (["demo", "--stream.tasks", "['hamer-v3']"], "'hammer-v3'"),
         (["demo", "stray"], "'stray'"),
         (["demo", "--distill.lr", "x"], "the command line: --distill.lr: "),
         (["demo", "--stream.tasks", '["push", "pull"]'], "the command line: --stream.tasks.1: "),
-        (["demo", "--dryrun"], "unknown option --dryrun; did you mean '--dry-run'"),
-        (["demo", "--can"], "unknown option --can"),
-        (["demo", "--onyl", "teachers"], "unknown option --onyl; did you mean '--only'"),
-        (["--distill.lr", "5e-4", "demo"], "the recipe comes before the settings"),
+        (["demo", "--dryrun"], "'--dry-run'"),
+        (["demo", "--can"], "--can"),
+        (["demo", "--onyl", "teachers"], "'--only'"),
+        (["--distill.lr", "5e-4", "demo"], "5e-4: "),
     ],
 )
 def test_a_mistake_is_named_and_nothing_is_created(
     arguments: list[str],
-    told: str,
+    words: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(arguments) == 2
-    assert told in capsys.readouterr().err
+    assert words in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
-def test_a_dry_run_tells_what_would_run_and_creates_nothing(
+def test_a_dry_run_shows_what_would_run_and_creates_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(["demo", "--dry-run"]) == 0
-    told = capsys.readouterr().out
-    assert "drawer-close-v3, handle-press-side-v3, window-close-v3" in told
-    assert "240 stored steps (dpp)" in told
+    output = capsys.readouterr().out
+    assert "drawer-close-v3, handle-press-side-v3, window-close-v3" in output
+    assert "240 stored steps (dpp)" in output
     assert not list(tmp_path.iterdir())
 
 
@@ -94,18 +94,15 @@ def prepared(root: Path, *overrides: str) -> Run:
 
 
 @pytest.mark.parametrize(
-    ("name", "told"),
+    ("name", "named"),
     [
         ("students/ews", "--only students/ews: "),
-        (
-            "students/ewc",
-            "students/ewc/seed-1 needs teachers/drawer-close-v3/seed-1, teachers/window-close-v3/seed-1",
-        ),
-        ("results", "results needs students/moe/seed-1/evaluation, students/ewc/seed-1/evaluation"),
+        ("students/ewc", "teachers/drawer-close-v3/seed-1, teachers/window-close-v3/seed-1"),
+        ("results", "students/moe/seed-1/evaluation, students/ewc/seed-1/evaluation"),
     ],
 )
-def test_a_part_of_a_run_is_executed_here_only_if_it_is_there_and_can_be(
-    name: str, told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_only_existing_elements_with_finished_dependencies_are_executed(
+    name: str, named: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe = tmp_path / "recipe.toml"
     recipe.write_text(MINIATURE.read_text() + "\n[variants.ewc]\nmemory.selection = 'none'\n")
@@ -114,11 +111,11 @@ def test_a_part_of_a_run_is_executed_here_only_if_it_is_there_and_can_be(
     assert main(command) == 2
     assert not (tmp_path / "run").exists()
     error = capsys.readouterr().err
-    assert told in error
-    assert ("\n  students/ewc\n" in error) == (name == "students/ews"), "the list of what there is"
+    assert named in error
+    assert ("\n  students/ewc\n" in error) == (name == "students/ews"), "the list of elements"
 
 
-def test_there_is_nothing_to_cancel_where_no_run_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_cancelling_without_a_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = [str(MINIATURE), "--profile", "testbed", "--run-dir", str(tmp_path / "typo"), "--cancel"]
     assert main(command) == 2
     assert "typo" in capsys.readouterr().err
@@ -126,20 +123,12 @@ def test_there_is_nothing_to_cancel_where_no_run_is(tmp_path: Path, capsys: pyte
 
 
 @pytest.mark.parametrize(
-    ("words", "code", "told"),
-    [
-        (
-            "Socket timed out on send/recv operation",
-            75,
-            "sbatch got no answer (Socket",
-        ),
-        ("invalid partition specified: x", 2, "sbatch refused"),
-    ],
+    ("words", "code"),
+    [("Socket timed out on send/recv operation", 75), ("invalid partition specified: x", 2)],
 )
-def test_whether_sbatch_refuses_or_is_not_answered_is_told_apart(
+def test_a_refusal_of_sbatch_and_a_silent_controller_have_different_exit_codes(
     words: str,
     code: int,
-    told: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -154,27 +143,27 @@ def test_whether_sbatch_refuses_or_is_not_answered_is_told_apart(
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
     run = tmp_path / "run"
     assert main([str(MINIATURE), "--run-dir", str(run), "--profile", str(profile), "--only", "teachers"]) == code
-    assert told in capsys.readouterr().err
+    assert words in capsys.readouterr().err
     assert {read_status(teacher.status).state for teacher in Run(run).teachers()} == {"waiting"}
 
 
-def test_a_recipe_of_ones_own_is_suggested(
+def test_a_recipe_file_of_that_name_is_suggested(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("mine.toml").write_text('extends = "demo"')
     assert main(["mine", "--dry-run"]) == 2
-    assert "did you mean mine.toml?" in capsys.readouterr().err
+    assert "mine.toml" in capsys.readouterr().err
 
 
-def test_a_damaged_run_is_told_in_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_damaged_run_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = prepared(tmp_path)
     run.config_path.write_text("{")
     assert main([str(MINIATURE), "--run-dir", str(run.root)]) == 2
-    assert "config.json is not valid JSON" in capsys.readouterr().err
+    assert str(run.config_path) in capsys.readouterr().err
 
 
-def test_added_variants_come_after_those_that_are_there_and_call_for_a_new_report(tmp_path: Path) -> None:
+def test_added_variants_follow_the_existing_ones_and_need_a_new_report(tmp_path: Path) -> None:
     first = prepared(tmp_path, "--variants.b.student.width", "64")
     first.results.mkdir()
     first.report().complete.touch()
@@ -187,7 +176,7 @@ def test_added_variants_come_after_those_that_are_there_and_call_for_a_new_repor
         prepared(tmp_path, "--variants.b.student.width", "64")
 
 
-def test_added_seeds_join_the_students_that_are_there(tmp_path: Path) -> None:
+def test_added_seeds_join_the_existing_students(tmp_path: Path) -> None:
     first = prepared(tmp_path, "--variants.b.student.width", "64", "--seeds", "[3]")
     job = ElementJob(str(tmp_path), "student", "students/b/seed-3", Resources())
     number = first.students()[1].index
@@ -198,7 +187,7 @@ def test_added_seeds_join_the_students_that_are_there(tmp_path: Path) -> None:
     ]
     task = more.config.stream.tasks[0]
     assert more.teacher_of(task, 3) == first.teacher_of(task, 3)
-    # Jobs that are in the queue already find their own element, whose number is another's now.
+    # Jobs in the queue name their element, since its number changes.
     assert choose_element(more.students(), job.arguments[1]).name == "students/b/seed-3"
     assert choose_element(more.students(), str(number)).name != "students/b/seed-3"
     for others in ("[3]", "[1, 3]"):
@@ -206,17 +195,17 @@ def test_added_seeds_join_the_students_that_are_there(tmp_path: Path) -> None:
             prepared(tmp_path, "--variants.b.student.width", "64", "--seeds", others)
 
 
-def test_an_element_goes_by_its_name_or_its_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_element_is_chosen_by_name_or_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = prepared(tmp_path, "--seeds", "[1, 2]")
     second = run.evaluations()[1]
-    for asked in ("students/moe/seed-2", "students/moe/seed-2/", "students/moe/seed-2/evaluation", "1"):
-        assert choose_element(run.evaluations(), asked) == second
+    for name in ("students/moe/seed-2", "students/moe/seed-2/", "students/moe/seed-2/evaluation", "1"):
+        assert choose_element(run.evaluations(), name) == second
     assert choose_element(run.students(), None) == run.students()[0]
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "1")
     assert choose_element(run.evaluations(), None) == second
-    for asked in ("students/moe/seed-3", "2", "-1"):
-        with pytest.raises(ValueError, match=rf"(?s){asked}: .*\n  0: students/moe/seed-1\n  1: "):
-            choose_element(run.students(), asked)
+    for name in ("students/moe/seed-3", "2", "-1"):
+        with pytest.raises(ValueError, match=rf"(?s){name}: .*\n  0: students/moe/seed-1\n  1: "):
+            choose_element(run.students(), name)
 
 
 def test_other_settings_are_refused_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -225,24 +214,23 @@ def test_other_settings_are_refused_by_name(tmp_path: Path, capsys: pytest.Captu
         prepared(tmp_path, "--distill.lr", "0.5", "--seeds", "[2]")
     assert "distill.lr: 0.003 -> 0.5" in str(caught.value)
     assert "seeds: [1] -> [2]" in str(caught.value)
-    # And foretold.
+    # A dry run refuses them, too.
     assert main([str(MINIATURE), "--run-dir", str(tmp_path), "--distill.lr", "0.5", "--dry-run"]) == 2
     assert "distill.lr: 0.003 -> 0.5" in capsys.readouterr().err
     config: Config = Run(tmp_path).config
     assert config.distill.lr == 0.003
 
 
-def test_a_run_that_is_older_than_a_setting_is_told_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_settings_that_an_older_run_lacks_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = prepared(tmp_path / "run")
     config = json.loads(run.config_path.read_text())
     del config["distill"]["episodes"]
     run.config_path.write_text(json.dumps(config))
     capsys.readouterr()
     prepared(run.root)
-    told = capsys.readouterr().out
-    assert "is older than these settings" in told and "  distill.episodes: 'successful'\n" in told
+    assert "  distill.episodes: 'successful'\n" in capsys.readouterr().out
     prepared(run.root)
-    assert "is older" not in capsys.readouterr().out
+    assert "distill.episodes" not in capsys.readouterr().out
 
 
 def test_logging_settings_may_change(tmp_path: Path) -> None:
@@ -250,21 +238,21 @@ def test_logging_settings_may_change(tmp_path: Path) -> None:
     assert prepared(tmp_path, "--logging.metrics_every", "99").config.logging.metrics_every == 99
 
 
-def test_what_cannot_become_a_run_is_told_before_anything_is_written(
+def test_an_unsuitable_run_directory_is_refused_before_anything_is_written(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     published = Path(__file__).resolve().parents[2] / "analysis" / "results" / "demo"
-    before = sorted(published.rglob("*"))
+    published_files = sorted(published.rglob("*"))
     file = tmp_path / "file"
     file.touch()
-    for path, told in ((published, "published results"), (file, "is a file")):
-        for last in ("--dry-run", "--prepare"):
-            assert main(["demo", "--run-dir", str(path), last]) == 2
-            assert told in capsys.readouterr().err
-    assert sorted(published.rglob("*")) == before
+    for path in (published, file):
+        for option in ("--dry-run", "--prepare"):
+            assert main(["demo", "--run-dir", str(path), option]) == 2
+            assert str(path) in capsys.readouterr().err
+    assert sorted(published.rglob("*")) == published_files
 
 
-def test_a_run_begun_on_slurm_does_not_go_on_here_unasked(
+def test_a_run_on_slurm_is_not_resumed_locally_without_a_profile(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = [str(MINIATURE), "--run-dir", str(tmp_path / "run")]
@@ -275,7 +263,7 @@ def test_a_run_begun_on_slurm_does_not_go_on_here_unasked(
     assert main([*command, "--prepare"]) == 0
 
 
-def test_a_foreign_directory_is_not_taken_for_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_directory_with_other_files_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "thesis.tex").touch()
     assert main([str(MINIATURE), "--run-dir", str(tmp_path)]) == 2
     assert "thesis.tex" in capsys.readouterr().err
@@ -286,14 +274,14 @@ def test_a_second_launcher_is_refused(tmp_path: Path, capsys: pytest.CaptureFixt
     prepared(tmp_path)
     with Lease(tmp_path / "launcher").acquire():
         assert main([str(MINIATURE), "--run-dir", str(tmp_path)]) == 2
-        assert "is being written by process" in capsys.readouterr().err
-        before = {path: path.read_bytes() for path in tmp_path.rglob("*.json")}
-        # Nor does one change anything that comes with settings which are allowed.
+        assert f"process {os.getpid()}" in capsys.readouterr().err
+        contents = {path: path.read_bytes() for path in tmp_path.rglob("*.json")}
+        # It changes nothing, even if its settings are allowed.
         assert main([str(MINIATURE), "--run-dir", str(tmp_path), "--variants.wide.student.width", "64"]) == 2
-        assert before == {path: path.read_bytes() for path in tmp_path.rglob("*.json")}
+        assert contents == {path: path.read_bytes() for path in tmp_path.rglob("*.json")}
 
 
-def test_a_launch_that_was_killed_as_it_began_goes_on(tmp_path: Path) -> None:
+def test_a_launch_that_was_killed_at_its_start_can_be_repeated(tmp_path: Path) -> None:
     (tmp_path / "launcher" / "attempts").mkdir(parents=True)
     (tmp_path / "launcher" / "attempts" / "0001.json").touch()  # its contents were lost with the machine's power
     (tmp_path / "provenance.json").write_text("{}")
@@ -302,25 +290,25 @@ def test_a_launch_that_was_killed_as_it_began_goes_on(tmp_path: Path) -> None:
     assert Run(tmp_path).config.name == "miniature"
 
 
-def test_a_dry_run_is_of_what_was_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_dry_run_shows_the_chosen_elements_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     launch = [str(MINIATURE), "--run-dir", str(tmp_path / "run"), "--dry-run", "--only"]
     assert main([*launch, "teachers"]) == 0
-    told = capsys.readouterr().out
-    assert "teacher         2 x 1 rank(s)" in told and "student" not in told.partition("method")[2]
+    output = capsys.readouterr().out
+    assert "teacher         2 x 1 rank(s)" in output and "student" not in output.partition("method")[2]
     assert main([*launch, "teachers/typo"]) == 2
     assert main([*launch[:-2], "--only", "teachers/typo"]) == 2
-    assert "has no such element" in capsys.readouterr().err
+    assert "teachers/typo" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 
-def test_another_user_s_file_is_told_in_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_denied_permission_names_the_file(capsys: pytest.CaptureFixture[str]) -> None:
     def main() -> int:
         raise PermissionError(13, "Permission denied", "/theirs/config.json")
 
     with pytest.raises(SystemExit) as stop:
         exit_quietly(main)
     assert stop.value.code == 2
-    assert capsys.readouterr().err.startswith("/theirs/config.json: permission denied")
+    assert capsys.readouterr().err.startswith("/theirs/config.json: ")
 
 
 def test_a_run_without_its_provenance_is_not_taken_for_published_results(
@@ -330,10 +318,11 @@ def test_a_run_without_its_provenance_is_not_taken_for_published_results(
     run.teachers()[0].path.mkdir(parents=True)
     (run.root / "provenance.json").unlink()
     assert main([str(MINIATURE), "--run-dir", str(run.root), "--dry-run"]) == 2
-    assert f"{run.root} is a run without its provenance.json" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert str(run.root) in error and "provenance.json" in error
 
 
-def test_a_reader_that_stops_reading_is_no_failure_to_tell_of() -> None:
+def test_a_closed_pipe_is_no_error() -> None:
     launch = subprocess.Popen(
         [sys.executable, "-m", "jobs.launch", "--settings"],
         stdout=subprocess.PIPE,
@@ -347,12 +336,12 @@ def test_a_reader_that_stops_reading_is_no_failure_to_tell_of() -> None:
 
 
 @pytest.mark.parametrize("verb", [jobs.teacher, jobs.distill, jobs.evaluate, jobs.report])
-def test_help_tells_all_arguments(verb: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_shows_all_arguments(verb: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         verb.main(["--help"])
-    told = capsys.readouterr().out
-    assert "RUN_DIR [ELEMENT]" in told
-    assert ("--partial" in told) == (verb in (jobs.distill, jobs.evaluate))
+    output = capsys.readouterr().out
+    assert "RUN_DIR [ELEMENT]" in output
+    assert ("--partial" in output) == (verb in (jobs.distill, jobs.evaluate))
 
 
 def test_a_run_directory_holds_no_absolute_path(tmp_path: Path) -> None:

@@ -116,13 +116,12 @@ def test_a_file_gets_a_line_for_every_element(
     assert [line.split()[0] for line in lines] == [element.name for element in run.elements()]
 
 
-def test_watching_a_run_on_which_nobody_works_ends(
+def test_watching_an_idle_run_ends(
     make_run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = make_run()
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     assert main([str(run.root), "--watch"]) == 1
-    assert "no job is active" in capsys.readouterr().out
 
     def interrupt(seconds: float) -> None:
         raise KeyboardInterrupt
@@ -134,15 +133,15 @@ def test_watching_a_run_on_which_nobody_works_ends(
 def test_published_results_are_no_run(capsys: pytest.CaptureFixture[str]) -> None:
     demo = Path(__file__).resolve().parents[2] / "analysis" / "results" / "demo"
     assert main([str(demo)]) == 2
-    assert "published results" in capsys.readouterr().err
+    assert str(demo) in capsys.readouterr().err
 
 
-def test_no_run_is_told_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_that_is_no_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(tmp_path)]) == 2
-    assert "is not a run directory" in capsys.readouterr().err
+    assert str(tmp_path) in capsys.readouterr().err
 
 
-def test_a_status_that_lost_its_end_with_the_machine_s_power_counts_as_none(make_run) -> None:
+def test_a_damaged_status_counts_as_none(make_run) -> None:
     run: Run = make_run()
     for text in ("{", "", '{"no": "status"}'):
         write_json(run.teachers()[0].status, {})
