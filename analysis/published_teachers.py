@@ -5,24 +5,28 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NotRequired
+from typing import Annotated, Any, NotRequired
 
+from pydantic import Field
 from typing_extensions import TypedDict
 
 from analysis.dataset import TeacherCurve, load_dataset
 from cpd.evaluation.results_folder import HELD_OUT, TEACHER
 from cpd.evaluation.student_measures import Rate
-from cpd.reading import read_for_display, read_json
+from cpd.reading import read_json
 from cpd.run.descriptions import RlPolicy, RlTraining
 from cpd.run.directory import published_policy
 from cpd.run.tables import EvaluationRow
+
+#: A bound that no teacher reaches: a larger number is a damaged one.
+LONGEST_SECONDS = 1e12
 
 
 class _Timing(TypedDict):
     """An entry of timings.json."""
 
     element: str
-    cpu_seconds: NotRequired[float | None]
+    cpu_seconds: NotRequired[Annotated[float, Field(ge=0.0, le=LONGEST_SECONDS)] | None]
 
 
 @dataclass(frozen=True)
@@ -101,7 +105,7 @@ def load_published(folder: Path) -> PublishedTeachers:
         for path in (published_policy(folder, task, seed), _description(folder, task, seed)):
             if not path.exists():
                 raise ValueError(f"{path} is missing, but {folder} has its results; restore it or publish again")
-    timings = read_for_display(folder / "timings.json", list[_Timing], [])
+    timings = read_json(folder / "timings.json", list[_Timing])
     cpu_seconds = {entry["element"]: entry.get("cpu_seconds") for entry in timings}
     goals = config["teacher"]["num_validation_goals"]
     teachers = []

@@ -136,6 +136,8 @@ class ElementCommand(Generic[E]):
         try:
             self.run = Run(arguments.run_dir)
             self.element = choose_element(elements(self.run), arguments.element)
+            may_wait = not partial and not self.element.finished
+            missing = unfinished_dependencies(self.run, self.element) if may_wait else []
         except ValueError as error:
             print(f"{self._prog}: {error}", file=sys.stderr)
             self.exit_code = EXIT_USAGE
@@ -143,7 +145,7 @@ class ElementCommand(Generic[E]):
         if self.element.finished:
             log(f"{self.element.name} is finished already")
             return
-        if missing := [] if partial else unfinished_dependencies(self.run, self.element):
+        if missing:
             reason = describe_unfinished(missing)
             if is_first_rank():
                 mark(self.element, "waiting", reason)

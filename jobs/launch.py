@@ -14,6 +14,7 @@ from rich.live import Live
 from cpd.cluster.element_job import VERBS
 from cpd.cluster.estimate import launch_problems
 from cpd.cluster.local import LocalQueue
+from cpd.cluster.pickles import sweep_pickles
 from cpd.cluster.plan import PlanError
 from cpd.cluster.queue import NoSchedulerError, QueueView, SchedulerError, SubmissionRefusedError
 from cpd.config import Config, changes, continued
@@ -23,7 +24,7 @@ from cpd.config.retired import upgrade
 from cpd.reading import DamagedFileError, read_for_display, read_json
 from cpd.run.claim import claim
 from cpd.run.directory import Element, Run, RunError, StudentElement
-from cpd.run.files import write_json
+from cpd.run.files import sweep_temporaries, write_json
 from cpd.run.interrupt import EXIT_INTERRUPTED, Interrupt
 from cpd.run.lease import Lease, LeaseHeldError
 from cpd.run.progress import progress_line, read_status
@@ -57,6 +58,7 @@ def prepare(root: Path, config: Config, profile: Profile) -> Run:
         RunError: if settings that affect results differ from what `root` holds.
     """
     claim(root, "run", config)
+    sweep_temporaries(root)
     config_path = root / "config.json"
     if config_path.exists():
         old = Run(root)
@@ -79,6 +81,7 @@ def prepare(root: Path, config: Config, profile: Profile) -> Run:
     write_json(config_path, to_dict(replace(config, teachers_from=Path(config.teachers_from).name)))
     run = Run(root)
     run.logs.mkdir(exist_ok=True)
+    sweep_pickles(run)
     return run
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+from cpd.cluster.pickles import sweep_pickles
 from cpd.comm import SerialComm
 from cpd.run.attempt import begin_attempt
+from cpd.run.files import sweep_temporaries
 from jobs.common import ElementCommand, element_parser
 
 
@@ -23,6 +25,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         with command, begin_attempt(command.element, SerialComm(), command.log) as attempt:
             from analysis.build import build
 
+            sweep_temporaries(command.run.figures)
+            sweep_pickles(command.run)
             attempt.begin("figures", 1, unit="builds")
             build([command.run.root])
             attempt.check()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
+import shlex
 import shutil
 import signal
 import socket
@@ -19,6 +20,7 @@ from typing import Any
 import submitit
 
 from cpd.cluster.ledger import LedgerEntry, append
+from cpd.cluster.pickles import PROGRAM, protect
 from cpd.comm import RANKS_VARIABLE
 from cpd.config.profile import Resources
 from cpd.config.types import Role
@@ -112,14 +114,23 @@ class ElementJob(submitit.helpers.Checkpointable):
             raise JobFailedError(f"{module} {' '.join(self.arguments)} ended with code {code}")
 
 
+class LocalExecutor(submitit.LocalExecutor):
+    """submitit's executor, whose jobs load and remove their pickles by `cpd.cluster.pickles`."""
+
+    @property
+    def _submitit_command_str(self) -> str:
+        return f"{self.python} -u -m {PROGRAM} {shlex.quote(str(self.folder))}"
+
+
 def submit_local(run: Run, element: Element, resources: Resources) -> Any:
     """Start the job of one element on this machine and enter it into the ledger; return submitit's job."""
     mark(element, "queued")  # an earlier attempt's "failed" would count as this job's
     devices = os.environ.get(DEVICES_VARIABLE)
     work = ElementJob(str(run.root.resolve()), element.role, element.name, resources, visible_devices=devices)
-    executor = submitit.LocalExecutor(run.logs)
+    executor = LocalExecutor(run.logs)
     executor.update_parameters(timeout_min=60 * 24 * 30, tasks_per_node=1, stderr_to_stdout=True)
     job = executor.submit(work)
+    protect(job.paths.submitted_pickle)
     append(run, [LedgerEntry(element.name, element.role, job.job_id, log_name(run, job.job_id), time.time())])
     return job
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ from submitit.core.utils import DelayedSubmission, JobPaths
 from submitit.slurm.slurm import _make_sbatch_string
 
 from cpd.cluster.element_job import ElementJob
+from cpd.cluster.pickles import PROGRAM, protect
 from cpd.config.profile import Profile, Resources
 from cpd.config.types import Role
 from cpd.run.directory import Element, Run
@@ -32,6 +34,10 @@ class Executor(submitit.SlurmExecutor):
         """Report the executor as usable, with or without srun."""
         return 2
 
+    @property
+    def _submitit_command_str(self) -> str:
+        return f"{self.python} -u -m {PROGRAM} {shlex.quote(str(self.folder))}"
+
     def text(self, count: int) -> str:
         """Return sbatch's input for `count` jobs: an array if there are several."""
         parameters = self.parameters | ({"map_count": count} if count > 1 else {})
@@ -44,6 +50,7 @@ class Executor(submitit.SlurmExecutor):
             delayed = DelayedSubmission(function)
             delayed.set_timeout(self.parameters["time"], self.max_num_timeout)
             delayed.dump(paths.submitted_pickle)
+            protect(paths.submitted_pickle)
 
 
 @dataclass

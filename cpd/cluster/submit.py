@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from cpd.cluster.element_job import log_name
 from cpd.cluster.ledger import LedgerEntry, append
+from cpd.cluster.pickles import protect
 from cpd.cluster.plan import Submission, submit_all
 from cpd.cluster.queue import SchedulerError, SubmissionRefusedError, run_command
 from cpd.cluster.reconcile import QueueState, read_queue
@@ -66,6 +67,8 @@ def _submit_one(run: Run, profile: Profile, submission: Submission, wait_for: st
             raise SchedulerError(f"sbatch got no answer ({message}); launch again later") from error
         raise SubmissionRefusedError(f"sbatch refused {submission.name}: {message}") from error
     numbers = [handle.job_id for handle in handles]
+    for handle in handles:
+        protect(handle.paths.submitted_pickle)
     append(run, _entries(run, submission, numbers))
     return str(numbers[0]).partition("_")[0]
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from cpd.comm import Comm
 from cpd.run.directory import Element
-from cpd.run.files import write_json
+from cpd.run.files import sweep_element, write_json
 from cpd.run.interrupt import InterruptedBySignal
 from cpd.run.lease import STALE_SECONDS, Lease, LeaseHeldError, LeaseLostError, current_holder
 from cpd.run.progress import State, Status, read_status
@@ -73,6 +73,7 @@ def begin_attempt(element: Element, comm: Comm, log: Callable[[str], None]) -> I
         stale_seconds = STALE_SECONDS if "SLURM_JOB_ID" in os.environ else 0.0
         try:
             lease = Lease(element.path).acquire(stale_seconds + HANDOVER_SECONDS)
+            sweep_element(element.path)
         except LeaseHeldError as error:
             refusal = str(error)
     refusal = comm.broadcast(refusal)

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,7 +24,8 @@ def atomic_write(path: Path, sync: bool = True) -> Iterator[Path]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     # Not tempfile: its mode 0600 would defeat a group's umask on a shared file system.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
+    temporary = temporary_name(path)
+    create_exclusively(temporary)
     try:
         yield temporary
         if sync:
@@ -38,6 +40,20 @@ def atomic_write(path: Path, sync: bool = True) -> Iterator[Path]:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def temporary_name(path: Path) -> Path:
+    """Return a name beside `path` for a temporary file, which nobody can foresee."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}{TEMPORARY_SUFFIX}")
+
+
+def create_exclusively(path: Path) -> None:
+    """Create an empty file, with the mode that the umask allows; never follow a link.
+
+    Raises:
+        FileExistsError: if anything has this name.
+    """
+    os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_WRONLY, 0o666))
 
 
 def copy(source: Path, target: Path) -> None:
@@ -68,7 +84,24 @@ def is_temporary(path: Path) -> bool:
     return path.name.startswith(".") and path.name.endswith(TEMPORARY_SUFFIX)
 
 
+def sweep_element(folder: Path) -> None:
+    """Remove the temporary files that killed writers left in an element's folder; call with its lease only.
+
+    Other elements' folders in it are left, and `attempts`: other processes may be asking for the lease.
+    """
+    sweep_temporaries(folder)
+    for path in folder.iterdir():
+        if (
+            path.is_dir()
+            and not path.is_symlink()
+            and path.name != "attempts"
+            and not (path / "attempts").exists()
+        ):
+            sweep_element(path)
+
+
 def sweep_temporaries(folder: Path) -> None:
     """Remove the temporary files of killed writers from `folder`; call only as its single writer."""
     for path in folder.glob(f".*{TEMPORARY_SUFFIX}"):
-        path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a leftover stops no work
+            path.unlink()

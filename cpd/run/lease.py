@@ -19,7 +19,7 @@ from pathlib import Path
 from types import TracebackType
 
 from cpd.reading import DamagedFileError, read_json
-from cpd.run.files import write_json
+from cpd.run.files import create_exclusively, is_temporary, temporary_name, write_json
 
 HEARTBEAT_SECONDS = 5.0
 #: Names of attempts; a sync tool or an editor may leave others beside them.
@@ -105,6 +105,7 @@ class Lease:
                 self.number = number + 1
                 with contextlib.suppress(FileExistsError):  # another process was first: check again
                     self._create()
+                    self._sweep()
                     threading.Thread(target=self._beat, daemon=True, name="lease").start()
                     return self
             elif time.monotonic() >= deadline:
@@ -115,15 +116,22 @@ class Lease:
 
     def _create(self) -> None:
         # A link publishes the complete file at once, and fails if the number exists, also on NFS.
-        temporary = self._attempts / f".{socket.gethostname()}.{os.getpid()}.tmp"
-        with temporary.open("w", encoding="utf-8") as file:
+        temporary = temporary_name(self._file)
+        with temporary.open("x", encoding="utf-8") as file:
             json.dump(asdict(Holder.current()), file)
             file.flush()
             os.fsync(file.fileno())
         try:
             os.link(temporary, self._file)
         finally:
-            temporary.unlink()
+            temporary.unlink(missing_ok=True)
+
+    def _sweep(self) -> None:
+        """Remove the temporary files of killed processes; those of living ones are there for milliseconds."""
+        for path in self._attempts.iterdir():
+            with contextlib.suppress(FileNotFoundError):
+                if is_temporary(path) and self._file.stat().st_mtime - path.lstat().st_mtime > STALE_SECONDS:
+                    path.unlink()
 
     def _beat(self) -> None:
         while not self._stop.wait(HEARTBEAT_SECONDS):
@@ -185,9 +193,9 @@ def _age_seconds(path: Path) -> float:
 
     On a read-only file system, this machine's clock is used.
     """
-    probe = path.with_name(f".{socket.gethostname()}.{os.getpid()}.now")
+    probe = temporary_name(path)
     try:
-        probe.touch()
+        create_exclusively(probe)
         return probe.stat().st_mtime - path.stat().st_mtime
     except OSError:
         return time.time() - path.stat().st_mtime

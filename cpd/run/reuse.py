@@ -227,6 +227,7 @@ def _copy_files(item: Reuse, policy: Path, name: str) -> dict[str, Any]:
 def _link(source: Path, target: Path) -> None:
     """Make a hard link, or a copy on another file system; linked files are replaced as a whole, never changed."""
     with atomic_write(target) as temporary:
+        temporary.unlink()  # a link needs a free name
         try:
             os.link(source, temporary)
         except OSError:

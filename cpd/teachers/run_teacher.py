@@ -18,7 +18,7 @@ from cpd.run import checkpoint
 from cpd.run.attempt import Attempt, begin_attempt
 from cpd.run.descriptions import Policy
 from cpd.run.directory import Run, TeacherElement
-from cpd.run.files import sha256, sweep_temporaries, write_text
+from cpd.run.files import sha256, write_text
 from cpd.run.interrupt import Interrupt, InterruptedBySignal
 from cpd.run.provenance import labels
 from cpd.run.shards.schema import INDEX_NAME, Episode, ShardAttributes, ShardError, read_index
@@ -66,8 +66,6 @@ def run_teacher(
     gate = run.config.teacher.gate
     description_path = element.policy.with_suffix(".json")
     with begin_attempt(element, comm, log) as attempt:
-        if attempt.is_writer:
-            sweep_temporaries(element.path)
         phases = _Phases(run.config, element, pool, interrupt, attempt, comm)
         # One rank looks which files exist: a shared file system may show different ones to different nodes. The
         # description is written after the weights, so it marks the end of training.

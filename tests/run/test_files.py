@@ -13,7 +13,7 @@ import torch
 
 from cpd.reading import read_json
 from cpd.run.checkpoint import CheckpointError, latest, published, save
-from cpd.run.files import atomic_write, sweep_temporaries, write_json
+from cpd.run.files import atomic_write, sweep_element, sweep_temporaries, write_json
 from cpd.run.progress import MetricsLog, Status, clock, progress_line, read_metrics, read_status
 from cpd.seeding import derive, generator
 
@@ -136,3 +136,28 @@ def test_random_streams_depend_on_their_names_only() -> None:
     for other in (generator(2, "batch", 2, 3), generator(1, "memory", 2, 3), generator(1, "batch", 3, 2)):
         assert not (other.random(4) == draws).any()
     assert 0 <= derive(1, "torch") < 2**63
+
+
+def test_a_temporary_file_is_never_written_through_a_link(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("secrets.token_hex", lambda length: "known")
+    (tmp_path / "theirs").write_text("theirs")
+    (tmp_path / ".data.json.known.tmp").symlink_to(tmp_path / "theirs")
+    with pytest.raises(FileExistsError):
+        write_json(tmp_path / "data.json", {})
+    assert (tmp_path / "theirs").read_text() == "theirs"
+
+
+def test_an_attempt_sweeps_what_killed_ones_left_in_its_element_only(tmp_path: Path) -> None:
+    left = [tmp_path / ".status.json.1.tmp", tmp_path / "stages" / ".stage-00.json.1.tmp"]
+    others = [
+        tmp_path / "evaluation" / ".status.json.1.tmp",
+        tmp_path / "attempts" / ".0002.json.1.tmp",
+        tmp_path / "notes.tmp",
+    ]
+    (tmp_path / "evaluation" / "attempts").mkdir(parents=True)
+    for path in (*left, *others):
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+    sweep_element(tmp_path)
+    assert not any(path.exists() for path in left)
+    assert all(path.exists() for path in others)
