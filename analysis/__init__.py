@@ -1,0 +1,3 @@
+from cpd.run.command import prepare_command
+
+prepare_command()

@@ -36,6 +36,8 @@ from analysis.terminal import show
 from cpd.evaluation.gather import find_results
 from cpd.evaluation.publish import publish_results
 from cpd.run.claim import check_repository_place, claim
+from cpd.run.command import exit_quietly
+from cpd.run.shortage import shortage
 
 #: Names of the files that this version or an earlier one writes.
 WRITTEN_FILES = re.compile(
@@ -155,11 +157,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             paths = [publish_results(paths[0], arguments.publish)]
         written = build(paths, arguments.out, report=show)
     except (ValueError, OSError) as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
+        print(f"{parser.prog}: {shortage(error, Path.cwd()) or error}", file=sys.stderr)
         return 2
     print(f"{len(written)} files in {written[0].parent}")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_quietly(main)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
 from analysis.build import build
 from cpd.run.claim import REPOSITORY_RESULTS
+from cpd.run.command import exit_quietly
 
 #: Figures that compare several folders: the folder to write to, and the folders of results.
 COMPARISONS = {
@@ -63,4 +63,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_quietly(main)

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cpd.reading import read_json
+from cpd.run.command import EXIT_FAILED, EXIT_USAGE, exit_quietly
 from cpd.run.descriptions import Policy
-from jobs.common import EXIT_FAILED, EXIT_USAGE, log, parser_with_examples
+from jobs.common import log, parser_with_examples
 
 #: The first seed of the held-out goals. Meta-World draws the same goals from it.
 HELD_OUT_SEED = 2001
@@ -153,4 +154,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_quietly(main)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
+import resource
 import signal
 import sys
 import time
@@ -11,21 +13,19 @@ import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Generic, NoReturn, Self, TypeVar
+from typing import Generic, Self, TypeVar
 
 from cpd.cluster.requeue import describe_unfinished, hand_back, is_first_rank, unfinished_dependencies
 from cpd.comm import connect
 from cpd.reading import DamagedFileError
 from cpd.run.attempt import mark
+from cpd.run.command import EXIT_DEPENDENCY, EXIT_FAILED, EXIT_USAGE
 from cpd.run.directory import Element, Run, RunError
 from cpd.run.interrupt import EXIT_INTERRUPTED, Interrupt, InterruptedBySignal
 from cpd.run.lease import LeaseHeldError
 from cpd.run.progress import read_status
+from cpd.run.shortage import describe_error, error_number, shortage
 
-EXIT_FAILED = 1
-EXIT_USAGE = 2
-EXIT_DEPENDENCY = 3
-EXIT_CTRL_C = 130
 #: The end of every command's help text.
 EXIT_CODES = """exit codes:
   0 done; 1 failed; 2 a mistake in the command, settings or files; 3 something that it needs is not finished;
@@ -35,25 +35,12 @@ E = TypeVar("E", bound=Element)
 
 
 def log(line: str) -> None:
-    """Print one line with the time of day, at once."""
-    print(f"[{time.strftime('%H:%M:%S')}] {line}", flush=True)
-
-
-def exit_quietly(main: Callable[[], int]) -> NoReturn:
-    """Exit with `main`'s code, without a traceback after Ctrl-C, a denied permission or a closed pipe."""
+    """Print one line with the time of day, at once; a log that has no room is no reason to stop."""
     try:
-        code = main()
-        sys.stdout.flush()
-    except PermissionError as error:
-        print(f"{error.filename}: permission denied; ask its owner, or choose another directory", file=sys.stderr)
-        code = EXIT_USAGE
-    except KeyboardInterrupt:
-        code = EXIT_CTRL_C
-    except BrokenPipeError:
-        # Exit as if SIGPIPE had ended this process. The interpreter flushes stdout again at exit, hence devnull.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 128 + signal.SIGPIPE
-    sys.exit(code)
+        print(f"[{time.strftime('%H:%M:%S')}] {line}", flush=True)
+    except OSError as error:
+        if not error_number(error):
+            raise
 
 
 def parser_with_examples(prog: str, description: str, examples: Sequence[str]) -> argparse.ArgumentParser:
@@ -166,7 +153,12 @@ class ElementCommand(Generic[E]):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> bool:
         if isinstance(error, InterruptedBySignal):
-            log(str(error))
+            message = str(error)
+            if self.interrupt.signal_number == signal.SIGXCPU:
+                seconds, _ = resource.getrlimit(resource.RLIMIT_CPU)
+                message += f" (its limit of CPU time, {seconds} s, is reached: `ulimit -t`)"
+                mark(self.element, "stopped", message)
+            log(message)
             if self.interrupt.signal_number != signal.SIGINT:
                 hand_back(self.run, self.element, connect(), log)
             self.exit_code = EXIT_INTERRUPTED
@@ -175,12 +167,11 @@ class ElementCommand(Generic[E]):
             self.exit_code = EXIT_FAILED
         elif isinstance(error, Exception):
             is_damage = isinstance(error, DamagedFileError | RunError)
-            if is_damage:
-                print(f"{self._prog}: {error}", file=sys.stderr)
-            else:
-                traceback.print_exception(error)
+            reason = str(error) if is_damage else shortage(error, self.element.path)
+            print(f"{self._prog}: {reason}" if reason else traceback.format_exc(), file=sys.stderr)
             # An attempt records its own failure. If the element is still queued, no attempt has begun.
-            if is_first_rank() and read_status(self.element.status).state == "queued":
-                mark(self.element, "failed", f"{type(error).__name__}: {error}")
+            with contextlib.suppress(OSError):
+                if is_first_rank() and read_status(self.element.status).state == "queued":
+                    mark(self.element, "failed", describe_error(error, self.element.path))
             self.exit_code = EXIT_USAGE if is_damage else EXIT_FAILED
         return isinstance(error, Exception)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 
 from cpd.comm import connect
 from cpd.run.attempt import mpi_guard
+from cpd.run.command import exit_quietly
 from cpd.run.directory import Run
 from jobs.common import ElementCommand, element_parser
 
@@ -38,4 +38,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_quietly(main)

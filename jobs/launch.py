@@ -23,6 +23,7 @@ from cpd.config.profile import Profile
 from cpd.config.retired import upgrade
 from cpd.reading import DamagedFileError, read_for_display, read_json
 from cpd.run.claim import claim
+from cpd.run.command import EXIT_FAILED, EXIT_USAGE, exit_quietly
 from cpd.run.directory import Element, Run, RunError, StudentElement
 from cpd.run.files import sweep_temporaries, write_json
 from cpd.run.interrupt import EXIT_INTERRUPTED, Interrupt
@@ -31,7 +32,7 @@ from cpd.run.progress import progress_line, read_status
 from cpd.run.provenance import Provenance, code_version, provenance
 from cpd.run.reuse import PlannedRun, ReuseError, find_reusable, reuse
 from cpd.terminal import plain_console
-from jobs.common import EXIT_FAILED, EXIT_USAGE, exit_quietly, log
+from jobs.common import log
 from jobs.launch_options import build_parser, check_options, check_run_dir, load_recipe_and_profile
 from jobs.launch_slurm import cancel_chain, dry_run, submit_chain
 from jobs.status import print_failures, run_status, screen_table

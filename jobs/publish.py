@@ -6,8 +6,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from cpd.run.command import EXIT_USAGE, exit_quietly
 from cpd.run.directory import Run
-from jobs.common import EXIT_USAGE, log, parser_with_examples
+from cpd.run.shortage import shortage
+from jobs.common import log, parser_with_examples
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -28,11 +30,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         run = Run(arguments.run_dir)
         files = publish_teachers(run, arguments.folder)
     except (ValueError, OSError) as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
+        print(f"{parser.prog}: {shortage(error, arguments.folder) or error}", file=sys.stderr)
         return EXIT_USAGE
     log(f"{len(files)} of {len(run.teachers())} teachers published in {arguments.folder}")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_quietly(main)

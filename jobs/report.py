@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 
 from cpd.cluster.pickles import sweep_pickles
 from cpd.comm import SerialComm
 from cpd.run.attempt import begin_attempt
+from cpd.run.command import exit_quietly
 from cpd.run.files import sweep_temporaries
 from jobs.common import ElementCommand, element_parser
 
@@ -37,4 +37,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_quietly(main)

@@ -19,11 +19,12 @@ from rich.text import Text
 from cpd.cluster.ledger import LedgerEntry, ledger
 from cpd.cluster.queue import REMEDIES, JobState, QueueView, state_in_log
 from cpd.run.claim import expect
+from cpd.run.command import EXIT_CTRL_C, EXIT_FAILED, EXIT_USAGE, exit_quietly
 from cpd.run.directory import Element, Run
 from cpd.run.lease import Holder, current_holder
 from cpd.run.progress import StatusRecord, clock, number, read_status
 from cpd.terminal import plain_console, printable
-from jobs.common import EXIT_CTRL_C, EXIT_FAILED, EXIT_USAGE, exit_quietly, parser_with_examples
+from jobs.common import parser_with_examples
 
 #: Least width of a terminal, in columns, that shows all columns of the table.
 WIDE = 120

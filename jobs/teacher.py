@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from contextlib import closing
 
 from cpd.cluster.element_job import available_cpus
 from cpd.comm import asked_size, connect
 from cpd.run.attempt import mpi_guard
+from cpd.run.command import exit_quietly
 from cpd.run.directory import Run
 from jobs.common import ElementCommand, element_parser
 
@@ -49,4 +49,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_quietly(main)

@@ -8,7 +8,6 @@ import os
 import shlex
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -129,8 +128,13 @@ def submit_local(run: Run, element: Element, resources: Resources) -> Any:
     work = ElementJob(str(run.root.resolve()), element.role, element.name, resources, visible_devices=devices)
     executor = LocalExecutor(run.logs)
     executor.update_parameters(timeout_min=60 * 24 * 30, tasks_per_node=1, stderr_to_stdout=True)
-    job = executor.submit(work)
-    protect(job.paths.submitted_pickle)
+    # The job's own signal handlers unblock it. Before that, Ctrl-C would end its parts with their own tracebacks.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        job = executor.submit(work)
+        protect(job.paths.submitted_pickle)
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     append(run, [LedgerEntry(element.name, element.role, job.job_id, log_name(run, job.job_id), time.time())])
     return job
 
@@ -160,7 +164,7 @@ def is_ours(holder: Holder) -> bool:
 
     The environment decides, since the holder may be a rank of mpiexec and not the process that submitit started.
     """
-    if holder.host != socket.gethostname():
+    if not holder.is_visible:
         return False
     try:
         variables = Path(f"/proc/{holder.process}/environ").read_bytes().split(b"\0")

@@ -15,6 +15,7 @@ from typing import Literal
 from cpd.config.types import Role
 from cpd.reading import parse_json, read_text
 from cpd.run.directory import Run
+from cpd.run.shortage import naming
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class LedgerEntry:
 
 def append(run: Run, entries: Iterable[LedgerEntry]) -> None:
     """Append submissions to the ledger and sync it to disk."""
-    with run.ledger.open("ab+") as file:
+    with naming(run.ledger), run.ledger.open("ab+") as file:
         if file.tell() > 0:
             file.seek(-1, os.SEEK_END)
             if file.read(1) != b"\n":  # a writer that was killed may have left half a line

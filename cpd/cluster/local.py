@@ -5,11 +5,14 @@ submitit's local executor starts all jobs at once: it has neither a limit on cor
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
+import resource
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from cpd.cluster.element_job import ask_to_stop, is_ours, submit_local
@@ -18,7 +21,7 @@ from cpd.run.attempt import mark
 from cpd.run.directory import Element, Run
 from cpd.run.interrupt import LAUNCHER_VARIABLE, Interrupt, launcher_identity
 from cpd.run.lease import Holder, current_holder
-from cpd.run.progress import read_status
+from cpd.run.progress import StatusRecord, read_status
 
 POLL_SECONDS = 0.2
 #: Seconds between refreshes of the display, which read a file per element.
@@ -27,6 +30,15 @@ REFRESH_SECONDS = 1.0
 MAX_RESTARTS = 3
 #: Seconds that running jobs have to save when the launcher is asked to stop.
 STOP_SECONDS = 120.0
+
+
+def oom_kills() -> int:
+    """Return how many processes this machine's kernel has killed since boot because memory ran out."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/vmstat").read_text(encoding="utf-8").splitlines():
+            if line.startswith("oom_kill "):
+                return int(line.split()[1])
+    return 0
 
 
 @dataclass
@@ -46,6 +58,7 @@ class LocalQueue:
     _running: dict[str, tuple[Element, Any, int]] = field(default_factory=dict)
     _restarts: dict[str, int] = field(default_factory=dict)
     _refreshed: float = -math.inf
+    _oom_kills: int = field(default_factory=oom_kills)
 
     def execute(self) -> bool:
         """Run the unfinished elements; return whether all of them finished.
@@ -54,15 +67,17 @@ class LocalQueue:
         """
         # Jobs poll this process and stop when it has ended, so that a killed launcher leaves no jobs behind.
         os.environ[LAUNCHER_VARIABLE] = launcher_identity()
-        pending = self._start_ready([element for element in self.elements if not element.finished])
-        while self._running and not self.interrupt.requested:
-            time.sleep(POLL_SECONDS)
-            # Only the end of a job frees cores or finishes a dependency.
-            ended = self._reap(pending)
-            if ended:
-                pending = self._start_ready(pending)
-            self._refresh(at_once=ended)
-        self._stop_all()
+        try:
+            pending = self._start_ready([element for element in self.elements if not element.finished])
+            while self._running and not self.interrupt.requested:
+                time.sleep(POLL_SECONDS)
+                # Only the end of a job frees cores or finishes a dependency.
+                ended = self._reap(pending)
+                if ended:
+                    pending = self._start_ready(pending)
+                self._refresh(at_once=ended)
+        finally:
+            self._stop_all()
         return not pending and not self.failed and not self.held
 
     def _start_ready(self, pending: list[Element]) -> list[Element]:
@@ -103,15 +118,30 @@ class LocalQueue:
                 self.held[name] = holder
                 continue
             self._restarts[name] = restarts = self._restarts.get(name, 0) + 1
-            if read_status(element.status).state == "failed":
+            record = read_status(element.status)
+            if record.state == "failed":
                 self.failed.append(element)
             elif restarts > MAX_RESTARTS:
-                message = f"its job ended {restarts} times without an error (killed? out of memory?)"
-                mark(element, "failed", message)
+                mark(element, "failed", f"its job ended {restarts} times without an error: {self._cause(record)}")
                 self.failed.append(element)
             else:
                 pending.append(element)
         return ended
+
+    def _cause(self, record: StatusRecord) -> str:
+        """Return why a job ended that recorded no failure."""
+        if record.state == "stopped":
+            return record.message
+        if killed := oom_kills() - self._oom_kills:
+            return (
+                f"the kernel has killed {killed} processes meanwhile since memory ran out; use fewer cores, or a "
+                "machine with more memory"
+            )
+        seconds = resource.getrlimit(resource.RLIMIT_CPU)[1]
+        limit = (
+            f" (its limit of CPU time is {seconds} s: `ulimit -t`)" if seconds != resource.RLIM_INFINITY else ""
+        )
+        return f"killed by a signal, or by the batch job that this launch is part of{limit}"
 
     def _stop_all(self) -> None:
         deadline = time.monotonic() + STOP_SECONDS

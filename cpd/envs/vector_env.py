@@ -243,6 +243,7 @@ def _start_worker(tasks: Sequence[str], slots: range, memory: int) -> subprocess
         stdout=subprocess.PIPE,
         pass_fds=(memory,),
         env=environment,
+        process_group=0,  # Ctrl-C at the terminal is not for it
     )
 
 

@@ -8,15 +8,16 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from cpd.comm import Comm
 from cpd.run.directory import Element
-from cpd.run.files import sweep_element, write_json
+from cpd.run.files import sweep_element
 from cpd.run.interrupt import InterruptedBySignal
 from cpd.run.lease import STALE_SECONDS, Lease, LeaseHeldError, LeaseLostError, current_holder
-from cpd.run.progress import State, Status, read_status
+from cpd.run.progress import State, Status, read_status, write_status
+from cpd.run.shortage import describe_error, shortage
 
 #: How long an attempt waits for the previous one, which is ending, to save and release its lease.
 HANDOVER_SECONDS = 30.0
@@ -89,7 +90,8 @@ def begin_attempt(element: Element, comm: Comm, log: Callable[[str], None]) -> I
         except LeaseLostError:
             raise  # status.json is the successor's now
         except Exception as error:
-            attempt.finish("failed", f"{type(error).__name__}: {error}")
+            traceback.clear_frames(error.__traceback__)  # which hold files and memory: writing needs some, too
+            attempt.finish("failed", describe_error(error, element.path))
             raise
 
 
@@ -105,10 +107,9 @@ def mpi_guard(element: Element, comm: Comm) -> Iterator[None]:
             # If all ranks meet the same error, rank 0, which writes the status, reports it first.
             time.sleep(5.0 if comm.rank else 0.0)
             print(f"rank {comm.rank} of {comm.size} failed:", file=sys.stderr)
-            traceback.print_exc()
-            sys.stderr.flush()
+            print(shortage(error, element.path) or traceback.format_exc(), file=sys.stderr, flush=True)
             if comm.rank and not element.finished and read_status(element.status).state != "failed":
-                force_status(element, "failed", f"rank {comm.rank}: {type(error).__name__}: {error}")
+                force_status(element, "failed", f"rank {comm.rank}: {describe_error(error, element.path)}")
             # An abort ends mpiexec at once and loses output that is not forwarded yet.
             time.sleep(FORWARDING_SECONDS)
             comm.abort(1)
@@ -126,4 +127,4 @@ def force_status(element: Element, state: State, message: str) -> None:
     record = read_status(element.status)
     record.state, record.message = state, message
     # Nothing but a display depends on it, and a launch marks many elements.
-    write_json(element.status, asdict(record), sync=False)
+    write_status(element.status, record, sync=False)

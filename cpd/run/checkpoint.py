@@ -66,8 +66,9 @@ def save(folder: Path, name: str, state: dict[str, Any], *, keep: int = 2, **met
     path.mkdir(parents=True, exist_ok=True)
     (path / "meta.json").unlink(missing_ok=True)  # an old hash beside a new state would count as damage
     sweep_temporaries(path)
-    with atomic_write(path / "state.pt") as temporary:
-        torch.save(state, temporary)
+    # Through a file of Python's, which gives errors their numbers: torch's own writer does not.
+    with atomic_write(path / "state.pt") as temporary, temporary.open("wb") as file:
+        torch.save(state, file)
     write_json(path / "meta.json", {**meta, "sha256": sha256(path / "state.pt")})
     prune(folder, keep)
     return Checkpoint(path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -12,7 +13,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from cpd.run.shortage import naming
+
 TEMPORARY_SUFFIX = ".tmp"
+#: Errors of file systems that cannot link files, or cannot sync folders.
+UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM)
 
 
 @contextlib.contextmanager
@@ -21,25 +26,37 @@ def atomic_write(path: Path, sync: bool = True) -> Iterator[Path]:
 
     If the block raises, the temporary is removed and `path` stays as it was. Without `sync`, which takes
     milliseconds, a power failure may lose the file.
+
+    Raises:
+        OSError: naming `path`, if there is no room, whichever library finds it.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     # Not tempfile: its mode 0600 would defeat a group's umask on a shared file system.
     temporary = temporary_name(path)
-    create_exclusively(temporary)
-    try:
-        yield temporary
-        if sync:
-            with temporary.open("rb") as file:
-                os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    if sync:  # the folder, which holds the new name
-        descriptor = os.open(path.parent, os.O_RDONLY)
+    with naming(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        create_exclusively(temporary)
         try:
-            os.fsync(descriptor)
+            yield temporary
+            if sync:
+                with temporary.open("rb") as file:
+                    os.fsync(file.fileno())
+            temporary.replace(path)
         finally:
-            os.close(descriptor)
+            temporary.unlink(missing_ok=True)
+        if sync:  # the folder, which holds the new name
+            sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in `folder` durable, on file systems that can."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:
+            raise
+    finally:
+        os.close(descriptor)
 
 
 def temporary_name(path: Path) -> Path:

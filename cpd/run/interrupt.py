@@ -47,11 +47,12 @@ class Interrupt:
         return self._requested
 
     def install(self) -> Interrupt:
-        """Handle SIGTERM, SIGINT, SIGUSR1 and SIGUSR2, and watch the launcher; call in the main thread."""
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+        """Handle SIGTERM, SIGINT, SIGUSR1, SIGUSR2 and SIGXCPU, and watch the launcher, from the main thread."""
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU):
             replaced = getattr(signal.signal(number, self._handle), "__self__", None)
             if Interrupt.inherits and isinstance(replaced, Interrupt) and replaced.requested:
                 self._requested, self.signal_number = True, replaced.signal_number
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         if launcher := os.environ.get(LAUNCHER_VARIABLE):
             threading.Thread(target=self._watch, args=(launcher,), daemon=True, name="launcher-watch").start()
         return self

@@ -15,17 +15,21 @@ import socket
 import threading
 import time
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from types import TracebackType
 
 from cpd.reading import DamagedFileError, read_json
-from cpd.run.files import create_exclusively, is_temporary, temporary_name, write_json
+from cpd.run.files import UNSUPPORTED, is_temporary, temporary_name, write_json
+from cpd.run.shortage import naming
 
 HEARTBEAT_SECONDS = 5.0
 #: Names of attempts; a sync tool or an editor may leave others beside them.
 ATTEMPT = re.compile(r"\d{4,}\.json")
 #: A holder on another host that has been silent for this long counts as dead.
 STALE_SECONDS = 90.0
+#: A file that is younger may not hold its contents yet.
+WRITING_SECONDS = 0.5
 
 
 class LeaseHeldError(RuntimeError):
@@ -47,19 +51,36 @@ class Holder:
     released: bool = False
     restart: int = 0
     """How often Slurm had restarted the job."""
+    system: str = ""
+    """Boot and process namespace, which tell containers and machines of one name apart; empty in old runs."""
 
     @classmethod
     def current(cls) -> Holder:
         """Return the holder that stands for this process."""
         job, restart = os.environ.get("SLURM_JOB_ID", ""), int(os.environ.get("SLURM_RESTART_COUNT") or 0)
-        return cls(socket.gethostname(), os.getpid(), start_ticks(os.getpid()), job, restart=restart)
+        host, process = socket.gethostname(), os.getpid()
+        return cls(host, process, start_ticks(process), job, restart=restart, system=_system())
 
     def __str__(self) -> str:
         return f"process {self.process} on {self.host}{f' (job {self.job})' if self.job else ''}"
 
+    @property
+    def is_visible(self) -> bool:
+        """Whether this process can see the holder; else only the age of its heartbeat tells whether it lives."""
+        return self.host == socket.gethostname() and self.system in ("", _system())
+
     def is_succeeded_by(self, other: Holder) -> bool:
         """Whether `other` is a later start of the same Slurm job, in which case this holder has ended."""
         return bool(self.job) and self.job == other.job and self.restart < other.restart
+
+
+@cache
+def _system() -> str:
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
+        return f"{boot} {Path('/proc/self/ns/pid').stat().st_ino}"
+    except OSError:
+        return ""
 
 
 def start_ticks(process: int) -> int:
@@ -111,20 +132,24 @@ class Lease:
             elif time.monotonic() >= deadline:
                 raise LeaseHeldError(
                     f"{self._attempts.parent} is being written by {holder}; wait for it or end it first"
+                    + ("" if holder.is_visible else f" (its lease lapses {STALE_SECONDS:.0f} s after it died)")
                 )
             time.sleep(0.2)
 
     def _create(self) -> None:
         # A link publishes the complete file at once, and fails if the number exists, also on NFS.
         temporary = temporary_name(self._file)
-        with temporary.open("x", encoding="utf-8") as file:
-            json.dump(asdict(Holder.current()), file)
-            file.flush()
-            os.fsync(file.fileno())
-        try:
-            os.link(temporary, self._file)
-        finally:
-            temporary.unlink(missing_ok=True)
+        text = json.dumps(asdict(Holder.current()))
+        with naming(self._file):
+            try:
+                _write_synced(temporary, text)
+                os.link(temporary, self._file)
+            except OSError as error:
+                if error.errno not in UNSUPPORTED:
+                    raise
+                _write_synced(self._file, text)
+            finally:
+                temporary.unlink(missing_ok=True)
 
     def _sweep(self) -> None:
         """Remove the temporary files of killed processes; those of living ones are there for milliseconds."""
@@ -158,7 +183,9 @@ class Lease:
         self._stop.set()
         if not self._superseded():  # otherwise the lease is the successor's
             holder = asdict(Holder.current()) | {"released": True}
-            write_json(self._file, holder)
+            # A lease also ends with its process: no failure here may hide that of the work.
+            with contextlib.suppress(OSError):
+                write_json(self._file, holder)
 
     def __enter__(self) -> Lease:
         return self if self.number else self.acquire()
@@ -169,6 +196,13 @@ class Lease:
         self.release()
 
 
+def _write_synced(path: Path, text: str) -> None:
+    with path.open("x", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
 def current_holder(attempts: Path) -> tuple[Holder | None, int]:
     """Return the living holder of the lease, or None, and the number of the last attempt (0 if none)."""
     files = {int(path.stem): path for path in attempts.glob("*.json") if ATTEMPT.fullmatch(path.name)}
@@ -177,11 +211,17 @@ def current_holder(attempts: Path) -> tuple[Holder | None, int]:
     number, path = max(files.items())
     try:
         holder = read_json(path, Holder)
-    except (DamagedFileError, FileNotFoundError):
-        return None, number  # only a power failure leaves a partial file, and it ended the writer too
+    except FileNotFoundError:
+        return None, number
+    except DamagedFileError:
+        # Without links, its writer may not be done yet. A power failure cuts the file short and ends its writer.
+        if _age_seconds(path) < WRITING_SECONDS:
+            time.sleep(0.1)
+            return current_holder(attempts)
+        return None, number
     if holder.released:
         return None, number
-    if holder.host == socket.gethostname():
+    if holder.is_visible:
         alive = is_alive(holder.process, holder.start_ticks)
     else:
         alive = _age_seconds(path) < STALE_SECONDS

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
@@ -15,6 +16,7 @@ from typing_extensions import TypedDict
 
 from cpd.reading import read_for_display, read_json_lines
 from cpd.run.files import write_json
+from cpd.run.shortage import error_number, naming
 
 State = Literal["waiting", "queued", "running", "done", "rejected", "stopped", "failed"]
 
@@ -27,6 +29,7 @@ class MetricsLog:
 
     def __init__(self, path: Path, size: int = 0) -> None:
         """Open `path` and keep its first `size` bytes."""
+        self._path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file: BinaryIO = path.open("ab")
         size = min(size, self._file.seek(0, os.SEEK_END))  # truncating beyond the end would pad with zeros
@@ -36,8 +39,9 @@ class MetricsLog:
     def append(self, **values: float | int | str | None) -> None:
         """Write one record; floats are kept to 6 significant digits."""
         rounded = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in values.items()}
-        self._file.write(json.dumps(rounded).encode() + b"\n")
-        self._file.flush()
+        with naming(self._path):
+            self._file.write(json.dumps(rounded).encode() + b"\n")
+            self._file.flush()
 
     @property
     def size(self) -> int:
@@ -46,7 +50,8 @@ class MetricsLog:
 
     def close(self) -> None:
         """Close the file."""
-        self._file.close()
+        with contextlib.suppress(OSError):  # `append` has raised it, or flushed everything
+            self._file.close()
 
 
 @dataclass
@@ -83,6 +88,21 @@ class StatusRecord:
 def read_status(path: Path) -> StatusRecord:
     """Return the record in `path`, or an empty one if it is missing or damaged: it is for display only."""
     return read_for_display(path, StatusRecord, StatusRecord())
+
+
+def write_status(path: Path, record: StatusRecord, sync: bool = True) -> None:
+    """Write a status.json; where there is no room for a second file, over the first, so that it tells why."""
+    try:
+        write_json(path, asdict(record), sync)
+    except OSError as error:
+        if not error_number(error) or not path.exists():
+            raise
+        text = json.dumps(asdict(record)).encode()
+        with path.open("r+b", buffering=0) as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(0)
+            file.write(text.ljust(size))  # blocks that the file has already
+            file.truncate(len(text))
 
 
 class Status:
@@ -142,7 +162,11 @@ class Status:
     def _write(self, *, sync: bool) -> None:
         self.record.updated = time.time()
         self.record.cpu_seconds = self._cpu_base + cpu_seconds()
-        write_json(self.path, asdict(self.record), sync)
+        try:
+            write_status(self.path, self.record, sync)
+        except OSError as error:
+            if not error_number(error):  # else the work goes on until it lacks room itself
+                raise
 
 
 def cpu_seconds() -> float:

@@ -19,10 +19,11 @@ import jobs.teacher
 from cpd.cluster.element_job import ElementJob
 from cpd.config import Config
 from cpd.config.profile import Resources, load_profile
+from cpd.run.command import exit_quietly
 from cpd.run.directory import Run, RunError
 from cpd.run.lease import Lease
 from cpd.run.progress import read_status
-from jobs.common import choose_element, exit_quietly
+from jobs.common import choose_element
 from jobs.launch import main, prepare
 from jobs.launch_options import load_recipe
 from tests.conftest import MINIATURE
