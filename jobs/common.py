@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-import resource
 import signal
 import sys
 import time
@@ -155,9 +154,7 @@ class ElementCommand(Generic[E]):
         if isinstance(error, InterruptedBySignal):
             message = str(error)
             if self.interrupt.signal_number == signal.SIGXCPU:
-                seconds, _ = resource.getrlimit(resource.RLIMIT_CPU)
-                message += f" (its limit of CPU time, {seconds} s, is reached: `ulimit -t`)"
-                mark(self.element, "stopped", message)
+                message += " (its limit of CPU time is reached: `ulimit -t`)"
             log(message)
             if self.interrupt.signal_number != signal.SIGINT:
                 hand_back(self.run, self.element, connect(), log)

@@ -25,8 +25,9 @@ from cpd.config.profile import Resources
 from cpd.config.types import Role
 from cpd.run.attempt import mark
 from cpd.run.directory import Element, Run
-from cpd.run.interrupt import EXIT_INTERRUPTED, LAUNCHER_VARIABLE, launcher_identity
+from cpd.run.interrupt import LAUNCHER_VARIABLE, launcher_identity
 from cpd.run.lease import Holder, current_holder
+from cpd.run.shortage import naming
 
 #: The program that does a role's work.
 VERBS: Mapping[Role, str] = {
@@ -51,7 +52,7 @@ MPIEXEC_ENVIRONMENT = {
 
 
 class JobFailedError(RuntimeError):
-    """An element's job ended with an error, which its status and log name."""
+    """An element's job cannot start."""
 
 
 def mpi_command(ranks: int, command: list[str]) -> list[str]:
@@ -106,11 +107,9 @@ class ElementJob(submitit.helpers.Checkpointable):
         else:
             os.environ[RANKS_VARIABLE] = str(self.resources.ranks)
             code = importlib.import_module(module).main(self.arguments)
-        if code and os.environ.get("SUBMITIT_EXECUTOR") == "slurm":
+        if code:
             # Not an exception, since the log holds the error already. Not a return, which would mean success.
             raise SystemExit(code)
-        if code not in (0, EXIT_INTERRUPTED):
-            raise JobFailedError(f"{module} {' '.join(self.arguments)} ended with code {code}")
 
 
 class LocalExecutor(submitit.LocalExecutor):
@@ -131,8 +130,9 @@ def submit_local(run: Run, element: Element, resources: Resources) -> Any:
     # The job's own signal handlers unblock it. Before that, Ctrl-C would end its parts with their own tracebacks.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
-        job = executor.submit(work)
-        protect(job.paths.submitted_pickle)
+        with naming(run.logs):
+            job = executor.submit(work)
+            protect(job.paths.submitted_pickle)
     finally:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     append(run, [LedgerEntry(element.name, element.role, job.job_id, log_name(run, job.job_id), time.time())])

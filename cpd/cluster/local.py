@@ -129,19 +129,12 @@ class LocalQueue:
         return ended
 
     def _cause(self, record: StatusRecord) -> str:
-        """Return why a job ended that recorded no failure."""
-        if record.state == "stopped":
-            return record.message
+        """Return why a job ended that recorded no failure, as far as this process can know."""
         if killed := oom_kills() - self._oom_kills:
-            return (
-                f"the kernel has killed {killed} processes meanwhile since memory ran out; use fewer cores, or a "
-                "machine with more memory"
-            )
-        seconds = resource.getrlimit(resource.RLIMIT_CPU)[1]
-        limit = (
-            f" (its limit of CPU time is {seconds} s: `ulimit -t`)" if seconds != resource.RLIM_INFINITY else ""
-        )
-        return f"killed by a signal, or by the batch job that this launch is part of{limit}"
+            return f"this machine ran out of memory, and its kernel killed {killed} processes; use fewer cores"
+        seconds = resource.getrlimit(resource.RLIMIT_CPU)[0]
+        limit = "" if seconds == resource.RLIM_INFINITY else "; its CPU time is limited: raise `ulimit -t`"
+        return f"{record.message if record.state == 'stopped' else 'killed by a signal'}{limit}"
 
     def _stop_all(self) -> None:
         deadline = time.monotonic() + STOP_SECONDS

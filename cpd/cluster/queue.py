@@ -83,7 +83,9 @@ def run_command(words: Sequence[str], seconds: float = 30.0) -> str:
         SchedulerError: if it fails, or does not answer within `seconds`.
     """
     try:
-        done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=seconds)
+        done = subprocess.run(
+            words, capture_output=True, encoding="utf-8", errors="replace", check=False, timeout=seconds
+        )
     except FileNotFoundError:
         raise NoSchedulerError(
             f"{words[0]} not found: this machine is no login node of a Slurm cluster. `--profile local` needs "

@@ -24,15 +24,15 @@ def prepare_command() -> None:
     if is_command or "SUBMITIT_EXECUTOR" in os.environ:
         # Commands show no windows: a notebook's, or missing, libraries for them must not stop an import.
         os.environ |= {"MPLBACKEND": "Agg", "MUJOCO_GL": "disabled"}
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, TextIOWrapper):
+                stream.reconfigure(errors="replace")  # the locale's encoding may lack a character
     if is_command and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # imports take seconds; `exit_quietly` takes over
 
 
 def exit_quietly(main: Callable[[], int]) -> NoReturn:
     """Exit with `main`'s code; no traceback after Ctrl-C, a denied permission, a shortage or a closed pipe."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, TextIOWrapper):
-            stream.reconfigure(errors="replace")  # the language settings may lack a character
     try:
         if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
             signal.signal(signal.SIGINT, signal.default_int_handler)

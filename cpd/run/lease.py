@@ -20,7 +20,7 @@ from pathlib import Path
 from types import TracebackType
 
 from cpd.reading import DamagedFileError, read_json
-from cpd.run.files import UNSUPPORTED, is_temporary, temporary_name, write_json
+from cpd.run.files import UNSUPPORTED, create_exclusively, is_temporary, temporary_name, write_json
 from cpd.run.shortage import naming
 
 HEARTBEAT_SECONDS = 5.0

@@ -58,7 +58,9 @@ def code_version() -> str:
     root = Path(__file__).resolve().parents[2]
     try:
         command = ["git", "-C", str(root), "describe", "--always", "--dirty=+changes", "--abbrev=12"]
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+        return subprocess.run(
+            command, capture_output=True, encoding="utf-8", errors="replace", check=True, timeout=10
+        ).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return version("continual-policy-distillation")
 

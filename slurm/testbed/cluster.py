@@ -111,7 +111,13 @@ class Testbed:
             TestbedError: if it fails and `check` is set.
         """
         done = subprocess.run(
-            words, env=self.environment, capture_output=True, text=True, check=False, timeout=timeout
+            words,
+            env=self.environment,
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            check=False,
+            timeout=timeout,
         )
         if check and done.returncode:
             raise TestbedError(f"{' '.join(words)} failed: {done.stderr.strip()}")
@@ -126,7 +132,10 @@ class Testbed:
     def _recorded(self) -> dict[str, tuple[int, int]]:
         if not self._pid_file.exists():
             return {}
-        return {name: (pid, ticks) for name, (pid, ticks) in json.loads(self._pid_file.read_text()).items()}
+        return {
+            name: (pid, ticks)
+            for name, (pid, ticks) in json.loads(self._pid_file.read_text(encoding="utf-8")).items()
+        }
 
     def daemons(self) -> dict[str, int]:
         """Process id of every living daemon, by name."""
@@ -148,7 +157,7 @@ class Testbed:
                 cwd=self.state,
             )
         daemons = self._recorded() | {name: (process.pid, start_ticks(process.pid))}
-        self._pid_file.write_text(json.dumps(daemons))
+        self._pid_file.write_text(json.dumps(daemons), encoding="utf-8")
 
     def start_node(self, node: str) -> None:
         """Start the daemon of one virtual node."""
@@ -166,7 +175,9 @@ class Testbed:
             if dead or time.monotonic() > deadline:
                 reason = f"{', '.join(dead)} died" if dead else f"not within {START_SECONDS:.0f} s"
                 logs = sorted((self.state / "log").glob("*"))
-                tails = [f"--- {log}\n" + "\n".join(log.read_text().splitlines()[-8:]) for log in logs]
+                tails = [
+                    f"--- {log}\n" + "\n".join(log.read_text(encoding="utf-8").splitlines()[-8:]) for log in logs
+                ]
                 raise TestbedError(f"{condition}: {reason}\n" + "\n".join(tails))
             time.sleep(0.1)
 
@@ -200,11 +211,11 @@ class Testbed:
             self._start_munge(settings)
         if settings.accounting:
             self._start_accounting(settings)
-        self.conf.write_text(slurm_conf(settings))
+        self.conf.write_text(slurm_conf(settings), encoding="utf-8")
         if settings.gpus:
             for device in settings.devices:
                 device.touch()
-            self.conf.with_name("gres.conf").write_text(gres_conf(settings))
+            self.conf.with_name("gres.conf").write_text(gres_conf(settings), encoding="utf-8")
         self.start_daemon("slurmctld", "slurmctld", "-D")
         for node in settings.nodes:
             self.start_node(node)
@@ -248,7 +259,9 @@ class Testbed:
         options = ["--no-defaults", "--skip-test-db", f"--datadir={data}", f"--user={user_name()}"]
         options += ["--auth-root-authentication-method=socket", f"--auth-root-socket-user={user_name()}"]
         install = program("mariadb-install-db") or ""
-        done = subprocess.run([install, *options], capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            [install, *options], capture_output=True, encoding="utf-8", errors="replace", check=False
+        )
         if done.returncode:
             raise TestbedError(f"mariadb-install-db failed: {done.stderr.strip()[-2000:]}")
         self.start_daemon(
@@ -257,10 +270,10 @@ class Testbed:
             *(f"--socket={settings.database_socket}", f"--pid-file={self.state}/mariadbd.pid"),
         )
         self.wait_for(settings.database_socket.exists, "MariaDB's socket")
-        self.conf.write_text(slurm_conf(settings))
+        self.conf.write_text(slurm_conf(settings), encoding="utf-8")
         config = self.state / "slurmdbd.conf"
         config.touch(mode=0o600)
-        config.write_text(slurmdbd_conf(settings))
+        config.write_text(slurmdbd_conf(settings), encoding="utf-8")
         self.start_daemon("slurmdbd", "slurmdbd", "-D")
         add = ("sacctmgr", "-i", "add", "cluster", CLUSTER)
         self.wait_for(lambda: self._knows_cluster(add), "slurmdbd")

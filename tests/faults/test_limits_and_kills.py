@@ -1,0 +1,178 @@
+"""Whatever a process runs out of is named, and whenever it is killed, the next one ends with the same files."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from cpd.cluster.ledger import ledger
+from cpd.run.directory import Element, Run
+from cpd.run.progress import read_status
+from tests.conftest import MINIATURE, ROOT
+from tests.faults.forks import Ended, Forks
+from tests.faults.test_kill_and_resume import products
+
+VERBS = {
+    "teacher": "jobs.teacher",
+    "student": "jobs.distill",
+    "evaluation": "jobs.evaluate",
+    "report": "jobs.report",
+}
+SEED = 20261130
+
+
+@dataclass(frozen=True)
+class Undisturbed:
+    """A finished miniature run, and the changes to files that each of its elements made, without repetitions."""
+
+    run: Run
+    changes: dict[str, list[str]]
+
+
+@pytest.fixture(scope="module")
+def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
+    with Forks(tmp_path_factory.mktemp("forks")) as made:
+        yield made
+
+
+def prepare(forks: Forks, root: Path) -> Run:
+    assert forks.run("jobs.launch", [MINIATURE, "--run-dir", root, "--prepare"]).code == 0
+    return Run(root)
+
+
+def work(forks: Forks, run: Run, element: Element, **how: object) -> Ended:
+    return forks.run(VERBS[element.role], [run.root, element.name], **how)  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(forks: Forks, tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
+    run = prepare(forks, tmp_path_factory.mktemp("undisturbed") / "run")
+    changes = {}
+    for element in run.elements():
+        ended = work(forks, run, element, record=run.root)
+        assert ended.code == 0, ended.output
+        changes[element.name] = list(dict.fromkeys(ended.changes))
+    return Undisturbed(run, changes)
+
+
+def unfinished_copy(source: Run, root: Path, role: str) -> tuple[Run, Element]:
+    """Copy a finished run without the last element of `role` and what depends on it; return that element, too."""
+    shutil.copytree(source.root, root)
+    run = Run(root)
+    elements = run.elements()
+    last = max(place for place, element in enumerate(elements) if element.role == role)
+    for element in elements[last:]:
+        shutil.rmtree(element.path, ignore_errors=True)
+    shutil.rmtree(run.figures)
+    return run, elements[last]
+
+
+@contextmanager
+def small_file_system(folder: Path, *, size: str = "16m", inodes: int = 0) -> Iterator[Path]:
+    folder.mkdir()
+    options = f"size={size}" + (f",nr_inodes={inodes}" if inodes else "")
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", options, "none", folder], capture_output=True).returncode:
+        pytest.skip("may not mount a file system")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", folder], check=True)
+
+
+def leave(folder: Path, *, num_bytes: int | None = None, num_inodes: int | None = None) -> None:
+    """Fill the file system of `folder` but for so much."""
+    filler = folder / "filler"
+    filler.mkdir()
+    free = os.statvfs(folder)
+    if num_inodes is not None:
+        for number in range(free.f_favail - num_inodes):
+            (filler / str(number)).touch()
+    if num_bytes is not None:
+        (filler / "bytes").write_bytes(bytes(free.f_bavail * free.f_frsize - num_bytes))
+
+
+@pytest.mark.parametrize(
+    ("role", "num_bytes"), [("teacher", 30_000), ("student", 60_000), ("evaluation", 16_000), ("report", 30_000)]
+)
+def test_a_full_disk_is_named_and_what_was_done_is_kept(
+    role: str, num_bytes: int, forks: Forks, undisturbed: Undisturbed, tmp_path: Path
+) -> None:
+    with small_file_system(tmp_path / "full") as folder:
+        run, element = unfinished_copy(undisturbed.run, folder / "run", role)
+        leave(folder, num_bytes=num_bytes)
+        ended = work(forks, run, element)
+        message = read_status(element.status).message
+        assert ended.code == 1 and "Traceback" not in ended.output
+        assert read_status(element.status).state == "failed"
+        assert "no space left" in message and str(folder) in message and element.name in message
+        shutil.rmtree(folder / "filler")
+        assert work(forks, run, element).code == 0
+        for name, digest in products(run).items():
+            assert products(undisturbed.run)[name] == digest
+
+
+def test_missing_inodes_are_named(forks: Forks, undisturbed: Undisturbed, tmp_path: Path) -> None:
+    with small_file_system(tmp_path / "full", inodes=400) as folder:
+        run, element = unfinished_copy(undisturbed.run, folder / "run", "report")
+        leave(folder, num_inodes=8)
+        ended = work(forks, run, element)
+        assert ended.code == 1 and "Traceback" not in ended.output
+        assert "no inodes left" in read_status(element.status).message
+        ended = forks.run("jobs.publish", [run.root, folder / "published"])
+        assert ended.code == 2 and "no inodes left" in ended.output and str(folder / "published") in ended.output
+
+
+@pytest.mark.parametrize(
+    ("role", "limit", "value", "words"),
+    [
+        ("student", "RLIMIT_FSIZE", 20_000, ("file-size limit", "20000", "stages/initial.safetensors")),
+        ("report", "RLIMIT_FSIZE", 2_000, ("file-size limit", "results/metrics.json")),
+        ("report", "RLIMIT_NOFILE", 7, ("too many open files", "limit: 7")),
+    ],
+)
+def test_a_limit_of_the_process_is_named(
+    role: str,
+    limit: str,
+    value: int,
+    words: Sequence[str],
+    forks: Forks,
+    undisturbed: Undisturbed,
+    tmp_path: Path,
+) -> None:
+    run, element = unfinished_copy(undisturbed.run, tmp_path / "run", role)
+    ended = work(forks, run, element, limits={limit: value})
+    record = read_status(element.status)
+    assert ended.code == 1 and "Traceback" not in ended.output
+    assert record.state == "failed" and all(word in record.message for word in words), record.message
+
+
+def test_a_limit_of_cpu_time_saves_and_stops(forks: Forks, undisturbed: Undisturbed, tmp_path: Path) -> None:
+    run, element = unfinished_copy(undisturbed.run, tmp_path / "run", "student")
+    ended = work(forks, run, element, limits={"RLIMIT_CPU": 1})
+    assert ended.code == 75 and "CPU time" in ended.output
+    assert read_status(element.status).state == "stopped"
+    assert list(element.checkpoints.glob("*/meta.json"))
+
+
+@pytest.mark.parametrize("num_bytes", [100_000, 8_000])
+def test_the_launcher_names_a_full_disk_and_does_not_try_again(
+    num_bytes: int, undisturbed: Undisturbed, tmp_path: Path
+) -> None:
+    """Little room: the element finds it full. Less: the launcher itself does."""
+    with small_file_system(tmp_path / "full") as folder:
+        run, report = unfinished_copy(undisturbed.run, folder / "run", "report")
+        leave(folder, num_bytes=num_bytes)
+        command = [sys.executable, "-m", "jobs.launch", str(MINIATURE), "--run-dir", str(run.root)]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 1
+        assert "no space left" in done.stdout + done.stderr and str(folder) in done.stdout + done.stderr
+        assert "Traceback" not in done.stdout + done.stderr
+        assert len(ledger(run).get(report.name, [])) <= 1
