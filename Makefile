@@ -6,7 +6,7 @@ PY := $(VENV)/bin/python
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo figures test test-slow test-slurm test-slurm-slow check format miniature slurm-up slurm-down slurm-demo clean
+.PHONY: help setup demo figures test test-slow test-chaos test-slurm test-slurm-slow check format miniature slurm-up slurm-down slurm-demo clean
 .PHONY: bench-env bench-teacher bench-moe bench-distill bench-ddp bench-device bench-dpp bench-slurm
 SLURM_STATE ?= /tmp/cpd-slurm-$(shell id -u)
 
@@ -29,6 +29,9 @@ test: setup ## all tests but the slow ones
 
 test-slow: setup ## the slow tests
 	$(PY) -m pytest -m 'slow and not slurm'
+
+test-chaos: setup ## the miniature run with 200 SIGKILLs in all of its phases; it must end with the same bits
+	$(PY) -m pytest tests/faults -m slow
 
 test-slurm: setup ## the tests against a real Slurm that is started on this machine
 	$(PY) -m pytest tests/testbed -rs -m 'slurm and not slow'

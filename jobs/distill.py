@@ -4,11 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from typing_extensions import TypedDict
+
 from cpd.comm import connect
+from cpd.reading import read_for_display
 from cpd.run.attempt import mpi_guard
 from cpd.run.command import exit_quietly
 from cpd.run.directory import Run
 from jobs.common import ElementCommand, element_parser
+
+
+class _Ranks(TypedDict):
+    ranks: int
+
+
+class _Plan(TypedDict):
+    student: _Ranks
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -32,6 +43,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from cpd.distill.run_student import run_student
 
             comm = connect()
+            no_plan = _Plan(student=_Ranks(ranks=comm.size))
+            plan = read_for_display(command.run.root / "profile.json", _Plan, no_plan)
+            if comm.rank == 0 and plan["student"]["ranks"] != comm.size:
+                command.log(f"note: {comm.size} ranks, but {plan['student']['ranks']} in the profile: other bits")
             with mpi_guard(command.element, comm):
                 run_student(
                     command.run,

@@ -125,10 +125,13 @@ def launch_problems(root: Path, config: Config, profile: Profile) -> list[str]:
     """Return why a run in `root` cannot start: unsuitable ranks, or a small, read-only or node-local folder."""
     folder = next(folder for folder in (root.absolute(), *root.absolute().parents) if folder.is_dir())
     problems = []
-    try:
-        config.teacher.check_ranks(profile.teacher.ranks)
-    except ValueError as error:
-        problems.append(str(error))
+    checks = [(config.teacher.check_ranks, profile.teacher.ranks)]
+    checks += [(config.of_method(label).check_student_ranks, profile.student.ranks) for label in config.methods]
+    for check, num_ranks in checks:
+        try:
+            check(num_ranks)
+        except ValueError as error:
+            problems.append(str(error))
     if not os.access(folder, os.W_OK | os.X_OK):
         problems.append(f"{folder} is not writable; choose another --run-dir")
     size, _ = disk(config)

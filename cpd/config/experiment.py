@@ -150,6 +150,19 @@ class Config(MethodConfig):
         tables = {**to_dict(self), "method": label, "variants": {}, "variants_only": False}
         return load(Config, merge(tables, self.variants.get(label, {})), f"variant {label}")
 
+    def check_student_ranks(self, num_ranks: int) -> None:
+        """Raise ValueError if a batch of this method has fewer rows than a student has MPI ranks."""
+        shared_batches = {"distill.batch_size": self.distill.batch_size}
+        # A rank without rows has no gradient to contribute. Only the protocol `continual` protects anything.
+        if self.distill.protocol == "continual" and self.protection.kind == "agem":
+            shared_batches["protection.agem_windows"] = self.protection.agem_windows
+        for name, rows in shared_batches.items():
+            if rows < num_ranks:
+                raise ValueError(
+                    f"{name} = {rows} is less than the {num_ranks} ranks of a student; set fewer ranks in the "
+                    "profile, or a larger value"
+                )
+
     @property
     def memory_steps(self) -> int:
         """Memory budget for the whole stream, in time steps."""

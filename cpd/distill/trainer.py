@@ -72,13 +72,7 @@ class StudentTrainer:
         Raises:
             ValueError: if a batch of any kind has fewer rows than there are ranks.
         """
-        shared_batches = {"distill.batch_size": config.distill.batch_size}
-        # A rank without rows has no gradient to contribute. Only the protocol `continual` protects anything.
-        if config.distill.protocol == "continual" and config.protection.kind == "agem":
-            shared_batches["protection.agem_windows"] = config.protection.agem_windows
-        for name, rows in shared_batches.items():
-            if rows < comm.size:
-                raise ValueError(f"{name} = {rows} is less than the {comm.size} ranks; use fewer ranks")
+        config.check_student_ranks(comm.size)
         self.config = config
         self.learner = StudentLearner(config, seed, comm, device)
         self.memory = ReplayMemory(make_selection(config.memory, seed), config.memory_steps)

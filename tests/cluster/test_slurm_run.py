@@ -213,3 +213,15 @@ def test_ranks_that_cannot_share_a_teacher_are_told_before_anything_is_submitted
     (problem,) = launch_problems(ROOT / "runs" / "x", config, shared)
     assert "teacher.ppo.num_envs = 1" in problem
     assert launch_problems(ROOT / "runs" / "x", config, alone) == []
+
+
+def test_ranks_that_cannot_share_a_batch_are_told_before_anything_is_submitted(make_run) -> None:
+    variants = {
+        "small": {"distill": {"batch_size": 3}},
+        "agem": {"protection": {"kind": "agem", "agem_windows": 2}},
+    }
+    config = make_run(variants=variants).config
+    problems = launch_problems(ROOT / "runs" / "x", config, profile(student={"ranks": 4}))
+    assert len(problems) == 2
+    assert "distill.batch_size = 3" in problems[0] and "protection.agem_windows = 2" in problems[1]
+    assert launch_problems(ROOT / "runs" / "x", config, profile(student={"ranks": 2})) == []

@@ -120,7 +120,7 @@ def _watch(root: str, changes: int, kill: tuple[str, float] | None) -> None:
         name = os.fspath(path) if not isinstance(path, int) else ""
         if not isinstance(name, str) or not name.startswith(root):
             return
-        change = f"{event} {re.sub(r'[.]?[0-9]+[.](tmp|now)$', '', os.path.relpath(name, root))}"
+        change = f"{event} {re.sub(r'[.][0-9a-f]{8}[.]tmp$', '', os.path.relpath(name, root))}"
         os.write(changes, f"{change}\n".encode())
         if kill and change == kill[0]:
             if kill[1] == 0:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+import random
+import re
 import shutil
+import signal
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -84,7 +89,7 @@ def small_file_system(folder: Path, *, size: str = "16m", inodes: int = 0) -> It
     try:
         yield folder
     finally:
-        subprocess.run(["umount", folder], check=True)
+        subprocess.run(["umount", "--lazy", folder], check=True)
 
 
 def leave(folder: Path, *, num_bytes: int | None = None, num_inodes: int | None = None) -> None:
@@ -127,14 +132,14 @@ def test_missing_inodes_are_named(forks: Forks, undisturbed: Undisturbed, tmp_pa
         assert ended.code == 1 and "Traceback" not in ended.output
         assert "no inodes left" in read_status(element.status).message
         ended = forks.run("jobs.publish", [run.root, folder / "published"])
-        assert ended.code == 2 and "no inodes left" in ended.output and str(folder / "published") in ended.output
+        assert ended.code == 2 and "no inodes left" in ended.output and str(folder) in ended.output
 
 
 @pytest.mark.parametrize(
     ("role", "limit", "value", "words"),
     [
         ("student", "RLIMIT_FSIZE", 20_000, ("file-size limit", "20000", "stages/initial.safetensors")),
-        ("report", "RLIMIT_FSIZE", 2_000, ("file-size limit", "results/metrics.json")),
+        ("report", "RLIMIT_FSIZE", 2_000, ("file-size limit", "results/episodes.csv")),
         ("report", "RLIMIT_NOFILE", 7, ("too many open files", "limit: 7")),
     ],
 )
@@ -176,3 +181,67 @@ def test_the_launcher_names_a_full_disk_and_does_not_try_again(
         assert "no space left" in done.stdout + done.stderr and str(folder) in done.stdout + done.stderr
         assert "Traceback" not in done.stdout + done.stderr
         assert len(ledger(run).get(report.name, [])) <= 1
+
+
+#: Of a path in a run, which phase of the work changes it; the first that matches.
+PHASES = {
+    "teacher: evaluate": r"teachers/.*/\.?(episodes|evaluation)\.csv",
+    "teacher: rollouts": r"teachers/.*/shards",
+    "teacher: train": r"teachers",
+    "evaluation": r"students/.*/evaluation",
+    "student: first stage": r"students/.*(initial|stage-00)",
+    "student: later stages": r"students",
+    "report: tables": r"results",
+    "report: figures": r"figures",
+}
+
+
+def phase_of(change: str) -> str:
+    path = change.split(maxsplit=1)[1]
+    return next(phase for phase, pattern in PHASES.items() if re.match(pattern, path))
+
+
+def kill_in_every_phase(
+    forks: Forks, undisturbed: Undisturbed, root: Path, rng: random.Random, per_phase: int, figures: int
+) -> Counter[str]:
+    """Repeat the undisturbed run, with so many SIGKILLs in each phase; return their number by phase.
+
+    A process is killed just before it changes a file that the rng draws, or up to 50 ms after that.
+    """
+    chosen: set[str] = set()
+    changes = [change for of_element in undisturbed.changes.values() for change in of_element]
+    for phase in PHASES:
+        number = figures if phase == "report: figures" else per_phase  # every kill there draws them all again
+        chosen.update(rng.sample([change for change in changes if phase_of(change) == phase], number))
+    kills: Counter[str] = Counter()
+    run = prepare(forks, root)
+    for element in run.elements():
+        marks = [change for change in undisturbed.changes[element.name] if change in chosen]
+        ended = None
+        while ended is None or ended.code != 0:
+            kill = (marks[0], rng.choice([0.0, rng.uniform(0.0, 0.05)])) if marks else None
+            ended = work(forks, run, element, record=run.root, kill=kill)
+            assert ended.code in (0, -signal.SIGKILL), ended.output
+            if kill and ended.code:
+                kills[phase_of(kill[0])] += 1
+            marks = marks[1:]
+    assert products(run) == products(undisturbed.run)
+    return kills
+
+
+def test_kills_in_every_phase_change_no_bit(forks: Forks, undisturbed: Undisturbed, tmp_path: Path) -> None:
+    kills = kill_in_every_phase(forks, undisturbed, tmp_path / "run", random.Random(SEED), per_phase=3, figures=1)
+    assert kills.total() >= 20 and kills.keys() == PHASES.keys(), kills
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_hundreds_of_kills_change_no_bit(forks: Forks, undisturbed: Undisturbed, tmp_path: Path) -> None:
+    kills: Counter[str] = Counter()
+    for number in itertools.count():
+        rng = random.Random(SEED + 1 + number)
+        kills += kill_in_every_phase(forks, undisturbed, tmp_path / str(number), rng, per_phase=4, figures=4)
+        shutil.rmtree(tmp_path / str(number))
+        if kills.total() >= 200:
+            break
+    assert min(kills.values()) >= 200 // len(PHASES) // 2, kills

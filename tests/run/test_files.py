@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +15,7 @@ import torch
 
 from cpd.reading import read_json
 from cpd.run.checkpoint import CheckpointError, latest, published, save
-from cpd.run.files import atomic_write, sweep_element, sweep_temporaries, write_json
+from cpd.run.files import atomic_write, sweep_element, sweep_temporaries, write_json, write_text
 from cpd.run.progress import MetricsLog, Status, clock, progress_line, read_metrics, read_status
 from cpd.seeding import derive, generator
 
@@ -161,3 +163,16 @@ def test_an_attempt_sweeps_what_killed_ones_left_in_its_element_only(tmp_path: P
     sweep_element(tmp_path)
     assert not any(path.exists() for path in left)
     assert all(path.exists() for path in others)
+
+
+def test_folders_that_cannot_be_synced_are_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fsync = os.fsync
+
+    def refuse_folders(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", refuse_folders)
+    write_text(tmp_path / "a", "text")
+    assert (tmp_path / "a").read_text() == "text"

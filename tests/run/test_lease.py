@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from multiprocessing.synchronize import Barrier, Event
 from pathlib import Path
@@ -155,3 +158,51 @@ def test_of_many_contenders_one_wins(tmp_path: Path) -> None:
     for process in processes:
         process.join()
     assert numbers == [0, 0, 0, 0, 0, 1]
+
+
+def test_leases_work_where_files_cannot_be_linked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(source: Path, target: Path) -> None:
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM), source)
+
+    monkeypatch.setattr(os, "link", refuse)
+    with Lease(tmp_path) as lease:
+        assert lease.number == 1
+        with pytest.raises(LeaseHeldError):
+            Lease(tmp_path).acquire()
+        with pytest.raises(FileExistsError):  # another process was first with this number
+            lease._create()
+    with Lease(tmp_path) as lease:
+        assert lease.number == 2
+    assert [path.name for path in sorted((tmp_path / "attempts").iterdir())] == ["0001.json", "0002.json"]
+
+
+def test_an_attempt_that_is_still_being_written_is_waited_for(tmp_path: Path) -> None:
+    with Lease(tmp_path):
+        path = tmp_path / "attempts" / "0001.json"
+        content = path.read_text()
+        path.write_text("")
+        threading.Timer(0.2, path.write_text, [content]).start()
+        holder, number = current_holder(tmp_path / "attempts")
+        assert holder is not None and holder.process == os.getpid() and number == 1
+
+
+def test_a_holder_in_another_container_of_the_same_host_name_lives_by_its_heartbeat(tmp_path: Path) -> None:
+    unshare = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"]
+    if subprocess.run([*unshare, "true"], capture_output=True).returncode:
+        pytest.skip("may not make a process namespace")
+    command = [*unshare, sys.executable, "-c", HOLD, str(tmp_path)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout and process.stdout.readline() == "held\n"
+        with pytest.raises(LeaseHeldError, match="lapses"):
+            Lease(tmp_path).acquire()
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_a_release_that_fails_hides_no_error(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError), Lease(tmp_path):
+        shutil.rmtree(tmp_path / "attempts")
+        (tmp_path / "attempts").touch()
+        raise ZeroDivisionError
