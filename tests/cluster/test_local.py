@@ -170,3 +170,19 @@ def test_a_signal_that_comes_as_one_element_ends_is_meant_for_the_next(
         for number, handler in handlers.items():
             signal.signal(number, handler)
     assert requested == [False, False, True, True]
+
+
+def test_a_kill_for_lack_of_memory_is_told(run: Run) -> None:
+    group = Path("/sys/fs/cgroup/memory") / f"test-{os.getpid()}"
+    try:
+        group.mkdir()
+        (group / "memory.limit_in_bytes").write_text("40M")
+    except OSError:
+        pytest.skip("may not limit the memory of a process")
+    queue = LocalQueue(run, Profile(cluster="local"), Interrupt(), [run.report()])
+    code = f"open('{group}/cgroup.procs', 'w').write('0'); bytearray(b'1' * (200 << 20))"
+    try:
+        assert subprocess.run([sys.executable, "-c", code]).returncode == -signal.SIGKILL
+    finally:
+        group.rmdir()
+    assert "out of memory" in queue._cause(read_status(run.report().status))
