@@ -36,6 +36,7 @@ PHRASES: Final = {
     "out of memory": errno.ENOMEM,
     "can't allocate memory": errno.ENOMEM,
     "bad_alloc": errno.ENOMEM,
+    "MemoryError": errno.ENOMEM,
     "failed to map segment": errno.ENOMEM,
     "can't start new thread": errno.EAGAIN,
 }

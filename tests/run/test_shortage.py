@@ -26,8 +26,8 @@ def test_an_error_of_a_library_gets_its_number_and_path(tmp_path: Path) -> None:
     path = tmp_path / "state.pt"
     with (
         pytest.raises(OSError) as caught,
-        Path("/dev/full").open("wb") as full,  # a disk that is always full
         naming(path),
+        Path("/dev/full").open("wb") as full,  # a disk that is always full
     ):
         torch.save({"weights": torch.zeros(100_000)}, full)
     assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, str(path))
@@ -39,7 +39,7 @@ def test_an_error_of_a_library_gets_its_number_and_path(tmp_path: Path) -> None:
     "action",
     [
         lambda: torch.empty(1 << 60),
-        lambda: np.empty(1 << 60),
+        lambda: np.empty(1 << 50),
         lambda: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")),
         lambda: (_ for _ in ()).throw(MemoryError()),
     ],
