@@ -1,4 +1,4 @@
-"""What sbatch would be told: everything about submission that needs no Slurm."""
+"""Plans and sbatch texts: all of submission that needs no Slurm."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def tell(run: Run, limits: Profile, queued: QueueState = NOTHING, **choice: Any)
 
 
 def active(run: Run, *names: str, state: str = "RUNNING") -> QueueState:
-    """A queue in which the named elements are at work, as jobs 100, 101, ..."""
+    """A queue in which the named elements have jobs 100, 101, ..."""
     return QueueState(
         {name: [JobState(str(100 + i), "x", state)] for i, name in enumerate(names)}, {}, frozenset()
     )
@@ -96,7 +96,7 @@ def test_gpus_are_per_rank(make_run) -> None:
     assert options(gres["student-2"])["gres"] == "gpu:a100:1"
 
 
-def test_further_options_take_the_place_of_the_launchers_own(make_run) -> None:
+def test_options_of_a_profile_replace_the_launchers(make_run) -> None:
     student_sbatch = {"gpus-per-node": "a100:1", "mem-per-cpu": "4G"}
     text = tell(make_run(), profile(student={"gpus": 1, "sbatch": student_sbatch}))["student-2"]
     assert re.findall(r"--gpus-per-node=(\S+)", text) == ["a100:1"]
@@ -106,7 +106,7 @@ def test_further_options_take_the_place_of_the_launchers_own(make_run) -> None:
             profile(sbatch={key: 4})
 
 
-def test_jobs_are_told_to_save_and_come_back(make_run) -> None:
+def test_jobs_are_signalled_to_save_and_may_be_requeued(make_run) -> None:
     for text in tell(make_run(), profile(signal_seconds=77)).values():
         job_options = options(text)
         assert job_options["signal"] == "USR2@77"
@@ -118,7 +118,7 @@ def test_jobs_are_told_to_save_and_come_back(make_run) -> None:
         assert "requeue" not in options(text)
 
 
-def test_what_a_site_asks_for(make_run) -> None:
+def test_options_of_a_site(make_run) -> None:
     site = profile(
         partition="cpu",
         account="phys",
@@ -146,7 +146,7 @@ def test_what_a_site_asks_for(make_run) -> None:
     assert "mem" not in options(tell(make_run("b"), profile(report={"memory_gb": 0}))["report-4"])
 
 
-def test_only_what_is_missing(make_run) -> None:
+def test_only_unfinished_elements_are_submitted(make_run) -> None:
     run: Run = make_run()
     drawer, window = run.teachers()
     drawer.path.mkdir(parents=True)
@@ -165,7 +165,7 @@ def test_only_what_is_missing(make_run) -> None:
     assert tell(run, profile()) == {}
 
 
-def test_what_is_in_the_queue_is_not_submitted_again(make_run) -> None:
+def test_queued_elements_are_not_submitted_again(make_run) -> None:
     run: Run = make_run()
     names = [element.name for element in run.elements()]
     chain = tell(run, profile(), active(run, *names[:2]))
@@ -189,13 +189,13 @@ def test_several_teachers_share_a_job_where_jobs_are_few(make_run) -> None:
     assert sum(len(s.tasks) for s in (first, *others)) <= 20
     assert [len(task) for task in first.tasks] == [3] * 16 + [2]
     assert [element.name for element in first.elements] == [teacher.name for teacher in run.teachers()]
-    with pytest.raises(PlanError, match=r"max_submitted \(3\) leaves no room"):
+    with pytest.raises(PlanError, match=r"max_submitted \(3\)"):
         plan(run, profile(max_submitted=3), NOTHING)
     for teacher in run.teachers():
         teacher.path.mkdir(parents=True)
         teacher.complete.touch()
     assert len(plan(run, profile(max_submitted=3), NOTHING)) == 3
-    with pytest.raises(PlanError, match=r"max_submitted \(2\) leaves too little room for 3 other jobs"):
+    with pytest.raises(PlanError, match=r"max_submitted \(2\).* 3 "):
         plan(run, profile(max_submitted=2), NOTHING)
 
 
@@ -221,7 +221,7 @@ def test_students_learn_while_teachers_train(make_run) -> None:
     drawer, *others = run.teachers()
     drawer.path.mkdir(parents=True)
     drawer.complete.touch()
-    # What can be learnt already is learnt at once.
+    # The stages of finished teachers are trained at once.
     first = plan(run, overlap, NOTHING)[1]
     assert (first.role, first.partial, first.needs) == ("student", True, ())
     for teacher in others:
@@ -247,7 +247,7 @@ def test_every_method_has_a_chain_of_its_own_over_the_same_teachers(make_run) ->
     assert (first.elements, second.needs) == ([run.students()[3]], (run.students()[3],))
 
 
-def test_seeds_that_join_a_chain_are_submitted_beside_what_is_in_the_queue(make_run) -> None:
+def test_added_seeds_are_submitted_beside_queued_jobs(make_run) -> None:
     variants = {"ewc": {"memory": {"selection": "none"}}}
     queued = active(begun := make_run(variants=variants), *(element.name for element in begun.elements()))
     run: Run = make_run("grown", seeds=[1, 2], variants=variants)
@@ -268,15 +268,13 @@ def test_only_some_elements(make_run) -> None:
         drawer
     ]
     assert len(plan(run, profile(), NOTHING, only=["teachers/"])) == 1
-    with pytest.raises(RunError, match=r"has no such element; did you mean 'teachers/drawer-close-v3'\? It has\n"):
+    with pytest.raises(RunError, match=r"teachers/drawer: (.*\n)*.*'teachers/drawer-close-v3'"):
         plan(run, profile(), NOTHING, only=["teachers/drawer"])
-    with pytest.raises(
-        PlanError, match=r"seed-1 needs teachers/window-close-v3/seed-1, which is neither finished"
-    ):
+    with pytest.raises(PlanError, match=r"students/moe/seed-1 .*teachers/window-close-v3/seed-1"):
         plan(run, profile(), active(run, drawer), only=["students/moe/seed-1"])
 
 
-def test_only_what_failed(make_run) -> None:
+def test_only_failed_elements_and_their_dependents_are_retried(make_run) -> None:
     run: Run = make_run()
     drawer, window = run.teachers()
     assert plan(run, profile(), NOTHING, retry_failed=True) == []
@@ -294,7 +292,7 @@ def test_only_what_failed(make_run) -> None:
     ]
 
 
-def test_what_was_never_submitted_has_not_failed(make_run) -> None:
+def test_elements_that_were_never_submitted_have_not_failed(make_run) -> None:
     run: Run = make_run()
     for number, teacher in enumerate(run.teachers()):
         append(run, [entry(run, teacher.name, str(number))])
@@ -304,8 +302,8 @@ def test_what_was_never_submitted_has_not_failed(make_run) -> None:
     assert plan(run, profile(), NOTHING, retry_failed=True) == []
     append(run, [entry(run, "students/moe/seed-1", "7")])
     Status(run.students()[0].status).finish("failed", "killed")
-    at_work = active(run, "students/moe/seed-1")
-    assert plan(run, profile(), at_work, retry_failed=True) == []
+    running = active(run, "students/moe/seed-1")
+    assert plan(run, profile(), running, retry_failed=True) == []
 
 
 def entry(run: Run, path: str, job: str, **more: Any) -> LedgerEntry:
@@ -317,8 +315,10 @@ def test_names_are_unique_in_ledger_and_queue(make_run) -> None:
     run: Run = make_run()
     first = plan(run, profile(), NOTHING)
     append(run, [entry(run, "results", "", name=first[-1].name)])
-    taken = QueueState({}, {}, frozenset({first[-1].name.rpartition("-")[0] + "-9", "else-teacher-abcdef-40"}))
-    names = [submission.name for queued in (NOTHING, taken) for submission in plan(run, profile(), queued)]
+    with_names = QueueState(
+        {}, {}, frozenset({first[-1].name.rpartition("-")[0] + "-9", "else-teacher-abcdef-40"})
+    )
+    names = [submission.name for queued in (NOTHING, with_names) for submission in plan(run, profile(), queued)]
     assert [int(name.rpartition("-")[2]) for name in names] == [5, 6, 7, 8, 10, 11, 12, 13]
     assert len(set(names)) == len(names)
 
@@ -332,14 +332,16 @@ def test_dry_run_changes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert text.count("#!/bin/bash") == 4
     assert "4 calls of sbatch, 5 jobs, 5 of 5 elements (0 finished, 0 in the queue)" in text
     assert "core-hours" in text
-    assert "squeue not found: this machine is no login node" in text
+    assert "squeue" in text
 
 
-def test_launching_without_slurm_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
+def test_launching_without_slurm_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch
+) -> None:
     monkeypatch.setenv("PATH", "/nonexistent")
     recipe = str(ROOT / "tests" / "recipes" / "miniature.toml")
     assert main([recipe, "--profile", "testbed", "--run-dir", str(tmp_path / "run")]) == 2
-    assert "squeue not found" in capsys.readouterr().err
+    assert "squeue" in capsys.readouterr().err
     assert main([recipe, "--profile", "local", "--run-dir", str(tmp_path / "run"), "--cancel"]) == 2
 
 
@@ -347,7 +349,7 @@ SCRIPTS = {"teacher": "teachers", "student": "distill", "evaluation": "evaluate"
 VARYING = {"array", "dependency", "job-name", "kill-on-invalid-dep", "output"}
 
 
-def test_plain_scripts_ask_for_what_the_launcher_asks_for(make_run) -> None:
+def test_plain_scripts_have_the_launchers_options(make_run) -> None:
     chain = {name.partition("-")[0]: text for name, text in tell(make_run(), load_profile("generic")).items()}
     assert set(chain) == set(SCRIPTS)
     for role, script in SCRIPTS.items():
@@ -355,7 +357,7 @@ def test_plain_scripts_ask_for_what_the_launcher_asks_for(make_run) -> None:
         launched = chain[role]
         kept = [{k: v for k, v in options(text).items() if k not in VARYING} for text in (plain, launched)]
         assert kept[0] == kept[1], script
-        # Up to the program, srun is told the same; the logs go to the same place.
+        # Up to the program, both pass srun the same options; logs have the same names.
         words = [itertools.takewhile(lambda word: "python" not in word, srun(text)) for text in (plain, launched)]
         values = {"$SLURM_CPUS_PER_TASK": kept[0]["cpus-per-task"], "${SRUN_MPI:-pmi2}": "pmi2"}
         substituted = []

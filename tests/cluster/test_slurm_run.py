@@ -1,4 +1,4 @@
-"""How jobs deal with the Slurm they run under, where a run stands and what it costs; all without Slurm."""
+"""Ledger, queue state, requeueing, costs and checks of a run on Slurm; all without Slurm."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from cpd.config.profile import Profile, load_profile
 from cpd.run.checkpoint import save
 from cpd.run.directory import Run
 from cpd.run.files import write_json
-from cpd.run.lease import Lease
-from cpd.run.progress import Status
+from cpd.run.lease import Lease, LeaseLostError
+from cpd.run.progress import Status, read_status
 from jobs.launch import prepare
 from jobs.launch_options import load_recipe
 from tests.conftest import MINIATURE
@@ -49,7 +49,7 @@ def test_the_second_line_of_a_submission_replaces_its_first(make_run) -> None:
     assert [(e.job, e.name) for e in ledger(run)["results"]] == [("12", "a-1"), ("", "a-2")]
 
 
-def test_what_a_ledger_of_another_version_holds_beyond_ours_is_passed_over(make_run) -> None:
+def test_unknown_fields_of_a_ledger_are_ignored(make_run) -> None:
     run: Run = make_run()
     append(run, [entry(run, "results", "12")])
     line = json.loads(run.ledger.read_text())
@@ -57,7 +57,7 @@ def test_what_a_ledger_of_another_version_holds_beyond_ours_is_passed_over(make_
     assert ledger(run)["results"] == [entry(run, "results", "12")]
 
 
-def test_where_elements_stand(make_run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_queue_state_comes_from_ledger_queue_and_leases(make_run, monkeypatch: pytest.MonkeyPatch) -> None:
     run: Run = make_run()
     drawer, window = run.teachers()
     student = run.students()[0]
@@ -72,7 +72,7 @@ def test_where_elements_stand(make_run, monkeypatch: pytest.MonkeyPatch) -> None
         state = queue_state(run, slurm_entries(run), jobs)
         monkeypatch.setenv("SLURM_JOB_ID", "13")
         with Lease(window.path).acquire():
-            # Its heart still beats, but Slurm has ended it.
+            # Its lease is alive, but Slurm has ended its job.
             assert window.name not in queue_state(run, slurm_entries(run), jobs).held
     jobs_of = {name: [job.job for job in jobs_of_element] for name, jobs_of_element in state.active.items()}
     assert jobs_of == {drawer.name: ["12_0"], student.name: ["14"]}
@@ -81,35 +81,35 @@ def test_where_elements_stand(make_run, monkeypatch: pytest.MonkeyPatch) -> None
         assert f"process {os.getpid()}" in queue_state(run, slurm_entries(run), jobs).held[window.name]
 
 
-def test_a_requeued_job_takes_its_own_lease_over_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_requeued_job_takes_over_its_own_lease_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.delenv("SLURM_RESTART_COUNT", raising=False)
     with Lease(tmp_path).acquire() as old_lease:
         monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-        with Lease(tmp_path).acquire() as after:
-            assert (old_lease.number, after.number) == (1, 2)
-            with pytest.raises(RuntimeError, match="taken over"):
+        with Lease(tmp_path).acquire() as new_lease:
+            assert (old_lease.number, new_lease.number) == (1, 2)
+            with pytest.raises(LeaseLostError):
                 old_lease.check()
 
 
-def test_an_array_element_is_never_taken_for_its_array(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_array_element_has_its_own_job_number(monkeypatch: pytest.MonkeyPatch) -> None:
     for key, value in {"JOB_ID": "12", "ARRAY_JOB_ID": "12", "ARRAY_TASK_ID": "3"}.items():
         monkeypatch.setenv(f"SLURM_{key}", value)
     assert slurm_job() == "12_3"
 
 
-def test_an_element_names_what_it_lacks(make_run, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_element_names_its_unfinished_dependencies(make_run, capsys: pytest.CaptureFixture[str]) -> None:
     from jobs import distill
 
     run: Run = make_run()
     student = run.students()[0]
     Status(run.teachers()[0].status).finish("failed", "ValueError: no luck")
-    lacking = unfinished_dependencies(run, student)
-    assert [element.name for element in lacking] == [teacher.name for teacher in run.teachers()]
-    assert "drawer-close-v3/seed-1 (failed: ValueError: no luck), teachers/" in describe_unfinished(lacking)
+    missing = unfinished_dependencies(run, student)
+    assert [element.name for element in missing] == [teacher.name for teacher in run.teachers()]
+    assert "drawer-close-v3/seed-1 (failed: ValueError: no luck), teachers/" in describe_unfinished(missing)
     assert distill.main([str(run.root)]) == 3
-    assert "not started, since it needs teachers/drawer-close-v3/seed-1 (failed" in capsys.readouterr().err
-    assert "since it needs teachers/drawer" in student.status.read_text()
+    assert "teachers/drawer-close-v3/seed-1 (failed" in capsys.readouterr().err
+    assert "teachers/drawer-close-v3/seed-1 (failed" in read_status(student.status).message
 
 
 def test_only_requeues_without_progress_count(make_run) -> None:
@@ -121,7 +121,7 @@ def test_only_requeues_without_progress_count(make_run) -> None:
     assert [is_stuck(run, student, "5") for _ in range(2)] == [False, False]
     status.advance(20, force=True)
     assert [is_stuck(run, student, "5") for _ in range(3)] == [False, False, True]
-    # A new submission starts anew.
+    # A new submission counts from zero.
     assert not is_stuck(run, student, "6")
 
 
@@ -145,7 +145,7 @@ def test_costs_and_disk(make_run) -> None:
     drawer.complete.touch()
     measured = costs(run, profile(), run.elements()[1:])[0]
     assert (measured.count, measured.seconds, measured.is_measured) == (1, 42.0, True)
-    # Where a policy is there, nothing is left to train.
+    # A teacher with a policy needs no training.
     other: Run = make_run("trained")
     untrained, *_ = costs(other, profile(), other.teachers())
     for teacher in other.teachers():
@@ -162,12 +162,12 @@ def test_costs_and_disk(make_run) -> None:
 def test_a_disk_that_is_too_small_is_refused(make_run) -> None:
     config = make_run(rollouts={"num_steps": 10**13}).config
     text = "\n".join(launch_problems(ROOT / "runs" / "x", config, profile()))
-    assert re.search(r"the run will take about [\d.e+]+ GB, but .* has [\d.e+]+ GB left", text)
+    assert len(re.findall(r"[\d.e+]+ GB", text)) == 2
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_a_folder_that_is_not_ones_own_is_refused(make_run) -> None:
-    assert "/usr is not writable" in launch_problems(Path("/usr/runs/x"), make_run().config, profile())[0]
+def test_a_read_only_folder_is_refused(make_run) -> None:
+    assert launch_problems(Path("/usr/runs/x"), make_run().config, profile())[0].startswith("/usr ")
 
 
 def test_files_follow_the_umask(tmp_path: Path) -> None:
@@ -190,24 +190,25 @@ def all_of(folder: Path) -> list[Path]:
 
 
 def test_causes_are_read_from_logs() -> None:
-    requeued = "*** JOB 10 ON n1 CANCELLED AT 2026-11-22T21:03:14 DUE TO JOB REQUEUE ***"
-    late = "slurmstepd: error: *** STEP 1.0 ON n1 CANCELLED AT 2026-11-22T21:03:14 DUE TO TIME LIMIT ***"
-    big = (
+    requeue = "*** JOB 10 ON n1 CANCELLED AT 2026-11-22T21:03:14 DUE TO JOB REQUEUE ***"
+    timeout = "slurmstepd: error: *** STEP 1.0 ON n1 CANCELLED AT 2026-11-22T21:03:14 DUE TO TIME LIMIT ***"
+    out_of_memory = (
         "slurmstepd: error: Detected 1 oom_kill event in StepId=1.0. Some of the step tasks have been OOM Killed."
     )
-    assert state_in_log([requeued, "Traceback"]) == ""
-    assert state_in_log([requeued, late, "srun: error"]) == "TIMEOUT"
-    assert state_in_log([late, big]) == "OUT_OF_MEMORY"
+    assert state_in_log([requeue, "Traceback"]) == ""
+    assert state_in_log([requeue, timeout, "srun: error"]) == "TIMEOUT"
+    assert state_in_log([timeout, out_of_memory]) == "OUT_OF_MEMORY"
 
 
 def test_a_run_directory_that_jobs_cannot_see_is_refused(make_run) -> None:
     config = make_run().config
-    assert "usually local to a node" in launch_problems(Path("/tmp/x/run"), config, profile())[0]
+    (problem,) = launch_problems(Path("/tmp/x/run"), config, profile())
+    assert "single_machine" in problem
     assert launch_problems(Path("/tmp/x/run"), config, profile(single_machine=True)) == []
     assert launch_problems(ROOT / "runs" / "x", config, load_profile("local")) == []
 
 
-def test_ranks_that_cannot_share_a_teacher_are_told_before_anything_is_submitted(make_run) -> None:
+def test_ranks_that_cannot_share_a_teacher_are_refused_before_submission(make_run) -> None:
     config = make_run(teacher={"ppo": {"num_envs": 1, "minibatch_size": 50}}).config
     shared, alone = (profile(teacher={"ranks": ranks}, single_machine=True) for ranks in (2, 1))
     (problem,) = launch_problems(ROOT / "runs" / "x", config, shared)

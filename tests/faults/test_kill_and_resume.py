@@ -109,7 +109,7 @@ def launcher_guard() -> Iterator[list[subprocess.Popen[str]]]:
             launcher.kill()
 
 
-def test_killed_jobs_are_started_again_and_end_the_same(
+def test_killed_jobs_are_restarted_and_end_the_same(
     undisturbed: Run, tmp_path: Path, launcher_guard: list[subprocess.Popen[str]]
 ) -> None:
     root = tmp_path / "run"
@@ -128,7 +128,7 @@ def test_killed_jobs_are_started_again_and_end_the_same(
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_a_killed_launcher_takes_its_jobs_along_and_the_same_command_goes_on(
+def test_jobs_of_a_killed_launcher_end_and_the_same_command_resumes(
     number: int, undisturbed: Run, tmp_path: Path, launcher_guard: list[subprocess.Popen[str]]
 ) -> None:
     root = tmp_path / "run"

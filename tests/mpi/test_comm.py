@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 
@@ -32,10 +34,10 @@ def test_collectives_on_three_ranks(mpi) -> None:
     assert done.stdout.count("fine") == 3
 
 
-def test_a_communicator_of_another_size_than_asked_is_refused(mpi) -> None:
+def test_a_communicator_of_the_wrong_size_is_refused(mpi) -> None:
     done = mpi(2, "-c", "from cpd.comm import connect; connect()", CPD_RANKS="3")
     assert done.returncode != 0
-    assert "given 3 ranks, but MPI" in done.stderr and "connects 2" in done.stderr
+    assert "CommSizeError" in done.stderr and re.search(r"3 ranks.* 2\b", done.stderr)
 
 
 def test_ranks_that_do_not_know_of_each_other_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

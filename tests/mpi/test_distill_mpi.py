@@ -57,7 +57,7 @@ def test_two_ranks_train_the_student_that_one_trains(mpi, tmp_path, method):
     np.testing.assert_array_equal(first["memory"], alone["memory"])
 
 
-def test_stops_together_and_goes_on_with_another_number_of_ranks(mpi, make_student_run):
+def test_ranks_stop_together_and_another_number_resumes(mpi, make_student_run):
     straight = make_student_run("straight")
     run_student(straight, straight.students()[0], SerialComm(), interrupt=Interrupt(), log=lambda line: None)
     run = make_student_run("changing")
@@ -67,9 +67,9 @@ def test_stops_together_and_goes_on_with_another_number_of_ranks(mpi, make_stude
         element = run.students()[0]
         assert element.complete.exists() == (code == 0)
         assert json.loads(element.status.read_text())["state"] == ("done" if code == 0 else "stopped")
-    wanted, weights = final_weights(straight), final_weights(run)
-    assert wanted.keys() == weights.keys()
-    for name, value in wanted.items():
+    expected, weights = final_weights(straight), final_weights(run)
+    assert expected.keys() == weights.keys()
+    for name, value in expected.items():
         np.testing.assert_allclose(weights[name], value, rtol=1e-8, atol=1e-9, err_msg=name)
     steps = [line["step"] for line in map(json.loads, run.students()[0].metrics.open()) if "step" in line]
     assert steps == [1, 5, 10, 15, 20, 25, 30, 35, 40] * 2
@@ -85,9 +85,9 @@ def test_a_failure_on_one_rank_ends_all_of_them(mpi, make_student_run):
     assert not run.students()[0].complete.exists()
 
 
-def test_ranks_that_were_not_started_are_missed(mpi, make_student_run):
+def test_missing_ranks_are_refused(mpi, make_student_run):
     run = make_student_run("short")
     result = mpi(2, "-m", "jobs.distill", str(run.root), CPD_RANKS="3", timeout=60)
     assert result.returncode != 0
-    assert "given 3 ranks" in result.stderr and "connects 2" in result.stderr
+    assert "CommSizeError" in result.stderr
     assert not (run.students()[0].path / "checkpoints").exists()

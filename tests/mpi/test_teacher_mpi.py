@@ -98,7 +98,7 @@ def test_two_and_three_ranks_learn_what_one_learns(mpi, tmp_path: Path) -> None:
         np.testing.assert_allclose(by_rank[0]["learned"], alone["learned"], rtol=1e-2, atol=1e-4)
 
 
-def test_a_run_is_shared_and_says_so(mpi, make_teacher_run) -> None:
+def test_ranks_share_a_run_and_their_number_is_recorded(mpi, make_teacher_run) -> None:
     # Exploration is over as soon as an iteration has a success, which all ranks must agree on.
     exploration = {"start_share": 0.5, "step_rate": 0.02, "max_steps": 10, "stop_at_success": 0.0}
     one, two = (make_teacher_run(name, exploration=exploration) for name in ("one", "two"))
@@ -114,7 +114,7 @@ def test_a_run_is_shared_and_says_so(mpi, make_teacher_run) -> None:
         assert other[key] == pytest.approx(first[key], rel=1e-3), key
 
 
-def test_stops_together_and_goes_on_exactly(mpi, make_teacher_run, straight: dict[str, str]) -> None:
+def test_ranks_stop_together_and_resume_exactly(mpi, make_teacher_run, straight: dict[str, str]) -> None:
     run = make_teacher_run("stopped")
     for count, code in ((160, 75), (1_000_000, 0)):
         succeed(mpi(2, *SCRIPT, "run", str(run.root), str(count), CPD_RANKS="2"), code)
@@ -123,7 +123,7 @@ def test_stops_together_and_goes_on_exactly(mpi, make_teacher_run, straight: dic
 
 
 @pytest.mark.slow
-def test_killed_it_ends_the_same(mpi, make_teacher_run, straight: dict[str, str]) -> None:
+def test_a_killed_run_ends_the_same(mpi, make_teacher_run, straight: dict[str, str]) -> None:
     run = make_teacher_run("killed")
     teacher = run.teachers()[0]
     command = mpi_command(2, [sys.executable, *SCRIPT, "run", str(run.root), "1000000"])
@@ -160,7 +160,7 @@ def test_parameters_that_differ_are_noticed(mpi) -> None:
     assert "RanksDifferError" in result.stderr and "rank(s) 1 " in result.stderr
 
 
-def test_what_ranks_cannot_share_is_refused(mpi, make_teacher_run) -> None:
+def test_too_few_environments_for_the_ranks_are_refused(mpi, make_teacher_run) -> None:
     narrow = make_teacher_run("narrow", ppo={**SMALL["ppo"], "num_envs": 1})
     result = mpi(2, "-m", "jobs.teacher", str(narrow.root), CPD_RANKS="2", CPD_CPUS="1", timeout=60)
     assert result.returncode != 0

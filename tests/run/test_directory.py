@@ -34,6 +34,6 @@ def test_a_student_has_the_configuration_of_its_method(make_run: Callable[..., R
     assert (wide.config.student.width, wide.config.memory) == (64, base.config.memory)
 
 
-def test_elements_are_told_apart_by_their_place_alone(make_run: Callable[..., Run]) -> None:
+def test_elements_are_equal_by_folder(make_run: Callable[..., Run]) -> None:
     run = make_run(variants=VARIANTS)
     assert len({*run.elements(), *Run(run.root).elements()}) == len(run.elements())

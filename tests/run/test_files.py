@@ -101,12 +101,12 @@ def test_metrics_are_cut_back_on_resume(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     log = MetricsLog(path)
     log.append(step=1, reward=0.123456789)
-    known = log.size
+    checkpoint_size = log.size
     log.append(step=2, reward=0.1)
     log.close()
     path.open("a").write('{"step": 3, "re')  # cut off by a kill
     assert [row["step"] for row in read_metrics(path)] == [1, 2]
-    log = MetricsLog(path, known)
+    log = MetricsLog(path, checkpoint_size)
     log.append(step=2, reward=0.2)
     assert read_metrics(path) == [{"step": 1, "reward": 0.123457}, {"step": 2, "reward": 0.2}]
 
@@ -125,7 +125,7 @@ def test_status_adds_up_seconds_over_attempts(tmp_path: Path) -> None:
     assert lines == ["stopped", "done"]
 
 
-def test_progress_reads_well(tmp_path: Path) -> None:
+def test_a_line_of_progress(tmp_path: Path) -> None:
     record = read_status(tmp_path / "none")
     record.phase, record.done, record.total, record.rate, record.success = "train", 50, 200, 10.0, 0.84
     assert progress_line(record) == "train  25 % | 50/200 steps | 10 steps/s | eta 0:15 | success 0.84"

@@ -60,7 +60,7 @@ def test_a_released_lease_is_free_and_attempts_are_counted(tmp_path: Path) -> No
     assert current_holder(tmp_path / "attempts") == (None, 3)
 
 
-def test_waiting_for_a_holder_that_lets_go(tmp_path: Path) -> None:
+def test_waiting_for_a_holder_to_release_its_lease(tmp_path: Path) -> None:
     process = hold_elsewhere(tmp_path)
     begun = time.monotonic()
     os.kill(process.pid, signal.SIGSTOP)  # alive, so still the holder
@@ -96,7 +96,7 @@ def foreign_holder(folder: Path, age_seconds: float) -> None:
     os.utime(path, (moment, moment))
 
 
-def test_a_holder_on_another_host_lives_by_its_heartbeat(tmp_path: Path) -> None:
+def test_a_holder_on_another_host_is_alive_while_its_heartbeat_is_recent(tmp_path: Path) -> None:
     foreign_holder(tmp_path / "fresh", age_seconds=10)
     with pytest.raises(LeaseHeldError, match="job 7"):
         Lease(tmp_path / "fresh").acquire()
@@ -105,7 +105,7 @@ def test_a_holder_on_another_host_lives_by_its_heartbeat(tmp_path: Path) -> None
         assert lease.number == 2
 
 
-def test_an_attempt_that_lost_its_contents_is_nobody_s(tmp_path: Path) -> None:
+def test_an_empty_attempt_file_has_no_holder(tmp_path: Path) -> None:
     with Lease(tmp_path):
         pass
     (tmp_path / "attempts" / "0002.json").touch()
@@ -113,7 +113,7 @@ def test_an_attempt_that_lost_its_contents_is_nobody_s(tmp_path: Path) -> None:
         assert lease.number == 3
 
 
-def test_a_holder_s_age_is_told_where_only_reading_is_allowed(
+def test_the_age_of_a_holder_is_known_on_a_read_only_file_system(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     foreign_holder(tmp_path, age_seconds=10)
@@ -126,35 +126,33 @@ def test_a_holder_s_age_is_told_where_only_reading_is_allowed(
     assert holder is not None and number == 1
 
 
-def test_who_writes_on_another_host_is_not_asked_to_stop_here(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked: list[int] = []
-    monkeypatch.setattr(os, "kill", lambda process, number: asked.append(process))
+def test_a_writer_on_another_host_is_not_signalled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    signalled: list[int] = []
+    monkeypatch.setattr(os, "kill", lambda process, number: signalled.append(process))
     foreign_holder(tmp_path, age_seconds=10)
     assert ask_to_stop(Element("report", 0, tmp_path, "results"))
-    assert not asked
+    assert not signalled
 
 
-def contend(folder: Path, ready: Barrier, all_told: Event, results: multiprocessing.Queue) -> None:
+def contend(folder: Path, ready: Barrier, all_done: Event, results: multiprocessing.Queue) -> None:
     ready.wait()
     try:
         results.put(Lease(folder).acquire().number)
-        all_told.wait(60)  # so that nobody comes after it has let go
+        all_done.wait(60)  # keep the lease until every process has tried
     except LeaseHeldError:
         results.put(0)
 
 
-def test_of_many_contenders_one_wins(tmp_path: Path) -> None:
+def test_of_many_processes_one_gets_the_lease(tmp_path: Path) -> None:
     context = multiprocessing.get_context("forkserver")
     results: multiprocessing.Queue = context.Queue()
-    ready, all_told = context.Barrier(6), context.Event()
-    arguments = (tmp_path, ready, all_told, results)
+    ready, all_done = context.Barrier(6), context.Event()
+    arguments = (tmp_path, ready, all_done, results)
     processes = [context.Process(target=contend, args=arguments) for _ in range(6)]
     for process in processes:
         process.start()
     numbers = sorted(results.get(timeout=60) for _ in processes)
-    all_told.set()
+    all_done.set()
     for process in processes:
         process.join()
     assert numbers == [0, 0, 0, 0, 0, 1]

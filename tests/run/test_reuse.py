@@ -1,4 +1,4 @@
-"""Taking over teachers of another run: as they are, in part, or as published policies; and what is refused."""
+"""Reusing teachers of another run: completely, in part, or as published policies; and what is refused."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from cpd.run.directory import Run, TeacherElement, published_policy
 from cpd.run.files import sha256, write_json
 from cpd.run.interrupt import Interrupt
 from cpd.run.progress import read_status
-from cpd.run.reuse import ReuseError, find_reusable, reuse
+from cpd.run.reuse import Reuse, ReuseError, find_reusable, reuse
 from cpd.teachers.run_teacher import env_pool, run_teacher
 from jobs.launch import main
 from tests.conftest import MINIATURE, ROOT
@@ -30,6 +30,14 @@ SCRIPTED: dict[str, Any] = {
     "rollouts": {"num_steps": 120, "shard_steps": 60},
     "evaluation": {"num_episodes": 2},
 }
+
+
+#: All that can be reused of a teacher.
+COMPLETE = ("policy", "evaluation", "rollouts", "marker")
+
+
+def what_is_reused(item: Reuse) -> tuple[str, ...]:
+    return tuple(name for name in COMPLETE if getattr(item, name))
 
 
 def tables(**over: Any) -> dict[str, Any]:
@@ -71,18 +79,18 @@ def contents(folder: Path) -> dict[str, str]:
     }
 
 
-def test_finished_teachers_are_taken_over_as_they_are(finished: Path, tmp_path: Path) -> None:
+def test_finished_teachers_are_reused_completely(finished: Path, tmp_path: Path) -> None:
     run = make(tmp_path / "new", method="another", distill={"lr": 0.5}, seeds=[1, 2])
     planned = find_reusable(run, finished)
-    assert [item.summary for item in planned] == ["reused (admitted)"] * 2
-    assert not (run.root / "teachers").exists(), "looking changes nothing"
+    assert [item.marker for item in planned] == ["COMPLETE"] * 2
+    assert not (run.root / "teachers").exists(), "planning writes nothing"
     assert reuse(run, finished) == planned
     for theirs, ours in zip(Run(finished).teachers(), run.teachers(), strict=True):
         assert ours.finished
         assert contents(ours.path) == contents(theirs.path)
         shard = next(ours.shards.glob("*.h5"))
         assert shard.samefile(theirs.shards / shard.name), "large files are linked"
-        assert not ours.evaluation.samefile(theirs.evaluation), "what might be written to is not"
+        assert not ours.evaluation.samefile(theirs.evaluation), "small files are copied"
         assert (read_status(ours.status).state, read_status(ours.status).message) == (
             "done",
             "reused from other",
@@ -100,27 +108,27 @@ def test_finished_teachers_are_taken_over_as_they_are(finished: Path, tmp_path: 
     assert find_reusable(run, tmp_path / "gone") == [], "later launches do not need the other run any more"
 
 
-def test_what_was_taken_over_outlives_the_other_run(other: Path, tmp_path: Path) -> None:
+def test_reused_files_outlive_their_source(other: Path, tmp_path: Path) -> None:
     run = make(tmp_path / "new")
     reuse(run, other)
-    before = contents(run.root)
+    files = contents(run.root)
     shutil.rmtree(other)
-    assert contents(run.root) == before
+    assert contents(run.root) == files
     assert len(read_stage(run, run.teachers()[0], SerialComm()).observations) == 120
 
 
-def test_an_interrupted_take_over_is_completed(finished: Path, tmp_path: Path) -> None:
+def test_an_interrupted_reuse_is_completed(finished: Path, tmp_path: Path) -> None:
     run = make(tmp_path / "new")
     reuse(run, finished)
-    whole = contents(run.root / "teachers")
+    files = contents(run.root / "teachers")
     first = run.teachers()[0]
     first.complete.unlink()
     (first.shards / "index.json").unlink()
-    assert [a.teacher for a in reuse(run, finished)] == [first]
-    assert contents(run.root / "teachers") == whole
+    assert [item.teacher for item in reuse(run, finished)] == [first]
+    assert contents(run.root / "teachers") == files
 
 
-def test_a_take_over_that_ends_before_its_record_is_recorded_by_the_next(
+def test_an_interrupted_reuse_is_recorded_by_the_next_launch(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = make(tmp_path / "new")
@@ -138,12 +146,9 @@ def test_a_take_over_that_ends_before_its_record_is_recorded_by_the_next(
     assert set(read_json(run.root / "provenance.json", dict)["teachers"]) == {t.name for t in run.teachers()}
 
 
-def test_settings_that_come_after_training_may_differ_and_only_their_part_is_done_anew(
-    finished: Path, tmp_path: Path
-) -> None:
+def test_settings_that_do_not_affect_training_may_differ(finished: Path, tmp_path: Path) -> None:
     run = make(tmp_path / "new", rollouts={"num_steps": 90}, evaluation={"num_episodes": 3})
-    found = reuse(run, finished)
-    assert {a.summary for a in found} == {"policy reused, evaluated and collects rollouts here"}
+    assert {what_is_reused(item) for item in reuse(run, finished)} == {("policy",)}
     teacher, theirs = run.teachers()[0], Run(finished).teachers()[0]
     assert not teacher.finished
     assert not teacher.shards.exists()
@@ -153,20 +158,17 @@ def test_settings_that_come_after_training_may_differ_and_only_their_part_is_don
     assert teacher.policy.stat().st_mtime_ns == trained, "no training"
     assert len(read_stage(run, teacher, SerialComm()).observations) == 90
     stricter = make(tmp_path / "stricter", teacher={"gate": 1.0})
-    assert {a.summary for a in reuse(stricter, finished)} == {"policy reused, judged by this gate here"}
+    assert {what_is_reused(item) for item in reuse(stricter, finished)} == {("policy", "evaluation", "rollouts")}
     assert contents(stricter.teachers()[0].shards) == contents(theirs.shards)
     finish(stricter, stricter.teachers()[0])
     assert stricter.teachers()[0].rejected.exists()
 
 
-def test_a_teacher_that_is_not_there_is_trained_as_usual(other: Path, tmp_path: Path) -> None:
+def test_a_teacher_that_the_source_lacks_is_trained(other: Path, tmp_path: Path) -> None:
     first, second = Run(other).teachers()
     second.complete.unlink()
     run = make(tmp_path / "new")
-    assert [a.summary for a in reuse(run, other)] == [
-        "reused (admitted)",
-        "not in the source, trained as usual",
-    ]
+    assert [what_is_reused(item) for item in reuse(run, other)] == [COMPLETE, ()]
     assert [t.finished for t in run.teachers()] == [True, False]
     assert not run.teachers()[1].path.exists()
     first.complete.unlink()
@@ -174,19 +176,18 @@ def test_a_teacher_that_is_not_there_is_trained_as_usual(other: Path, tmp_path: 
         reuse(make(tmp_path / "newer"), other)
     rejected = Run(other).teachers()[0]
     rejected.rejected.touch()
-    assert reuse(make(tmp_path / "newest"), other)[0].summary == "reused (rejected)"
+    assert reuse(make(tmp_path / "newest"), other)[0].marker == "REJECTED"
 
 
-def test_teachers_may_come_from_several_places(other: Path, tmp_path: Path) -> None:
+def test_teachers_may_come_from_several_sources(other: Path, tmp_path: Path) -> None:
     shutil.copytree(other, tmp_path / "elsewhere")
     Run(other).teachers()[1].complete.unlink()
     Run(tmp_path / "elsewhere").teachers()[0].complete.unlink()
     # With another number of rollouts both have something left to do, and are not finished in between.
     run = make(tmp_path / "new", rollouts={**SCRIPTED["rollouts"], "num_steps": 60})
-    half = "policy reused, collects rollouts here"
-    assert [a.summary for a in reuse(run, other)] == [half, "not in the source, trained as usual"]
-    again = reuse(run, tmp_path / "elsewhere")
-    assert [a.summary for a in again] == ["not in the source, but reused from another one before", half]
+    without_rollouts = ("policy", "evaluation")
+    assert [what_is_reused(item) for item in reuse(run, other)] == [without_rollouts, ()]
+    assert [what_is_reused(item) for item in reuse(run, tmp_path / "elsewhere")] == [(), without_rollouts]
     sources = read_json(run.root / "provenance.json", dict)["teachers"]
     assert [record["from"] for record in sources.values()] == ["other", "elsewhere"]
     for teacher in run.teachers():
@@ -194,25 +195,26 @@ def test_teachers_may_come_from_several_places(other: Path, tmp_path: Path) -> N
         assert teacher.finished and read_json(teacher.policy.with_suffix(".json"), dict)["seed"] == 1
 
 
-def test_another_budget_concerns_only_teachers_whose_training_it_ends(other: Path, tmp_path: Path) -> None:
+def test_another_budget_affects_only_teachers_that_depended_on_it(other: Path, tmp_path: Path) -> None:
     endings = ({"stopped_by": "validation", "env_steps": 3_000}, {"stopped_by": "budget", "env_steps": 5_000})
     for teacher, ending in zip(Run(other).teachers(), endings, strict=True):
         path = teacher.policy.with_suffix(".json")
         description = read_json(path, dict)
         write_json(path, {**description, "training": {**description["training"], **ending}})
 
-    def told(budget: int) -> list[str]:
+    def lacking_budget(budget: int) -> list[bool]:
         run = make(tmp_path / str(budget), teacher={"max_env_steps": budget})
-        return [item.summary for item in find_reusable(run, other)]
+        reuses = find_reusable(run, other)
+        assert [what_is_reused(item) for item in reuses] == [() if r.lacks_budget else COMPLETE for r in reuses]
+        return [item.lacks_budget for item in reuses]
 
-    ours, theirs = "reused (admitted)", "trained again, since max_env_steps differs"
-    assert told(load(Config, tables(), "test").teacher.max_env_steps) == [ours, ours]
-    assert told(20_000) == [ours, theirs]
+    assert lacking_budget(load(Config, tables(), "test").teacher.max_env_steps) == [False, False]
+    assert lacking_budget(20_000) == [False, True]
     with pytest.raises(ReuseError, match="drawer-close-v3 seed 1"):
-        told(2_000)
+        lacking_budget(2_000)
 
 
-def test_published_policies_spare_the_training(finished: Path, tmp_path: Path) -> None:
+def test_published_policies_are_reused_without_training(finished: Path, tmp_path: Path) -> None:
     folder = tmp_path / "published"
     folder.mkdir()
     shutil.copyfile(finished / "config.json", folder / "config.json")
@@ -222,10 +224,7 @@ def test_published_policies_spare_the_training(finished: Path, tmp_path: Path) -
         shutil.copyfile(teacher.policy, target)
         shutil.copyfile(teacher.policy.with_suffix(".json"), target.with_suffix(".json"))
     run = make(tmp_path / "new")
-    assert [a.summary for a in reuse(run, folder)] == [
-        "policy reused, evaluated and collects rollouts here",
-        "not in the source, trained as usual",
-    ]
+    assert [what_is_reused(item) for item in reuse(run, folder)] == [("policy",), ()]
     teacher, theirs = run.teachers()[0], Run(finished).teachers()[0]
     finish(run, teacher)
     for name in ("policy.safetensors", "evaluation.csv", "shards/index.json"):
@@ -233,7 +232,7 @@ def test_published_policies_spare_the_training(finished: Path, tmp_path: Path) -
 
 
 @pytest.mark.parametrize(
-    ("over", "told"),
+    ("over", "difference"),
     [
         ({"stream": {"horizon": 50}}, "stream.horizon: 60 -> 50"),
         ({"teacher": {"horizon": 50}}, "teacher.horizon: 40 -> 50"),
@@ -241,12 +240,12 @@ def test_published_policies_spare_the_training(finished: Path, tmp_path: Path) -
     ],
 )
 def test_other_settings_of_training_are_refused_by_name(
-    over: dict[str, Any], told: str, finished: Path, tmp_path: Path
+    over: dict[str, Any], difference: str, finished: Path, tmp_path: Path
 ) -> None:
     run = make(tmp_path / "new", **over)
     with pytest.raises(ReuseError) as caught:
         reuse(run, finished)
-    assert told in str(caught.value)
+    assert difference in str(caught.value)
     assert not (run.root / "teachers").exists()
 
 
@@ -257,24 +256,24 @@ def damage(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("spoil", "told"),
+    ("spoil", "named"),
     [
         (lambda t: damage(t.policy), r"policy\.safetensors .*policy\.json"),
         (lambda t: damage(t.shards / "shard-00001.h5"), r"shard-00001\.h5"),
         (lambda t: (t.shards / "shard-00000.h5").unlink(), r"shard-00000\.h5"),
-        (lambda t: relabel(t, "mujoco", "2.0"), r"mujoco is '2\.0' there"),
+        (lambda t: relabel(t, "mujoco", "2.0"), r"mujoco .*'2\.0'"),
         (lambda t: t.policy.with_suffix(".json").unlink(), r"policy\.json"),
         (lambda t: (t.shards / "index.json").write_text("{"), r"index\.json"),
     ],
 )
-def test_files_that_are_not_what_their_records_say_are_refused(
-    spoil: Callable[[TeacherElement], None], told: str, other: Path, tmp_path: Path
+def test_files_that_do_not_match_their_records_are_refused(
+    spoil: Callable[[TeacherElement], None], named: str, other: Path, tmp_path: Path
 ) -> None:
     spoil(Run(other).teachers()[1])
     run = make(tmp_path / "new")
-    with pytest.raises(ReuseError, match=told):
+    with pytest.raises(ReuseError, match=named):
         reuse(run, other)
-    assert not (run.root / "teachers").exists(), "all are looked at before any is taken"
+    assert not (run.root / "teachers").exists(), "all files are checked before any is copied"
 
 
 def relabel(teacher: TeacherElement, name: str, value: str) -> None:
@@ -284,7 +283,7 @@ def relabel(teacher: TeacherElement, name: str, value: str) -> None:
     write_json(path, description)
 
 
-def test_a_policy_under_anothers_name_is_refused(other: Path, tmp_path: Path) -> None:
+def test_a_policy_of_another_teacher_is_refused(other: Path, tmp_path: Path) -> None:
     first, second = Run(other).teachers()
     for name in ("policy.safetensors", "policy.json"):
         shutil.copyfile(first.path / name, second.path / name)
@@ -292,7 +291,7 @@ def test_a_policy_under_anothers_name_is_refused(other: Path, tmp_path: Path) ->
         reuse(make(tmp_path / "new"), other)
 
 
-def test_the_launcher_tells_takes_over_and_keeps_no_path(
+def test_the_launcher_shows_and_copies_reused_teachers_and_stores_no_path(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -306,13 +305,12 @@ def test_the_launcher_tells_takes_over_and_keeps_no_path(
     overrides += ["--teacher.ppo.num_envs=2", "--teacher.ppo.minibatch_size=100"]
     arguments = [str(MINIATURE), "--run-dir", "new", f"--teachers_from={finished}", *overrides]
     assert main([*arguments, "--dry-run"]) == 0
-    told = capsys.readouterr().out
-    assert "teachers/window-close-v3/seed-1: reused (admitted)" in told
+    assert "teachers/window-close-v3/seed-1: " in capsys.readouterr().out
     assert not (tmp_path / "new").exists()
     assert main([*arguments, "--dry-run", "--profile", "generic"]) == 0
-    told = capsys.readouterr().out
-    assert "jobs.teacher" not in told
-    assert "(2 finished, 0 in the queue)" in told
+    output = capsys.readouterr().out
+    assert "jobs.teacher" not in output
+    assert "(2 finished, 0 in the queue)" in output
     assert main([*arguments, "--prepare"]) == 0
     run = Run(tmp_path / "new")
     assert all(teacher.finished for teacher in run.teachers())
@@ -320,10 +318,10 @@ def test_the_launcher_tells_takes_over_and_keeps_no_path(
     for path in run.root.rglob("*.json"):
         assert str(finished) not in path.read_text().replace(json.dumps(f"--teachers_from={finished}"), ""), path
     assert main([*arguments[:3], "--teachers_from=nowhere", *overrides, "--prepare"]) == 0, (
-        "nothing is left to take"
+        "all are reused already"
     )
     assert main([str(MINIATURE), "--run-dir", "newer", "--teachers_from=nowhere"]) == 2
-    assert "no such run or folder of published teachers" in capsys.readouterr().err
+    assert "'nowhere'" in capsys.readouterr().err
     assert not (tmp_path / "newer").exists()
 
 
@@ -337,7 +335,7 @@ def test_the_launcher_tells_takes_over_and_keeps_no_path(
         ("cw10_rl", "cw10-rl", 10),
     ],
 )
-def test_the_published_teachers_are_those_of_todays_recipes(
+def test_the_published_teachers_match_todays_recipes(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], recipe: str, folder: str, count: int
 ) -> None:
     source = ROOT / "analysis" / "results" / "teachers" / folder

@@ -111,7 +111,7 @@ def test_round_trip(tmp_path_factory: pytest.TempPathFactory, lengths: list[int]
     assert all(count < shard_steps + 40 for count in counts)
 
 
-def test_labels_stand_in_every_shard_and_in_the_rollouts(tmp_path: Path) -> None:
+def test_every_shard_and_the_rollouts_have_labels(tmp_path: Path) -> None:
     write(tmp_path, [30, 30, 5], shard_steps=30, std_source="assumed")
     for path in sorted(tmp_path.glob("*.h5")):
         with h5py.File(path) as file:

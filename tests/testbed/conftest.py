@@ -16,9 +16,9 @@ from slurm.testbed.conf import Settings
 
 
 def start(prefix: str, **settings: Any) -> Iterator[Workbench]:
-    complaint = missing_packages(accounting=settings.get("accounting", False))
-    if complaint:
-        pytest.skip(complaint)
+    message = missing_packages(accounting=settings.get("accounting", False))
+    if message:
+        pytest.skip(message)
     # A short path: unix sockets lie in it.
     state = Path(tempfile.mkdtemp(prefix=prefix, dir="/tmp")) / "s"
     testbed = Testbed(state)
@@ -50,13 +50,13 @@ def accounted() -> Iterator[Workbench]:
 
 @pytest.fixture(scope="module")
 def strict() -> Iterator[Workbench]:
-    """One that kills jobs which exceed their memory, and whose nodes pretend to have two GPUs each."""
+    """One that kills jobs which exceed their memory, and whose nodes have two simulated GPUs each."""
     yield from start("cpds", enforce_memory=True, gpus=2)
 
 
 @pytest.fixture(autouse=True)
 def _nothing_left(request: pytest.FixtureRequest) -> Iterator[None]:
-    """A test that fails leaves no jobs behind, on which the next one would wait in vain."""
+    """Cancel the jobs of a failed test, for which the next test would wait."""
     yield
     for name in ("bench", "forgetful", "accounted", "strict"):
         if name in request.fixturenames:

@@ -29,7 +29,9 @@ def crash_node(bench: Workbench, node: str, with_jobs: bool) -> None:
 
 
 @pytest.mark.parametrize("order", ["after_all", "overlap"])
-def test_the_student_does_not_notice(order: str, finished: Path, bench: Workbench, tmp_path: Path) -> None:
+def test_many_failures_do_not_change_the_student(
+    order: str, finished: Path, bench: Workbench, tmp_path: Path
+) -> None:
     root = tmp_path / "run"
     profile = variation(tmp_path, partition=f'partition = "main"\norder = "{order}"')
 

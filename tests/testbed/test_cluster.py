@@ -118,7 +118,7 @@ def test_foreign_folders_are_left_alone(tmp_path: Path) -> None:
     assert (tmp_path / "thesis.tex").exists()
 
 
-def test_a_daemon_that_dies_is_told_at_once(tmp_path: Path) -> None:
+def test_a_daemon_that_dies_is_reported_at_once(tmp_path: Path) -> None:
     if missing_packages():
         pytest.skip(missing_packages())
     here = Testbed(tmp_path / "s")
@@ -128,7 +128,7 @@ def test_a_daemon_that_dies_is_told_at_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("option", ["--nodes", "--cpus"])
-def test_a_cluster_of_nothing_is_refused(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_sizes_below_one_are_refused(option: str, capsys: pytest.CaptureFixture[str]) -> None:
     for text in ("-1", "0", "two"):
         with pytest.raises(SystemExit):
             argument_parser().parse_args(["up", option, text])

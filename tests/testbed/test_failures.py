@@ -1,4 +1,4 @@
-"""What goes wrong on a cluster is told by name, with its cause and what to do, and leaves nothing waiting."""
+"""Failures on a cluster are shown with cause and remedy, and leave no job waiting."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import pytest
 from workbench import DRAWER, EVALUATION, LASTING, LONG, ROOT, STUDENT, WINDOW, Workbench, variation
 
 from cpd.cluster.ledger import ledger
+from cpd.cluster.queue import REMEDIES
 from cpd.run.directory import Run
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
@@ -32,7 +33,7 @@ def test_a_launcher_may_die_between_sbatch_and_its_ledger_line(bench: Workbench,
         assert len(bench.slurm("squeue", "-h", "-r", "-t", "all", "-n", names(root)).splitlines()) == num_jobs
     assert "nothing to submit" in bench.launch(root, *LASTING)
     assert [len(entries) for entries in ledger(Run(root)).values()] == [1] * 5
-    # What was adopted is known by its number.
+    # The recovered jobs are known by their numbers.
     bench.launch(root, *LASTING, "--cancel")
     bench.drain()
 
@@ -58,7 +59,7 @@ def test_rejected_teachers_stop_the_chain_if_the_recipe_says_so(bench: Workbench
     bench.drain()
     rows = bench.rows(root)
     assert {rows[name]["state"] for name in (DRAWER, WINDOW)} == {"rejected"}
-    # For Slurm, too, they ended well.
+    # Slurm counts their jobs as successful.
     array = ledger(Run(root))[DRAWER][-1].job.partition("_")[0]
     assert set(bench.slurm("squeue", "-h", "-t", "all", "-j", array, "-o", "%T").split()) == {"COMPLETED"}
     assert rows[STUDENT]["state"] == "failed"
@@ -67,7 +68,7 @@ def test_rejected_teachers_stop_the_chain_if_the_recipe_says_so(bench: Workbench
 
 
 @pytest.mark.slow
-def test_jobs_that_started_too_early_are_submitted_anew(bench: Workbench, tmp_path: Path) -> None:
+def test_jobs_that_started_too_early_are_resubmitted(bench: Workbench, tmp_path: Path) -> None:
     root = tmp_path / "run"
     bench.launch(root, *LASTING)
     student = bench.job(root, STUDENT)
@@ -75,7 +76,7 @@ def test_jobs_that_started_too_early_are_submitted_anew(bench: Workbench, tmp_pa
         bench.until(root, teacher, 0)
         bench.kill(root, teacher)
     bench.wait(lambda: bench.slurm("squeue", "-h", "-j", student, "-o", "%T") == "RUNNING", "the student started")
-    # It is about to find that its teachers are not finished, and so are those that follow it.
+    # It will exit on unfinished teachers, and so will the jobs that wait for it.
     output = bench.launch(root, *LASTING)
     assert f"{STUDENT}, {EVALUATION}, results" in output
     bench.drain()
@@ -94,7 +95,7 @@ def test_an_element_that_raises_is_shown_with_its_error(bench: Workbench, taught
     assert f"FAILED {STUDENT}: " in output
 
 
-def test_too_much_memory_is_told(strict: Workbench, tmp_path: Path) -> None:
+def test_a_job_that_exceeds_its_memory_is_reported(strict: Workbench, tmp_path: Path) -> None:
     root, profile = tmp_path / "run", tmp_path / "small.toml"
     profile.write_text('cluster = "slurm"\nsingle_machine = true\n[teacher]\nmemory_gb = 0.1\n')
     strict.launch(root, "--only", DRAWER, profile=str(profile))
@@ -110,7 +111,7 @@ def test_too_much_memory_is_told(strict: Workbench, tmp_path: Path) -> None:
     assert strict.rows(root)[DRAWER]["state"] == "done"
 
 
-def test_gpus_are_asked_for(strict: Workbench, taught: Path, tmp_path: Path) -> None:
+def test_gpus_are_requested(strict: Workbench, taught: Path, tmp_path: Path) -> None:
     """The GPUs of the test cluster can be counted, and nothing else."""
     profile = tmp_path / "gpus.toml"
     text = Path(variation(tmp_path)).read_text()
@@ -130,20 +131,20 @@ def test_a_dependency_that_can_never_be_met_ends_its_dependent(bench: Workbench,
     bench.launch(root, *LASTING)
     bench.until(root, DRAWER, 0)
     student, teacher = bench.job(root, STUDENT), bench.job(root, DRAWER)
-    # Our own chain has `afterany`; a user's hand may make another of it.
+    # The chain has `afterany`; a user may change it.
     bench.slurm("scontrol", "update", f"JobId={student}", f"Dependency=afterok:{teacher}")
     bench.kill(root, DRAWER)
     bench.drain()
     rows = bench.rows(root)
     assert rows[STUDENT]["queue"].startswith("CANCELLED")
-    assert (rows[STUDENT]["state"], rows[STUDENT]["message"]) == ("killed", "cancelled: launch again to go on")
+    assert (rows[STUDENT]["state"], rows[STUDENT]["message"]) == ("killed", REMEDIES["CANCELLED"])
     assert {rows[name]["state"] for name in (EVALUATION, "results")} == {"waiting"}
 
 
 @pytest.mark.slow
-def test_running_out_of_time_without_saving_is_told(bench: Workbench, tmp_path: Path) -> None:
+def test_a_time_out_without_saving_is_reported(bench: Workbench, tmp_path: Path) -> None:
     root, folder = tmp_path / "run", tmp_path / "python"
-    # A student that never looks at the flag.
+    # A student that never checks the stop flag.
     folder.mkdir()
     (folder / "sitecustomize.py").write_text(
         "from cpd.distill import run_student\nrun_student.AGREE_EVERY = 10**6\n"
@@ -156,4 +157,4 @@ def test_running_out_of_time_without_saving_is_told(bench: Workbench, tmp_path: 
     bench.drain()
     row = bench.rows(root)[STUDENT]
     assert (row["state"], row["queue"].split()[0]) == ("killed", "TIMEOUT")
-    assert row["message"].startswith("ran out of time without saving: raise minutes or signal_seconds")
+    assert row["message"].startswith(REMEDIES["TIMEOUT"])

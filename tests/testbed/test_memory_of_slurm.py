@@ -17,7 +17,7 @@ def wait_until_forgotten(bench: Workbench) -> None:
 
 
 @pytest.mark.slow
-def test_forgotten_jobs_are_judged_by_what_they_left(forgetful: Workbench, tmp_path: Path) -> None:
+def test_the_state_of_forgotten_jobs_comes_from_the_run_directory(forgetful: Workbench, tmp_path: Path) -> None:
     root = tmp_path / "run"
     forgetful.launch(root, *LASTING)
     forgetful.until(root, DRAWER, 0)
@@ -41,7 +41,7 @@ def test_preemption_by_the_jobs_own_signal(finished: Path, taught: Path, forgetf
     assert stages(taught) == stages(finished)
 
 
-def test_the_accounting_is_asked_where_there_is_one(accounted: Workbench, tmp_path: Path, monkeypatch) -> None:
+def test_the_accounting_is_queried_if_a_site_has_it(accounted: Workbench, tmp_path: Path, monkeypatch) -> None:
     for key in ("SLURM_CONF", "PATH"):
         monkeypatch.setenv(key, accounted.environment[key])
     root = tmp_path / "run"

@@ -1,4 +1,4 @@
-"""What the tests do with a test cluster."""
+"""A test cluster with the suite's commands, for the tests."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class Workbench:
         return {row["element"]: row for row in json.loads(self.python("jobs.status", str(root), "--json"))}
 
     def assert_done(self, root: Path) -> None:
-        """Every element is done; if not, tell what the status tells."""
+        """Assert that every element is done; a failure shows the status table."""
         states = {name: row["state"] for name, row in self.rows(root).items()}
         assert set(states.values()) == {"done"}, f"{states}\n{self.python('jobs.status', str(root))}"
 
@@ -98,12 +98,14 @@ class Workbench:
 
         self.wait(is_back, f"{node} back in service")
 
-    def wait(self, ready: Callable[[], object], what: str, seconds: float = 300) -> None:
-        """Poll until something holds; if it never does, tell what the queue holds instead."""
+    def wait(self, ready: Callable[[], object], condition: str, seconds: float = 300) -> None:
+        """Poll until `ready` returns something true; a failure names `condition` and shows the queue."""
         deadline = time.monotonic() + seconds
         while not ready():
             if time.monotonic() > deadline:
-                pytest.fail(f"not within {seconds:.0f} s: {what}\n{self.slurm('scontrol', 'show', 'job', '-o')}")
+                pytest.fail(
+                    f"not within {seconds:.0f} s: {condition}\n{self.slurm('scontrol', 'show', 'job', '-o')}"
+                )
             time.sleep(0.2)
 
     def drain(self, seconds: float = 600) -> None:
@@ -116,9 +118,9 @@ class Workbench:
         return read_status(root / element / "status.json")
 
     def until(self, root: Path, element: str, done: int) -> None:
-        """Wait until an attempt other than the one met last has got past `done` steps, and is at work.
+        """Wait until a later attempt than in the last call is running and past `done` steps.
 
-        An attempt that has been asked to stop is at work for a while yet.
+        A later one, since an attempt that was asked to stop continues to run for a while.
         """
         attempts = root / element / "attempts"
         last = self._met.get(attempts, 0)
