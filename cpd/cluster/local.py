@@ -22,12 +22,15 @@ from cpd.run.directory import Element, Run
 from cpd.run.interrupt import LAUNCHER_VARIABLE, Interrupt, launcher_identity
 from cpd.run.lease import Holder, current_holder
 from cpd.run.progress import StatusRecord, read_status
+from cpd.run.shortage import shortage
 
 POLL_SECONDS = 0.2
 #: Seconds between refreshes of the display, which read a file per element.
 REFRESH_SECONDS = 1.0
 #: How often one launch restarts a killed job. A job that runs out of memory would otherwise be restarted for ever.
 MAX_RESTARTS = 3
+#: Bytes of the end of a log that are searched for the cause of a job's end.
+TAIL_BYTES = 4096
 #: Seconds that running jobs have to save when the launcher is asked to stop.
 STOP_SECONDS = 120.0
 
@@ -39,6 +42,14 @@ def oom_kills() -> int:
             if line.startswith("oom_kill "):
                 return int(line.split()[1])
     return 0
+
+
+def _shortage_in_log(log: Path, element: Element) -> str:
+    """Return what a job ran out of that could not record it, by the last lines of its log; empty if nothing."""
+    with contextlib.suppress(OSError):
+        errors = [OSError(line) for line in log.read_bytes()[-TAIL_BYTES:].decode(errors="replace").splitlines()]
+        return next(filter(None, (shortage(error, element.path) for error in reversed(errors))), "")
+    return ""
 
 
 @dataclass
@@ -119,7 +130,10 @@ class LocalQueue:
                 continue
             self._restarts[name] = restarts = self._restarts.get(name, 0) + 1
             record = read_status(element.status)
-            if record.state == "failed":
+            if record.state != "failed" and (cause := _shortage_in_log(job.paths.stdout, element)):
+                mark(element, "failed", cause)
+                self.failed.append(element)
+            elif record.state == "failed":
                 self.failed.append(element)
             elif restarts > MAX_RESTARTS:
                 mark(element, "failed", f"its job ended {restarts} times without an error: {self._cause(record)}")

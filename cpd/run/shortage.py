@@ -34,7 +34,7 @@ LIMITS: Final = {
 PHRASES: Final = {
     **{os.strerror(number): number for number in CAUSES},
     "out of memory": errno.ENOMEM,
-    "can't allocate memory": errno.ENOMEM,
+    "allocate memory": errno.ENOMEM,
     "bad_alloc": errno.ENOMEM,
     "MemoryError": errno.ENOMEM,
     "failed to map segment": errno.ENOMEM,

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from cpd.cluster.element_job import DEVICES_VARIABLE, VERBS, ElementJob, ask_to_stop, is_ours, submit_local
-from cpd.cluster.local import MAX_RESTARTS, LocalQueue
+from cpd.cluster.local import MAX_RESTARTS, LocalQueue, _shortage_in_log
 from cpd.cluster.sbatch import BundleJob
 from cpd.config.profile import Profile, Resources
 from cpd.envs.tasks import STREAMS
@@ -184,3 +184,12 @@ def test_a_kill_for_lack_of_memory_is_told(run: Run) -> None:
     finally:
         group.rmdir()
     assert "out of memory" in queue._cause(read_status(run.report().status))
+
+
+def test_what_a_job_ran_out_of_is_read_from_its_log(run: Run, tmp_path: Path) -> None:
+    """A C++ library that finds no memory ends the process before it can record anything."""
+    log = tmp_path / "log"
+    log.write_text("[12:00:00] step 1\nterminate called after throwing an instance of 'std::bad_alloc'\naborted\n")
+    assert "out of memory" in _shortage_in_log(log, run.report())
+    log.write_text("[12:00:00] step 1\n")
+    assert _shortage_in_log(log, run.report()) == "" == _shortage_in_log(tmp_path / "missing", run.report())
