@@ -32,7 +32,7 @@ LIMITS: Final = {
 }
 #: What libraries that give no error number write. Most write the system's own words for it.
 PHRASES: Final = {
-    **{os.strerror(number): number for number in CAUSES},
+    **{os.strerror(number): number for number in CAUSES if number != errno.EAGAIN},
     "out of memory": errno.ENOMEM,
     "allocate memory": errno.ENOMEM,
     "bad_alloc": errno.ENOMEM,
@@ -55,7 +55,8 @@ def error_number(error: BaseException) -> int:
         if isinstance(cause, MemoryError):
             return errno.ENOMEM
         if isinstance(cause, OSError) and cause.errno:
-            if cause.errno in CAUSES:
+            is_lock = cause.errno == errno.EAGAIN and "lock" in str(cause)  # HDF5's, which somebody else holds
+            if cause.errno in CAUSES and not is_lock:
                 return cause.errno
         elif number := next((number for phrase, number in PHRASES.items() if phrase in str(cause)), 0):
             return number

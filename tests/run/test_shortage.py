@@ -52,8 +52,12 @@ def test_memory_errors_are_out_of_memory(action) -> None:
 
 def test_a_quota_is_named_and_other_errors_are_none() -> None:
     assert "quota" in shortage(OSError(errno.EDQUOT, os.strerror(errno.EDQUOT), "/a/b"), Path("run"))
-    other = FileNotFoundError(errno.ENOENT, "no such file", "/a/b")
-    assert shortage(other, Path("run")) == ""
+    locked = BlockingIOError(
+        errno.EAGAIN, "unable to lock file, error message = 'Resource temporarily unavailable'"
+    )
+    for other in (FileNotFoundError(errno.ENOENT, "no such file", "/a/b"), locked):
+        assert shortage(other, Path("run")) == ""
+    assert "processes" in shortage(OSError(errno.EAGAIN, os.strerror(errno.EAGAIN)), Path("run"))
     assert describe_error(ValueError("a reason"), Path("run")) == "ValueError: a reason"
 
 
