@@ -34,10 +34,11 @@ def test_collectives_on_three_ranks(mpi) -> None:
     assert done.stdout.count("fine") == 3
 
 
-def test_a_communicator_of_the_wrong_size_is_refused(mpi) -> None:
-    done = mpi(2, "-c", "from cpd.comm import connect; connect()", CPD_RANKS="3")
+@pytest.mark.parametrize(("asked", "connected"), [(3, 2), (2, 3)])
+def test_a_communicator_of_the_wrong_size_is_refused(asked: int, connected: int, mpi) -> None:
+    done = mpi(connected, "-c", "from cpd.comm import connect; connect()", CPD_RANKS=str(asked))
     assert done.returncode != 0
-    assert "CommSizeError" in done.stderr and re.search(r"3 ranks.* 2\b", done.stderr)
+    assert "CommSizeError" in done.stderr and re.search(rf"{asked} ranks.* {connected}\b", done.stderr)
 
 
 def test_ranks_that_do_not_know_of_each_other_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
