@@ -20,9 +20,7 @@ from analysis.captions import conditions, short_conditions
 from analysis.dataset import Dataset, load_dataset
 from analysis.figures import (
     fig_finals,
-    fig_losses,
     fig_methods,
-    fig_retrieval,
     fig_stream,
     fig_success_matrix,
     fig_teacher_curves,
@@ -53,7 +51,7 @@ EXAMPLES = """examples:
 """
 
 #: The figures that show one method.
-FIGURES_OF_ONE = {"success_matrix": fig_success_matrix, "usage": fig_usage, "retrieval": fig_retrieval}
+FIGURES_OF_ONE = {"success_matrix": fig_success_matrix, "usage": fig_usage}
 
 
 def build(
@@ -119,7 +117,7 @@ def _figures(data: Dataset) -> Iterable[tuple[str, str | None, Figure | None, st
             yield full, method, module.draw(data, method), module.caption(data, method)
     modules: dict[str, ModuleType] = {}
     if methods:
-        modules |= {"stream": fig_stream, "losses": fig_losses}
+        modules |= {"stream": fig_stream}
     if len(methods) > 1:
         modules |= {"methods": fig_methods, "transfer": fig_transfer, "finals": fig_finals}
     if data.teacher_curves:

@@ -10,11 +10,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from analysis.dataset import Dataset, short
-from analysis.figures.small_multiples import MOST_LINES, behind, set_narrow_stages, small_multiples
-from analysis.figures.stream_axis import header_inches, label_style, name_stages, set_stages
+from analysis.figures.small_multiples import finish_panels
 from analysis.style import (
     ACCENT,
     COLUMN_INCHES,
+    METHOD_COLOURS,
     PAGE_INCHES,
     SECOND_ACCENT,
     TEACHER_COLOUR,
@@ -25,6 +25,9 @@ from cpd.evaluation.student_measures import StudentResults, rate_before
 
 Line = dict[float, list[float]]
 """Position in the stream, in stages, to the values of all seeds there."""
+#: More lines than colours would differ only in their dashes, and most would lie on top of each other.
+MOST_LINES = len(METHOD_COLOURS)
+NUM_COLUMNS = 5
 
 
 def draw(data: Dataset) -> Figure:
@@ -36,7 +39,10 @@ def draw(data: Dataset) -> Figure:
     methods = list(data.method_names)
     columns = (3 if width == COLUMN_INCHES else 6) if len(methods) > 4 else min(4, max(3, len(methods)))
     legend_inches = 0.14 * (-(-len(methods) // columns) - 1)
-    figure = Figure(figsize=(width, 1.85 + header_inches(data.stream) + legend_inches))
+    size, rotation = _label_style(num_stages)
+    longest = max(len(short(task)) for task in data.stream)
+    header_inches = float(0.0072 * size * longest * np.sin(np.radians(rotation)))
+    figure = Figure(figsize=(width, 1.85 + header_inches + legend_inches))
     axes = figure.subplots()
     marker = 3.2 if num_stages <= 25 else 2.0
     for index, method in enumerate(methods):
@@ -50,36 +56,59 @@ def draw(data: Dataset) -> Figure:
         else:
             style = {**method_line(index), "marker": "o", "markersize": marker, "label": method}
             _average(axes, students, "average_by_stage", style)
-    set_stages(axes, num_stages)
+    axes.set_xlim(0, num_stages)
+    axes.set_xticks(range(0, num_stages + 1, 1 if num_stages <= 20 else 5))
+    for stage in range(1, num_stages):
+        axes.axvline(stage, color="#d4d4d4", linewidth=0.5, zorder=0)
     axes.set_yticks([0, 0.2, 0.4, 0.6, 0.8, 1])
     # With one method, the legend says which tasks each curve is of.
     success = "success rate" if len(methods) == 1 else "success, mean of all tasks"
     axes.set(ylim=(-0.03, 1.03), xlabel="stages done", ylabel=success)
     axes.grid(axis="y")
-    _, rotation = label_style(num_stages)
-    name_stages(axes, _stage_names(data, " " if rotation else "\n"))
+    slanted: dict[str, Any] = {"rotation": rotation, "ha": "left", "rotation_mode": "anchor"} if rotation else {}
+    top = axes.secondary_xaxis("top")
+    names = _stage_names(data, " " if rotation else "\n")
+    top.set_xticks(np.arange(num_stages) + 0.5, names, fontsize=size, **slanted)
+    top.tick_params(length=0, pad=1)
+    top.spines["top"].set_visible(False)
     figure.legend(loc="outside lower center", ncols=columns)
     return figure
 
 
 def _panels(data: Dataset) -> Figure:
     """Draw a panel per method with its average performance, and behind it that of the first method."""
-    first, *_ = data.method_names
-
-    def average(axes: Axes, method: str, **style: Any) -> None:
-        style = {"marker": "o", "markersize": 1.6, **style}
-        _average(axes, data.of_method(method), "average_by_stage", style)
-
-    figure, panels = small_multiples(
-        data.method_names,
-        lambda axes, method: average(axes, method, color=method_colour(0), linewidth=0.9, label="each method"),
-        lambda axes: average(axes, first, color=TEACHER_COLOUR, linewidth=1.4, label=first),
-        ("stages done", "success, mean of all tasks"),
-    )
+    methods, num_stages = data.method_names, len(data.stream)
+    num_columns = min(NUM_COLUMNS, len(methods))
+    num_rows = -(-len(methods) // num_columns)
+    figure = Figure(figsize=(PAGE_INCHES, 0.88 * num_rows + 0.5))
+    grid = figure.subplots(num_rows, num_columns, sharex=True, sharey=True, squeeze=False)
+    panels: list[Axes] = list(grid.flat[: len(methods)])
+    marks: dict[str, Any] = {"marker": "o", "markersize": 1.6}
+    behind = {**marks, "color": TEACHER_COLOUR, "linewidth": 1.4, "label": methods[0]}
+    front = {**marks, "color": method_colour(0), "linewidth": 0.9, "label": "each method"}
+    for axes, method in zip(panels, methods, strict=True):
+        _average(axes, data.of_method(methods[0]), "average_by_stage", behind)
+        _average(axes, data.of_method(method), "average_by_stage", front)
+        axes.set_title(method, fontsize=6.5, pad=2.5)
+        axes.tick_params(labelsize=6, length=1.8, pad=1.5)
+        axes.grid()
+    for axes in panels[-num_columns:]:  # the lowest of every column
+        axes.tick_params(labelbottom=True)
+    labels = ("stages done", "success, mean of all tasks")
+    finish_panels(figure, grid, len(methods), labels, num_legend_columns=4)
+    # All panels share these limits and ticks.
     panels[0].set_ylim(-0.06, 1.06)
     panels[0].set_yticks([0, 0.5, 1], ["0", ".5", "1"])
-    set_narrow_stages(panels[0], len(data.stream))
+    panels[0].set_xlim(0, num_stages)
+    panels[0].set_xticks(range(0, num_stages + 1, 5 if num_stages <= 25 else 10))
     return figure
+
+
+def _label_style(num_stages: int) -> tuple[float, float]:
+    """Return the size and rotation at which the names of neighbouring stages do not touch."""
+    if num_stages <= 3:
+        return 7.0, 0
+    return (7.0, 35) if num_stages <= 12 else (6.0, 45) if num_stages <= 25 else (5.2, 60)
 
 
 def _stage_names(data: Dataset, gap: str) -> list[str]:
@@ -133,9 +162,10 @@ def caption(data: Dataset) -> str:
     """Say what the figure shows, without the conditions."""
     dots = " Small dots: single seeds." if len(data.students) > len(data.methods) else ""
     if len(data.methods) > 1:
+        grey = f" Grey: {data.method_names[0]}." if len(data.method_names) > MOST_LINES else ""
         return (
             f"Average performance of {', '.join(m.method for m in data.methods)} over the stream of {data.name}, "
-            f"over all tasks, those to come included.{behind(data.method_names)}{dots}"
+            f"over all tasks, those to come included.{grey}{dots}"
         )
     length = data.distill[data.methods[0].method]["steps_per_stage"]
     current = f"the current task within every stage ({length} steps each), and " if data.tables.curves else ""

@@ -23,9 +23,7 @@ from analysis.captions import short_conditions
 from analysis.dataset import _joined, load_dataset
 from analysis.figures import (
     fig_finals,
-    fig_losses,
     fig_methods,
-    fig_retrieval,
     fig_stream,
     fig_success_matrix,
     fig_teacher_curves,
@@ -48,9 +46,7 @@ FIGURES = (
     "success_matrix",
     "stream",
     "teacher_curves",
-    "losses",
     "usage",
-    "retrieval",
 )
 #: Those that compare methods.
 COMPARISONS = ("methods", "finals")
@@ -320,8 +316,6 @@ def draw_all(folder: Path) -> Iterator[Figure]:
             fig_success_matrix.draw(data, data.method_names[0]),
             fig_stream.draw(data),
             fig_usage.draw(data, data.method_names[0]),
-            fig_retrieval.draw(data, data.method_names[0]),
-            fig_losses.draw(data),
             *(
                 (draw(data) for draw in (fig_methods.draw, fig_transfer.draw, fig_finals.draw))
                 if several

@@ -14,14 +14,13 @@ from matplotlib.figure import Figure
 from analysis.build import build
 from analysis.dataset import Dataset, load_dataset
 from analysis.figures import (
-    fig_losses,
     fig_methods,
     fig_stream,
     fig_success_matrix,
     fig_transfer,
     fig_usage,
 )
-from analysis.figures.small_multiples import MOST_LINES
+from analysis.figures.fig_stream import MOST_LINES
 from analysis.paper_tables import task_cells
 from analysis.style import paper_style
 from cpd.envs.tasks import STREAMS
@@ -118,7 +117,7 @@ def test_bars_of_methods_have_numbers_and_a_line_at_their_teachers(tmp_path: Pat
 
 
 @pytest.mark.parametrize("steps", [1_000, 2_000])
-def test_curves_and_losses_lie_within_their_stages(tmp_path: Path, steps: int) -> None:
+def test_curves_lie_within_their_stages(tmp_path: Path, steps: int) -> None:
     run = write_run(tmp_path / "r", stream=STREAM, students={1: RATES, 2: RATES}, teachers=TEACHERS)
     config = read_json(run.config_path, dict)
     config["distill"]["steps_per_stage"] = steps
@@ -132,11 +131,6 @@ def test_curves_and_losses_lie_within_their_stages(tmp_path: Path, steps: int) -
         assert line.get_ydata()[0] == pytest.approx(RATES[stage, stage])
     assert len(current) == 3
     assert f"the current task within every stage ({steps} steps each)" in fig_stream.caption(data)
-    losses = fig_losses.draw(data)
-    assert losses is not None
-    recorded = {row.stage + row.step / steps for row in data.tables.losses}
-    drawn = {float(x) for line in losses.axes[0].lines[:3] for x in line.get_xdata()}
-    assert sorted(drawn) == pytest.approx(sorted(recorded))
 
 
 def test_the_caption_does_not_name_curves_that_are_missing(tmp_path: Path) -> None:
