@@ -22,23 +22,20 @@ from cpd.run.shards.schema import INDEX_NAME
 
 @dataclass(frozen=True)
 class StageData:
-    """The data of a stage: rollouts of one teacher, N steps in E episodes.
-
-    Attributes:
-        task: position of the task among the stream's distinct ones.
-        offsets: [E + 1] int64; episode e has steps offsets[e]:offsets[e + 1].
-        observations: [N, 39] float32, raw.
-        teacher_mean: [N, 4] float32, clipped to [-1, 1] like executed actions.
-        teacher_log_std: [N, 4] float32.
-        others: data of other tasks that the stage distils together with it (protocol `joint`).
-    """
+    """The data of a stage: rollouts of one teacher, N steps in E episodes."""
 
     task: int
+    """Position of the task among the stream's distinct ones."""
     offsets: npt.NDArray[np.int64]
+    """[E + 1] int64; episode e has steps offsets[e]:offsets[e + 1]."""
     observations: npt.NDArray[np.float32]
+    """[N, 39] float32, raw."""
     teacher_mean: npt.NDArray[np.float32]
+    """[N, 4] float32, clipped to [-1, 1] like executed actions."""
     teacher_log_std: npt.NDArray[np.float32]
+    """[N, 4] float32."""
     others: tuple[StageData, ...] = ()
+    """Data of other tasks that the stage distils together with it (protocol `joint`)."""
 
     @classmethod
     def from_rollouts(cls, rollouts: Rollouts, tasks: Sequence[str], episodes: EpisodeChoice = "all") -> StageData:

@@ -28,19 +28,16 @@ FIRST_SEEDS: Final[dict[str, int]] = {"training": 1, "validation": 1001, "held_o
 
 
 class Goal(NamedTuple):
-    """One initial condition of a task: where the object starts and where it must go.
-
-    Attributes:
-        task: Meta-World task name, such as "push-v3".
-        split: "training", "validation" or "held_out".
-        index: position within the split, from 0.
-        rand_vec: [3..6] float64, read-only, metres; Meta-World's random vector, whose meaning is the task's.
-    """
+    """One initial condition of a task: where the object starts and where it must go."""
 
     task: str
+    """Meta-World task name, such as "push-v3"."""
     split: str
+    """One of "training", "validation" and "held_out"."""
     index: int  # type: ignore[assignment]  # shadows tuple.index, which nobody needs here
+    """Position within the split, from 0."""
     rand_vec: npt.NDArray[np.float64]
+    """[3..6] float64, read-only, metres; Meta-World's random vector, whose meaning is the task's."""
 
 
 def goal_set(task: str, split: Split, num_goals: int = 50) -> tuple[Goal, ...]:

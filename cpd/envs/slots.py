@@ -38,29 +38,26 @@ class SlotError(RuntimeError):
 
 
 class SlotArrays:
-    """Views of one buffer, with a row per slot.
-
-    Attributes:
-        observations: [N, 39] float32, the current observation of each slot.
-        rewards: [N] float64 of the last step; 0 after a reset.
-        grasps: [N] float64, `TaskEnv.grasp` of the last step, in slots with `wants_grasps`.
-        wants_grasps: [N] bool, whether a step computes `grasps`.
-        successes: [N] bool of the last step, not latched; False after a reset.
-        actions: [N, 4] float32, input of a step.
-        selected: [N] bool, the slots that the next step or reset applies to.
-        rand_vec_sizes: [N] int64 and
-        rand_vecs: [N, 16] float64, input of a reset.
-    """
+    """Views of one buffer, with a row per slot."""
 
     observations: npt.NDArray[np.float32]
+    """[N, 39] float32, the current observation of each slot."""
     rewards: npt.NDArray[np.float64]
+    """[N] float64 of the last step; 0 after a reset."""
     grasps: npt.NDArray[np.float64]
+    """[N] float64, `TaskEnv.grasp` of the last step, in slots with `wants_grasps`."""
     wants_grasps: npt.NDArray[np.bool_]
+    """[N] bool, whether a step computes `grasps`."""
     successes: npt.NDArray[np.bool_]
+    """[N] bool of the last step, not latched; False after a reset."""
     actions: npt.NDArray[np.float32]
+    """[N, 4] float32, input of a step."""
     selected: npt.NDArray[np.bool_]
+    """[N] bool, the slots that the next step or reset applies to."""
     rand_vec_sizes: npt.NDArray[np.int64]
+    """[N] int64, how many numbers of `rand_vecs` count; input of a reset."""
     rand_vecs: npt.NDArray[np.float64]
+    """[N, 16] float64, input of a reset."""
 
     def __init__(self, num_slots: int, buffer: Any) -> None:
         record = np.ndarray((), _layout(num_slots), buffer)

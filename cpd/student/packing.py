@@ -20,15 +20,12 @@ LATEST = "latest_stage"
 
 @dataclass(frozen=True)
 class Packing:
-    """The owners of all weights.
-
-    Attributes:
-        owners: int16, for every parameter, the stage that owns each of its elements.
-        latest_stage: [tasks] int16, the latest stage of each distinct task of the stream; -1 for none.
-    """
+    """The owners of all weights."""
 
     owners: Mapping[str, Tensor]
+    """For every parameter, the stage that owns each of its elements, int16."""
     latest_stage: Tensor
+    """[tasks] int16, the latest stage of each distinct task of the stream; -1 for none."""
 
     def view(self, student: Module, task: int) -> Module:
         """A copy of `student` for `task`, with the weights of stages after the task's latest one set to 0.

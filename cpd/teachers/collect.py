@@ -30,19 +30,16 @@ NOISE_HOLD: Final = 8
 
 @dataclass(frozen=True)
 class EpisodePlan:
-    """The goal and the noise of an episode, fixed before it starts.
-
-    Attributes:
-        goal: initial condition, one of the training goals.
-        seed: seed of the noise.
-        noise_scale: standard deviation of the noise; 0 for a clean episode.
-        noise_hold: steps for which each sample of the noise is held.
-    """
+    """The goal and the noise of an episode, fixed before it starts."""
 
     goal: Goal
+    """Initial condition, one of the training goals."""
     seed: int
+    """Seed of the noise."""
     noise_scale: float
+    """Standard deviation of the noise; 0 for a clean episode."""
     noise_hold: int
+    """Steps for which each sample of the noise is held."""
 
     def noise(self, horizon: int) -> FloatArray:
         """The noise `[horizon, A]` to add to the executed action."""

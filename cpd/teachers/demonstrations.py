@@ -89,15 +89,11 @@ def load_scripted(path: Path) -> ScriptedPolicy:
 
 
 class Labelled(NamedTuple):
-    """Visited states, and what the expert would do there.
-
-    Attributes:
-        obs_BO: observations.
-        labels_BA: the expert's clean action, clipped to [-1, 1].
-    """
+    """Visited states, and what the expert would do there."""
 
     obs_BO: FloatArray
     labels_BA: FloatArray
+    """The expert's clean action, clipped to [-1, 1]."""
 
 
 def demonstration_noise(number: int, horizon: int, seed: int) -> FloatArray:
@@ -118,25 +114,22 @@ def demonstration_noise(number: int, horizon: int, seed: int) -> FloatArray:
 
 @dataclass(frozen=True)
 class Demonstrator:
-    """The scripted expert of a task, with the episodes in which it acts or labels.
-
-    Attributes:
-        task: Meta-World task name.
-        goals: training goals; every round uses them in a new order.
-        envs: at least `CHUNK` slots of the task.
-        num_demonstrations: episodes in which the expert acts.
-        horizon: maximum length of an episode in steps.
-        seed: seed of the order of goals and of the noise.
-        interrupt: checked after every step; every method raises `InterruptedBySignal` if asked to stop.
-    """
+    """The scripted expert of a task, with the episodes in which it acts or labels."""
 
     task: str
+    """Meta-World task name."""
     goals: Sequence[Goal]
+    """Training goals; every round uses them in a new order."""
     envs: VectorEnv
+    """At least `CHUNK` slots of the task."""
     num_demonstrations: int
+    """Episodes in which the expert acts."""
     horizon: int
+    """Maximum length of an episode in steps."""
     seed: int
+    """Seed of the order of goals and of the noise."""
     interrupt: Interrupt
+    """Checked after every step; every method raises `InterruptedBySignal` if asked to stop."""
 
     def gather(self, round_number: int, clone: Teacher | None = None) -> Labelled:
         """The labelled states of one round, in a fixed order.

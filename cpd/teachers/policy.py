@@ -79,15 +79,12 @@ MIN_OBSERVATION_STD: Final = 1e-3
 
 
 class Distribution(NamedTuple):
-    """A teacher's diagonal Gaussian at a batch of states.
-
-    Attributes:
-        raw_mean: [B, A], unbounded.
-        log_std: [B, A].
-    """
+    """A teacher's diagonal Gaussian at a batch of states."""
 
     raw_mean: FloatArray
+    """[B, A], unbounded."""
     log_std: FloatArray
+    """[B, A]."""
 
 
 class Teacher(Protocol):

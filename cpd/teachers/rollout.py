@@ -25,30 +25,27 @@ LARGEST_REWARD: Final = 10.0
 
 @dataclass(frozen=True)
 class Experience:
-    """The samples of an iteration, of all its environments or of those of this rank.
-
-    Attributes:
-        obs: [S, N, O] before each step.
-        next_obs: [S, N, O] after it, and before any reset.
-        actions: [S, N, A] as sampled; executed clipped to [-1, 1].
-        rewards: [S, N], Meta-World's with the additions of training (`EpisodeRules.rewards`).
-        terminated: [S, N] bool, the step reached success, and that ended the episode.
-        ends: [S, N] bool, the step is the last of its segment: termination, time limit, a perturbation, or the
-            iteration's end.
-        train_success: share of environments whose first episode reached success.
-        train_return: mean undiscounted return of these first episodes, in `rewards`.
-        exploring_steps: steps of random starts and perturbations, which the arrays do not contain.
-    """
+    """The samples of an iteration, of all its environments or of those of this rank."""
 
     obs: FloatArray
+    """[S, N, O] before each step."""
     next_obs: FloatArray
+    """[S, N, O] after it, and before any reset."""
     actions: FloatArray
+    """[S, N, A] as sampled; executed clipped to [-1, 1]."""
     rewards: FloatArray
+    """[S, N], Meta-World's with the additions of training (`EpisodeRules.rewards`)."""
     terminated: npt.NDArray[np.bool_]
+    """[S, N] bool, the step reached success, and that ended the episode."""
     ends: npt.NDArray[np.bool_]
+    """[S, N] bool, the step is the last of its segment: termination, time limit, a perturbation, or the
+    iteration's end."""
     train_success: float
+    """Share of environments whose first episode reached success."""
     train_return: float
+    """Mean undiscounted return of these first episodes, in `rewards`."""
     exploring_steps: int = 0
+    """Steps of random starts and perturbations, which the arrays do not contain."""
 
 
 class GoalDealer:

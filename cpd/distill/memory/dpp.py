@@ -87,13 +87,10 @@ def median_bandwidth(features: FloatArray, generator: np.random.Generator) -> fl
 
 @dataclass(frozen=True)
 class Similarity:
-    """The matrix S [N, N] of exp(-|x - y|^2 / 2), computed row by row, plus `JITTER` on its diagonal.
-
-    Attributes:
-        features: [N, D], the rows x and y, in units of the bandwidth.
-    """
+    """The matrix S [N, N] of exp(-|x - y|^2 / 2), computed row by row, plus `JITTER` on its diagonal."""
 
     features: FloatArray
+    """[N, D], the rows x and y, in units of the bandwidth."""
 
     @classmethod
     def rbf(cls, features: FloatArray, bandwidth: float) -> Similarity:

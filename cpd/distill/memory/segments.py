@@ -23,25 +23,22 @@ PER_SEGMENT = ("task", "first_step", "length", "opens_episode")
 
 @dataclass(frozen=True)
 class Segments:
-    """G segments, their S steps one after another.
-
-    Attributes:
-        task: [G] int64, position of the task among the stream's distinct ones.
-        first_step: [G] int64, number of the first step within its task's rollouts: with the task, its identity.
-        length: [G] int64, steps; at most the student's context.
-        opens_episode: [G] bool, whether the first step is its episode's first.
-        observations: [S, O] float32, raw.
-        teacher_mean: [S, A] float32, as executed, in [-1, 1].
-        teacher_log_std: [S, A] float32.
-    """
+    """G segments, their S steps one after another."""
 
     task: npt.NDArray[np.int64]
+    """[G] int64, position of the task among the stream's distinct ones."""
     first_step: npt.NDArray[np.int64]
+    """[G] int64, number of the first step within its task's rollouts: with the task, its identity."""
     length: npt.NDArray[np.int64]
+    """[G] int64, steps; at most the student's context."""
     opens_episode: npt.NDArray[np.bool_]
+    """[G] bool, whether the first step is its episode's first."""
     observations: npt.NDArray[np.float32]
+    """[S, O] float32, raw."""
     teacher_mean: npt.NDArray[np.float32]
+    """[S, A] float32, as executed, in [-1, 1]."""
     teacher_log_std: npt.NDArray[np.float32]
+    """[S, A] float32."""
 
     def __post_init__(self) -> None:
         assert len(self.task) == len(self.first_step) == len(self.length)
