@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -63,18 +64,8 @@ def _curve(axes: Axes, teacher: PublishedTeacher) -> None:
     )
     rate = teacher.held_out
     errors = [[rate.rate - rate.low], [rate.high - rate.rate]]
-    axes.errorbar(
-        teacher.selected_env_steps,
-        rate.rate,
-        yerr=errors,
-        color=ACCENT,
-        marker="D",
-        markersize=2.2,
-        elinewidth=0.7,
-        linestyle="",
-        label="held-out goals",
-        zorder=4,
-    )
+    style: dict[str, Any] = {"color": ACCENT, "marker": "D", "markersize": 2.2, "elinewidth": 0.7, "linestyle": ""}
+    axes.errorbar(teacher.selected_env_steps, rate.rate, yerr=errors, label="held-out goals", zorder=4, **style)
 
 
 def caption(published: PublishedTeachers) -> str:

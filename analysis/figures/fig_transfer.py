@@ -16,12 +16,7 @@ def draw(data: Dataset) -> Figure | None:
     transfers = {m.method: m.forward_transfer for m in data.methods if m.forward_transfer is not None}
     if not transfers:
         return None
-    gains = np.array(
-        [
-            [*(np.nan if gain is None else gain for gain in transfer.by_stage), transfer.mean.estimate]
-            for transfer in transfers.values()
-        ]
-    )
+    gains = np.array([[*transfer.by_stage, transfer.mean.estimate] for transfer in transfers.values()], float)
     num_rows, num_columns = gains.shape
     wide = num_columns > 12
     digits = 2 if num_columns <= 12 else 1
@@ -38,16 +33,8 @@ def draw(data: Dataset) -> Figure | None:
     for (row, column), value in np.ndenumerate(gains):
         if not np.isnan(value) and num_columns <= 25:
             colour = "white" if abs(value) > 0.6 else "black"
-            axes.text(
-                column,
-                row,
-                gain_text(value, digits),
-                size=5.5,
-                color=colour,
-                ha="center",
-                va="center",
-                in_layout=False,
-            )
+            number = axes.text(column, row, gain_text(value, digits), size=5.5, color=colour)
+            number.set(ha="center", va="center", in_layout=False)
     axes.axvline(num_columns - 1.5, color="black", linewidth=0.8)
     axes.set_xticks(
         range(num_columns), [*(short(task) for task in data.stream), "mean"], rotation=90, fontsize=size

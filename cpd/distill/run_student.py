@@ -190,25 +190,14 @@ class Distillation:
 
     def _log_step(self, report: StepReport) -> None:
         progress, tasks = self.trainer.learner.progress, self.config.stream.distinct_tasks
-        values: dict[str, float | int | str | None] = {
-            "stage": progress.stage,
-            "step": progress.step,
-            "task": self.config.stream.tasks[progress.stage],
-            "loss": report.loss,
-            "imitation": report.imitation,
-            "current": report.current,
-            "replay": report.replay,
-            "load_balance": report.load_balance,
-            "router_z": report.router_z,
-            "contrast": report.contrast,
-            "grad_norm": report.grad_norm,
-            "lr": report.lr,
-            "memory_steps": self.trainer.memory.num_steps,
-        }
-        values |= {f"imitation.{tasks[task]}": value for task, value in report.by_task.items()}
-        for layer, shares in enumerate(report.expert_shares):
+        values = asdict(report)
+        by_task, shares_LE = values.pop("by_task"), values.pop("expert_shares")
+        values["memory_steps"] = self.trainer.memory.num_steps
+        values |= {f"imitation.{tasks[task]}": value for task, value in by_task.items()}
+        for layer, shares in enumerate(shares_LE):
             values |= {f"expert_share.{layer}.{expert}": share for expert, share in enumerate(shares)}
-        self._log(**values)
+        task = self.config.stream.tasks[progress.stage]
+        self._log(stage=progress.stage, step=progress.step, task=task, **values)
         self._loss = report.loss
 
     def _log(self, **values: float | int | str | None) -> None:

@@ -29,24 +29,24 @@ FINAL_LR_SHARE: Final = 0.1
 
 @dataclass(frozen=True)
 class StepReport:
-    """The numbers of one step, over the global batch."""
+    """The numbers of one step, over the global batch; the scalars are logged under these names."""
 
     loss: float
     imitation: float
     """The distance to the teachers, mean over all tokens."""
-    load_balance: float
-    router_z: float
-    contrast: float
-    """InfoNCE of the task embedding, in nats; 0 while there is only one task."""
     current: float
     """Distance on the current task's rows."""
     replay: float | None
     """Distance on rows from memory; None without any."""
-    by_task: dict[int, float]
-    """Distance by position of the task among the distinct ones."""
+    load_balance: float
+    router_z: float
+    contrast: float
+    """InfoNCE of the task embedding, in nats; 0 while there is only one task."""
     grad_norm: float
     """Before clipping."""
     lr: float
+    by_task: dict[int, float]
+    """Distance by position of the task among the distinct ones."""
     expert_shares: list[list[float]]
     """Each expert's share of the assignments, by layer."""
 

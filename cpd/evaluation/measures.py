@@ -133,7 +133,8 @@ def forgetting(rates: Floats, stream: Sequence[str], admitted: Bools, final: int
     if not earlier.any():
         return Forgetting(drop, np.nan, np.nan, None, np.nan)
     first = [stream.index(task) for task in dict.fromkeys(stream)]
-    highest = np.array([_highest(rates[first[j] + 1 : last + 1, j]) for j in columns])
+    # fmax passes over NaN: stages that were skipped have no row.
+    highest = np.array([np.fmax.reduce(rates[first[j] + 1 : last + 1, j], initial=np.nan) for j in columns])
     # Plain means, not nanmean: one unmeasured cell makes the mean unknown, not an average of other tasks.
     return Forgetting(
         per_task=drop,
@@ -142,12 +143,6 @@ def forgetting(rates: Floats, stream: Sequence[str], admitted: Bools, final: int
         worst=_arg_extreme(np.where(earlier, drop, np.nan), np.nanargmax),
         max_based=float((highest - rates[final + 1])[earlier].mean()),
     )
-
-
-def _highest(values: Floats) -> float:
-    """Return the largest measured value, NaN if none was measured."""
-    measured = values[~np.isnan(values)]  # stages that were skipped have no row
-    return float(measured.max()) if measured.size else np.nan
 
 
 def _arg_extreme(values: Floats, choose: Callable[[Floats], Any]) -> int | None:

@@ -72,17 +72,7 @@ def evaluation_rows(
                 **asdict(label),
             )
         )
-        episodes += [
-            EpisodeRow(
-                **common,
-                goal=outcome.goal,
-                success=outcome.success,
-                success_last=outcome.success_last,
-                length=outcome.length,
-                episode_return=outcome.episode_return,
-            )
-            for outcome in results
-        ]
+        episodes += [EpisodeRow(**common, **outcome._asdict()) for outcome in results]
     return rows, episodes
 
 

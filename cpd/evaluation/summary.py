@@ -159,7 +159,7 @@ def _forward_transfer(
     # The baseline is the mean over the reference's seeds, so that each seed of the method is compared with it.
     alone = [student.measures.areas for student in reference]
     at_most = [student.areas_at_most for student in reference]
-    areas = _table([student.measures.areas for student in students])
+    areas = np.array([student.measures.areas for student in students], float)
     gains, left_out = measures.forward_transfer(areas, _mean(alone), _mean(at_most))
     # Only stages that every seed has: otherwise seeds would be averaged over different tasks.
     measured: Bools = np.array(~np.isnan(gains).any(axis=0))
@@ -176,14 +176,9 @@ def _forward_transfer(
     )
 
 
-def _table(rows: Sequence[Sequence[float | None]]) -> Floats:
-    """Return (N, K) values, NaN where not measured."""
-    return np.array([[np.nan if value is None else value for value in row] for row in rows])
-
-
 def _mean(rows: Sequence[Sequence[float | None]]) -> Floats:
     """Return (K,) means over the rows that were measured, NaN where none was."""
-    table = _table(rows)
+    table = np.array(rows, float)  # None becomes NaN
     with np.errstate(invalid="ignore"):  # not np.nanmean, which warns of columns without values
         mean: Floats = np.nansum(table, axis=0) / (~np.isnan(table)).sum(axis=0)
     return mean
@@ -212,14 +207,14 @@ def _drops(student: StudentResults) -> Floats:
     """Return (J,) forgetting, NaN for the last task and for tasks without an admitted teacher."""
     last_stages = measures.own_stages(student.matrix.stream)
     last = max(last_stages[student.admitted], default=-1)
-    drops = [np.nan if task.forgetting is None else task.forgetting for task in student.measures.tasks]
+    drops = np.array([task.forgetting for task in student.measures.tasks], float)
     return np.where(last_stages < last, drops, np.nan)
 
 
 def shares(student: StudentResults) -> Floats:
     """Return (J,) recovery, clipped at 1 as in its mean, NaN where it is undefined."""
-    shares = [np.nan if task.recovery is None else task.recovery for task in student.measures.tasks]
-    return np.minimum(shares, 1.0)
+    shares: Floats = np.array([task.recovery for task in student.measures.tasks], float).clip(max=1.0)
+    return shares
 
 
 def without_students(methods: Sequence[str]) -> list[str]:

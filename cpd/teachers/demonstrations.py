@@ -167,7 +167,7 @@ class Demonstrator:
                 raise InterruptedBySignal("asked to stop in the warm start; launch again to repeat it")
             obs_NO = envs.observations[:num_episodes].copy()
             slots_M = np.flatnonzero(running)
-            labels_MA = self._expert_actions(obs_NO[slots_M])
+            labels_MA: FloatArray = np.clip(self._expert.distribution(obs_NO[slots_M]).raw_mean, -1.0, 1.0)
             action_MA = labels_MA
             if clone is not None:  # with all rows, since its rounding may depend on their number
                 action_MA = np.clip(clone.distribution(obs_NO).raw_mean, -1.0, 1.0)[slots_M]
@@ -180,11 +180,6 @@ class Demonstrator:
             running &= steps_left > 0
             if not running.any():
                 return
-
-    def _expert_actions(self, obs_NO: FloatArray) -> FloatArray:
-        """The expert's actions `[N, A]`, clipped."""
-        actions_NA: FloatArray = np.clip(self._expert.distribution(obs_NO).raw_mean, -1.0, 1.0)
-        return actions_NA
 
     @cached_property
     def _expert(self) -> ScriptedPolicy:

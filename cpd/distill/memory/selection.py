@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Callable, Mapping
 from typing import Final, Protocol
 
@@ -62,7 +63,25 @@ class Reservoir:
         return np.sort(order[: int(fits.sum())]).astype(np.int64)
 
 
-class Uniform:
+class _EqualShares(abc.ABC):
+    """Equal shares for all tasks: each keeps a prefix of the order of preference that its first stage gives."""
+
+    def __init__(self, seed: int, config: MemoryConfig) -> None:
+        """Uses `config.start_share`."""
+        self._seed, self._start_share = seed, config.start_share
+
+    def choose(self, held: Segments, offered: Segments, budget: int) -> npt.NDArray[np.int64]:
+        """The segments that equal shares of `budget` steps leave."""
+        is_held = np.isin(offered.task, held.task).any()
+        preference = np.zeros(0, np.int64) if is_held else self._preference(offered, budget)
+        return equal_shares(held, offered, preference, budget)
+
+    @abc.abstractmethod
+    def _preference(self, offered: Segments, budget: int) -> npt.NDArray[np.int64]:
+        """Positions in `offered`, best first."""
+
+
+class Uniform(_EqualShares):
     """Segments in a random order drawn once per task; each task keeps a prefix of its order.
 
     A prefix of a random order is a uniform sample without replacement of any size, so what stays when shares
@@ -70,19 +89,12 @@ class Uniform:
     many steps its teacher wrote.
     """
 
-    def __init__(self, seed: int, config: MemoryConfig) -> None:
-        """Uses `config.start_share`."""
-        self._seed, self._start_share = seed, config.start_share
-
-    def choose(self, held: Segments, offered: Segments, budget: int) -> npt.NDArray[np.int64]:
-        """The segments that equal shares of `budget` steps leave."""
-        task = int(offered.task[0])
-        preference = generator(self._seed, "uniform", task).permutation(len(offered))
-        preference = starts_first(offered.opens_episode, preference, self._start_share)
-        return equal_shares(held, offered, preference, budget)
+    def _preference(self, offered: Segments, budget: int) -> npt.NDArray[np.int64]:
+        preference = generator(self._seed, "uniform", int(offered.task[0])).permutation(len(offered))
+        return starts_first(offered.opens_episode, preference, self._start_share)
 
 
-class DPP:
+class DPP(_EqualShares):
     """Greedy MAP inference of a determinantal point process, and equal shares for all tasks.
 
     At a task's first stage, segments that open an episode and all others are ranked separately, since they serve
@@ -90,17 +102,6 @@ class DPP:
     nothing but the order of the held segments needs to be stored: a prefix of a greedy order is the greedy choice
     for its size. States far from the others, noisy ones among them, come early.
     """
-
-    def __init__(self, seed: int, config: MemoryConfig) -> None:
-        """Uses `config.start_share`."""
-        self._seed, self._start_share = seed, config.start_share
-
-    def choose(self, held: Segments, offered: Segments, budget: int) -> npt.NDArray[np.int64]:
-        """The segments that equal shares of `budget` steps leave."""
-        preference = np.zeros(0, np.int64)
-        if not np.isin(offered.task, held.task).any():
-            preference = self._preference(offered, budget)
-        return equal_shares(held, offered, preference, budget)
 
     def _preference(self, offered: Segments, budget: int) -> npt.NDArray[np.int64]:
         """All segments: first the greedy choice, as far as the budget can need it, then the others at random."""
