@@ -1,13 +1,21 @@
-"""Exploration: correlated noise on actions, random starts of episodes, perturbations within them."""
+"""Exploration: correlated noise on actions, random starts of episodes, perturbations within them.
+
+Random starts and perturbations repeat one random action, to bring episodes to states that the policy itself may
+never visit: an action of 1 moves the hand by 1 cm only, and independent actions mostly cancel. A random start does
+this at the start of an episode (exploring starts; Sutton and Barto 2018, section 5.3), a perturbation within it.
+During a perturbation the gripper keeps the command of the policy, without noise, so that it still holds its
+object. A success during these steps does not end the episode: it counts if it still holds after the policy's next
+step.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
+from cpd.config import ExplorationConfig
 from cpd.envs.vector_env import VectorEnv
 from cpd.teachers.policy import FloatArray
 
@@ -32,73 +40,60 @@ def correlated_noise(
     return noise_SNA
 
 
-@dataclass(frozen=True)
-class Exploration:
-    """Bring episodes to states that the policy itself may never visit, by repeating one random action.
+def random_starts(
+    config: ExplorationConfig, envs: VectorEnv, slots: Sequence[int], rngs: Sequence[np.random.Generator]
+) -> int:
+    """Step the environments of `slots`, which have just been reset, with probability `start_share` each.
 
-    A random start does this at the start of an episode (exploring starts; Sutton and Barto 2018, section 5.3), a
-    perturbation within it. During a perturbation the gripper keeps the command of the policy, without noise, so
-    that it still holds its object. A success during these steps does not end the episode: it counts if it still
-    holds after the policy's next step.
+    Args:
+        config: `start_share` and `max_steps`.
+        envs: all environments.
+        slots: environments that begin an episode.
+        rngs: one for every environment that is sampled; may be empty if `start_share` is 0.
+
+    Returns:
+        The number of environment steps taken.
     """
+    if not config.start_share:
+        return 0
+    actions = np.zeros((envs.num_envs, 4), np.float32)
+    lengths = np.zeros(envs.num_envs, np.int64)
+    # Environments are stepped together afterwards, so that worker processes run at the same time.
+    for slot in slots:
+        actions[slot] = rngs[slot].uniform(-1.0, 1.0, 4)
+        is_chosen = rngs[slot].random() < config.start_share
+        lengths[slot] = is_chosen * rngs[slot].integers(1, config.max_steps, endpoint=True)
+    _repeat(envs, actions, lengths)
+    return int(lengths.sum())
 
-    # One action is repeated because an action of 1 moves the hand by 1 cm only: independent ones mostly cancel.
-    start_share: float = 0.0
-    """Share of episodes with a random start."""
-    step_rate: float = 0.0
-    """Probability of a perturbation per step."""
-    max_steps: int = 1
-    """Maximum number of repetitions; the number is drawn uniformly from 1 to this."""
 
-    def start(self, envs: VectorEnv, slots: Sequence[int], rngs: Sequence[np.random.Generator]) -> int:
-        """Step the environments of `slots`, which have just been reset, with probability `start_share` each.
+def perturb(
+    config: ExplorationConfig,
+    envs: VectorEnv,
+    max_steps_N: npt.NDArray[np.int64],
+    gripper_N: npt.NDArray[np.float32],
+    rngs: Sequence[np.random.Generator],
+) -> npt.NDArray[np.int64]:
+    """Step environments within their episodes, with probability `step_rate` each.
 
-        Args:
-            envs: all environments.
-            slots: environments that begin an episode.
-            rngs: one for every environment that is sampled; may be empty if `start_share` is 0.
+    Args:
+        config: `step_rate` and `max_steps`.
+        envs: N environments or more.
+        max_steps_N: maximum number of steps of each environment; 0 excludes it.
+        gripper_N: the grippers' commands during the perturbation; they are clipped to [-1, 1].
+        rngs: one for every environment.
 
-        Returns:
-            The number of environment steps taken.
-        """
-        if not self.start_share:
-            return 0
-        actions = np.zeros((envs.num_envs, 4), np.float32)
-        lengths = np.zeros(envs.num_envs, np.int64)
-        # Environments are stepped together afterwards, so that worker processes run at the same time.
-        for slot in slots:
-            actions[slot] = rngs[slot].uniform(-1.0, 1.0, 4)
-            is_chosen = rngs[slot].random() < self.start_share
-            lengths[slot] = is_chosen * rngs[slot].integers(1, self.max_steps, endpoint=True)
-        _repeat(envs, actions, lengths)
-        return int(lengths.sum())
-
-    def perturb(
-        self,
-        envs: VectorEnv,
-        max_steps_N: npt.NDArray[np.int64],
-        gripper_N: npt.NDArray[np.float32],
-        rngs: Sequence[np.random.Generator],
-    ) -> npt.NDArray[np.int64]:
-        """Step environments within their episodes, with probability `step_rate` each.
-
-        Args:
-            envs: N environments or more.
-            max_steps_N: maximum number of steps of each environment; 0 excludes it.
-            gripper_N: the grippers' commands during the perturbation; they are clipped to [-1, 1].
-            rngs: one for every environment.
-
-        Returns:
-            [N] the number of steps taken in each environment.
-        """
-        actions = np.zeros((envs.num_envs, 4), np.float32)
-        lengths = np.zeros(envs.num_envs, np.int64)
-        for slot, rng in enumerate(rngs):
-            if rng.random() < self.step_rate and max_steps_N[slot] > 0:
-                actions[slot] = [*rng.uniform(-1.0, 1.0, 3), np.clip(gripper_N[slot], -1.0, 1.0)]
-                lengths[slot] = min(max_steps_N[slot], rng.integers(1, self.max_steps, endpoint=True))
-        _repeat(envs, actions, lengths)
-        return lengths[: len(rngs)]
+    Returns:
+        [N] the number of steps taken in each environment.
+    """
+    actions = np.zeros((envs.num_envs, 4), np.float32)
+    lengths = np.zeros(envs.num_envs, np.int64)
+    for slot, rng in enumerate(rngs):
+        if rng.random() < config.step_rate and max_steps_N[slot] > 0:
+            actions[slot] = [*rng.uniform(-1.0, 1.0, 3), np.clip(gripper_N[slot], -1.0, 1.0)]
+            lengths[slot] = min(max_steps_N[slot], rng.integers(1, config.max_steps, endpoint=True))
+    _repeat(envs, actions, lengths)
+    return lengths[: len(rngs)]
 
 
 def _repeat(envs: VectorEnv, actions: npt.NDArray[np.float32], lengths: npt.NDArray[np.int64]) -> None:

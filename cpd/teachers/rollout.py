@@ -6,17 +6,17 @@ Dimensions: S steps of an iteration, N environments, O = 39 observation, A = 4 a
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 
-from cpd.config import PPOConfig
+from cpd.config import ExplorationConfig, PPOConfig
 from cpd.envs.goals import Goal
 from cpd.envs.vector_env import VectorEnv
 from cpd.seeding import generator
-from cpd.teachers.exploration import Exploration, correlated_noise
+from cpd.teachers.exploration import correlated_noise, perturb, random_starts
 from cpd.teachers.policy import FloatArray, GaussianPolicy
 
 #: Meta-World's v2 rewards lie in [0, 10]. Training may add to them; the learner then uses the largest reward seen.
@@ -66,9 +66,6 @@ class GoalDealer:
         return goal
 
 
-NO_EXPLORATION: Final = Exploration()
-
-
 @dataclass(frozen=True)
 class EpisodeRules:
     """How a teacher's training episodes begin, what they reward, and when they end."""
@@ -77,8 +74,8 @@ class EpisodeRules:
     """Longest episode in steps."""
     terminate_on_success: bool = True
     """Whether success ends an episode."""
-    exploration: Exploration = NO_EXPLORATION
-    """Random starts and perturbations."""
+    exploration: ExplorationConfig = field(default_factory=ExplorationConfig)
+    """Random starts and perturbations, by default none."""
     grasp_bonus: float = 0.0
     """b: weight of the nearness to a grasp."""
     reward_convexity: float = 0.0
@@ -125,7 +122,8 @@ class _Episodes:
         """Begin the next episodes in the environments `ended`, which are positions in `slots`."""
         if ended:
             self._envs.reset(ended, [self._dealer.deal(self._slots[slot]) for slot in ended])
-            self.num_exploration_steps += self._rules.exploration.start(self._envs, ended, self._start_rngs)
+            exploration = self._rules.exploration
+            self.num_exploration_steps += random_starts(exploration, self._envs, ended, self._start_rngs)
             self.lengths_N[ended] = 0
 
     def perturb(self, policy: GaussianPolicy) -> npt.NDArray[np.bool_]:
@@ -137,7 +135,7 @@ class _Episodes:
         action_NA = policy.explore(self._envs.observations[:num_envs], np.zeros((num_envs, 4), np.float32))
         # An episode of length 0 has just begun; the policy takes its first step.
         max_steps_N = np.where(self.lengths_N > 0, self._rules.horizon - 1 - self.lengths_N, 0)
-        num_steps_N = exploration.perturb(self._envs, max_steps_N, action_NA[:, 3], self._perturbation_rngs)
+        num_steps_N = perturb(exploration, self._envs, max_steps_N, action_NA[:, 3], self._perturbation_rngs)
         self.lengths_N += num_steps_N
         self.num_exploration_steps += int(num_steps_N.sum())
         return num_steps_N > 0

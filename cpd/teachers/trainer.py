@@ -13,7 +13,7 @@ from typing import Any, Final
 from torch import Tensor
 
 from cpd.comm import Comm, DivergedError, SerialComm, float_sum
-from cpd.config import Config
+from cpd.config import Config, ExplorationConfig
 from cpd.config.teacher import CRITIC_ITERATIONS
 from cpd.envs.cells import Cell, EnvPool, evaluate_cells
 from cpd.envs.goals import goal_set
@@ -23,11 +23,10 @@ from cpd.run.directory import TeacherElement
 from cpd.run.interrupt import Interrupt, InterruptedBySignal
 from cpd.run.progress import MetricsLog
 from cpd.teachers.demonstrations import Demonstrator
-from cpd.teachers.exploration import Exploration
 from cpd.teachers.policy import GaussianPolicy, Teacher, TeacherActor
 from cpd.teachers.ppo import PPOLearner
 from cpd.teachers.ranks import check_ranks_agree, float_mean, on_first_rank, slots_of_rank
-from cpd.teachers.rollout import NO_EXPLORATION, EpisodeRules, sample
+from cpd.teachers.rollout import EpisodeRules, sample
 from cpd.teachers.warm_start import WarmStart, warm_start
 
 #: Share of successful training episodes from which policies are validated. While most training episodes fail,
@@ -270,14 +269,11 @@ class TeacherTrainer:
     @property
     def _rules(self) -> EpisodeRules:
         """How the episodes of the next iteration begin and end."""
-        teacher, exploration = self._config.teacher, NO_EXPLORATION
-        if self._progress.is_exploring:
-            settings = teacher.exploration
-            exploration = Exploration(settings.start_share, settings.step_rate, settings.max_steps)
+        teacher = self._config.teacher
         return EpisodeRules(
             teacher.horizon,
             teacher.terminate_on_success,
-            exploration,
+            teacher.exploration if self._progress.is_exploring else ExplorationConfig(),
             teacher.grasp_bonus,
             teacher.reward_convexity,
         )

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from cpd.config import PPOConfig
+from cpd.config import ExplorationConfig, PPOConfig
 from cpd.envs.goals import goal_set
 from cpd.envs.task_env import TaskEnv
 from cpd.envs.vector_env import make_vector_env
 from cpd.seeding import generator
-from cpd.teachers.exploration import Exploration, correlated_noise
+from cpd.teachers.exploration import correlated_noise, perturb, random_starts
 from cpd.teachers.policy import GaussianPolicy
 from cpd.teachers.rollout import EpisodeRules, Experience, GoalDealer, sample
 
@@ -149,7 +149,7 @@ def test_without_termination_episodes_outlast_success(batch: Experience) -> None
 
 
 def test_exploring_starts_come_before_episodes_and_depend_on_nothing_else(batch: Experience) -> None:
-    rules = EpisodeRules(HORIZON, exploration=Exploration(start_share=0.5, max_steps=30))
+    rules = EpisodeRules(HORIZON, exploration=ExplorationConfig(start_share=0.5, max_steps=30))
     explored = draw(rules=rules)
     assert explored is not None
     begins = np.vstack([np.ones((1, 5), np.bool_), explored.ends[:-1]])
@@ -169,7 +169,7 @@ def test_exploring_starts_come_before_episodes_and_depend_on_nothing_else(batch:
 
 
 def test_perturbations_cut_segments_and_count_towards_the_horizon() -> None:
-    rules = EpisodeRules(HORIZON, exploration=Exploration(step_rate=0.05, max_steps=12))
+    rules = EpisodeRules(HORIZON, exploration=ExplorationConfig(step_rate=0.05, max_steps=12))
     perturbed = draw(rules=rules)
     assert perturbed is not None
     num_perturbations = 0
@@ -248,7 +248,8 @@ class Steps:
 
 def test_exploring_starts_repeat_any_action_for_up_to_max_steps_in_their_share_of_episodes() -> None:
     envs, rngs = Steps(800), [np.random.default_rng(seed) for seed in range(800)]
-    num_steps = Exploration(start_share=0.25, max_steps=4).start(envs, range(0, 800, 2), rngs)  # type: ignore[arg-type]
+    config = ExplorationConfig(start_share=0.25, max_steps=4)
+    num_steps = random_starts(config, envs, range(0, 800, 2), rngs)  # type: ignore[arg-type]
     lengths = np.sum(envs.active, axis=0)
     assert num_steps == lengths.sum()
     assert not lengths[1::2].any(), "those that begin no episode"
@@ -268,7 +269,8 @@ def test_exploring_starts_repeat_any_action_for_up_to_max_steps_in_their_share_o
 def test_perturbations_come_at_their_rate_keep_the_grippers_command_and_never_outlast_the_episode() -> None:
     envs, rngs = Steps(1000), [np.random.default_rng(seed) for seed in range(900)]
     max_steps, gripper = np.arange(900) % 6, np.linspace(-1, 1, 900).astype(np.float32)
-    lengths = Exploration(step_rate=0.25, max_steps=4).perturb(envs, max_steps, gripper, rngs)  # type: ignore[arg-type]
+    config = ExplorationConfig(step_rate=0.25, max_steps=4)
+    lengths = perturb(config, envs, max_steps, gripper, rngs)  # type: ignore[arg-type]
     active = np.array(envs.active)
     assert np.array_equal(lengths, active.sum(axis=0)[:900])
     assert not active[:, 900:].any()
@@ -286,7 +288,7 @@ def test_perturbations_come_at_their_rate_keep_the_grippers_command_and_never_ou
 
 
 def test_exploring_starts_differ_between_iterations() -> None:
-    rules = EpisodeRules(HORIZON, exploration=Exploration(start_share=1.0, max_steps=30))
+    rules = EpisodeRules(HORIZON, exploration=ExplorationConfig(start_share=1.0, max_steps=30))
     first, second = (draw(rules=rules, iteration=iteration) for iteration in (0, 1))
     assert first is not None and second is not None
     assert (np.linalg.norm(first.obs[0, :, :3] - second.obs[0, :, :3], axis=1) > 1e-3).all()
