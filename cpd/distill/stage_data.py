@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
 
 from cpd.comm import Comm
 from cpd.config.types import EpisodeChoice
-from cpd.distill.memory.segments import Segments, cut_segments
+from cpd.distill.memory.segments import Segments
 from cpd.reading import read_json
 from cpd.run.descriptions import Weights
 from cpd.run.directory import Run, StudentElement, TeacherElement
@@ -65,9 +66,21 @@ class StageData:
         return len(self.observations)
 
     def segments(self, length: int) -> Segments:
-        """All steps as segments of `length` steps, from which the memory selects."""
-        return cut_segments(
-            self.task, self.offsets, self.observations, self.teacher_mean, self.teacher_log_std, length
+        """Cut all steps on a fixed grid into segments, from which the memory selects.
+
+        Args:
+            length: steps of a segment; an episode's last one may be shorter. Every step lies in one segment.
+        """
+        firsts = [np.arange(begin, end, length) for begin, end in pairwise(self.offsets)]
+        first_step = np.concatenate(firsts).astype(np.int64)
+        return Segments(
+            np.full(len(first_step), self.task, np.int64),
+            first_step,
+            np.diff(np.append(first_step, self.offsets[-1])),
+            np.isin(first_step, self.offsets[:-1]),
+            self.observations,
+            self.teacher_mean,
+            self.teacher_log_std,
         )
 
     def window_starts(self, context: int) -> npt.NDArray[np.int64]:

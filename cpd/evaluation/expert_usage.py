@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,7 +16,8 @@ from cpd.run.tables import RetrievalRow, UsageRow
 from cpd.student.network import Student, StudentOutput
 
 FloatArray = npt.NDArray[np.float32]
-Counts = npt.NDArray[np.int64]
+#: Arrays of counts, 0 where nothing was counted.
+Counts = defaultdict[tuple[str, int], Any]
 
 
 def retrieval_steps(horizon: int) -> list[int]:
@@ -47,10 +49,10 @@ class ExpertUsage:
         identity: str = student.config.task_identity
         self._believes = identity == "inferred"
         self._task, self._step = "", 0
-        self._chosen: dict[tuple[str, int], Counts] = {}
+        self._chosen: Counts = defaultdict(int)
         """By task and layer: the number of assignments to each expert, (E,)."""
-        self._retrieved: dict[tuple[str, int], tuple[int, int]] = {}
-        """By task and step: the number of episodes, and the number of those with the right inferred task."""
+        self._retrieved: Counts = defaultdict(int)
+        """By task and step: the number of episodes, and the number of those with the right inferred task, (2,)."""
 
     def reset(self, tasks: Sequence[str]) -> None:
         """Begin new episodes; all entries of `tasks` must be equal."""
@@ -71,16 +73,13 @@ class ExpertUsage:
             hook.remove()
         believed: Any = getattr(self._actor, "believed", ())
         if self._believes and self._step in self._recorded and len(believed):
-            episodes, correct = self._retrieved.get((self._task, self._step), (0, 0))
-            newly_correct = int((believed[-1] == self._tasks.index(self._task)).sum())
-            self._retrieved[self._task, self._step] = episodes + len(obs_BO), correct + newly_correct
+            num_correct = (believed[-1] == self._tasks.index(self._task)).sum()
+            self._retrieved[self._task, self._step] += np.array([len(obs_BO), num_correct])
         return actions
 
     def _count(self, student: torch.nn.Module, inputs: Any, out: StudentOutput) -> None:
         for layer, stats in enumerate(out.stats):
-            counts: Counts = stats.counts_E.round().to(torch.int64).cpu().numpy()
-            key = self._task, layer
-            self._chosen[key] = counts + self._chosen.get(key, np.zeros_like(counts))
+            self._chosen[self._task, layer] += stats.counts_E.round().to(torch.int64).cpu().numpy()
 
     def rows(self, comm: Comm, **common: Any) -> tuple[list[UsageRow], list[RetrievalRow]]:
         """Return the records of all ranks, task by task; a collective.
@@ -89,14 +88,12 @@ class ExpertUsage:
             comm: the ranks.
             common: the columns that all rows share.
         """
-        chosen: dict[tuple[str, int], Counts] = {}
-        retrieved: dict[tuple[str, int], tuple[int, int]] = {}
-        for chosen_on_rank, retrieved_on_rank in comm.gather((self._chosen, self._retrieved)):
-            for key, counts in chosen_on_rank.items():
-                chosen[key] = counts + chosen.get(key, np.zeros_like(counts))
-            for key, (episodes, correct) in retrieved_on_rank.items():
-                totals = retrieved.get(key, (0, 0))
-                retrieved[key] = totals[0] + episodes, totals[1] + correct
+        chosen: Counts = defaultdict(int)
+        retrieved: Counts = defaultdict(int)
+        for counts_of_rank in comm.gather((self._chosen, self._retrieved)):
+            for totals, counts in zip((chosen, retrieved), counts_of_rank, strict=True):
+                for key, count in counts.items():
+                    totals[key] = totals[key] + count
         order = self._tasks.index
         usage = [
             UsageRow(**common, task=task, layer=layer, expert=expert, chosen=int(count))
@@ -104,10 +101,9 @@ class ExpertUsage:
             for expert, count in enumerate(chosen[task, layer])
         ]
         retrieval = [
-            RetrievalRow(
-                **common, task=task, step=step, episodes=retrieved[task, step][0], correct=retrieved[task, step][1]
-            )
+            RetrievalRow(**common, task=task, step=step, episodes=int(episodes), correct=int(correct))
             for task, step in sorted(retrieved, key=lambda key: (order(key[0]), key[1]))
+            for episodes, correct in [retrieved[task, step]]
         ]
         return usage, retrieval
 

@@ -14,25 +14,26 @@ from numpy.typing import ArrayLike, NDArray
 Floats = NDArray[np.float64]
 Statistic = Callable[[Floats], Floats]
 
+#: 97.5 % quantile of the normal distribution.
 Z_95 = 1.959963984540054
 #: With fewer seeds than these there is no interval over seeds.
 FEW_SEEDS = 5
 
 
-def wilson(successes: ArrayLike, episodes: ArrayLike, z: float = Z_95) -> tuple[Floats, Floats]:
-    """Compute the Wilson score interval of a success rate (Wilson 1927).
+def wilson(successes: ArrayLike, episodes: ArrayLike) -> tuple[Floats, Floats]:
+    """Compute the Wilson 95 % score interval of a success rate (Wilson 1927).
 
-    `(p + z^2/2n ± z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n)`, where `p` is the success rate of `n` episodes.
+    `(p + z^2/2n ± z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n)`, where `p` is the success rate of `n` episodes and z
+    is `Z_95`.
 
     Args:
         successes: number of successes, or an array of any shape.
         episodes: number of episodes, of the same shape.
-        z: quantile of the normal distribution.
 
     Returns:
         The lower and the upper limit, NaN where there are no episodes.
     """
-    n = np.asarray(episodes, float)
+    n, z = np.asarray(episodes, float), Z_95
     with np.errstate(invalid="ignore", divide="ignore"):
         p = np.asarray(successes, float) / n
         centre = (p + z**2 / (2 * n)) / (1 + z**2 / n)
@@ -115,7 +116,7 @@ class Aggregate:
     note: str
 
 
-def over_seeds(scores: Floats, statistic: Statistic, num_resamples: int = 10_000, seed: int = 0) -> Aggregate:
+def over_seeds(scores: Floats, statistic: Statistic, num_resamples: int = 10_000) -> Aggregate:
     """Compute a statistic and its 95 % interval over seeds by the percentile bootstrap.
 
     With fewer than five seeds there is no interval, and the note says so. With five seeds the interval covers the
@@ -125,7 +126,6 @@ def over_seeds(scores: Floats, statistic: Statistic, num_resamples: int = 10_000
         scores: (N, J) scores by seed and task.
         statistic: maps (..., N, J) to (...).
         num_resamples: number of bootstrap resamples.
-        seed: seed of the resampling.
     """
     num_seeds = len(scores)
     estimate = float(statistic(scores))
@@ -134,7 +134,7 @@ def over_seeds(scores: Floats, statistic: Statistic, num_resamples: int = 10_000
         plural = "" if num_seeds == 1 else "s"
         note = f"{num_seeds} seed{plural}: every seed is given, no interval over seeds"
         return Aggregate(estimate, None, None, per_seed, note)
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     values = np.empty(num_resamples)
     chunk = max(1, 1_000_000 // scores.size)  # resamples at a time: bounds the memory
     for start in range(0, num_resamples, chunk):

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -95,35 +94,3 @@ class Segments:
         """All segments of all groups, in order."""
         names = [field.name for field in fields(Segments)]
         return Segments(**{name: np.concatenate([getattr(group, name) for group in groups]) for name in names})
-
-
-def cut_segments(
-    task: int,
-    offsets: npt.NDArray[np.int64],
-    observations: npt.NDArray[np.float32],
-    teacher_mean: npt.NDArray[np.float32],
-    teacher_log_std: npt.NDArray[np.float32],
-    length: int,
-) -> Segments:
-    """Cut a task's rollouts on a fixed grid, so that every step lies in exactly one segment.
-
-    Args:
-        task: position of the task among the stream's distinct ones.
-        offsets: [E + 1]; episode e has steps offsets[e]:offsets[e + 1].
-        observations: [N, O].
-        teacher_mean: [N, A].
-        teacher_log_std: [N, A].
-        length: steps of a segment; an episode's last one may be shorter.
-    """
-    firsts = [np.arange(begin, end, length) for begin, end in pairwise(offsets)]
-    first_step = np.concatenate(firsts).astype(np.int64)
-    lengths = np.diff(np.append(first_step, offsets[-1]))
-    return Segments(
-        np.full(len(first_step), task, np.int64),
-        first_step,
-        lengths,
-        np.isin(first_step, offsets[:-1]),
-        observations,
-        teacher_mean,
-        teacher_log_std,
-    )

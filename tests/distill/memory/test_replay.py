@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 from cpd.config import MemoryConfig
 from cpd.distill.memory.memory import ReplayMemory
-from cpd.distill.memory.segments import PER_SEGMENT, Segments, cut_segments
+from cpd.distill.memory.segments import PER_SEGMENT, Segments
 from cpd.distill.memory.selection import make_selection
+from cpd.distill.stage_data import StageData
 
 
 def stage(task: int, lengths: list[int], segment: int = 4) -> Segments:
@@ -20,7 +21,7 @@ def stage(task: int, lengths: list[int], segment: int = 4) -> Segments:
     obs = np.zeros((num_steps, 39), np.float32)
     obs[:, 0], obs[:, 1] = task, np.arange(num_steps)
     mean = np.repeat(obs[:, 1:2], 4, axis=1)
-    return cut_segments(task, offsets, obs, mean, -mean, segment)
+    return StageData(task, offsets, obs, mean, -mean).segments(segment)
 
 
 def reservoir(budget: int, seed: int = 1) -> ReplayMemory:

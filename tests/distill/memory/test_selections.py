@@ -14,8 +14,9 @@ from cpd.config import MemoryConfig
 from cpd.distill.memory import selection
 from cpd.distill.memory.dpp import select
 from cpd.distill.memory.memory import ReplayMemory
-from cpd.distill.memory.segments import Segments, cut_segments
+from cpd.distill.memory.segments import Segments
 from cpd.distill.memory.selection import SELECTIONS, make_selection, segment_features
+from cpd.distill.stage_data import StageData
 from cpd.run.checkpoint import latest, save
 from cpd.seeding import generator
 
@@ -30,7 +31,7 @@ def stage(task: int, lengths: list[int], segment: int = 4) -> Segments:
     walk = generator(9, "walk", task).normal(size=(num_steps, 39)).cumsum(axis=0).astype(np.float32)
     mean = np.zeros((num_steps, 4), np.float32)
     mean[:, 0], mean[:, 1] = task, np.arange(num_steps)
-    return cut_segments(task, offsets, 0.01 * walk, mean, -mean, segment)
+    return StageData(task, offsets, 0.01 * walk, mean, -mean).segments(segment)
 
 
 def memory_of(name: str, budget: int, seed: int = 1, **over: float) -> ReplayMemory:
@@ -202,14 +203,9 @@ def test_dpp_fills_what_its_candidates_leave(monkeypatch):
 def test_features_are_means_over_segments():
     segments = stage(0, [7, 5])
     scaled = segment_features(segments.take(np.array([1])))
-    one_step = cut_segments(
-        0,
-        np.array([0, 1]),
-        segments.observations[4:7].mean(axis=0, keepdims=True),
-        np.zeros((1, 4), np.float32),
-        np.zeros((1, 4), np.float32),
-        4,
-    )
+    actions = np.zeros((1, 4), np.float32)
+    mean = segments.observations[4:7].mean(axis=0, keepdims=True)
+    one_step = StageData(0, np.array([0, 1]), mean, actions, actions).segments(4)
     np.testing.assert_allclose(scaled, segment_features(one_step), rtol=1e-5, atol=1e-6)
 
 
