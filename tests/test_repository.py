@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import subprocess
 from pathlib import Path
@@ -46,3 +47,18 @@ def test_of_published_figures_exactly_those_that_a_page_shows_are_committed() ->
     assert committed
     assert not committed - shown
     assert not {link for link in shown if link.suffix == ".png"} - set(tracked())
+
+
+def test_text_files_are_opened_with_their_encoding() -> None:
+    """The locale's own encoding may be Latin-1: text is UTF-8 wherever a program reads or writes it."""
+    wrong = []
+    for path in [path for top in ("cpd", "jobs", "analysis", "slurm") for path in (ROOT / top).rglob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.Call) or any(word.arg == "encoding" for word in node.keywords):
+                continue
+            function = ast.unparse(node.func)
+            name = "" if function == "os.open" else function.rpartition(".")[2] if "." in function else ""
+            modes = [word.value for word in node.args if isinstance(word, ast.Constant)] or ["r"]
+            if name in ("read_text", "write_text") or (name == "open" and "b" not in str(modes[0])):
+                wrong.append(f"{path.relative_to(ROOT)}:{node.lineno}")
+    assert not wrong

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from cpd.reading import read_json
 from cpd.run.lease import is_alive, start_ticks
 from slurm.testbed.conf import CLUSTER, Settings, gres_conf, slurm_conf, slurmdbd_conf, user_name
 
@@ -130,12 +131,7 @@ class Testbed:
         return self.state / "daemons.json"
 
     def _recorded(self) -> dict[str, tuple[int, int]]:
-        if not self._pid_file.exists():
-            return {}
-        return {
-            name: (pid, ticks)
-            for name, (pid, ticks) in json.loads(self._pid_file.read_text(encoding="utf-8")).items()
-        }
+        return read_json(self._pid_file, dict[str, tuple[int, int]]) if self._pid_file.exists() else {}
 
     def daemons(self) -> dict[str, int]:
         """Process id of every living daemon, by name."""
@@ -175,8 +171,10 @@ class Testbed:
             if dead or time.monotonic() > deadline:
                 reason = f"{', '.join(dead)} died" if dead else f"not within {START_SECONDS:.0f} s"
                 logs = sorted((self.state / "log").glob("*"))
+                texts = [log.read_text(encoding="utf-8", errors="replace") for log in logs]
                 tails = [
-                    f"--- {log}\n" + "\n".join(log.read_text(encoding="utf-8").splitlines()[-8:]) for log in logs
+                    f"--- {log}\n" + "\n".join(text.splitlines()[-8:])
+                    for log, text in zip(logs, texts, strict=True)
                 ]
                 raise TestbedError(f"{condition}: {reason}\n" + "\n".join(tails))
             time.sleep(0.1)
