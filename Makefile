@@ -6,7 +6,7 @@ PY := $(VENV)/bin/python
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo figures test test-slow test-chaos test-slurm test-slurm-slow check format miniature slurm-up slurm-down slurm-demo clean
+.PHONY: help setup demo figures test test-slow test-chaos test-mutations test-slurm test-slurm-slow check format miniature slurm-up slurm-down slurm-demo clean
 .PHONY: bench-env bench-teacher bench-moe bench-distill bench-ddp bench-device bench-dpp bench-slurm
 SLURM_STATE ?= /tmp/cpd-slurm-$(shell id -u)
 
@@ -31,7 +31,10 @@ test-slow: setup ## the slow tests
 	$(PY) -m pytest -m 'slow and not slurm'
 
 test-chaos: setup ## the miniature run with 200 SIGKILLs in all of its phases; it must end with the same bits
-	$(PY) -m pytest tests/faults -m slow
+	$(PY) -m pytest tests/faults --ignore tests/faults/test_mutations.py -m slow
+
+test-mutations: setup ## 2,000 damaged files: harmless, or refused by name
+	$(PY) -m pytest tests/faults/test_mutations.py -m slow
 
 test-slurm: setup ## the tests against a real Slurm that is started on this machine
 	$(PY) -m pytest tests/testbed -rs -m 'slurm and not slow'

@@ -95,7 +95,9 @@ def write_status(path: Path, record: StatusRecord, sync: bool = True) -> None:
     try:
         write_json(path, asdict(record), sync)
     except OSError as error:
-        if not error_number(error) or not path.exists():
+        if not error_number(error):
+            return  # a display that cannot be written never stops work
+        if not path.exists():
             raise
         text = json.dumps(asdict(record)).encode()
         with path.open("r+b", buffering=0) as file:
