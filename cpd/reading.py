@@ -28,8 +28,18 @@ def read_text(path: Path, remedy: str = RESTORE) -> str:
         DamagedFileError: if it is a directory or not UTF-8.
         OSError: if it is missing or not readable.
     """
+    return decode(read_bytes(path, remedy), path, remedy)
+
+
+def read_bytes(path: Path, remedy: str = RESTORE) -> bytes:
+    """Read a file.
+
+    Raises:
+        DamagedFileError: if it is a directory.
+        OSError: if it is missing or not readable.
+    """
     try:
-        return decode(path.read_bytes(), path, remedy)
+        return path.read_bytes()
     except IsADirectoryError:
         raise DamagedFileError(f"{path} is a directory, not a file; {remedy}") from None
 

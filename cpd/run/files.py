@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from cpd.reading import RESTORE, DamagedFileError
 from cpd.run.shortage import naming
 
 TEMPORARY_SUFFIX = ".tmp"
@@ -92,8 +93,11 @@ def write_json(path: Path, data: Any, sync: bool = True) -> None:
 
 def sha256(path: Path) -> str:
     """Return the SHA-256 of a file's bytes in hexadecimal digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except IsADirectoryError:
+        raise DamagedFileError(f"{path} is a directory, not a file; {RESTORE}") from None
 
 
 def is_temporary(path: Path) -> bool:

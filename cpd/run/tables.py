@@ -17,7 +17,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
 
-from cpd.reading import DamagedFileError, decode
+from cpd.reading import DamagedFileError, decode, read_bytes
 from cpd.run.files import atomic_write, write_text
 from cpd.run.provenance import Labels
 
@@ -212,7 +212,7 @@ def read_table(path: Path) -> str:
         DamagedFileError: if the compressed form cannot be decompressed.
     """
     file = find_table(path) or path
-    content = file.read_bytes()
+    content = read_bytes(file)
     if file == path:
         return decode(content, file)
     try:

@@ -22,7 +22,7 @@ from cpd.config import StudentConfig
 from cpd.config.load import load, to_dict
 from cpd.config.retired import upgrade
 from cpd.envs.tasks import ACTION_SIZE, OBSERVATION_SIZE
-from cpd.reading import DamagedFileError, read_json
+from cpd.reading import DamagedFileError, read_bytes, read_json
 from cpd.run.descriptions import StudentPolicy
 from cpd.run.files import atomic_write, write_json
 from cpd.student.moe import MoE, RouterStats
@@ -246,7 +246,7 @@ def load_student(path: Path) -> Student:
     """
     description_path = path.with_suffix(".json")
     description = read_json(description_path, StudentPolicy)
-    data = path.read_bytes()
+    data = read_bytes(path)
     if hashlib.sha256(data).hexdigest() != description["sha256"]:
         raise DamagedFileError(
             f"{path} is damaged: its hash is not the one in {description_path.name}; restore it, or remove the "
