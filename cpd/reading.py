@@ -35,13 +35,17 @@ def read_bytes(path: Path, remedy: str = RESTORE) -> bytes:
     """Read a file.
 
     Raises:
-        DamagedFileError: if it is a directory.
+        DamagedFileError: if it is a directory, or a link to a file that does not exist.
         OSError: if it is missing or not readable.
     """
     try:
         return path.read_bytes()
     except IsADirectoryError:
         raise DamagedFileError(f"{path} is a directory, not a file; {remedy}") from None
+    except FileNotFoundError:
+        if path.is_symlink():
+            raise DamagedFileError(f"{path} is a link to a file that does not exist; {remedy}") from None
+        raise
 
 
 def decode(content: bytes, path: Path, remedy: str = RESTORE) -> str:

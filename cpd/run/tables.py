@@ -201,7 +201,7 @@ def _compressed(path: Path) -> Path:
 
 def find_table(path: Path) -> Path | None:
     """Return the file that holds the table `path`, plain or compressed; None if neither exists."""
-    return next((file for file in (path, _compressed(path)) if file.exists()), None)
+    return next((file for file in (path, _compressed(path)) if file.exists() or file.is_symlink()), None)
 
 
 def read_table(path: Path) -> str:
