@@ -7,7 +7,7 @@ import io
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired
 
 import numpy as np
 from pydantic import FiniteFloat
@@ -35,6 +35,10 @@ class Timing(TypedDict):
 
     role: str
     spans: list[tuple[str, FiniteFloat, FiniteFloat]]
+    cpu_seconds: NotRequired[FiniteFloat | None]
+    nodes: NotRequired[int]
+    """On Slurm: nodes of a job, and cores of one of its ranks."""
+    cpus: NotRequired[int]
 
 
 @dataclass(frozen=True)

@@ -51,6 +51,8 @@ def show(data: Dataset, file: TextIO | None = None) -> None:
     if data.timings:
         console.print("where the time went", style="bold")
         console.print(_time_table(data.timings))
+        for line in usage_lines(data.timings):
+            console.print(line, soft_wrap=True)
         console.print()
     if data.students or data.teacher_rates:
         console.print(conditions(data), style="dim", soft_wrap=True)
@@ -131,6 +133,19 @@ def _time_table(timings: Sequence[Timing]) -> Table:
     everything = [span for spans in phases.values() for span in spans]
     table.add_row("all", str(len(everything)), clock(_covered(everything)))
     return table
+
+
+def usage_lines(timings: Sequence[Timing]) -> list[str]:
+    """Return what every role was charged on Slurm, and which part of its cores' time it used."""
+    lines = []
+    for role in dict.fromkeys(entry["role"] for entry in timings):
+        jobs = [entry for entry in timings if entry["role"] == role and "nodes" in entry and "cpus" in entry]
+        seconds = [sum(end - start for _, start, end in job["spans"]) for job in jobs]
+        if core_seconds := sum(job["cpus"] * wall for job, wall in zip(jobs, seconds, strict=True)):
+            node_hours = sum(job["nodes"] * wall for job, wall in zip(jobs, seconds, strict=True)) / 3600
+            used = sum(job.get("cpu_seconds") or 0.0 for job in jobs) / core_seconds
+            lines.append(f"{role}: {node_hours:.3g} node-hours, {100 * used:.0f} % of the cores' time used")
+    return lines
 
 
 def _covered(spans: Sequence[tuple[float, float]]) -> float:

@@ -14,7 +14,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Generic, Self, TypeVar
 
-from cpd.cluster.requeue import describe_unfinished, hand_back, is_first_rank, unfinished_dependencies
+from cpd.cluster.requeue import (
+    check_code,
+    describe_unfinished,
+    hand_back,
+    is_first_rank,
+    unfinished_dependencies,
+)
 from cpd.comm import connect
 from cpd.reading import DamagedFileError
 from cpd.run.attempt import mark
@@ -137,6 +143,12 @@ class ElementCommand(Generic[E]):
                 mark(self.element, "waiting", reason)
             print(f"{self._prog}: {self.element.name}: {reason}", file=sys.stderr)
             self.exit_code = EXIT_DEPENDENCY
+            return
+        if reason := check_code(self.run, self.element, self.log):
+            if is_first_rank():
+                mark(self.element, "failed", reason)
+            print(f"{self._prog}: {self.element.name}: {reason}", file=sys.stderr)
+            self.exit_code = EXIT_USAGE
             return
         self.has_work = True
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -16,7 +17,14 @@ from cpd.cluster.estimate import launch_problems
 from cpd.cluster.local import LocalQueue
 from cpd.cluster.pickles import sweep_pickles
 from cpd.cluster.plan import PlanError
-from cpd.cluster.queue import NoSchedulerError, QueueView, SchedulerError, SubmissionRefusedError
+from cpd.cluster.probe import probe
+from cpd.cluster.queue import (
+    CLUSTERS_VARIABLE,
+    NoSchedulerError,
+    QueueView,
+    SchedulerError,
+    SubmissionRefusedError,
+)
 from cpd.config import Config, changes, continued
 from cpd.config.load import ConfigError, setting_lines, to_dict
 from cpd.config.profile import Profile
@@ -35,7 +43,8 @@ from cpd.terminal import plain_console
 from jobs.common import log
 from jobs.launch_options import build_parser, check_options, check_run_dir, load_recipe_and_profile
 from jobs.launch_slurm import cancel_chain, dry_run, submit_chain
-from jobs.status import print_failures, run_status, screen_table
+from jobs.status import print_failures, run_status
+from jobs.status_table import screen_table
 
 #: Mistakes of the user, reported in one line without a traceback.
 MISTAKES = (
@@ -166,10 +175,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_options(parser, overrides)
         config, profile = load_recipe_and_profile(arguments.recipe, overrides, arguments.profile or "local")
         root = arguments.run_dir or Path("runs") / config.name
+        os.environ[CLUSTERS_VARIABLE] = profile.clusters
         for warning in (*config.warnings(), *profile.warnings()):
             log(f"warning: {warning}")
-        if profile.cluster == "local" and (arguments.retry_failed or arguments.cancel):
-            raise ConfigError(["--retry-failed and --cancel are for Slurm profiles"], "the command line")
+        if profile.cluster == "local" and (arguments.retry_failed or arguments.cancel or arguments.probe):
+            raise ConfigError(["--probe, --retry-failed and --cancel are for Slurm profiles"], "the command line")
         if arguments.cancel:
             cancel_chain(Run(root), profile, arguments.only)
             return 0
@@ -198,6 +208,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 log(f"{item.teacher.name}: {item.summary}")
             if arguments.prepare:
                 log(f"{root} is ready")
+            elif arguments.probe:
+                return 0 if probe(run, profile, log) else EXIT_FAILED
             elif profile.cluster == "slurm":
                 submit_chain(run, profile, arguments.only, arguments.retry_failed)
             else:

@@ -57,6 +57,11 @@ def build_parser() -> argparse.ArgumentParser:
     slurm.add_argument(
         "--retry-failed", action="store_true", help="submit only failed elements and those that depend on them"
     )
+    slurm.add_argument(
+        "--probe",
+        action="store_true",
+        help="submit no element, but a job of two minutes per role that checks the profile, and wait for them",
+    )
     slurm.add_argument("--cancel", action="store_true", help="cancel the run's jobs (running ones save first)")
     parser.add_argument("--settings", action="store_true", help="list every setting, its default and meaning")
     return parser

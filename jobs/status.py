@@ -6,81 +6,44 @@ import json
 import os
 import sys
 import time
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 from rich.console import Console
 from rich.live import Live
-from rich.table import Table
-from rich.text import Text
+from typing_extensions import TypedDict
 
 from cpd.cluster.ledger import LedgerEntry, ledger
-from cpd.cluster.queue import REMEDIES, JobState, QueueView, state_in_log
+from cpd.cluster.queue import CLUSTERS_VARIABLE, REMEDIES, UNKNOWN, JobState, QueueView, state_in_log
+from cpd.config.profile import SETUP_FAILED
+from cpd.reading import read_for_display
 from cpd.run.claim import expect
 from cpd.run.command import EXIT_CTRL_C, EXIT_FAILED, EXIT_USAGE, exit_quietly
 from cpd.run.directory import Element, Run
 from cpd.run.lease import Holder, current_holder
-from cpd.run.progress import StatusRecord, clock, number, read_status
+from cpd.run.progress import SLURM_SECONDS, StatusRecord, read_status
 from cpd.terminal import plain_console, printable
 from jobs.common import parser_with_examples
+from jobs.status_table import ElementStatus, plain_lines, screen_table, status_table
 
-#: Least width of a terminal, in columns, that shows all columns of the table.
-WIDE = 120
-#: Width of all columns but the names of elements, with the narrowest column for logs.
-BESIDE_NAMES = 75
 #: Width where there is no terminal: rows never wrap.
 UNLIMITED = 10_000
-BAR_WIDTH = 8
 #: How many of an element's last jobs are searched for a log: with the order `overlap`, several may be pending.
 SEARCHED_JOBS = 60
 #: Bytes read from the end of a log.
 TAIL_BYTES = 16_384
 #: `--watch` ends after this many polls without an active job: a new job may not be visible at once.
 IDLE_POLLS = 5
-#: The style of every state; if rows do not fit on the screen, states that come first here are shown first.
-STYLES = {
-    "running": "yellow",
-    "starting": "yellow",
-    "failed": "bold red",
-    "killed": "red",
-    "stopped": "cyan",
-    "rejected": "magenta",
-    "queued": "cyan",
-    "waiting": "dim",
-    "done": "green",
-}
 
 
-@dataclass(frozen=True)
-class ElementStatus:
-    """One row of the table."""
-
-    element: str
-    role: str
-    state: str
-    phase: str
-    done: int
-    total: int
-    unit: str
-    rate: float
-    eta_seconds: float | None
-    success: float | None
-    loss: float | None
-    attempts: int
-    seconds: float
-    message: str
-    log: str
-    job: str = ""
-    """Slurm only: the last job's number, `12` or `12_3`."""
-    queue: str = ""
-    """Slurm only: the job's state in the queue, e.g. `PENDING (Dependency)`."""
-    node: str = ""
-    """Slurm only: the node that runs the job."""
+class _Profile(TypedDict, total=False):
+    clusters: str
 
 
-def element_status(run: Run, element: Element, log: str, job: JobState | None = None) -> ElementStatus:
+def element_status(
+    run: Run, element: Element, log: str, job: JobState | None = None, user: str = ""
+) -> ElementStatus:
     """Read an element's state from markers, lease, Slurm job and status.json, the most reliable source first."""
     record = read_status(element.status)
     holder, attempts = current_holder(element.path / "attempts")
@@ -89,8 +52,10 @@ def element_status(run: Run, element: Element, log: str, job: JobState | None = 
         state = "waiting"  # the local launcher that queued it has ended
     message = printable(record.message)
     if job and state == "killed":
-        log_state = state_in_log(log_tail(run.root / log) if log else ())
-        message = f"{REMEDIES.get(log_state or job.state, '')}{f' (was on {job.node})' if job.node else ''}"
+        lines = log_tail(run.root / log) if log else []
+        failed_setup = [line for line in lines if line.startswith(SETUP_FAILED)][-1:]
+        message = ": ".join([*failed_setup, REMEDIES.get(state_in_log(lines) or job.state, "")])
+        message += f" (was on {job.node})" if job.node else ""
     return ElementStatus(
         element=element.name,
         role=element.role,
@@ -108,8 +73,9 @@ def element_status(run: Run, element: Element, log: str, job: JobState | None = 
         message=message,
         log=log,
         job=job.job if job else "",
-        queue=f"{job.state}{f' ({job.reason})' if job.reason else ''}" if job else "",
+        queue=_queue_text(job),
         node=job.node if job else "",
+        user=user,
     )
 
 
@@ -123,22 +89,48 @@ def _state(element: Element, record: StatusRecord, holder: Holder | None, job: J
         holder = None  # Slurm has ended the job, although its last heartbeat is recent
     if holder:
         return "running"
+    if job and job.state == UNKNOWN:
+        job = None
     if job and job.is_active:
         return "queued" if job.state not in started else "starting" if job.state == "RUNNING" else record.state
     # A process was running, or was to run, and ended without recording a state.
     return "killed" if record.state == "running" or (job and record.state == "queued") else record.state
 
 
-def run_status(run: Run, view: QueueView | None = None) -> list[ElementStatus]:
-    """Return all rows, in the run's order; pass the same `view` again to query Slurm less often."""
+def run_status(
+    run: Run, view: QueueView | None = None, previous: Sequence[ElementStatus] = ()
+) -> list[ElementStatus]:
+    """Return all rows, in the run's order.
+
+    Args:
+        run: the run.
+        view: the same again queries Slurm less often.
+        previous: rows of the last call; files of elements that are finished or still pending are not read again.
+    """
     entries = ledger(run)
+    finished = {row.element: row for row in previous if row.state in ("done", "rejected")}
+    pending = {row.element: row for row in previous if row.queue.startswith("PENDING")}
     elements = run.elements()
-    unfinished = {e.name: entries[e.name][-1] for e in elements if e.name in entries and not e.finished}
+    unfinished = {
+        e.name: entries[e.name][-1]
+        for e in elements
+        if e.name in entries and e.name not in finished and (e.name in pending or not e.finished)
+    }
     jobs = (view or QueueView()).states(unfinished)
-    return [
-        element_status(run, element, _log(run, entries.get(element.name, [])), jobs.get(element.name))
-        for element in elements
-    ]
+    rows = []
+    for element in elements:
+        job = jobs.get(element.name)
+        row = finished.get(element.name) or pending.get(element.name)
+        if row is None or (row.job, row.queue) != (job.job if job else "", _queue_text(job)):
+            submissions = entries.get(element.name, [])
+            user = submissions[-1].user if job and submissions[-1].is_foreign else ""
+            row = element_status(run, element, _log(run, submissions), job, user)
+        rows.append(row)
+    return rows
+
+
+def _queue_text(job: JobState | None) -> str:
+    return f"{job.state}{f' ({job.reason})' if job.reason else ''}" if job else ""
 
 
 def _log(run: Run, entries: Sequence[LedgerEntry]) -> str:
@@ -163,91 +155,6 @@ def log_tail(path: Path, num_lines: int = 12) -> list[str]:
         return file.read().decode(errors="replace").splitlines()[-num_lines:]
 
 
-def screen_table(console: Console, run: Run, rows: Sequence[ElementStatus]) -> Table:
-    """Return the table for a live display, with as many rows as the terminal has room for."""
-    max_lines = console.height - 1 if console.is_terminal else sys.maxsize
-    num_rows = min(len(rows), max_lines)
-    while True:
-        table = status_table(run, rows, console.width, num_rows)
-        # A row may take several lines.
-        excess = len(console.render_lines(table)) - max_lines
-        if excess <= 0 or num_rows <= 1:
-            return table
-        num_rows = max(num_rows - excess, 1)
-
-
-def most_important(rows: Sequence[ElementStatus], num_rows: int) -> list[ElementStatus]:
-    """Return the `num_rows` most important rows in their order.
-
-    States rank as in `STYLES`. Among elements that are done, the last ones rank first, else the first ones.
-    """
-    ranks = list(STYLES)
-
-    def rank(place: int) -> tuple[int, int]:
-        state = rows[place].state
-        return ranks.index(state), -place if state == "done" else place
-
-    return [rows[place] for place in sorted(sorted(range(len(rows)), key=rank)[:num_rows])]
-
-
-def status_table(run: Run, rows: Sequence[ElementStatus], width: int = 120, num_rows: int | None = None) -> Table:
-    """Return the table for a terminal of `width` columns; a narrow one omits rate, bar, loss and log.
-
-    Args:
-        run: the run.
-        rows: all elements of the run.
-        width: in columns.
-        num_rows: how many rows are shown, the most important ones; the others are counted. Default: all.
-    """
-    finished = sum(row.state in ("done", "rejected") for row in rows)
-    shown = list(rows) if num_rows is None else most_important(rows, num_rows)
-    hidden = Counter(row.state for row in rows) - Counter(row.state for row in shown)
-    counts = ", ".join(f"{count} {state}" for state, count in hidden.items())
-    is_wide = width >= max(WIDE, BESIDE_NAMES + max((len(row.element) for row in rows), default=0))
-    table = Table(
-        title=f"{run.root}: {finished} of {len(rows)} elements finished",
-        title_justify="left",
-        title_style="bold",
-        box=None,
-        pad_edge=False,
-        header_style="bold",
-        caption=f"not shown: {counts}" if counts else None,
-        caption_justify="left",
-    )
-    # A narrow terminal wraps the names of elements, which stay legible, and never states or progress.
-    table.add_column("element", no_wrap=is_wide, overflow="fold")
-    table.add_column("state", no_wrap=True)
-    table.add_column("progress", no_wrap=True)
-    for name in ("rate", "left", "loss", "success", "time") if is_wide else ("left", "success", "time"):
-        table.add_column(name, justify="right", no_wrap=True)
-    if is_wide:
-        table.add_column("log, or what happened", overflow="fold", style="dim")
-    for row in shown:
-        is_active = row.state in ("running", "stopped", "killed", "failed") or (row.state == "queued" and row.done)
-        state = row.phase if row.state == "running" and row.phase else row.state
-        cells = [
-            row.element,
-            Text(state, style=STYLES[row.state]),
-            _progress(row, BAR_WIDTH if is_wide else 0) if is_active else "",
-            *([f"{number(row.rate)}/s" if row.rate else ""] if is_wide else []),
-            clock(row.eta_seconds) if row.eta_seconds is not None else "",
-            *([f"{row.loss:.3g}" if row.loss is not None else ""] if is_wide else []),
-            f"{row.success:.2f}" if row.success is not None else "",
-            clock(row.seconds) if row.seconds else "",
-            *([_remark(row)] if is_wide else []),
-        ]
-        table.add_row(*cells)
-    return table
-
-
-def _remark(row: ElementStatus) -> str:
-    """Return an element's job and node, number of attempts, log, and last message."""
-    job = f"job {row.job} {row.node or row.queue}" if row.job else ""
-    message = "" if row.state == "done" else " ".join(row.message.split())
-    attempt = f"attempt {row.attempts}" if row.attempts > 1 else ""
-    return "  ".join(filter(None, (job, attempt, row.log, message)))
-
-
 def failure_lines(run: Run, rows: Sequence[ElementStatus], num_lines: int = 6) -> list[str]:
     """Return the name, message and last log lines of every failed element, then what to do."""
     lines = []
@@ -262,14 +169,6 @@ def failure_lines(run: Run, rows: Sequence[ElementStatus], num_lines: int = 6) -
     if lines:
         lines.append("fix the causes and launch again: the same command resumes the run")
     return lines
-
-
-def _progress(row: ElementStatus, bar_width: int) -> Text:
-    share = min(row.done / row.total, 1.0) if row.total else 0.0
-    full = round(bar_width * share)
-    return Text.assemble(
-        ("━" * full, "green"), ("━" * (bar_width - full), "dim"), f"{' ' if bar_width else ''}{100 * share:3.0f} %"
-    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -287,12 +186,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--watch",
         action="store_true",
-        help="redraw every second until the run is finished (exit code 0), no job is active (1), or Ctrl-C (130)",
+        help="redraw every second (on Slurm every ten) until the run is finished (exit code 0), no job is active "
+        "(1), or Ctrl-C (130)",
     )
     parser.add_argument("--json", action="store_true", help="print the rows as a JSON list of objects")
     arguments = parser.parse_args(argv)
     try:
         run = Run(arguments.run_dir)
+        profile = read_for_display(run.root / "profile.json", _Profile, _Profile())
+        os.environ[CLUSTERS_VARIABLE] = profile.get("clusters", "")
         expect(run.root, "run", "name a directory that `jobs.launch` made")
         rows = run_status(run)
     except ValueError as error:
@@ -304,7 +206,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return watch(run)
     else:
         console = console_for_table()
-        console.print(status_table(run, rows, console.width))
+        table = status_table(run, rows, console.width)
+        if console.width == UNLIMITED:
+            print("\n".join(plain_lines(table)))
+        else:
+            console.print(table)
         print_failures(console, run, rows)
     return 0
 
@@ -328,16 +234,18 @@ def watch(run: Run) -> int:
         The exit code.
     """
     console, view, idle = console_for_table(), QueueView(), 0
+    rows: list[ElementStatus] = []
     with Live(console=console, auto_refresh=False) as live:
         try:
             while True:
-                rows = run_status(run, view)
+                rows = run_status(run, view, rows)
                 live.update(screen_table(console, run, rows), refresh=True)
-                is_active = any(row.state in ("queued", "starting", "running") for row in rows)
+                active = ("queued", "starting", "running")
+                is_active = any(row.state in active or row.queue.startswith(UNKNOWN) for row in rows)
                 idle = 0 if is_active else idle + 1
                 if all(element.finished for element in run.elements()) or idle > IDLE_POLLS:
                     break
-                time.sleep(1.0)
+                time.sleep(SLURM_SECONDS if is_active and any(row.job for row in rows) else 1.0)
         except KeyboardInterrupt:
             return EXIT_CTRL_C
     print_failures(console, run, rows)

@@ -27,6 +27,7 @@ from cpd.run.attempt import mark
 from cpd.run.directory import Element, Run
 from cpd.run.interrupt import LAUNCHER_VARIABLE, launcher_identity
 from cpd.run.lease import Holder, current_holder
+from cpd.run.provenance import code_version
 from cpd.run.shortage import naming
 
 #: The program that does a role's work.
@@ -135,7 +136,8 @@ def submit_local(run: Run, element: Element, resources: Resources) -> Any:
             protect(job.paths.submitted_pickle)
     finally:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-    append(run, [LedgerEntry(element.name, element.role, job.job_id, log_name(run, job.job_id), time.time())])
+    log = log_name(run, job.job_id)
+    append(run, [LedgerEntry(element.name, element.role, job.job_id, log, time.time(), code=code_version())])
     return job
 
 

@@ -7,6 +7,7 @@ finished elements of a role, their times replace the estimate.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import statistics
 from collections.abc import Sequence
@@ -27,6 +28,8 @@ EPISODE_SECONDS = 0.35
 WINDOW_SECONDS = 4.5e-4
 #: Bytes of a time step in a shard or in the replay memory.
 STEP_BYTES = 235
+#: In a path: what would end a line of a batch script, what submitit replaces, and what Slurm does.
+REWRITTEN = {"local": re.compile(r"[\x00-\x1f\x7f]|%[jtAa]"), "slurm": re.compile(r"[\x00-\x1f\x7f%\\]")}
 #: Folders that are usually local to a node.
 NODE_LOCAL = ("/tmp", "/var/tmp", "/dev/shm", "/run", "/scratch/local", "/local")
 
@@ -132,6 +135,10 @@ def launch_problems(root: Path, config: Config, profile: Profile) -> list[str]:
             check(num_ranks)
         except ValueError as error:
             problems.append(str(error))
+    if rewritten := REWRITTEN[profile.cluster].search(str(root.absolute())):
+        problems.append(
+            f"{str(root)!r}: jobs cannot write to a path with {rewritten[0]!r}; choose another --run-dir"
+        )
     if not os.access(folder, os.W_OK | os.X_OK):
         problems.append(f"{folder} is not writable; choose another --run-dir")
     size, _ = disk(config)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import pwd
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Literal
@@ -36,6 +37,23 @@ class LedgerEntry:
     """Slurm only: index in the array; None for a single job."""
     partial: bool = False
     """Slurm only: whether the job may start before all dependencies of the element are finished."""
+    user: str = ""
+    """Slurm only: who submitted it; empty in ledgers of earlier versions."""
+    code: str = ""
+    """The commit at submission; empty in ledgers of earlier versions."""
+
+    @property
+    def is_foreign(self) -> bool:
+        """Whether another user submitted it."""
+        return self.user not in ("", user_name())
+
+
+def user_name() -> str:
+    """Return the name of the user who runs this process, or the number of one without a name."""
+    try:
+        return pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:
+        return str(os.getuid())
 
 
 def append(run: Run, entries: Iterable[LedgerEntry]) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from cpd.cluster.element_job import ask_to_stop, is_ours, submit_local
+from cpd.cluster.queue import foreign_variables
 from cpd.config.profile import Profile
 from cpd.run.attempt import mark
 from cpd.run.directory import Element, Run
@@ -78,6 +79,9 @@ class LocalQueue:
         """
         # Jobs poll this process and stop when it has ended, so that a killed launcher leaves no jobs behind.
         os.environ[LAUNCHER_VARIABLE] = launcher_identity()
+        # In an interactive step of Slurm, the jobs would take its size and its number for their own.
+        for variable in foreign_variables():
+            del os.environ[variable]
         try:
             pending = self._start_ready([element for element in self.elements if not element.finished])
             while self._running and not self.interrupt.requested:

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import itertools
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from cpd.cluster.element_job import log_name
 from cpd.cluster.ledger import LedgerEntry, append, ledger
-from cpd.cluster.queue import JobState, accounting, queue
+from cpd.cluster.queue import UNKNOWN, JobState, accounting, queue
 from cpd.cluster.sbatch import element_work, executor
 from cpd.config.profile import Profile
 from cpd.run.directory import Run
 from cpd.run.lease import current_holder
+from cpd.run.progress import read_status
 
 #: How long `reconcile` waits for jobs that are just ending: until then, they may be requeued.
 ENDING_SECONDS = 60.0
@@ -29,7 +31,7 @@ class QueueState:
     active: dict[str, list[JobState]]
     """By element name: its pending and running jobs, in the order of submission."""
     held: dict[str, str]
-    """By element name: the process that writes it without a job in the queue."""
+    """By element name: the process that writes it without a job in the queue, or the hidden job that waits."""
     names: frozenset[str]
     """Names of all jobs in the queue's listing."""
 
@@ -41,7 +43,7 @@ def reconcile(run: Run, profile: Profile) -> QueueState:
         SchedulerError: if Slurm cannot be asked; nothing may be submitted then.
     """
     entries = slurm_entries(run)
-    jobs = _settled_queue({entry.job for submissions in entries.values() for entry in submissions})
+    jobs = _settled_queue([entry for submissions in entries.values() for entry in submissions])
     if _enter_lost(run, profile, {name: submissions[-1] for name, submissions in entries.items()}, jobs):
         entries = slurm_entries(run)
     return queue_state(run, entries, jobs)
@@ -53,7 +55,8 @@ def read_queue(run: Run) -> QueueState:
     Raises:
         SchedulerError: if Slurm cannot be asked.
     """
-    return queue_state(run, slurm_entries(run), queue())
+    entries = slurm_entries(run)
+    return queue_state(run, entries, queue(itertools.chain.from_iterable(entries.values())))
 
 
 def slurm_entries(run: Run) -> dict[str, list[LedgerEntry]]:
@@ -73,6 +76,11 @@ def queue_state(run: Run, entries: dict[str, list[LedgerEntry]], jobs: dict[str,
         numbers = [entry.job for entry in entries.get(element.name, [])]
         active_jobs = [jobs[number] for number in numbers if number in jobs and jobs[number].is_active]
         holder, _ = current_holder(element.path / "attempts")
+        hidden = next(
+            (jobs[number] for number in numbers if number in jobs and jobs[number].state == UNKNOWN), None
+        )
+        if hidden and not holder and read_status(element.status).state == "queued":
+            held[element.name] = f"the {hidden.reason}, {hidden.job},"
         if not active_jobs and holder:
             # The writer is a job that was submitted by hand, or a process outside the queue.
             job = by_number.get(holder.job) if holder.job else None
@@ -84,11 +92,12 @@ def queue_state(run: Run, entries: dict[str, list[LedgerEntry]], jobs: dict[str,
     return QueueState(active, held, frozenset(job.name for job in jobs.values()))
 
 
-def _settled_queue(numbers: set[str]) -> dict[str, JobState]:
+def _settled_queue(entries: Sequence[LedgerEntry]) -> dict[str, JobState]:
     """Return the queue once none of these jobs is COMPLETING, a state in which a job ends or is requeued."""
     deadline = time.monotonic() + ENDING_SECONDS
+    numbers = {entry.job for entry in entries}
     while True:
-        jobs = queue()
+        jobs = queue(entries)
         ending = any(job.state == "COMPLETING" for job in jobs.values() if job.job in numbers)
         if not ending or time.monotonic() > deadline:
             return jobs

@@ -6,11 +6,12 @@ import os
 import textwrap
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 from typing_extensions import TypedDict
 
-from cpd.cluster.queue import SchedulerError, run_command
+from cpd.cluster.ledger import ledger
+from cpd.cluster.queue import CLUSTERS_VARIABLE, NO_ANSWER, NoAnswerError, SchedulerError, run_command
 from cpd.comm import Comm
 from cpd.config.profile import Profile
 from cpd.config.types import Positive
@@ -19,10 +20,14 @@ from cpd.run.attempt import mark
 from cpd.run.directory import Element, Run
 from cpd.run.files import write_json
 from cpd.run.interrupt import LAUNCHER_VARIABLE
+from cpd.run.lease import CODE_VARIABLE
 from cpd.run.progress import read_status
+from cpd.run.provenance import code_version
 
 #: How long a shared file system may take to show what a job on another node wrote last.
 VISIBILITY_SECONDS = 5.0
+#: The longest pause between two questions to a Slurm that does not answer.
+MAX_PAUSE_SECONDS = 30.0
 
 
 def slurm_job() -> str:
@@ -54,6 +59,26 @@ def unfinished_dependencies(run: Run, element: Element) -> list[Element]:
         time.sleep(1.0)
 
 
+def check_code(run: Run, element: Element, log: Callable[[str], None]) -> str:
+    """Record the commit for this process's attempt; return why the element must not start with it, or nothing.
+
+    Call before MPI starts, since git is a process.
+    """
+    refuses = _profile_value(run, "code_changes") == "refuse"
+    if not (refuses or is_first_rank()):
+        return ""
+    code = os.environ[CODE_VARIABLE] = code_version()
+    submissions = ledger(run).get(element.name)
+    submitted = submissions[-1].code if submissions else ""
+    if submitted in ("", code):
+        return ""
+    change = f"it was submitted with code {submitted}, but the code is now {code}"
+    if refuses:
+        return f"not started: {change}; restore the code, or launch again with the new one"
+    log(f"note: {change}")
+    return ""
+
+
 def describe_unfinished(missing: list[Element]) -> str:
     """Return a message that lists the unfinished dependencies of an element, with the state of each."""
     descriptions = []
@@ -76,17 +101,19 @@ def hand_back(run: Run, element: Element, comm: Comm, log: Callable[[str], None]
     # Children of a local launcher that runs inside a job must not requeue that job.
     if not job or LAUNCHER_VARIABLE in os.environ:
         return
+    os.environ.pop(CLUSTERS_VARIABLE, None)  # a job runs where its own controller is
     comm.barrier()
     if comm.rank == 0:
-        log(_requeue(run, element, job))
+        log(_requeue(run, element, job, log))
     comm.barrier()
 
 
-def _requeue(run: Run, element: Element, job: str) -> str:
+def _requeue(run: Run, element: Element, job: str, log: Callable[[str], None]) -> str:
     """Requeue the job unless it is ending or stuck; return what happened."""
+    deadline = time.monotonic() + _profile_value(run, "signal_seconds")
     try:
         # Words of the form `Key=Value`.
-        words = run_command(["scontrol", "show", "job", "-o", job]).split()
+        words = _run_patiently(["scontrol", "show", "job", "-o", job], deadline, log).split()
         if "JobState=RUNNING" not in words:
             # Requeueing a job that is being cancelled would revive it.
             return f"Slurm is ending job {job} already"
@@ -96,9 +123,11 @@ def _requeue(run: Run, element: Element, job: str) -> str:
             reason = "given up: no progress since the last requeues; raise minutes or max_timeouts"
             mark(element, "failed", reason)
             return reason
-        run_command(["scontrol", "requeue", job])
+        _run_patiently(["scontrol", "requeue", job], deadline, log)
     except (SchedulerError, OSError, ValueError) as error:  # whatever it is, the other ranks wait for this one
-        return f"job {job} could not be requeued ({error}); launch again to resume"
+        reason = f"saved, but job {job} could not be requeued ({error}); launch again to resume"
+        mark(element, "stopped", reason)
+        return reason
     mark(element, "queued", "saved and requeued")
     return f"job {job} is back in the queue"
 
@@ -110,8 +139,30 @@ class _Requeues(TypedDict):
     count: int
 
 
-class _Limit(TypedDict):
+class _Profile(TypedDict, total=False):
     max_timeouts: Positive
+    signal_seconds: Positive
+    code_changes: str
+
+
+def _profile_value(run: Run, key: Literal["max_timeouts", "signal_seconds", "code_changes"]) -> Any:
+    """Return a value from the profile of the last launch."""
+    profile = read_for_display(run.root / "profile.json", _Profile, _Profile())
+    return profile.get(key, getattr(Profile(cluster="local"), key))
+
+
+def _run_patiently(words: list[str], deadline: float, log: Callable[[str], None]) -> str:
+    """Like `run_command`, but ask again until `deadline` if Slurm does not answer."""
+    pause = 1.0
+    while True:
+        try:
+            return run_command(words)
+        except NoAnswerError as error:
+            if time.monotonic() + pause > deadline:
+                raise
+            log(f"{NO_ANSWER} ({error}): asking again in {pause:.0f} s")
+        time.sleep(pause)
+        pause = min(2 * pause, MAX_PAUSE_SECONDS)
 
 
 def is_stuck(run: Run, element: Element, job: str) -> bool:
@@ -123,6 +174,4 @@ def is_stuck(run: Run, element: Element, job: str) -> bool:
     last = read_for_display(path, _Requeues, _Requeues(progress=[], count=0))
     count = last["count"] + 1 if last["progress"] == progress else 0
     write_json(path, {"progress": progress, "count": count})
-    # The profile of the last launch.
-    default = _Limit(max_timeouts=Profile(cluster="local").max_timeouts)
-    return count >= read_for_display(run.root / "profile.json", _Limit, default)["max_timeouts"]
+    return count >= int(_profile_value(run, "max_timeouts"))

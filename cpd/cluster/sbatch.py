@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import shlex
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -97,7 +96,11 @@ def executor(run: Run, profile: Profile, role: Role, name: str, dependency: str 
     srun_args = [f"--cpus-per-task={resources.cpus}"]
     if resources.ranks > 1:
         # Without the second, ranks whose neighbour was killed wait for it in a collective for ever.
-        srun_args += [f"--mpi={profile.srun_mpi}", "--kill-on-bad-exit=1"]
+        srun_args += [*([f"--mpi={profile.srun_mpi}"] if profile.srun_mpi else []), "--kill-on-bad-exit=1"]
+    if "export" in {**profile.sbatch, **resources.sbatch}:
+        srun_args.append("--export=ALL")  # the step gets what the job has, and what its setup exports
+    srun_args += profile.of_role(role, "srun_args")
+    gpus = resources.gpus * resources.ranks_per_node
     memory_gb = resources.memory_gb * resources.ranks_per_node
     parameters: dict[str, Any] = {
         "job_name": name,
@@ -109,9 +112,9 @@ def executor(run: Run, profile: Profile, role: Role, name: str, dependency: str 
         "nodes": resources.nodes,
         "ntasks_per_node": resources.ranks_per_node,
         "cpus_per_task": resources.cpus,
-        "gpus_per_node": resources.gpus * resources.ranks_per_node or None,
+        "gpus_per_node": (f"{resources.gpu_type}:{gpus}" if resources.gpu_type else gpus) if gpus else None,
         "mem": f"{round(memory_gb * 1024)}M" if memory_gb else None,  # None: the site's default
-        "setup": profile.setup_lines or None,
+        "setup": profile.setup_lines(role) or None,
         "signal_delay_s": profile.signal_seconds,
         "dependency": dependency or None,
         "array_parallelism": parallelism or profile.array_parallelism,
@@ -119,7 +122,8 @@ def executor(run: Run, profile: Profile, role: Role, name: str, dependency: str 
         "wckey": None,
         "srun_args": srun_args,
     }
-    slurm_executor = Executor(run.logs.absolute(), max_num_timeout=MANY_TIMEOUTS)
+    python = shlex.split(profile.of_role(role, "python")) or [sys.executable]
+    slurm_executor = Executor(run.logs.absolute(), max_num_timeout=MANY_TIMEOUTS, python=shlex.join(python))
     slurm_executor.update_parameters(**_with_options(parameters, profile, role))
     return slurm_executor
 
@@ -130,22 +134,10 @@ def _with_options(parameters: dict[str, Any], profile: Profile, role: Role) -> d
     if parameters["dependency"]:
         # Otherwise a job stays pending for ever once its dependency can no longer be met.
         options["kill-on-invalid-dep"] = "yes"
+    options["clusters"] = profile.clusters
     options |= {**profile.sbatch, **profile.resources(role).sbatch}
     # An option must not appear twice: sbatch takes the last one, and submitit decides their order.
     replaced = {*options, *(["mem"] if options.keys() & MEMORY_OPTIONS else [])}
     kept = {key: None if key.replace("_", "-") in replaced else value for key, value in parameters.items()}
     wanted = {key: value for key, value in options.items() if value is not False and value != ""}
     return kept | {"additional_parameters": wanted}
-
-
-@contextlib.contextmanager
-def outside_of_jobs() -> Iterator[None]:
-    """Remove the variables of a surrounding job from the environment: sbatch would pass them to the new job."""
-    is_inside = "SLURM_JOB_ID" in os.environ
-    prefixes = ("SLURM_", "SLURMD_", "PMI_", "PMIX_")
-    hidden = [key for key in os.environ if is_inside and key.startswith(prefixes) and key != "SLURM_CONF"]
-    values = {key: os.environ.pop(key) for key in hidden}
-    try:
-        yield
-    finally:
-        os.environ.update(values)

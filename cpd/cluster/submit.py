@@ -4,21 +4,28 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from typing import Any
 
 from cpd.cluster.element_job import log_name
-from cpd.cluster.ledger import LedgerEntry, append
+from cpd.cluster.ledger import LedgerEntry, append, user_name
 from cpd.cluster.pickles import protect
 from cpd.cluster.plan import Submission, submit_all
-from cpd.cluster.queue import SchedulerError, SubmissionRefusedError, run_command
+from cpd.cluster.queue import (
+    UNANSWERED,
+    NoAnswerError,
+    SchedulerError,
+    SubmissionRefusedError,
+    compact,
+    outside_of_jobs,
+    run_command,
+)
 from cpd.cluster.reconcile import QueueState, read_queue
-from cpd.cluster.sbatch import element_work, executor, outside_of_jobs
+from cpd.cluster.sbatch import element_work, executor
 from cpd.config.profile import Profile
 from cpd.run.attempt import mark
 from cpd.run.directory import Element, Run
 from cpd.run.lease import current_holder
-
-#: sbatch's messages if the controller does not answer. The launcher may try again, unlike after a refusal.
-UNANSWERED = ("Socket timed out", "Unable to contact slurm controller", "Zero Bytes were transmitted")
+from cpd.run.provenance import code_version
 
 
 def submit(
@@ -53,24 +60,37 @@ def _submit_one(run: Run, profile: Profile, submission: Submission, wait_for: st
     append(run, _entries(run, submission))
     for element in submission.elements:
         mark(element, "queued")
+    work = [element_work(run, task, resources, submission.partial) for task in submission.tasks]
     try:
-        with outside_of_jobs():
-            work = [element_work(run, task, resources, submission.partial) for task in submission.tasks]
-            handles = slurm_executor.submit_array(work)
-    except Exception as error:
+        numbers = call_sbatch(slurm_executor, submission.name, work)
+    except SchedulerError:
         for element in submission.elements:
             mark(element, "waiting", "sbatch refused it")
-        # submitit embeds sbatch's message in a longer one.
+        raise
+    append(run, _entries(run, submission, numbers))
+    return str(numbers[0]).partition("_")[0]
+
+
+def call_sbatch(slurm_executor: Any, name: str, work: Sequence[Any]) -> list[str]:
+    """Submit a job, or an array if there are several pieces of work; return their numbers.
+
+    Raises:
+        NoAnswerError: if Slurm does not answer.
+        SubmissionRefusedError: if sbatch refuses.
+    """
+    try:
+        with outside_of_jobs():
+            handles = slurm_executor.submit_array(work)
+    except Exception as error:
+        # submitit surrounds sbatch's messages with its own; users need to see sbatch's only.
         lines = [line.partition("error: ")[2] for line in str(error).splitlines() if "sbatch: error: " in line]
         message = "; ".join(lines) or str(error)
         if any(text in message for text in UNANSWERED):
-            raise SchedulerError(f"sbatch got no answer ({message}); launch again later") from error
-        raise SubmissionRefusedError(f"sbatch refused {submission.name}: {message}") from error
-    numbers = [handle.job_id for handle in handles]
+            raise NoAnswerError(f"sbatch got no answer ({message}); launch again later") from error
+        raise SubmissionRefusedError(f"sbatch refused {name}: {message}") from error
     for handle in handles:
         protect(handle.paths.submitted_pickle)
-    append(run, _entries(run, submission, numbers))
-    return str(numbers[0]).partition("_")[0]
+    return [str(handle.job_id) for handle in handles]
 
 
 def _entries(run: Run, submission: Submission, numbers: Sequence[str] = ()) -> list[LedgerEntry]:
@@ -86,6 +106,8 @@ def _entries(run: Run, submission: Submission, numbers: Sequence[str] = ()) -> l
             name=submission.name,
             place=place if len(submission.tasks) > 1 else None,
             partial=submission.partial,
+            user=user_name(),
+            code=code_version(),
         )
         for place, task in enumerate(submission.tasks)
         for element in task
@@ -133,9 +155,9 @@ def cancel(elements: Sequence[Element], queued: QueueState) -> list[str]:
     elements = [element for element in elements if element.name in queued.active]
     # In reverse: `afterany` starts a job as soon as its dependency is cancelled.
     numbers = [job.job for element in elements for job in queued.active[element.name]]
-    numbers = list(dict.fromkeys(reversed(numbers)))
+    # An array is one call to the controller.
     if numbers:
-        run_command(["scancel", *numbers])
+        run_command(["scancel", *compact(reversed(numbers))])
     for element in elements:
         if all(job.state == "PENDING" for job in queued.active[element.name]):
             mark(element, "waiting", "cancelled before it started")

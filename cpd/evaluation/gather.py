@@ -25,8 +25,11 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+from typing_extensions import TypedDict
+
+from cpd.config.types import Positive
 from cpd.evaluation.look_alikes import start_rows
 from cpd.evaluation.results_folder import TEACHER, read_tables
 from cpd.evaluation.summary import summarize
@@ -101,7 +104,7 @@ def gather(run: Run) -> dict[str, Any]:
     if rows := start_rows(run):
         write_rows(run.results / "starts.csv", rows)
     # The report is the element that gathers: its own phase has not ended yet.
-    write_json(run.results / "timings.json", [_timing(e) for e in run.elements() if e.role != "report"])
+    write_json(run.results / "timings.json", [_timing(run, e) for e in run.elements() if e.role != "report"])
     # Copied as it is: a default must not be filled in for a setting that did not exist at the time.
     write_json(run.results / "config.json", read_json(run.config_path, dict[str, Any]))
     report = {**summarize(read_tables(run.results)).to_json(), "provenance": _provenance(run)}
@@ -174,9 +177,25 @@ def _teacher_row(teacher: TeacherElement) -> TeacherRow:
     return TeacherRow(teacher.task, teacher.seed, state, env_steps, iterations, success)
 
 
-def _timing(element: Element) -> dict[str, Any]:
+class _Requested(TypedDict, total=False):
+    nodes: Positive
+    cpus: Positive
+
+
+class _Profile(TypedDict, total=False):
+    cluster: str
+    teacher: _Requested
+    student: _Requested
+    evaluation: _Requested
+
+
+def _timing(run: Run, element: Element) -> dict[str, Any]:
     record = read_status(element.status)
+    profile = read_for_display(run.root / "profile.json", _Profile, _Profile())
+    # Slurm charges what a job requests, used or not. Cores are those of one rank, as is the processor time.
+    requested = cast(dict[str, Any], profile).get(element.role, {}) if profile.get("cluster") == "slurm" else {}
     return {
+        **{key: requested[key] for key in ("nodes", "cpus") if key in requested},
         "element": element.name,
         "role": element.role,
         "state": record.state,

@@ -195,9 +195,9 @@ class Run:
         Students take the teacher seeds in turn.
         """
         seeds = self.config.teacher.seeds
-        position = self.config.seeds.index(student_seed)
-        teacher_seed = seeds[position % len(seeds)]
-        return next(t for t in self.teachers() if t.task == task and t.seed == teacher_seed)
+        position = self.config.seeds.index(student_seed) % len(seeds)
+        index = self.config.stream.distinct_tasks.index(task) * len(seeds) + position
+        return teacher_element(self.root, index, task, seeds[position])
 
     def students(self) -> list[StudentElement]:
         """Return all students, ordered by method, then seed."""

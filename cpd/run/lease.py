@@ -30,6 +30,8 @@ ATTEMPT = re.compile(r"\d{4,}\.json")
 STALE_SECONDS = 90.0
 #: A file that is younger may not hold its contents yet.
 WRITING_SECONDS = 0.5
+#: The commit that this process runs. A variable, since git is not to be asked after MPI has started.
+CODE_VARIABLE = "CPD_CODE"
 
 
 class LeaseHeldError(RuntimeError):
@@ -53,13 +55,15 @@ class Holder:
     """How often Slurm had restarted the job."""
     system: str = ""
     """Boot and process namespace, which tell containers and machines of one name apart; empty in old runs."""
+    code: str = ""
+    """The commit that it runs; empty in attempts of earlier versions."""
 
     @classmethod
     def current(cls) -> Holder:
         """Return the holder that stands for this process."""
         job, restart = os.environ.get("SLURM_JOB_ID", ""), int(os.environ.get("SLURM_RESTART_COUNT") or 0)
-        host, process = socket.gethostname(), os.getpid()
-        return cls(host, process, start_ticks(process), job, restart=restart, system=_system())
+        host, process, code = socket.gethostname(), os.getpid(), os.environ.get(CODE_VARIABLE, "")
+        return cls(host, process, start_ticks(process), job, restart=restart, system=_system(), code=code)
 
     def __str__(self) -> str:
         return f"process {self.process} on {self.host}{f' (job {self.job})' if self.job else ''}"

@@ -20,7 +20,12 @@ from cpd.run.shortage import error_number, naming
 
 State = Literal["waiting", "queued", "running", "done", "rejected", "stopped", "failed"]
 
-WRITE_SECONDS = 1.0
+#: Seconds between two writes of status.json: by many jobs on a cluster, they load its file system. The variable is
+#: for those who want to see more.
+SLURM_SECONDS = 10.0
+WRITE_SECONDS = float(
+    os.environ.get("CPD_STATUS_SECONDS") or (SLURM_SECONDS if "SLURM_JOB_ID" in os.environ else 1.0)
+)
 LINE_SECONDS = 15.0
 
 
@@ -137,7 +142,7 @@ class Status:
     def advance(
         self, done: int, *, success: float | None = None, loss: float | None = None, force: bool = False
     ) -> None:
-        """Record the progress of the phase; write it at most once a second unless `force`."""
+        """Record the progress of the phase; write it at most every `WRITE_SECONDS` unless `force`."""
         record, now = self.record, time.monotonic()
         record.done = done
         record.success = record.success if success is None else success

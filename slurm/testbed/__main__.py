@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from slurm.testbed.cluster import Testbed, TestbedError, default_state
-from slurm.testbed.conf import PARTITION, URGENT_PARTITION, Settings
+from slurm.testbed.conf import PARTITION, URGENT_PARTITION, Settings, program
 
 
 def at_least_one(text: str) -> int:
@@ -42,8 +42,9 @@ def argument_parser() -> argparse.ArgumentParser:
     )
     up.add_argument(
         "--munge",
-        action="store_true",
-        help="authenticate with a private munged; needed on shared machines, since without it every local user "
+        action=argparse.BooleanOptionalAction,
+        default=program("munged") is not None,
+        help="authenticate with a private munged (default: where it is installed); without it every local user "
         "can run jobs as you",
     )
     up.add_argument("--accounting", action="store_true", help="slurmdbd on a private MariaDB, for sacct")
@@ -110,8 +111,8 @@ def status_lines(testbed: Testbed) -> list[str]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Start, stop or show the test cluster; return the exit code."""
     arguments = argument_parser().parse_args(argv)
-    testbed = Testbed(arguments.state)
     try:
+        testbed = Testbed(arguments.state)
         if arguments.verb == "up":
             started = testbed.up(settings_of(arguments))
             print("the test cluster is up" if started else "the test cluster was up already")

@@ -9,14 +9,25 @@ import secrets
 import shutil
 import signal
 import socket
+import stat
 import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from cpd.cluster.queue import foreign_variables
 from cpd.reading import read_json
 from cpd.run.lease import is_alive, start_ticks
-from slurm.testbed.conf import CLUSTER, Settings, gres_conf, slurm_conf, slurmdbd_conf, user_name
+from slurm.testbed.conf import (
+    CLUSTER,
+    SYSTEM_FOLDERS,
+    Settings,
+    gres_conf,
+    program,
+    slurm_conf,
+    slurmdbd_conf,
+    user_name,
+)
 
 #: Names the state folder in the environment of everything that the cluster starts.
 STATE_VARIABLE = "CPD_TESTBED"
@@ -35,7 +46,6 @@ PACKAGES = {
 START_SECONDS = 60.0
 #: Marks the state folder of a test cluster: only folders with this file are ever removed.
 MARKER = "test-cluster"
-SYSTEM_FOLDERS = ("/usr/sbin", "/usr/bin", "/sbin", "/bin")
 
 
 class TestbedError(RuntimeError):
@@ -48,11 +58,6 @@ def default_state() -> Path:
     """Return the default state folder: a short path that belongs to this user."""
     runtime = os.environ.get("XDG_RUNTIME_DIR")
     return Path(runtime) / "cpd-slurm" if runtime else Path(f"/tmp/cpd-slurm-{os.getuid()}")
-
-
-def program(name: str) -> str | None:
-    """Return the path of a program, searching /usr/sbin too, which is not on an ordinary user's PATH."""
-    return shutil.which(name, path=os.pathsep.join([os.environ.get("PATH", ""), *SYSTEM_FOLDERS]))
 
 
 def needed_programs(munge: bool, accounting: bool) -> list[str]:
@@ -95,13 +100,27 @@ class Testbed:
     __test__ = False  # not a test, whatever its name
 
     def __init__(self, state: Path) -> None:
+        """Look at the cluster in `state`, which need not exist.
+
+        Raises:
+            TestbedError: if `state` is not a folder that this user alone can read and write. Who writes into it
+                decides which programs the cluster runs.
+        """
         self.state = state.absolute()
+        with contextlib.suppress(FileNotFoundError):
+            entry = self.state.lstat()
+            if not stat.S_ISDIR(entry.st_mode) or entry.st_uid != os.geteuid() or entry.st_mode & 0o077:
+                raise TestbedError(
+                    f"{self.state} is a link, belongs to another user, or is open to others (mode "
+                    f"{stat.S_IMODE(entry.st_mode):o}); remove it, or choose another --state"
+                )
         self.conf = self.state / "slurm.conf"
 
     @property
     def environment(self) -> dict[str, str]:
         """Environment in which Slurm's commands talk to this cluster."""
-        inherited = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "SBATCH_", "PMI"))}
+        hidden = foreign_variables()
+        inherited = {key: value for key, value in os.environ.items() if key not in hidden}
         path = os.pathsep.join([inherited.get("PATH", ""), *SYSTEM_FOLDERS])
         return inherited | {"SLURM_CONF": str(self.conf), "PATH": path}
 
@@ -188,7 +207,8 @@ class Testbed:
             TestbedError: if a program is missing, the folder is unusable, or a daemon does not come up.
         """
         if self.daemons():
-            if all(state in ("idle", "mix", "alloc") for state in self.node_states().values()):
+            states = self.node_states()  # none if the controller does not answer
+            if states and all(state in ("idle", "mix", "alloc") for state in states.values()):
                 return False
             self.down()
         message = missing_packages(settings.munge, settings.accounting)

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import os
 import pwd
+import shutil
 import socket
 from dataclasses import dataclass, field
 from pathlib import Path
 
 CLUSTER = "testbed"
+SYSTEM_FOLDERS = ("/usr/sbin", "/usr/bin", "/sbin", "/bin")
 #: The partition that jobs go to by default, and one whose jobs preempt them.
 PARTITION, URGENT_PARTITION = "main", "urgent"
 
@@ -25,7 +27,8 @@ class Settings:
     num_nodes: int = 2
     cpus: int = 4
     """CPUs that every virtual node reports; may exceed the machine's cores, to test scheduling."""
-    munge: bool = False
+    munge: bool = field(default_factory=lambda: program("munged") is not None)
+    """Authenticate with a private munged; without it, every user of this machine can run jobs as you."""
     accounting: bool = False
     min_job_age: int = 86_400
     """Seconds for which squeue lists an ended job; many sites have Slurm's default of 300."""
@@ -68,6 +71,11 @@ class Settings:
     def database_socket(self) -> Path:
         """Where the private MariaDB listens."""
         return self.state / "mysql.socket"
+
+
+def program(name: str) -> str | None:
+    """Return the path of a program, searching /usr/sbin too, which is not on an ordinary user's PATH."""
+    return shutil.which(name, path=os.pathsep.join([os.environ.get("PATH", ""), *SYSTEM_FOLDERS]))
 
 
 def user_name() -> str:

@@ -18,6 +18,7 @@ import pytest
 
 from cpd.cluster.element_job import DEVICES_VARIABLE, VERBS, ElementJob, ask_to_stop, is_ours, submit_local
 from cpd.cluster.local import MAX_RESTARTS, LocalQueue, _shortage_in_log
+from cpd.cluster.queue import foreign_variables
 from cpd.cluster.sbatch import BundleJob
 from cpd.config.profile import Profile, Resources
 from cpd.envs.tasks import STREAMS
@@ -93,7 +94,10 @@ def kill_jobs(stop: threading.Event, killed: list[int]) -> None:
                 continue
 
 
-def test_jobs_that_are_killed_at_their_start_fail(run: Run) -> None:
+def test_jobs_that_are_killed_at_their_start_fail(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    # In an interactive step of Slurm; jobs inherit this process's environment.
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
+    monkeypatch.setenv("SLURM_JOB_ID", "5")
     stop, killed = threading.Event(), list[int]()
     thread = threading.Thread(target=kill_jobs, args=(stop, killed))
     thread.start()
@@ -103,6 +107,7 @@ def test_jobs_that_are_killed_at_their_start_fail(run: Run) -> None:
     finally:
         stop.set()
         thread.join()
+    assert foreign_variables() == []
     assert len(set(killed)) == MAX_RESTARTS + 1
     assert queue.failed == [run.report()]
     assert read_status(run.report().status).state == "failed"

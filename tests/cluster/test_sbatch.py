@@ -138,7 +138,7 @@ def test_options_of_a_site(make_run) -> None:
         "avx512",
     ]
     assert (teacher_options["mail-type"], teacher_options["exclusive"]) == ("FAIL", "")
-    assert re.search(r"\nmodule load gcc/13 openmpi/5.0\nexport A=1\n(.*\n)*srun ", chain["teacher-1"])
+    assert re.search(r"\nmodule load gcc/13 openmpi/5.0 \|\|.*\nexport A=1\n(.*\n)*srun ", chain["teacher-1"])
     report = options(chain["report-4"])
     assert report["qos"] == "short"
     assert not {"partition", "exclusive"} & set(report)

@@ -12,17 +12,35 @@ import pytest
 
 from cpd.cluster.estimate import costs, disk, launch_problems
 from cpd.cluster.ledger import LedgerEntry, append, ledger
-from cpd.cluster.queue import JobState, state_in_log
+from cpd.cluster.queue import (
+    UNKNOWN,
+    JobState,
+    _parse,
+    compact,
+    foreign_variables,
+    hides_jobs,
+    outside_of_jobs,
+    state_in_log,
+)
 from cpd.cluster.reconcile import queue_state, slurm_entries
-from cpd.cluster.requeue import describe_unfinished, is_stuck, slurm_job, unfinished_dependencies
-from cpd.cluster.sbatch import outside_of_jobs
+from cpd.cluster.requeue import (
+    check_code,
+    describe_unfinished,
+    hand_back,
+    is_stuck,
+    slurm_job,
+    unfinished_dependencies,
+)
+from cpd.comm import SerialComm
 from cpd.config.load import load
 from cpd.config.profile import Profile, load_profile
 from cpd.run.checkpoint import save
 from cpd.run.directory import Run
 from cpd.run.files import write_json
-from cpd.run.lease import Lease, LeaseLostError
+from cpd.run.interrupt import LAUNCHER_VARIABLE
+from cpd.run.lease import CODE_VARIABLE, Holder, Lease, LeaseLostError
 from cpd.run.progress import Status, read_status
+from cpd.run.provenance import code_version
 from jobs.launch import prepare
 from jobs.launch_options import load_recipe
 from tests.conftest import MINIATURE
@@ -55,6 +73,55 @@ def test_unknown_fields_of_a_ledger_are_ignored(make_run) -> None:
     line = json.loads(run.ledger.read_text())
     run.ledger.write_text(json.dumps({**line, "index": 4}) + "\n")
     assert ledger(run)["results"] == [entry(run, "results", "12")]
+
+
+def test_arrays_are_named_as_one() -> None:
+    assert compact(["9", "7_3", "7_0", "7_1", "7_2", "5_4", "7_7", "7_3"]) == ["9", "7_[0-3,7]", "5_[4]"]
+
+
+def test_a_job_that_the_cluster_hides_is_not_submitted_again(make_run) -> None:
+    run: Run = make_run()
+    drawer, window = run.teachers()
+    append(run, [entry(run, drawer.name, "12_0", user="alice"), entry(run, window.name, "12_1", user="alice")])
+    write_json(drawer.status, {"state": "queued"})
+    write_json(window.status, {"state": "stopped"})
+    jobs = {job: JobState(job, "", UNKNOWN, reason="hidden") for job in ("12_0", "12_1")}
+    state = queue_state(run, slurm_entries(run), jobs)
+    assert (list(state.held), state.active) == ([drawer.name], {})
+    assert hides_jobs("Prio = x\nPrivateData             = accounts,jobs,usage\n")
+    assert not hides_jobs("PrivateData             = none\nJobs = jobs\n")
+
+
+@pytest.mark.parametrize("recovers", [True, False])
+def test_a_controller_that_does_not_answer_is_asked_again_until_the_grace_time_is_over(
+    make_run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recovers: bool
+) -> None:
+    run: Run = make_run()
+    student = run.students()[0]
+    write_json(run.root / "profile.json", {"signal_seconds": 60 if recovers else 2})
+    # The first answers are the controller's silence; the job is running.
+    scontrol = tmp_path / "scontrol"
+    scontrol.write_text(
+        f"#!/bin/sh\necho $* >> {tmp_path}/calls\n"
+        f"[ $(wc -l < {tmp_path}/calls) -gt {1 if recovers else 99} ] || "
+        "{ echo 'slurm_load_jobs error: Unable to contact slurm controller' >&2; exit 1; }\n"
+        "echo JobId=5 JobState=RUNNING BatchFlag=1 Requeue=1\n"
+    )
+    scontrol.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("SLURM_JOB_ID", "5")
+    monkeypatch.delenv(LAUNCHER_VARIABLE, raising=False)
+    lines: list[str] = []
+    hand_back(run, student, SerialComm(), lines.append)
+    calls = (tmp_path / "calls").read_text().splitlines()
+    assert len(lines) == 2
+    record = read_status(student.status)
+    if recovers:
+        assert record.state == "queued"
+        assert calls == ["show job -o 5"] * 2 + ["requeue 5"]
+    else:
+        assert record.state == "stopped" and "Unable to contact slurm controller" in record.message
+        assert set(calls) == {"show job -o 5"}
 
 
 def test_the_queue_state_comes_from_ledger_queue_and_leases(make_run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,6 +179,26 @@ def test_an_element_names_its_unfinished_dependencies(make_run, capsys: pytest.C
     assert "teachers/drawer-close-v3/seed-1 (failed" in read_status(student.status).message
 
 
+def test_code_that_changed_since_submission_is_noted_or_refused(
+    make_run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from jobs import teacher as command
+
+    run: Run = make_run()
+    drawer, window = run.teachers()
+    append(run, [entry(run, drawer.name, "1", code="abc"), entry(run, window.name, "1", code=code_version())])
+    monkeypatch.setenv(CODE_VARIABLE, "")
+    lines: list[str] = []
+    assert check_code(run, window, lines.append) == "" == check_code(run, drawer, lines.append)
+    (note,) = lines
+    assert "abc" in note and code_version() in note
+    assert Holder.current().code == code_version()
+    write_json(run.root / "profile.json", {"code_changes": "refuse"})
+    assert command.main([str(run.root), drawer.name]) == 2
+    assert "abc" in capsys.readouterr().err
+    assert (read_status(drawer.status).state, check_code(run, window, lines.append)) == ("failed", "")
+
+
 def test_only_requeues_without_progress_count(make_run) -> None:
     run: Run = make_run()
     student = run.students()[0]
@@ -125,13 +212,27 @@ def test_only_requeues_without_progress_count(make_run) -> None:
     assert not is_stuck(run, student, "6")
 
 
-def test_submitting_from_inside_a_job_leaks_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SLURM_JOB_ID", "1")
-    monkeypatch.setenv("SLURM_MEM_PER_NODE", "100")
-    monkeypatch.setenv("SLURM_CONF", "/etc/x.conf")
+def test_variables_that_slurm_reads_as_options_reach_neither_its_commands_nor_jobs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    options = ["SLURM_JOB_ID", "SLURM_CLUSTERS", "SBATCH_EXPORT", "SQUEUE_FORMAT", "SCANCEL_STATE", "SACCT_FORMAT"]
+    options += ["SCONTROL_ALL", "SRUN_CPUS_PER_TASK", "PMI_SIZE", "PMIX_RANK", "SLURMD_NODENAME"]
+    for key in (*options, "SLURM_CONF", "SLURM_JWT", "SLURMISH", "MY_SLURM_X"):
+        monkeypatch.setenv(key, "x")
+    assert set(options) <= set(foreign_variables())
     with outside_of_jobs():
-        assert {key for key in os.environ if key.startswith("SLURM_")} == {"SLURM_CONF"}
-    assert os.environ["SLURM_MEM_PER_NODE"] == "100"
+        assert foreign_variables() == []
+        assert {"SLURM_CONF", "SLURM_JWT", "SLURMISH", "MY_SLURM_X"} <= os.environ.keys()
+    assert os.environ["SQUEUE_FORMAT"] == "x"
+
+
+def test_jobs_are_read_from_squeue_whatever_their_names_hold() -> None:
+    text = "12_0|12|PENDING||Priority|a|b\n13|13|RUNNING|n1|None|x\n14|y\n|\ufffd\n\n15|15|CANCELLED by 7|n2||z\n"
+    assert list(_parse(text).values()) == [
+        JobState("12_0", "a|b", "PENDING", "", "Priority", "12"),
+        JobState("13", "x", "RUNNING", "n1", "", "13"),
+        JobState("15", "z", "CANCELLED", "n2", "", "15"),
+    ]
 
 
 def test_costs_and_disk(make_run) -> None:
@@ -198,6 +299,16 @@ def test_causes_are_read_from_logs() -> None:
     assert state_in_log([requeue, "Traceback"]) == ""
     assert state_in_log([requeue, timeout, "srun: error"]) == "TIMEOUT"
     assert state_in_log([timeout, out_of_memory]) == "OUT_OF_MEMORY"
+
+
+@pytest.mark.parametrize("name", ["a%jb", "100%", "a\nb", "a\\b", "\x1b[0m"])
+def test_a_run_directory_that_slurm_would_rewrite_is_refused(make_run, name: str) -> None:
+    config = make_run().config
+    (problem,) = launch_problems(ROOT / "runs" / name, config, profile())
+    assert repr(name)[1:-1] in problem
+    assert len(launch_problems(ROOT / "runs" / name, config, load_profile("local"))) == (
+        name not in ("100%", "a\\b")
+    )
 
 
 def test_a_run_directory_that_jobs_cannot_see_is_refused(make_run) -> None:

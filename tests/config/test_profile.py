@@ -27,11 +27,11 @@ def test_all_in_the_folder_are_sound() -> None:
 
 
 def test_an_unknown_key_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(ConfigError, match=r"zzz: .*cluster, cores, partition, .*report"):
+    with pytest.raises(ConfigError, match=r"zzz: .*cluster, cores, clusters, partition, .*report"):
         slurm(zzz=1)
     with pytest.raises(ConfigError, match=r"partitoin: .*'partition'"):
         slurm(partitoin="main")
-    with pytest.raises(ConfigError, match=r"teacher\.zzz: .*ranks, nodes, cpus, .*sbatch"):
+    with pytest.raises(ConfigError, match=r"teacher\.zzz: .*ranks, nodes, cpus, .*srun_args"):
         slurm(teacher={"zzz": 1})
 
 
@@ -59,6 +59,25 @@ def test_the_free_table_refuses_what_the_launcher_needs() -> None:
         slurm(sbatch={"array": "0-3"})
     with pytest.raises(ConfigError, match="--mail-type"):
         slurm(teacher={"sbatch": {"--mail-type": "FAIL"}})
+
+
+@pytest.mark.parametrize(
+    ("path", "settings"),
+    [
+        ("partition", {"partition": "main\nrm -r /"}),
+        ("modules.0", {"modules": ["gcc\n"]}),
+        ("setup.1", {"setup": ["a", "b\rc"]}),
+        ("student.srun_args.0", {"student": {"srun_args": ["\x1b"]}}),
+        ("sbatch.comment", {"sbatch": {"comment": "a\nb"}}),
+        ("sbatch", {"sbatch": {"mail type": "x"}}),
+        ("sbatch", {"sbatch": {"x\n#SBATCH --y": True}}),
+        ("python", {"python": "python 'x"}),
+    ],
+)
+def test_what_would_leave_its_line_of_the_script_is_refused(path: str, settings: dict[str, object]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        slurm(**settings)
+    assert any(problem.startswith(f"{path}") for problem in caught.value.problems), caught.value.problems
 
 
 def test_an_unknown_profile_is_refused_with_the_known_ones(tmp_path: Path) -> None:

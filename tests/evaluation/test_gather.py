@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from analysis.dataset import load_dataset
+from analysis.terminal import usage_lines
 from cpd.evaluation.gather import gather
 from cpd.evaluation.results_folder import read_tables
 from cpd.evaluation.summary import summarize
@@ -95,7 +97,12 @@ def test_gathered_tables_hold_every_row_and_suffice_alone(tmp_path: Path) -> Non
 
 def test_gathering_again_changes_nothing(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", stream=STREAM, students={1: RATES}, teachers=TEACHERS)
+    student, spans = run.students()[0], [("distill", 0.0, 1800.0), ("distill", 5400.0, 7200.0)]
+    write_json(student.status, {"state": "done", "cpu_seconds": 5400.0, "spans": spans})
+    write_json(run.root / "profile.json", {"cluster": "slurm", "student": {"nodes": 4, "cpus": 2}})
     gather(run)
+    timings = load_dataset([run.results]).timings
+    assert usage_lines(timings) == ["student: 4 node-hours, 75 % of the cores' time used"]
     gathered = {path.name: path.read_bytes() for path in run.results.iterdir()}
     gather(Run(run.root))
     assert gathered == {path.name: path.read_bytes() for path in run.results.iterdir()}

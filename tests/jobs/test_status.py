@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import shutil
+import time
 from dataclasses import asdict
 from pathlib import Path
 
@@ -11,11 +14,13 @@ import pytest
 from rich.console import Console
 
 from cpd.cluster.ledger import LedgerEntry, append
-from cpd.run.directory import Run
+from cpd.cluster.queue import JobState, NoAnswerError, NoSchedulerError, QueueView, SchedulerError
+from cpd.run.directory import Element, Run
 from cpd.run.files import write_json
 from cpd.run.lease import Lease
 from cpd.run.progress import Status
-from jobs.status import main, run_status, screen_table, status_table
+from jobs.status import IDLE_POLLS, main, run_status
+from jobs.status_table import queue_lines, screen_table, status_table
 
 
 def test_states(make_run) -> None:
@@ -46,6 +51,65 @@ def test_json_is_for_programs(make_run, capsys: pytest.CaptureFixture[str]) -> N
     rows = json.loads(capsys.readouterr().out)
     assert [row["element"] for row in rows] == [element.name for element in run.elements()]
     assert rows == [asdict(row) for row in run_status(run)]
+
+
+def queue_view(failure: SchedulerError | None = None, *jobs: JobState) -> QueueView:
+    """What Slurm has just answered, or why it has not."""
+    return QueueView({job.job: job for job in jobs}, time.monotonic() + 1e6, {}, 0.0, failure)
+
+
+def submitted(run: Run, user: str = "") -> list[Element]:
+    """A queued, a running and a stopped teacher; the jobs 1_0, 1_1 and 1_2."""
+    teachers = run.teachers()
+    entries = [LedgerEntry(t.name, "teacher", f"1_{t.index}", "", 0.0, "slurm", user=user) for t in teachers]
+    append(run, entries)
+    Status(teachers[1].status).begin("train", 100, 40)
+    Status(teachers[2].status).finish("stopped", "saved")
+    write_json(teachers[0].status, {"state": "queued"})
+    return [*teachers]
+
+
+def test_a_controller_that_does_not_answer_takes_no_job_out_of_the_queue(make_run) -> None:
+    run: Run = make_run(stream={"tasks": ["push-v3", "reach-v3", "hammer-v3"]})
+    _, reach, _ = submitted(run)
+    with Lease(reach.path):
+        rows = run_status(run, queue_view(NoAnswerError("squeue did not answer")))
+    assert [row.state for row in rows[:3]] == ["queued", "running", "stopped"]
+    assert {row.queue for row in rows[:3]} == {"UNKNOWN (Slurm does not answer)"}
+    assert queue_lines(rows, is_wide=True) == ["1 queued: UNKNOWN (Slurm does not answer)"]
+    # On a machine without Slurm nobody is asked.
+    assert run_status(run, queue_view(NoSchedulerError("squeue not found")))[0].state == "waiting"
+
+
+def test_a_second_look_reads_no_files_of_what_is_finished_or_pending(make_run) -> None:
+    run: Run = make_run(stream={"tasks": ["push-v3", "reach-v3", "hammer-v3"]})
+    push, reach, hammer = submitted(run)
+    hammer.complete.touch()
+    view = queue_view(None, *(JobState(f"1_{i}", "x", "PENDING", "", "Priority", "1") for i in range(2)))
+    rows = run_status(run, view)
+    assert [row.state for row in rows[:3]] == ["queued", "queued", "done"]
+    for element in (push, reach, hammer):
+        shutil.rmtree(element.path)
+    assert run_status(run, view, rows) == rows
+    # One of them has started; its log is there, and its status.
+    view._jobs["1_1"] = JobState("1_1", "x", "RUNNING", "n1", "", "1")
+    Status(reach.status).begin("train", 100, 40)
+    with Lease(reach.path):
+        assert [row.state for row in run_status(run, view, rows)[:3]] == ["queued", "running", "done"]
+
+
+@pytest.mark.parametrize("width", [80, 160])
+def test_what_holds_jobs_up_is_told_at_any_width(make_run, width: int) -> None:
+    run: Run = make_run(stream={"tasks": ["push-v3", "reach-v3", "hammer-v3"]})
+    submitted(run, user="alice")
+    reasons = ("JobHeldUser", "QOSMaxCpuPerUserLimit", "JobHeldAdmin")
+    jobs = [JobState(f"1_{i}", "x", "PENDING", "", reason, "1") for i, reason in enumerate(reasons)]
+    console = Console(width=width, record=True, file=io.StringIO())
+    console.print(status_table(run, run_status(run, queue_view(None, *jobs)), width))
+    text = console.export_text()
+    assert "held: scontrol release 1_[0,2]" in [line.rstrip() for line in text.splitlines()]
+    assert "PENDING (QOSMaxCpuPerUserLimit)" in text
+    assert "alice" in text
 
 
 @pytest.mark.parametrize("width", [80, 120])
@@ -128,6 +192,31 @@ def test_watching_an_idle_run_ends(
 
     monkeypatch.setattr("time.sleep", interrupt)
     assert main([str(run.root), "--watch"]) == 130
+
+
+def test_watching_goes_on_while_slurm_does_not_answer(
+    make_run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run: Run = make_run(stream={"tasks": ["push-v3", "reach-v3", "hammer-v3"]})
+    push, _, _ = submitted(run)
+    push.complete.touch()  # what remains was running and is silent, or has stopped
+    (tmp_path / "squeue").write_text("#!/bin/sh\necho 'Unable to contact slurm controller' >&2\nexit 1\n")
+    (tmp_path / "squeue").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    looks: list[float] = []
+    real_sleep = time.sleep
+
+    def sleep(seconds: float) -> None:
+        if seconds < 1.0:
+            real_sleep(seconds)  # another thread's
+        elif len(looks) > IDLE_POLLS:
+            raise KeyboardInterrupt
+        else:
+            looks.append(seconds)
+
+    monkeypatch.setattr("time.sleep", sleep)
+    assert main([str(run.root), "--watch"]) == 130
+    assert set(looks) == {10.0}
 
 
 def test_published_results_are_no_run(capsys: pytest.CaptureFixture[str]) -> None:

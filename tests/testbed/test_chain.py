@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from workbench import DRAWER, LASTING, LONG, ROOT, STUDENT, WINDOW, Workbench, stages, variation
 
-from cpd.cluster.ledger import ledger
+from cpd.cluster.ledger import ledger, user_name
+from cpd.config.profile import ROLES
 from cpd.run.directory import Run
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
@@ -152,7 +153,17 @@ def test_nothing_is_submitted_twice(bench: Workbench, tmp_path: Path) -> None:
     assert not list((root / "logs").glob(".submission_file*"))
     in_queue = bench.slurm("squeue", "-h", "-r", "-o", "%i %j")
     assert len(in_queue.splitlines()) == 5
+    # Names and comments of other jobs hold anything.
+    strange = ("-J", "a|b\nc\udcff", "--comment", "JobState=x\n\udcfe")
+    stranger = bench.slurm("sbatch", "--parsable", "--hold", "-o", "/dev/null", *strange, "--wrap", "true")
+    # As if a colleague had launched it: their jobs are asked for by number.
+    mine = (root / "jobs.jsonl").read_text()
+    (root / "jobs.jsonl").write_text(mine.replace(f'"user": "{user_name()}"', '"user": "alice"'))
+    rows = bench.rows(root).values()
+    assert {(row["state"], row["user"]) for row in rows} == {("queued", "alice")}
+    assert {row["queue"] for row in rows} == {"PENDING (JobHeldUser)"}
     assert "nothing to submit (5 elements in the queue)" in bench.launch(root, profile=profile)
+    (root / "jobs.jsonl").write_text(mine)
     # As if the launcher had died between sbatch and its ledger line, and before submitit's pickle was written.
     lines = [json.loads(line) for line in (root / "jobs.jsonl").read_text().splitlines()]
     announced = [line for line in lines if not line["job"]]
@@ -160,6 +171,7 @@ def test_nothing_is_submitted_twice(bench: Workbench, tmp_path: Path) -> None:
     for pickle in (root / "logs").glob("*_submitted.pkl"):
         pickle.unlink()
     assert "nothing to submit (5 elements in the queue)" in bench.launch(root, profile=profile)
+    bench.slurm("scancel", stranger)
     assert bench.slurm("squeue", "-h", "-r", "-o", "%i %j") == in_queue
     assert {entries[-1].job for entries in ledger(Run(root)).values()} == {
         line.split()[0] for line in in_queue.splitlines()
@@ -186,7 +198,12 @@ def test_cancel_and_launch_again(finished: Path, taught: Path, bench: Workbench)
 
 
 def test_a_wrong_mpi_type_is_reported_and_trains_nothing(taught: Path, bench: Workbench, tmp_path: Path) -> None:
-    bench.launch(taught, *LONG, profile=variation(tmp_path, srun_mpi='srun_mpi = "none"'))
+    profile = variation(tmp_path, srun_mpi='srun_mpi = "none"')
+    lines = bench.launch(taught, *LONG, "--probe", profile=profile, code=1).splitlines()
+    found = {role: line for line in lines for role in ROLES if f" {role}: " in line}  # the last of each
+    assert ["well, 1 rank(s) on n" in found[role] for role in ROLES] == [True, False, False, True]
+    assert all("this job was given 2 ranks, but MPI" in found[role] for role in ("student", "evaluation"))
+    bench.launch(taught, *LONG, profile=profile)
     bench.drain()
     row = bench.rows(taught)[STUDENT]
     assert row["state"] == "failed"
@@ -202,7 +219,8 @@ def test_plain_scripts_do_the_same(finished: Path, bench: Workbench, tmp_path: P
     assert not (root / "jobs.jsonl").exists()
     small = ("--parsable", "--mem=500M", "--cpus-per-task=1", "--output=/dev/null", "--time=30")
     spread = ("--nodes=2", "--ntasks-per-node=1")
-    scripts, python = ROOT / "slurm", f"--export=ALL,PYTHON={sys.executable},MPIR_CVAR_CH4_NETMOD=ofi"
+    scripts = ROOT / "slurm"
+    python = f"--export=ALL,PYTHON={sys.executable},MPIR_CVAR_CH4_NETMOD=ofi,CPD_STATUS_SECONDS=1"
 
     def sbatch(script: str, *options: str, after: str = "") -> str:
         wait_for = [f"--dependency=afterany:{after}"] if after else []

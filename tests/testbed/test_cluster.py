@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -12,8 +13,9 @@ from pathlib import Path
 import pytest
 from workbench import ROOT, Workbench
 
-from slurm.testbed.__main__ import argument_parser
-from slurm.testbed.cluster import Testbed, TestbedError, default_state, free_ports, missing_packages
+from cpd.run.lease import start_ticks
+from slurm.testbed.__main__ import argument_parser, main
+from slurm.testbed.cluster import MARKER, Testbed, TestbedError, default_state, free_ports, missing_packages
 from slurm.testbed.conf import Settings, slurm_conf
 
 pytestmark = pytest.mark.slurm
@@ -59,7 +61,7 @@ def test_up_twice_then_down(tmp_path: Path) -> None:
     second = testbed(*up)
     assert second.returncode == 0 and "already" in second.stdout
     here = Testbed(state)
-    assert len(here.daemons()) == 4
+    assert set(here.daemons()) - {"munged"} == {"slurmctld", "slurmd-n1", "slurmd-n2", "slurmd-n3"}
     # A job that does not want to go, and a child that left its session.
     script = tmp_path / "stubborn.sh"
     script.write_text(
@@ -87,20 +89,44 @@ def test_nodes_are_virtual(bench: Workbench) -> None:
     assert sorted(names) == ["n1", "n2"]
 
 
-def test_with_munge(tmp_path: Path) -> None:
+def test_jobs_are_authenticated_where_munge_is_installed(bench: Workbench) -> None:
     if missing_packages(munge=True):
         pytest.skip(missing_packages(munge=True))
-    here = Testbed(tmp_path / "s")
-    here.up(Settings(state=here.state, munge=True))
-    try:
-        assert "munged" in here.daemons()
-        assert here.command("srun", "echo", "hello").strip() == "hello"
-    finally:
-        here.down()
+    assert "munged" in bench.testbed.daemons()
+
+
+@pytest.mark.parametrize("kind", ["link", "open", "file"])
+def test_a_folder_that_others_can_write_is_refused(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state = tmp_path / "s"
+    real = tmp_path / "real"
+    real.mkdir(mode=0o700)
+    (real / MARKER).touch()
+    (real / "daemons.json").write_text(json.dumps({"slurmctld": [os.getpid(), start_ticks(os.getpid())]}))
+    if kind == "link":
+        state.symlink_to(real)
+    elif kind == "file":
+        state.touch(mode=0o600)
+    else:
+        real.rename(state)
+        state.chmod(0o770)
+    for verb in ("up", "status", "down"):
+        assert main([verb, "--state", str(state)]) == 1
+        assert str(state) in capsys.readouterr().err
+    assert kind == "file" or (state / "daemons.json").exists()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may give a folder away")
+def test_a_folder_of_another_user_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "s").mkdir(mode=0o700)
+    os.chown(tmp_path / "s", 65534, 65534)
+    with pytest.raises(TestbedError, match="another user"):
+        Testbed(tmp_path / "s")
 
 
 def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("slurm.testbed.cluster.SYSTEM_FOLDERS", ())
+    monkeypatch.setattr("slurm.testbed.conf.SYSTEM_FOLDERS", ())
     monkeypatch.setenv("PATH", "/nonexistent")
     assert re.search(
         r"apt-get install -y --no-install-recommends slurmctld slurmd slurm-client munge slurmdbd mariadb-server$",

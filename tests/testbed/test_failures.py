@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
-from workbench import DRAWER, EVALUATION, LASTING, LONG, ROOT, STUDENT, WINDOW, Workbench, variation
+from workbench import DRAWER, EVALUATION, LASTING, LONG, ROOT, STUDENT, WINDOW, Workbench, stages, variation
 
 from cpd.cluster.ledger import ledger
 from cpd.cluster.queue import REMEDIES
 from cpd.run.directory import Run
+from cpd.run.lease import current_holder
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
 
@@ -109,6 +112,35 @@ def test_a_job_that_exceeds_its_memory_is_reported(strict: Workbench, tmp_path: 
     strict.launch(root, "--only", DRAWER)
     strict.drain()
     assert strict.rows(root)[DRAWER]["state"] == "done"
+
+
+def test_a_module_that_does_not_load_is_told(bench: Workbench, tmp_path: Path) -> None:
+    root, profile = tmp_path / "run", tmp_path / "modules.toml"
+    profile.write_text('cluster = "slurm"\nsingle_machine = true\nmodules = ["gcc/13", "no such"]\n')
+    bench.launch(root, "--only", DRAWER, profile=str(profile))
+    bench.drain()
+    row = bench.rows(root)[DRAWER]
+    assert row["state"] == "killed"
+    assert row["message"].startswith("setup failed: module load gcc/13 'no such': ")
+
+
+@pytest.mark.slow
+def test_a_controller_that_is_away_is_waited_for(finished: Path, taught: Path, bench: Workbench) -> None:
+    bench.launch(taught, *LONG)
+    bench.until(taught, STUDENT, 60)
+    log = taught / bench.rows(taught)[STUDENT]["log"]
+    holder, _ = current_holder(taught / STUDENT / "attempts")
+    assert holder is not None
+    os.kill(bench.testbed.daemons()["slurmctld"], signal.SIGTERM)
+    os.kill(holder.process, signal.SIGUSR1)
+    row = bench.rows(taught)[EVALUATION]
+    assert (row["state"], row["queue"]) == ("queued", "UNKNOWN (Slurm does not answer)")
+    bench.wait(lambda: "asking again" in log.read_text(), "the job misses the controller")
+    bench.testbed.start_daemon("slurmctld", "slurmctld", "-D")
+    bench.drain()
+    assert bench.rows(taught)[STUDENT]["attempts"] == 2
+    assert stages(taught) == stages(finished)
+    bench.assert_done(taught)
 
 
 def test_gpus_are_requested(strict: Workbench, taught: Path, tmp_path: Path) -> None:

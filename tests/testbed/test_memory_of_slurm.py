@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from workbench import DRAWER, LASTING, LONG, STUDENT, WINDOW, Workbench, stages
+from workbench import DRAWER, LASTING, LONG, STUDENT, WINDOW, Workbench, stages, variation
 
 from cpd.cluster.queue import accounting
 
@@ -45,7 +45,9 @@ def test_the_accounting_is_queried_if_a_site_has_it(accounted: Workbench, tmp_pa
     for key in ("SLURM_CONF", "PATH"):
         monkeypatch.setenv(key, accounted.environment[key])
     root = tmp_path / "run"
-    accounted.launch(root, *LASTING)
+    # With its name, as at a site with several clusters; the shell's SLURM_CLUSTERS names another.
+    profile = variation(tmp_path, partition='partition = "main"\nclusters = "testbed"')
+    accounted.launch(root, *LASTING, profile=profile)
     accounted.until(root, DRAWER, 0)
     job = accounted.job(root, DRAWER)
     accounted.slurm("scancel", job)
@@ -57,7 +59,9 @@ def test_the_accounting_is_queried_if_a_site_has_it(accounted: Workbench, tmp_pa
     assert row["node"] in ("n1", "n2")
     names = {state.name for state in accounting("-j", [job]).values()}
     assert accounting("--name", names)[job].state == row["queue"]
-    assert "4 of 5 elements (1 finished, 0 in the queue)" in accounted.launch(root, *LASTING, "--dry-run")
+    assert "4 of 5 elements (1 finished, 0 in the queue)" in accounted.launch(
+        root, *LASTING, "--dry-run", profile=profile
+    )
 
 
 @pytest.mark.slow

@@ -30,6 +30,22 @@ LASTING = ("--teacher.max_env_steps", "8000")
 DRAWER, WINDOW = "teachers/drawer-close-v3/seed-1", "teachers/window-close-v3/seed-1"
 STUDENT = "students/moe/seed-1"
 EVALUATION = f"{STUDENT}/evaluation"
+#: What a user's shell may hold: other defaults of Slurm's commands, and a step that the launcher is a task of.
+SHELL = {
+    "SQUEUE_FORMAT": "%u",
+    "SQUEUE_PARTITION": "urgent",
+    "SQUEUE_STATES": "FAILED",
+    "SCANCEL_STATE": "SUSPENDED",
+    "SBATCH_TIMELIMIT": "1",
+    "SBATCH_PARTITION": "nowhere",
+    "SBATCH_EXPORT": "NONE",
+    "SBATCH_MEM_PER_NODE": "1",
+    "SLURM_CLUSTERS": "nowhere",
+    "SLURM_STEP_NUM_TASKS": "4",
+    "SLURM_PROCID": "0",
+    "SLURM_MPI_TYPE": "none",
+    "PMI_SIZE": "4",
+}
 
 
 class Workbench:
@@ -37,7 +53,7 @@ class Workbench:
 
     def __init__(self, testbed: Testbed) -> None:
         self.testbed = testbed
-        self.environment = testbed.environment | {"OMP_NUM_THREADS": "1"}
+        self.environment = testbed.environment | {"OMP_NUM_THREADS": "1", "CPD_STATUS_SECONDS": "1"}
         self._met: dict[Path, int] = {}
 
     def python(self, *arguments: str, code: int = 0, **environment: str) -> str:
@@ -45,7 +61,7 @@ class Workbench:
         done = subprocess.run(
             [sys.executable, "-m", *arguments],
             cwd=ROOT,
-            env=self.environment | environment,
+            env=self.environment | SHELL | environment,
             umask=0o002,
             capture_output=True,
             text=True,
