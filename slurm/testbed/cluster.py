@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from cpd.cluster.ledger import user_name
 from cpd.cluster.queue import foreign_variables
 from cpd.reading import read_json
 from cpd.run.lease import is_alive, start_ticks
@@ -26,7 +27,6 @@ from slurm.testbed.conf import (
     program,
     slurm_conf,
     slurmdbd_conf,
-    user_name,
 )
 
 #: Names the state folder in the environment of everything that the cluster starts.

@@ -6,11 +6,12 @@ https://slurm.schedmd.com/slurm.conf.html describes the settings.
 from __future__ import annotations
 
 import os
-import pwd
 import shutil
 import socket
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from cpd.cluster.ledger import user_name
 
 CLUSTER = "testbed"
 SYSTEM_FOLDERS = ("/usr/sbin", "/usr/bin", "/sbin", "/bin")
@@ -76,11 +77,6 @@ class Settings:
 def program(name: str) -> str | None:
     """Return the path of a program, searching /usr/sbin too, which is not on an ordinary user's PATH."""
     return shutil.which(name, path=os.pathsep.join([os.environ.get("PATH", ""), *SYSTEM_FOLDERS]))
-
-
-def user_name() -> str:
-    """Return the name of the user that runs the cluster."""
-    return pwd.getpwuid(os.geteuid()).pw_name
 
 
 def memory_mib() -> int:
