@@ -17,7 +17,7 @@ from cpd.cluster.estimate import launch_problems
 from cpd.cluster.local import LocalQueue
 from cpd.cluster.pickles import sweep_pickles
 from cpd.cluster.plan import PlanError
-from cpd.cluster.probe import probe
+from cpd.cluster.probe import probe_profile
 from cpd.cluster.queue import (
     CLUSTERS_VARIABLE,
     NoSchedulerError,
@@ -209,7 +209,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if arguments.prepare:
                 log(f"{root} is ready")
             elif arguments.probe:
-                return 0 if probe(run, profile, log) else EXIT_FAILED
+                return 0 if probe_profile(run, profile, log) else EXIT_FAILED
             elif profile.cluster == "slurm":
                 submit_chain(run, profile, arguments.only, arguments.retry_failed)
             else:

@@ -82,7 +82,7 @@ def _gpus() -> int:
     return len(devices.split(",")) if devices else 0
 
 
-def probe(run: Run, profile: Profile, log: Callable[[str], None]) -> bool:
+def probe_profile(run: Run, profile: Profile, log: Callable[[str], None]) -> bool:
     """Submit a probe for every role, wait for all, and log what each found; return whether all are well.
 
     Raises:
