@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +17,7 @@ from cpd.evaluation.student_measures import Rate, StudentResults
 from cpd.evaluation.summary import MethodMeasures, Summary, summarize, without_students
 from cpd.reading import read_for_display
 from cpd.run.progress import read_status
-from cpd.run.tables import find_table, read_table
+from cpd.run.tables import TrainingRow, find_table, read_rows
 
 #: A task looks like others if more than this share of its episodes begin nearest to one of another task.
 LOOK_ALIKE_SHARE = 0.05
@@ -252,25 +250,24 @@ def _teacher_curves(tables: Tables) -> Iterable[TeacherCurve]:
     path = tables.folder / "teacher_curves.csv"
     if not find_table(path):
         return
-    records = list(csv.DictReader(io.StringIO(read_table(path), newline="")))
-
-    def numbers(rows: Sequence[dict[str, str]], key: str) -> tuple[float, ...]:
-        return tuple(float(row.get(key) or "nan") for row in rows)
-
+    records = read_rows(path, TrainingRow, is_open=True)
     for teacher in tables.teachers:
-        rows = [r for r in records if (r["task"], int(r["seed"])) == (teacher.task, teacher.seed)]
-        rows = [r for r in rows if r.get("env_steps")]
-        validated = [r for r in rows if r.get("validation_success")]
+        rows = [r for r in records if (r.task, r.seed) == (teacher.task, teacher.seed) and r.env_steps is not None]
+        validated = [r for r in rows if r.validation_success is not None]
         if rows:
             yield TeacherCurve(
                 teacher.task,
                 teacher.seed,
                 teacher.state,
-                numbers(rows, "env_steps"),
-                numbers(validated, "env_steps"),
-                numbers(validated, "validation_success"),
-                numbers(rows, "train_success"),
+                _numbers(rows, "env_steps"),
+                _numbers(validated, "env_steps"),
+                _numbers(validated, "validation_success"),
+                _numbers(rows, "train_success"),
             )
+
+
+def _numbers(rows: Sequence[TrainingRow], column: str) -> tuple[float, ...]:
+    return tuple(np.nan if (value := getattr(row, column)) is None else float(value) for row in rows)
 
 
 def _timings(tables: Tables) -> list[Timing]:

@@ -194,8 +194,9 @@ def _write_cell_files(table: Path, details: Path, cells: Sequence[tuple], labels
         successes = round(rate * count)
         last = successes if stage is None or goal_set == "training" else None
         head = {"method": method, "seed": seed, "stage": stage, "task": task, "goal_set": goal_set}
-        counts = {"episodes": count, "successes": successes, "successes_last": last, "mean_return": 10.0 * rate}
+        counts = {"episodes": count, "successes": successes, "successes_last": last, "mean_return": 10.0}
         rows.append(EvaluationRow(**head, **counts, **asdict(labels)))
-        episodes += [EpisodeRow(*head.values(), goal, goal < successes, None, 120, 10.0) for goal in range(count)]
+        flags = [(goal < successes, None if last is None else goal < last) for goal in range(count)]
+        episodes += [EpisodeRow(*head.values(), goal, *pair, 120, 10.0) for goal, pair in enumerate(flags)]
     write_rows(table, rows)
     write_rows(details, episodes)

@@ -14,6 +14,7 @@ from cpd.distill.growth import GrowthDecision
 from cpd.distill.stage_data import StageData, admitted_teachers, read_stage
 from cpd.distill.trainer import StepReport, StudentTrainer
 from cpd.envs.cells import Cell, EnvPool, evaluate_cells
+from cpd.evaluation.measures import curve_steps
 from cpd.run.attempt import Attempt, begin_attempt
 from cpd.run.checkpoint import latest, save
 from cpd.run.directory import Run, StudentElement, TeacherElement
@@ -28,11 +29,6 @@ from cpd.student.network import save_student
 CURVE_CHUNK: Final = 5
 #: Distillation steps after which ranks agree on whether to stop: seldom, since agreeing costs a collective.
 AGREE_EVERY: Final = 10
-
-
-def curve_steps(num_points: int, steps_per_stage: int) -> list[int]:
-    """The steps of a stage after which its learning curve gets a point: evenly spaced, up to the last step."""
-    return [round(steps_per_stage * point / num_points) for point in range(1, num_points + 1)]
 
 
 def run_student(

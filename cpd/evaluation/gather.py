@@ -48,6 +48,7 @@ from cpd.run.tables import (
     Row,
     StageRow,
     TeacherRow,
+    TeacherState,
     UsageRow,
     find_table,
     read_rows,
@@ -70,9 +71,12 @@ def gather(run: Run) -> dict[str, Any]:
     if not any((run.root / name).is_dir() for name in ("teachers", "students")):
         raise RunError(f"{run.root} has neither teachers nor students yet; start them with `jobs.launch`")
     stages = range(-1, len(run.config.stream.tasks))
-    files = [(teacher.evaluation, teacher.episodes) for teacher in run.teachers() if teacher.finished]
-    files += [(e.row_file(stage), e.row_episodes_file(stage)) for e in run.evaluations() for stage in stages]
-    evaluations = _existing_rows([table for table, _ in files], EvaluationRow)
+    rows_due = [(e, stage, _identity(e, stage=stage)) for e in run.evaluations() for stage in stages]
+    files = [(t.evaluation, t.episodes, _identity(t)) for t in run.teachers() if t.finished]
+    files += [(e.row_file(stage), e.row_episodes_file(stage), of) for e, stage, of in rows_due]
+    # An evaluation that is still running, or was killed, may have written its episodes alone.
+    files = [(table, details, of) for table, details, of in files if table.exists()]
+    evaluations = _existing_rows([(table, of) for table, _, of in files], EvaluationRow)
     # Checked before anything is written: a user may have removed a student's folder to save space.
     if (table := run.results / "evaluations.csv").exists():
         check_none_lost(
@@ -83,8 +87,9 @@ def gather(run: Run) -> dict[str, Any]:
             f"without them, remove {table} first",
         )
     _write_table(run.results / "evaluations.csv", evaluations)
-    _write_table(run.results / "episodes.csv", _existing_rows([details for _, details in files], EpisodeRow))
-    _write_table(run.results / "curves.csv", _existing_rows([s.curves for s in run.students()], CurveRow))
+    _write_table(run.results / "episodes.csv", _existing_rows([(d, of) for _, d, of in files], EpisodeRow))
+    curves = [(student.curves, _identity(student)) for student in run.students()]
+    _write_table(run.results / "curves.csv", _existing_rows(curves, CurveRow))
     _write_table(run.results / "teachers.csv", [_teacher_row(t) for t in run.teachers()])
     _write_records(
         run.results / "teacher_curves.csv",
@@ -96,9 +101,9 @@ def gather(run: Run) -> dict[str, Any]:
     records = [(s, read_metrics(s.metrics, is_finished=s.finished)) for s in run.students()]
     _write_table(run.results / "losses.csv", [row for s, metrics in records for row in _losses(s, metrics)])
     _write_table(run.results / "stages.csv", [row for s, metrics in records for row in _stages(s, metrics)])
-    usage = [e.usage_file(stage) for e in run.evaluations() for stage in stages]
+    usage = [(e.usage_file(stage), of) for e, stage, of in rows_due]
     _write_table(run.results / "usage.csv", _existing_rows(usage, UsageRow))
-    retrieval = [e.retrieval_file(stage) for e in run.evaluations() for stage in stages]
+    retrieval = [(e.retrieval_file(stage), of) for e, stage, of in rows_due]
     _write_table(run.results / "retrieval.csv", _existing_rows(retrieval, RetrievalRow))
     # Rollouts are large and often removed; the table that was computed from them stays.
     if rows := start_rows(run):
@@ -117,8 +122,15 @@ def evaluated(rows: Iterable[EvaluationRow]) -> set[str]:
     return {f"{row.task if row.method == TEACHER else row.method} (seed {row.seed})" for row in rows}
 
 
-def _existing_rows(files: Iterable[Path], kind: type[Row]) -> list[Row]:
-    return [row for file in files if file.exists() for row in read_rows(file, kind)]
+def _identity(element: TeacherElement | StudentElement, **further: Any) -> dict[str, Any]:
+    """Return the values that the rows of an element's tables must have, by column."""
+    if isinstance(element, TeacherElement):
+        return {"method": TEACHER, "seed": element.seed, "task": element.task}
+    return {"method": element.method, "seed": element.seed, **further}
+
+
+def _existing_rows(files: Iterable[tuple[Path, Mapping[str, Any]]], kind: type[Row]) -> list[Row]:
+    return [row for file, of in files if file.exists() for row in read_rows(file, kind, **of)]
 
 
 def _losses(student: StudentElement, records: Sequence[Mapping[str, Any]]) -> Iterable[LossRow]:
@@ -162,7 +174,7 @@ def _stages(student: StudentElement, records: Sequence[Mapping[str, Any]]) -> It
 
 
 def _teacher_row(teacher: TeacherElement) -> TeacherRow:
-    state: str = read_status(teacher.status).state
+    state: TeacherState = read_status(teacher.status).state
     if teacher.finished:
         state = "rejected" if teacher.rejected.exists() else "admitted"
     elif state in ("done", "rejected"):

@@ -189,6 +189,11 @@ def recovery(final: Floats, teacher: Floats, admitted: Bools) -> Recovery:
     )
 
 
+def curve_steps(num_points: int, steps_per_stage: int) -> list[int]:
+    """The steps of a stage after which its learning curve gets a point: evenly spaced, the last one at its end."""
+    return [round(steps_per_stage * point / num_points) for point in range(1, num_points + 1)]
+
+
 def area_under_curve(steps: Sequence[float], success: Sequence[float], length: float) -> float:
     """Compute the mean success over the first `length` steps of a stage, by the trapezoid rule.
 

@@ -5,8 +5,11 @@ Only the folder is needed, so results that were copied or published without thei
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, Final, NotRequired
 
@@ -15,16 +18,19 @@ from typing_extensions import TypedDict
 
 from cpd.config.load import merge
 from cpd.config.retired import upgrade
-from cpd.config.types import Positive, Share
-from cpd.reading import check_shape, read_json
+from cpd.config.types import Count, Positive, Share
+from cpd.evaluation.measures import curve_steps
+from cpd.reading import DamagedFileError, check_shape, read_json
 from cpd.run.provenance import Labels
 from cpd.run.tables import (
     CurveRow,
+    EpisodeRow,
     EvaluationRow,
     LossRow,
     RetrievalRow,
     StageRow,
     StartRow,
+    TableRow,
     TeacherRow,
     UsageRow,
     find_table,
@@ -48,6 +54,7 @@ HELD_OUT = "held_out"
 
 class _StreamConfig(TypedDict):
     tasks: Annotated[list[str], Field(min_length=1)]
+    horizon: Positive
 
 
 class _TeacherConfig(TypedDict):
@@ -65,6 +72,7 @@ class _DistillConfig(TypedDict):
 
 class _EvaluationConfig(TypedDict, total=False):
     goal_set: str
+    curve_points: Count
 
 
 class _Variant(TypedDict, total=False):
@@ -132,7 +140,8 @@ def read_tables(folder: Path) -> Tables:
     """Read a results folder; a missing table is read as empty.
 
     Raises:
-        ValueError: if the folder lacks config.json, or a file in it is damaged.
+        ValueError: if the folder lacks config.json, a file in it is damaged, a row is not of that configuration, a
+            row is missing, or evaluations.csv and episodes.csv disagree; names the file and the row.
     """
     path = folder / "config.json"
     if not path.exists():
@@ -146,11 +155,106 @@ def read_tables(folder: Path) -> Tables:
     def rows(name: str, kind: type[Any]) -> list[Any]:
         return read_rows(folder / name, kind) if find_table(folder / name) else []
 
-    return Tables(
+    tables = Tables(
         folder,
         config,
         **{name: rows(f"{name}.csv", kind) for name, kind in TABLES.items()},
     )
+    episodes = rows("episodes.csv", EpisodeRow)
+    for name in TABLES:
+        _check_rows(tables, f"{name}.csv", getattr(tables, name))
+    _check_rows(tables, "episodes.csv", episodes)
+    for name, missing in _missing(tables):
+        raise _damaged(tables, name, f" has no row of {missing}")
+    if episodes:
+        _check_episodes(tables, episodes)
+    return tables
+
+
+def _damaged(tables: Tables, name: str, problem: str) -> DamagedFileError:
+    return DamagedFileError(
+        f"{find_table(tables.folder / name)}{problem}: restore the file, or gather or publish its run again"
+    )
+
+
+def _check_rows(tables: Tables, name: str, rows: Sequence[TableRow]) -> None:
+    """Raise DamagedFileError if a row is not of the configuration."""
+    config, stream = tables.config, tables.stream
+    horizon = config["stream"]["horizon"]
+    shared: dict[str, Collection[Any]] = {
+        "task": set(stream),
+        "other": set(stream),
+        "goal_set": {tables.goal_set, "training"},
+        "length": range(1, horizon + 1),
+        "teacher_recipe": {config["teacher"]["recipe"]},
+        "horizon": {horizon},
+    }
+    teachers = {"method": {TEACHER}, "seed": config["teacher"]["seeds"], "stage": {None}, **shared}
+    students = {"method": tables.methods, "seed": config["seeds"], "stage": range(-1, len(stream)), **shared}
+    columns = [column for column in teachers if rows and hasattr(rows[0], column)]
+    for line, row in enumerate(rows, start=2):
+        permitted = teachers if getattr(row, "method", TEACHER) == TEACHER else students
+        if isinstance(row, CurveRow | LossRow | StageRow) and row.stage in permitted["stage"]:
+            permitted = {**permitted, "task": {stream[row.stage] if row.stage >= 0 else None}}
+        for column in columns:
+            if (value := getattr(row, column)) not in permitted[column]:
+                raise _damaged(tables, name, f", line {line}: {column} {value!r} does not agree with config.json")
+
+
+def _missing(tables: Tables) -> Iterator[tuple[str, str]]:
+    """Yield the table and the key of every row that the others imply."""
+    tasks = tuple(dict.fromkeys(tables.stream))
+    students = [row for row in tables.evaluations if row.method != TEACHER]
+    # A student is evaluated on all tasks at once.
+    at_once: dict[str, Sequence[Any]] = {"usage": tables.usage, "retrieval": tables.retrieval}
+    for name, rows in {"evaluations": students, **at_once}.items():
+        measured = defaultdict(set)
+        for row in rows:
+            measured[tuple((c, getattr(row, c)) for c in row.KEY if c != "task")].add(row.task)
+        for key, present in measured.items():
+            for task in tasks if len(present) < len(tasks) else ():
+                if task not in present:
+                    yield f"{name}.csv", f"{task} with {', '.join(f'{c} {value}' for c, value in key)}"
+    expected_teachers = product(tasks, tables.config["teacher"]["seeds"]) if tables.teachers else ()
+    for task, seed in sorted({*expected_teachers} - {(row.task, row.seed) for row in tables.teachers}):
+        yield "teachers.csv", f"{task} seed {seed}"
+    evaluated = {(row.method, row.seed, row.stage) for row in students} if tables.stages else set()
+    for method, seed, stage in sorted(evaluated - {(row.method, row.seed, row.stage) for row in tables.stages}):
+        yield "stages.csv", f"{method} seed {seed} stage {stage}"
+    curves = defaultdict(list)
+    for row in tables.curves:
+        curves[row.method, row.seed, row.stage].append(row.step)
+    for (method, seed, stage), steps in curves.items():
+        settings = tables.method_config(method)
+        due = curve_steps(settings["evaluation"]["curve_points"], settings["distill"]["steps_per_stage"])
+        for step in due:
+            if step not in steps and step < max(steps):
+                yield "curves.csv", f"{method} seed {seed} stage {stage} step {step}"
+    starts = {(row.task, row.seed): row for row in tables.starts}
+    for task, seed in starts.keys() - {(row.task, row.seed) for row in tables.starts if row.other == row.task}:
+        yield "starts.csv", f"{task} seed {seed} with itself"
+
+
+def _check_episodes(tables: Tables, episodes: Sequence[EpisodeRow]) -> None:
+    """Raise DamagedFileError unless every evaluation is that of its episodes."""
+    cells = defaultdict(list)
+    for episode in episodes:
+        cells[tuple(getattr(episode, column) for column in EvaluationRow.KEY)].append(episode)
+    for line, row in enumerate(tables.evaluations, start=2):
+        measured = cells.pop(tuple(getattr(row, column) for column in row.KEY), [])
+        values: dict[str, float] = {
+            "episodes": len(measured),
+            "successes": sum(episode.success for episode in measured),
+            "successes_last": sum(bool(episode.success_last) for episode in measured),
+            "mean_return": sum(episode.episode_return for episode in measured) / max(len(measured), 1),
+        }
+        for column, value in values.items():
+            stated = getattr(row, column)
+            if stated is not None and not math.isclose(stated, value, rel_tol=1e-9, abs_tol=1e-9):
+                problem = f", line {line}: {column} is {stated}, but {value} by the rows of episodes.csv"
+                raise _damaged(tables, "evaluations.csv", problem)
+    for key in cells:
+        raise _damaged(tables, "evaluations.csv", f" has no row of {key}, of which episodes.csv has episodes")
 
 
 def merge_tables(tables: Sequence[Tables]) -> Tables:

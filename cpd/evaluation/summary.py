@@ -112,7 +112,6 @@ def _reference(method: str, students: Sequence[StudentResults], tables: Tables) 
 
 def _method(method: str, all_students: Sequence[StudentResults], tables: Tables) -> MethodMeasures:
     students = [student for student in all_students if student.method == method]
-    # A student with an unmeasured cell in its final row has no measures that could be averaged.
     finished = [s for s in students if s.measures.average_performance.value is not None]
     stages = [row for row in tables.stages if row.method == method]
     scores = {
@@ -245,11 +244,6 @@ def _missing(tables: Tables, students: Sequence[StudentResults], unevaluated: Se
         lacking = [str(k) for k in distilled if not student.matrix.episodes[k + 1].any()]
         if lacking:
             yield f"{who} has not been evaluated after stages {', '.join(lacking)}"
-        final = student.measures.final_stage
-        if final is not None:
-            cells = dict(zip(student.matrix.tasks, student.matrix.episodes[final + 1], strict=True))
-            if unmeasured := [task for task, episodes in cells.items() if admitted[task] and not episodes]:
-                yield f"{who} has not been evaluated on {', '.join(unmeasured)} after stage {final}"
         for task in student.measures.tasks:
             if task.teacher_state == "admitted" and task.teacher is None:
                 yield f"{who}: the teacher of {task.task} has not been evaluated"

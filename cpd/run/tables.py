@@ -4,6 +4,9 @@ Rows that are results carry the labels of their conditions, in the last columns.
 
 Floats are written so that they read back exactly, flags as 1 and 0, and what was not measured as an empty cell.
 A published folder may hold a table in compressed form, `<name>.csv.gz`; readers accept both.
+
+The type of a column is also its range, `AtMost` limits it by another column, and `KEY` names the columns in which
+no two rows are equal. `read_rows` checks all of them.
 """
 
 from __future__ import annotations
@@ -14,81 +17,121 @@ import io
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from functools import cache, lru_cache
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_type_hints
+from types import NoneType
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
 
+from pydantic import Field, PlainValidator, TypeAdapter, ValidationError
+
+from cpd.config.types import Share, Task
 from cpd.reading import DamagedFileError, decode, read_bytes
 from cpd.run.files import atomic_write, write_text
+from cpd.run.progress import State
 from cpd.run.provenance import Labels
 
-Row = TypeVar("Row")
 #: Bytes from which `compress_tables` compresses a table.
 LARGE_TABLE = 100_000
+#: Beyond it, measures, which are floats, would not be exact.
+LARGEST_INTEGER = 2**53
+
+
+class AtMost(NamedTuple):
+    """The annotation of a column that is at most another one, if neither is empty."""
+
+    column: str
+
+
+def _flag(cell: str) -> bool:
+    if cell not in ("0", "1"):
+        raise ValueError(f"{cell!r} is neither 0 nor 1")
+    return cell == "1"
+
+
+Flag = Annotated[bool, PlainValidator(_flag)]
+Count = Annotated[int, Field(ge=0, le=LARGEST_INTEGER)]
+Positive = Annotated[int, Field(ge=1, le=LARGEST_INTEGER)]
+Stage = Annotated[int, Field(ge=-1, le=LARGEST_INTEGER)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+TeacherState = Literal["admitted"] | State
+GoalSet = Literal["training", "validation", "held_out"]
+
+
+class TableRow:
+    """A row of any table."""
+
+    KEY: ClassVar[tuple[str, ...]]
+
+
+Row = TypeVar("Row", bound=TableRow)
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluationRow(Labels):
+class EvaluationRow(Labels, TableRow):
     """Success of one policy on one task and goal set, with the labels of its conditions."""
 
+    KEY = ("method", "seed", "stage", "task", "goal_set")
     method: str
     """`teacher`, or the student's method."""
-    seed: int
-    stage: int | None
+    seed: Positive
+    stage: Stage | None
     """Stage after which a student was measured; -1 before any training, None for a teacher."""
-    task: str
-    goal_set: str
-    """`training`, `validation` or `held_out`."""
-    episodes: int
-    successes: int
+    task: Task
+    goal_set: GoalSet
+    episodes: Positive
+    successes: Annotated[Count, AtMost("episodes")]
     """Episodes in which the flag was set at any step."""
-    successes_last: int | None
+    successes_last: Annotated[Count | None, AtMost("successes")]
     """Episodes in which it was set at the last step; None where episodes ended at success."""
-    mean_return: float
+    mean_return: Finite
     """Undiscounted; comparable only among rows whose episodes ended alike."""
 
 
 @dataclass(frozen=True)
-class EpisodeRow:
+class EpisodeRow(TableRow):
     """One episode of an evaluation."""
 
+    KEY = ("method", "seed", "stage", "task", "goal_set", "goal")
     method: str
-    seed: int
-    stage: int | None
-    task: str
-    goal_set: str
-    goal: int
+    seed: Positive
+    stage: Stage | None
+    task: Task
+    goal_set: GoalSet
+    goal: Count
     """Index of the goal within its set."""
-    success: bool
-    success_last: bool | None
-    length: int
-    episode_return: float
+    success: Flag
+    success_last: Annotated[Flag | None, AtMost("success")]
+    length: Positive
+    episode_return: Finite
 
 
 @dataclass(frozen=True, kw_only=True)
-class CurveRow(Labels):
+class CurveRow(Labels, TableRow):
     """Success of a student on the current task within a stage."""
 
+    KEY = ("method", "seed", "stage", "step")
     method: str
-    seed: int
-    stage: int
-    step: int
+    seed: Positive
+    stage: Count
+    step: Positive
     """Optimisation steps done in this stage."""
-    task: str
-    goal_set: str
-    episodes: int
-    successes: int
+    task: Task
+    goal_set: GoalSet
+    episodes: Positive
+    successes: Annotated[Count, AtMost("episodes")]
 
 
 @dataclass(frozen=True)
-class LossRow:
+class LossRow(TableRow):
     """The losses of a student, as means over the records of a short stretch of a stage."""
 
+    KEY = ("method", "seed", "stage", "step")
     method: str
-    seed: int
-    stage: int
-    step: int
+    seed: Positive
+    stage: Count
+    step: Positive
     """The stretch's last optimisation step in this stage."""
-    task: str
+    task: Task
     loss: float
     """The loss that is minimised."""
     current: float | None
@@ -98,63 +141,96 @@ class LossRow:
 
 
 @dataclass(frozen=True, kw_only=True)
-class StageRow(Labels):
+class StageRow(Labels, TableRow):
     """The size of a student and of what it stores after a stage."""
 
+    KEY = ("method", "seed", "stage")
     method: str
-    seed: int
-    stage: int
+    seed: Positive
+    stage: Stage
     """-1 before any training."""
-    task: str | None
-    experts: int
+    task: Task | None
+    experts: Count
     """In each layer."""
-    parameters: int
-    memory_steps: int
+    parameters: Positive
+    memory_steps: Count
     """Distinct time steps that are stored."""
-    memory_bytes: int
-    masked_share: float | None
+    memory_bytes: Count
+    masked_share: Share | None
     """Share of the parameters that could not move freely in this stage; None for methods without masking."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class UsageRow(Labels):
+class UsageRow(Labels, TableRow):
     """How often one expert was chosen while a student acted in episodes of one task."""
 
+    KEY = ("method", "seed", "stage", "task", "layer", "expert")
     method: str
-    seed: int
-    stage: int
-    task: str
-    layer: int
-    expert: int
-    chosen: int
+    seed: Positive
+    stage: Stage
+    task: Task
+    layer: Count
+    expert: Count
+    chosen: Count
     """Time steps at which it was among the chosen experts; with top-k routing every step counts k times."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class RetrievalRow(Labels):
+class RetrievalRow(Labels, TableRow):
     """In how many episodes a student that infers the task inferred the right one, at one step."""
 
+    KEY = ("method", "seed", "stage", "task", "step")
     method: str
-    seed: int
-    stage: int
-    task: str
-    step: int
+    seed: Positive
+    stage: Stage
+    task: Task
+    step: Positive
     """Observations seen so far in the episode, from 1."""
-    episodes: int
-    correct: int
+    episodes: Positive
+    correct: Annotated[Count, AtMost("episodes")]
 
 
 @dataclass(frozen=True)
-class StartRow:
+class StartRow(TableRow):
     """In how many of a teacher's episodes the first observation looks most like one of task `other`."""
 
-    task: str
-    seed: int
+    KEY = ("task", "seed", "other")
+    task: Task
+    seed: Positive
     """Of the teacher."""
-    other: str
-    episodes: int
-    nearest: int
+    other: Task
+    episodes: Positive
+    nearest: Annotated[Count, AtMost("episodes")]
     """Episodes whose first observation has its nearest neighbour, among those on other goals, in `other`."""
+
+
+@dataclass(frozen=True)
+class TeacherRow(TableRow):
+    """The outcome of one teacher."""
+
+    KEY = ("task", "seed")
+    task: Task
+    seed: Positive
+    state: TeacherState
+    """`admitted`, `rejected`, or the state of its job."""
+    env_steps: Count | None
+    """Training steps in the environment; None for recipes without training."""
+    iterations: Count | None
+    validation_success: Share | None
+    """Last success rate on validation goals."""
+
+
+@dataclass(frozen=True)
+class TrainingRow(TableRow):
+    """One iteration of a teacher's training; its table may hold further columns."""
+
+    KEY = ("task", "seed", "iteration")
+    task: Task
+    seed: Positive
+    iteration: Count
+    env_steps: Count | None
+    train_success: Share | None
+    validation_success: Share | None
 
 
 def write_rows(path: Path, rows: Sequence[Any]) -> None:
@@ -168,31 +244,77 @@ def write_rows(path: Path, rows: Sequence[Any]) -> None:
     write_text(path, text.getvalue())
 
 
-def read_rows(path: Path, kind: type[Row]) -> list[Row]:
+def read_rows(path: Path, kind: type[Row], *, is_open: bool = False, **expected: Any) -> list[Row]:
     """Read a table whose rows are of the dataclass `kind`.
 
+    Args:
+        path: the table, plain or compressed.
+        kind: the type of its rows.
+        is_open: whether further columns, which are ignored, and other orders of columns are allowed.
+        expected: values that every row must have, by column.
+
     Raises:
-        ValueError: if a column or a value is not as `kind` has it, naming the file and the line.
+        DamagedFileError: if columns, a value or the key of a row are not as `kind` and `expected` have them; names
+            the file, the line and the column.
     """
-    hints = get_type_hints(kind)
-    parsers = {name: _parser(hints[name]) for name in _columns(kind)}
-    reader = csv.reader(io.StringIO(read_table(path), newline=""))
+    parsers, limits = _schema(kind)  # type: ignore[arg-type]  # mypy takes a class for not hashable
+    text = read_table(path)
+    reader = csv.reader(io.StringIO(text, newline=""))
     header = next(reader, [])
-    if header != list(parsers):
-        raise ValueError(
+    if not set(header).issuperset(kind.KEY) if is_open else header != list(parsers):
+        raise DamagedFileError(
             f"{path}: the columns are {','.join(header)}, but a table of {kind.__name__} has "
             f"{','.join(parsers)}; it was written by another version or damaged: make it again"
         )
-    rows = []
-    for number, cells in enumerate(reader, start=2):
+    rows: dict[tuple[Any, ...], Row] = {}
+    try:
+        for cells in reader:
+            if len(cells) != len(header):
+                raise ValueError(f"{len(cells)} values for {len(header)} columns")
+            named = dict(zip(header, cells, strict=True))
+            values = {column: parse(named.get(column, "")) for column, parse in parsers.items()}
+            for column, limit in limits:
+                if values[column] is not None and values[column] > values[limit]:
+                    raise ValueError(f"{column} is {values[column]}, but {limit} is only {values[limit]}")
+            for column, value in expected.items():
+                if values[column] != value:
+                    raise ValueError(f"{column} is {values[column]!r}, but this file is of {column} {value!r}")
+            key = tuple(values[column] for column in kind.KEY)
+            if key in rows:
+                raise ValueError(f"a second row with the same {', '.join(kind.KEY)}")
+            rows[key] = kind(**values)
+        if not text.endswith("\n"):
+            raise ValueError("the end is cut off")
+    except (ValueError, csv.Error) as error:
+        raise DamagedFileError(
+            f"{path}, line {reader.line_num}: {error}; the file was damaged: make it again"
+        ) from None
+    return list(rows.values())
+
+
+@cache
+def _schema(kind: Any) -> tuple[dict[str, Callable[[str], Any]], list[tuple[str, str]]]:
+    """Return the parser of every column, and the pairs of columns of which the first is at most the second."""
+    hints = get_type_hints(kind, include_extras=True)
+    columns = _columns(kind)
+    limits = [(name, m.column) for name in columns for m in get_args(hints[name]) if isinstance(m, AtMost)]
+    return {name: _parser(name, hints[name]) for name in columns}, limits
+
+
+def _parser(column: str, hint: Any) -> Callable[[str], Any]:
+    """Return the inverse of `_cell` for a column whose type is `hint`."""
+    adapter: TypeAdapter[Any] = TypeAdapter(hint)
+    accepts_none = NoneType in get_args(get_args(hint)[0] if get_origin(hint) is Annotated else hint)
+
+    @lru_cache  # most columns have few distinct values
+    def parse(cell: str) -> Any:
         try:
-            if len(cells) != len(parsers):
-                raise ValueError(f"{len(cells)} values for {len(parsers)} columns")
-            values = {name: parsers[name](cell) for name, cell in zip(parsers, cells, strict=True)}
-        except ValueError as error:
-            raise ValueError(f"{path}, line {number}: {error}; the file was damaged: make it again") from None
-        rows.append(kind(**values))
-    return rows
+            return None if accepts_none and cell == "" else adapter.validate_strings(cell)
+        except ValidationError as error:
+            reason = error.errors()[0]["msg"].removeprefix("Value error, ")
+            raise ValueError(f"{column}: {reason} (given: {cell!r})") from None
+
+    return parse
 
 
 def _compressed(path: Path) -> Path:
@@ -209,7 +331,7 @@ def read_table(path: Path) -> str:
 
     Raises:
         FileNotFoundError: if there is neither form.
-        DamagedFileError: if the compressed form cannot be decompressed.
+        DamagedFileError: if it cannot be decompressed, or is not UTF-8.
     """
     file = find_table(path) or path
     content = read_bytes(file)
@@ -245,31 +367,3 @@ def _cell(value: str | int | float | bool | None) -> str:
     if isinstance(value, bool):
         return str(int(value))
     return repr(float(value)) if isinstance(value, float) else str(value)
-
-
-def _parser(hint: Any) -> Callable[[str], Any]:
-    """Return the inverse of `_cell` for a field of type `hint`."""
-    kind, *none = get_args(hint) or (hint,)
-    parse = _flag if kind is bool else kind
-    return lambda cell: None if none and cell == "" else parse(cell)
-
-
-def _flag(cell: str) -> bool:
-    if cell not in ("0", "1"):
-        raise ValueError(f"{cell!r} is neither 0 nor 1")
-    return cell == "1"
-
-
-@dataclass(frozen=True)
-class TeacherRow:
-    """The outcome of one teacher."""
-
-    task: str
-    seed: int
-    state: str
-    """`admitted`, `rejected`, or the state of its job."""
-    env_steps: int | None
-    """Training steps in the environment; None for recipes without training."""
-    iterations: int | None
-    validation_success: float | None
-    """Last success rate on validation goals."""

@@ -16,8 +16,8 @@ from cpd.config import Config
 from cpd.config.load import load
 from cpd.distill.batches import Batch
 from cpd.distill.growth import opening_offset
-from cpd.distill.run_student import curve_steps
 from cpd.distill.trainer import StudentTrainer, learning_rate
+from cpd.evaluation.measures import curve_steps
 from cpd.student.network import Student
 from tests.distill.synthetic import stage_data
 

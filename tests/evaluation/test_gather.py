@@ -19,7 +19,7 @@ from cpd.evaluation.summary import summarize
 from cpd.run.directory import Run, RunError
 from cpd.run.files import write_json
 from cpd.run.progress import MetricsLog
-from cpd.run.tables import EpisodeRow, EvaluationRow, LossRow, StageRow, read_rows, write_rows
+from cpd.run.tables import EpisodeRow, EvaluationRow, LossRow, StageRow, read_rows
 from tests.synthetic_run import write_run
 
 STREAM = ("drawer-close-v3", "handle-press-side-v3", "window-close-v3")
@@ -347,20 +347,3 @@ def test_joint_and_single_task_students_have_no_forgetting(protocol: str, tmp_pa
     assert bound["average_performance"] == ours["average_performance"] and bound["recovery"] == ours["recovery"]
     assert student["forgetting"]["value"] is None and student["most_forgotten"] is None
     assert all(task["forgetting"] is None and task["own"] is None for task in student["tasks"])
-
-
-def test_a_student_that_was_not_measured_on_a_task_is_not_averaged_without_it(tmp_path: Path) -> None:
-    rates = {seed: RATES.copy() for seed in (1, 2)}
-    run = write_run(tmp_path / "run", stream=STREAM, students=rates, teachers=TEACHERS)
-    whole = gather(run)
-    evaluation = run.evaluations()[1].row_file(len(STREAM) - 1)
-    rows = read_rows(evaluation, EvaluationRow)
-    task = STREAM[0]
-    write_rows(evaluation, [row for row in rows if (row.task, row.goal_set) != (task, "held_out")])
-    report = gather(run)
-    assert report["students"][1]["average_performance"]["value"] is None
-    (method,) = report["methods"]
-    assert (method["seeds"], method["unfinished_seeds"]) == ((1,), (2,))
-    measured, expected = (r["students"][0]["average_performance"]["value"] for r in (report, whole))
-    assert method["average_performance"]["mean"]["estimate"] == pytest.approx(expected) == pytest.approx(measured)
-    assert f"student moe (seed 2) has not been evaluated on {task} after stage 2" in report["missing"]

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import gzip
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import get_type_hints
+from typing import get_args, get_type_hints
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cpd.envs.tasks import ALL_TASKS
 from cpd.reading import DamagedFileError
 from cpd.run.tables import (
     LARGE_TABLE,
+    LARGEST_INTEGER,
     EpisodeRow,
     EvaluationRow,
+    GoalSet,
+    TableRow,
     compress_tables,
     find_table,
     read_rows,
@@ -26,10 +31,26 @@ from cpd.run.tables import (
 NAME = st.text(st.characters(exclude_categories=("Cs", "Cc")), max_size=12)
 
 
-def tables_of(kind: type) -> st.SearchStrategy[list]:
-    given_by_type = {str: NAME, float: st.floats(allow_nan=False)}
-    values = {name: given_by_type[hint] for name, hint in get_type_hints(kind).items() if hint in given_by_type}
-    return st.lists(st.builds(kind, **values), min_size=1, max_size=5)
+COUNT = st.integers(0, LARGEST_INTEGER)
+VALUES: dict[str, st.SearchStrategy] = {
+    "seed": st.integers(1, LARGEST_INTEGER),
+    "stage": st.none() | st.integers(-1, LARGEST_INTEGER),
+    "task": st.sampled_from(ALL_TASKS),
+    "goal_set": st.sampled_from(get_args(GoalSet)),
+    "goal": COUNT,
+    "length": st.integers(1, LARGEST_INTEGER),
+    "episodes": st.just(LARGEST_INTEGER),
+    "successes": st.just(LARGEST_INTEGER),
+    "successes_last": st.none() | COUNT,
+    "success": st.just(True),
+}
+BY_TYPE = {str: NAME, float: st.floats(allow_nan=False, allow_infinity=False)}
+
+
+def tables_of(kind: type[TableRow]) -> st.SearchStrategy[list]:
+    values = {name: VALUES.get(name, BY_TYPE.get(hint)) for name, hint in get_type_hints(kind).items()}
+    built = st.builds(kind, **{name: value for name, value in values.items() if value is not None})
+    return st.lists(built, min_size=1, max_size=5, unique_by=lambda row: tuple(getattr(row, c) for c in kind.KEY))
 
 
 @pytest.mark.parametrize("kind", [EvaluationRow, EpisodeRow])
@@ -69,30 +90,63 @@ def test_columns_are_the_published_ones(tmp_path: Path) -> None:
     )
 
 
+HEADER = "method,seed,stage,task,goal_set,goal,success,success_last,length,episode_return"
+GOOD = "teacher,1,,push-v3,training,3,1,0,500,1.0"
+
+
 @pytest.mark.parametrize(
-    ("text", "cause"),
+    ("text", "place"),
     [
-        ("", "the columns are , but"),
-        ("method,seed\n", "the columns are method,seed, but"),
-        ("{header}\nteacher,1,,push-v3,training,3,yes,0,500,1.0\n", "line 2: 'yes' is neither 0 nor 1"),
-        (
-            "{header}\nteacher,1,,push-v3,training,3,1,0,500,1.0\nteacher,x,,p,t,3,1,0,5,1.0\n",
-            "line 3: invalid literal",
+        ("", ""),
+        ("method,seed\n", ""),
+        (f"{HEADER}\n{GOOD}\nteacher,1\n", "line 3: 2 values"),
+        (f"{HEADER}\n{GOOD}", "line 2: "),  # cut off
+        (f"{HEADER}\n{GOOD}\n{GOOD}\n", "line 3: .*method, seed, stage, task, goal_set, goal"),
+        (f'{HEADER}\n{GOOD}\n"a\rb,1', "line "),
+        *(
+            (f"{HEADER}\n{GOOD}\n{GOOD.replace(',3,', ',4,').replace(old, new)}\n", f"line 3: {column}")
+            for column, old, new in [
+                ("seed", ",1,,", ",0,,"),
+                ("seed", ",1,,", ",x,,"),
+                ("stage", ",1,,", ",1,-2,"),
+                ("task", "push-v3", "pusj-v3"),
+                ("goal_set", "training", "trainin"),
+                ("goal", ",4,", ",-1,"),
+                ("goal", ",4,", f",{2**70},"),
+                ("success", "1,0,500", "yes,0,500"),
+                ("success_last", "1,0,500", "0,1,500"),
+                ("length", "500", "0"),
+                ("episode_return", "1.0", "nan"),
+                ("episode_return", "1.0", "1e999"),
+            ]
         ),
-        ("{header}\nteacher,1\n", "line 2: "),
     ],
 )
-def test_damaged_tables(tmp_path: Path, text: str, cause: str) -> None:
-    header = "method,seed,stage,task,goal_set,goal,success,success_last,length,episode_return"
+def test_damaged_tables_are_refused_by_file_line_and_column(tmp_path: Path, text: str, place: str) -> None:
     path = tmp_path / "episodes.csv"
-    path.write_text(text.format(header=header))
-    with pytest.raises(ValueError, match=cause):
+    path.write_text(text)
+    with pytest.raises(DamagedFileError, match=rf"episodes\.csv.*{place}"):
         read_rows(path, EpisodeRow)
+
+
+def test_text_in_another_encoding_is_refused_by_name(tmp_path: Path) -> None:
+    path = tmp_path / "episodes.csv"
+    path.write_text(f"{HEADER}\n{GOOD}\n", encoding="utf-16")
+    with pytest.raises(DamagedFileError, match=r"episodes\.csv"):
+        read_rows(path, EpisodeRow)
+
+
+def test_rows_of_another_file_are_refused_by_column(tmp_path: Path) -> None:
+    path = tmp_path / "episodes.csv"
+    path.write_text(f"{HEADER}\n{GOOD}\n")
+    assert len(read_rows(path, EpisodeRow, method="teacher", seed=1)) == 1
+    with pytest.raises(DamagedFileError, match=r"episodes\.csv, line 2: seed is 1, .* 2"):
+        read_rows(path, EpisodeRow, method="teacher", seed=2)
 
 
 def test_large_tables_are_compressed_to_the_same_bytes_and_read_as_they_are(tmp_path: Path) -> None:
     row = EpisodeRow("teacher", 1, None, "push-v3", "training", 3, True, False, 500, 1e-7)
-    rows = [row] * (LARGE_TABLE // 40)
+    rows = [replace(row, goal=goal) for goal in range(LARGE_TABLE // 40)]
     contents = []
     for name in ("first", "second"):
         large, small = tmp_path / name / "large.csv", tmp_path / name / "small.csv"
