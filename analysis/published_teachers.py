@@ -14,8 +14,9 @@ from analysis.dataset import TeacherCurve, load_dataset
 from cpd.evaluation.results_folder import HELD_OUT, TEACHER
 from cpd.evaluation.student_measures import Rate
 from cpd.reading import read_json
-from cpd.run.descriptions import RlPolicy, RlTraining
+from cpd.run.descriptions import RlPolicy, RlTraining, check_identity
 from cpd.run.directory import published_policy
+from cpd.run.folders import kind_of
 from cpd.run.tables import EvaluationRow
 
 #: A bound that no teacher reaches: a larger number is a damaged one.
@@ -85,9 +86,9 @@ class PublishedTeachers:
 
 def find_published(folder: Path) -> list[Path]:
     """Return the folders of published teachers: `folder` itself, or those in it, sorted by name."""
-    if (folder / "policies").is_dir():
+    if kind_of(folder) == "teachers":
         return [folder]
-    return sorted(policies.parent for policies in folder.glob("*/policies") if policies.is_dir())
+    return sorted(child for child in folder.glob("*/") if kind_of(child) == "teachers")
 
 
 def load_published(folder: Path) -> PublishedTeachers:
@@ -114,6 +115,7 @@ def load_published(folder: Path) -> PublishedTeachers:
             path = _description(folder, task, seed)
             if path.exists():
                 key = (task, seed)
+                check_identity(path, task=task, seed=seed)
                 training = read_json(path, RlPolicy)["training"]
                 if key not in held_out:
                     raise ValueError(f"{folder / 'evaluations.csv'} has no held-out row of {task} (seed {seed})")

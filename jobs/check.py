@@ -8,8 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cpd.reading import read_json
+from cpd.run.claim import expect
 from cpd.run.command import EXIT_FAILED, EXIT_USAGE, exit_quietly
 from cpd.run.descriptions import Policy
+from cpd.run.directory import published_policy
 from jobs.common import log, parser_with_examples
 
 #: The first seed of the held-out goals. Meta-World draws the same goals from it.
@@ -108,12 +110,17 @@ def _check_table(path: Path) -> None:
 
 def _policies(folder: Path, only: Sequence[str]) -> list[tuple[Path, Policy]]:
     """Return the policy files of the tasks in `only`, or of all tasks, with their descriptions."""
+    expect(folder, "teachers", "name what `python -m jobs.publish` wrote")
     files = sorted((folder / "policies").glob("*.safetensors"))
     if not files or not (folder / "evaluations.csv").exists():
         raise ValueError(
             f"{folder} has no policies, or no evaluations.csv: name a folder that `python -m jobs.publish` wrote"
         )
     policies = [(file, read_json(file.with_suffix(".json"), Policy)) for file in files]
+    for file, description in policies:
+        task, seed = description["task"], description["seed"]
+        if file != published_policy(folder, task, seed):
+            raise ValueError(f"{file} is the policy of {task} seed {seed}: rename it")
     tasks = {description["task"] for _, description in policies}
     if unknown := [task for task in only if task not in tasks]:
         raise ValueError(f"{folder} has no policy of {', '.join(unknown)} (it has {', '.join(sorted(tasks))})")

@@ -128,13 +128,13 @@ class ElementCommand(Generic[E]):
         try:
             self.run = Run(arguments.run_dir)
             self.element = choose_element(elements(self.run), arguments.element)
-            may_wait = not partial and not self.element.finished
-            missing = unfinished_dependencies(self.run, self.element) if may_wait else []
+            is_finished = self.element.finished
+            missing = [] if partial or is_finished else unfinished_dependencies(self.run, self.element)
         except ValueError as error:
             print(f"{self._prog}: {error}", file=sys.stderr)
             self.exit_code = EXIT_USAGE
             return
-        if self.element.finished:
+        if is_finished:
             log(f"{self.element.name} is finished already")
             return
         if missing:

@@ -18,7 +18,6 @@ from cpd.cluster.ledger import LedgerEntry, ledger
 from cpd.cluster.queue import CLUSTERS_VARIABLE, REMEDIES, UNKNOWN, JobState, QueueView, state_in_log
 from cpd.config.profile import SETUP_FAILED
 from cpd.reading import read_for_display
-from cpd.run.claim import expect
 from cpd.run.command import EXIT_CTRL_C, EXIT_FAILED, EXIT_USAGE, exit_quietly
 from cpd.run.directory import Element, Run
 from cpd.run.lease import Holder, current_holder
@@ -80,10 +79,8 @@ def element_status(
 
 
 def _state(element: Element, record: StatusRecord, holder: Holder | None, job: JobState | None) -> str:
-    if element.rejected.exists():
-        return "rejected"
-    if element.complete.exists():
-        return "done"
+    if element.finished:
+        return "rejected" if element.is_rejected else "done"
     started = ("RUNNING", "COMPLETING")
     if job and job.state not in started and holder and holder.job == job.number != "":
         holder = None  # Slurm has ended the job, although its last heartbeat is recent
@@ -195,7 +192,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         run = Run(arguments.run_dir)
         profile = read_for_display(run.root / "profile.json", _Profile, _Profile())
         os.environ[CLUSTERS_VARIABLE] = profile.get("clusters", "")
-        expect(run.root, "run", "name a directory that `jobs.launch` made")
         rows = run_status(run)
     except ValueError as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import field, replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic.dataclasses import dataclass
 
 from cpd.config.checks import contradictions, without_effect
@@ -60,7 +60,14 @@ class LoggingConfig:
     """Distillation steps between records in metrics.jsonl."""
 
 
-Label = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")]
+def _check_label(label: str) -> str:
+    if label in (".", ".."):
+        raise ValueError(f"{label!r} is no name of a folder")
+    return label
+
+
+# Names of files consist of a label and a few more words, in at most 255 bytes.
+Label = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$", max_length=200), AfterValidator(_check_label)]
 
 
 if TYPE_CHECKING:
@@ -85,7 +92,8 @@ class Config(MethodConfig):
     seeds: Seeds = (1,)
     """Student seeds; seed number s learns from teacher seed number s mod len(teacher.seeds)."""
     teachers_from: str = ""
-    """Run directory, or folder of published teachers, from which existing teachers are reused."""
+    """Run directory, or folder of published teachers, from which existing teachers are reused; in a recipe, a path
+    relative to its folder."""
     stream: StreamConfig
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     rollouts: RolloutConfig = field(default_factory=RolloutConfig)

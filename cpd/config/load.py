@@ -132,7 +132,8 @@ def read_toml(path: Path, above: tuple[Path, ...] = (), *, shipped: Path | None 
     """Read the tables of a TOML file and merge them into those of the file that it `extends`.
 
     Args:
-        path: TOML file. Its `extends` is a path relative to its folder; the suffix is optional.
+        path: TOML file. Its `extends`, of which the suffix is optional, and its `teachers_from` are paths relative
+            to its folder.
         above: files that extend this one, the first one first.
         shipped: folder to search for the file to extend if it does not exist beside `path`.
 
@@ -147,6 +148,8 @@ def read_toml(path: Path, above: tuple[Path, ...] = (), *, shipped: Path | None 
         raise ConfigError([str(error)], str(path)) from None
     except tomllib.TOMLDecodeError as error:
         raise ConfigError([f"not valid TOML: {error}"], str(path)) from None
+    if isinstance(source := tables.get("teachers_from"), str) and source:
+        tables["teachers_from"] = str(path.parent / source)
     base = tables.pop("extends", None)
     if base is None:
         return upgrade(tables)

@@ -17,7 +17,7 @@ from cpd.envs.cells import Cell, EnvPool, evaluate_cells
 from cpd.evaluation.measures import curve_steps
 from cpd.run.attempt import Attempt, begin_attempt
 from cpd.run.checkpoint import latest, save
-from cpd.run.directory import Run, StudentElement, TeacherElement
+from cpd.run.directory import Run, StudentElement, TeacherElement, identity
 from cpd.run.interrupt import Interrupt, InterruptedBySignal
 from cpd.run.progress import MetricsLog
 from cpd.run.provenance import labels
@@ -109,7 +109,7 @@ class Distillation:
                 self._save_policy(-1)
             return 0
         self._saved = checkpoint.path.name
-        state = checkpoint.load()
+        state = checkpoint.load(**identity(self.config, self.element))
         self.trainer.restore(state["trainer"])
         self.curves = [CurveRow(**row) for row in state["curves"]]
         return int(state["metrics_size"])
@@ -237,18 +237,16 @@ class Distillation:
             "curves": [asdict(row) for row in self.curves],
             "metrics_size": self.log.size,
         }
-        save(self.element.checkpoints, name, state, stage=progress.stage, step=progress.step)
+        position = {"stage": progress.stage, "step": progress.step}
+        save(self.element.checkpoints, name, state, **position, **identity(self.config, self.element))
         self._saved = name
 
     def _save_policy(self, stage: int) -> None:
         """Publish the student as it is after `stage`; -1: before the first stage."""
         trainer, config = self.trainer, self.config
         description = {
-            "method": self.element.method,
-            "seed": self.element.seed,
+            **identity(config, self.element, stage),
             "protocol": config.distill.protocol,
-            "stage": stage,
-            "task": config.stream.tasks[stage] if stage >= 0 else None,
             "distinct_tasks": list(config.stream.distinct_tasks),
             "labels": asdict(self.label),
             "memory_steps": trainer.memory.num_steps,

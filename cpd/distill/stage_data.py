@@ -13,8 +13,8 @@ from cpd.comm import Comm
 from cpd.config.types import EpisodeChoice
 from cpd.distill.memory.segments import Segments
 from cpd.reading import read_json
-from cpd.run.descriptions import Weights
-from cpd.run.directory import Run, StudentElement, TeacherElement
+from cpd.run.descriptions import Weights, check_identity
+from cpd.run.directory import Run, StudentElement, TeacherElement, identity
 from cpd.run.files import sha256
 from cpd.run.provenance import labels
 from cpd.run.shards.reader import Rollouts, read_rollouts
@@ -102,9 +102,9 @@ def admitted_teachers(
             or if all were rejected.
     """
     teachers = [run.teacher_of(task, element.seed) for task in run.config.stream.distinct_tasks]
-    markers = comm.broadcast([(teacher.complete.exists(), teacher.rejected.exists()) for teacher in teachers])
-    admitted = {t.task: t for t, (complete, _) in zip(teachers, markers, strict=True) if complete}
-    unfinished = [t for t, marked in zip(teachers, markers, strict=True) if not any(marked)]
+    markers = comm.broadcast([teacher.marker for teacher in teachers])
+    admitted = {t.task: t for t, marker in zip(teachers, markers, strict=True) if marker == t.complete}
+    unfinished = [t for t, marker in zip(teachers, markers, strict=True) if marker is None]
     pending = frozenset(t.task for t in unfinished)
     rejected = [t.name for t in teachers if t.task not in admitted and t.task not in pending]
     if unfinished and not partial:
@@ -132,11 +132,13 @@ def read_stage(run: Run, teacher: TeacherElement, comm: Comm, episodes: EpisodeC
     """
     policy = sha256(teacher.policy) if teacher.policy.exists() else None
     description = teacher.policy.with_suffix(".json")
-    if policy and description.exists() and read_json(description, Weights)["sha256"] != policy:
-        raise ValueError(
-            f"{teacher.policy} is damaged: it is not the file that {description.name} describes; restore it, or "
-            f"remove {teacher.path} and launch again to train this teacher again"
-        )
+    if policy and description.exists():
+        check_identity(description, **identity(run.config, teacher))
+        if read_json(description, Weights)["sha256"] != policy:
+            raise ValueError(
+                f"{teacher.policy} is damaged: it is not the file that {description.name} describes; restore it, "
+                f"or remove {teacher.path} and launch again to train this teacher again"
+            )
     rollouts = read_rollouts(teacher.shards, task=teacher.task, labels=labels(run.config), policy_sha256=policy)
     digests = comm.gather(sha256(teacher.shards / INDEX_NAME))
     if comm.any(len(set(digests)) > 1):

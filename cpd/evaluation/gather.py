@@ -34,10 +34,11 @@ from cpd.evaluation.look_alikes import start_rows
 from cpd.evaluation.results_folder import TEACHER, read_tables
 from cpd.evaluation.summary import summarize
 from cpd.reading import read_for_display, read_json
-from cpd.run.claim import check_none_lost, collected, kind_of
-from cpd.run.descriptions import StudentSize
-from cpd.run.directory import Element, Run, RunError, StudentElement, TeacherElement
+from cpd.run.claim import check_none_lost
+from cpd.run.descriptions import StudentSize, check_identity
+from cpd.run.directory import Element, Run, RunError, StudentElement, TeacherElement, identity
 from cpd.run.files import write_json, write_text
+from cpd.run.folders import KIND_KEY, collected, kind_of
 from cpd.run.progress import read_metrics, read_status
 from cpd.run.tables import (
     CurveRow,
@@ -112,7 +113,7 @@ def gather(run: Run) -> dict[str, Any]:
     write_json(run.results / "timings.json", [_timing(run, e) for e in run.elements() if e.role != "report"])
     # Copied as it is: a default must not be filled in for a setting that did not exist at the time.
     write_json(run.results / "config.json", read_json(run.config_path, dict[str, Any]))
-    report = {**summarize(read_tables(run.results)).to_json(), "provenance": _provenance(run)}
+    report = {KIND_KEY: "results", **summarize(read_tables(run.results)).to_json(), "provenance": _provenance(run)}
     write_json(run.results / "metrics.json", report)
     return report
 
@@ -158,6 +159,7 @@ def _stages(student: StudentElement, records: Sequence[Mapping[str, Any]]) -> It
     for stage in range(-1, len(student.config.stream.tasks)):
         path = student.stage_policy(stage).with_suffix(".json")
         if path.exists():
+            check_identity(path, **identity(student.config, student, stage))
             description = read_json(path, StudentSize)
             yield StageRow(
                 method=student.method,
@@ -176,7 +178,7 @@ def _stages(student: StudentElement, records: Sequence[Mapping[str, Any]]) -> It
 def _teacher_row(teacher: TeacherElement) -> TeacherRow:
     state: TeacherState = read_status(teacher.status).state
     if teacher.finished:
-        state = "rejected" if teacher.rejected.exists() else "admitted"
+        state = "rejected" if teacher.is_rejected else "admitted"
     elif state in ("done", "rejected"):
         state = "running"  # between its last status and its marker
     records = read_metrics(teacher.metrics, is_finished=teacher.finished)
@@ -219,7 +221,7 @@ def _timing(run: Run, element: Element) -> dict[str, Any]:
 def _provenance(run: Run) -> dict[str, Any]:
     """Return versions and machine without the command line, which may contain local paths."""
     provenance = read_for_display(run.root / "provenance.json", dict[str, Any], {})
-    return {key: value for key, value in provenance.items() if key != "command"}
+    return {key: value for key, value in provenance.items() if key not in ("command", KIND_KEY)}
 
 
 def _write_table(path: Path, rows: Sequence[Any]) -> None:

@@ -41,7 +41,7 @@ def start_rows(run: Run) -> list[StartRow]:
     rows: list[StartRow] = []
     for seed in run.config.teacher.seeds:
         teachers = [teacher for teacher in run.teachers() if teacher.seed == seed]
-        admitted = [teacher for teacher in teachers if teacher.complete.exists()]
+        admitted = [teacher for teacher in teachers if teacher.marker == teacher.complete]
         if not all(teacher.finished for teacher in teachers):
             return []
         if not admitted:

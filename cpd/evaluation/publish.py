@@ -15,9 +15,10 @@ from cpd.evaluation.results_folder import TEACHER, labels_of, read_tables
 from cpd.evaluation.summary import summarize
 from cpd.reading import DamagedFileError, read_for_display, read_json
 from cpd.run.claim import RESULT_FILES, check_none_lost, check_repository_place, claim
-from cpd.run.descriptions import Policy
-from cpd.run.directory import Run, TeacherElement, published_policy
+from cpd.run.descriptions import Policy, check_identity
+from cpd.run.directory import Run, TeacherElement, identity, published_policy
 from cpd.run.files import copy, sha256, write_json
+from cpd.run.folders import KIND_KEY
 from cpd.run.tables import EpisodeRow, EvaluationRow, compress_tables, find_table, read_rows, write_rows
 
 #: The files that are copied as they are, since they hold no results of students.
@@ -55,7 +56,7 @@ def publish_teachers(run: Run, folder: Path) -> list[Path]:
     check_none_lost(folder, published, (), f"launch {run.root} again to finish them, or choose another folder")
     # All policies are checked before the first file is copied: a failure leaves the folder as it was.
     for teacher in finished:
-        _check_whole(teacher)
+        _check_whole(run, teacher)
     report = gather(run)
     for name in TABLES:
         if (run.results / name).exists():
@@ -72,7 +73,7 @@ def publish_teachers(run: Run, folder: Path) -> list[Path]:
     write_json(folder / "timings.json", timings)
     # Not the run's own metrics.json, which also has its students.
     measures = summarize(read_tables(folder)).to_json()
-    write_json(folder / "metrics.json", {**measures, "provenance": report["provenance"]})
+    write_json(folder / "metrics.json", {KIND_KEY: "teachers", **measures, "provenance": report["provenance"]})
     compress_tables(folder)  # published tables are made to be committed
     policies = []
     for teacher in finished:
@@ -123,9 +124,10 @@ def publish_results(path: Path, folder: Path) -> Path:
     return folder
 
 
-def _check_whole(teacher: TeacherElement) -> None:
-    """Raise DamagedFileError unless the policy has the checksum in its description."""
+def _check_whole(run: Run, teacher: TeacherElement) -> None:
+    """Raise DamagedFileError unless the description is of this teacher and this policy."""
     path = teacher.policy.with_suffix(".json")
+    check_identity(path, **identity(run.config, teacher))
     if read_json(path, Policy)["sha256"] != sha256(teacher.policy):
         raise DamagedFileError(
             f"{teacher.policy} is damaged: its checksum differs from that in {path.name}; remove {teacher.path} "

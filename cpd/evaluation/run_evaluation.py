@@ -14,7 +14,7 @@ from cpd.envs.cells import TASKS_PER_PASS, Cell, EnvPool, evaluate_cells
 from cpd.envs.episodes import Actor, Outcome
 from cpd.evaluation.expert_usage import ExpertUsage
 from cpd.run.attempt import Attempt, begin_attempt
-from cpd.run.directory import Run, StudentElement
+from cpd.run.directory import Run, StudentElement, identity
 from cpd.run.interrupt import Interrupt, InterruptedBySignal
 from cpd.run.provenance import Labels, labels
 from cpd.run.tables import EpisodeRow, EvaluationRow, write_rows
@@ -76,6 +76,10 @@ def evaluation_rows(
     return rows, episodes
 
 
+def _load(element: StudentElement, stage: int) -> Student:
+    return load_student(element.stage_policy(stage), **identity(element.config, element, stage))
+
+
 def _make_actor(element: StudentElement, model: Student, stages: Sequence[int]) -> Actor:
     """Return the actor that row `stages[-1]` of the success matrix measures.
 
@@ -96,7 +100,7 @@ def _make_actor(element: StudentElement, model: Student, stages: Sequence[int]) 
 
     def actor_of(task: str) -> Actor:
         stage = stage_of[task]
-        student = model if stage == stages[-1] else load_student(element.stage_policy(stage)).to(device)
+        student = model if stage == stages[-1] else _load(element, stage).to(device)
         return make_actor(student, stream.distinct_tasks)
 
     return TaskwiseActor(actor_of)
@@ -132,7 +136,7 @@ def _fill_rows(
     stages = comm.broadcast([s for s in range(-1, len(config.stream.tasks)) if student.stage_policy(s).exists()])
     if is_whole and not stages:
         raise ValueError(f"{student.path} holds no trained stage yet; run jobs.distill first")
-    rejected = {task for task in config.stream.tasks if run.teacher_of(task, element.seed).rejected.exists()}
+    rejected = {task for task in config.stream.tasks if run.teacher_of(task, element.seed).is_rejected}
     distilled = [-1, *(s for s, task in enumerate(config.stream.tasks) if task not in rejected)]
     lost = comm.broadcast(
         [s for s in distilled if is_whole and s not in stages and not element.row_file(s).exists()]
@@ -158,7 +162,7 @@ def _fill_rows(
     pool = EnvPool()
     device = choose_device(comm)
     for stage in todo:
-        model = load_student(student.stage_policy(stage)).to(device)
+        model = _load(student, stage).to(device)
         cells = sorted(row_cells(config, stage, stages[-1]), key=lambda cell: not cell.to_the_end)
         actor = _make_actor(student, model, stages[: stages.index(stage) + 1])
         usage = ExpertUsage(model, actor, config.stream.distinct_tasks, config.stream.horizon)

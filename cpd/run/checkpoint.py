@@ -16,6 +16,7 @@ import torch
 from typing_extensions import TypedDict
 
 from cpd.reading import DamagedFileError, read_json
+from cpd.run.descriptions import check_identity
 from cpd.run.files import atomic_write, is_temporary, sha256, sweep_temporaries, write_json
 
 #: Names of checkpoints, such as `stage-03-step-004000`; folders of other names are not ours.
@@ -38,14 +39,18 @@ class Checkpoint:
 
     path: Path
 
-    def load(self) -> dict[str, Any]:
+    def load(self, **expected: Any) -> dict[str, Any]:
         """Load the state to the CPU.
 
+        Args:
+            expected: entries of meta.json, which those of earlier versions may lack.
+
         Raises:
-            DamagedFileError: if the file's hash is not the recorded one, or meta.json is damaged.
+            DamagedFileError: if the file's hash is not the recorded one, or meta.json is not as expected.
         """
         file, remedy = self.path / "state.pt", f"remove {self.path}"
         meta = read_json(self.path / "meta.json", Meta, remedy)
+        check_identity(self.path / "meta.json", **expected)
         if not file.is_file() or sha256(file) != meta["sha256"]:
             raise CheckpointError(f"{file} is missing, or damaged: its hash is not the one in meta.json; {remedy}")
         state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)

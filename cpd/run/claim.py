@@ -15,20 +15,9 @@ from cpd.config.load import first_few
 from cpd.config.retired import upgrade
 from cpd.reading import read_json
 from cpd.run.directory import Run, RunError
-from cpd.run.files import is_temporary
+from cpd.run.folders import CONTENTS, Kind, collected, kind_of, names_in
 from cpd.run.reuse import EXEMPT
 
-Kind = Literal["run", "teachers", "results", "figures"]
-#: The contents of a folder by what `kind_of` returns.
-CONTENTS: Final = {
-    "file": "a file",
-    "run": "a run directory",
-    "teachers": "published teachers",
-    "results": "published results",
-    "collection": "several folders with results",
-    "other": "other files",
-    "empty": "nothing",
-}
 #: The files of gathered or published results; `status.json` is the report's own.
 RESULT_FILES: Final = frozenset(
     {
@@ -61,51 +50,15 @@ STAND_INS: Final = "stand-ins"
 TUNING: Final = "tuning"
 
 
-def kind_of(folder: Path) -> str:
-    """Return what `folder` holds, as a key of `CONTENTS`."""
-    if folder.exists() and not folder.is_dir():
-        return "file"
-    names = _names(folder)
-    if _is_run(folder):
-        return "run"
-    if "policies" in names:
-        return "teachers"
-    if "config.json" in names:
-        return "results" if names & {"teachers.csv", "metrics.json"} else "run"
-    if collected(folder):
-        return "collection"
-    return "other" if names else "empty"
-
-
-def _names(folder: Path) -> set[str]:
-    # Large tables are compressed, and a killed writer may have left temporary files.
-    files = folder.iterdir() if folder.is_dir() else ()
-    return {path.name.removesuffix(".gz") for path in files if not is_temporary(path)}
-
-
-def _is_run(folder: Path) -> bool:
-    has_elements = any((folder / name).is_dir() for name in ("teachers", "students"))
-    return (folder / "provenance.json").exists() or (has_elements and (folder / "config.json").exists())
-
-
-def collected(folder: Path) -> list[str]:
-    """Return the subfolders, up to two levels down, that hold runs, results or published teachers."""
-    configs = sorted([*folder.glob("*/config.json"), *folder.glob("*/*/config.json")])
-    return [
-        config.parent.relative_to(folder).as_posix()
-        for config in configs
-        # A run is listed once, not also as its own results.
-        if not (config.parent.name == "results" and (config.parent.parent / "config.json").exists())
-    ]
-
-
 def expect(folder: Path, kind: Kind, remedy: str) -> None:
     """Raise RunError unless `folder` holds a `kind`; `remedy` says what to do."""
     if (held := kind_of(folder)) != kind:
         raise RunError(f"{folder} holds {CONTENTS[held]}, not {CONTENTS[kind]}: {remedy}")
 
 
-def claim(folder: Path, kind: Kind, experiment: Config | Mapping[str, Any] | None = None) -> None:
+def claim(
+    folder: Path, kind: Kind | Literal["figures"], experiment: Config | Mapping[str, Any] | None = None
+) -> None:
     """Raise RunError unless a command may write a `kind` of `experiment` to `folder`, which need not exist.
 
     Args:
@@ -121,14 +74,16 @@ def claim(folder: Path, kind: Kind, experiment: Config | Mapping[str, Any] | Non
         other = "another --run-dir" if kind == "run" else "another folder"
         return RunError(f"{folder} cannot take {purpose}: {reason}; {remedy or f'choose {other}'}")
 
+    if (held := kind_of(folder)) in ("link", "name"):
+        raise refuse(f"it is {CONTENTS[held]}")
     resolved = folder.resolve()
     for path in (resolved, *resolved.parents):
         if path.exists() and not path.is_dir():
             raise refuse(f"{path} is a file")
     for root in resolved.parents:
-        if resolved.relative_to(root).parts[0] in RUN_FOLDERS and _is_run(root):
+        if resolved.relative_to(root).parts[0] in RUN_FOLDERS and kind_of(root) == "run":
             raise refuse(f"it belongs to the run directory {root}")
-    held, names = kind_of(folder), _names(folder)
+    names = names_in(folder)
     if kind == "figures":
         if "config.json" in names:
             raise refuse(f"it holds {CONTENTS[held]}", f"choose one for figures, such as {folder / 'figures'}")

@@ -1,13 +1,30 @@
-"""The shapes of the JSON files beside policies, as far as they are read again; the files hold more."""
+"""The JSON files beside policies: what each states about itself, and shapes of what is read again of them."""
 
 from __future__ import annotations
 
-from typing import Literal, NotRequired
+from pathlib import Path
+from typing import Any, Literal, NotRequired
 
 from typing_extensions import TypedDict
 
 from cpd.config.types import Count, Positive, Share
+from cpd.reading import DamagedFileError, read_json
 from cpd.run.provenance import Labels
+
+
+def check_identity(path: Path, **expected: Any) -> None:
+    """Check what the JSON file `path` states about itself; files of earlier versions state less.
+
+    Raises:
+        DamagedFileError: if an entry is not as expected.
+    """
+    stated = read_json(path, dict[str, Any])
+    for name, value in expected.items():
+        if stated.get(name, value) != value:
+            raise DamagedFileError(
+                f"{path} does not belong here: it is of {name} {stated[name]!r}, not {value!r}; put the right "
+                "file back, or remove it with all that was made from it, and launch again"
+            )
 
 
 class Weights(TypedDict):

@@ -23,6 +23,7 @@ from cpd.config import Config
 from cpd.config.load import load, nearest
 from cpd.config.types import Role
 from cpd.reading import read_json
+from cpd.run.folders import CONTENTS, kind_of
 
 
 class RunError(ValueError):
@@ -65,9 +66,29 @@ class Element:
         return self.path / "REJECTED"
 
     @property
+    def marker(self) -> Path | None:
+        """The marker that the element has ended with, None while it has not.
+
+        Raises:
+            RunError: if there are both.
+        """
+        markers = [marker for marker in (self.complete, self.rejected) if marker.exists()]
+        if len(markers) > 1:
+            raise RunError(
+                f"{self.path} holds both COMPLETE and REJECTED, which contradict each other: remove the wrong "
+                "one, or both, and launch again"
+            )
+        return markers[0] if markers else None
+
+    @property
     def finished(self) -> bool:
         """Whether the element is complete or rejected."""
-        return self.complete.exists() or self.rejected.exists()
+        return self.marker is not None
+
+    @property
+    def is_rejected(self) -> bool:
+        """Whether it is a teacher whose validation success is below the gate."""
+        return self.marker == self.rejected
 
 
 @dataclass(frozen=True)
@@ -133,6 +154,16 @@ class StudentElement(Element):
         return self.row_file(stage).with_suffix(".retrieval.csv")
 
 
+def identity(config: Config, element: TeacherElement | StudentElement, stage: int | None = None) -> dict[str, Any]:
+    """Return what the files of an element state about themselves; `stage` is that of a student's policy."""
+    if isinstance(element, TeacherElement):
+        return {"experiment": config.name, "task": element.task, "seed": element.seed}
+    own = {"experiment": config.name, "method": element.method, "seed": element.seed}
+    if stage is None:
+        return own
+    return {**own, "stage": stage, "task": config.stream.tasks[stage] if stage >= 0 else None}
+
+
 class Run:
     """A run directory with the configuration that its first launch stored."""
 
@@ -144,6 +175,8 @@ class Run:
         """
         self.root = root
         self._planned_config = config
+        if config is None and (held := kind_of(root)) != "run":
+            raise RunError(f"{root} is not a run directory: it holds {CONTENTS[held]}; `jobs.launch` makes one")
         if config is None and not self.config_path.exists():
             raise RunError(f"{root} is not a run directory: it has no config.json; `jobs.launch` makes one")
 

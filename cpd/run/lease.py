@@ -134,9 +134,13 @@ class Lease:
                     threading.Thread(target=self._beat, daemon=True, name="lease").start()
                     return self
             elif time.monotonic() >= deadline:
+                lapse = "as soon as that process has ended"
+                if not holder.is_visible:
+                    seconds = STALE_SECONDS - _age_seconds(self._attempts / f"{number:04d}.json")
+                    lapse = f"in {max(seconds, 0.0):.0f} s if that process is dead"
                 raise LeaseHeldError(
-                    f"{self._attempts.parent} is being written by {holder}; wait for it or end it first"
-                    + ("" if holder.is_visible else f" (its lease lapses {STALE_SECONDS:.0f} s after it died)")
+                    f"{self._attempts.parent} is being written by {holder}; wait for it or end it first; the "
+                    f"lease lapses {lapse}"
                 )
             time.sleep(0.2)
 

@@ -23,9 +23,10 @@ from cpd.config import Config, changes
 from cpd.config.load import load, to_dict
 from cpd.config.retired import upgrade
 from cpd.reading import read_for_display, read_json
-from cpd.run.descriptions import Policy
-from cpd.run.directory import Element, Run, TeacherElement, published_policy, teacher_element
+from cpd.run.descriptions import Policy, check_identity
+from cpd.run.directory import Element, Run, TeacherElement, identity, published_policy, teacher_element
 from cpd.run.files import atomic_write, copy, sha256, write_json
+from cpd.run.folders import CONTENTS, kind_of
 from cpd.run.progress import State, StatusRecord
 from cpd.run.provenance import labels
 from cpd.run.shards.schema import INDEX_NAME, read_index
@@ -108,7 +109,8 @@ def reuse(run: Run, folder: Path) -> list[Reuse]:
     After an interruption, calling it again completes the work.
     """
     reuses = find_reusable(run, folder)
-    records = {r.teacher.name: _copy_files(r, r.policy, folder.resolve().name) for r in reuses if r.policy}
+    name = folder.resolve().name
+    records = {r.teacher.name: _copy_files(r, r.policy, name, run.config) for r in reuses if r.policy}
     if records:
         path = run.root / "provenance.json"
         provenance = read_for_display(path, dict[str, Any], {})
@@ -123,9 +125,9 @@ def reuse(run: Run, folder: Path) -> list[Reuse]:
 def _changed_settings(folder: Path, ours: Config) -> list[str]:
     """Return the settings of the teachers in `folder` that are not `ours`, as `dotted.path: theirs -> ours`."""
     path = folder / "config.json"
-    if not path.exists():
+    if (held := kind_of(folder)) not in ("run", "teachers"):
         raise ReuseError(
-            f"teachers_from = {str(folder)!r}: no such run or folder of published teachers (it has no config.json)"
+            f"teachers_from = {str(folder)!r} holds {CONTENTS[held]}, neither a run nor published teachers"
         )
     # Only the tables that concern teachers: student tables of older code may no longer load.
     tables = upgrade(read_json(path, dict[str, Any]))
@@ -141,6 +143,13 @@ def _reuse_of(teacher: TeacherElement, folder: Path, changed: Sequence[str], our
     """Check what `folder` holds of one teacher, and return what can be reused."""
     published = published_policy(folder, teacher.task, teacher.seed)
     source = teacher_element(folder, teacher.index, teacher.task, teacher.seed)
+    files = (published, published.with_suffix(".json"), *source.path.glob("*"), *source.shards.glob("*"))
+    for path in files:
+        # A link of somebody else could name any file of this user's.
+        if not path.resolve().is_relative_to(folder.resolve()):
+            raise ReuseError(
+                f"{path} leads to {path.resolve()}, outside of {folder}: copy that into the folder first"
+            )
     if not published.exists() and not source.finished:
         return Reuse(teacher)
     policy = published if published.exists() else source.policy
@@ -153,11 +162,12 @@ def _reuse_of(teacher: TeacherElement, folder: Path, changed: Sequence[str], our
     def same(settings: str) -> bool:
         return not any(line.startswith(settings) for line in changed)
 
-    evaluation = source.evaluation.exists() and same("evaluation.num_episodes:") and same("evaluation.goal_set:")
+    tables = source.evaluation.exists() and source.episodes.exists()
+    evaluation = tables and same("evaluation.num_episodes:") and same("evaluation.goal_set:")
     rollouts = (source.shards / INDEX_NAME).exists() and same("rollouts.")
     if rollouts:
         _check_shards(source)
-    marker = "REJECTED" if source.rejected.exists() else "COMPLETE"
+    marker = "REJECTED" if source.is_rejected else "COMPLETE"
     is_whole = evaluation and (rollouts or marker == "REJECTED") and same("teacher.gate:")
     return Reuse(teacher, source.policy, source, evaluation, rollouts, marker if is_whole else "")
 
@@ -169,8 +179,7 @@ def _check_policy(policy: Path, teacher: TeacherElement, ours: Config) -> None:
     description = read_json(path, Policy)
     if sha256(policy) != description["sha256"]:
         raise ReuseError(f"{policy} is damaged: its hash differs from the one in {path.name}")
-    if (description["task"], description["seed"]) != (teacher.task, teacher.seed):
-        raise ReuseError(f"{path} describes another teacher, not {teacher.task} seed {teacher.seed}")
+    check_identity(path, task=teacher.task, seed=teacher.seed)
     wanted = asdict(labels(ours))
     wrong = [
         f"{name} is {value!r} there, {wanted.get(name)!r} here"
@@ -199,7 +208,7 @@ def _check_shards(source: TeacherElement) -> None:
             raise ReuseError(f"{file} is missing, or not the file that {INDEX_NAME} describes")
 
 
-def _copy_files(item: Reuse, policy: Path, name: str) -> dict[str, Any]:
+def _copy_files(item: Reuse, policy: Path, name: str, ours: Config) -> dict[str, Any]:
     """Link or copy one teacher's files; return its entry of provenance.json."""
     teacher, source = item.teacher, item.source
     record: dict[str, Any] = {"from": name, "policy_sha256": sha256(policy)}
@@ -216,8 +225,9 @@ def _copy_files(item: Reuse, policy: Path, name: str) -> dict[str, Any]:
     if source and source.metrics.exists():
         copy(source.metrics, teacher.metrics)
     _link(policy, teacher.policy)
-    copy(policy.with_suffix(".json"), teacher.policy.with_suffix(".json"))
-    success = read_json(policy.with_suffix(".json"), Policy)["training"]["validation_success"]
+    description = read_json(policy.with_suffix(".json"), dict[str, Any])
+    write_json(teacher.policy.with_suffix(".json"), {**description, **identity(ours, teacher)})
+    success = description["training"]["validation_success"]
     states: dict[str, State] = {"COMPLETE": "done", "REJECTED": "rejected"}
     status = StatusRecord(states.get(item.marker, "waiting"), success=success, message=f"reused from {name}")
     write_json(teacher.status, asdict(status))
@@ -225,11 +235,16 @@ def _copy_files(item: Reuse, policy: Path, name: str) -> dict[str, Any]:
 
 
 def _link(source: Path, target: Path) -> None:
-    """Make a hard link, or a copy on another file system; linked files are replaced as a whole, never changed."""
+    """Make a hard link, or a copy on another file system; linked files are replaced as a whole, never changed.
+
+    Files of another user, who could change them, are copied.
+    """
+    source = source.resolve()
+    is_own = source.stat().st_uid == os.getuid()
     with atomic_write(target) as temporary:
         temporary.unlink()  # a link needs a free name
         try:
-            os.link(source, temporary)
+            (os.link if is_own else shutil.copyfile)(source, temporary)
         except OSError:
             shutil.copyfile(source, temporary)
 

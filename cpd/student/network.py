@@ -23,7 +23,7 @@ from cpd.config.load import load, to_dict
 from cpd.config.retired import upgrade
 from cpd.envs.tasks import ACTION_SIZE, OBSERVATION_SIZE
 from cpd.reading import DamagedFileError, read_bytes, read_json
-from cpd.run.descriptions import StudentPolicy
+from cpd.run.descriptions import StudentPolicy, check_identity
 from cpd.run.files import atomic_write, write_json
 from cpd.student.moe import MoE, RouterStats
 from cpd.student.observations import observation_scaling
@@ -238,13 +238,19 @@ def save_student(path: Path, student: Student, description: Mapping[str, Any]) -
         temporary.write_bytes(data)
 
 
-def load_student(path: Path) -> Student:
+def load_student(path: Path, **expected: Any) -> Student:
     """Load the student that `save_student` wrote to `path`, on the CPU.
 
+    Args:
+        path: ends in `.safetensors`.
+        expected: entries of its description, which those of earlier versions may lack.
+
     Raises:
-        DamagedFileError: if weights and description do not match, or if observations were scaled differently.
+        DamagedFileError: if the description is not as expected, if weights and description do not match, or if
+            observations were scaled differently.
     """
     description_path = path.with_suffix(".json")
+    check_identity(description_path, **expected)
     description = read_json(description_path, StudentPolicy)
     data = read_bytes(path)
     if hashlib.sha256(data).hexdigest() != description["sha256"]:

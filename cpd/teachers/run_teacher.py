@@ -16,8 +16,8 @@ from cpd.evaluation.run_evaluation import evaluation_rows
 from cpd.reading import read_json
 from cpd.run import checkpoint
 from cpd.run.attempt import Attempt, begin_attempt
-from cpd.run.descriptions import Policy
-from cpd.run.directory import Run, TeacherElement
+from cpd.run.descriptions import Policy, check_identity
+from cpd.run.directory import Run, TeacherElement, identity
 from cpd.run.files import sha256, write_text
 from cpd.run.interrupt import Interrupt, InterruptedBySignal
 from cpd.run.provenance import labels
@@ -71,6 +71,7 @@ def run_teacher(
         # description is written after the weights, so it marks the end of training.
         if not on_first_rank(comm, description_path.exists):
             phases.train()
+        on_first_rank(comm, lambda: check_identity(description_path, **identity(run.config, element)))
         description = on_first_rank(comm, lambda: read_json(description_path, Policy))
         success: float = description["training"]["validation_success"]
         # Evaluated before the gate: a rejected teacher is reported with its success rate, too.
@@ -122,8 +123,7 @@ class _Phases:
         """Make the policy and write it; every rank trains, rank 0 writes."""
         config, element = self.config, self.element
         description: dict[str, Any] = {
-            "task": element.task,
-            "seed": element.seed,
+            **identity(config, element),
             "labels": asdict(labels(config)),
         }
         if config.teacher.recipe == "scripted":

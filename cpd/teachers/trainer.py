@@ -19,7 +19,7 @@ from cpd.envs.cells import Cell, EnvPool, evaluate_cells
 from cpd.envs.goals import goal_set
 from cpd.run import checkpoint
 from cpd.run.attempt import Attempt
-from cpd.run.directory import TeacherElement
+from cpd.run.directory import TeacherElement, identity
 from cpd.run.interrupt import Interrupt, InterruptedBySignal
 from cpd.run.progress import MetricsLog
 from cpd.teachers.demonstrations import Demonstrator
@@ -147,7 +147,7 @@ class TeacherTrainer:
         # Rank 0 chooses for all: a shared file system may show different checkpoints to different nodes.
         newest = self._comm.broadcast(checkpoint.latest(self._element.checkpoints) if is_writer else None)
         if newest is not None:
-            state = newest.load()
+            state = newest.load(**identity(self._config, self._element))
             self._learner.restore(state["learner"])
             self._best_policy = state["best_policy"]
             self._progress = _Progress(**state["progress"])
@@ -174,7 +174,8 @@ class TeacherTrainer:
             "progress": asdict(self._progress),
             "metrics_size": self._metrics.size,
         }
-        checkpoint.save(self._element.checkpoints, name, state, iteration=self._progress.iteration)
+        of = identity(self._config, self._element)
+        checkpoint.save(self._element.checkpoints, name, state, iteration=self._progress.iteration, **of)
 
     @property
     def _is_spent(self) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from typing import TypeVar
 
 import numpy as np
@@ -11,8 +12,10 @@ import pytest
 
 from cpd.comm import Comm, SerialComm
 from cpd.distill.run_student import run_student
+from cpd.evaluation.gather import gather
 from cpd.evaluation.run_evaluation import run_evaluation
 from cpd.run.checkpoint import published
+from cpd.run.files import DamagedFileError
 from cpd.run.interrupt import Interrupt, InterruptedBySignal
 from cpd.run.shards.schema import ShardError
 from cpd.run.tables import CurveRow, read_rows
@@ -245,3 +248,25 @@ def test_a_stage_that_was_lost_is_not_passed_over_when_the_student_is_evaluated(
     with pytest.raises(ValueError, match=r"stage-00\.safetensors .*students/moe/seed-1"):
         run_evaluation(run, element, SerialComm(), interrupt=Interrupt(), log=lambda line: None)
     assert not element.complete.exists()
+
+
+def test_the_policy_of_another_stage_is_not_evaluated(make_student_run):
+    run = make_student_run()
+    distil(run)
+    student = run.students()[0]
+    for suffix in (".safetensors", ".json"):
+        shutil.copyfile(student.stage_policy(0).with_suffix(suffix), student.stage_policy(-1).with_suffix(suffix))
+    with pytest.raises(DamagedFileError, match=r"initial\.json .*stage 0, not -1"):
+        run_evaluation(run, run.evaluations()[0], SerialComm(), interrupt=Interrupt(), log=print)
+    assert not run.evaluations()[0].row_file(-1).exists()
+    with pytest.raises(DamagedFileError, match=r"initial\.json .*stage 0, not -1"):
+        gather(run)
+
+
+def test_the_checkpoint_of_another_student_is_not_resumed(make_student_run):
+    run = make_student_run(seeds=[1, 2])
+    distil(run)
+    first, second = run.students()
+    shutil.copytree(first.checkpoints, second.checkpoints)
+    with pytest.raises(DamagedFileError, match=rf"{second.checkpoints}.*meta\.json .*seed 1, not 2"):
+        run_student(run, second, SerialComm(), interrupt=Interrupt(), log=print)

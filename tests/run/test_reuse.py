@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,14 +16,19 @@ from cpd.comm import SerialComm
 from cpd.config import Config
 from cpd.config.load import load, merge, read_toml, to_dict
 from cpd.distill.stage_data import read_stage
-from cpd.reading import read_json
-from cpd.run.directory import Run, TeacherElement, published_policy
+from cpd.evaluation import publish as publish_module
+from cpd.evaluation.gather import gather
+from cpd.reading import DamagedFileError, read_json
+from cpd.run.directory import Run, RunError, TeacherElement, published_policy
 from cpd.run.files import sha256, write_json
 from cpd.run.interrupt import Interrupt
 from cpd.run.progress import read_status
 from cpd.run.reuse import Reuse, ReuseError, find_reusable, reuse
 from cpd.teachers.run_teacher import env_pool, run_teacher
+from jobs.distill import main as distill_main
 from jobs.launch import main
+from jobs.status import main as status_main
+from jobs.teacher import main as teacher_main
 from tests.conftest import MINIATURE, ROOT
 
 #: Real experts, acting for a moment.
@@ -283,12 +290,98 @@ def relabel(teacher: TeacherElement, name: str, value: str) -> None:
     write_json(path, description)
 
 
-def test_a_policy_of_another_teacher_is_refused(other: Path, tmp_path: Path) -> None:
-    first, second = Run(other).teachers()
+def swap_policy(run: Run) -> TeacherElement:
+    """Put the first teacher's policy in the place of the second's; return the second."""
+    first, second = run.teachers()
     for name in ("policy.safetensors", "policy.json"):
         shutil.copyfile(first.path / name, second.path / name)
-    with pytest.raises(ReuseError, match="window-close-v3 seed 1"):
+    return second
+
+
+def test_a_policy_in_the_place_of_another_is_refused_by_every_reader(other: Path, tmp_path: Path) -> None:
+    place = "policy\\.json .*task 'drawer-close-v3', not 'window-close-v3'"
+    teacher = swap_policy(Run(other))
+    with pytest.raises(ReuseError, match=place):
         reuse(make(tmp_path / "new"), other)
+    with pytest.raises(DamagedFileError, match=place):
+        read_stage(Run(other), teacher, SerialComm())
+    with pytest.raises(DamagedFileError, match=place):
+        publish_module._check_whole(Run(other), teacher)
+    teacher.complete.unlink()
+    assert teacher_main([str(other), teacher.name]) == 1
+    assert not teacher.complete.exists()
+
+
+def test_a_policy_of_another_experiment_is_refused_but_not_one_of_an_earlier_version(other: Path) -> None:
+    teacher = Run(other).teachers()[1]
+    teacher.complete.unlink()
+    path = teacher.policy.with_suffix(".json")
+    description = read_json(path, dict[str, Any])
+    write_json(path, {**description, "experiment": "elsewhere"})
+    with pytest.raises(DamagedFileError, match=r"policy\.json .*experiment 'elsewhere', not 'miniature'"):
+        finish(Run(other), teacher)
+    del description["experiment"]
+    write_json(path, description)
+    finish(Run(other), teacher)
+    assert teacher.marker == teacher.complete
+
+
+def test_an_element_that_is_both_complete_and_rejected_is_refused(
+    other: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    teacher = Run(other).teachers()[1]
+    teacher.rejected.touch()
+    for command in (teacher_main, distill_main, status_main):
+        assert command([str(other), *([teacher.name] if command is teacher_main else [])]) == 2
+        error = capsys.readouterr().err
+        assert str(teacher.path) in error and "COMPLETE" in error and "REJECTED" in error
+    with pytest.raises(ReuseError, match=str(teacher.path)):
+        reuse(make(tmp_path / "new"), other)
+    with pytest.raises(RunError, match=str(teacher.path)):
+        gather(Run(other))
+
+
+@pytest.mark.parametrize("name", ["../../../../new/victim.h5", "shard-../x.h5", "/etc/passwd", "index.json", 3])
+def test_an_index_names_no_files_of_other_folders(other: Path, tmp_path: Path, name: str | int) -> None:
+    shards = Run(other).teachers()[1].shards
+    run = make(tmp_path / "new")
+    (run.root / "victim.h5").write_text("mine")
+    index = read_json(shards / "index.json", dict[str, Any])
+    index["shards"][0]["file"] = name
+    write_json(shards / "index.json", index)
+    with pytest.raises(ReuseError, match=r"index\.json"):
+        reuse(run, other)
+    assert (run.root / "victim.h5").read_text() == "mine"
+    assert not (run.root / "teachers").exists()
+
+
+@pytest.mark.parametrize(
+    "name", ["policy.safetensors", "metrics.jsonl", "episodes.csv", "shards", "shards/shard-00000.h5"]
+)
+def test_links_that_leave_the_source_are_not_followed(other: Path, tmp_path: Path, name: str) -> None:
+    path = Run(other).teachers()[1].path / name
+    if path.exists():
+        path.rename(tmp_path / "outside")
+    else:
+        (tmp_path / "outside").write_text("secret")
+    path.symlink_to(tmp_path / "outside")
+    with pytest.raises(ReuseError, match=re.escape(str(path))):
+        reuse(make(tmp_path / "new"), other)
+    assert not (tmp_path / "new" / "teachers").exists()
+
+
+@pytest.mark.parametrize("is_own", [True, False])
+def test_files_of_another_user_are_copied_and_own_ones_linked(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_own: bool
+) -> None:
+    run = make(tmp_path / "new")
+    owner = os.getuid()
+    monkeypatch.setattr(os, "getuid", lambda: owner if is_own else owner + 1)
+    reuse(run, finished)
+    theirs, ours = (Run(root).teachers()[0] for root in (finished, run.root))
+    for name in ("policy.safetensors", "shards/shard-00000.h5"):
+        assert (ours.path / name).samefile(theirs.path / name) == is_own
+        assert sha256(ours.path / name) == sha256(theirs.path / name)
 
 
 def test_the_launcher_shows_and_copies_reused_teachers_and_stores_no_path(
