@@ -5,10 +5,11 @@ from __future__ import annotations
 import csv
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -42,6 +43,54 @@ SEED_COLUMNS = {
     "forgetting_over_all_tasks": "forgetting_over_all",
     "forgetting_max_based": "forgetting_max_based",
     "most_forgotten": "most_forgotten",
+}
+
+
+class Form(NamedTuple):
+    """A layout of a LaTeX table; all lengths are in points."""
+
+    environment: str
+    """`table` is as wide as a column of a two-column paper, `table*` as the page."""
+    width: float
+    font: str
+    em_share: float
+    """Size of a character relative to one of 10 points."""
+    space: float
+    """On each side of a column."""
+    breaks: str
+    """The pattern at which a cell is broken into lines, one below the other."""
+
+
+#: Before an interval, or the task that a value is of, and after it.
+BRACKETS = r" (?=[\[(])|(?<=[\])]) "
+#: After a hyphen, but not within the argument of a command.
+HYPHENS = r"(?<=[a-z]-)(?=[a-z])(?![^{]*\})"
+LAYOUTS = (
+    (r"\small", 0.93, 6.0, ""),
+    (r"\footnotesize", 0.86, 3.0, ""),
+    (r"\footnotesize", 0.86, 3.0, BRACKETS),
+    (r"\scriptsize", 0.81, 1.5, BRACKETS),
+    (r"\scriptsize", 0.81, 1.5, rf"{BRACKETS}|{HYPHENS}"),
+)
+#: From the most readable to the most compact; a table has the first form that it fits.
+FORMS = [
+    Form(environment, width, *layout)
+    for environment, width in (("table", 229.0), ("table*", 469.0))
+    for layout in LAYOUTS
+]
+#: Widths of the characters of Computer Modern at 10 points; capitals are 7.5 wide.
+WIDTHS = {
+    character: width
+    for width, characters in {
+        2.8: "ijl.,:;'[]",
+        3.4: "f- ",
+        3.9: "rst()",
+        4.5: "cez",
+        5.0: "ao0123456789–/",
+        5.6: "bdghknpquvxy_",
+        8.4: "mw%",
+    }.items()
+    for character in characters
 }
 
 
@@ -289,32 +338,58 @@ def _write_csv(folder: Path, table: Table, labels: dict[str, str]) -> Path:
 
 
 def _write_tex(folder: Path, table: Table, notes: str) -> Path:
-    body = "\n".join("    " + " & ".join(map(_tex, row)) + r" \\" for row in table.tex_rows)
-    # Many columns do not fit one column of text.
-    environment = "table*" if len(table.tex_columns) > 6 else "table"
-    header = " & ".join(map(_tex, table.tex_columns))
+    form = next((form for form in FORMS if _width(table, form) <= form.width), FORMS[-1])
+    sides = "l" + "r" * (len(table.tex_columns) - 1)
+    header, *body = (
+        " & ".join(_stack(map(_tex, lines), side) for lines, side in zip(row, sides, strict=True)) + r" \\"
+        for row in _lines(table, form)
+    )
     text = "\n".join(
         [
             r"% needs \usepackage{booktabs}",
-            rf"\begin{{{environment}}}",
-            r"  \centering\small",
+            rf"\begin{{{form.environment}}}",
+            rf"  \centering{form.font}\setlength{{\tabcolsep}}{{{form.space}pt}}",
             rf"  \caption{{{_escape(table.caption)}}}",
-            rf"  \begin{{tabular}}{{l{'r' * (len(table.tex_columns) - 1)}}}",
+            rf"  \begin{{tabular}}{{{sides}}}",
             r"    \toprule",
-            rf"    {header} \\",
+            f"    {header}",
             r"    \midrule",
-            body,
+            *(f"    {row}" for row in body),
             r"    \bottomrule",
             r"  \end{tabular}",
             "",
             rf"  \footnotesize {_escape(notes)}",
-            rf"\end{{{environment}}}",
+            rf"\end{{{form.environment}}}",
             "",
         ]
     )
     path = folder / f"{table.stem}.tex"
     write_text(path, text)
     return path
+
+
+def _lines(table: Table, form: Form) -> list[list[list[str]]]:
+    """Return the lines of every cell, by row; the header, which is broken between words, is the first row."""
+    header = [text.split(" ") if form.breaks else [text] for text in table.tex_columns]
+    cells = [[re.split(form.breaks, cell) if form.breaks else [cell] for cell in row] for row in table.tex_rows]
+    return [header, *cells]
+
+
+def _width(table: Table, form: Form) -> float:
+    """Return an estimate of the table's width in points."""
+    columns = zip(*_lines(table, form), strict=True)
+    widths = [
+        max(sum(WIDTHS.get(c, 7.5) for c in _plain(line).replace("*", "")) for lines in column for line in lines)
+        for column in columns
+    ]
+    return form.em_share * sum(widths) + 2 * form.space * len(widths)
+
+
+def _stack(lines: Iterable[str], side: str) -> str:
+    """Return the lines of a cell below each other; the braces keep a bracket from being taken for an option."""
+    first, *others = lines
+    below = "".join(rf"\\{{}}{line}" for line in others)
+    return rf"\shortstack[{side}]{{{first}{below}}}" if others else first
 
 
 def _write_markdown(folder: Path, table: Table, notes: str) -> Path:

@@ -14,8 +14,8 @@ from cpd.comm import Comm, SerialComm
 from cpd.distill.run_student import run_student
 from cpd.evaluation.gather import gather
 from cpd.evaluation.run_evaluation import run_evaluation
+from cpd.reading import DamagedFileError
 from cpd.run.checkpoint import published
-from cpd.run.files import DamagedFileError
 from cpd.run.interrupt import Interrupt, InterruptedBySignal
 from cpd.run.shards.schema import ShardError
 from cpd.run.tables import CurveRow, read_rows

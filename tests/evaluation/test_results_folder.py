@@ -11,8 +11,8 @@ import pytest
 from cpd.envs.tasks import STREAMS
 from cpd.evaluation.gather import gather
 from cpd.evaluation.results_folder import read_tables
+from cpd.reading import DamagedFileError
 from cpd.run.directory import Run
-from cpd.run.files import DamagedFileError
 from tests.synthetic_run import write_run
 
 RATES = np.array([[0.1, 0.0, 0.0], [0.9, 0.1, 0.0], [0.7, 0.8, 0.2], [0.5, 0.9, 0.96]])
