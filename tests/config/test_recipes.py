@@ -61,3 +61,17 @@ def test_help_texts_name_the_defaults_after_a_warm_start() -> None:
     for name, value in WARM_START_PPO.items():
         (text,) = [line for line in lines if line.startswith(f"teacher.ppo.{name} ")]
         assert str(tuple(value) if isinstance(value, list) else value) in text
+
+
+def test_teachers_from_in_a_recipe_is_relative_to_it_and_on_the_command_line_to_the_current_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    upper = tmp_path / "lab" / "upper.toml"
+    upper.parent.mkdir()
+    (tmp_path / "base.toml").write_text('extends = "demo"\nteachers_from = "runs/shared"\n')
+    upper.write_text('extends = "../base"\n')
+    assert Path(load_recipe(str(upper), []).teachers_from).resolve() == tmp_path / "runs" / "shared"
+    upper.write_text('extends = "../base"\nteachers_from = "own"\n')
+    assert Path(load_recipe(str(upper), []).teachers_from).resolve() == tmp_path / "lab" / "own"
+    assert load_recipe(str(upper), ["--teachers_from=here"]).teachers_from == "here"
