@@ -15,7 +15,7 @@ from cpd.evaluation.intervals import Floats
 from cpd.evaluation.results_folder import TEACHER, Tables, merge_tables, read_tables
 from cpd.evaluation.student_measures import Rate, StudentResults
 from cpd.evaluation.summary import MethodMeasures, Summary, summarize, without_students
-from cpd.reading import read_for_display
+from cpd.reading import DamagedFileError, read_for_display
 from cpd.run.progress import read_status
 from cpd.run.tables import TrainingRow, find_table, read_rows
 
@@ -251,6 +251,9 @@ def _teacher_curves(tables: Tables) -> Iterable[TeacherCurve]:
     if not find_table(path):
         return
     records = read_rows(path, TrainingRow, is_open=True)
+    foreign = {(r.task, r.seed) for r in records} - {(t.task, t.seed) for t in tables.teachers}
+    for task, seed in sorted(foreign):
+        raise DamagedFileError(f"{path} has rows of {task} seed {seed}, which teachers.csv lacks: restore it")
     for teacher in tables.teachers:
         rows = [r for r in records if (r.task, r.seed) == (teacher.task, teacher.seed) and r.env_steps is not None]
         validated = [r for r in rows if r.validation_success is not None]

@@ -308,7 +308,7 @@ def test_a_policy_in_the_place_of_another_is_refused_by_every_reader(other: Path
     with pytest.raises(DamagedFileError, match=place):
         publish_module._check_whole(Run(other), teacher)
     teacher.complete.unlink()
-    assert teacher_main([str(other), teacher.name]) == 1
+    assert teacher_main([str(other), teacher.name]) == 2
     assert not teacher.complete.exists()
 
 
@@ -414,7 +414,7 @@ def test_the_launcher_shows_and_copies_reused_teachers_and_stores_no_path(
         "all are reused already"
     )
     assert main([str(MINIATURE), "--run-dir", "newer", "--teachers_from=nowhere"]) == 2
-    assert "'nowhere'" in capsys.readouterr().err
+    assert "'nowhere' holds nothing" in capsys.readouterr().err
     assert not (tmp_path / "newer").exists()
 
 
