@@ -81,7 +81,10 @@ def claim(
         if path.exists() and not path.is_dir():
             raise refuse(f"{path} is a file")
     for root in resolved.parents:
-        if resolved.relative_to(root).parts[0] in RUN_FOLDERS and kind_of(root) == "run":
+        is_inside = resolved.relative_to(root).parts[0] in RUN_FOLDERS
+        # Looked for first, since a folder above may be large, or may not be listed by this user.
+        has_record = (root / "config.json").exists() or (root / "provenance.json").exists()
+        if is_inside and has_record and kind_of(root) == "run":
             raise refuse(f"it belongs to the run directory {root}")
     names = names_in(folder)
     if kind == "figures":
