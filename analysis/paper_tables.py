@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-import csv
-import io
-import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from operator import attrgetter
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
 from analysis.captions import look_alikes
 from analysis.dataset import Dataset, mean_matrix, short
+from analysis.table_files import Cell, Table, escape, write_csv, write_markdown, write_tex
 from cpd.evaluation.intervals import Aggregate, Floats, probability_of_improvement
 from cpd.evaluation.student_measures import Rate, StudentMeasures, TaskMeasures
 from cpd.evaluation.summary import MethodMeasures, finals, interval, shares
-from cpd.run.files import write_text
-
-Cell = str | int | float | None
 
 #: Columns of the table of seeds, and the values of `StudentMeasures` in them.
 SEED_COLUMNS = {
@@ -46,77 +39,15 @@ SEED_COLUMNS = {
 }
 
 
-class Form(NamedTuple):
-    """A layout of a LaTeX table; all lengths are in points."""
-
-    environment: str
-    """`table` is as wide as a column of a two-column paper, `table*` as the page."""
-    width: float
-    font: str
-    em_share: float
-    """Size of a character relative to one of 10 points."""
-    space: float
-    """On each side of a column."""
-    breaks: str
-    """The pattern at which a cell is broken into lines, one below the other."""
-
-
-#: Before an interval, or the task that a value is of, and after it.
-BRACKETS = r" (?=[\[(])|(?<=[\])]) "
-#: After a hyphen, but not within the argument of a command.
-HYPHENS = r"(?<=[a-z]-)(?=[a-z])(?![^{]*\})"
-LAYOUTS = (
-    (r"\small", 0.93, 6.0, ""),
-    (r"\footnotesize", 0.86, 3.0, ""),
-    (r"\footnotesize", 0.86, 3.0, BRACKETS),
-    (r"\scriptsize", 0.81, 1.5, BRACKETS),
-    (r"\scriptsize", 0.81, 1.5, rf"{BRACKETS}|{HYPHENS}"),
-)
-#: From the most readable to the most compact; a table has the first form that it fits.
-FORMS = [
-    Form(environment, width, *layout)
-    for environment, width in (("table", 229.0), ("table*", 469.0))
-    for layout in LAYOUTS
-]
-#: Widths of the characters of Computer Modern at 10 points; capitals are 7.5 wide.
-WIDTHS = {
-    character: width
-    for width, characters in {
-        2.8: "ijl.,:;'[]",
-        3.4: "f- ",
-        3.9: "rst()",
-        4.5: "cez",
-        5.0: "ao0123456789–/",
-        5.6: "bdghknpquvxy_",
-        8.4: "mw%",
-    }.items()
-    for character in characters
-}
-
-
-@dataclass(frozen=True)
-class Table:
-    """One table: exact values for CSV, rounded ones for LaTeX and Markdown."""
-
-    stem: str
-    columns: tuple[str, ...]
-    rows: tuple[tuple[Cell, ...], ...]
-    """Exact values, for the CSV file."""
-    tex_columns: tuple[str, ...] = ()
-    """Without these, the table is only written as CSV."""
-    tex_rows: tuple[tuple[str, ...], ...] = ()
-    caption: str = ""
-
-
 def write_tables(folder: Path, data: Dataset, notes: str) -> list[Path]:
     """Write all tables, with the conditions in every CSV row and below every other table; return their paths."""
     written = []
     starts = start_table(data)
     tables = (task_table(data), seed_table(data), method_table(data), *([starts] if starts else []))
     for table in (*tables, *matrix_tables(data)):
-        written += [_write_csv(folder, table, data.labels)]
+        written += [write_csv(folder, table, data.labels)]
         if table.tex_rows:
-            written += [_write_tex(folder, table, notes), _write_markdown(folder, table, notes)]
+            written += [write_tex(folder, table, notes), write_markdown(folder, table, notes)]
     return written
 
 
@@ -150,10 +81,10 @@ def _task_tex(data: Dataset) -> list[tuple[str, ...]]:
     for method in data.method_names:
         students = data.of_method(method)
         if len(data.method_names) > 1:
-            lines.append((r"\emph{" + _escape(method) + "}", "", "", "", "", ""))
+            lines.append((r"\emph{" + escape(method) + "}", "", "", "", "", ""))
         for row, task in enumerate(data.tasks):
             measured = [student.measures.tasks[row] for student in students]
-            lines.append((_escape(short(task)), *task_cells(data, task, measured)))
+            lines.append((escape(short(task)), *task_cells(data, task, measured)))
     return lines
 
 
@@ -213,7 +144,7 @@ def method_table(data: Dataset) -> Table:
         worst = [worst_text(measures[name], method.worst_tasks.get(name)) for name in names]
         pairs = [text for pair in zip(texts, worst, strict=True) for text in pair]
         memory = "–" if method.memory_steps is None else f"{method.memory_steps:,}"
-        lines.append((_escape(method.method), str(len(method.seeds)), memory, *pairs))
+        lines.append((escape(method.method), str(len(method.seeds)), memory, *pairs))
     measured = [f"{name}_{statistic}" for name in names for statistic in statistics]
     columns = [f"{name}{suffix}" for name in (*measured, "forward_transfer") for suffix in ("", "_low", "_high")]
     return Table(
@@ -280,7 +211,7 @@ def start_table(data: Dataset) -> Table | None:
                 for student, *values in zip(students, performance, recovery, strict=True)
             ]
             texts += [_range_text(performance), _range_text(recovery)]
-        lines.append((_escape(method.method), str(len(students)), *texts))
+        lines.append((escape(method.method), str(len(students)), *texts))
     return Table(
         "table_look_alikes",
         ("method", "seed", "group", "tasks", "average_performance", "recovery"),
@@ -325,92 +256,3 @@ def matrix_tables(data: Dataset) -> list[Table]:
 
 def _rate_cells(rate: Rate | None) -> tuple[Cell, ...]:
     return (rate.successes, rate.episodes, rate.rate, rate.low, rate.high) if rate else (None,) * 5
-
-
-def _write_csv(folder: Path, table: Table, labels: dict[str, str]) -> Path:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([*table.columns, *labels])
-    writer.writerows([*("" if cell is None else cell for cell in row), *labels.values()] for row in table.rows)
-    path = folder / f"{table.stem}.csv"
-    write_text(path, text.getvalue())
-    return path
-
-
-def _write_tex(folder: Path, table: Table, notes: str) -> Path:
-    form = next((form for form in FORMS if _width(table, form) <= form.width), FORMS[-1])
-    sides = "l" + "r" * (len(table.tex_columns) - 1)
-    header, *body = (
-        " & ".join(_stack(map(_tex, lines), side) for lines, side in zip(row, sides, strict=True)) + r" \\"
-        for row in _lines(table, form)
-    )
-    text = "\n".join(
-        [
-            r"% needs \usepackage{booktabs}",
-            rf"\begin{{{form.environment}}}",
-            rf"  \centering{form.font}\setlength{{\tabcolsep}}{{{form.space}pt}}",
-            rf"  \caption{{{_escape(table.caption)}}}",
-            rf"  \begin{{tabular}}{{{sides}}}",
-            r"    \toprule",
-            f"    {header}",
-            r"    \midrule",
-            *(f"    {row}" for row in body),
-            r"    \bottomrule",
-            r"  \end{tabular}",
-            "",
-            rf"  \footnotesize {_escape(notes)}",
-            rf"\end{{{form.environment}}}",
-            "",
-        ]
-    )
-    path = folder / f"{table.stem}.tex"
-    write_text(path, text)
-    return path
-
-
-def _lines(table: Table, form: Form) -> list[list[list[str]]]:
-    """Return the lines of every cell, by row; the header, which is broken between words, is the first row."""
-    header = [text.split(" ") if form.breaks else [text] for text in table.tex_columns]
-    cells = [[re.split(form.breaks, cell) if form.breaks else [cell] for cell in row] for row in table.tex_rows]
-    return [header, *cells]
-
-
-def _width(table: Table, form: Form) -> float:
-    """Return an estimate of the table's width in points."""
-    columns = zip(*_lines(table, form), strict=True)
-    widths = [
-        max(sum(WIDTHS.get(c, 7.5) for c in _plain(line).replace("*", "")) for lines in column for line in lines)
-        for column in columns
-    ]
-    return form.em_share * sum(widths) + 2 * form.space * len(widths)
-
-
-def _stack(lines: Iterable[str], side: str) -> str:
-    """Return the lines of a cell below each other; the braces keep a bracket from being taken for an option."""
-    first, *others = lines
-    below = "".join(rf"\\{{}}{line}" for line in others)
-    return rf"\shortstack[{side}]{{{first}{below}}}" if others else first
-
-
-def _write_markdown(folder: Path, table: Table, notes: str) -> Path:
-    rows = [table.tex_columns, ("---", *["---:"] * (len(table.tex_columns) - 1)), *table.tex_rows]
-    lines = ["| " + " | ".join(map(_plain, row)) + " |" for row in rows]
-    path = folder / f"{table.stem}.md"
-    write_text(path, "\n".join([*lines, "", f"{table.caption} {notes}", ""]))
-    return path
-
-
-def _plain(text: str) -> str:
-    """Convert a LaTeX cell to Markdown."""
-    return re.sub(r"\\emph\{(.*)\}", r"*\1*", text).replace("\\", "")
-
-
-def _tex(text: str) -> str:
-    """Convert en dashes and minus signs to LaTeX; hyphens within names stay."""
-    return re.sub(r"(?<!\w)-(?=\d)", "$-$", text).replace("–", "--")
-
-
-def _escape(text: str) -> str:
-    for character in "&%#_$":
-        text = text.replace(character, "\\" + character)
-    return text.replace("–", "--")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from analysis.paper_tables import FORMS, Table, _width, _write_tex
+from analysis.table_files import FORMS, Table, table_width, write_tex
 
 TASKS = ("handle-press-side", "drawer-close", "peg-unplug-side")
 METHODS = ("no-replay", "experts-on-demand", "packnet-with-known-tasks")
@@ -39,16 +39,16 @@ TABLES = {
 
 @pytest.mark.parametrize("environment", TABLES)
 def test_a_table_takes_the_narrowest_form_that_it_fits(tmp_path: Path, environment: str) -> None:
-    text = _write_tex(tmp_path, TABLES[environment], NOTES).read_text()
+    text = write_tex(tmp_path, TABLES[environment], NOTES).read_text()
     assert rf"\begin{{{environment}}}" in text
-    assert _width(TABLES[environment], FORMS[-1]) <= FORMS[-1].width
+    assert table_width(TABLES[environment], FORMS[-1]) <= FORMS[-1].width
     narrow = Table("t", (), (), ("Task", "AP"), (("reach", "96 [87, 99]"),))
-    assert r"\centering\small" in _write_tex(tmp_path, narrow, NOTES).read_text()
+    assert r"\centering\small" in write_tex(tmp_path, narrow, NOTES).read_text()
 
 
 @pytest.mark.skipif(shutil.which("pdflatex") is None, reason="there is no TeX")
-def test_the_estimates_of_widths_hold_in_a_real_paper(tmp_path: Path) -> None:
-    files = [_write_tex(tmp_path, table, NOTES).name for table in TABLES.values()]
+def test_the_estimates_oftable_widths_hold_in_a_real_paper(tmp_path: Path) -> None:
+    files = [write_tex(tmp_path, table, NOTES).name for table in TABLES.values()]
     (tmp_path / "paper.tex").write_text(
         "\\documentclass[twocolumn]{article}\n\\usepackage{booktabs}\n\\begin{document}\n"
         + "".join(f"\\input{{{name}}}\n" for name in files)
