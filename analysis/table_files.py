@@ -102,7 +102,7 @@ def write_tex(folder: Path, table: Table, notes: str) -> Path:
             rf"\begin{{{form.environment}}}",
             rf"  \centering{form.font}\setlength{{\tabcolsep}}{{{form.space}pt}}",
             rf"  \caption{{{escape(table.caption)}}}",
-            rf"  \begin{{tabular}}{{{sides}}}",
+            rf"  \begin{{tabular}}{{@{{}}{sides}@{{}}}}",
             r"    \toprule",
             f"    {header}",
             r"    \midrule",
@@ -134,7 +134,7 @@ def table_width(table: Table, form: Form) -> float:
         max(sum(WIDTHS.get(c, 7.5) for c in _plain(line).replace("*", "")) for lines in column for line in lines)
         for column in columns
     ]
-    return form.em_share * sum(widths) + 2 * form.space * len(widths)
+    return form.em_share * sum(widths) + 2 * form.space * (len(widths) - 1)
 
 
 def _stack(lines: Iterable[str], side: str) -> str:
