@@ -8,7 +8,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, get_args
 
 from cpd.config import Config, changes, differences
 from cpd.config.load import first_few
@@ -95,7 +95,7 @@ def claim(
         if "config.json" in names:
             _check_run(folder, experiment, refuse(f"it holds {CONTENTS[held]}"))
             return
-    elif held in ("run", "collection"):
+    elif held in (*get_args(Kind), "collection") and held != kind:
         hint = f" ({collected(folder)[0]} is one), such as {folder / name}" if held == "collection" else ""
         raise refuse(f"it holds {CONTENTS[held]}", f"choose a folder of its own{hint}")
     if foreign := sorted(names - ENTRIES[kind]):

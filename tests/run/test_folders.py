@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -24,8 +25,10 @@ from cpd.envs.tasks import STREAMS
 from cpd.evaluation.gather import gather
 from cpd.evaluation.publish import publish_results
 from cpd.reading import read_json
+from cpd.run.claim import claim
+from cpd.run.directory import RunError
 from cpd.run.files import write_json
-from cpd.run.folders import KIND_KEY, MAX_NAME_BYTES, kind_of
+from cpd.run.folders import CONTENTS, KIND_KEY, MAX_NAME_BYTES, kind_of
 from jobs.launch_options import load_recipe
 from tests.conftest import MINIATURE
 from tests.synthetic_run import write_run
@@ -86,6 +89,19 @@ def test_folders_of_earlier_versions_are_recognised_by_their_files(folders: Path
         (copy / "students").mkdir()
     (tmp_path / "teachers" / "policies").mkdir()
     assert kind_of(tmp_path / "results") == "results" and kind_of(tmp_path / "teachers") == "teachers"
+
+
+@pytest.mark.parametrize(("held", "kind"), [("results", "teachers"), ("teachers", "results"), ("run", "results")])
+def test_results_and_teachers_of_one_experiment_do_not_replace_each_other(
+    folders: Path, tmp_path: Path, held: str, kind: Literal["teachers", "results"]
+) -> None:
+    copy = tmp_path / held
+    copy.mkdir()
+    for name in ("config.json", "metrics.json", "provenance.json", "evaluations.csv"):
+        if (folders / held / name).exists():
+            shutil.copyfile(folders / held / name, copy / name)
+    with pytest.raises(RunError, match=CONTENTS[held]):
+        claim(copy, kind, read_json(copy / "config.json", dict))
 
 
 @pytest.mark.parametrize("held", ["run", "results", "teachers", "other", "file", "link", "nothing"])
