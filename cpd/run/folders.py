@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any, Final, Literal, get_args
 
@@ -52,9 +53,10 @@ def kind_of(folder: Path) -> str:
 
 def is_possible(path: Path) -> bool:
     """Whether a file system can hold the path: UTF-8, and no name too long."""
+    names = [os.fsencode(name) for name in path.parts]  # in the encoding of the locale, which may not be UTF-8
     try:
-        return all(len(name.encode()) <= MAX_NAME_BYTES for name in path.parts)
-    except UnicodeEncodeError:
+        return all(len(name) <= MAX_NAME_BYTES and bool(name.decode()) for name in names)
+    except UnicodeDecodeError:
         return False
 
 
