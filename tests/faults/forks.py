@@ -66,7 +66,7 @@ class Forks:
         arguments: Sequence[object],
         *,
         limits: Mapping[str, int] | None = None,
-        kill: tuple[str, float] | None = None,
+        kill: tuple[Sequence[str], float] | None = None,
         record: Path | None = None,
     ) -> Ended:
         """Run `python -m module arguments`.
@@ -75,7 +75,7 @@ class Forks:
             module: one of `MODULES`.
             arguments: its command line.
             limits: soft limits by their names in `resource`, such as `RLIMIT_FSIZE`.
-            kill: a change as `Ended.changes` has it, and for how many seconds after it the process may go on.
+            kill: changes as `Ended.changes` has them: the process is killed so many seconds after the first.
             record: the run directory whose changes are recorded, and where `kill` is looked for.
         """
         output, changes = self._folder / "output", self._folder / "changes"
@@ -105,8 +105,8 @@ class Forks:
         self._server.wait(60)
 
 
-def _watch(root: str, changes: int, kill: tuple[str, float] | None) -> None:
-    """Record changes below `root` in the file `changes`; kill this process at one of them."""
+def _watch(root: str, changes: int, kill: tuple[Sequence[str], float] | None) -> None:
+    """Record changes below `root` in the file `changes`; kill this process at the first of certain ones."""
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
         if event == "open":
@@ -122,7 +122,7 @@ def _watch(root: str, changes: int, kill: tuple[str, float] | None) -> None:
             return
         change = f"{event} {re.sub(r'[.][0-9a-f]{8}[.]tmp$', '', os.path.relpath(name, root))}"
         os.write(changes, f"{change}\n".encode())
-        if kill and change == kill[0]:
+        if kill and change in kill[0]:
             if kill[1] == 0:
                 os.kill(os.getpid(), signal.SIGKILL)
             threading.Thread(target=_kill_soon, args=(kill[1],), daemon=True).start()

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.timeout(900)  # several of these waits, one after anoth
 
 def start(root: Path) -> subprocess.Popen[str]:
     # Long enough a distillation to be met at work.
-    settings = ["--distill.steps_per_stage", "200", "--logging.checkpoint_every", "25"]
+    settings = ["--distill.steps_per_stage", "120", "--logging.checkpoint_every", "20"]
     command = [sys.executable, "-m", "jobs.launch", str(MINIATURE), "--run-dir", str(root), *settings]
     return subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True

@@ -219,12 +219,12 @@ def kill_in_every_phase(
         marks = [change for change in undisturbed.changes[element.name] if change in chosen]
         ended = None
         while ended is None or ended.code != 0:
-            kill = (marks[0], rng.choice([0.0, rng.uniform(0.0, 0.05)])) if marks else None
+            kill = (marks, rng.choice([0.0, rng.uniform(0.0, 0.05)])) if marks else None
             ended = work(forks, run, element, record=run.root, kill=kill)
             assert ended.code in (0, -signal.SIGKILL), ended.output
-            if kill and ended.code:
-                kills[phase_of(kill[0])] += 1
-            marks = marks[1:]
+            if ended.code:
+                kills[phase_of(next(change for change in ended.changes if change in marks))] += 1
+            marks = [change for change in marks if change not in ended.changes]
     assert products(run) == products(undisturbed.run)
     return kills
 
