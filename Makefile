@@ -25,7 +25,7 @@ figures: setup ## draw every published figure and table again, offline, in about
 # By file: fixtures that a file's tests share are made once. In file order: pytest-xdist would begin with the files of
 # many tests, but those of few take longest. At most four workers, since the tests under MPI need further cores.
 test: setup ## all tests but the slow ones
-	$(PY) -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+	$(PY) -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder --durations 25
 
 test-slow: setup ## the slow tests
 	$(PY) -m pytest -m 'slow and not slurm'
@@ -37,7 +37,7 @@ test-mutations: setup ## 2,000 damaged files: harmless, or refused by name
 	$(PY) -m pytest tests/faults/test_mutations.py -m slow
 
 test-slurm: setup ## the tests against a real Slurm that is started on this machine
-	$(PY) -m pytest tests/testbed -rs -m 'slurm and not slow'
+	$(PY) -m pytest tests/testbed -rs --durations 25 -m 'slurm and not slow'
 
 test-slurm-slow: setup ## the slow Slurm tests: many failures in one run, time limits, rarer settings
 	$(PY) -m pytest tests/testbed -rs -m 'slurm and slow'
