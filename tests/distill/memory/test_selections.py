@@ -95,7 +95,7 @@ def test_a_resumed_memory_goes_on_bit_for_bit(name, until, tmp_path):
     stages = [stage(task, [25, 13, 30]) for task in range(5)]
     for segments in stages[:until]:
         first.offer(segments)
-    save(tmp_path, "here", {"memory": first.state()})
+    save(tmp_path, "step-000001", {"memory": first.state()})
     checkpoint = latest(tmp_path)
     assert checkpoint is not None
     resumed.restore(checkpoint.load()["memory"])
