@@ -30,6 +30,7 @@ from cpd.run.folders import CONTENTS, kind_of
 from cpd.run.progress import State, StatusRecord
 from cpd.run.provenance import labels
 from cpd.run.shards.schema import INDEX_NAME, read_index
+from cpd.run.tables import EpisodeRow, EvaluationRow, read_rows
 
 #: Settings that must agree with the source's, except those in `EXEMPT`, which do not change a trained policy.
 DECISIVE = ("stream.", "teacher.")
@@ -150,6 +151,8 @@ def _reuse_of(teacher: TeacherElement, folder: Path, changed: Sequence[str], our
             raise ReuseError(
                 f"{path} leads to {path.resolve()}, outside of {folder}: copy that into the folder first"
             )
+    if published.with_suffix(".json").exists() and not published.exists():
+        raise ReuseError(f"{published} is missing, but its description is there: restore it, or publish again")
     if not published.exists() and not source.finished:
         return Reuse(teacher)
     policy = published if published.exists() else source.policy
@@ -164,6 +167,9 @@ def _reuse_of(teacher: TeacherElement, folder: Path, changed: Sequence[str], our
 
     tables = source.evaluation.exists() and source.episodes.exists()
     evaluation = tables and same("evaluation.num_episodes:") and same("evaluation.goal_set:")
+    if evaluation:  # what is damaged there is refused here
+        read_rows(source.evaluation, EvaluationRow)
+        read_rows(source.episodes, EpisodeRow)
     rollouts = (source.shards / INDEX_NAME).exists() and same("rollouts.")
     if rollouts:
         _check_shards(source)
