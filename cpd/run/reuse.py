@@ -268,7 +268,14 @@ class PlannedRun(Run):
 
     def teachers(self) -> list[TeacherElement]:
         """Return the teachers; those that are reused completely have the paths of their source."""
-        return [replace(t, path=self._source_paths.get(t.name, t.path)) for t in super().teachers()]
+        return [self._planned(teacher) for teacher in super().teachers()]
+
+    def teacher_of(self, task: str, student_seed: int) -> TeacherElement:
+        """Return the teacher of `task` that the student with `student_seed` learns from, like `teachers`."""
+        return self._planned(super().teacher_of(task, student_seed))
+
+    def _planned(self, teacher: TeacherElement) -> TeacherElement:
+        return replace(teacher, path=self._source_paths.get(teacher.name, teacher.path))
 
     def report(self) -> Element:
         """Return the report. If students are added, its path does not exist, so that it counts as unfinished."""
