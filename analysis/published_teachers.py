@@ -123,8 +123,9 @@ def load_published(folder: Path) -> PublishedTeachers:
                 # Teachers reused from published policies have no training records.
                 curve = curves.get(key) or TeacherCurve(task, seed, state, (), (), (), ())
                 row = held_out[key]
-                cpu = cpu_seconds.get(f"teachers/{task}/seed-{seed}")
-                teachers.append(_teacher(training, goals, row, curve, cpu))
+                if (element := f"teachers/{task}/seed-{seed}") not in cpu_seconds:
+                    raise ValueError(f"{folder / 'timings.json'} has no entry of {element}; publish again")
+                teachers.append(_teacher(training, goals, row, curve, cpu_seconds[element]))
     return PublishedTeachers(config["name"], data.stream, data.labels, data.gate, tuple(teachers))
 
 

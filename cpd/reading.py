@@ -6,6 +6,7 @@ a file are ignored, since other versions may write more.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -38,8 +39,19 @@ def read_bytes(path: Path, remedy: str = RESTORE) -> bytes:
         DamagedFileError: if it is a directory, or a link to a file that does not exist.
         OSError: if it is missing or not readable.
     """
-    try:
+    with accessing(path, remedy):
         return path.read_bytes()
+
+
+@contextlib.contextmanager
+def accessing(path: Path, remedy: str = RESTORE) -> Iterator[None]:
+    """Refuse `path`, which the block reads or replaces, if it is no file.
+
+    Raises:
+        DamagedFileError: if it is a directory, or a link to a file that does not exist.
+    """
+    try:
+        yield
     except IsADirectoryError:
         raise DamagedFileError(f"{path} is a directory, not a file; {remedy}") from None
     except FileNotFoundError:

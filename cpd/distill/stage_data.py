@@ -12,7 +12,7 @@ import numpy.typing as npt
 from cpd.comm import Comm
 from cpd.config.types import EpisodeChoice
 from cpd.distill.memory.segments import Segments
-from cpd.reading import read_json
+from cpd.reading import DamagedFileError, read_json
 from cpd.run.descriptions import Weights, check_identity
 from cpd.run.directory import Run, StudentElement, TeacherElement, identity
 from cpd.run.files import sha256
@@ -128,14 +128,15 @@ def read_stage(run: Run, teacher: TeacherElement, comm: Comm, episodes: EpisodeC
 
     Raises:
         ShardError: if the rollouts are damaged or those of another teacher.
-        ValueError: if the policy is damaged, or if the ranks read different rollouts.
+        DamagedFileError: if the policy is damaged.
+        ValueError: if the ranks read different rollouts.
     """
     policy = sha256(teacher.policy) if teacher.policy.exists() else None
     description = teacher.policy.with_suffix(".json")
     if policy and description.exists():
         check_identity(description, **identity(run.config, teacher))
         if read_json(description, Weights)["sha256"] != policy:
-            raise ValueError(
+            raise DamagedFileError(
                 f"{teacher.policy} is damaged: it is not the file that {description.name} describes; restore it, "
                 f"or remove {teacher.path} and launch again to train this teacher again"
             )

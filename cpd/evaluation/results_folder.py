@@ -21,6 +21,7 @@ from cpd.config.retired import upgrade
 from cpd.config.types import Count, Positive, Share
 from cpd.evaluation.measures import curve_steps
 from cpd.reading import DamagedFileError, check_shape, read_json
+from cpd.run.directory import RunError
 from cpd.run.provenance import Labels
 from cpd.run.tables import (
     CurveRow,
@@ -140,12 +141,13 @@ def read_tables(folder: Path) -> Tables:
     """Read a results folder; a missing table is read as empty.
 
     Raises:
-        ValueError: if the folder lacks config.json, a file in it is damaged, a row is not of that configuration, a
-            row is missing, or evaluations.csv and episodes.csv disagree; names the file and the row.
+        RunError: if the folder lacks config.json.
+        ValueError: if a file in it is damaged, a row is not of that configuration, a row is missing, or
+            evaluations.csv and episodes.csv disagree; names the file and the row.
     """
     path = folder / "config.json"
     if not path.exists():
-        raise ValueError(
+        raise RunError(
             f"{folder} is not a results folder: it has no config.json; name a run or its results folder"
         )
 

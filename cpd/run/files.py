@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from cpd.reading import RESTORE, DamagedFileError
+from cpd.reading import accessing
 from cpd.run.shortage import naming
 
 TEMPORARY_SUFFIX = ".tmp"
@@ -29,6 +29,7 @@ def atomic_write(path: Path, sync: bool = True) -> Iterator[Path]:
     milliseconds, a power failure may lose the file.
 
     Raises:
+        DamagedFileError: if `path` is a directory.
         OSError: naming `path`, if there is no room, whichever library finds it.
     """
     # Not tempfile: its mode 0600 would defeat a group's umask on a shared file system.
@@ -41,7 +42,8 @@ def atomic_write(path: Path, sync: bool = True) -> Iterator[Path]:
             if sync:
                 with temporary.open("rb") as file:
                     os.fsync(file.fileno())
-            temporary.replace(path)
+            with accessing(path):
+                temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
         if sync:  # the folder, which holds the new name
@@ -75,8 +77,12 @@ def create_exclusively(path: Path) -> None:
 
 
 def copy(source: Path, target: Path) -> None:
-    """Copy `source` to `target` with `atomic_write`."""
-    with atomic_write(target) as temporary:
+    """Copy `source` to `target` with `atomic_write`.
+
+    Raises:
+        DamagedFileError: if one of them is a directory, or `source` a link to a file that does not exist.
+    """
+    with atomic_write(target) as temporary, accessing(source):
         shutil.copyfile(source, temporary)
 
 
@@ -92,12 +98,13 @@ def write_json(path: Path, data: Any, sync: bool = True) -> None:
 
 
 def sha256(path: Path) -> str:
-    """Return the SHA-256 of a file's bytes in hexadecimal digits."""
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except IsADirectoryError:
-        raise DamagedFileError(f"{path} is a directory, not a file; {RESTORE}") from None
+    """Return the SHA-256 of a file's bytes in hexadecimal digits.
+
+    Raises:
+        DamagedFileError: if it is a directory, or a link to a file that does not exist.
+    """
+    with accessing(path), path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def is_temporary(path: Path) -> bool:

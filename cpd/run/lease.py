@@ -192,7 +192,7 @@ class Lease:
         if not self._superseded():  # otherwise the lease is the successor's
             holder = asdict(Holder.current()) | {"released": True}
             # A lease also ends with its process: no failure here may hide that of the work.
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, DamagedFileError):
                 write_json(self._file, holder)
 
     def __enter__(self) -> Lease:
@@ -223,7 +223,7 @@ def current_holder(attempts: Path) -> tuple[Holder | None, int]:
         return None, number
     except DamagedFileError:
         # Without links, its writer may not be done yet. A power failure cuts the file short and ends its writer.
-        if _age_seconds(path) < WRITING_SECONDS:
+        if path.exists() and _age_seconds(path) < WRITING_SECONDS:
             time.sleep(0.1)
             return current_holder(attempts)
         return None, number

@@ -14,7 +14,7 @@ from typing import Annotated, Any, BinaryIO, Literal
 from pydantic import AfterValidator, ConfigDict, FiniteFloat, TypeAdapter
 from typing_extensions import TypedDict
 
-from cpd.reading import read_for_display, read_json_lines
+from cpd.reading import DamagedFileError, read_for_display, read_json_lines
 from cpd.run.files import write_json
 from cpd.run.shortage import error_number, naming
 
@@ -99,7 +99,7 @@ def write_status(path: Path, record: StatusRecord, sync: bool = True) -> None:
     """Write a status.json; where there is no room for a second file, over the first, so that it tells why."""
     try:
         write_json(path, asdict(record), sync)
-    except OSError as error:
+    except (DamagedFileError, OSError) as error:
         if not error_number(error):
             return  # a display that cannot be written never stops work
         if not path.exists():
@@ -229,6 +229,8 @@ _USED_METRICS = TypeAdapter(_UsedMetrics)
 
 def _check_metrics(record: dict[str, Any]) -> dict[str, Any]:
     _USED_METRICS.validate_python(record, strict=True)
+    if not record.keys() & {"stage", "iteration"}:
+        raise ValueError("required, but not given: stage of a student, or iteration of a teacher")
     needed = {"stage", "step", "task"} if "loss" in record else {"stage"} if "masked_share" in record else set()
     if missing := needed - record.keys():
         raise ValueError(f"required, but not given: {', '.join(sorted(missing))}")
@@ -246,7 +248,7 @@ def read_metrics(path: Path, *, is_finished: bool = False) -> list[dict[str, Any
         is_finished: whether its element is, so that no line may be cut off.
 
     Raises:
-        DamagedFileError: if a line is damaged.
+        DamagedFileError: if a line is damaged, or the file is a link to one that does not exist.
     """
     shape: Any = MetricsRecord
-    return list(read_json_lines(path, shape, is_finished=is_finished)) if path.exists() else []
+    return list(read_json_lines(path, shape, is_finished=is_finished)) if os.path.lexists(path) else []

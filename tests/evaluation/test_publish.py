@@ -225,6 +225,9 @@ def test_figures_and_scores_are_made_from_the_files_alone(run: Run, tmp_path: Pa
     assert build_main([str(tmp_path / "kept")]) == 0
     again = {path.name: path.read_bytes() for path in (tmp_path / "kept" / "figures").iterdir()}
     assert again == drawn, "the same bytes at every build"
+    write_json(folder / "timings.json", [])
+    with pytest.raises(ValueError, match=rf"timings\.json .*{run.teachers()[0].name}"):
+        load_published(folder)
 
 
 def test_teachers_without_learning_curves_are_published_without_students(run: Run, tmp_path: Path) -> None:

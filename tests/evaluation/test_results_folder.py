@@ -12,7 +12,7 @@ from cpd.envs.tasks import STREAMS
 from cpd.evaluation.gather import gather
 from cpd.evaluation.results_folder import read_tables
 from cpd.reading import DamagedFileError
-from cpd.run.directory import Run
+from cpd.run.directory import Run, RunError
 from tests.synthetic_run import write_run
 
 RATES = np.array([[0.1, 0.0, 0.0], [0.9, 0.1, 0.0], [0.7, 0.8, 0.2], [0.5, 0.9, 0.96]])
@@ -98,3 +98,9 @@ def test_episodes_without_their_row_are_those_of_an_evaluation_that_was_killed(r
     copy = Run(shutil.copytree(run.root, tmp_path / "copy"))
     copy.evaluations()[0].row_file(1).unlink()
     assert "student moe (seed 1) has not been evaluated after stages 1" in gather(copy)["missing"]
+
+
+def test_a_results_folder_without_its_configuration_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(RunError, match=r"config\.json"):
+        read_tables(tmp_path)

@@ -13,10 +13,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from cpd.reading import read_json
+from cpd.reading import DamagedFileError, read_json
 from cpd.run.checkpoint import CheckpointError, latest, published, save
-from cpd.run.files import atomic_write, sweep_element, sweep_temporaries, write_json, write_text
-from cpd.run.progress import MetricsLog, Status, clock, progress_line, read_metrics, read_status
+from cpd.run.files import atomic_write, copy, sha256, sweep_element, sweep_temporaries, write_json, write_text
+from cpd.run.progress import (
+    MetricsLog,
+    Status,
+    StatusRecord,
+    clock,
+    progress_line,
+    read_metrics,
+    read_status,
+    write_status,
+)
 from cpd.seeding import derive, generator
 
 
@@ -100,15 +109,41 @@ def test_a_damaged_checkpoint_is_refused_by_name(tmp_path: Path) -> None:
 def test_metrics_are_cut_back_on_resume(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     log = MetricsLog(path)
-    log.append(step=1, reward=0.123456789)
+    log.append(iteration=1, reward=0.123456789)
     checkpoint_size = log.size
-    log.append(step=2, reward=0.1)
+    log.append(iteration=2, reward=0.1)
     log.close()
-    path.open("a").write('{"step": 3, "re')  # cut off by a kill
-    assert [row["step"] for row in read_metrics(path)] == [1, 2]
+    path.open("a").write('{"iteration": 3, "re')  # cut off by a kill
+    assert [row["iteration"] for row in read_metrics(path)] == [1, 2]
     log = MetricsLog(path, checkpoint_size)
-    log.append(step=2, reward=0.2)
-    assert read_metrics(path) == [{"step": 1, "reward": 0.123457}, {"step": 2, "reward": 0.2}]
+    log.append(iteration=2, reward=0.2)
+    assert read_metrics(path) == [{"iteration": 1, "reward": 0.123457}, {"iteration": 2, "reward": 0.2}]
+
+
+def test_metrics_without_their_keys_and_links_to_nowhere_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text("{}\n")
+    (tmp_path / "linked.jsonl").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(DamagedFileError, match=r"metrics\.jsonl, line 1: .*iteration"):
+        read_metrics(tmp_path / "metrics.jsonl")
+    with pytest.raises(DamagedFileError, match=r"linked\.jsonl"):
+        read_metrics(tmp_path / "linked.jsonl")
+    assert read_metrics(tmp_path / "missing.jsonl") == []
+
+
+def test_what_is_no_file_is_refused_by_name(tmp_path: Path) -> None:
+    file, folder, link = tmp_path / "file", tmp_path / "folder", tmp_path / "link"
+    file.touch()
+    folder.mkdir()
+    link.symlink_to(tmp_path / "nowhere")
+    for path in (folder, link):
+        with pytest.raises(DamagedFileError, match=path.name):
+            sha256(path)
+        with pytest.raises(DamagedFileError, match=path.name):
+            copy(path, file)
+    with pytest.raises(DamagedFileError, match="folder"):
+        copy(file, folder)
+    write_status(folder, StatusRecord())  # a display that cannot be written never stops work
+    assert sorted(tmp_path.iterdir()) == [file, folder, link]
 
 
 def test_status_adds_up_seconds_over_attempts(tmp_path: Path) -> None:

@@ -113,6 +113,14 @@ def test_an_empty_attempt_file_has_no_holder(tmp_path: Path) -> None:
         assert lease.number == 3
 
 
+def test_an_attempt_file_that_links_to_nowhere_has_no_holder(tmp_path: Path) -> None:
+    with Lease(tmp_path):
+        pass
+    (tmp_path / "attempts" / "0002.json").symlink_to(tmp_path / "nowhere")
+    with Lease(tmp_path) as lease:
+        assert lease.number == 3
+
+
 def test_the_age_of_a_holder_is_known_on_a_read_only_file_system(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -203,4 +211,11 @@ def test_a_release_that_fails_hides_no_error(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError), Lease(tmp_path):
         shutil.rmtree(tmp_path / "attempts")
         (tmp_path / "attempts").touch()
+        raise ZeroDivisionError
+
+
+def test_a_release_over_a_directory_hides_no_error(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError), Lease(tmp_path):
+        (tmp_path / "attempts" / "0001.json").unlink()
+        (tmp_path / "attempts" / "0001.json").mkdir()
         raise ZeroDivisionError

@@ -298,6 +298,13 @@ def swap_policy(run: Run) -> TeacherElement:
     return second
 
 
+def test_damaged_weights_are_refused_before_distillation(other: Path) -> None:
+    teacher = Run(other).teachers()[0]
+    teacher.policy.write_bytes(b"noise")
+    with pytest.raises(DamagedFileError, match=r"policy\.safetensors"):
+        read_stage(Run(other), teacher, SerialComm())
+
+
 def test_a_policy_in_the_place_of_another_is_refused_by_every_reader(other: Path, tmp_path: Path) -> None:
     place = "policy\\.json .*task 'drawer-close-v3', not 'window-close-v3'"
     teacher = swap_policy(Run(other))
