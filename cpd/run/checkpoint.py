@@ -19,8 +19,8 @@ from cpd.reading import DamagedFileError, read_json
 from cpd.run.descriptions import check_identity
 from cpd.run.files import atomic_write, is_temporary, sha256, sweep_temporaries, write_json
 
-#: Names of checkpoints, such as `stage-03-step-004000`; folders of other names are not ours.
-CHECKPOINT = re.compile(r"[a-z]+-\d+(-[a-z]+-\d+)*")
+#: Names of checkpoints, such as `stage-03-step-004000` or `iteration-000002-1`; folders of other names are not ours.
+CHECKPOINT = re.compile(r"[a-z]+-\d+(-([a-z]+-)?\d+)*")
 
 
 class CheckpointError(DamagedFileError):
@@ -67,6 +67,7 @@ def save(folder: Path, name: str, state: dict[str, Any], *, keep: int = 2, **met
         keep: number of checkpoints that stay.
         meta: further entries of meta.json, for display.
     """
+    assert CHECKPOINT.fullmatch(name), f"{name} is no name of a checkpoint: it would never be read"
     path = folder / name
     path.mkdir(parents=True, exist_ok=True)
     (path / "meta.json").unlink(missing_ok=True)  # an old hash beside a new state would count as damage
