@@ -19,7 +19,7 @@ from cpd.reading import DamagedFileError, read_json
 from cpd.run.descriptions import check_identity
 from cpd.run.files import atomic_write, is_temporary, sha256, sweep_temporaries, write_json
 
-#: Names of checkpoints, such as `stage-03-step-004000` or `iteration-000002-1`; folders of other names are not ours.
+#: Names such as `stage-03-step-004000` or `iteration-000002-1`; folders of other names are not checkpoints.
 CHECKPOINT = re.compile(r"[a-z]+-\d+(-([a-z]+-)?\d+)*")
 
 
