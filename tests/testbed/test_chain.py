@@ -143,6 +143,7 @@ def submitted_texts(root: Path) -> list[str]:
     return texts
 
 
+@pytest.mark.slow
 def test_nothing_is_submitted_twice(bench: Workbench, tmp_path: Path) -> None:
     # Jobs that wait until they are released.
     root, profile = tmp_path / "run", variation(tmp_path, signal_seconds="sbatch.hold = true\nsignal_seconds = 20")

@@ -56,6 +56,7 @@ def test_a_rejected_teacher_costs_its_stage(bench: Workbench, taught: Path) -> N
     assert "skipped: window-close-v3" in rows[STUDENT]["message"]
 
 
+@pytest.mark.slow
 def test_rejected_teachers_stop_the_chain_if_the_recipe_says_so(bench: Workbench, tmp_path: Path) -> None:
     root = tmp_path / "run"
     bench.launch(root, "--teacher.gate", "0.9", "--teacher.on_rejected", "stop")
