@@ -252,7 +252,10 @@ def test_an_element_that_was_started_by_hand_and_failed_has_no_log(
     assert "\x1b" not in output
 
 
-def test_a_path_with_brackets_is_shown_whole(make_run, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_path_with_brackets_is_shown_whole(
+    make_run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "500")
     run: Run = make_run("run[lr=5e-4] :smile: [/x]")
     assert main([str(run.root)]) == 0
     assert str(run.root) in capsys.readouterr().out

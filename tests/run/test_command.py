@@ -29,6 +29,11 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     )
 
 
+def accept_ctrl_c() -> None:
+    """Undo what a shell does to the commands that it starts in the background: they ignore Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def command(*arguments: object, **env: str) -> subprocess.CompletedProcess[bytes]:
     words = [sys.executable, "-m", *map(str, arguments)]
     return subprocess.run(words, cwd=ROOT, env=os.environ | env, capture_output=True)
@@ -68,7 +73,8 @@ def test_importing_the_packages_leaves_other_programs_alone() -> None:
         "assert signal.getsignal(signal.SIGINT) is signal.default_int_handler\n"
         "assert os.environ['MUJOCO_GL'] == 'egl'"
     )
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=os.environ | {"MUJOCO_GL": "egl"}, check=True)
+    env = os.environ | {"MUJOCO_GL": "egl"}
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, check=True, preexec_fn=accept_ctrl_c)
 
 
 @pytest.mark.parametrize("arguments", [("jobs.status",), ("jobs.status", "--watch"), ("analysis.build",)])
@@ -85,7 +91,12 @@ def interrupted(run: Run, **env: str) -> tuple[int, bytes]:
     """Exit code and errors of a `--watch` that gets Ctrl-C at its first output."""
     words = [sys.executable, "-u", "-m", "jobs.status", str(run.root), "--watch"]
     process = subprocess.Popen(
-        words, cwd=ROOT, env=os.environ | env, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        words,
+        cwd=ROOT,
+        env=os.environ | env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        preexec_fn=accept_ctrl_c,
     )
     assert process.stdout
     process.stdout.read(1)
