@@ -214,6 +214,7 @@ def test_a_wrong_mpi_type_is_reported_and_trains_nothing(taught: Path, bench: Wo
     assert f"FAILED {STUDENT}: CommSizeError" in output
 
 
+@pytest.mark.slow
 def test_plain_scripts_do_the_same(finished: Path, bench: Workbench, tmp_path: Path) -> None:
     root = tmp_path / "run"
     bench.launch(root, *LONG, "--prepare")

@@ -46,6 +46,7 @@ def names(root: Path) -> str:
     return ",".join({entry.name for entries in ledger(Run(root)).values() for entry in entries})
 
 
+@pytest.mark.slow
 def test_a_rejected_teacher_costs_its_stage(bench: Workbench, taught: Path) -> None:
     (taught / WINDOW / "COMPLETE").rename(taught / WINDOW / "REJECTED")
     bench.launch(taught, *LONG)
