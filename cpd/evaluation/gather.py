@@ -91,14 +91,10 @@ def gather(run: Run) -> dict[str, Any]:
     _write_table(run.results / "episodes.csv", _existing_rows([(d, of) for _, d, of in files], EpisodeRow))
     curves = [(student.curves, _identity(student)) for student in run.students()]
     _write_table(run.results / "curves.csv", _existing_rows(curves, CurveRow))
-    _write_table(run.results / "teachers.csv", [_teacher_row(t) for t in run.teachers()])
-    _write_records(
-        run.results / "teacher_curves.csv",
-        [
-            ({"task": t.task, "seed": t.seed}, read_metrics(t.metrics, is_finished=t.finished))
-            for t in run.teachers()
-        ],
-    )
+    trainings = [(t, read_metrics(t.metrics, is_finished=t.finished)) for t in run.teachers()]
+    _write_table(run.results / "teachers.csv", [_teacher_row(t, metrics) for t, metrics in trainings])
+    groups = [({"task": t.task, "seed": t.seed}, metrics) for t, metrics in trainings]
+    _write_records(run.results / "teacher_curves.csv", groups)
     records = [(s, read_metrics(s.metrics, is_finished=s.finished)) for s in run.students()]
     _write_table(run.results / "losses.csv", [row for s, metrics in records for row in _losses(s, metrics)])
     _write_table(run.results / "stages.csv", [row for s, metrics in records for row in _stages(s, metrics)])
@@ -175,13 +171,12 @@ def _stages(student: StudentElement, records: Sequence[Mapping[str, Any]]) -> It
             )
 
 
-def _teacher_row(teacher: TeacherElement) -> TeacherRow:
+def _teacher_row(teacher: TeacherElement, records: Sequence[Mapping[str, Any]]) -> TeacherRow:
     state: TeacherState = read_status(teacher.status).state
     if teacher.finished:
         state = "rejected" if teacher.is_rejected else "admitted"
     elif state in ("done", "rejected"):
         state = "running"  # between its last status and its marker
-    records = read_metrics(teacher.metrics, is_finished=teacher.finished)
     validated = [r["validation_success"] for r in records if r.get("validation_success") is not None]
     last = records[-1] if records else {}
     env_steps, iterations = (
