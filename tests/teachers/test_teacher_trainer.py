@@ -75,9 +75,10 @@ def test_that_exploring_is_over_survives_interruptions(
 ) -> None:
     undisturbed, interrupted = (new_run(tmp_path / name, **exploring_tables()) for name in ("whole", "parts"))
     teacher = interrupted.teachers()[0]
-    while not teacher.finished:
+    for _ in range(12):
         with contextlib.suppress(InterruptedBySignal):
             finish(interrupted, counting_interrupt(190))
+    assert teacher.finished
     assert [record["exploring_steps"] > 0 for record in curve(teacher)] == [True] * 3 + [False] * 3
     assert products(teacher) == products(finish(undisturbed))
 
