@@ -33,7 +33,7 @@ from cpd.reading import DamagedFileError, read_for_display, read_json
 from cpd.run.claim import claim
 from cpd.run.command import EXIT_FAILED, EXIT_USAGE, exit_quietly
 from cpd.run.directory import Element, Run, RunError, StudentElement
-from cpd.run.files import sweep_temporaries, write_json
+from cpd.run.files import remove, sweep_temporaries, write_json
 from cpd.run.interrupt import EXIT_INTERRUPTED, Interrupt
 from cpd.run.lease import Lease, LeaseHeldError
 from cpd.run.progress import progress_line, read_status
@@ -83,7 +83,7 @@ def prepare(root: Path, config: Config, profile: Profile) -> Run:
             log(f"note: {root} is older than these settings; finished elements may not agree with them:\n{lines}")
         config = continued(old.config, config)
         if old.is_extended_by(config):
-            old.report().complete.unlink(missing_ok=True)  # the report must be made again with the new students
+            remove(old.report().complete)  # the report must be made again with the new students
     else:
         write_json(root / "provenance.json", provenance())
     write_json(root / "profile.json", to_dict(profile))

@@ -18,6 +18,7 @@ from cpd.evaluation.measures import curve_steps
 from cpd.run.attempt import Attempt, begin_attempt
 from cpd.run.checkpoint import latest, save
 from cpd.run.directory import Run, StudentElement, TeacherElement, identity
+from cpd.run.files import remove
 from cpd.run.interrupt import Interrupt, InterruptedBySignal
 from cpd.run.progress import MetricsLog
 from cpd.run.provenance import labels
@@ -105,7 +106,7 @@ class Distillation:
         if checkpoint is None:
             if self.attempt.is_writer:
                 # An attempt that ended before its first checkpoint may have left a curve.
-                self.element.curves.unlink(missing_ok=True)
+                remove(self.element.curves)
                 self._save_policy(-1)
             return 0
         self._saved = checkpoint.path.name

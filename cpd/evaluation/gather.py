@@ -37,7 +37,7 @@ from cpd.reading import read_for_display, read_json
 from cpd.run.claim import check_none_lost
 from cpd.run.descriptions import StudentSize, check_identity
 from cpd.run.directory import Element, Run, RunError, StudentElement, TeacherElement, identity
-from cpd.run.files import write_json, write_text
+from cpd.run.files import remove, write_json, write_text
 from cpd.run.folders import KIND_KEY, collected, kind_of
 from cpd.run.progress import read_metrics, read_status
 from cpd.run.tables import (
@@ -224,14 +224,14 @@ def _write_table(path: Path, rows: Sequence[Any]) -> None:
     if rows:
         write_rows(path, rows)
     else:
-        path.unlink(missing_ok=True)
+        remove(path)
 
 
 def _write_records(path: Path, groups: Iterable[tuple[Mapping[str, Any], Sequence[Mapping[str, Any]]]]) -> None:
     """Write metrics records as one table: the group's columns first, then every key of the records."""
     lines = [{**group, **record} for group, records in groups for record in records]
     if not lines:
-        path.unlink(missing_ok=True)
+        remove(path)
         return
     text = io.StringIO()
     columns = dict.fromkeys(key for line in lines for key in line)  # records of one teacher may lack some keys

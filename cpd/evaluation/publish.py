@@ -17,7 +17,7 @@ from cpd.reading import DamagedFileError, read_for_display, read_json
 from cpd.run.claim import RESULT_FILES, check_none_lost, check_repository_place, claim
 from cpd.run.descriptions import Policy, check_identity
 from cpd.run.directory import Run, TeacherElement, identity, published_policy
-from cpd.run.files import copy, sha256, write_json
+from cpd.run.files import copy, remove, sha256, write_json
 from cpd.run.folders import KIND_KEY
 from cpd.run.tables import EpisodeRow, EvaluationRow, compress_tables, find_table, read_rows, write_rows
 
@@ -83,8 +83,8 @@ def publish_teachers(run: Run, folder: Path) -> list[Path]:
         policies.append(target)
     # Remove policies of an earlier publication, which this config.json does not describe.
     for stale in set((folder / "policies").glob("*.safetensors")) - set(policies):
-        stale.unlink()
-        stale.with_suffix(".json").unlink(missing_ok=True)
+        remove(stale)
+        remove(stale.with_suffix(".json"))
     return policies
 
 
@@ -138,4 +138,4 @@ def _check_whole(run: Run, teacher: TeacherElement) -> None:
 def _remove(folder: Path, name: str) -> None:
     """Remove a published file, plain and compressed."""
     while file := find_table(folder / name):
-        file.unlink()
+        remove(file)

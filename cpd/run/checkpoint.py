@@ -17,7 +17,7 @@ from typing_extensions import TypedDict
 
 from cpd.reading import DamagedFileError, read_json
 from cpd.run.descriptions import check_identity
-from cpd.run.files import atomic_write, is_temporary, sha256, sweep_temporaries, write_json
+from cpd.run.files import atomic_write, remove, sha256, sweep_temporaries, write_json
 
 #: Names such as `stage-03-step-004000` or `iteration-000002-1`; folders of other names are not checkpoints.
 CHECKPOINT = re.compile(r"[a-z]+-\d+(-([a-z]+-)?\d+)*")
@@ -70,7 +70,7 @@ def save(folder: Path, name: str, state: dict[str, Any], *, keep: int = 2, **met
     assert CHECKPOINT.fullmatch(name), f"{name} is no name of a checkpoint: it would never be read"
     path = folder / name
     path.mkdir(parents=True, exist_ok=True)
-    (path / "meta.json").unlink(missing_ok=True)  # an old hash beside a new state would count as damage
+    remove(path / "meta.json")  # an old hash beside a new state would count as damage
     sweep_temporaries(path)
     # Through a file of Python's, which gives errors their numbers: torch's own writer does not.
     with atomic_write(path / "state.pt") as temporary, temporary.open("wb") as file:
@@ -99,7 +99,6 @@ def prune(folder: Path, keep: int) -> None:
     for path in folder.iterdir() if folder.exists() else ():
         if CHECKPOINT.fullmatch(path.name) and path.is_dir() and path not in newest:
             # Unmark first, so that a half-removed checkpoint is never taken for a complete one.
-            (path / "meta.json").unlink(missing_ok=True)
+            remove(path / "meta.json")
             shutil.rmtree(path, ignore_errors=True)
-        elif is_temporary(path):
-            path.unlink(missing_ok=True)
+    sweep_temporaries(folder)

@@ -86,6 +86,16 @@ def copy(source: Path, target: Path) -> None:
         shutil.copyfile(source, temporary)
 
 
+def remove(path: Path) -> None:
+    """Remove a file, if there is one.
+
+    Raises:
+        DamagedFileError: if it is a directory.
+    """
+    with accessing(path):
+        path.unlink(missing_ok=True)
+
+
 def write_text(path: Path, text: str, sync: bool = True) -> None:
     """Write `text` to `path` with `atomic_write`."""
     with atomic_write(path, sync) as temporary:

@@ -26,7 +26,7 @@ from pydantic import Field, PlainValidator, TypeAdapter, ValidationError
 
 from cpd.config.types import Share, Task
 from cpd.reading import DamagedFileError, decode, read_bytes
-from cpd.run.files import atomic_write, write_text
+from cpd.run.files import atomic_write, remove, write_text
 from cpd.run.progress import State
 from cpd.run.provenance import Labels
 
@@ -347,11 +347,11 @@ def compress_tables(folder: Path) -> None:
     """Compress every large table of `folder` and remove its plain form; equal tables give equal bytes."""
     for path in sorted(folder.glob("*.csv")):
         if path.stat().st_size < LARGE_TABLE:
-            _compressed(path).unlink(missing_ok=True)  # of an earlier, larger table
+            remove(_compressed(path))  # of an earlier, larger table
             continue
         with atomic_write(_compressed(path)) as temporary:
             temporary.write_bytes(gzip.compress(path.read_bytes(), 9, mtime=0))
-        path.unlink()
+        remove(path)
 
 
 def _columns(kind: type[Any]) -> list[str]:

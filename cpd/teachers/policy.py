@@ -23,7 +23,7 @@ from cpd.config.types import Positive
 from cpd.envs.tasks import ACTION_SIZE, OBSERVATION_SIZE
 from cpd.reading import DamagedFileError, check_shape, read_json
 from cpd.run.descriptions import Weights
-from cpd.run.files import atomic_write, sha256, write_json
+from cpd.run.files import atomic_write, remove, sha256, write_json
 from cpd.teachers.ranks import column_moments
 
 
@@ -204,7 +204,7 @@ def write_tensors(tensors: dict[str, Tensor], path: Path, description: dict[str,
 
     The description marks the policy as complete. It is removed first, so that it never describes other weights.
     """
-    path.with_suffix(".json").unlink(missing_ok=True)
+    remove(path.with_suffix(".json"))
     with atomic_write(path) as temporary:
         # Not save_file, which sets mode 0600: other members of the group could not read the policy.
         temporary.write_bytes(safetensors.torch.save(tensors))

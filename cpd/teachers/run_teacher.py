@@ -18,7 +18,7 @@ from cpd.run import checkpoint
 from cpd.run.attempt import Attempt, begin_attempt
 from cpd.run.descriptions import Policy, check_identity
 from cpd.run.directory import Run, TeacherElement, identity
-from cpd.run.files import sha256, write_text
+from cpd.run.files import remove, sha256, write_text
 from cpd.run.interrupt import Interrupt, InterruptedBySignal
 from cpd.run.provenance import labels
 from cpd.run.shards.schema import INDEX_NAME, Episode, ShardAttributes, ShardError, read_index
@@ -146,7 +146,7 @@ class _Phases:
     def withdraw(self) -> None:
         """Remove results of an earlier policy before a new one is written, so that none outlive their policy."""
         self.attempt.check()
-        self.element.evaluation.unlink(missing_ok=True)
+        remove(self.element.evaluation)
         clear_shards(self.element.shards)
 
     def evaluate(self, teacher: Teacher) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from cpd.run.files import atomic_write, sha256, sweep_temporaries, write_json
+from cpd.run.files import atomic_write, remove, sha256, sweep_temporaries, write_json
 from cpd.run.shards.schema import (
     EPISODE_FIELDS,
     INDEX_NAME,
@@ -29,10 +29,10 @@ def clear_shards(folder: Path) -> None:
     """Remove a teacher's shards, the index first: a folder that is half cleared then does not count."""
     if not folder.exists():
         return
-    (folder / INDEX_NAME).unlink(missing_ok=True)
+    remove(folder / INDEX_NAME)
     sweep_temporaries(folder)
     for path in shard_files(folder):
-        path.unlink()
+        remove(path)
 
 
 def write_shard(path: Path, episodes: Sequence[Episode], attributes: ShardAttributes) -> ShardEntry:
