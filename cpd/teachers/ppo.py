@@ -27,6 +27,7 @@ from cpd.config import PPOConfig
 from cpd.config.teacher import MAX_LOG_STD
 from cpd.envs.tasks import OBSERVATION_SIZE
 from cpd.seeding import derive, generator
+from cpd.teachers.adam import Adam
 from cpd.teachers.policy import GaussianPolicy, RunningMoments, gaussian_log_prob, mlp
 from cpd.teachers.ranks import largest, moments_over_ranks, reduce_gradients, slots_of_rank
 from cpd.teachers.rollout import LARGEST_REWARD, Experience
@@ -102,7 +103,7 @@ class PPOLearner:
         self.value_net = mlp((OBSERVATION_SIZE, *config.hidden_sizes, 1), 1.0, torch_generator)
         self.value_moments = RunningMoments(1, MIN_VALUE_STD)
         self.largest_reward = LARGEST_REWARD
-        self.optimizer = torch.optim.Adam(self.parameters(), lr=config.learning_rate, fused=True)
+        self.optimizer = Adam(self.parameters(), config.learning_rate)
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """The parameters of the policy, then those of the value network."""

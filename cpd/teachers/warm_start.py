@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from cpd.config import WarmStartConfig
 from cpd.envs.tasks import OBSERVATION_SIZE
 from cpd.seeding import generator
+from cpd.teachers.adam import Adam
 from cpd.teachers.demonstrations import Demonstrator, Labelled
 from cpd.teachers.policy import GaussianPolicy
 
@@ -64,7 +65,7 @@ class Cloner:
         self.num_steps = 0
         self._policy = policy
         self._seed = seed
-        self._optimizer = torch.optim.Adam(policy.net.parameters(), lr=LEARNING_RATE, fused=True)
+        self._optimizer = Adam(policy.net.parameters(), LEARNING_RATE)
 
     def state(self) -> dict[str, Any]:
         """A copy of everything that the next step depends on."""
