@@ -1,7 +1,7 @@
 """Plans the missing jobs of a run within a site's limits, and their sbatch texts.
 
-Teachers form one array, or several where a site limits the length of arrays. Every student and every evaluation is
-a separate job, since each depends on other elements; the report comes last. Dependencies are `afterany`, not
+Teachers form one array, or several where a site limits the length of arrays. So do students that learn from the
+same teachers, and the evaluations of such an array. The report comes last. Dependencies are `afterany`, not
 `afterok`: one failed job does not cancel the rest of the chain, and an element with an unfinished dependency exits
 at once and names it.
 
@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from cpd.cluster.ledger import ledger
 from cpd.cluster.reconcile import QueueState
@@ -24,6 +25,8 @@ from cpd.config.profile import Profile
 from cpd.config.types import Role
 from cpd.run.directory import Element, Run
 from cpd.run.progress import read_status
+
+T = TypeVar("T")
 
 
 class PlanError(ValueError):
@@ -45,6 +48,8 @@ class Submission:
     """Jobs of the array that run at a time; 0: the profile's number."""
     partial: bool = False
     """Whether the job may start before all dependencies of its element are finished."""
+    is_paired: bool = False
+    """Whether `needs` are the elements of an array, and each job may start once the one at its place succeeded."""
 
     @property
     def elements(self) -> list[Element]:
@@ -88,8 +93,13 @@ def plan(
             )
     teachers = [element for element in wanted if element.role == "teacher"]
     others = [element for element in wanted if element.role != "teacher"]
-    following = _overlapping(run, others, needs) if profile.order == "overlap" else _sequential(others, needs)
-    arrays = _arrays(teachers, profile, len(following) + sum(map(len, queued.active.values())))
+    following = (
+        _overlapping(run, others, needs, profile.max_array_size)
+        if profile.order == "overlap"
+        else _sequential(others, needs, profile.max_array_size)
+    )
+    num_others = sum(len(submission.tasks) for submission in following)
+    arrays = _arrays(teachers, profile, num_others + sum(map(len, queued.active.values())))
     submissions = [Submission("", "teacher", tasks, parallelism=parallelism) for tasks, parallelism in arrays]
     names = _new_names(run, queued.names)
     return [
@@ -98,32 +108,62 @@ def plan(
     ]
 
 
-def _sequential(wanted: Sequence[Element], needs: dict[str, list[Element]]) -> list[Submission]:
-    """Return one job for every student, evaluation and report, after all its dependencies."""
-    return [Submission("", element.role, ((element,),), tuple(needs[element.name])) for element in wanted]
+def _sequential(
+    wanted: Sequence[Element], needs: Mapping[str, Sequence[Element]], max_size: int
+) -> list[Submission]:
+    """Return the arrays of students, those of evaluations, and the report, each after all its dependencies."""
+    students = [element for element in wanted if element.role == "student"]
+    arrays = _equal(students, lambda student: tuple(needs[student.name]), max_size)
+    submissions = [_array(array, needs[array[0].name]) for array in arrays]
+    evaluation_of = {needed.name: e for e in wanted if e.role == "evaluation" for needed in needs[e.name]}
+    for array in arrays:
+        evaluations = [evaluation_of[student.name] for student in array if student.name in evaluation_of]
+        if len(evaluations) == len(array) > 1:
+            submissions.append(_array(evaluations, array, is_paired=True))
+    planned = {element.name for submission in submissions for element in submission.elements}
+    others = [element for element in wanted if element.name not in planned]
+    arrays = _equal(others, lambda element: (element.role, *needs[element.name]), max_size)
+    return submissions + [_array(array, needs[array[0].name]) for array in arrays]
 
 
-def _overlapping(run: Run, wanted: Sequence[Element], needs: dict[str, list[Element]]) -> list[Submission]:
-    """Return alternating jobs of each student and its evaluation, one pair for every unfinished teacher."""
+def _overlapping(
+    run: Run, wanted: Sequence[Element], needs: Mapping[str, Sequence[Element]], max_size: int
+) -> list[Submission]:
+    """Return alternating arrays of students and their evaluations, one pair for every unfinished teacher."""
     wanted_names = {element.name for element in wanted}
+    # An evaluation alternates with its student's jobs, so without those it needs a single job.
+    pairs = [pair for pair in zip(run.students(), run.evaluations(), strict=True) if needs.get(pair[0].name)]
     submissions: list[Submission] = []
-    for student, evaluation in zip(run.students(), run.evaluations(), strict=True):
-        pair = [element for element in (student, evaluation) if element.name in wanted_names]
-        # An evaluation alternates with its student's jobs, so without those it needs a single job.
-        teachers = needs.get(student.name, []) if student in pair else []
-        if teachers and run.teacher_of(run.config.stream.tasks[0], student.seed).finished:
-            submissions += [Submission("", element.role, ((element,),), partial=True) for element in pair[:1]]
+    for array in _equal(pairs, lambda p: (p[1].name in wanted_names, *needs[p[0].name]), max_size):
+        students, evaluations = zip(*array, strict=True)
+        teachers = needs[students[0].name]
+        can_begin = run.teacher_of(run.config.stream.tasks[0], students[0].seed).finished
+        if can_begin:
+            submissions.append(_array(students, (), partial=True))
         for number, teacher in enumerate(teachers):
-            for element in pair:
-                has_job = element in [e for submission in submissions for e in submission.elements]
-                first = teacher if element is student else student
-                is_last = number == len(teachers) - 1
-                after = (first, *([element] if has_job else []))
-                # The last job is not partial, so that it reports missing dependencies.
-                submissions.append(Submission("", element.role, ((element,),), after, partial=not is_last))
-        if not teachers:
-            submissions += _sequential(pair, needs)
-    return submissions + _sequential([element for element in wanted if element.role == "report"], needs)
+            # The last job is not partial, so that it reports missing dependencies.
+            partial = number < len(teachers) - 1
+            earlier = students if number or can_begin else ()
+            submissions.append(_array(students, (teacher, *earlier), partial=partial))
+            if evaluations[0].name in wanted_names:
+                earlier = evaluations if number else ()
+                submissions.append(_array(evaluations, (*students, *earlier), partial=partial))
+    planned = {element.name for submission in submissions for element in submission.elements}
+    return submissions + _sequential([e for e in wanted if e.name not in planned], needs, max_size)
+
+
+def _equal(items: Iterable[T], kind: Callable[[T], Hashable], max_size: int) -> list[list[T]]:
+    """Return items of equal kind together, at most `max_size` of them, in the order in which kinds first occur."""
+    groups: dict[Hashable, list[T]] = {}
+    for item in items:
+        groups.setdefault(kind(item), []).append(item)
+    return [group[i : i + max_size] for group in groups.values() for i in range(0, len(group), max_size)]
+
+
+def _array(elements: Sequence[Element], needs: Sequence[Element], **more: bool) -> Submission:
+    """Return an array of one job for each of the elements, which have the same role."""
+    tasks = tuple((element,) for element in elements)
+    return Submission("", elements[0].role, tasks, tuple(needs), parallelism=len(tasks), **more)
 
 
 def _chosen(run: Run, queued: QueueState, only: Sequence[str], retry_failed: bool) -> list[Element]:
@@ -205,6 +245,10 @@ def submit_all(
 
 def _dependency(submission: Submission, jobs: dict[str, str], arrays: dict[str, list[str]]) -> str:
     """Return the dependency in sbatch's syntax; `arrays` holds all job numbers of each array, by its number."""
+    if submission.is_paired:
+        # `aftercorr` waits for success alone. After a failure, a job starts when the whole array has ended.
+        array = jobs[submission.needs[0].name].rpartition("_")[0]
+        return f"aftercorr:{array}?afterany:{array}"
     needed = {jobs[element.name] for element in submission.needs}
     # The number of a whole array keeps the option short.
     whole = [array for array, members in arrays.items() if needed.issuperset(members)]

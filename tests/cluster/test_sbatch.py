@@ -235,31 +235,113 @@ def test_students_learn_while_teachers_train(make_run) -> None:
     ]
 
 
-def test_every_method_has_a_chain_of_its_own_over_the_same_teachers(make_run) -> None:
+def test_students_of_the_same_teachers_form_an_array_and_their_evaluations_follow_one_by_one(make_run) -> None:
     run: Run = make_run(seeds=[1, 2], variants={"ewc": {"memory": {"selection": "none"}}})
-    submissions = plan(run, profile(), NOTHING)
-    names = [[element.name for element in submission.elements] for submission in submissions]
-    assert names[0] == [teacher.name for teacher in run.teachers()]
-    assert names[1:5] == [[s.name] for s in run.students()]
-    assert names[5:9] == [[e.name] for e in run.evaluations()]
-    assert names[9:] == [["results"]]
-    assert all(submission.needs == tuple(run.teachers()) for submission in submissions[1:5])
-    first, second = plan(run, profile(), active(run, *names[0]), only=["students/ewc/seed-2"])
+    submissions = plan(run, profile(array_parallelism=1), NOTHING)
+    assert [submission.elements for submission in submissions] == [
+        run.teachers(),
+        run.students(),
+        run.evaluations(),
+        [run.report()],
+    ]
+    chain = tell(run, profile(array_parallelism=1))
+    teachers, students, evaluations, _ = (f"<{submission.name}>" for submission in submissions)
+    waits = [options(text).get("dependency") for text in chain.values()]
+    corresponding = f"aftercorr:{students}?afterany:{students}"
+    assert waits == [None, f"afterany:{teachers}", corresponding, f"afterany:{evaluations}"]
+    assert [options(text).get("array") for text in chain.values()] == ["0-1%1", "0-3%4", "0-3%4", None]
+    assert "%A_%a_0_log.out" in options(chain["student-2"])["output"]
+    first, second = plan(
+        run, profile(), active(run, *(t.name for t in run.teachers())), only=["students/ewc/seed-2"]
+    )
     assert (first.elements, second.needs) == ([run.students()[3]], (run.students()[3],))
+
+
+def test_arrays_of_students_are_split_and_those_of_other_teachers_are_apart(make_run) -> None:
+    run: Run = make_run(seeds=[1, 2, 3, 4], teacher={"seeds": [1, 2]}, variants={"a": {}})
+    submissions = plan(run, profile(max_array_size=3), NOTHING)
+    students = [[e.index for e in s.elements] for s in submissions if s.role == "student"]
+    # Students 1 and 3 of each method learn from the first teachers.
+    assert students == [[0, 2, 4], [6], [1, 3, 5], [7]]
+    rows = [s for s in submissions if s.role == "evaluation"]
+    assert sorted([[e.index for e in s.elements], s.is_paired] for s in rows) == [
+        [[0, 2, 4], True],
+        [[1, 3, 5], True],
+        [[6], False],
+        [[7], False],
+    ]
+    with pytest.raises(PlanError, match=r"max_submitted \(17\).* 17 other"):
+        plan(run, profile(max_submitted=17), NOTHING)
+
+
+def test_evaluations_of_a_partly_finished_run(make_run) -> None:
+    run: Run = make_run(seeds=[1, 2, 3, 4])
+    for element in (*run.teachers(), *run.students()[:2]):
+        element.path.mkdir(parents=True)
+        element.complete.touch()
+    _, _, third, fourth = run.students()
+    rows = run.evaluations()
+    # Nothing keeps two of the evaluations waiting; the others follow their students, which are an array of two.
+    assert [([e.index for e in s.elements], s.needs) for s in plan(run, profile(), NOTHING)] == [
+        ([2, 3], ()),
+        ([2, 3], (third, fourth)),
+        ([0, 1], ()),
+        ([0], tuple(rows)),
+    ]
+    # The third student is in the queue: its evaluation has no place in the array of the others.
+    alone = plan(run, profile(), active(run, third.name))
+    assert [([e.index for e in s.elements], s.is_paired) for s in alone if s.role == "evaluation"] == [
+        ([0, 1], False),
+        ([2], False),
+        ([3], False),
+    ]
+    # One evaluation is being written by hand.
+    held = QueueState({}, {rows[3].name: "process 1"}, frozenset())
+    others = plan(run, profile(), held, only=[e.name for e in (*run.students(), *rows)])
+    assert [([e.index for e in s.elements], s.needs, s.is_paired) for s in others if s.role == "evaluation"] == [
+        ([0, 1], (), False),
+        ([2], (third,), False),
+    ]
+
+
+def test_students_learn_in_arrays_while_teachers_train(make_run) -> None:
+    run: Run = make_run(seeds=[1, 2], variants={"a": {}})
+    overlap = profile(order="overlap")
+    submissions = plan(run, overlap, NOTHING)
+    assert [(s.role, len(s.tasks)) for s in submissions] == [
+        ("teacher", 2),
+        *[("student", 4), ("evaluation", 4)] * 2,
+        ("report", 1),
+    ]
+    teachers, *names = [submission.name for submission in submissions]
+    waits = [options(text).get("dependency") for text in tell(run, overlap).values()]
+    assert waits[1:] == [
+        f"afterany:<{teachers}>_0",
+        f"afterany:<{names[0]}>",
+        f"afterany:<{names[0]}>:<{teachers}>_1",
+        f"afterany:<{names[1]}>:<{names[2]}>",
+        f"afterany:<{names[3]}>",
+    ]
+    # Students in the queue stay there; their evaluations need no alternation.
+    names = [e.name for e in (*run.teachers(), *run.students())]
+    assert [(s.role, len(s.tasks)) for s in plan(run, overlap, active(run, *names))] == [
+        *[("evaluation", 1)] * 4,
+        ("report", 1),
+    ]
 
 
 def test_added_seeds_are_submitted_beside_queued_jobs(make_run) -> None:
     variants = {"ewc": {"memory": {"selection": "none"}}}
     queued = active(begun := make_run(variants=variants), *(element.name for element in begun.elements()))
     run: Run = make_run("grown", seeds=[1, 2], variants=variants)
-    submissions = plan(run, profile(), queued)
-    assert [submission.elements[0].name for submission in submissions] == [
+    students, evaluations = plan(run, profile(), queued)
+    assert [element.name for element in (*students.elements, *evaluations.elements)] == [
         "students/moe/seed-2",
         "students/ewc/seed-2",
         "students/moe/seed-2/evaluation",
         "students/ewc/seed-2/evaluation",
     ]
-    assert all(submission.needs == tuple(run.teachers()) for submission in submissions[:2])
+    assert (students.needs, evaluations.is_paired) == (tuple(run.teachers()), True)
 
 
 def test_only_some_elements(make_run) -> None:

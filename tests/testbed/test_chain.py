@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from workbench import DRAWER, LASTING, LONG, ROOT, STUDENT, WINDOW, Workbench, stages, variation
+from workbench import DRAWER, EVALUATION, LASTING, LONG, ROOT, STUDENT, WINDOW, Workbench, stages, variation
 
 from cpd.cluster.ledger import ledger, user_name
 from cpd.config.profile import ROLES
@@ -62,26 +62,30 @@ def test_a_disturbed_student_is_the_undisturbed_one(finished: Path, taught: Path
     bench.assert_done(taught)
 
 
-def test_dependents_of_a_killed_element_name_it_and_a_retry_finishes_them(
-    bench: Workbench, tmp_path: Path
+def test_a_killed_student_of_an_array_costs_its_own_evaluation_and_a_retry_finishes_both(
+    finished: Path, taught: Path, bench: Workbench
 ) -> None:
-    root = tmp_path / "run"
-    bench.launch(root, *LASTING)
-    bench.until(root, DRAWER, 0)
-    bench.kill(root, DRAWER)
+    bench.launch(taught, *LONG, "--seeds", "[1, 2]")
+    other = "students/moe/seed-2"
+    jobs = {name: entries[-1].job for name, entries in ledger(Run(taught)).items()}
+    for suffix in ("", "/evaluation"):
+        assert jobs[other + suffix] == jobs[STUDENT + suffix].replace("_0", "_1")
+    bench.until(taught, STUDENT, 0)
+    bench.kill(taught, STUDENT)
     bench.drain()
-    rows = bench.rows(root)
-    assert (rows[DRAWER]["state"], rows[WINDOW]["state"]) == ("killed", "done")
-    assert rows[DRAWER]["queue"].startswith("FAILED")
-    assert rows[STUDENT]["state"] == rows["results"]["state"] == "waiting"
-    assert f"{DRAWER} (" in rows[STUDENT]["message"]
-    assert f"{STUDENT}/evaluation (waiting: " in rows["results"]["message"]
-    output = bench.python("jobs.status", str(root))
-    assert f"KILLED {DRAWER}" in output
-    again = bench.launch(root, *LASTING, "--retry-failed")
-    assert "4 of 5 elements (1 finished, 0 in the queue)" in again
+    rows = bench.rows(taught)
+    assert (rows[STUDENT]["state"], rows[STUDENT]["queue"].split()[0]) == ("killed", "FAILED")
+    assert {rows[name]["state"] for name in (other, f"{other}/evaluation")} == {"done"}
+    assert {rows[name]["state"] for name in (EVALUATION, "results")} == {"waiting"}
+    assert f"{STUDENT} (" in rows[EVALUATION]["message"]
+    assert f"{EVALUATION} (waiting: " in rows["results"]["message"]
+    output = bench.python("jobs.status", str(taught))
+    assert f"KILLED {STUDENT}" in output
+    again = bench.launch(taught, *LONG, "--seeds", "[1, 2]", "--retry-failed")
+    assert "3 of 7 elements (4 finished, 0 in the queue)" in again
     bench.drain()
-    bench.assert_done(root)
+    bench.assert_done(taught)
+    assert stages(taught) == stages(finished)
 
 
 @pytest.mark.slow
