@@ -4,22 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from typing_extensions import TypedDict
-
 from cpd.comm import connect
-from cpd.reading import read_for_display
 from cpd.run.attempt import mpi_guard
 from cpd.run.command import exit_quietly
 from cpd.run.directory import Run
 from jobs.common import ElementCommand, element_parser
-
-
-class _Ranks(TypedDict):
-    ranks: int
-
-
-class _Plan(TypedDict):
-    student: _Ranks
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -43,10 +32,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             from cpd.distill.run_student import run_student
 
             comm = connect()
-            no_plan = _Plan(student=_Ranks(ranks=comm.size))
-            plan = read_for_display(command.run.root / "profile.json", _Plan, no_plan)
-            if comm.rank == 0 and plan["student"]["ranks"] != comm.size:
-                command.log(f"note: {comm.size} ranks, but {plan['student']['ranks']} in the profile: other bits")
+            planned_ranks = command.run.launched_with(int, comm.size, "student", "ranks")
+            if comm.rank == 0 and planned_ranks != comm.size:
+                command.log(f"note: {comm.size} ranks, but {planned_ranks} in the profile: other bits")
             with mpi_guard(command.element, comm):
                 run_student(
                     command.run,

@@ -12,12 +12,10 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.live import Live
-from typing_extensions import TypedDict
 
 from cpd.cluster.ledger import LedgerEntry, ledger
 from cpd.cluster.queue import CLUSTERS_VARIABLE, REMEDIES, UNKNOWN, JobState, QueueView, state_in_log
-from cpd.config.profile import SETUP_FAILED
-from cpd.reading import read_for_display
+from cpd.config.profile import SETUP_FAILED, Line
 from cpd.run.command import EXIT_CTRL_C, EXIT_FAILED, EXIT_USAGE, exit_quietly
 from cpd.run.directory import Element, Run
 from cpd.run.lease import Holder, current_holder
@@ -34,10 +32,6 @@ SEARCHED_JOBS = 60
 TAIL_BYTES = 16_384
 #: `--watch` ends after this many polls without an active job: a new job may not be visible at once.
 IDLE_POLLS = 5
-
-
-class _Profile(TypedDict, total=False):
-    clusters: str
 
 
 def element_status(
@@ -190,8 +184,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     try:
         run = Run(arguments.run_dir)
-        profile = read_for_display(run.root / "profile.json", _Profile, _Profile())
-        os.environ[CLUSTERS_VARIABLE] = profile.get("clusters", "")
+        os.environ[CLUSTERS_VARIABLE] = run.launched_with(Line, "", "clusters")
         rows = run_status(run)
     except ValueError as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)

@@ -6,7 +6,7 @@ import os
 import textwrap
 import time
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 from typing_extensions import TypedDict
 
@@ -64,7 +64,7 @@ def check_code(run: Run, element: Element, log: Callable[[str], None]) -> str:
 
     Call before MPI starts, since git is a process.
     """
-    refuses = _profile_value(run, "code_changes") == "refuse"
+    refuses = run.launched_with(str, "", "code_changes") == "refuse"
     if not (refuses or is_first_rank()):
         return ""
     code = os.environ[CODE_VARIABLE] = code_version()
@@ -110,7 +110,7 @@ def hand_back(run: Run, element: Element, comm: Comm, log: Callable[[str], None]
 
 def _requeue(run: Run, element: Element, job: str, log: Callable[[str], None]) -> str:
     """Requeue the job unless it is ending or stuck; return what happened."""
-    deadline = time.monotonic() + _profile_value(run, "signal_seconds")
+    deadline = time.monotonic() + run.launched_with(Positive, Profile.signal_seconds, "signal_seconds")
     try:
         # Words of the form `Key=Value`.
         words = _run_patiently(["scontrol", "show", "job", "-o", job], deadline, log).split()
@@ -139,18 +139,6 @@ class _Requeues(TypedDict):
     count: int
 
 
-class _Profile(TypedDict, total=False):
-    max_timeouts: Positive
-    signal_seconds: Positive
-    code_changes: str
-
-
-def _profile_value(run: Run, key: Literal["max_timeouts", "signal_seconds", "code_changes"]) -> Any:
-    """Return a value from the profile of the last launch."""
-    profile = read_for_display(run.root / "profile.json", _Profile, _Profile())
-    return profile.get(key, getattr(Profile(cluster="local"), key))
-
-
 def _run_patiently(words: list[str], deadline: float, log: Callable[[str], None]) -> str:
     """Like `run_command`, but ask again until `deadline` if Slurm does not answer."""
     pause = 1.0
@@ -174,4 +162,4 @@ def is_stuck(run: Run, element: Element, job: str) -> bool:
     last = read_for_display(path, _Requeues, _Requeues(progress=[], count=0))
     count = last["count"] + 1 if last["progress"] == progress else 0
     write_json(path, {"progress": progress, "count": count})
-    return count >= int(_profile_value(run, "max_timeouts"))
+    return count >= run.launched_with(Positive, Profile.max_timeouts, "max_timeouts")

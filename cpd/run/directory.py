@@ -17,13 +17,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from cpd.config import Config
 from cpd.config.load import load, nearest
 from cpd.config.types import Role
-from cpd.reading import read_json
+from cpd.reading import DamagedFileError, check_shape, read_for_display, read_json
 from cpd.run.folders import CONTENTS, kind_of
+
+T = TypeVar("T")
 
 
 class RunError(ValueError):
@@ -196,6 +198,23 @@ class Run:
     def method_configs(self) -> dict[str, Config]:
         """The configuration of every method alone, by its label."""
         return {label: self.config.of_method(label) for label in self.config.methods}
+
+    def launched_with(self, shape: Any, default: T, *keys: str) -> T:
+        """Return an entry of the last launch's profile.
+
+        Args:
+            shape: of the entry, as in `cpd.reading`.
+            default: in place of an entry that is missing or damaged.
+            keys: of the table, if it lies in one, and of the entry.
+        """
+        entry: Any = read_for_display(self.root / "profile.json", dict[str, Any], {})
+        for key in keys:
+            entry = entry.get(key) if isinstance(entry, dict) else None
+        try:
+            value: T = check_shape(entry, shape, keys[-1])
+        except DamagedFileError:
+            return default
+        return value
 
     @property
     def ledger(self) -> Path:
