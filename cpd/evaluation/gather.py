@@ -25,15 +25,13 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, cast
-
-from typing_extensions import TypedDict
+from typing import Any
 
 from cpd.config.types import Positive
 from cpd.evaluation.look_alikes import start_rows
 from cpd.evaluation.results_folder import TEACHER, read_tables
 from cpd.evaluation.summary import summarize
-from cpd.reading import read_for_display, read_json
+from cpd.reading import DamagedFileError, read_for_display, read_json
 from cpd.run.claim import check_none_lost
 from cpd.run.descriptions import StudentSize, check_identity
 from cpd.run.directory import Element, Run, RunError, StudentElement, TeacherElement, identity
@@ -91,11 +89,11 @@ def gather(run: Run) -> dict[str, Any]:
     _write_table(run.results / "episodes.csv", _existing_rows([(d, of) for _, d, of in files], EpisodeRow))
     curves = [(student.curves, _identity(student)) for student in run.students()]
     _write_table(run.results / "curves.csv", _existing_rows(curves, CurveRow))
-    trainings = [(t, read_metrics(t.metrics, is_finished=t.finished)) for t in run.teachers()]
+    trainings = [(t, _metrics(t, run)) for t in run.teachers()]
     _write_table(run.results / "teachers.csv", [_teacher_row(t, metrics) for t, metrics in trainings])
     groups = [({"task": t.task, "seed": t.seed}, metrics) for t, metrics in trainings]
     _write_records(run.results / "teacher_curves.csv", groups)
-    records = [(s, read_metrics(s.metrics, is_finished=s.finished)) for s in run.students()]
+    records = [(s, _metrics(s, run)) for s in run.students()]
     _write_table(run.results / "losses.csv", [row for s, metrics in records for row in _losses(s, metrics)])
     _write_table(run.results / "stages.csv", [row for s, metrics in records for row in _stages(s, metrics)])
     usage = [(e.usage_file(stage), of) for e, stage, of in rows_due]
@@ -128,6 +126,18 @@ def _identity(element: TeacherElement | StudentElement, **further: Any) -> dict[
 
 def _existing_rows(files: Iterable[tuple[Path, Mapping[str, Any]]], kind: type[Row]) -> list[Row]:
     return [row for file, of in files if file.exists() for row in read_rows(file, kind, **of)]
+
+
+def _metrics(element: TeacherElement | StudentElement, run: Run) -> list[dict[str, Any]]:
+    """Return the training records of a teacher or student. Experts and reused teachers may have none."""
+    is_finished = element.finished
+    is_trained = run.config.teacher.recipe != "scripted" and "train" in read_status(element.status).seconds
+    if is_finished and (element.role == "student" or is_trained) and not os.path.lexists(element.metrics):
+        raise DamagedFileError(
+            f"{element.metrics} is missing, although {element.name} is finished; restore the file, or remove "
+            f"{element.path} and launch again to train it anew"
+        )
+    return read_metrics(element.metrics, is_finished=is_finished)
 
 
 def _losses(student: StudentElement, records: Sequence[Mapping[str, Any]]) -> Iterable[LossRow]:
@@ -186,25 +196,13 @@ def _teacher_row(teacher: TeacherElement, records: Sequence[Mapping[str, Any]]) 
     return TeacherRow(teacher.task, teacher.seed, state, env_steps, iterations, success)
 
 
-class _Requested(TypedDict, total=False):
-    nodes: Positive
-    cpus: Positive
-
-
-class _Profile(TypedDict, total=False):
-    cluster: str
-    teacher: _Requested
-    student: _Requested
-    evaluation: _Requested
-
-
 def _timing(run: Run, element: Element) -> dict[str, Any]:
     record = read_status(element.status)
-    profile = read_for_display(run.root / "profile.json", _Profile, _Profile())
     # Slurm charges what a job requests, used or not. Cores are those of one rank, as is the processor time.
-    requested = cast(dict[str, Any], profile).get(element.role, {}) if profile.get("cluster") == "slurm" else {}
+    keys = ("nodes", "cpus") if run.launched_with(str, "", "cluster") == "slurm" else ()
+    requested = {key: run.launched_with(Positive, 0, element.role, key) for key in keys}
     return {
-        **{key: requested[key] for key in ("nodes", "cpus") if key in requested},
+        **{key: value for key, value in requested.items() if value},
         "element": element.name,
         "role": element.role,
         "state": record.state,

@@ -16,10 +16,11 @@ from analysis.terminal import usage_lines
 from cpd.evaluation.gather import gather
 from cpd.evaluation.results_folder import read_tables
 from cpd.evaluation.summary import summarize
+from cpd.reading import DamagedFileError
 from cpd.run.directory import Run, RunError
 from cpd.run.files import write_json
 from cpd.run.progress import MetricsLog
-from cpd.run.tables import EpisodeRow, EvaluationRow, LossRow, StageRow, read_rows
+from cpd.run.tables import EpisodeRow, EvaluationRow, LossRow, StageRow, TeacherRow, read_rows
 from tests.synthetic_run import write_run
 
 STREAM = ("drawer-close-v3", "handle-press-side-v3", "window-close-v3")
@@ -270,6 +271,21 @@ def test_a_damaged_line_of_a_table_is_named(tmp_path: Path) -> None:
     table.write_text("\n".join([*lines[:2], lines[2][:20], *lines[3:]]))
     with pytest.raises(ValueError, match=r"evaluations\.csv, line 3"):
         read_tables(run.results)
+
+
+@pytest.mark.parametrize("role", ["teacher", "student"])
+def test_training_records_that_are_missing_are_told(role: str, tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", stream=STREAM, students={1: RATES}, teachers=TEACHERS)
+    element = run.teachers()[1] if role == "teacher" else run.students()[0]
+    element.complete.touch()
+    element.metrics.unlink()
+    with pytest.raises(DamagedFileError, match=str(element.metrics)):
+        gather(run)
+    if role == "teacher":  # a teacher that was trained elsewhere may lack them
+        write_json(element.status, {"state": "done", "seconds": {"evaluate": 7.5}})
+        gather(run)
+        row = read_rows(run.results / "teachers.csv", TeacherRow)[1]
+        assert (row.state, row.env_steps) == ("admitted", None)
 
 
 def test_a_run_without_elements_is_refused(tmp_path: Path) -> None:
