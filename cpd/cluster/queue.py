@@ -22,6 +22,7 @@ REMEDIES = {
     "PREEMPTED": "preempted and not requeued: launch again",
     "CANCELLED": "cancelled: launch again to go on",
     "DEADLINE": "its deadline passed: launch again",
+    "CONNECT": "its ranks did not find each other: srun_mpi in the profile must suit the MPI; then launch again",
     "SETUP": "correct modules or setup in the profile, then launch again",
     "FAILED": "killed, or ended with an error that its log shows: launch again",
     "COMPLETED": "ended before the element was finished: launch again",
@@ -33,6 +34,7 @@ REMEDIES = {
 #: a job that exceeds its memory has the state FAILED, and a job that Slurm has forgotten has no state.
 STATES_BY_MESSAGE = {
     SETUP_FAILED: "SETUP",
+    "Timeout (0:05:00)!": "CONNECT",  # faulthandler's, after CONNECT_SECONDS
     "exceeded memory limit": "OUT_OF_MEMORY",
     "oom-kill": "OUT_OF_MEMORY",
     "oom_kill": "OUT_OF_MEMORY",

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
+import socket
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -49,15 +53,31 @@ def test_a_communicator_of_the_wrong_size_is_refused(asked: int, connected: int,
 
 def test_ranks_that_do_not_know_of_each_other_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     # The effect of a wrong process-management interface: two ranks are announced, but this process is alone.
-    import subprocess
-    import sys
-
     code = "from cpd.comm import connect; connect()"
     done = subprocess.run(
         [sys.executable, "-c", code], env={"CPD_RANKS": "2", "PATH": ""}, capture_output=True, text=True
     )
     assert done.returncode == 1
     assert CommSizeError.__name__ in done.stderr and "srun_mpi" in done.stderr
+
+
+def test_ranks_that_never_meet_are_ended() -> None:
+    # A process manager that never answers.
+    ours, theirs = socket.socketpair()
+    code = "import cpd.comm; cpd.comm.CONNECT_SECONDS = 1.0; cpd.comm.connect()"
+    environment = {"CPD_RANKS": "2", "PMI_SIZE": "2", "PMI_RANK": "0", "PMI_FD": str(theirs.fileno())}
+    with ours, theirs:
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            env=os.environ | environment,
+            pass_fds=[theirs.fileno()],
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert b"cmd=" in ours.recv(100)  # MPI has asked
+    assert done.returncode == 1
+    assert "Timeout" in done.stderr and "in connect" in done.stderr
 
 
 def test_the_innermost_launcher_counts(monkeypatch: pytest.MonkeyPatch) -> None:
