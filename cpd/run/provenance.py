@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 import sys
@@ -18,6 +19,8 @@ from cpd.envs.tasks import REWARD_VERSION
 from cpd.run.folders import KIND_KEY
 
 PACKAGES = ("torch", "mpi4py", "metaworld", "mujoco", "submitit", "h5py", "numpy")
+#: Variables of a shell or a hook that would name another repository than this code's.
+REPOSITORY_VARIABLES = ("GIT_DIR", "GIT_WORK_TREE", "GIT_COMMON_DIR", "GIT_INDEX_FILE", "GIT_OBJECT_DIRECTORY")
 
 
 @dataclass(frozen=True)
@@ -61,8 +64,15 @@ def code_version() -> str:
         # Git refuses a clone of another user, since its hooks could run code. This process runs its code anyway.
         trust = f"safe.directory={root}"
         command = ["git", "-c", trust, "-C", str(root), "describe", "--always", "--dirty=+changes", "--abbrev=12"]
+        environment = {key: value for key, value in os.environ.items() if key not in REPOSITORY_VARIABLES}
         return subprocess.run(
-            command, capture_output=True, encoding="utf-8", errors="replace", check=True, timeout=10
+            command,
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            check=True,
+            timeout=10,
+            env=environment,
         ).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return version("continual-policy-distillation")
