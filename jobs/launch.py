@@ -39,6 +39,7 @@ from cpd.run.lease import Lease, LeaseHeldError
 from cpd.run.progress import progress_line, read_status
 from cpd.run.provenance import Provenance, code_version, provenance
 from cpd.run.reuse import PlannedRun, ReuseError, find_reusable, reuse
+from cpd.run.shortage import not_installed
 from cpd.terminal import plain_console
 from jobs.common import log
 from jobs.launch_options import build_parser, check_options, check_run_dir, load_recipe_and_profile
@@ -189,9 +190,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         reuses = find_reusable(PlannedRun(root, config), source) if source else []
         run: Run = PlannedRun(root, config, reuses)
         chosen = run.select(arguments.only)
+        problems = launch_problems(root, config, profile)
         if profile.cluster == "local" and not arguments.prepare:
             check_dependencies(run, chosen)
-        problems = launch_problems(root, config, profile)
+            needs_training = any(element.role != "report" and not element.finished for element in chosen)
+            problems += [reason] if needs_training and (reason := not_installed()) else []
         if arguments.dry_run:
             if profile.cluster == "slurm":
                 lines = dry_run(run, profile, arguments.only, arguments.retry_failed)

@@ -13,12 +13,13 @@ from typing_extensions import TypedDict
 from cpd.config import Config
 from cpd.config.load import WHOLE, ConfigError, load, merge, parse_overrides, read_toml, suggestion
 from cpd.config.profile import Profile, load_profile
+from cpd.programs import ROOT
 from cpd.reading import read_json
 from cpd.run.claim import claim
 from cpd.run.directory import RunError
 from jobs.common import parser_with_examples
 
-RECIPES = Path(__file__).resolve().parent / "recipes"
+RECIPES = ROOT / "jobs" / "recipes"
 COMMAND_LINE = "the command line"
 
 

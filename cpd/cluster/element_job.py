@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import os
 import shlex
 import shutil
@@ -23,6 +22,7 @@ from cpd.cluster.pickles import PROGRAM, protect
 from cpd.comm import RANKS_VARIABLE
 from cpd.config.profile import Resources
 from cpd.config.types import Role
+from cpd.programs import program
 from cpd.run.attempt import mark
 from cpd.run.directory import Element, Run
 from cpd.run.interrupt import LAUNCHER_VARIABLE, launcher_identity
@@ -100,14 +100,15 @@ class ElementJob(submitit.helpers.Checkpointable):
                 os.environ[DEVICES_VARIABLE] = self.visible_devices
         if self.resources.ranks > 1 and is_local:
             environment = {**os.environ, **MPIEXEC_ENVIRONMENT, RANKS_VARIABLE: str(self.resources.ranks)}
-            command = mpi_command(self.resources.ranks, [sys.executable, "-u", "-m", module, *self.arguments])
+            verb = module.rpartition(".")[2]
+            command = mpi_command(self.resources.ranks, [sys.executable, "-u", "-m", "cpd", verb, *self.arguments])
             # A new session, so that Ctrl-C at the terminal reaches the ranks through the stop flag only.
             code = subprocess.run(
                 command, env=environment, stdin=subprocess.DEVNULL, start_new_session=True, check=False
             ).returncode
         else:
             os.environ[RANKS_VARIABLE] = str(self.resources.ranks)
-            code = importlib.import_module(module).main(self.arguments)
+            code = program(module).main(self.arguments)
         if code:
             # Not an exception, since the log holds the error already. Not a return, which would mean success.
             raise SystemExit(code)

@@ -14,6 +14,7 @@ from pydantic.dataclasses import dataclass
 
 from cpd.config.load import STRICT, ConfigError, load, read_toml, suggestion
 from cpd.config.types import Count, NonNegativeFloat, Positive, Role
+from cpd.programs import ROOT
 
 #: Options of sbatch that the launcher sets.
 RESERVED = (
@@ -57,7 +58,7 @@ SETUP_BEGIN = f"trap 'echo \"{SETUP_FAILED}: $BASH_COMMAND\" >&2; exit 1' ERR"
 SETUP_END = "trap - ERR"
 ROLES: tuple[Role, ...] = ("teacher", "student", "evaluation", "report")
 
-PROFILES = Path(__file__).resolve().parents[2] / "slurm" / "profiles"
+PROFILES = ROOT / "slurm" / "profiles"
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

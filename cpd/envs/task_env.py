@@ -25,6 +25,9 @@ class TaskEnv:
     It has no horizon and no automatic reset: the caller resets it. Goal and actions alone determine an episode;
     earlier episodes have no influence.
 
+    Attributes:
+        info: what Meta-World says of the last step.
+
     Args:
         task: Meta-World task name, such as "push-v3".
         accelerated: use the faster classes, which give the same bits, if they are verified for the installed
@@ -39,7 +42,7 @@ class TaskEnv:
         self._env: Any = _build(task, accelerated)
         self._rand_vec_size = int(self._env._random_reset_space.low.size)
         self._has_goal = False
-        self._grasp_reward = 0.0
+        self.info: dict[str, Any] = {}
 
     def reset(self, goal: Goal) -> npt.NDArray[np.float64]:
         """Start an episode from `goal`.
@@ -84,13 +87,18 @@ class TaskEnv:
         env = self._env
         if not self._has_goal:
             raise ValueError(f"{self.task}: reset to a goal before the first step")
-        if env.curr_path_length >= MAX_EPISODE_STEPS:
+        if self.at_limit:
             raise ValueError(
                 f"{self.task}: an episode has at most {MAX_EPISODE_STEPS} steps; reset before the next step"
             )
         obs, reward, _, _, info = env.step(np.asarray(action, dtype=np.float32))
-        self._grasp_reward = float(info["grasp_reward"])
+        self.info = info
         return obs, float(reward), bool(info["success"])
+
+    @property
+    def at_limit(self) -> bool:
+        """Whether the episode has Meta-World's 500 steps."""
+        return bool(self._env.curr_path_length >= MAX_EPISODE_STEPS)
 
     def grasp(self, obs: npt.NDArray[np.float64]) -> float:
         """Return how close the last step, which returned `obs`, came to grasping the object, 0 to 1.
@@ -99,7 +107,7 @@ class TaskEnv:
         of the fingers' nearness to the object, `1 - tanh(10 d)` at d metres (as in robosuite; Zhu et al. 2020).
         """
         nearness = 1.0 - math.tanh(10.0 * math.dist(obs[OBJECT], self._env.tcp_center))
-        return 0.5 * (self._grasp_reward + nearness)
+        return 0.5 * (float(self.info["grasp_reward"]) + nearness)
 
     @property
     def unwrapped(self) -> Any:

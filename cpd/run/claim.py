@@ -13,6 +13,7 @@ from typing import Any, Final, Literal, get_args
 from cpd.config import Config, changes, differences
 from cpd.config.load import first_few
 from cpd.config.retired import upgrade
+from cpd.programs import ROOT
 from cpd.reading import read_json
 from cpd.run.directory import Run, RunError
 from cpd.run.folders import CONTENTS, Kind, collected, kind_of, names_in
@@ -45,7 +46,7 @@ RUN_FOLDERS: Final = ("launcher", "logs", "results", "students", "teachers")
 #: Settings that must agree before a publication replaces another, even if only one of them has the setting.
 IDENTITY: Final = ("name:", "stream:", "stream.tasks:", "teacher:")
 #: The repository's published results, with subfolders for scripted stand-ins and for the tuning of settings.
-REPOSITORY_RESULTS = Path(__file__).resolve().parents[2] / "analysis" / "results"
+REPOSITORY_RESULTS = ROOT / "analysis" / "results"
 STAND_INS: Final = "stand-ins"
 TUNING: Final = "tuning"
 

@@ -20,7 +20,8 @@ EXIT_CTRL_C = 130
 
 def prepare_command() -> None:
     """Make the process of a command ready before it imports the rest; other programs stay as they are."""
-    is_command = sys.argv[:1] == ["-m"]  # so Python names it while it looks for the module
+    # "-m" is what Python names it while it looks for the module, "cpd" what `cpd.__main__` does.
+    is_command = sys.argv[:1] in (["-m"], ["cpd"])
     if is_command or "SUBMITIT_EXECUTOR" in os.environ:
         # Commands show no windows: a notebook's, or missing, libraries for them must not stop an import.
         os.environ |= {"MPLBACKEND": "Agg", "MUJOCO_GL": "disabled"}

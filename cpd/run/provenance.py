@@ -8,14 +8,14 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from functools import cache
-from importlib.metadata import version
-from pathlib import Path
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from typing_extensions import TypedDict
 
 from cpd.config import Config
 from cpd.envs.tasks import REWARD_VERSION
+from cpd.programs import ROOT
 from cpd.run.folders import KIND_KEY
 
 PACKAGES = ("torch", "mpi4py", "metaworld", "mujoco", "submitit", "h5py", "numpy")
@@ -59,11 +59,12 @@ class Provenance(TypedDict):
 @cache
 def code_version() -> str:
     """Return the commit, with `+changes` if the tree differs from it; without git, the package's version."""
-    root = Path(__file__).resolve().parents[2]
     try:
+        if not (ROOT / "pyproject.toml").exists():  # a wheel, which may be installed in another project's clone
+            raise FileNotFoundError("no clone")
         # Git refuses a clone of another user, since its hooks could run code. This process runs its code anyway.
-        trust = f"safe.directory={root}"
-        command = ["git", "-c", trust, "-C", str(root), "describe", "--always", "--dirty=+changes", "--abbrev=12"]
+        trust = f"safe.directory={ROOT}"
+        command = ["git", "-c", trust, "-C", str(ROOT), "describe", "--always", "--dirty=+changes", "--abbrev=12"]
         environment = {key: value for key, value in os.environ.items() if key not in REPOSITORY_VARIABLES}
         return subprocess.run(
             command,
@@ -78,13 +79,20 @@ def code_version() -> str:
         return version("continual-policy-distillation")
 
 
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # of an extra that this machine does without
+        return None
+
+
 def provenance() -> dict[str, Any]:
     """Return the contents of provenance.json: versions and machine of this process."""
     return {
         KIND_KEY: "run",
         "code": code_version(),
         "python": platform.python_version(),
-        "packages": {name: version(name) for name in PACKAGES},
+        "packages": {name: number for name in PACKAGES if (number := _version(name))},
         "machine": platform.machine(),
         "system": platform.platform(),
         "command": sys.argv,

@@ -1,4 +1,4 @@
-"""What a machine has run out of: the limit behind an exception, the file and its file system, and what to do."""
+"""What a machine lacks: the limit or the package behind an exception, the file and its file system, what to do."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import errno
 import os
 import resource
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Final
 
@@ -30,6 +31,8 @@ LIMITS: Final = {
     errno.EAGAIN: (resource.RLIMIT_NPROC, "processes"),
     errno.ENOMEM: (resource.RLIMIT_AS, "bytes of address space"),
 }
+#: The packages that the base install lacks.
+TRAINING: Final = ("torch", "mpi4py", "metaworld", "mujoco", "gymnasium")
 #: What libraries that give no error number write. Most write the system's own words for it.
 PHRASES: Final = {
     **{os.strerror(number): number for number in CAUSES if number != errno.EAGAIN},
@@ -63,6 +66,13 @@ def error_number(error: BaseException) -> int:
     return 0
 
 
+def not_installed(packages: Iterable[str] = TRAINING) -> str:
+    """Say which of `packages` are not installed, and what to install; empty if all are."""
+    missing = ", ".join(name for name in packages if find_spec(name) is None)
+    command = "pip install 'continual-policy-distillation[train]'"
+    return f"not installed: {missing}, which training and evaluation need; {command}" if missing else ""
+
+
 @contextlib.contextmanager
 def naming(path: Path) -> Iterator[None]:
     """Raise a shortage that any library meets in the block as an OSError that names `path`."""
@@ -75,12 +85,14 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def shortage(error: BaseException, folder: Path) -> str:
-    """Say what ran out, where, and what to do; empty if `error` means no shortage.
+    """Say what ran out or is not installed, where, and what to do; empty if `error` means no shortage.
 
     Args:
         error: with its causes.
         folder: where its process writes, in case no cause names a file.
     """
+    if isinstance(error, ModuleNotFoundError) and error.name in TRAINING:
+        return not_installed()
     number = error_number(error)
     if not number:
         return ""

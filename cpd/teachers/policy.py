@@ -74,6 +74,16 @@ KIND: Final = "gaussian_mlp"
 
 #: Normalised observations are clipped to this many standard deviations.
 OBSERVATION_CLIP: Final = 8.0
+#: The environment's actions reach this far.
+ACTION_CLIP: Final = 1.0
+#: How a description says that its policy acts, step by step, in terms of its other entries and of the tensors.
+ACTING: Final = (
+    "std = max(sqrt(normalizer.sum_of_squares / normalizer.count), observation_min_std), or 1 if the count is 0",
+    "cast normalizer.mean and std, which are float64, to dtype; all that follows is in dtype",
+    "x = (observation - normalizer.mean) / std, clipped to [-observation_clip, observation_clip]",
+    "for net.0, net.2, and so on: x = weight x + bias, followed by the activation except after the last",
+    "action = x, clipped to [-action_clip, action_clip]; log_std_A is for exploration only",
+)
 #: Meta-World's observations are metres and unit quaternions; a smaller standard deviation is noise.
 MIN_OBSERVATION_STD: Final = 1e-3
 
@@ -158,7 +168,7 @@ class TeacherActor:
 
     def act(self, obs_BO: FloatArray) -> FloatArray:
         """The clipped mean, `[B, A]` in [-1, 1]."""
-        return np.clip(self._teacher.distribution(obs_BO).raw_mean, -1.0, 1.0)
+        return np.clip(self._teacher.distribution(obs_BO).raw_mean, -ACTION_CLIP, ACTION_CLIP)
 
 
 def mlp(sizes: Sequence[int], last_gain: float, generator: torch.Generator | None) -> nn.Sequential:
@@ -194,6 +204,10 @@ def save_policy(policy: GaussianPolicy, path: Path, description: dict[str, Any])
         "hidden_sizes": list(policy.hidden_sizes),
         "activation": "tanh",
         "observation_clip": OBSERVATION_CLIP,
+        "observation_min_std": MIN_OBSERVATION_STD,
+        "action_clip": ACTION_CLIP,
+        "dtype": "float32",
+        "acting": ACTING,
     }
     tensors = {name: tensor.contiguous() for name, tensor in policy.state_dict().items()}
     write_tensors(tensors, path, {"architecture": architecture, **description})

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.numpy
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,8 +15,10 @@ from metaworld.policies import ENV_POLICY_MAP
 
 from cpd.envs.episodes import run_episodes
 from cpd.envs.goals import goal_set
+from cpd.envs.task_env import TaskEnv
 from cpd.envs.tasks import ALL_TASKS
 from cpd.envs.vector_env import make_vector_env
+from cpd.run.claim import REPOSITORY_RESULTS
 from cpd.teachers.demonstrations import ScriptedPolicy, load_scripted, save_scripted
 from cpd.teachers.policy import (
     GaussianPolicy,
@@ -100,6 +103,34 @@ def test_a_saved_policy_acts_the_same(tmp_path: Path) -> None:
     assert path.read_bytes() == first
     # Members of a group on a shared file system can read it like any other file.
     assert path.stat().st_mode == (tmp_path / "policy.json").stat().st_mode
+
+
+def act_in_numpy(path: Path, obs_BO: np.ndarray) -> np.ndarray:
+    """Act as the description's `acting` says, from the two files alone."""
+    tensors = safetensors.numpy.load_file(path)
+    entries = json.loads(path.with_suffix(".json").read_text())["architecture"]
+    dtype, count = entries["dtype"], tensors["normalizer.count"]
+    std_O = np.maximum(np.sqrt(tensors["normalizer.sum_of_squares"] / count), entries["observation_min_std"])
+    x_BD = (obs_BO.astype(dtype) - tensors["normalizer.mean"].astype(dtype)) / std_O.astype(dtype)
+    x_BD = x_BD.clip(-entries["observation_clip"], entries["observation_clip"])
+    activation = {"tanh": np.tanh}[entries["activation"]]
+    for layer in range(len(entries["hidden_sizes"]) + 1):
+        x_BD = x_BD if layer == 0 else activation(x_BD)
+        x_BD = x_BD @ tensors[f"net.{2 * layer}.weight"].T + tensors[f"net.{2 * layer}.bias"]
+    return x_BD.clip(-entries["action_clip"], entries["action_clip"])
+
+
+@pytest.mark.parametrize("folder", ["cw10-demo_rl", "cw10-rl", "mt50-demo_rl"])
+def test_a_published_teacher_acts_in_numpy_from_its_two_files(folder: str) -> None:
+    path = min((REPOSITORY_RESULTS / "teachers" / folder / "policies").glob("*.safetensors"))
+    task = json.loads(path.with_suffix(".json").read_text())["task"]
+    env, actor = TaskEnv(task), TeacherActor(load_policy(path))
+    observations_TO = [env.reset(goal_set(task, "held_out")[0])]
+    for _ in range(100):
+        action = act_in_numpy(path, np.array(observations_TO[-1:]))[0]
+        observations_TO.append(env.step(action)[0])
+    obs_TO = np.array(observations_TO, np.float32)
+    np.testing.assert_allclose(act_in_numpy(path, obs_TO), actor.act(obs_TO), rtol=0, atol=1e-6)
 
 
 def test_damaged_or_wrong_policy_files_are_refused_by_name(tmp_path: Path) -> None:
