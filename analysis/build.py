@@ -43,11 +43,11 @@ WRITTEN_FILES = re.compile(
     r"|teacher_curves|table_(tasks|seeds|methods|look_alikes|starts))\.(pdf|png|txt|csv|tex|md)"
 )
 EXAMPLES = """examples:
-  python -m analysis.build runs/demo                       gather, then draw into runs/demo/figures
-  python -m analysis.build analysis/results/demo           draw again from published results
-  python -m analysis.build analysis/results/teachers       published teachers and their learning curves
-  python -m analysis.build runs/lab-ablation --publish analysis/results/stand-ins/ablation
-  python -m analysis.build runs/moe runs/dense --out compare   methods side by side
+  cpd build runs/demo                           gather, then draw into runs/demo/figures
+  cpd build analysis/results/demo               draw again from published results
+  cpd build analysis/results/teachers           published teachers and their learning curves
+  cpd build runs/lab-ablation --publish analysis/results/stand-ins/ablation
+  cpd build runs/moe runs/dense --out compare   methods side by side
 """
 
 #: The figures that show one method.
@@ -127,9 +127,9 @@ def _figures(data: Dataset) -> Iterable[tuple[str, str | None, Figure | None, st
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Command line of `python -m analysis.build`; returns the exit code."""
+    """Command line of `cpd build`; returns the exit code."""
     parser = argparse.ArgumentParser(
-        prog="python -m analysis.build",
+        prog="cpd build",
         description="Gather a run's results and make its figures and tables. Rebuilding gives the same bytes.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -150,7 +150,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if find_published(paths[0]):
                 raise ValueError(
                     f"--publish copies results of students, but {paths[0]} holds published teachers; "
-                    "publish the teachers of a run with `python -m jobs.publish RUN_DIR FOLDER`"
+                    "publish the teachers of a run with `cpd publish RUN_DIR FOLDER`"
                 )
             paths = [publish_results(paths[0], arguments.publish)]
         written = build(paths, arguments.out, report=show)

@@ -31,7 +31,7 @@ def build_teachers(path: Path, out: Path | None = None) -> list[Path]:
     """
     folders = find_published(path)
     if not folders:
-        raise ValueError(f"{path} holds no published teachers; `python -m jobs.publish` writes them")
+        raise ValueError(f"{path} holds no published teachers; `cpd publish` writes them")
     target = out or path / "figures"
     written: list[Path] = []
     scores: list[dict[str, Any]] = []

@@ -1,4 +1,4 @@
-"""Published teachers, read from the files of `jobs.publish`."""
+"""Published teachers, read from the files of `cpd publish`."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).resolve().parent
 ROOT = PACKAGE / BUNDLE if (PACKAGE / BUNDLE).is_dir() else PACKAGE.parent
 
 
-def program(name: str) -> ModuleType:
+def load_program(name: str) -> ModuleType:
     """Import a module of jobs/ or analysis/, also where the current directory has folders of these names."""
     if sys.path[0] != str(ROOT):
         sys.path.insert(0, str(ROOT))

@@ -10,7 +10,7 @@ from setuptools.command.bdist_wheel import bdist_wheel
 BUNDLED = ("jobs", "analysis", "slurm")
 
 
-class BdistWheel(bdist_wheel):
+class BdistWheel(bdist_wheel):  # type: ignore[misc]
     """Builds a wheel whose only top-level package is `cpd`; editable installs are not affected."""
 
     def run(self) -> None:

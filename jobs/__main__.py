@@ -6,7 +6,7 @@ import ast
 import sys
 from collections.abc import Sequence
 
-from cpd.programs import ROOT, program
+from cpd.programs import ROOT, load_program
 from cpd.reading import read_text
 from cpd.run.command import EXIT_USAGE, exit_quietly
 
@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         print(f"cpd {code_version()}")
     elif module := verbs().get(verb):
-        code: int = program(module).main(arguments)
+        code: int = load_program(module).main(arguments)
         return code
     else:
         from cpd.config.load import suggestion

@@ -110,11 +110,11 @@ def _check_table(path: Path) -> None:
 
 def _policies(folder: Path, only: Sequence[str]) -> list[tuple[Path, Policy]]:
     """Return the policy files of the tasks in `only`, or of all tasks, with their descriptions."""
-    expect(folder, "teachers", "name what `python -m jobs.publish` wrote")
+    expect(folder, "teachers", "name what `cpd publish` wrote")
     files = sorted((folder / "policies").glob("*.safetensors"))
     if not files or not (folder / "evaluations.csv").exists():
         raise ValueError(
-            f"{folder} has no policies, or no evaluations.csv: name a folder that `python -m jobs.publish` wrote"
+            f"{folder} has no policies, or no evaluations.csv: name a folder that `cpd publish` wrote"
         )
     policies = [(file, read_json(file.with_suffix(".json"), Policy)) for file in files]
     for file, description in policies:
@@ -128,19 +128,19 @@ def _policies(folder: Path, only: Sequence[str]) -> list[tuple[Path, Policy]]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line of `python -m jobs.check`; return the exit code."""
+    """Run the command line of `cpd check`; return the exit code."""
     parser = parser_with_examples(
         "jobs.check",
         "Evaluate published teachers with metaworld.evaluation on goals that Meta-World draws, and compare with "
         "the published success rates. Exit code 1 if the 95 % interval of the difference of a policy's two rates "
         "excludes 0.",
         [
-            "python -m jobs.check analysis/results/teachers/cw10-demo_rl",
-            "python -m jobs.check analysis/results/teachers/cw10-demo_rl --only hammer-v3 --seed 7",
+            "cpd check analysis/results/teachers/cw10-demo_rl",
+            "cpd check analysis/results/teachers/cw10-demo_rl --only hammer-v3 --seed 7",
         ],
     )
     parser.add_argument(
-        "folder", type=Path, metavar="FOLDER", help="published teachers, as `jobs.publish` writes them"
+        "folder", type=Path, metavar="FOLDER", help="published teachers, as `cpd publish` writes them"
     )
     parser.add_argument("--only", action="append", default=[], metavar="TASK", help="a task; repeatable")
     parser.add_argument(

@@ -70,7 +70,7 @@ def element_parser(prog: str, description: str, examples: Sequence[str]) -> argp
         "element",
         nargs="?",
         metavar="ELEMENT",
-        help="its name, as `jobs.status` shows it, or its number in its role (default: the Slurm array "
+        help="its name, as `cpd status` shows it, or its number in its role (default: the Slurm array "
         "task, else 0)",
     )
     return parser

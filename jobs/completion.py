@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from cpd.config import Config
 from cpd.config.load import setting_lines
 from cpd.config.profile import PROFILES
-from cpd.programs import program
+from cpd.programs import load_program
 from cpd.run.command import exit_quietly
 from jobs.__main__ import verbs
 from jobs.common import parser_with_examples
@@ -42,7 +42,7 @@ ZSH = "autoload -U +X bashcompinit && bashcompinit\n"
 def options(module: str) -> list[str]:
     """Return the options of a verb, from its help."""
     with contextlib.redirect_stdout(io.StringIO()) as text, contextlib.suppress(SystemExit):
-        program(module).main(["--help"])
+        load_program(module).main(["--help"])
     return re.findall(r"^ +(?:-\w, )?(--[\w-]+)", text.getvalue(), re.MULTILINE)
 
 

@@ -12,14 +12,14 @@ from jobs.common import ElementCommand, element_parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line of `python -m jobs.distill`; return the exit code."""
+    """Run the command line of `cpd distill`; return the exit code."""
     parser = element_parser(
         "jobs.distill",
         "Distil a run's teachers into one student. Under mpiexec or srun all ranks share the work; their number "
         "may change from one attempt to the next.",
         [
-            "mpiexec -n 2 python -m jobs.distill runs/demo",
-            "srun --mpi=pmi2 -n 8 python -m jobs.distill runs/cw10 students/moe/seed-2",
+            "mpiexec -n 2 cpd distill runs/demo",
+            "srun --mpi=pmi2 -n 8 cpd distill runs/cw10 students/moe/seed-2",
         ],
     )
     parser.add_argument(

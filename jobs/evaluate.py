@@ -12,14 +12,14 @@ from jobs.common import ElementCommand, element_parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line of `python -m jobs.evaluate`; return the exit code."""
+    """Run the command line of `cpd evaluate`; return the exit code."""
     parser = element_parser(
         "jobs.evaluate",
         "Evaluate a student after every stage on every task of its stream, on held-out goals. Existing rows of "
         "the success matrix are kept.",
         [
-            "mpiexec -n 2 python -m jobs.evaluate runs/demo",
-            "python -m jobs.evaluate runs/cw10 students/moe/seed-2",
+            "mpiexec -n 2 cpd evaluate runs/demo",
+            "cpd evaluate runs/cw10 students/moe/seed-2",
         ],
     )
     parser.add_argument(

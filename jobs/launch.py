@@ -164,14 +164,14 @@ class PlainProgress:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line of `python -m jobs.launch`; return the exit code."""
+    """Run the command line of `cpd launch`; return the exit code."""
     parser = build_parser()
     arguments, overrides = parser.parse_known_args(argv)
     if arguments.settings:
         print("\n".join(setting_lines(Config)))
         return 0
     if arguments.recipe is None:
-        parser.error("a recipe is required, e.g. `python -m jobs.launch demo`")
+        parser.error("a recipe is required, e.g. `cpd launch demo`")
     try:
         check_options(parser, overrides)
         config, profile = load_recipe_and_profile(arguments.recipe, overrides, arguments.profile or "local")

@@ -30,13 +30,13 @@ def build_parser() -> argparse.ArgumentParser:
         "Launch an experiment or resume it: the same command skips finished elements.\n"
         "Every setting of a recipe is also an option (--settings lists them); - and _ are equivalent in its name.",
         [
-            "python -m jobs.launch demo",
-            "python -m jobs.launch demo --profile local --dry-run",
-            "python -m jobs.launch cw10 --profile generic --dry-run    # every sbatch text, and the expected cost",
-            "python -m jobs.launch cw10 --profile generic --only teachers/push-v3",
-            "python -m jobs.launch my-recipe.toml --run-dir runs/trial --distill.lr 5e-4 --seeds '[1, 2, 3]'",
-            "python -m jobs.launch ablation --teachers-from runs/cw10 --only students/ewc",
-            "python -m jobs.launch --settings          # every setting with its default",
+            "cpd launch demo",
+            "cpd launch demo --profile local --dry-run",
+            "cpd launch cw10 --profile generic --dry-run    # every sbatch text, and the expected cost",
+            "cpd launch cw10 --profile generic --only teachers/push-v3",
+            "cpd launch my-recipe.toml --run-dir runs/trial --distill.lr 5e-4 --seeds '[1, 2, 3]'",
+            "cpd launch ablation --teachers-from runs/cw10 --only students/ewc",
+            "cpd launch --settings          # every setting with its default",
         ],
     )
     parser.usage = "%(prog)s RECIPE [options] [--section.key VALUE ...]"

@@ -1,4 +1,4 @@
-"""Print, submit or cancel a run's chain of Slurm jobs, for `jobs.launch` with a Slurm profile."""
+"""Print, submit or cancel a run's chain of Slurm jobs, for `cpd launch` with a Slurm profile."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def submit_chain(run: Run, profile: Profile, only: Sequence[str], retry_failed: 
 
         print_summary(run.results)
     if queued.active or submissions:
-        print(f"follow it:  python -m jobs.status {run.root} --watch")
+        print(f"follow it:  cpd status {run.root} --watch")
         print("cancel it:  the same command with --cancel; without it, the command resumes the run")
 
 

@@ -13,13 +13,13 @@ from jobs.common import log, parser_with_examples
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line of `python -m jobs.publish`; return the exit code."""
+    """Run the command line of `cpd publish`; return the exit code."""
     parser = parser_with_examples(
         "jobs.publish",
         "Copy a run's tables and the policies of its finished teachers to a folder. Later runs can reuse the "
-        "policies (--teachers-from), and `python -m analysis.build` draws the tables. Publishing again updates "
+        "policies (--teachers-from), and `cpd build` draws the tables. Publishing again updates "
         "the folder.",
-        ["python -m jobs.publish runs/cw10 analysis/results/teachers/cw10-demo_rl"],
+        ["cpd publish runs/cw10 analysis/results/teachers/cw10-demo_rl"],
     )
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="the run's directory")
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="new, or published from the same experiment")

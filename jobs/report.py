@@ -13,12 +13,12 @@ from jobs.common import ElementCommand, element_parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line of `python -m jobs.report`; return the exit code."""
+    """Run the command line of `cpd report`; return the exit code."""
     parser = element_parser(
         "jobs.report",
-        "Gather a finished run's results and draw its figures, once. `python -m analysis.build` does the same any "
+        "Gather a finished run's results and draw its figures, once. `cpd build` does the same any "
         "number of times, also for an unfinished run.",
-        ["python -m jobs.report runs/demo"],
+        ["cpd report runs/demo"],
     )
     command = ElementCommand(parser, parser.parse_args(argv), lambda run: [run.report()])
     if command.has_work:

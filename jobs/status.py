@@ -163,14 +163,14 @@ def failure_lines(run: Run, rows: Sequence[ElementStatus], num_lines: int = 6) -
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line of `python -m jobs.status`; return the exit code."""
+    """Run the command line of `cpd status`; return the exit code."""
     parser = parser_with_examples(
         "jobs.status",
         __doc__ or "",
         [
-            "python -m jobs.status runs/demo",
-            "python -m jobs.status runs/demo --watch",
-            "python -m jobs.status runs/demo --json | jq '.[] | select(.state == \"failed\")'",
+            "cpd status runs/demo",
+            "cpd status runs/demo --watch",
+            "cpd status runs/demo --json | jq '.[] | select(.state == \"failed\")'",
         ],
     )
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="the run's directory")

@@ -14,16 +14,16 @@ from jobs.common import ElementCommand, element_parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line of `python -m jobs.teacher`; return the exit code."""
+    """Run the command line of `cpd teacher`; return the exit code."""
     parser = element_parser(
         "jobs.teacher",
         "Train one teacher with RL, evaluate it on held-out goals, and write its rollouts to shards. An "
         "interrupted teacher resumes; a finished one is not changed. Under mpiexec or srun the ranks share the "
         "environments of every iteration and hold the same policy.",
         [
-            "python -m jobs.teacher runs/demo teachers/drawer-close-v3/seed-1",
-            "srun python -m jobs.teacher runs/cw10   # in a job array",
-            "mpiexec -n 2 python -m jobs.teacher runs/cw10 0   # two ranks share the environments",
+            "cpd teacher runs/demo teachers/drawer-close-v3/seed-1",
+            "srun cpd teacher runs/cw10   # in a job array",
+            "mpiexec -n 2 cpd teacher runs/cw10 0   # two ranks share the environments",
         ],
     )
     command = ElementCommand(parser, parser.parse_args(argv), Run.teachers)

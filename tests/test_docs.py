@@ -12,6 +12,7 @@ import pytest
 
 from cpd.config import Config
 from cpd.config.load import setting_lines
+from jobs.__main__ import verbs
 from jobs.launch_options import RECIPES, load_recipe
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -101,6 +102,8 @@ def test_named_modules_and_targets_exist(page: Path) -> None:
     for command in commands(page):
         for module in re.findall(r"python -m ([\w.]+)", command):
             assert module.split(".")[0] not in PACKAGES or importlib.util.find_spec(module), module
+        for verb in re.findall(r"\bcpd ([a-z]\w*)", command):
+            assert verb in verbs(), verb
         for target in re.findall(r"^\s*make ([a-z][\w-]*)", command):
             assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
 
@@ -108,7 +111,7 @@ def test_named_modules_and_targets_exist(page: Path) -> None:
 @every_present_page
 def test_named_recipes_and_profiles_exist(page: Path) -> None:
     for command in commands(page):
-        for recipe in re.findall(r"jobs\.launch ([\w./-]+)", command):
+        for recipe in re.findall(r"(?:jobs\.|\bcpd )launch ([\w./-]+)", command):
             path = ROOT / recipe if "/" in recipe else RECIPES / f"{recipe.removesuffix('.toml')}.toml"
             assert path.exists() or recipe.startswith(("--", "my-")), recipe
         for profile in re.findall(r"--profile ([\w.-]+)", command):

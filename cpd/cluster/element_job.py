@@ -22,7 +22,7 @@ from cpd.cluster.pickles import PROGRAM, protect
 from cpd.comm import RANKS_VARIABLE
 from cpd.config.profile import Resources
 from cpd.config.types import Role
-from cpd.programs import program
+from cpd.programs import load_program
 from cpd.run.attempt import mark
 from cpd.run.directory import Element, Run
 from cpd.run.interrupt import LAUNCHER_VARIABLE, launcher_identity
@@ -108,7 +108,7 @@ class ElementJob(submitit.helpers.Checkpointable):
             ).returncode
         else:
             os.environ[RANKS_VARIABLE] = str(self.resources.ranks)
-            code = program(module).main(self.arguments)
+            code = load_program(module).main(self.arguments)
         if code:
             # Not an exception, since the log holds the error already. Not a return, which would mean success.
             raise SystemExit(code)

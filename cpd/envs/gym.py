@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar, Final
+from typing import Any, Final
 
 import gymnasium
 import numpy as np
@@ -22,7 +22,7 @@ from cpd.envs.tasks import ACTION_SIZE, ALL_TASKS, MAX_EPISODE_STEPS, OBSERVATIO
 STEPS_PER_TASK: Final = 1_000_000
 
 
-class StreamEnv(gymnasium.Env):  # type: ignore[misc]
+class StreamEnv(gymnasium.Env[npt.NDArray[np.float64], npt.NDArray[np.floating[Any]]]):
     """Tasks, one after another, with the goal visible and Meta-World's own bits.
 
     The next task begins with the first reset after `steps_per_task` steps of the present one; the last goes on.
@@ -38,8 +38,6 @@ class StreamEnv(gymnasium.Env):  # type: ignore[misc]
     Raises:
         ValueError: unknown task or split, or numbers out of range.
     """
-
-    metadata: ClassVar[dict[str, Any]] = {"render_modes": []}
 
     def __init__(
         self,

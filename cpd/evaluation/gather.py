@@ -68,7 +68,7 @@ def gather(run: Run) -> dict[str, Any]:
         RunError: if the run has no elements yet, or if gathered results of students or teachers would be lost.
     """
     if not any((run.root / name).is_dir() for name in ("teachers", "students")):
-        raise RunError(f"{run.root} has neither teachers nor students yet; start them with `jobs.launch`")
+        raise RunError(f"{run.root} has neither teachers nor students yet; start them with `cpd launch`")
     stages = range(-1, len(run.config.stream.tasks))
     rows_due = [(e, stage, _identity(e, stage=stage)) for e in run.evaluations() for stage in stages]
     files = [(t.evaluation, t.episodes, _identity(t)) for t in run.teachers() if t.finished]
@@ -82,7 +82,7 @@ def gather(run: Run) -> dict[str, Any]:
             run.results,
             evaluated(read_rows(table, EvaluationRow)),
             evaluated(evaluations),
-            f"{run.root} no longer has them. `python -m analysis.build {run.results}` draws them; to gather "
+            f"{run.root} no longer has them. `cpd build {run.results}` draws them; to gather "
             f"without them, remove {table} first",
         )
     _write_table(run.results / "evaluations.csv", evaluations)

@@ -109,7 +109,7 @@ def publish_results(path: Path, folder: Path) -> Path:
             evaluated(students),
             evaluated(tables.evaluations),
             f"{results} lacks them{f' ({missing})' if missing else ''}. Finish the run, or choose another "
-            "folder (`python -m analysis.build DIR DIR --out FIGURES` draws several side by side)",
+            "folder (`cpd build DIR DIR --out FIGURES` draws several side by side)",
         )
     recipe = labels_of(tables.evaluations)["teacher_recipe"] or tables.config["teacher"]["recipe"]
     check_repository_place(folder, recipe, tables.goal_set)

@@ -135,7 +135,7 @@ def _fill_rows(
     student = run.students()[element.index]
     stages = comm.broadcast([s for s in range(-1, len(config.stream.tasks)) if student.stage_policy(s).exists()])
     if is_whole and not stages:
-        raise ValueError(f"{student.path} holds no trained stage yet; run jobs.distill first")
+        raise ValueError(f"{student.path} holds no trained stage yet; run `cpd distill` first")
     rejected = {task for task in config.stream.tasks if run.teacher_of(task, element.seed).is_rejected}
     distilled = [-1, *(s for s, task in enumerate(config.stream.tasks) if task not in rejected)]
     lost = comm.broadcast(

@@ -59,7 +59,7 @@ class Element:
 
     @property
     def complete(self) -> Path:
-        """Marker of success, written last: by `run_teacher`, `run_student`, `run_evaluation` or `jobs.report`."""
+        """Marker of success, written last: by `run_teacher`, `run_student`, `run_evaluation` or `cpd report`."""
         return self.path / "COMPLETE"
 
     @property
@@ -178,9 +178,9 @@ class Run:
         self.root = root
         self._planned_config = config
         if config is None and (held := kind_of(root)) != "run":
-            raise RunError(f"{root} is not a run directory: it holds {CONTENTS[held]}; `jobs.launch` makes one")
+            raise RunError(f"{root} is not a run directory: it holds {CONTENTS[held]}; `cpd launch` makes one")
         if config is None and not self.config_path.exists():
-            raise RunError(f"{root} is not a run directory: it has no config.json; `jobs.launch` makes one")
+            raise RunError(f"{root} is not a run directory: it has no config.json; `cpd launch` makes one")
 
     @property
     def config_path(self) -> Path:

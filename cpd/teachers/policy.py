@@ -260,7 +260,7 @@ def _remedy(path: Path) -> str:
     """Tell what to do about a policy at `path` that cannot be used."""
     marker = path.parent / "COMPLETE"
     if not marker.exists():
-        return "restore the policy and its description, or publish its run again (`python -m jobs.publish`)"
+        return "restore the policy and its description, or publish its run again (`cpd publish`)"
     files = f"{path}, {path.with_suffix('.json').name} and {marker.name}"
     return f"remove {files}, as far as they exist, and launch again to retrain the teacher"
 

@@ -101,8 +101,8 @@ def status_lines(testbed: Testbed) -> list[str]:
         f"  export SLURM_CONF={testbed.conf}",
         "then, for instance:",
         "  sinfo && srun -N2 hostname",
-        "  python -m jobs.launch demo --profile testbed --run-dir runs/demo-slurm",
-        "  python -m jobs.status runs/demo-slurm --watch",
+        "  cpd launch demo --profile testbed --run-dir runs/demo-slurm",
+        "  cpd status runs/demo-slurm --watch",
         "to stop it:",
         f"  python -m slurm.testbed down{option}",
     ]

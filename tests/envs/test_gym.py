@@ -31,6 +31,7 @@ def test_an_episode_has_meta_worlds_bits(task: str) -> None:
     ours, stock = gymnasium.make(f"cpd/{task}"), build_stock(metaworld_class(task))
     stock._set_task_called = stock._freeze_rand_vec = True
     stock._partially_observable = False
+    stock.__dict__.pop("sawyer_observation_space", None)
     stock._last_rand_vec = goal_set(task, "training")[4].rand_vec.copy()
     first, info = ours.reset(seed=1, options={"goal": 4})
     assert info == {"task": task, "stage": 0, "goal": 4}

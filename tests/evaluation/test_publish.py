@@ -201,7 +201,7 @@ def test_building_does_not_publish_teachers(run: Run, tmp_path: Path, capsys: py
     publish_teachers(run, tmp_path / "kept" / "mini")
     for path in (tmp_path / "kept", tmp_path / "kept" / "mini"):
         assert build_main([str(path), "--publish", str(tmp_path / "again")]) == 2
-        assert "python -m jobs.publish" in capsys.readouterr().err
+        assert "cpd publish" in capsys.readouterr().err
     assert not (tmp_path / "again").exists()
     (tmp_path / "file").touch()
     assert build_main([str(tmp_path / "kept"), "--out", str(tmp_path / "file")]) == 2

@@ -131,7 +131,7 @@ def test_the_base_install_tells_prepares_and_draws(cpd_base: Command, elsewhere:
     status = cpd_base("status", run.root)
     assert "students/moe/seed-1" in status.stdout, status.stderr
     plan = cpd_base("launch", "cw10", "--profile", "generic", "--dry-run")
-    assert plan.returncode == 0 and "hammer-v3" in plan.stdout, plan.stderr
+    assert plan.returncode == 0 and "#SBATCH --array=0-9" in plan.stdout, plan.stderr
     drawn = cpd_base("build", run.root)
     assert drawn.returncode == 0 and (run.figures / "success_matrix.pdf").exists(), drawn.stderr
 

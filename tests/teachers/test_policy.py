@@ -143,7 +143,7 @@ def test_damaged_or_wrong_policy_files_are_refused_by_name(tmp_path: Path) -> No
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"policy\.safetensors .*jobs\.publish"):
+    with pytest.raises(ValueError, match=r"policy\.safetensors .*cpd publish"):
         load_policy(path)
     (tmp_path / "COMPLETE").touch()  # in a run
     with pytest.raises(ValueError, match=r"policy\.safetensors .*policy\.json and COMPLETE"):
