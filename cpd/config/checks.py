@@ -20,6 +20,8 @@ NEEDS: Final = (
     ("memory.start_share", "memory.selection", ("uniform", "dpp")),
     ("student.experts_per_task", "student.expansion", ("per_task", "on_demand")),
     ("student.demand_threshold", "student.expansion", ("on_demand",)),
+    ("student.belief", "student.task_identity", ("inferred",)),
+    ("student.act", "student.task_identity", ("inferred",)),
     ("distill.contrast_coef", "student.task_identity", ("inferred", "given")),
 )
 

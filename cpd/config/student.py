@@ -46,6 +46,13 @@ class StudentConfig:
     """How the policy identifies the task when it acts. inferred: from the episode's observations, by a contrastive
     embedding; given: the same student, which receives the prototype of the true task; onehot: receives the task's
     number and has no embedding; none: the policy does not depend on the task."""
+    belief: Literal["density", "embedding", "both"] = "both"
+    """inferred: the evidence for each task in an episode's first observation. density: its likelihood among the
+    first observations of the task's own stage; embedding: its similarity to the task's prototype."""
+    act: Literal["most_likely", "expected_success", "hedged"] = "hedged"
+    """inferred: what to do under doubt. most_likely: act for the most likely task; expected_success: act for the
+    task whose policy is expected to succeed most often, by the measured success of policies on the tasks that the
+    belief confuses; hedged: also consider plans that act for one task first and then for another."""
 
     def __post_init__(self) -> None:
         if self.width % self.num_heads:

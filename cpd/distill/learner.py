@@ -115,6 +115,9 @@ class StudentLearner:
         )
         if self.student.encoder is not None:
             self._contrast = ContrastSource(data, memory, config.distill, self.seed, stage, self.device)
+        for task_data in (data, *data.others):
+            opening_NO = torch.from_numpy(task_data.observations[task_data.offsets[:-1]])
+            self.student.density.fit(task_data.task, opening_NO.to(self.device))
 
     def close_stage(self) -> None:
         """Release the batches of the current stage, and with them its data."""
@@ -205,7 +208,7 @@ class StudentLearner:
         self.progress = Progress(**progress)
         student = self._build(state["num_experts"])
         # Not strict, since the parameters come from `values` below.
-        student.load_state_dict(state["buffers"], strict=False)
+        student.load(state["buffers"], strict=False)
         self._set_student(student, state["names"])
         self.flat.values.copy_(state["values"])
         self.optimizer.restore(state["optimizer"])

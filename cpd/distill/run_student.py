@@ -10,6 +10,7 @@ from typing import Any, Final, NoReturn
 import torch
 
 from cpd.comm import TORCH_THREADS, Comm, choose_device
+from cpd.distill.doubt import confused_pairs, measure_plans
 from cpd.distill.growth import GrowthDecision
 from cpd.distill.stage_data import StageData, admitted_teachers, read_stage
 from cpd.distill.trainer import StepReport, StudentTrainer
@@ -176,7 +177,11 @@ class Distillation:
             self.attempt.advance(self._steps_done(), loss=self._loss)
             self._save_if_due()
         self._evaluate_if_due()  # the point at the end, with the batches of the stage still open
+        if self._may_hedge:
+            self._save_checkpoint()  # a stop while plans are measured goes back to here
         trainer.end_stage(data)
+        if self._may_hedge:
+            self._measure_plans(stage)
         if summary := trainer.protection.report():
             self._log(event="protection", stage=stage, **summary)
         if self.attempt.is_writer:
@@ -184,6 +189,40 @@ class Distillation:
             self._save_policy(stage)
         # After the policy: a kill between the two repeats the end of the stage and writes the same policy again.
         self._save_checkpoint()
+
+    @property
+    def _may_hedge(self) -> bool:
+        """Whether the student's actions under doubt depend on the measured success of plans."""
+        student = self.config.student
+        # A student of a single task has nobody to be confused with.
+        return (
+            student.task_identity == "inferred"
+            and student.act != "most_likely"
+            and self.config.distill.protocol != "single_task"
+        )
+
+    def _measure_plans(self, stage: int) -> None:
+        """Measure plans for the tasks that the belief confuses since this stage."""
+        student, tasks = self.trainer.learner.student, self.config.stream.distinct_tasks
+        pairs = self.comm.broadcast(confused_pairs(student, self.trainer.memory.segments))
+        success = measure_plans(
+            student,
+            tasks,
+            pairs,
+            self.config.stream.horizon,
+            self.pool,
+            self.comm,
+            should_stop=lambda: self.interrupt.requested,
+        )
+        if success is None:
+            raise InterruptedBySignal(
+                f"stopped on request while plans were measured; saved at the end of stage {stage}: launch again to "
+                "continue"
+            )
+        student.plans.record(success)
+        for plan, by_task in success.items():
+            names = {f"success.{tasks[task]}": rate for task, rate in by_task.items()}
+            self._log(event="plan", stage=stage, first=tasks[plan.first], second=tasks[plan.second], **names)
 
     def _log_step(self, report: StepReport) -> None:
         progress, tasks = self.trainer.learner.progress, self.config.stream.distinct_tasks

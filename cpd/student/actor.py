@@ -6,9 +6,7 @@ Dimensions: B episodes, O observation size, A action size, K distinct tasks of t
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
-from typing import Final
-
+from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -16,29 +14,27 @@ from torch import Tensor
 
 from cpd.envs.episodes import Actor
 from cpd.student.network import Student
-from cpd.student.task_embedding import NEVER
-
-#: Weight of each further observation of an episode in the belief, relative to the previous one.
-BELIEF_DECAY: Final = 0.9
+from cpd.student.plans import FIRST_STEPS, Plan
 
 
 class StudentActor:
     """Acts with the student's clipped mean, given the last `context` steps of each episode.
 
-    Satisfies `cpd.envs.episodes.Actor`. With task identity `inferred`, the actor sums the evidence of all
-    observations since the episode began and acts for the task with the most evidence. The t-th observation is
-    weighted by `BELIEF_DECAY`^t: later observations depend more and more on the student's actions, and so on its
-    earlier belief.
+    Satisfies `cpd.envs.episodes.Actor`. With task identity `inferred`, the first observation of an episode gives a
+    belief about its task, and the belief a plan, according to `student.act`.
     """
 
-    def __init__(self, student: Student, tasks: Sequence[str]) -> None:
-        """`tasks` are the stream's distinct tasks, in order."""
+    def __init__(self, student: Student, tasks: Sequence[str], plan_of: Mapping[str, Plan] | None = None) -> None:
+        """Make an actor for episodes of `tasks`, the stream's distinct ones in order.
+
+        `plan_of` replaces the belief: the plan to follow in episodes of each task.
+        """
         self._student = student
         self._tasks = list(tasks)
+        self._plan_of = plan_of
         self._history: deque[npt.NDArray[np.float32]] = deque(maxlen=student.config.context)
-        self._given_task_B: Tensor | None = None
-        self._evidence_BK: Tensor | None = None
-        self._weight = 1.0
+        self._plan_B2: Tensor | None = None
+        self._steps = 0
         self.believed: list[npt.NDArray[np.int64]] = []
         """For every step since the reset, the tasks [B] that the student acted for; empty if unconditioned."""
 
@@ -48,34 +44,46 @@ class StudentActor:
         Raises:
             ValueError: if the student is given the task and its stream lacks one of `tasks`.
         """
-        student = self._student
         self._history.clear()
         self.believed = []
-        self._given_task_B, self._evidence_BK, self._weight = None, None, 1.0
-        if student.config.task_identity == "inferred":
-            never_K = torch.where(student.known_K, 0.0, NEVER).to(student.dtype)
-            self._evidence_BK = never_K.repeat(len(tasks), 1)
-        elif student.is_conditioned:
-            for task in tasks:
-                if task not in self._tasks:
-                    raise ValueError(f"this student's stream has {', '.join(self._tasks)}, but not {task}")
-            self._given_task_B = torch.tensor([self._tasks.index(task) for task in tasks], device=student.device)
+        self._plan_B2, self._steps = None, 0
+        if not self._student.is_conditioned or (self._infers_task and self._plan_of is None):
+            return
+        for task in tasks:
+            if task not in self._tasks:
+                raise ValueError(f"this student's stream has {', '.join(self._tasks)}, but not {task}")
+        indices = [self._tasks.index(task) for task in tasks]
+        plans = [Plan(index, index) for index in indices]
+        if self._plan_of is not None:
+            plans = [self._plan_of[task] for task in tasks]
+        self._plan_B2 = torch.tensor(plans, device=self._student.device)
+
+    @property
+    def _infers_task(self) -> bool:
+        return self._student.config.task_identity == "inferred"
+
+    def _choose_plans(self, obs_BO: Tensor) -> Tensor:
+        """The plans for episodes with these first observations, `[B, 2]`."""
+        log_belief_BK = self._student.log_belief(obs_BO)
+        act = self._student.config.act
+        if act == "most_likely":
+            return log_belief_BK.argmax(1, keepdim=True).repeat(1, 2)
+        return self._student.plans.choose(log_belief_BK.exp(), hedged=act == "hedged")
 
     @torch.no_grad()
     def act(self, obs_BO: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         """Deterministic actions `[B, A]` in [-1, 1] for the next observations `[B, O]`."""
         student = self._student
         self._history.append(obs_BO.astype(np.float32, copy=True))
-        window = torch.from_numpy(np.stack(self._history, axis=1)).to(student.device, student.dtype)
-        task_B = self._given_task_B
-        if self._evidence_BK is not None:
-            if student.known_K.any():
-                self._evidence_BK += self._weight * student.evidence(window[:, -1])
-                self._weight *= BELIEF_DECAY
-            task_B = self._evidence_BK.argmax(1)
-        if task_B is not None:
+        if self._plan_B2 is None and self._infers_task:
+            self._plan_B2 = self._choose_plans(torch.from_numpy(obs_BO).to(student.device))
+        task_B = None
+        if self._plan_B2 is not None:
+            task_B = self._plan_B2[:, int(self._steps >= FIRST_STEPS)]
             self.believed.append(task_B.cpu().numpy())
+        window = torch.from_numpy(np.stack(self._history, axis=1)).to(student.device, student.dtype)
         out = student(window, task_B=task_B)
+        self._steps += 1
         actions: npt.NDArray[np.float32] = out.mean_BLA[:, -1].clamp(-1.0, 1.0).float().cpu().numpy()
         return actions
 

@@ -28,9 +28,14 @@ from cpd.run.files import atomic_write, write_json
 from cpd.student.moe import MoE, RouterStats
 from cpd.student.observations import observation_scaling
 from cpd.student.packing import Packing
-from cpd.student.task_embedding import EMBEDDING_SIZE, TEMPERATURE, TaskEncoder
+from cpd.student.plans import Plans
+from cpd.student.task_density import TaskDensity
+from cpd.student.task_embedding import EMBEDDING_SIZE, NEVER, TEMPERATURE, TaskEncoder
 from cpd.student.transformer import Block
 
+#: The log density of a first observation is divided by this, since its entries are not independent. Calibrated on
+#: validation goals.
+DENSITY_TEMPERATURE: Final = 4.0
 #: Bounds of the policy's log standard deviation.
 MIN_LOG_STD: Final = -3.0
 MAX_LOG_STD: Final = 0.5
@@ -95,6 +100,8 @@ class Student(nn.Module):
             nn.Parameter(torch.zeros(num_tasks, config.width, dtype=dtype)) if self.is_conditioned else None
         )
         self.encoder = TaskEncoder(dtype) if config.task_identity in ("inferred", "given") else None
+        self.density = TaskDensity(num_tasks)
+        self.plans = Plans(num_tasks)
         self.register_buffer("prototypes_KZ", torch.zeros(num_tasks, EMBEDDING_SIZE, dtype=dtype))
         self.register_buffer("known_K", torch.zeros(num_tasks, dtype=torch.bool))
         self.register_buffer("group_K", torch.zeros(num_tasks, dtype=torch.int64))
@@ -165,15 +172,35 @@ class Student(nn.Module):
         z_BZ: Tensor = self.encoder((obs_BO - self.obs_centre) / self.obs_scale)
         return z_BZ
 
-    def evidence(self, obs_BO: Tensor) -> Tensor:
-        """The evidence of raw observations for each task, `[B, K]`: similarity to prototypes over temperature."""
-        evidence_BK: Tensor = self.embedding(obs_BO) @ self.prototypes_KZ.t() / TEMPERATURE
-        return evidence_BK
+    @torch.no_grad()
+    def log_belief(self, obs_BO: Tensor) -> Tensor:
+        """The log probability of each task given raw first observations, `[B, K]` float64; uniform prior.
+
+        Only first observations count: later ones depend on the student's own actions, and thereby on the belief.
+        """
+        log_belief_BK = torch.where(self.known_K, 0.0, NEVER).double().repeat(len(obs_BO), 1)
+        if not self.known_K.any():
+            return torch.full_like(log_belief_BK, -math.log(self.num_tasks))
+        if self.config.belief != "embedding":
+            log_belief_BK = log_belief_BK + self.density.log_density(obs_BO) / DENSITY_TEMPERATURE
+        if self.config.belief != "density":
+            similarity_BK = self.embedding(obs_BO.to(self.dtype)) @ self.prototypes_KZ.t()
+            log_belief_BK = log_belief_BK + similarity_BK.double() / TEMPERATURE
+        return log_belief_BK.log_softmax(1)
 
     @torch.no_grad()
     def set_prototype(self, task: int, obs_NO: Tensor) -> None:
         """Set the prototype of `task` to the normalised mean embedding of raw observations."""
         self.prototypes_KZ[task] = F.normalize(self.embedding(obs_NO).mean(0), dim=0)
+
+    def load(self, tensors: Mapping[str, Tensor], *, strict: bool = True) -> None:
+        """Load parameters and buffers; students from before densities and plans lack both."""
+        if "plans.tasks_P2" in tensors:
+            self.plans.resize(len(tensors["plans.tasks_P2"]))
+        missing, unexpected = self.load_state_dict(tensors, strict=False)
+        missing = [name for name in missing if not name.startswith(("density.", "plans."))]
+        if strict and (missing or unexpected):
+            raise ValueError(f"tensors missing: {missing}; unexpected: {unexpected}")
 
     def forward(
         self, obs_BLO: Tensor, *, task_B: Tensor | None = None, valid_BL: Tensor | None = None
@@ -270,7 +297,7 @@ def load_student(path: Path, **expected: Any) -> Student:
         student = Student(config, description["num_tasks"], num_experts=description["num_experts"], dtype=dtype)
         tensors = safetensors.torch.load(data)
         student.packing = Packing.pop_from(tensors)
-        student.load_state_dict(tensors)
+        student.load(tensors)
     except (RuntimeError, TypeError, safetensors.SafetensorError) as error:
         raise DamagedFileError(f"{path} is not what {description_path.name} describes: {error}") from None
     return student
