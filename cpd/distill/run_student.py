@@ -216,7 +216,7 @@ class Distillation:
         )
         if success is None:
             raise InterruptedBySignal(
-                f"stopped on request while plans were measured; saved at the end of stage {stage}: launch again to "
+                f"stopped on request while plans were measured after stage {stage}; saved before: launch again to "
                 "continue"
             )
         student.plans.record(success)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+
 import numpy as np
 import numpy.typing as npt
 import torch

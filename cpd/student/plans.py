@@ -1,7 +1,7 @@
 """What the student does under doubt: plans, and how often each succeeds on each task.
 
-A plan acts for one task, or first for one and then for another. Tasks that begin alike need not be told apart if one
-policy, or one after another, succeeds on both.
+A plan acts for one task, or first for one and then for another. Tasks that begin alike need not be told apart if
+one policy, or one after another, succeeds on both.
 
 Dimensions: B episodes, P plans, K tasks of the stream.
 """

@@ -21,7 +21,7 @@ class TaskDensity(nn.Module):
 
     The entries of the observation are independent normal variables with the reference prior on mean and variance.
     The next observation then follows a Student t distribution per entry (Gelman et al., Bayesian Data Analysis,
-    3rd ed., section 3.2): with few observations its tails are heavy, so that nothing is ruled out by a small sample.
+    3rd ed., section 3.2): with few observations its tails are heavy, so a small sample rules nothing out.
 
     A task's density is fitted once, from the data of its own stage: later stages never change it.
 
@@ -58,5 +58,5 @@ class TaskDensity(nn.Module):
         dof_K1 = (num_K1 - 1.0).clamp(min=1.0)
         scale_KO = self.std_KO * (1.0 + 1.0 / num_K1).sqrt()
         density = torch.distributions.StudentT(dof_K1, self.mean_KO, scale_KO)
-        log_density_BK: Tensor = density.log_prob(obs_BO.double().unsqueeze(1)).sum(-1)
+        log_density_BK: Tensor = density.log_prob(obs_BO.double().unsqueeze(1)).sum(-1)  # type: ignore[no-untyped-call]
         return log_density_BK.where(self.num_K > 0, 0.0)
