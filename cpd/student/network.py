@@ -35,7 +35,7 @@ from cpd.student.transformer import Block
 
 #: The log density of a first observation is divided by this, since its entries are not independent. Calibrated on
 #: validation goals.
-DENSITY_TEMPERATURE: Final = 4.0
+DENSITY_TEMPERATURE: Final = 1.4
 #: Bounds of the policy's log standard deviation.
 MIN_LOG_STD: Final = -3.0
 MAX_LOG_STD: Final = 0.5
