@@ -200,7 +200,7 @@ class Student(nn.Module):
         missing, unexpected = self.load_state_dict(tensors, strict=False)
         missing = [name for name in missing if not name.startswith(("density.", "plans."))]
         if strict and (missing or unexpected):
-            raise ValueError(f"tensors missing: {missing}; unexpected: {unexpected}")
+            raise RuntimeError(f"tensors missing: {missing}; unexpected: {unexpected}")
 
     def forward(
         self, obs_BLO: Tensor, *, task_B: Tensor | None = None, valid_BL: Tensor | None = None
