@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from analysis.captions import look_alikes
-from analysis.dataset import Dataset, mean_matrix, short
+from analysis.dataset import LOOK_ALIKE_SHARE, Dataset, mean_matrix, short
 from analysis.table_files import Cell, Table, escape, write_csv, write_markdown, write_tex
 from cpd.evaluation.intervals import Aggregate, Floats, probability_of_improvement
 from cpd.evaluation.student_measures import Rate, StudentMeasures, TaskMeasures
@@ -193,7 +193,7 @@ def worst_text(measure: dict[str, Aggregate], task: str | None) -> str:
 
 
 def start_table(data: Dataset) -> Table | None:
-    """Return results by whether a task looks like others at the start; None if no task does."""
+    """Return results by whether episodes of a task begin nearest to another's; None if those of no task do."""
     alike = data.look_alikes
     groups = {"apart": [task for task in data.tasks if task not in alike], "alike": list(alike)}
     if not alike:
@@ -218,9 +218,9 @@ def start_table(data: Dataset) -> Table | None:
         tuple(rows),
         ("Method", "Seeds", "AP apart", "Recovery apart", "AP alike", "Recovery alike"),
         tuple(lines),
-        f"Average performance (AP) and recovery on {data.name}, in per cent, by whether an episode's first "
-        "observation tells its task apart from the others. Alike are tasks of which many episodes begin nearest "
-        f"to one of another task: {look_alikes(data)}. Parentheses: range of seeds.",
+        f"Average performance (AP) and recovery on {data.name}, in per cent, by how episodes begin. Alike are "
+        f"tasks of which more than {100 * LOOK_ALIKE_SHARE:.0f} % of the episodes begin nearest, in Euclidean "
+        f"distance, to one of another task: {look_alikes(data)}. Parentheses: range of seeds.",
     )
 
 

@@ -57,7 +57,9 @@ def show(data: Dataset, file: TextIO | None = None) -> None:
     if data.students or data.teacher_rates:
         console.print(conditions(data), style="dim", soft_wrap=True)
     if data.students and data.look_alikes:
-        console.print(f"episodes that begin like another task's: {look_alikes(data)}", style="dim", soft_wrap=True)
+        console.print(
+            f"episodes that begin nearest to one of another task: {look_alikes(data)}", style="dim", soft_wrap=True
+        )
     for line in data.missing:
         console.print(f"note: {line}", style="yellow", soft_wrap=True)
 

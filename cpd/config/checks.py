@@ -23,6 +23,7 @@ NEEDS: Final = (
     ("student.belief", "student.task_identity", ("inferred",)),
     ("student.act", "student.task_identity", ("inferred",)),
     ("distill.contrast_coef", "student.task_identity", ("inferred", "given")),
+    ("distill.contrast_coef", "student.belief", ("embedding", "both")),
 )
 
 
@@ -123,7 +124,8 @@ def _check_experts(method: MethodConfig) -> list[str]:
 
 
 def _check_memory(method: MethodConfig, num_tasks: int) -> list[str]:
-    distill, selection, identity = method.distill, method.memory.selection, method.student.task_identity
+    distill, selection, student = method.distill, method.memory.selection, method.student
+    identity = student.task_identity
     freezes_shared = _freezes_shared(method, num_tasks)
     lines = []
     if distill.replay_share and selection == "none":
@@ -138,9 +140,14 @@ def _check_memory(method: MethodConfig, num_tasks: int) -> list[str]:
         )
     if distill.rehearsal and not distill.replay_share:
         lines.append("distill.rehearsal has no effect: distill.replay_share is 0")
-    # Replay, A-GEM and the task embedding read the memory.
-    reads_memory = distill.replay_share or method.protection.kind == "agem" or identity in ("inferred", "given")
-    if distill.protocol == "continual" and selection != "none" and not reads_memory:
+    has_memory = distill.protocol == "continual" and selection != "none"
+    # Replay, A-GEM, the task embedding and the search for tasks that the belief confuses read the memory.
+    uses_embedding = identity == "given" or (identity == "inferred" and student.belief != "density")
+    measures_plans = identity == "inferred" and student.act != "most_likely"
+    agem = method.protection.kind == "agem"
+    if measures_plans and not has_memory and is_given(student, "act"):
+        lines.append("student.act has no effect: no memory tells which tasks the belief confuses")
+    if has_memory and not (distill.replay_share or agem or uses_embedding or measures_plans):
         lines.append(
             "memory.selection has no effect: nothing reads the memory; set it to 'none', or distill.replay_share "
             "above 0"

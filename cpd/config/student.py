@@ -43,9 +43,9 @@ class StudentConfig:
     """Steps over which the router logit of a new expert rises from minus infinity to its learned value. Has an
     effect only where all tasks share all experts (task_identity `none`)."""
     task_identity: Literal["inferred", "given", "onehot", "none"] = "inferred"
-    """How the policy identifies the task when it acts. inferred: from the episode's observations, by a contrastive
-    embedding; given: the same student, which receives the prototype of the true task; onehot: receives the task's
-    number and has no embedding; none: the policy does not depend on the task."""
+    """How the policy identifies the task when it acts. inferred: from the episode's first observation; given: the
+    same student, which is told the true task; onehot: also told, without an embedding; none: the policy does not
+    depend on the task."""
     belief: Literal["density", "embedding", "both"] = "both"
     """inferred: the evidence for each task in an episode's first observation. density: its likelihood among the
     first observations of the task's own stage; embedding: its similarity to the task's prototype."""

@@ -115,9 +115,6 @@ class StudentLearner:
         )
         if self.student.encoder is not None:
             self._contrast = ContrastSource(data, memory, config.distill, self.seed, stage, self.device)
-        for task_data in (data, *data.others):
-            opening_NO = torch.from_numpy(task_data.observations[task_data.offsets[:-1]])
-            self.student.density.fit(task_data.task, opening_NO.to(self.device))
 
     def close_stage(self) -> None:
         """Release the batches of the current stage, and with them its data."""

@@ -92,10 +92,12 @@ class StudentTrainer:
             if config.protocol == "single_task":
                 learner.initialise()
                 learner.progress.seen.clear()
-            for task in (data.task, *(other.task for other in data.others)):
+            for task_data in (data, *data.others):
                 # A task that returns later in the stream already has its experts.
-                if task not in learner.progress.seen:
-                    decisions += self._add_task(task)
+                if task_data.task not in learner.progress.seen:
+                    decisions += self._add_task(task_data.task)
+                    opening_NO = torch.from_numpy(task_data.observations[task_data.offsets[:-1]])
+                    learner.student.density.fit(task_data.task, opening_NO.to(learner.device))
             if config.rehearsal:  # a copy of the values, since training changes them in place
                 self._rehearse(learner.flat.values.clone())
             learner.progress.begun = True

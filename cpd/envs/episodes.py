@@ -22,8 +22,21 @@ class Actor(Protocol):
         """Deterministic actions `[B, A]`, clipped to [-1, 1], for the episodes' current observations `[B, O]`."""
 
 
+class Belief(NamedTuple):
+    """What a policy that infers the task of an episode believes and plans after the first observation."""
+
+    believed: str
+    """The most likely task."""
+    confidence: float
+    """Its probability."""
+    plan_first: str
+    """The task that the policy acts for first."""
+    plan_second: str
+    """The task that it acts for afterwards."""
+
+
 class Outcome(NamedTuple):
-    """One episode."""
+    """One episode; the last four as in `Belief`, None for policies that do not infer the task."""
 
     goal: int
     success: bool
@@ -32,6 +45,10 @@ class Outcome(NamedTuple):
     """Success at the last step; None if the episode ended at its first success."""
     length: int
     episode_return: float
+    believed: str | None = None
+    confidence: float | None = None
+    plan_first: str | None = None
+    plan_second: str | None = None
 
 
 class RunningEpisodes:
@@ -122,4 +139,10 @@ def run_episodes(
             episodes.step(task_actions_BA, stop_at_success)
         if not any(episodes.is_running for episodes in running):
             break
-    return [episodes.outcomes(stop_at_success) for episodes in running]
+    outcomes = [episodes.outcomes(stop_at_success) for episodes in running]
+    # Only policies that infer the task have beliefs: one per episode, in the order of the batch.
+    beliefs: Sequence[Belief] = getattr(actor, "beliefs", ())
+    if not beliefs:
+        return outcomes
+    remaining = iter(beliefs)
+    return [[outcome._replace(**next(remaining)._asdict()) for outcome in group] for group in outcomes]

@@ -1,4 +1,4 @@
-"""Records which experts a student's router chooses, and which task the student infers, while it acts."""
+"""Records which experts process a student's steps while it acts."""
 
 from __future__ import annotations
 
@@ -11,22 +11,13 @@ import numpy.typing as npt
 import torch
 
 from cpd.comm import Comm
-from cpd.envs.episodes import Actor
-from cpd.run.tables import RetrievalRow, UsageRow
+from cpd.envs.episodes import Actor, Belief
+from cpd.run.tables import UsageRow
 from cpd.student.network import Student, StudentOutput
 
 FloatArray = npt.NDArray[np.float32]
 #: Arrays of counts, 0 where nothing was counted.
 Counts = defaultdict[tuple[str, int], Any]
-
-
-def retrieval_steps(horizon: int) -> list[int]:
-    """Return the steps at which inferred tasks are recorded: all of the first ones, then fewer, and the last."""
-    steps, step = [], 1.0
-    while step < horizon:
-        steps.append(round(step))
-        step = max(step + 1, 1.25 * step)
-    return [*dict.fromkeys(steps), horizon]
 
 
 class ExpertUsage:
@@ -35,53 +26,46 @@ class ExpertUsage:
     It counts every step of every row of a batch, so all episodes must run to the horizon.
     """
 
-    def __init__(self, student: Student, actor: Actor, tasks: Sequence[str], horizon: int) -> None:
+    def __init__(self, student: Student, actor: Actor, tasks: Sequence[str]) -> None:
         """Record an actor.
 
         Args:
             student: the network that `actor` calls.
             actor: the actor to record.
             tasks: the stream's distinct tasks, in order.
-            horizon: length of the episodes, in steps.
         """
         self._student, self._actor, self._tasks = student, actor, list(tasks)
-        self._recorded = set(retrieval_steps(horizon))
-        identity: str = student.config.task_identity
-        self._believes = identity == "inferred"
-        self._task, self._step = "", 0
+        self._task = ""
         self._chosen: Counts = defaultdict(int)
         """By task and layer: the number of assignments to each expert, (E,)."""
-        self._retrieved: Counts = defaultdict(int)
-        """By task and step: the number of episodes, and the number of those with the right inferred task, (2,)."""
 
     def reset(self, tasks: Sequence[str]) -> None:
         """Begin new episodes; all entries of `tasks` must be equal."""
         (self._task,) = set(tasks)
-        self._step = 0
         self._actor.reset(tasks)
+
+    @property
+    def beliefs(self) -> Sequence[Belief]:
+        """The actor's beliefs; empty if it does not infer the task."""
+        beliefs: Sequence[Belief] = getattr(self._actor, "beliefs", ())
+        return beliefs
 
     def act(self, obs_BO: FloatArray) -> FloatArray:
         """Record a step and return the actor's actions."""
-        self._step += 1
         # Registered for this step only: the same student also acts in episodes that are not recorded.
         pre_hook = self._student.register_forward_pre_hook(_ask_for_statistics, with_kwargs=True)
         hook = self._student.register_forward_hook(self._count)
         try:
-            actions = self._actor.act(obs_BO)
+            return self._actor.act(obs_BO)
         finally:
             pre_hook.remove()
             hook.remove()
-        believed: Any = getattr(self._actor, "believed", ())
-        if self._believes and self._step in self._recorded and len(believed):
-            num_correct = (believed[-1] == self._tasks.index(self._task)).sum()
-            self._retrieved[self._task, self._step] += np.array([len(obs_BO), num_correct])
-        return actions
 
     def _count(self, student: torch.nn.Module, inputs: Any, out: StudentOutput) -> None:
         for layer, stats in enumerate(out.stats):
             self._chosen[self._task, layer] += stats.counts_E.round().to(torch.int64).cpu().numpy()
 
-    def rows(self, comm: Comm, **common: Any) -> tuple[list[UsageRow], list[RetrievalRow]]:
+    def rows(self, comm: Comm, **common: Any) -> list[UsageRow]:
         """Return the records of all ranks, task by task; a collective.
 
         Args:
@@ -89,23 +73,15 @@ class ExpertUsage:
             common: the columns that all rows share.
         """
         chosen: Counts = defaultdict(int)
-        retrieved: Counts = defaultdict(int)
-        for counts_of_rank in comm.gather((self._chosen, self._retrieved)):
-            for totals, counts in zip((chosen, retrieved), counts_of_rank, strict=True):
-                for key, count in counts.items():
-                    totals[key] = totals[key] + count
+        for counts_of_rank in comm.gather(self._chosen):
+            for key, count in counts_of_rank.items():
+                chosen[key] = chosen[key] + count
         order = self._tasks.index
-        usage = [
+        return [
             UsageRow(**common, task=task, layer=layer, expert=expert, chosen=int(count))
             for task, layer in sorted(chosen, key=lambda key: (order(key[0]), key[1]))
             for expert, count in enumerate(chosen[task, layer])
         ]
-        retrieval = [
-            RetrievalRow(**common, task=task, step=step, episodes=int(episodes), correct=int(correct))
-            for task, step in sorted(retrieved, key=lambda key: (order(key[0]), key[1]))
-            for episodes, correct in [retrieved[task, step]]
-        ]
-        return usage, retrieval
 
 
 def _ask_for_statistics(

@@ -9,9 +9,9 @@ results/
   teacher_curves.csv    training records of the teachers
   losses.csv            losses of the students within every stage
   stages.csv            experts, parameters, memory and masks of the students after every stage
-  usage.csv             how often the router chooses each expert on each task, at the end of the stream
-  retrieval.csv         how often students infer the right task, by step of the episode, at the end of the stream
-  starts.csv            which tasks look alike when an episode begins
+  usage.csv             how often each expert is used on each task, at the end of the stream
+  retrieval.csv         how often students infer the right task, at the end of the stream
+  starts.csv            which tasks have episodes that begin nearest to one of another task
   timings.json          start and end of every phase of every element (Unix time), and its processor seconds
   metrics.json          the measures, computed from the tables above
 """

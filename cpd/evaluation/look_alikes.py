@@ -1,8 +1,9 @@
-"""Tasks that look alike at the start of an episode: without a task label, no student can tell them apart at once.
+"""Tasks whose episodes begin nearest to one of another task.
 
 The first observation of each teacher's episodes is compared with those of all teachers' other episodes, except
 episodes of the same task on the same goal. If the nearest one is of another task, the two tasks differ less than
-goals of one task do.
+goals of one task do. A Euclidean distance weighs all entries alike, so this does not mean that the tasks cannot be
+told apart: a difference of a millimetre in an entry that is constant within each task is enough for a density.
 
 Shapes: E episodes, O observation size.
 """

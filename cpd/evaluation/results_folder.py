@@ -186,6 +186,7 @@ def _check_rows(tables: Tables, name: str, rows: Sequence[TableRow]) -> None:
     shared: dict[str, Collection[Any]] = {
         "task": set(stream),
         "other": set(stream),
+        **dict.fromkeys(("believed", "plan_first", "plan_second"), {*stream, None}),
         "goal_set": {tables.goal_set, "training"},
         "length": range(1, horizon + 1),
         "teacher_recipe": {config["teacher"]["recipe"]},

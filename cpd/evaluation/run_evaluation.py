@@ -17,7 +17,7 @@ from cpd.run.attempt import Attempt, begin_attempt
 from cpd.run.directory import Run, StudentElement, identity
 from cpd.run.interrupt import Interrupt, InterruptedBySignal
 from cpd.run.provenance import Labels, labels
-from cpd.run.tables import EpisodeRow, EvaluationRow, write_rows
+from cpd.run.tables import EpisodeRow, EvaluationRow, RetrievalRow, write_rows
 from cpd.student.actor import TaskwiseActor, make_actor
 from cpd.student.network import Student, load_student
 
@@ -74,6 +74,23 @@ def evaluation_rows(
         )
         episodes += [EpisodeRow(**common, **outcome._asdict()) for outcome in results]
     return rows, episodes
+
+
+def retrieval_rows(
+    cells: Sequence[Cell], outcomes: Sequence[Sequence[Outcome]], **common: Any
+) -> list[RetrievalRow]:
+    """Return how often the task was inferred, for the cells to the episodes' end; `common`: the shared columns."""
+    return [
+        RetrievalRow(
+            **common,
+            task=cell.task,
+            step=1,
+            episodes=len(results),
+            correct=sum(outcome.believed == cell.task for outcome in results),
+        )
+        for cell, results in zip(cells, outcomes, strict=True)
+        if cell.to_the_end and results[0].believed is not None
+    ]
 
 
 def _load(element: StudentElement, stage: int) -> Student:
@@ -165,7 +182,7 @@ def _fill_rows(
         model = _load(student, stage).to(device)
         cells = sorted(row_cells(config, stage, stages[-1]), key=lambda cell: not cell.to_the_end)
         actor = _make_actor(student, model, stages[: stages.index(stage) + 1])
-        usage = ExpertUsage(model, actor, config.stream.distinct_tasks, config.stream.horizon)
+        usage = ExpertUsage(model, actor, config.stream.distinct_tasks)
         done_earlier = done
         # Episodes that ended at success stay in the batch, so usage is recorded only where none ends early.
         outcomes: list[list[Outcome]] = []
@@ -186,15 +203,15 @@ def _fill_rows(
         done = done_earlier + episodes[stage]
         label = labels(config)
         common: dict[str, Any] = {"method": element.method, "seed": element.seed, "stage": stage}
-        usage_rows, retrieval_rows = usage.rows(comm, **common, **asdict(label))
+        usage_rows = usage.rows(comm, **common, **asdict(label))
         if attempt.is_writer:
             rows, episode_rows = evaluation_rows(cells, outcomes, **common, label=label)
             attempt.check()
             # For single_task, only the latest student is recorded, which does not describe the method.
             if usage_rows and config.distill.protocol != "single_task":
                 write_rows(element.usage_file(stage), usage_rows)
-            if retrieval_rows:
-                write_rows(element.retrieval_file(stage), retrieval_rows)
+            if retrieval := retrieval_rows(cells, outcomes, **common, **asdict(label)):
+                write_rows(element.retrieval_file(stage), retrieval)
             write_rows(element.row_episodes_file(stage), episode_rows)
             write_rows(element.row_file(stage), rows)  # last: it marks the row as measured
     pool.close()

@@ -3,6 +3,7 @@
 Rows that are results carry the labels of their conditions, in the last columns.
 
 Floats are written so that they read back exactly, flags as 1 and 0, and what was not measured as an empty cell.
+A column whose field has a default is absent if no row has another value; tables of earlier versions lack it.
 A published folder may hold a table in compressed form, `<name>.csv.gz`; readers accept both.
 
 The type of a column is also its range, `AtMost` limits it by another column, and `KEY` names the columns in which
@@ -103,6 +104,14 @@ class EpisodeRow(TableRow):
     success_last: Annotated[Flag | None, AtMost("success")]
     length: Positive
     episode_return: Finite
+    believed: Task | None = None
+    """The task that the student inferred; None, as in the next three columns, for policies that infer none."""
+    confidence: Share | None = None
+    """Its probability, in the student's belief."""
+    plan_first: Task | None = None
+    """The task that the student acted for first."""
+    plan_second: Task | None = None
+    """The task that it acted for afterwards."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -238,7 +247,10 @@ def write_rows(path: Path, rows: Sequence[Any]) -> None:
     assert rows and all(type(row) is type(rows[0]) for row in rows)
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    columns = _columns(type(rows[0]))
+    kind = type(rows[0])
+    columns = [
+        c for c in _columns(kind) if c not in _optional(kind) or any(getattr(row, c) is not None for row in rows)
+    ]
     writer.writerow(columns)
     writer.writerows([_cell(getattr(row, column)) for column in columns] for row in rows)
     write_text(path, text.getvalue())
@@ -261,7 +273,8 @@ def read_rows(path: Path, kind: type[Row], *, is_open: bool = False, **expected:
     text = read_table(path)
     reader = csv.reader(io.StringIO(text, newline=""))
     header = next(reader, [])
-    if not set(header).issuperset(kind.KEY) if is_open else header != list(parsers):
+    due = [column for column in parsers if column in header or column not in _optional(kind)]
+    if not set(header).issuperset(kind.KEY) if is_open else header != due:
         raise DamagedFileError(
             f"{path}: the columns are {','.join(header)}, but a table of {kind.__name__} has "
             f"{','.join(parsers)}; it was written by another version or damaged: make it again"
@@ -359,6 +372,11 @@ def _columns(kind: type[Any]) -> list[str]:
     names = [field.name for field in fields(kind)]
     shared = [field.name for field in fields(Labels)] if issubclass(kind, Labels) else []
     return [name for name in names if name not in shared] + shared
+
+
+def _optional(kind: type[Any]) -> set[str]:
+    """Return the columns that a table may lack; their default is None."""
+    return {field.name for field in fields(kind) if field.default is None}
 
 
 def _cell(value: str | int | float | bool | None) -> str:

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from cpd.envs.episodes import Actor
+from cpd.envs.episodes import Actor, Belief
 from cpd.student.network import Student
 from cpd.student.plans import FIRST_STEPS, Plan
 
@@ -36,8 +36,8 @@ class StudentActor:
         self._history: deque[npt.NDArray[np.float32]] = deque(maxlen=student.config.context)
         self._plan_B2: Tensor | None = None
         self._steps = 0
-        self.believed: list[npt.NDArray[np.int64]] = []
-        """For every step since the reset, the tasks [B] that the student acted for; empty if unconditioned."""
+        self.beliefs: list[Belief] = []
+        """Of the episodes since the reset, after their first observation; empty unless the task is inferred."""
 
     def reset(self, tasks: Sequence[str]) -> None:
         """Begin a new episode of each of `tasks`, which are used only if the student is given the task.
@@ -46,7 +46,7 @@ class StudentActor:
             ValueError: if the student is given the task and its stream lacks one of `tasks`.
         """
         self._history.clear()
-        self.believed = []
+        self.beliefs = []
         self._plan_B2, self._steps = None, 0
         if not self._student.is_conditioned or (self._infers_task and self._plan_of is None):
             return
@@ -64,12 +64,18 @@ class StudentActor:
         return self._student.config.task_identity == "inferred"
 
     def _choose_plans(self, obs_BO: Tensor) -> Tensor:
-        """The plans for episodes with these first observations, `[B, 2]`."""
-        log_belief_BK = self._student.log_belief(obs_BO)
-        act = self._student.config.act
-        if act == "most_likely":
-            return log_belief_BK.argmax(1, keepdim=True).repeat(1, 2)
-        return self._student.plans.choose(log_belief_BK.exp(), hedged=act == "hedged")
+        """The plans for episodes with these first observations, `[B, 2]`; records the beliefs."""
+        belief_BK = self._student.log_belief(obs_BO).exp()
+        confidence_B, believed_B = belief_BK.max(1)
+        plan_B2 = believed_B.unsqueeze(1).repeat(1, 2)
+        if (act := self._student.config.act) != "most_likely":
+            plan_B2 = self._student.plans.choose(belief_BK, hedged=act == "hedged")
+        episodes = zip(believed_B.tolist(), confidence_B.tolist(), plan_B2.tolist(), strict=True)
+        self.beliefs = [
+            Belief(self._tasks[believed], confidence, *(self._tasks[task] for task in plan))
+            for believed, confidence, plan in episodes
+        ]
+        return plan_B2
 
     @torch.no_grad()
     def act(self, obs_BO: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
@@ -78,13 +84,10 @@ class StudentActor:
         self._history.append(obs_BO.astype(np.float32, copy=True))
         if self._plan_B2 is None and self._infers_task:
             self._plan_B2 = self._choose_plans(torch.from_numpy(obs_BO).to(student.device))
-        task_B = None
-        if self._plan_B2 is not None:
-            task_B = self._plan_B2[:, int(self._steps >= FIRST_STEPS)]
-            self.believed.append(task_B.cpu().numpy())
+        task_B = None if self._plan_B2 is None else self._plan_B2[:, int(self._steps >= FIRST_STEPS)]
+        self._steps += 1
         window = torch.from_numpy(np.stack(self._history, axis=1)).to(student.device, student.dtype)
         out = student(window, task_B=task_B)
-        self._steps += 1
         actions: npt.NDArray[np.float32] = out.mean_BLA[:, -1].clamp(-1.0, 1.0).float().cpu().numpy()
         return actions
 

@@ -181,7 +181,8 @@ class Student(nn.Module):
         log_belief_BK = torch.where(self.known_K, 0.0, NEVER).double().repeat(len(obs_BO), 1)
         if not self.known_K.any():
             return torch.full_like(log_belief_BK, -math.log(self.num_tasks))
-        if self.config.belief != "embedding":
+        # Students of earlier versions have no densities: only densities of all known tasks can be compared.
+        if self.config.belief != "embedding" and self.density.num_K[self.known_K].all():
             log_belief_BK = log_belief_BK + self.density.log_density(obs_BO) / DENSITY_TEMPERATURE
         if self.config.belief != "density":
             similarity_BK = self.embedding(obs_BO.to(self.dtype)) @ self.prototypes_KZ.t()

@@ -43,6 +43,8 @@ VALUES: dict[str, st.SearchStrategy] = {
     "successes": st.just(LARGEST_INTEGER),
     "successes_last": st.none() | COUNT,
     "success": st.just(True),
+    **dict.fromkeys(("believed", "plan_first", "plan_second"), st.none() | st.sampled_from(ALL_TASKS)),
+    "confidence": st.none() | st.floats(0, 1),
 }
 BY_TYPE = {str: NAME, float: st.floats(allow_nan=False, allow_infinity=False)}
 
