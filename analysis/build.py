@@ -21,6 +21,7 @@ from analysis.dataset import Dataset, load_dataset
 from analysis.figures import (
     fig_finals,
     fig_methods,
+    fig_reliability,
     fig_stream,
     fig_success_matrix,
     fig_teacher_curves,
@@ -39,7 +40,7 @@ from cpd.run.shortage import shortage
 
 #: Names of the files that this version or an earlier one writes.
 WRITTEN_FILES = re.compile(
-    r"((success_matrix|usage|retrieval)(_.+)?|stream|losses|masks|methods|profile|transfer|finals|teacher_student"
+    r"((success_matrix|usage|retrieval|reliability)(_.+)?|stream|losses|masks|methods|profile|transfer|finals|teacher_student"
     r"|teacher_curves|table_(tasks|seeds|methods|look_alikes|starts))\.(pdf|png|txt|csv|tex|md)"
 )
 EXAMPLES = """examples:
@@ -51,7 +52,7 @@ EXAMPLES = """examples:
 """
 
 #: The figures that show one method.
-FIGURES_OF_ONE = {"success_matrix": fig_success_matrix, "usage": fig_usage}
+FIGURES_OF_ONE = {"success_matrix": fig_success_matrix, "usage": fig_usage, "reliability": fig_reliability}
 
 
 def build(

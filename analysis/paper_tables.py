@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import astuple, fields
 from operator import attrgetter
 from pathlib import Path
 
 import numpy as np
 
+from analysis.beliefs import Beliefs, beliefs
 from analysis.captions import look_alikes
 from analysis.dataset import LOOK_ALIKE_SHARE, Dataset, mean_matrix, short
 from analysis.table_files import Cell, Table, escape, write_csv, write_markdown, write_tex
@@ -138,27 +140,62 @@ def method_table(data: Dataset) -> Table:
         aggregates.append(method.forward_transfer.mean if method.forward_transfer else None)
         cells = [cell for a in aggregates for cell in ((a.estimate, a.low, a.high) if a else (None,) * 3)]
         key = (method.method, len(method.seeds), method.memory_steps, method.parameters)
-        rows.append((*key, *cells, _improvement(data, method)))
         students = [s.measures for s in data.of_method(method.method) if s.seed in method.seeds]
+        last = [value for value in map(last_step, students) if value is not None]
+        held = beliefs(data, method.method)
+        rows.append(
+            (
+                *(*key, *cells, _improvement(data, method), data.task_identities[method.method]),
+                _mean(np.array(last)),
+                *(astuple(held) if held else (None,) * len(fields(Beliefs))),
+            )
+        )
         texts = [headline(measures[name], students, name) for name in names]
         worst = [worst_text(measures[name], method.worst_tasks.get(name)) for name in names]
         pairs = [text for pair in zip(texts, worst, strict=True) for text in pair]
         memory = "–" if method.memory_steps is None else f"{method.memory_steps:,}"
-        lines.append((escape(method.method), str(len(method.seeds)), memory, *pairs))
+        size = "–" if method.parameters is None else f"{method.parameters / 1e6:.2f} M"
+        head = (escape(method.method), task_source(data, method.method), str(len(method.seeds)), memory, size)
+        lines.append((*head, pairs[0], _range_text(last), *pairs[1:]))
     measured = [f"{name}_{statistic}" for name in names for statistic in statistics]
     columns = [f"{name}{suffix}" for name in (*measured, "forward_transfer") for suffix in ("", "_low", "_high")]
     return Table(
         "table_methods",
-        ("method", "seeds", "memory_steps", "parameters", *columns, "improvement_by_first_method"),
+        (
+            *("method", "seeds", "memory_steps", "parameters", *columns, "improvement_by_first_method"),
+            *("task_identity", "average_performance_last_step"),
+            *(f"belief_{field.name}" for field in fields(Beliefs)),
+        ),
         tuple(rows),
-        ("Method", "Seeds", "Memory", "AP", "worst task", "Recovery", "worst task", "Forgetting", "worst task"),
+        (
+            *("Method", "Task", "Seeds", "Memory", "Parameters", "AP", "at last step", "worst task"),
+            *("Recovery", "worst task", "Forgetting", "worst task"),
+        ),
         tuple(lines),
         f"Average performance (AP), recovery of the teachers' success and forgetting on {data.name}, in per cent, "
         "each with its worst task. A task in which a student does better than its teacher counts as recovered to "
-        "100. Memory: most time steps stored. Brackets: 95 % intervals, from episode counts for a single seed, by "
+        "100. Task: whether the student infers its task or is told it; – if it acts without. At last step: AP if "
+        "only success at the last step counts. Memory: most time steps stored. Brackets: 95 % intervals, from "
+        "episode counts for a single seed, by "
         "bootstrap over seeds from five on. Parentheses: the range of two to four seeds, in which the noise of "
         "episodes does not show. Students that do not learn one task after another cannot forget.",
     )
+
+
+def task_source(data: Dataset, method: str) -> str:
+    """Return how the students of a method know the task: `inferred`, `told`, or a dash."""
+    return {"inferred": "inferred", "none": "–"}.get(data.task_identities[method], "told")
+
+
+def last_step(student: StudentMeasures) -> float | None:
+    """Return the average performance if only success at the last step counts; None where not measured."""
+    rates = [task.final_last.rate if task.final_last else None for task in student.tasks]
+    rates = [
+        0.0 if task.task in student.without_teacher else rate
+        for task, rate in zip(student.tasks, rates, strict=True)
+    ]
+    measured = [rate for rate in rates if rate is not None]
+    return sum(measured) / len(rates) if len(measured) == len(rates) else None
 
 
 def _improvement(data: Dataset, method: MethodMeasures) -> float | None:

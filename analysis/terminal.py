@@ -8,9 +8,10 @@ from typing import TextIO
 
 from rich.table import Table
 
+from analysis.beliefs import beliefs
 from analysis.captions import conditions, look_alikes
 from analysis.dataset import Dataset, Timing, load_dataset, short
-from analysis.paper_tables import headline, task_cells, worst_text
+from analysis.paper_tables import headline, last_step, percent, task_cells, task_source, worst_text
 from cpd.evaluation.student_measures import StudentMeasures
 from cpd.evaluation.summary import MethodMeasures
 from cpd.run.progress import clock
@@ -41,7 +42,7 @@ def show(data: Dataset, file: TextIO | None = None) -> None:
         console.print(_title(data, method.method), style="bold", soft_wrap=True)
         console.print(_task_table(data, method.method))
         console.print()
-        for line in _headlines(method, [s.measures for s in students]):
+        for line in (*_headlines(method, [s.measures for s in students]), *_belief_lines(data, method.method)):
             console.print(line, soft_wrap=True)
         console.print()
     if len(data.methods) > 1:
@@ -85,12 +86,13 @@ def _task_table(data: Dataset, method: str) -> Table:
 def _method_table(data: Dataset) -> Table:
     """Return a table with one row per method, in the order of the recipe."""
     names = ("average_performance", "recovery", "forgetting")
-    table = _table("method", "seeds", "memory", *(name.replace("_", " ") for name in names))
+    table = _table("method", "task", "seeds", "memory", *(name.replace("_", " ") for name in names))
     for method in data.methods:
         students = [s.measures for s in data.of_method(method.method) if s.seed in method.seeds]
         values = [headline(getattr(method, name), students, name) for name in names]
         memory = "–" if method.memory_steps is None else str(method.memory_steps)
-        table.add_row(method.method, str(len(method.seeds)), memory, *values)
+        source = task_source(data, method.method)
+        table.add_row(method.method, source, str(len(method.seeds)), memory, *values)
     return table
 
 
@@ -110,6 +112,9 @@ def _headlines(method: MethodMeasures, students: Sequence[StudentMeasures]) -> l
         measure = getattr(method, name)
         worst = worst_text(measure, method.worst_tasks.get(name))
         lines.append(f"{name.replace('_', ' '):21}{headline(measure, finished, name):22}worst task {worst}")
+    last = [value for value in map(last_step, finished) if value is not None]
+    if last:
+        lines.insert(1, f"{'  at the last step':21}{percent(sum(last) / len(last), 1)}")
     if len(finished) == 1:
         lines.append("in brackets: 95 % intervals from episode counts; one seed says nothing of other seeds")
     else:
@@ -121,6 +126,19 @@ def _headlines(method: MethodMeasures, students: Sequence[StudentMeasures]) -> l
         left_out = ", ".join(map(str, method.unfinished_seeds))
         lines.append(f"not counted, since their stream has not been evaluated to its end: seeds {left_out}")
     return lines
+
+
+def _belief_lines(data: Dataset, method: str) -> list[str]:
+    """Say how often the students inferred the right task, and how often they followed another plan."""
+    held = beliefs(data, method)
+    if held is None:
+        return []
+    return [
+        f"{'task inferred':21}right in {percent(held.right / held.episodes, 1)} % of {held.episodes:,} episodes, "
+        f"mean confidence {percent(held.mean_confidence, 1)} %",
+        f"{'plan under doubt':21}not only the most likely task's policy in {held.other_plans:,} episodes, "
+        f"{held.other_successes:,} of which succeed",
+    ]
 
 
 def _time_table(timings: Sequence[Timing]) -> Table:

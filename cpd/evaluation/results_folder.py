@@ -41,6 +41,7 @@ from cpd.run.tables import (
 #: The row type of every table, by the name of its field and file.
 TABLES: Final[dict[str, type[Any]]] = {
     "evaluations": EvaluationRow,
+    "episodes": EpisodeRow,
     "curves": CurveRow,
     "teachers": TeacherRow,
     "losses": LossRow,
@@ -102,6 +103,7 @@ class Tables:
     config: dict[str, Any]
     """config.json, upgraded but not checked, since older results must stay readable."""
     evaluations: list[EvaluationRow]
+    episodes: list[EpisodeRow]
     curves: list[CurveRow]
     teachers: list[TeacherRow]
     losses: list[LossRow]
@@ -162,14 +164,12 @@ def read_tables(folder: Path) -> Tables:
         config,
         **{name: rows(f"{name}.csv", kind) for name, kind in TABLES.items()},
     )
-    episodes = rows("episodes.csv", EpisodeRow)
     for name in TABLES:
         _check_rows(tables, f"{name}.csv", getattr(tables, name))
-    _check_rows(tables, "episodes.csv", episodes)
     for name, missing in _missing(tables):
         raise _damaged(tables, name, f" has no row of {missing}")
-    if episodes:
-        _check_episodes(tables, episodes)
+    if tables.episodes:
+        _check_episodes(tables)
     return tables
 
 
@@ -186,7 +186,7 @@ def _check_rows(tables: Tables, name: str, rows: Sequence[TableRow]) -> None:
     shared: dict[str, Collection[Any]] = {
         "task": set(stream),
         "other": set(stream),
-        **dict.fromkeys(("believed", "plan_first", "plan_second"), {*stream, None}),
+        **{column: {*stream, None} for column in ("believed", "plan_first", "plan_second")},
         "goal_set": {tables.goal_set, "training"},
         "length": range(1, horizon + 1),
         "teacher_recipe": {config["teacher"]["recipe"]},
@@ -238,10 +238,10 @@ def _missing(tables: Tables) -> Iterator[tuple[str, str]]:
         yield "starts.csv", f"{task} seed {seed} with itself"
 
 
-def _check_episodes(tables: Tables, episodes: Sequence[EpisodeRow]) -> None:
+def _check_episodes(tables: Tables) -> None:
     """Raise DamagedFileError unless every evaluation is that of its episodes."""
     cells = defaultdict(list)
-    for episode in episodes:
+    for episode in tables.episodes:
         cells[tuple(getattr(episode, column) for column in EvaluationRow.KEY)].append(episode)
     for line, row in enumerate(tables.evaluations, start=2):
         measured = cells.pop(tuple(getattr(row, column) for column in row.KEY), [])
