@@ -30,10 +30,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     if command.has_work:
         with command:
             from cpd.evaluation.run_evaluation import run_evaluation
+            from cpd.teachers.policy import TeacherActor
+            from cpd.teachers.run_teacher import load_teacher
 
             comm = connect()
             with mpi_guard(command.element, comm):
-                run_evaluation(command.run, command.element, comm, interrupt=command.interrupt, log=command.log)
+                run_evaluation(
+                    command.run,
+                    command.element,
+                    comm,
+                    make_teacher=lambda teacher: TeacherActor(load_teacher(command.run.config, teacher)),
+                    interrupt=command.interrupt,
+                    log=command.log,
+                )
     return command.exit_code
 
 

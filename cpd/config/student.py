@@ -113,10 +113,11 @@ class ProtectionConfig:
 class DistillConfig:
     """Distillation of the teachers into the student."""
 
-    protocol: Literal["continual", "joint", "single_task"] = "continual"
+    protocol: Literal["continual", "joint", "single_task", "teachers"] = "continual"
     """continual: one task after another. joint and single_task are reference bounds with the same number of steps
     and samples, without memory, protection or expansion. joint: every batch mixes the data of all tasks evenly;
-    single_task: every stage trains a new student, and the student of a task's latest stage acts for it."""
+    single_task: every stage trains a new student, and the student of a task's latest stage acts for it. teachers:
+    nothing is distilled, and the teacher of the task that the student infers acts; a baseline."""
     episodes: EpisodeChoice = "successful"
     """Which of a teacher's episodes are distilled. Failed episodes, mostly due to the added noise, are long and
     consist mainly of dead ends. If no episode is successful, all are used."""

@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any, Final, NoReturn
 
+import safetensors.torch
 import torch
 
 from cpd.comm import TORCH_THREADS, Comm, choose_device
@@ -16,6 +18,7 @@ from cpd.distill.stage_data import StageData, admitted_teachers, read_stage
 from cpd.distill.trainer import StepReport, StudentTrainer
 from cpd.envs.cells import Cell, EnvPool, evaluate_cells
 from cpd.evaluation.measures import curve_steps
+from cpd.reading import read_bytes
 from cpd.run.attempt import Attempt, begin_attempt
 from cpd.run.checkpoint import latest, save
 from cpd.run.directory import Run, StudentElement, TeacherElement, identity
@@ -157,8 +160,12 @@ class Distillation:
         """Optimisation steps in the stages before `stage`, skipped ones left out."""
         # A teacher that is not finished may still be admitted.
         expected = self.admitted.keys() | self.pending
-        num_stages = sum(task in expected for task in self.config.stream.tasks[:stage])
-        return num_stages * self.config.distill.steps_per_stage
+        return self._num_steps * sum(task in expected for task in self.config.stream.tasks[:stage])
+
+    @property
+    def _num_steps(self) -> int:
+        """Optimisation steps in a stage."""
+        return 0 if self.config.distill.protocol == "teachers" else self.config.distill.steps_per_stage
 
     def _steps_done(self) -> int:
         progress = self.trainer.learner.progress
@@ -169,7 +176,7 @@ class Distillation:
         trainer, progress = self.trainer, self.trainer.learner.progress
         for decision in trainer.begin_stage(data):
             self._log(event="growth", **{**self._growth_entry(decision), "sources": str(decision.sources)})
-        for step in range(progress.step, self.config.distill.steps_per_stage):
+        for step in range(progress.step, self._num_steps):
             self._evaluate_if_due()
             is_logged = (step + 1) % self.config.logging.metrics_every == 0 or step == 0
             if report := trainer.train_step(is_logged):
@@ -193,13 +200,8 @@ class Distillation:
     @property
     def _may_hedge(self) -> bool:
         """Whether the student's actions under doubt depend on the measured success of plans."""
-        student = self.config.student
-        # A student of a single task has nobody to be confused with.
-        return (
-            student.task_identity == "inferred"
-            and student.act != "most_likely"
-            and self.config.distill.protocol != "single_task"
-        )
+        student, protocol = self.config.student, self.config.distill.protocol
+        return student.task_identity == "inferred" and student.act != "most_likely" and protocol == "continual"
 
     def _measure_plans(self, stage: int) -> None:
         """Measure plans for the tasks that the belief confuses since this stage."""
@@ -295,6 +297,9 @@ class Distillation:
             "growth": [self._growth_entry(decision) for decision in trainer.learner.progress.growth],
             "skipped_stages": list(trainer.learner.progress.skipped),
         }
+        if config.distill.protocol == "teachers":
+            seen = [config.stream.distinct_tasks[task] for task in trainer.learner.progress.seen]
+            description["num_parameters"] = sum(_num_parameters(self.admitted[task].policy) for task in seen)
         save_student(self.element.stage_policy(stage), trainer.learner.student, description)
 
     def _growth_entry(self, decision: GrowthDecision) -> dict[str, Any]:
@@ -351,3 +356,8 @@ class Distillation:
             f"memory {trainer.memory.num_steps} steps, {trainer.memory.num_bytes / 1024:.0f} KiB",
         ]
         return ", ".join(parts) + (f"; skipped: {', '.join(skipped)}" if skipped else "")
+
+
+def _num_parameters(policy: Path) -> int:
+    """The number of elements of a teacher's policy, statistics of observations included."""
+    return sum(tensor.numel() for tensor in safetensors.torch.load(read_bytes(policy)).values())

@@ -114,7 +114,7 @@ class StudentTrainer:
         progress, student = learner.progress, learner.student
         decisions: list[GrowthDecision] = []
         # The first task uses the initial experts. In joint training all tasks arrive together: none comes later.
-        if progress.seen and config.expansion != "none" and self.config.distill.protocol != "joint":
+        if progress.seen and config.expansion != "none" and self.config.distill.protocol == "continual":
             best = probe(student, learner.source.probe(), learner.token_loss, progress.seen, learner.comm)
             num_new, reason = config.experts_per_task, "every new task gets experts"
             if config.expansion == "on_demand":

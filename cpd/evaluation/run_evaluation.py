@@ -14,12 +14,13 @@ from cpd.envs.cells import TASKS_PER_PASS, Cell, EnvPool, evaluate_cells
 from cpd.envs.episodes import Actor, Outcome
 from cpd.evaluation.expert_usage import ExpertUsage
 from cpd.run.attempt import Attempt, begin_attempt
-from cpd.run.directory import Run, StudentElement, identity
+from cpd.run.directory import Run, StudentElement, TeacherElement, identity
 from cpd.run.interrupt import Interrupt, InterruptedBySignal
 from cpd.run.provenance import Labels, labels
 from cpd.run.tables import EpisodeRow, EvaluationRow, RetrievalRow, write_rows
 from cpd.student.actor import TaskwiseActor, make_actor
 from cpd.student.network import Student, load_student
+from cpd.student.selected_teachers import SelectedTeachers
 
 
 def row_cells(config: Config, stage: int, last_stage: int) -> list[Cell]:
@@ -97,19 +98,25 @@ def _load(element: StudentElement, stage: int) -> Student:
     return load_student(element.stage_policy(stage), **identity(element.config, element, stage))
 
 
-def _make_actor(element: StudentElement, model: Student, stages: Sequence[int]) -> Actor:
+def _make_actor(
+    element: StudentElement, model: Student, stages: Sequence[int], teacher_of: Callable[[str], Actor]
+) -> Actor:
     """Return the actor that row `stages[-1]` of the success matrix measures.
 
-    This is the student after that stage, except with the protocol `single_task`, which trains a student per task:
-    row i then measures each task with the student of its latest stage up to i, or with the untrained student if
-    there is none. S[i, j] then stays as it was at the end of task j's stage, so nothing is forgotten.
+    This is the student after that stage, except with two protocols. `teachers`: the teacher of the task that the
+    student infers. `single_task`, which trains a student per task: row i measures each task with the student of
+    its latest stage up to i, or with the untrained student if there is none; S[i, j] then stays as it was at the
+    end of task j's stage, so nothing is forgotten.
 
     Args:
         element: the element of the student.
         model: the student after `stages[-1]`.
         stages: the stages that have a policy, ascending, up to the row's.
+        teacher_of: makes the actor of a task's teacher.
     """
     stream, device = element.config.stream, model.device
+    if element.config.distill.protocol == "teachers":
+        return SelectedTeachers(model, stream.distinct_tasks, teacher_of)
     if element.config.distill.protocol != "single_task":
         return make_actor(model, stream.distinct_tasks)
     stage_of = dict.fromkeys(stream.distinct_tasks, stages[0])
@@ -124,12 +131,18 @@ def _make_actor(element: StudentElement, model: Student, stages: Sequence[int]) 
 
 
 def run_evaluation(
-    run: Run, element: StudentElement, comm: Comm, *, interrupt: Interrupt, log: Callable[[str], None]
+    run: Run,
+    element: StudentElement,
+    comm: Comm,
+    *,
+    interrupt: Interrupt,
+    log: Callable[[str], None],
+    make_teacher: Callable[[TeacherElement], Actor] | None = None,
 ) -> None:
     """Evaluate the missing rows of one student's success matrix; a collective.
 
     While the student is still learning, its newest stage is not evaluated, since it may be the last one, whose row
-    takes more episodes.
+    takes more episodes. `make_teacher` makes the actors of teachers, which the protocol `teachers` needs.
 
     Raises:
         LeaseHeldError: if another process is evaluating this student.
@@ -138,7 +151,7 @@ def run_evaluation(
     torch.set_num_threads(TORCH_THREADS)
     with begin_attempt(element, comm, log) as attempt:
         is_whole = comm.broadcast(run.students()[element.index].complete.exists())
-        _fill_rows(run, element, comm, interrupt, attempt, is_whole)
+        _fill_rows(run, element, comm, interrupt, attempt, is_whole, make_teacher)
         if attempt.is_writer and is_whole:
             attempt.check()
             element.complete.touch()
@@ -146,7 +159,13 @@ def run_evaluation(
 
 
 def _fill_rows(
-    run: Run, element: StudentElement, comm: Comm, interrupt: Interrupt, attempt: Attempt, is_whole: bool
+    run: Run,
+    element: StudentElement,
+    comm: Comm,
+    interrupt: Interrupt,
+    attempt: Attempt,
+    is_whole: bool,
+    make_teacher: Callable[[TeacherElement], Actor] | None,
 ) -> None:
     config = element.config
     student = run.students()[element.index]
@@ -176,12 +195,16 @@ def _fill_rows(
         done += num_episodes * comm.size
         attempt.advance(min(done, total))
 
+    def teacher_of(task: str) -> Actor:
+        assert make_teacher is not None, "the protocol `teachers` needs it"
+        return make_teacher(run.teacher_of(task, element.seed))
+
     pool = EnvPool()
     device = choose_device(comm)
     for stage in todo:
         model = _load(student, stage).to(device)
         cells = sorted(row_cells(config, stage, stages[-1]), key=lambda cell: not cell.to_the_end)
-        actor = _make_actor(student, model, stages[: stages.index(stage) + 1])
+        actor = _make_actor(student, model, stages[: stages.index(stage) + 1], teacher_of)
         usage = ExpertUsage(model, actor, config.stream.distinct_tasks)
         done_earlier = done
         # Episodes that ended at success stay in the batch, so usage is recorded only where none ends early.

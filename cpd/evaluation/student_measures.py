@@ -150,7 +150,7 @@ def measure_student(tables: Tables, method: str, seed: int) -> StudentResults:
     with np.errstate(invalid="ignore"):  # 0 / 0 of teachers that are not evaluated yet
         teacher_rates = successes / episodes
     # Joint and single-task students have no earlier success to lose: NaN makes every form of forgetting None.
-    continual = tables.method_config(method)["distill"]["protocol"] == "continual"
+    continual = tables.method_config(method)["distill"]["protocol"] in ("continual", "teachers")
     final = final_stage(matrix.rates, matrix.stream, admitted)
     row = matrix.rates[final + 1] if final is not None else np.full(len(matrix.tasks), np.nan)
     # Until the stream is evaluated to its end, all of row K-1 is NaN, and so is every measure that needs it.

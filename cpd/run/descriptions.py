@@ -82,7 +82,7 @@ class StudentSize(TypedDict):
 
     task: str | None
     num_experts: Positive
-    num_parameters: Positive
+    num_parameters: Count
     memory_steps: Count
     memory_bytes: Count
     labels: Labels

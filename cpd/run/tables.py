@@ -161,7 +161,7 @@ class StageRow(Labels, TableRow):
     task: Task | None
     experts: Count
     """In each layer."""
-    parameters: Positive
+    parameters: Count
     memory_steps: Count
     """Distinct time steps that are stored."""
     memory_bytes: Count

@@ -18,6 +18,27 @@ from cpd.student.network import Student
 from cpd.student.plans import FIRST_STEPS, Plan
 
 
+def infer(student: Student, obs_BO: Tensor, tasks: Sequence[str]) -> tuple[list[Belief], Tensor]:
+    """The beliefs in episodes with these first observations, and their plans `[B, 2]`, according to `student.act`.
+
+    Args:
+        student: infers the task.
+        obs_BO: raw observations.
+        tasks: the stream's distinct tasks, in order.
+    """
+    belief_BK = student.log_belief(obs_BO).exp()
+    confidence_B, believed_B = belief_BK.max(1)
+    plan_B2 = believed_B.unsqueeze(1).repeat(1, 2)
+    if (act := student.config.act) != "most_likely":
+        plan_B2 = student.plans.choose(belief_BK, hedged=act == "hedged")
+    episodes = zip(believed_B.tolist(), confidence_B.tolist(), plan_B2.tolist(), strict=True)
+    beliefs = [
+        Belief(tasks[believed], confidence, *(tasks[task] for task in plan))
+        for believed, confidence, plan in episodes
+    ]
+    return beliefs, plan_B2
+
+
 class StudentActor:
     """Acts with the student's clipped mean, given the last `context` steps of each episode.
 
@@ -63,27 +84,13 @@ class StudentActor:
     def _infers_task(self) -> bool:
         return self._student.config.task_identity == "inferred"
 
-    def _choose_plans(self, obs_BO: Tensor) -> Tensor:
-        """The plans for episodes with these first observations, `[B, 2]`; records the beliefs."""
-        belief_BK = self._student.log_belief(obs_BO).exp()
-        confidence_B, believed_B = belief_BK.max(1)
-        plan_B2 = believed_B.unsqueeze(1).repeat(1, 2)
-        if (act := self._student.config.act) != "most_likely":
-            plan_B2 = self._student.plans.choose(belief_BK, hedged=act == "hedged")
-        episodes = zip(believed_B.tolist(), confidence_B.tolist(), plan_B2.tolist(), strict=True)
-        self.beliefs = [
-            Belief(self._tasks[believed], confidence, *(self._tasks[task] for task in plan))
-            for believed, confidence, plan in episodes
-        ]
-        return plan_B2
-
     @torch.no_grad()
     def act(self, obs_BO: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         """Deterministic actions `[B, A]` in [-1, 1] for the next observations `[B, O]`."""
         student = self._student
         self._history.append(obs_BO.astype(np.float32, copy=True))
         if self._plan_B2 is None and self._infers_task:
-            self._plan_B2 = self._choose_plans(torch.from_numpy(obs_BO).to(student.device))
+            self.beliefs, self._plan_B2 = infer(student, torch.from_numpy(obs_BO).to(student.device), self._tasks)
         task_B = None if self._plan_B2 is None else self._plan_B2[:, int(self._steps >= FIRST_STEPS)]
         self._steps += 1
         window = torch.from_numpy(np.stack(self._history, axis=1)).to(student.device, student.dtype)

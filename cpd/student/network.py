@@ -146,6 +146,11 @@ class Student(nn.Module):
         return self.moes[0].num_experts
 
     @property
+    def num_parameters(self) -> int:
+        """Trainable numbers."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    @property
     def dtype(self) -> torch.dtype:
         """The type of parameters and computation."""
         return self.head.weight.dtype
@@ -255,7 +260,7 @@ def save_student(path: Path, student: Student, description: Mapping[str, Any]) -
             "student": to_dict(student.config),
             "num_tasks": student.num_tasks,
             "num_experts": student.num_experts,
-            "num_parameters": sum(parameter.numel() for parameter in student.parameters()),
+            "num_parameters": description.get("num_parameters", student.num_parameters),
             "dtype": str(student.dtype).removeprefix("torch."),
             "obs_centre": centre.tolist(),
             "obs_scale": scale.tolist(),

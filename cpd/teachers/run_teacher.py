@@ -103,6 +103,11 @@ def env_pool(config: Config, num_workers: int, num_ranks: int = 1) -> EnvPool:
     return EnvPool(num_workers, num_envs)
 
 
+def load_teacher(config: Config, element: TeacherElement) -> Teacher:
+    """Load a finished teacher from its files."""
+    return (load_scripted if config.teacher.recipe == "scripted" else load_policy)(element.policy)
+
+
 @dataclass(frozen=True)
 class _Phases:
     """The phases of finishing one teacher, and what all of them need."""
@@ -116,8 +121,7 @@ class _Phases:
 
     def load(self) -> Teacher:
         """Load the teacher from its files."""
-        is_scripted = self.config.teacher.recipe == "scripted"
-        return load_scripted(self.element.policy) if is_scripted else load_policy(self.element.policy)
+        return load_teacher(self.config, self.element)
 
     def train(self) -> None:
         """Make the policy and write it; every rank trains, rank 0 writes."""

@@ -10,6 +10,7 @@ from cpd.config import Config
 from cpd.distill.stage_data import StageData
 from cpd.distill.trainer import StudentTrainer
 from cpd.run.directory import Run, StudentElement
+from cpd.run.files import sha256
 from cpd.run.provenance import labels
 from cpd.run.shards.schema import Episode, ShardAttributes
 from cpd.run.shards.writer import write_shards
@@ -62,7 +63,7 @@ def write_teachers(run: Run, element: StudentElement, num_episodes: int = 12, le
         attributes = ShardAttributes(
             task=task,
             teacher_recipe=label.teacher_recipe,
-            policy_sha256="",
+            policy_sha256=sha256(teacher.policy) if teacher.policy.exists() else "",
             std_source="assumed",
             metaworld=label.metaworld,
             mujoco=label.mujoco,

@@ -16,7 +16,11 @@ from cpd.distill.trainer import StudentTrainer
 from cpd.envs.cells import Cell
 from cpd.evaluation.run_evaluation import row_cells, run_evaluation
 from cpd.run.interrupt import Interrupt
-from cpd.run.tables import EvaluationRow, read_rows
+from cpd.run.tables import EpisodeRow, EvaluationRow, read_rows
+from cpd.student.network import load_student
+from cpd.student.selected_teachers import SelectedTeachers
+from cpd.teachers.policy import GaussianPolicy, TeacherActor, save_policy
+from cpd.teachers.run_teacher import load_teacher
 from tests.distill.synthetic import stage_data, write_teachers
 from tests.distill.test_trainer import TASKS, make_config, make_trainer, mean_error, through_a_file
 
@@ -179,3 +183,61 @@ def test_packnet_and_joint_students_go_all_the_way(make_run):
     assert {row.task_identity for row in cells.values()} == {"given"}
     cells = distilled_and_evaluated(make_run, name="joint", distill={"protocol": "joint"})
     assert len(cells) == 6
+
+
+TEACHERS = {
+    "stream": {"tasks": [FIRST, SECOND], "horizon": 20},
+    "distill": {"protocol": "teachers"},
+    "memory": {"selection": "none"},
+    "student": {"belief": "density", "act": "most_likely"},
+    "evaluation": {"num_episodes": 2, "curve_points": 0},
+}
+
+
+def test_teachers_that_are_kept_are_evaluated_without_a_step_of_distillation(make_run):
+    run = make_run(**TEACHERS)
+    policy = GaussianPolicy((8,), -1.0)
+    for teacher in run.teachers():
+        save_policy(policy, teacher.policy, {})
+    write_teachers(run, run.students()[0])
+    quiet = {"interrupt": Interrupt(), "log": lambda line: None}
+    run_student(run, run.students()[0], SerialComm(), **quiet)
+    element = run.evaluations()[0]
+    make_teacher = lambda teacher: TeacherActor(load_teacher(run.config, teacher))  # noqa: E731
+    run_evaluation(run, element, SerialComm(), **quiet, make_teacher=make_teacher)
+    student = run.students()[0]
+    num_each = sum(tensor.numel() for tensor in policy.state_dict().values())
+    for stage in (-1, 0, 1):
+        described = json.loads(student.stage_policy(stage).with_suffix(".json").read_text())
+        assert described["num_parameters"] == num_each * (stage + 1)
+    initial, final = load_student(student.stage_policy(-1)), load_student(student.stage_policy(1))
+    assert all(map(torch.equal, initial.parameters(), final.parameters()))
+    assert final.known_K.tolist() == [True, True] and (final.density.num_K > 0).all()
+    rows = [read_rows(element.row_episodes_file(stage), EpisodeRow) for stage in (-1, 0, 1)]
+    assert {row.believed for row in rows[0]} == {None}
+    assert {row.believed for row in rows[1]} == {FIRST}
+    assert all(row.plan_first == row.plan_second == row.believed for row in rows[2])
+
+
+def test_each_episode_is_acted_by_the_teacher_of_the_task_it_begins_like():
+    trainer = make_trainer(**{key: TEACHERS[key] for key in ("distill", "memory", "student")})
+    for task in range(3):
+        trainer.begin_stage(stage_data(task))
+        trainer.end_stage(stage_data(task))
+
+    class Constant:
+        def __init__(self, task: str) -> None:
+            self.value = TASKS.index(task) / 2
+
+        def reset(self, tasks: list[str]) -> None:
+            pass
+
+        def act(self, obs_BO: np.ndarray) -> np.ndarray:
+            return np.full((len(obs_BO), 4), self.value, np.float32)
+
+    actor = SelectedTeachers(trainer.learner.student, TASKS, Constant)
+    actor.reset([""] * 3)
+    opening = np.stack([stage_data(task).observations[0] for task in (2, 0, 1)])
+    for obs in (opening, opening[::-1]):  # later observations change nothing
+        assert actor.act(obs)[:, 0].tolist() == [1.0, 0.0, 0.5]
+    assert [belief.believed for belief in actor.beliefs] == [TASKS[2], TASKS[0], TASKS[1]]
