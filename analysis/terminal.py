@@ -86,13 +86,13 @@ def _task_table(data: Dataset, method: str) -> Table:
 def _method_table(data: Dataset) -> Table:
     """Return a table with one row per method, in the order of the recipe."""
     names = ("average_performance", "recovery", "forgetting")
-    table = _table("method", "task", "seeds", "memory", *(name.replace("_", " ") for name in names))
+    table = _table("method", "seeds", "memory", *(name.replace("_", " ") for name in names), "task")
     for method in data.methods:
         students = [s.measures for s in data.of_method(method.method) if s.seed in method.seeds]
         values = [headline(getattr(method, name), students, name) for name in names]
         memory = "–" if method.memory_steps is None else str(method.memory_steps)
         source = task_source(data, method.method)
-        table.add_row(method.method, source, str(len(method.seeds)), memory, *values)
+        table.add_row(method.method, str(len(method.seeds)), memory, *values, source)
     return table
 
 

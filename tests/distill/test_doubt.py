@@ -5,7 +5,8 @@ import torch
 
 from cpd.comm import SerialComm
 from cpd.distill.doubt import confused_pairs, measure_plans, opening_observations
-from cpd.distill.memory.segments import Segments, cut_segments
+from cpd.distill.memory.segments import Segments
+from cpd.distill.stage_data import StageData
 from cpd.envs.cells import EnvPool
 from cpd.student.plans import Plan
 from tests.student.test_network import make_student
@@ -17,7 +18,7 @@ def stored(task: int, observations: np.ndarray) -> Segments:
     """Store one-step segments, half of which open an episode."""
     actions = np.zeros((len(observations), 4), np.float32)
     offsets = np.arange(0, len(observations) + 1, 2)
-    return cut_segments(task, offsets, observations.astype(np.float32), actions, actions, 1)
+    return StageData(task, offsets, observations.astype(np.float32), actions, actions).segments(1)
 
 
 def doubting_student():
