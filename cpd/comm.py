@@ -6,11 +6,12 @@
 from __future__ import annotations
 
 import faulthandler
-import os
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+
+from cpd.reading import number_in_environment
 
 if TYPE_CHECKING:
     import torch
@@ -145,8 +146,7 @@ class MPIComm:
 
 def asked_size() -> int:
     """Return the number of ranks that were started, according to the environment variables; 1 without any."""
-    sizes = (os.environ.get(name) for name in (RANKS_VARIABLE, *SIZE_VARIABLES))
-    return int(next(filter(None, sizes), 1))
+    return int(number_in_environment(RANKS_VARIABLE, *SIZE_VARIABLES)) or 1
 
 
 def connect() -> Comm:

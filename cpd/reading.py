@@ -7,6 +7,7 @@ a file are ignored, since other versions may write more.
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -20,6 +21,16 @@ RESTORE = "restore the file, or remove it"
 
 class DamagedFileError(ValueError):
     """A file that was damaged or replaced from outside; the message names it and what is wrong in it."""
+
+
+def number_in_environment(*names: str) -> float:
+    """Return the first of these environment variables that holds a positive number; 0 if none does."""
+    for name in names:
+        with contextlib.suppress(ValueError):
+            number = float(os.environ.get(name, ""))
+            if 0.0 < number < float("inf"):
+                return number
+    return 0.0
 
 
 def read_text(path: Path, remedy: str = RESTORE) -> str:

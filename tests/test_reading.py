@@ -8,7 +8,14 @@ from typing import Any, NotRequired
 import pytest
 from typing_extensions import TypedDict
 
-from cpd.reading import DamagedFileError, read_for_display, read_json, read_json_lines, read_text
+from cpd.reading import (
+    DamagedFileError,
+    number_in_environment,
+    read_for_display,
+    read_json,
+    read_json_lines,
+    read_text,
+)
 
 
 class Inner(TypedDict):
@@ -74,6 +81,13 @@ def test_entries_of_other_versions_are_ignored_and_lists_become_tuples(tmp_path:
     path = tmp_path / "file.json"
     path.write_text('{"name": "a", "inner": {"count": 1, "new": 2}, "rates": [["x", 1]], "more": []}')
     assert read_json(path, Shape) == {"name": "a", "inner": {"count": 1}, "rates": [("x", 1.0)]}
+
+
+def test_variables_that_hold_no_positive_number_are_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"A": "", "B": "4(x2)", "C": "-1", "D": "inf", "E": "2.5"}.items():
+        monkeypatch.setenv(name, value)
+    assert number_in_environment("A", "B", "C", "D", "E", "F") == 2.5
+    assert number_in_environment("A", "B", "F") == 0.0
 
 
 def test_a_missing_file_is_missing(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from cpd.comm import RANKS_VARIABLE
 from cpd.config.profile import Resources
 from cpd.config.types import Role
 from cpd.programs import load_program
+from cpd.reading import number_in_environment
 from cpd.run.attempt import mark
 from cpd.run.directory import Element, Run
 from cpd.run.interrupt import LAUNCHER_VARIABLE, launcher_identity
@@ -178,9 +179,8 @@ def is_ours(holder: Holder) -> bool:
 
 def available_cpus() -> int:
     """Return the number of cores of this rank: set by the launcher or Slurm, else its share of the machine's."""
-    cpus = os.environ.get(CPUS_VARIABLE) or os.environ.get("SLURM_CPUS_PER_TASK")
-    if cpus:
-        return int(cpus)
+    if cpus := int(number_in_environment(CPUS_VARIABLE, "SLURM_CPUS_PER_TASK")):
+        return cpus
     # MPICH's and Open MPI's mpiexec set the number of ranks on this machine.
-    local_sizes = ("MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE")
-    return max(1, len(os.sched_getaffinity(0)) // max(int(os.environ.get(name) or 1) for name in local_sizes))
+    local_size = int(number_in_environment("MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE")) or 1
+    return max(1, len(os.sched_getaffinity(0)) // local_size)

@@ -6,6 +6,7 @@ that the mistakes of both are reported together.
 
 from __future__ import annotations
 
+import copy
 import difflib
 import json
 import textwrap
@@ -141,12 +142,14 @@ def read_toml(path: Path, above: tuple[Path, ...] = (), *, shipped: Path | None 
         ConfigError: a file cannot be read or parsed; names the file and line.
     """
     try:
-        tables = tomllib.loads(read_text(path, "name another file"))
+        tables = copy.deepcopy(tomllib.loads(read_text(path, "name another file")))
     except OSError as error:
         raise ConfigError([f"cannot be read: {error.strerror}"], str(path)) from None
     except DamagedFileError as error:
         raise ConfigError([str(error)], str(path)) from None
-    except tomllib.TOMLDecodeError as error:
+    except RecursionError:  # of the parser, or of the copy, as later on
+        raise ConfigError(["its tables or lists are nested too deeply"], str(path)) from None
+    except ValueError as error:  # not only TOMLDecodeError: numbers may have too many digits
         raise ConfigError([f"not valid TOML: {error}"], str(path)) from None
     if isinstance(source := tables.get("teachers_from"), str) and source:
         tables["teachers_from"] = str(path.parent / source)
@@ -181,7 +184,7 @@ def _toml_value(text: str) -> Any:
     """Parse `text` as a TOML value; return it unchanged if that fails."""
     try:
         return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         return text
 
 

@@ -25,8 +25,11 @@ def prepare_command() -> None:
     if is_command or "SUBMITIT_EXECUTOR" in os.environ:
         # Commands show no windows: a notebook's, or missing, libraries for them must not stop an import.
         os.environ |= {"MPLBACKEND": "Agg", "MUJOCO_GL": "disabled"}
-        for stream in (sys.stdout, sys.stderr):
-            if isinstance(stream, TextIOWrapper):
+        for name in ("stdout", "stderr"):
+            stream = getattr(sys, name)
+            if stream is None:  # the shell has closed it
+                setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w", encoding="utf-8"))
+            elif isinstance(stream, TextIOWrapper):
                 stream.reconfigure(errors="replace")  # the locale's encoding may lack a character
     if is_command and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # imports take seconds; `exit_quietly` takes over
@@ -49,7 +52,8 @@ def exit_quietly(main: Callable[[], int]) -> NoReturn:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 128 + signal.SIGPIPE
     except Exception as error:
-        if not (message := shortage(error, Path.cwd())):
+        output = Path("/proc/self/fd/1").resolve()  # an error of writing to it names no file
+        if not (message := shortage(error, output if output.is_file() else Path.cwd())):
             raise
         print(message, file=sys.stderr)
         code = EXIT_FAILED

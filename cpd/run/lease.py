@@ -19,7 +19,7 @@ from functools import cache
 from pathlib import Path
 from types import TracebackType
 
-from cpd.reading import DamagedFileError, read_json
+from cpd.reading import DamagedFileError, number_in_environment, read_json
 from cpd.run.files import UNSUPPORTED, create_exclusively, is_temporary, temporary_name, write_json
 from cpd.run.shortage import naming
 
@@ -61,7 +61,7 @@ class Holder:
     @classmethod
     def current(cls) -> Holder:
         """Return the holder that stands for this process."""
-        job, restart = os.environ.get("SLURM_JOB_ID", ""), int(os.environ.get("SLURM_RESTART_COUNT") or 0)
+        job, restart = os.environ.get("SLURM_JOB_ID", ""), int(number_in_environment("SLURM_RESTART_COUNT"))
         host, process, code = socket.gethostname(), os.getpid(), os.environ.get(CODE_VARIABLE, "")
         return cls(host, process, start_ticks(process), job, restart=restart, system=_system(), code=code)
 

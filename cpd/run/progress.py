@@ -14,7 +14,7 @@ from typing import Annotated, Any, BinaryIO, Literal
 from pydantic import AfterValidator, ConfigDict, FiniteFloat, TypeAdapter
 from typing_extensions import TypedDict
 
-from cpd.reading import DamagedFileError, read_for_display, read_json_lines
+from cpd.reading import DamagedFileError, number_in_environment, read_for_display, read_json_lines
 from cpd.run.files import write_json
 from cpd.run.shortage import error_number, naming
 
@@ -23,8 +23,8 @@ State = Literal["waiting", "queued", "running", "done", "rejected", "stopped", "
 #: Seconds between two writes of status.json: by many jobs on a cluster, they load its file system. The variable is
 #: for those who want to see more.
 SLURM_SECONDS = 10.0
-WRITE_SECONDS = float(
-    os.environ.get("CPD_STATUS_SECONDS") or (SLURM_SECONDS if "SLURM_JOB_ID" in os.environ else 1.0)
+WRITE_SECONDS = number_in_environment("CPD_STATUS_SECONDS") or (
+    SLURM_SECONDS if "SLURM_JOB_ID" in os.environ else 1.0
 )
 LINE_SECONDS = 15.0
 

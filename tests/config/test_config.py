@@ -144,6 +144,18 @@ def test_merging_nothing_changes_nothing(tables) -> None:
         assert merge(tables, tables) == tables
 
 
+@pytest.mark.parametrize(
+    "text", [f"seeds = {'[' * 3000}{']' * 3000}", f"{'.'.join('a' * 3000)} = 1", f"seeds = [{'9' * 5000}]"]
+)
+def test_what_the_parser_cannot_hold_is_refused_by_name(text: str, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(text)
+    with pytest.raises(ConfigError, match=str(recipe)):
+        read_toml(recipe)
+    if text.startswith("seeds"):  # a string, which is no list of seeds
+        assert isinstance(parse_overrides(["--seeds", text.partition("= ")[2]])["seeds"], str)
+
+
 def test_a_file_lays_its_tables_on_those_of_the_one_it_extends(tmp_path: Path) -> None:
     (tmp_path / "base.toml").write_text('name = "base"\n[stream]\ntasks = "cw10"\nhorizon = 200\n')
     (tmp_path / "middle.toml").write_text('extends = "base"\nname = "middle"\nseeds = [3]\n')

@@ -87,6 +87,12 @@ def test_a_closed_pipe_ends_a_command_without_a_traceback(arguments: tuple[str, 
     process.wait()
 
 
+def test_a_closed_output_ends_no_command(run: Run) -> None:
+    words = [sys.executable, "-m", "jobs.status", str(run.root)]
+    done = subprocess.run(words, cwd=ROOT, stderr=subprocess.PIPE, preexec_fn=lambda: os.close(1))
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
 def interrupted(run: Run, **env: str) -> tuple[int, bytes]:
     """Exit code and errors of a `--watch` that gets Ctrl-C at its first output."""
     words = [sys.executable, "-u", "-m", "jobs.status", str(run.root), "--watch"]
