@@ -23,9 +23,10 @@ figures: setup ## draw every published figure and table again, offline, in about
 	@$(PY) -m analysis.draw_published
 
 # By file: fixtures that a file's tests share are made once. In file order: pytest-xdist would begin with the files of
-# many tests, but those of few take longest. At most four workers, since the tests under MPI need further cores.
+# many tests, but those of few take longest. Tests under MPI run alone: ranks that wait keep their cores busy.
 test: setup ## all tests but the slow ones
-	$(PY) -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder --durations 25
+	$(PY) -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder --durations 25 --ignore tests/mpi
+	$(PY) -m pytest tests/mpi --durations 10
 
 test-slow: setup ## the slow tests
 	$(PY) -m pytest -m 'slow and not slurm'

@@ -40,7 +40,7 @@ def make_run(tmp_path: Path, make_config: Callable[..., Config]) -> Callable[...
     return make
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def mpi() -> Callable[..., subprocess.CompletedProcess[str]]:
     """Run a Python command line on a number of real MPI ranks."""
 

@@ -109,35 +109,44 @@ def launcher_guard() -> Iterator[list[subprocess.Popen[str]]]:
             launcher.kill()
 
 
+def unfinished_copy(undisturbed: Run, root: Path, *elements: str) -> Run:
+    """Copy the undisturbed run without these elements, all students, and the report."""
+    shutil.copytree(undisturbed.root, root)
+    for name in (*elements, "students", "results"):
+        shutil.rmtree(root / name)
+    return Run(root)
+
+
+@pytest.mark.slow
 def test_killed_jobs_are_restarted_and_end_the_same(
     undisturbed: Run, tmp_path: Path, launcher_guard: list[subprocess.Popen[str]]
 ) -> None:
-    root = tmp_path / "run"
-    launcher = start(root)
+    teacher = undisturbed.teachers()[1].name
+    run = unfinished_copy(undisturbed, tmp_path / "run", teacher)
+    launcher = start(run.root)
     launcher_guard.append(launcher)
-    wait_for((root / "config.json").exists, launcher)
-    run = Run(root)
-    killed = [kill_at_work(teacher, launcher) for teacher in run.teachers()]
-    killed.append(kill_at_work(run.students()[0], launcher, "distill", 0.3))
-    killed.append(kill_at_work(run.evaluations()[0], launcher))
+    killed = [
+        kill_at_work(run.teachers()[1], launcher),
+        kill_at_work(run.students()[0], launcher, "distill", 0.3),
+        kill_at_work(run.evaluations()[0], launcher),
+    ]
     output, _ = launcher.communicate(timeout=TIMEOUT)
     assert launcher.returncode == 0, output
-    assert killed[2] and sum(killed) >= 3  # a quick element may end before it is met
-    assert len(ledger(run)[run.students()[0].name]) == 2
+    assert killed[1] and sum(killed) >= 2  # a quick element may end before it is met
     assert products(run) == products(undisturbed)
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_jobs_of_a_killed_launcher_end_and_the_same_command_resumes(
+@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+def test_a_killed_job_is_restarted_and_those_of_a_killed_launcher_end_and_resume(
     number: int, undisturbed: Run, tmp_path: Path, launcher_guard: list[subprocess.Popen[str]]
 ) -> None:
-    root = tmp_path / "run"
-    launcher = start(root)
+    run = unfinished_copy(undisturbed, tmp_path / "run")
+    launcher = start(run.root)
     launcher_guard.append(launcher)
-    wait_for((root / "config.json").exists, launcher)
-    run = Run(root)
     student = run.students()[0]
+    assert kill_at_work(student, launcher, "distill", 0.1)
     wait_for(lambda: read_status(student.status).done > 60, launcher)
+    assert len(ledger(run)[student.name]) == len(ledger(undisturbed)[student.name]) + 2
     launcher.send_signal(number)
     launcher.communicate(timeout=TIMEOUT)
     assert launcher.returncode == (-number if number == signal.SIGKILL else 75)
@@ -146,12 +155,9 @@ def test_jobs_of_a_killed_launcher_end_and_the_same_command_resumes(
         assert time.monotonic() < deadline
         time.sleep(0.05)
     assert not student.finished
-    second = start(root)  # two launches at once do not write twice
-    launcher_guard.append(second)
-    third = start(root)
-    launcher_guard.append(third)
-    codes = sorted([second.wait(TIMEOUT), third.wait(TIMEOUT)])
-    assert codes == [0, 2]
+    launchers = [start(run.root), start(run.root)]  # two launches at once do not write twice
+    launcher_guard += launchers
+    assert sorted(launcher.wait(TIMEOUT) for launcher in launchers) == [0, 2]
     assert products(run) == products(undisturbed)
 
 

@@ -249,7 +249,7 @@ def play(scenes: list[Scene], count: int, seed: int) -> None:
 
 
 def test_a_sample_of_damaged_files(scenes: list[Scene]) -> None:
-    play(scenes, 250, seed=1)
+    play(scenes, 120, seed=1)
 
 
 @pytest.mark.slow

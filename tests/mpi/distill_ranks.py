@@ -1,4 +1,4 @@
-"""What the ranks of tests/mpi/test_distill_mpi.py run: `distill_ranks train PATH METHOD` or `run RUN COUNT`."""
+"""What the ranks of tests/mpi/test_distill_mpi.py run: `distill_ranks train FOLDER` or `run RUN COUNT`."""
 
 from __future__ import annotations
 
@@ -105,8 +105,8 @@ class AskedAfter(Interrupt):
 def main() -> int:
     comm = connect()
     if sys.argv[1] == "train":
-        arrays = train(comm, sys.argv[3])
-        np.savez(f"{sys.argv[2]}-{comm.rank}.npz", **arrays)
+        for method in METHODS:
+            np.savez(Path(sys.argv[2]) / f"{method}-{comm.rank}.npz", **train(comm, method))
         return 0
     run = Run(Path(sys.argv[2]))
     # Only the last rank is asked, as when a signal reaches one process.

@@ -62,7 +62,9 @@ def update(comm: Comm, *, one_step: bool) -> dict[str, np.ndarray]:
 def main() -> int:
     comm = connect()
     if sys.argv[1] == "update":
-        np.savez(f"{sys.argv[2]}-{comm.rank}.npz", **update(comm, one_step=sys.argv[3] == "one"))
+        for name in ("one-step", "all"):
+            arrays = update(comm, one_step=name == "one-step")
+            np.savez(Path(sys.argv[2]) / f"{name}-{comm.size}-{comm.rank}.npz", **arrays)
         return 0
     if sys.argv[1] == "differ":
         check_ranks_agree([torch.full((3,), float(comm.rank))], comm)

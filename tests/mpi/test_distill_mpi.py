@@ -42,13 +42,20 @@ def succeed(result) -> None:
     assert result.returncode == 0, result.stderr
 
 
+@pytest.fixture(scope="module")
+def on_two_ranks(mpi, tmp_path_factory):
+    """The folder of what two ranks trained, by every method: one start of MPI for all."""
+    folder = tmp_path_factory.mktemp("ranks")
+    succeed(mpi(2, *SCRIPT, "train", str(folder), timeout=280, CPD_RANKS="2"))
+    return folder
+
+
 @pytest.mark.parametrize("method", distill_ranks.METHODS)
-def test_two_ranks_train_the_student_that_one_trains(mpi, tmp_path, method):
+def test_two_ranks_train_the_student_that_one_trains(on_two_ranks, method):
     alone = distill_ranks.train(SerialComm(), method)
     clipped = (alone["norms"] > alone["max_norm"]).mean()
     assert clipped > 0.2 and (clipped < 1.0 or method != "ours"), "clipping should be on in part of the steps"
-    succeed(mpi(2, *SCRIPT, "train", str(tmp_path / "out"), method, CPD_RANKS="2"))
-    first, second = (np.load(tmp_path / f"out-{rank}.npz") for rank in range(2))
+    first, second = (np.load(on_two_ranks / f"{method}-{rank}.npz") for rank in range(2))
     np.testing.assert_array_equal(first["values"], second["values"])
     assert len(alone["losses"]) == (240 if method == "ours" else 90)
     np.testing.assert_allclose(first["losses"], alone["losses"], rtol=1e-8)

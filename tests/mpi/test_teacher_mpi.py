@@ -75,27 +75,34 @@ def description(teacher: TeacherElement) -> dict[str, Any]:
     return training
 
 
-def test_two_ranks_have_the_gradient_of_one(mpi, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def updates(mpi, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of what two and three ranks learned from the same samples."""
+    folder = tmp_path_factory.mktemp("updates")
+    for ranks in (2, 3):
+        succeed(mpi(ranks, *SCRIPT, "update", str(folder), CPD_RANKS=str(ranks)))
+    return folder
+
+
+def test_two_ranks_have_the_gradient_of_one(updates: Path) -> None:
     alone = teacher_ranks.update(SerialComm(), one_step=True)
-    succeed(mpi(2, *SCRIPT, "update", str(tmp_path / "out"), "one", CPD_RANKS="2"))
-    first, second = (np.load(tmp_path / f"out-{rank}.npz") for rank in range(2))
+    first, second = (np.load(updates / f"one-step-2-{rank}.npz") for rank in range(2))
     np.testing.assert_array_equal(first["grads"], second["grads"])
     np.testing.assert_allclose(first["grads"], alone["grads"], rtol=1e-4, atol=1e-6 * np.abs(alone["grads"]).max())
     np.testing.assert_allclose(first["normalizer"], alone["normalizer"], rtol=1e-12)
     np.testing.assert_allclose(first["learned"], alone["learned"], rtol=1e-4, atol=1e-6)
 
 
-def test_two_and_three_ranks_learn_what_one_learns(mpi, tmp_path: Path) -> None:
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_several_ranks_learn_what_one_learns(ranks: int, updates: Path) -> None:
     alone = teacher_ranks.update(SerialComm(), one_step=False)
-    for ranks in (2, 3):
-        succeed(mpi(ranks, *SCRIPT, "update", str(tmp_path / str(ranks)), "all", CPD_RANKS=str(ranks)))
-        by_rank = [np.load(tmp_path / f"{ranks}-{rank}.npz") for rank in range(ranks)]
-        for other in by_rank:
-            np.testing.assert_array_equal(other["values"], by_rank[0]["values"])
-            np.testing.assert_array_equal(other["learned"], by_rank[0]["learned"])
-        # For a gradient near zero, Adam turns rounding into a fraction of its step of 1e-3.
-        np.testing.assert_allclose(by_rank[0]["values"], alone["values"], rtol=1e-3, atol=1e-4)
-        np.testing.assert_allclose(by_rank[0]["learned"], alone["learned"], rtol=1e-2, atol=1e-4)
+    by_rank = [np.load(updates / f"all-{ranks}-{rank}.npz") for rank in range(ranks)]
+    for other in by_rank:
+        np.testing.assert_array_equal(other["values"], by_rank[0]["values"])
+        np.testing.assert_array_equal(other["learned"], by_rank[0]["learned"])
+    # For a gradient near zero, Adam turns rounding into a fraction of its step of 1e-3.
+    np.testing.assert_allclose(by_rank[0]["values"], alone["values"], rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(by_rank[0]["learned"], alone["learned"], rtol=1e-2, atol=1e-4)
 
 
 def test_ranks_share_a_run_and_their_number_is_recorded(mpi, make_teacher_run) -> None:
