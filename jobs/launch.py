@@ -12,7 +12,7 @@ from typing import Any
 
 from rich.live import Live
 
-from cpd.cluster.element_job import VERBS
+from cpd.cluster.element_job import VERBS, JobFailedError, mpi_command
 from cpd.cluster.estimate import launch_problems
 from cpd.cluster.local import LocalQueue
 from cpd.cluster.pickles import sweep_pickles
@@ -193,8 +193,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         problems = launch_problems(root, config, profile)
         if profile.cluster == "local" and not arguments.prepare:
             check_dependencies(run, chosen)
-            needs_training = any(element.role != "report" and not element.finished for element in chosen)
-            problems += [reason] if needs_training and (reason := not_installed()) else []
+            problems += missing_software(chosen, profile)
         if arguments.dry_run:
             if profile.cluster == "slurm":
                 lines = dry_run(run, profile, arguments.only, arguments.retry_failed)
@@ -224,6 +223,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SchedulerError as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return EXIT_INTERRUPTED
+
+
+def missing_software(chosen: Sequence[Element], profile: Profile) -> list[str]:
+    """Return what this machine lacks to execute the unfinished elements of `chosen`, one problem per entry."""
+    roles = {element.role for element in chosen if not element.finished} - {"report"}
+    problems = [reason] if roles and (reason := not_installed()) else []
+    if any(profile.resources(role).ranks > 1 for role in roles):
+        try:
+            mpi_command(2, [])
+        except JobFailedError as error:
+            problems.append(str(error))
+    return problems
 
 
 def check_dependencies(run: Run, elements: Sequence[Element]) -> None:

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 
 from cpd.envs.tasks import STREAMS
+from cpd.run.claim import REPOSITORY_RESULTS
 from cpd.run.directory import Run
 from cpd.run.shortage import TRAINING
 from jobs.__main__ import main, verbs
@@ -122,7 +123,7 @@ def test_the_wheel_installs_one_package_with_its_recipes_and_profiles(wheel: Pat
     }
 
 
-def test_the_base_install_tells_prepares_and_draws(cpd_base: Command, elsewhere: Path, wheel: Path) -> None:
+def test_the_base_install_tells_and_plans(cpd_base: Command, elsewhere: Path, wheel: Path) -> None:
     run = synthetic(elsewhere / "run")
     assert "build" in cpd_base("--help").stdout
     (info,) = wheel.glob("*.dist-info")
@@ -132,8 +133,15 @@ def test_the_base_install_tells_prepares_and_draws(cpd_base: Command, elsewhere:
     assert "students/moe/seed-1" in status.stdout, status.stderr
     plan = cpd_base("launch", "cw10", "--profile", "generic", "--dry-run")
     assert plan.returncode == 0 and "#SBATCH --array=0-9" in plan.stdout, plan.stderr
-    drawn = cpd_base("build", run.root)
-    assert drawn.returncode == 0 and (run.figures / "success_matrix.pdf").exists(), drawn.stderr
+
+
+def test_the_base_install_draws_published_results_again(cpd_base: Command, elsewhere: Path) -> None:
+    drawn = cpd_base("build", REPOSITORY_RESULTS / "mt10", "--out", "figures")
+    assert drawn.returncode == 0, drawn.stderr
+    committed = list((REPOSITORY_RESULTS / "mt10" / "figures").glob("*.png"))
+    assert committed
+    for path in committed:
+        assert (elsewhere / "figures" / path.name).read_bytes() == path.read_bytes(), path.name
 
 
 def test_training_without_its_extra_names_it(cpd_base: Command, elsewhere: Path) -> None:
@@ -146,10 +154,26 @@ def test_training_without_its_extra_names_it(cpd_base: Command, elsewhere: Path)
     assert trained.returncode == 1 and "[train]" in trained.stderr and "Traceback" not in trained.stderr
 
 
-def test_jobs_of_the_wheel_run_where_others_have_packages_of_their_names(cpd: Command, elsewhere: Path) -> None:
+def test_a_launch_without_the_mpiexec_that_it_needs_makes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    monkeypatch.setenv("PATH", "")
+    assert main(["launch", str(MINIATURE)]) == 2
+    assert "mpiexec" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_jobs_of_the_wheel_run_where_others_have_packages_of_their_names(
+    cpd: Command, cpd_base: Command, elsewhere: Path
+) -> None:
     launched = cpd("launch", MINIATURE, "--only", "teachers/window-close-v3", "--teacher.max-env-steps", 800)
     assert launched.returncode == 0, launched.stdout + launched.stderr
     assert Run(elsewhere / "runs" / "miniature").teachers()[1].finished
+    published = cpd_base("publish", "runs/miniature", "teachers")
+    assert published.returncode == 0, published.stderr
+    assert (elsewhere / "teachers" / "policies" / "window-close-v3-seed-1.safetensors").exists()
 
 
 def test_every_verb_has_a_line_and_mistakes_are_named(capsys: pytest.CaptureFixture[str]) -> None:
