@@ -11,7 +11,7 @@ from analysis.style import COLUMN_INCHES, GUIDE, METHOD_COLOURS
 from cpd.evaluation.intervals import wilson
 
 #: Limits of the bins of confidence. Most episodes are in the last one.
-EDGES = (0.0, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.99)
+EDGES = (0.0, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 #: Fewest episodes below the last limit with which there is something to see.
 MIN_DOUBTFUL = 10
 
@@ -40,9 +40,10 @@ def draw(data: Dataset, method: str) -> Figure | None:
     )  # fmt: skip
     for x, y, count in zip(means, shares, counts, strict=True):
         # Below the diagonal, where intervals of a calibrated belief leave room.
-        axes.annotate(f"{count:,}", (x, y), (4, -7), textcoords="offset points", fontsize=5.5, color="#555555")
-    axes.set(xlim=(0, 1.02), ylim=(0, 1.02), xlabel="probability of the most likely task", ylabel="share right")
-    axes.set_aspect("equal")
+        label = axes.annotate(f"{count:,}", (x, y), (4, -7), textcoords="offset points", fontsize=5.5)
+        label.set(color="#555555", in_layout=False)
+    axes.set(xlim=(0, 1.1), ylim=(0, 1.02), xlabel="probability of the most likely task", ylabel="share right")
+    axes.set_xticks(np.linspace(0, 1, 6))
     return figure
 
 

@@ -5,7 +5,7 @@ Dimensions: N observations, O observation size.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from itertools import combinations
 from typing import Final
 
@@ -16,6 +16,7 @@ import torch
 from cpd.comm import Comm
 from cpd.distill.memory.segments import Segments
 from cpd.envs.cells import Cell, EnvPool, evaluate_cells
+from cpd.envs.episodes import Outcome
 from cpd.student.actor import StudentActor
 from cpd.student.network import Student
 from cpd.student.plans import Plan, candidate_plans
@@ -56,8 +57,8 @@ def measure_plans(
     comm: Comm,
     *,
     should_stop: Callable[[], bool],
-) -> Mapping[Plan, Mapping[int, float]] | None:
-    """Measure the success of every plan for each pair on both of its tasks, on training goals; a collective.
+) -> dict[Plan, dict[int, list[Outcome]]] | None:
+    """Run episodes of every plan for each pair on both of its tasks, on training goals; a collective.
 
     Args:
         student: the policy.
@@ -69,9 +70,9 @@ def measure_plans(
         should_stop: polled before every step.
 
     Returns:
-        Success rates by plan and task, on every rank; None if any rank was asked to stop.
+        Their outcomes by plan and task, on every rank; None if any rank was asked to stop.
     """
-    success: dict[Plan, dict[int, float]] = {}
+    measured: dict[Plan, dict[int, list[Outcome]]] = {}
     for pair in pairs:
         cells = [Cell(tasks[task], "training", NUM_EPISODES) for task in pair]
         for plan in candidate_plans(pair):
@@ -86,6 +87,5 @@ def measure_plans(
             )
             if outcomes is None:
                 return None
-            rates = [sum(outcome.success for outcome in results) / NUM_EPISODES for results in outcomes]
-            success.setdefault(plan, {}).update(zip(pair, rates, strict=True))
-    return success
+            measured.setdefault(plan, {}).update(zip(pair, outcomes, strict=True))
+    return measured

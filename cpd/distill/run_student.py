@@ -207,7 +207,7 @@ class Distillation:
         """Measure plans for the tasks that the belief confuses since this stage."""
         student, tasks = self.trainer.learner.student, self.config.stream.distinct_tasks
         pairs = self.comm.broadcast(confused_pairs(student, self.trainer.memory.segments))
-        success = measure_plans(
+        measured = measure_plans(
             student,
             tasks,
             pairs,
@@ -216,15 +216,25 @@ class Distillation:
             self.comm,
             should_stop=lambda: self.interrupt.requested,
         )
-        if success is None:
+        if measured is None:
             raise InterruptedBySignal(
                 f"stopped on request while plans were measured after stage {stage}; saved before: launch again to "
                 "continue"
             )
-        student.plans.record(success)
-        for plan, by_task in success.items():
-            names = {f"success.{tasks[task]}": rate for task, rate in by_task.items()}
-            self._log(event="plan", stage=stage, first=tasks[plan.first], second=tasks[plan.second], **names)
+        for plan, by_task in measured.items():
+            for task, outcomes in by_task.items():
+                successes = sum(outcome.success for outcome in outcomes)
+                student.plans.record(plan, task, successes / len(outcomes))
+                self._log(
+                    event="plan",
+                    stage=stage,
+                    task=tasks[task],
+                    plan_first=tasks[plan.first],
+                    plan_second=tasks[plan.second],
+                    episodes=len(outcomes),
+                    successes=successes,
+                    env_steps=sum(outcome.length for outcome in outcomes),
+                )
 
     def _log_step(self, report: StepReport) -> None:
         progress, tasks = self.trainer.learner.progress, self.config.stream.distinct_tasks

@@ -9,6 +9,7 @@ results/
   teacher_curves.csv    training records of the teachers
   losses.csv            losses of the students within every stage
   stages.csv            experts, parameters, memory and masks of the students after every stage
+  plans.csv             success of plans on tasks that a student's belief confuses
   usage.csv             how often each expert is used on each task, at the end of the stream
   retrieval.csv         how often students infer the right task, at the end of the stream
   starts.csv            which tasks have episodes that begin nearest to one of another task
@@ -23,7 +24,7 @@ import io
 import os
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ from cpd.run.tables import (
     EpisodeRow,
     EvaluationRow,
     LossRow,
+    PlanRow,
     RetrievalRow,
     Row,
     StageRow,
@@ -96,6 +98,7 @@ def gather(run: Run) -> dict[str, Any]:
     records = [(s, _metrics(s, run)) for s in run.students()]
     _write_table(run.results / "losses.csv", [row for s, metrics in records for row in _losses(s, metrics)])
     _write_table(run.results / "stages.csv", [row for s, metrics in records for row in _stages(s, metrics)])
+    _write_table(run.results / "plans.csv", [row for s, metrics in records for row in _plans(s, metrics)])
     usage = [(e.usage_file(stage), of) for e, stage, of in rows_due]
     _write_table(run.results / "usage.csv", _existing_rows(usage, UsageRow))
     retrieval = [(e.retrieval_file(stage), of) for e, stage, of in rows_due]
@@ -179,6 +182,13 @@ def _stages(student: StudentElement, records: Sequence[Mapping[str, Any]]) -> It
                 masked_share=masked.get(stage),
                 **asdict(description["labels"]),
             )
+
+
+def _plans(student: StudentElement, records: Sequence[Mapping[str, Any]]) -> Iterable[PlanRow]:
+    for record in records:
+        if record.get("event") == "plan" and "env_steps" in record:
+            values = {field.name: record[field.name] for field in fields(PlanRow) if field.name in record}
+            yield PlanRow(**{"method": student.method, "seed": student.seed, **values})
 
 
 def _teacher_row(teacher: TeacherElement, records: Sequence[Mapping[str, Any]]) -> TeacherRow:

@@ -28,6 +28,7 @@ from cpd.run.tables import (
     EpisodeRow,
     EvaluationRow,
     LossRow,
+    PlanRow,
     RetrievalRow,
     StageRow,
     StartRow,
@@ -46,6 +47,7 @@ TABLES: Final[dict[str, type[Any]]] = {
     "teachers": TeacherRow,
     "losses": LossRow,
     "stages": StageRow,
+    "plans": PlanRow,
     "usage": UsageRow,
     "retrieval": RetrievalRow,
     "starts": StartRow,
@@ -108,6 +110,7 @@ class Tables:
     teachers: list[TeacherRow]
     losses: list[LossRow]
     stages: list[StageRow]
+    plans: list[PlanRow]
     usage: list[UsageRow]
     retrieval: list[RetrievalRow]
     starts: list[StartRow]

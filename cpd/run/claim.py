@@ -24,7 +24,7 @@ RESULT_FILES: Final = frozenset(
     {
         *("config.json", "metrics.json", "status.json", "timings.json"),
         *("evaluations.csv", "episodes.csv", "curves.csv", "teachers.csv", "teacher_curves.csv", "losses.csv"),
-        *("stages.csv", "usage.csv", "retrieval.csv", "starts.csv"),
+        *("stages.csv", "plans.csv", "usage.csv", "retrieval.csv", "starts.csv"),
     }
 )
 #: The entries of a folder of published teachers.

@@ -105,13 +105,11 @@ class EpisodeRow(TableRow):
     length: Positive
     episode_return: Finite
     believed: Task | None = None
-    """The task that the student inferred; None, as in the next three columns, for policies that infer none."""
+    """The task that the student inferred, with probability `confidence`; None for policies that infer none."""
     confidence: Share | None = None
-    """Its probability, in the student's belief."""
     plan_first: Task | None = None
-    """The task that the student acted for first."""
+    """The task that the student acted for first; then for `plan_second`."""
     plan_second: Task | None = None
-    """The task that it acted for afterwards."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,6 +198,22 @@ class RetrievalRow(Labels, TableRow):
 
 
 @dataclass(frozen=True)
+class PlanRow(TableRow):
+    """Success on training goals of the plan to act for one task first and then for another, after `stage`."""
+
+    KEY = ("method", "seed", "stage", "plan_first", "plan_second", "task")
+    method: str
+    seed: Positive
+    stage: Count
+    plan_first: Task
+    plan_second: Task
+    task: Task
+    episodes: Positive
+    successes: Annotated[Count, AtMost("episodes")]
+    env_steps: Positive
+
+
+@dataclass(frozen=True)
 class StartRow(TableRow):
     """In how many of a teacher's episodes the first observation looks most like one of task `other`."""
 
@@ -248,9 +262,8 @@ def write_rows(path: Path, rows: Sequence[Any]) -> None:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     kind = type(rows[0])
-    columns = [
-        c for c in _columns(kind) if c not in _optional(kind) or any(getattr(row, c) is not None for row in rows)
-    ]
+    absent = {name for name in _optional(kind) if all(getattr(row, name) is None for row in rows)}
+    columns = [column for column in _columns(kind) if column not in absent]
     writer.writerow(columns)
     writer.writerows([_cell(getattr(row, column)) for column in columns] for row in rows)
     write_text(path, text.getvalue())

@@ -8,7 +8,7 @@ Dimensions: B episodes, P plans, K tasks of the stream.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Final, NamedTuple
 
 import torch
@@ -48,16 +48,14 @@ class Plans(nn.Module):
         self.tasks_P2 = self.tasks_P2.new_zeros(num_plans, 2)
         self.success_PK = self.success_PK.new_zeros(num_plans, num_tasks)
 
-    def record(self, success: Mapping[Plan, Mapping[int, float]]) -> None:
-        """Store measured success, by plan and task; new plans are appended."""
-        for plan, by_task in success.items():
-            row = self.index(plan)
-            if row is None:
-                row = len(self.tasks_P2)
-                self.tasks_P2 = torch.cat([self.tasks_P2, self.tasks_P2.new_tensor([plan])])
-                self.success_PK = torch.cat([self.success_PK, torch.zeros_like(self.success_PK[:1])])
-            for task, share in by_task.items():
-                self.success_PK[row, task] = share
+    def record(self, plan: Plan, task: int, success: float) -> None:
+        """Store the measured success of `plan` on `task`; a new plan is appended."""
+        row = self.index(plan)
+        if row is None:
+            row = len(self.tasks_P2)
+            self.tasks_P2 = torch.cat([self.tasks_P2, self.tasks_P2.new_tensor([plan])])
+            self.success_PK = torch.cat([self.success_PK, torch.zeros_like(self.success_PK[:1])])
+        self.success_PK[row, task] = success
 
     def index(self, plan: Plan) -> int | None:
         """The row of `plan`; None if there is none."""

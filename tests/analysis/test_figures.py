@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 from dataclasses import replace
@@ -11,10 +12,12 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
+from analysis.beliefs import beliefs
 from analysis.build import build
 from analysis.dataset import Dataset, load_dataset
 from analysis.figures import (
     fig_methods,
+    fig_reliability,
     fig_stream,
     fig_success_matrix,
     fig_transfer,
@@ -23,6 +26,7 @@ from analysis.figures import (
 from analysis.figures.fig_stream import MOST_LINES
 from analysis.paper_tables import task_cells
 from analysis.style import paper_style
+from analysis.terminal import show
 from cpd.envs.tasks import STREAMS
 from cpd.evaluation.gather import gather
 from cpd.evaluation.measures import SuccessMatrix
@@ -58,6 +62,38 @@ def test_the_success_matrix_is_that_of_the_students_and_outlines_every_task_s_ow
     assert texts(figure, 1) == ["100", "90", "80"]
     outlines = [patch.get_xy() for patch in figure.axes[0].patches]
     assert outlines == [(stage - 0.5, stage + 0.5) for stage in range(3)]
+
+
+def doubtful(data: Dataset) -> Dataset:
+    """In 40 of a task's 50 final episodes the right task has .8, in the other ten the first task has .4."""
+    rows = [
+        row
+        if row.method == "teacher"
+        else replace(row, believed=row.task, confidence=0.8, plan_first=row.task, plan_second=row.task)
+        if row.goal < 40
+        else replace(row, believed=STREAM[0], confidence=0.4, plan_first=STREAM[1], plan_second=STREAM[0])
+        for row in data.tables.episodes
+    ]
+    return replace(data, tables=replace(data.tables, episodes=rows))
+
+
+def test_confidence_is_plotted_against_how_often_the_belief_is_right(tmp_path: Path) -> None:
+    data = made(tmp_path / "r")
+    assert beliefs(data, "moe") is None and fig_reliability.draw(data, "moe") is None
+    data = doubtful(data)
+    axes = fig_reliability.draw(data, "moe").axes[0]
+    points = axes.containers[0].lines[0]
+    np.testing.assert_allclose(points.get_xdata(), [0.4, 0.8])
+    np.testing.assert_allclose(points.get_ydata(), [1 / 3, 1.0])
+    assert [text.get_text() for text in axes.texts] == ["30", "120"]
+    held = beliefs(data, "moe")
+    assert (held.episodes, held.right, held.other_plans) == (150, 130, 30)
+    assert held.mean_confidence == pytest.approx(0.72)
+    # Successes come first in `RATES`: those beyond the 40th episode.
+    assert held.other_successes == sum(max(round(50 * rate) - 40, 0) for rate in RATES[3])
+    text = io.StringIO()
+    show(data, text)
+    assert re.search(r"task inferred\s+right in 86\.7 % of 150 episodes, mean confidence 72\.0 %", text.getvalue())
 
 
 def test_only_seeds_that_came_to_the_end_are_averaged(tmp_path: Path) -> None:

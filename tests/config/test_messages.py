@@ -168,6 +168,18 @@ WARNED: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"student": {"task_identity": "none"}, "protection": {"kind": "none"}},
         ["memory.selection"],
     ),
+    "belief by density alone": (
+        {"student": {"belief": "density", "act": "most_likely"}, "distill": {"contrast_coef": 0.5}},
+        ["distill.contrast_coef", "memory.selection"],
+    ),
+    "plans without memory": (
+        {"student": {"act": "expected_success"}, "memory": {"selection": "none"}},
+        ["student.act"],
+    ),
+    "belief of a student that is told the task": (
+        {"student": {"task_identity": "given", "belief": "embedding", "act": "most_likely"}},
+        ["student.belief", "student.act"],
+    ),
     "joint training": (
         {
             "distill": {"protocol": "joint", "replay_share": 0.5},

@@ -20,7 +20,7 @@ from cpd.reading import DamagedFileError
 from cpd.run.directory import Run, RunError
 from cpd.run.files import write_json
 from cpd.run.progress import MetricsLog
-from cpd.run.tables import EpisodeRow, EvaluationRow, LossRow, StageRow, TeacherRow, read_rows
+from cpd.run.tables import EpisodeRow, EvaluationRow, LossRow, PlanRow, StageRow, TeacherRow, read_rows
 from tests.synthetic_run import write_run
 
 STREAM = ("drawer-close-v3", "handle-press-side-v3", "window-close-v3")
@@ -316,8 +316,13 @@ def test_losses_are_thinned_to_means_and_stages_have_their_masks(tmp_path: Path)
         log.append(stage=0, step=step, task=STREAM[0], loss=float(step), current=2.0 * step, replay=None)
     log.append(stage=1, step=1, task=STREAM[1], loss=1.0, current=0.5, replay=1.5)
     log.append(event="protection", stage=1, masked_share=0.25)
+    plan = {"plan_first": STREAM[1], "plan_second": STREAM[0], "task": STREAM[0]}
+    log.append(event="plan", stage=1, **plan, episodes=20, successes=19, env_steps=700)
     log.close()
     gather(run)
+    assert read_rows(run.results / "plans.csv", PlanRow) == [
+        PlanRow("moe", 1, 1, **plan, episodes=20, successes=19, env_steps=700)
+    ]
     rows = read_rows(run.results / "losses.csv", LossRow)
     first = [row for row in rows if row.stage == 0]
     assert len(first) == 84, "three records each, which is the least that gives no more than a hundred"

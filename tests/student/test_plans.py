@@ -13,6 +13,12 @@ def belief(*probabilities: float) -> torch.Tensor:
     return torch.tensor([probabilities], dtype=torch.float64)
 
 
+def record(plans: Plans, success: dict[Plan, dict[int, float]]) -> None:
+    for plan, by_task in success.items():
+        for task, share in by_task.items():
+            plans.record(plan, task, share)
+
+
 def test_without_measurements_the_most_likely_task_is_acted_for():
     plans = Plans(3)
     for hedged in (False, True):
@@ -21,9 +27,9 @@ def test_without_measurements_the_most_likely_task_is_acted_for():
 
 def test_a_policy_that_serves_both_tasks_is_preferred_and_a_plan_of_two_only_if_allowed():
     plans = Plans(3)
-    plans.record({Plan(2, 2): {1: 0.9, 2: 1.0}})
+    record(plans, {Plan(2, 2): {1: 0.9, 2: 1.0}})
     assert plans.choose(belief(0.0, 0.6, 0.4), hedged=False).tolist() == [[2, 2]]
-    plans.record({Plan(2, 1): {1: 1.0, 2: 1.0}, Plan(1, 2): {1: 1.0, 2: 0.0}})
+    record(plans, {Plan(2, 1): {1: 1.0, 2: 1.0}, Plan(1, 2): {1: 1.0, 2: 0.0}})
     assert plans.choose(belief(0.0, 0.6, 0.4), hedged=True).tolist() == [[2, 1]]
     assert plans.choose(belief(0.0, 0.6, 0.4), hedged=False).tolist() == [[2, 2]]
     assert plans.choose(belief(1.0, 0.0, 0.0), hedged=True).tolist() == [[0, 0]]
@@ -32,8 +38,8 @@ def test_a_policy_that_serves_both_tasks_is_preferred_and_a_plan_of_two_only_if_
 def test_measurements_are_kept_by_plan_and_task_and_survive_saving():
     plans = Plans(3)
     assert len(candidate_plans([0, 2])) == 4
-    plans.record({plan: {0: 0.5, 2: 0.25} for plan in candidate_plans([0, 2])})
-    plans.record({Plan(0, 2): {2: 1.0}})
+    record(plans, {plan: {0: 0.5, 2: 0.25} for plan in candidate_plans([0, 2])})
+    plans.record(Plan(0, 2), 2, 1.0)
     assert plans.tasks_P2.tolist() == [[0, 0], [1, 1], [2, 2], [0, 2], [2, 0]]
     assert plans.success_PK[3].tolist() == [0.5, 0.0, 1.0]
     other = Plans(3)
@@ -49,7 +55,7 @@ def test_an_episode_follows_its_plan_and_states_the_belief(monkeypatch):
     for task in (0, 1):  # begin alike, so that the belief is a half each
         student.known_K[task] = True
         student.density.fit(task, obs_B)
-    student.plans.record({Plan(1, 0): {0: 1.0, 1: 1.0}})
+    record(student.plans, {Plan(1, 0): {0: 1.0, 1: 1.0}})
     actor = StudentActor(student, TASKS)
     actor.reset([""] * 4)
     for task in (1, 1, 0, 0):
