@@ -5,6 +5,8 @@ from __future__ import annotations
 #: Sizes for all tasks.
 OBSERVATION_SIZE = 39
 ACTION_SIZE = 4
+#: Policies act in [-1, 1].
+ACTION_CLIP = 1.0
 #: Meta-World refuses a 501st step.
 MAX_EPISODE_STEPS = 500
 #: Meta-World's reward functions; independent of the -v3 suffix of its tasks.

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from cpd.envs.episodes import Actor, Belief
+from cpd.envs.tasks import ACTION_CLIP
 from cpd.student.network import Student
 from cpd.student.plans import FIRST_STEPS, Plan
 
@@ -95,7 +96,9 @@ class StudentActor:
         self._steps += 1
         window = torch.from_numpy(np.stack(self._history, axis=1)).to(student.device, student.dtype)
         out = student(window, task_B=task_B)
-        actions: npt.NDArray[np.float32] = out.mean_BLA[:, -1].clamp(-1.0, 1.0).float().cpu().numpy()
+        actions: npt.NDArray[np.float32] = (
+            out.mean_BLA[:, -1].clamp(-ACTION_CLIP, ACTION_CLIP).float().cpu().numpy()
+        )
         return actions
 
 

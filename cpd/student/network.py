@@ -21,14 +21,15 @@ from torch import Tensor, nn
 from cpd.config import StudentConfig
 from cpd.config.load import load, to_dict
 from cpd.config.retired import upgrade
-from cpd.envs.tasks import ACTION_SIZE, OBSERVATION_SIZE
+from cpd.envs.tasks import ACTION_CLIP, ACTION_SIZE, OBSERVATION_SIZE
 from cpd.reading import DamagedFileError, read_bytes, read_json
 from cpd.run.descriptions import StudentPolicy, check_identity
 from cpd.run.files import atomic_write, write_json
+from cpd.student.acting import STEPS
 from cpd.student.moe import MoE, RouterStats
 from cpd.student.observations import observation_scaling
 from cpd.student.packing import Packing
-from cpd.student.plans import Plans
+from cpd.student.plans import FIRST_STEPS, TIE_BREAK, Plans
 from cpd.student.task_density import TaskDensity
 from cpd.student.task_embedding import EMBEDDING_SIZE, NEVER, TEMPERATURE, TaskEncoder
 from cpd.student.transformer import Block
@@ -264,6 +265,16 @@ def save_student(path: Path, student: Student, description: Mapping[str, Any]) -
             "dtype": str(student.dtype).removeprefix("torch."),
             "obs_centre": centre.tolist(),
             "obs_scale": scale.tolist(),
+            "acting": {
+                "density_temperature": DENSITY_TEMPERATURE,
+                "embedding_temperature": TEMPERATURE,
+                "tie_break": TIE_BREAK,
+                "first_steps": FIRST_STEPS,
+                "norm_eps": student.norm.eps,
+                "action_size": ACTION_SIZE,
+                "action_clip": ACTION_CLIP,
+                "steps": STEPS,
+            },
             "sha256": hashlib.sha256(data).hexdigest(),
         },
     )

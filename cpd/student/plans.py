@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 #: Steps that a plan of two tasks acts for the first one.
 FIRST_STEPS: Final = 100
+#: Weight of the belief among plans of equal expected success.
+TIE_BREAK: Final = 1e-9
 
 
 class Plan(NamedTuple):
@@ -72,7 +74,7 @@ class Plans(nn.Module):
         num_plans = len(self.tasks_P2) if hedged else self.success_PK.shape[1]
         expected_BP = belief_BK.double() @ self.success_PK[:num_plans].t()
         # Among equals, the plan of the most likely task.
-        expected_BP[:, : belief_BK.shape[1]] += 1e-9 * belief_BK
+        expected_BP[:, : belief_BK.shape[1]] += TIE_BREAK * belief_BK
         return self.tasks_P2[expected_BP.argmax(1)]
 
 

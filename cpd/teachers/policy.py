@@ -20,7 +20,7 @@ from typing_extensions import TypedDict
 
 from cpd.comm import Comm, SerialComm
 from cpd.config.types import Positive
-from cpd.envs.tasks import ACTION_SIZE, OBSERVATION_SIZE
+from cpd.envs.tasks import ACTION_CLIP, ACTION_SIZE, OBSERVATION_SIZE
 from cpd.reading import DamagedFileError, check_shape, read_json
 from cpd.run.descriptions import Weights
 from cpd.run.files import atomic_write, remove, sha256, write_json
@@ -74,8 +74,6 @@ KIND: Final = "gaussian_mlp"
 
 #: Normalised observations are clipped to this many standard deviations.
 OBSERVATION_CLIP: Final = 8.0
-#: The environment's actions reach this far.
-ACTION_CLIP: Final = 1.0
 #: How a description says that its policy acts, step by step, in terms of its other entries and of the tensors.
 ACTING: Final = (
     "std = max(sqrt(normalizer.sum_of_squares / normalizer.count), observation_min_std), or 1 if the count is 0",
