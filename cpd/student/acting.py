@@ -21,14 +21,14 @@ STEPS: Final = (
     "belief b = softmax(s), float64; uniform if known_K is empty",
     "plan: if student.act is 'most_likely', the task of the greatest b, twice; otherwise plans.tasks_P2[p] of the "
     "greatest value of b . plans.success_PK[p], plus tie_break b[p] for p < num_tasks; if student.act is "
-    "'expected_success', only p < num_tasks count; its first task is that of first_steps steps, the second that of the "
-    "others",
+    "'expected_success', only p < num_tasks count; the first of its tasks is that of first_steps steps, the "
+    "second that of all later ones",
     "x[i] = embed(scaled(o[i])) + position[i] + task[task], for the last student.context observations o",
     "for each block: x += attention(attention_norm(x)), then x += moe(moe_norm(x)); layer norms with norm_eps",
     "attention: the thirds of qkv(x) are q, k, v, each of student.num_heads heads of equal consecutive parts; "
     "softmax(q k / sqrt(head size)) v over the present and earlier steps, then out",
     "moe: if only one expert has logit_offset > -inf, the output of expert 0; otherwise, of such experts e whose "
-    "group_E is group_K[task] (of all, without a task), the student.top_k greatest router.e . x + logit_offset[e]; "
+    "group_E is group_K[task] (all, without a task), the student.top_k greatest router.e . x + logit_offset[e]; "
     "their softmax weights the outputs down(gelu(up(x)))",
     "gelu(x) = x (1 + erf(x / sqrt 2)) / 2; linear maps are weight x + bias, where there is a bias",
     "action = the first action_size numbers of head(norm(x[last])), clipped to [-action_clip, action_clip]",
