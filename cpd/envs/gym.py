@@ -51,10 +51,14 @@ class StreamEnv(gymnasium.Env[npt.NDArray[np.float64], npt.NDArray[np.floating[A
         self.observation_space = Box(-np.inf, np.inf, (OBSERVATION_SIZE,), np.float64)
         self.action_space = Box(-1.0, 1.0, (ACTION_SIZE,), np.float32)
         self.tasks = tuple(tasks)
-        self._goals = {task: goal_set(task, split, num_goals) for task in self.tasks}
+        self._split, self._num_goals = split, num_goals
         self._steps_per_task = steps_per_task
         self._num_steps = 0
-        self._env = TaskEnv(self.tasks[0])
+        self._begin(self.tasks[0])
+
+    def _begin(self, task: str) -> None:
+        self._goals = goal_set(task, self._split, self._num_goals)
+        self._env = TaskEnv(task)
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -65,11 +69,10 @@ class StreamEnv(gymnasium.Env[npt.NDArray[np.float64], npt.NDArray[np.floating[A
         task = self.tasks[stage]
         if task != self._env.task:
             self._env.close()
-            self._env = TaskEnv(task)
-        goals = self._goals[task]
+            self._begin(task)
         index = (options or {}).get("goal")
-        index = int(self.np_random.integers(len(goals))) if index is None else index
-        return self._env.reset(goals[index]), {"task": task, "stage": stage, "goal": index}
+        index = int(self.np_random.integers(len(self._goals))) if index is None else index
+        return self._env.reset(self._goals[index]), {"task": task, "stage": stage, "goal": index}
 
     def step(
         self, action: npt.NDArray[np.floating[Any]]
