@@ -7,6 +7,7 @@ a file are ignored, since other versions may write more.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 from collections.abc import Iterator
 from functools import cache
@@ -16,11 +17,26 @@ from typing import Any, TypeVar
 from pydantic import TypeAdapter, ValidationError
 
 T = TypeVar("T")
+#: The longest name of a file, in bytes, on common file systems.
+MAX_NAME_BYTES = 255
 RESTORE = "restore the file, or remove it"
 
 
 class DamagedFileError(ValueError):
     """A file that was damaged or replaced from outside; the message names it and what is wrong in it."""
+
+
+class MissingFileError(DamagedFileError, FileNotFoundError):
+    """A file that does not exist."""
+
+
+def is_possible(path: Path) -> bool:
+    """Whether a file system can hold the path: UTF-8, and no name too long."""
+    names = [os.fsencode(name) for name in path.parts]  # in the encoding of the locale, which may not be UTF-8
+    try:
+        return all(len(name) <= MAX_NAME_BYTES and b"\0" not in name and bool(name.decode()) for name in names)
+    except UnicodeDecodeError:
+        return False
 
 
 def number_in_environment(*names: str) -> float:
@@ -38,7 +54,8 @@ def read_text(path: Path, remedy: str = RESTORE) -> str:
 
     Raises:
         DamagedFileError: if it is a directory or not UTF-8.
-        OSError: if it is missing or not readable.
+        MissingFileError: if it is missing.
+        OSError: if it is not readable.
     """
     return decode(read_bytes(path, remedy), path, remedy)
 
@@ -48,7 +65,8 @@ def read_bytes(path: Path, remedy: str = RESTORE) -> bytes:
 
     Raises:
         DamagedFileError: if it is a directory, or a link to a file that does not exist.
-        OSError: if it is missing or not readable.
+        MissingFileError: if it is missing.
+        OSError: if it is not readable.
     """
     with accessing(path, remedy):
         return path.read_bytes()
@@ -60,14 +78,17 @@ def accessing(path: Path, remedy: str = RESTORE) -> Iterator[None]:
 
     Raises:
         DamagedFileError: if it is a directory, or a link to a file that does not exist.
+        MissingFileError: if it is missing.
     """
     try:
         yield
     except IsADirectoryError:
         raise DamagedFileError(f"{path} is a directory, not a file; {remedy}") from None
-    except FileNotFoundError:
-        if path.is_symlink():
+    except OSError as error:
+        if error.errno == errno.ELOOP or (error.errno == errno.ENOENT and path.is_symlink()):
             raise DamagedFileError(f"{path} is a link to a file that does not exist; {remedy}") from None
+        if error.errno == errno.ENOENT:
+            raise MissingFileError(f"{path} is missing; {'restore it' if remedy == RESTORE else remedy}") from None
         raise
 
 
@@ -92,7 +113,8 @@ def read_json(path: Path, shape: type[T], remedy: str = RESTORE) -> T:
 
     Raises:
         DamagedFileError: if it is not UTF-8 or not JSON, or has another shape; names the first wrong entry.
-        OSError: if it is missing or not readable.
+        MissingFileError: if it is missing.
+        OSError: if it is not readable.
     """
     return parse_json(read_text(path, remedy), shape, str(path), remedy)
 
@@ -110,7 +132,8 @@ def read_json_lines(
 
     Raises:
         DamagedFileError: if a line is not JSON, or has another shape; names the line.
-        OSError: if it is missing or not readable.
+        MissingFileError: if it is missing.
+        OSError: if it is not readable.
     """
     *lines, last_line = read_text(path, remedy).split("\n")
     if is_finished and (last_line or not lines):

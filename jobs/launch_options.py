@@ -14,7 +14,7 @@ from cpd.config import Config
 from cpd.config.load import WHOLE, ConfigError, load, merge, parse_overrides, read_toml, suggestion
 from cpd.config.profile import Profile, load_profile
 from cpd.programs import ROOT
-from cpd.reading import read_json
+from cpd.reading import is_possible, read_json
 from cpd.run.claim import claim
 from cpd.run.directory import RunError
 from jobs.common import parser_with_examples
@@ -86,7 +86,7 @@ def load_recipe(name: str, overrides: Sequence[str]) -> Config:
         ConfigError: with all mistakes of both; those of the command line are named as such.
     """
     path = Path(name) if name.endswith(".toml") else RECIPES / f"{name}.toml"
-    if not path.exists():
+    if not (is_possible(path) and path.exists()):
         recipes = sorted(file.stem for file in RECIPES.glob("*.toml"))
         unknown = f"unknown recipe{suggestion(name, recipes)}"
         problem = "there is no such file" if name.endswith(".toml") else unknown

@@ -10,6 +10,7 @@ from typing_extensions import TypedDict
 
 from cpd.reading import (
     DamagedFileError,
+    MissingFileError,
     number_in_environment,
     read_for_display,
     read_json,
@@ -91,7 +92,7 @@ def test_variables_that_hold_no_positive_number_are_passed_over(monkeypatch: pyt
 
 
 def test_a_missing_file_is_missing(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(MissingFileError):
         read_json(tmp_path / "none", dict[str, Any])
     assert read_for_display(tmp_path / "none", dict[str, Any], {}) == {}
 

@@ -20,7 +20,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from typing_extensions import TypedDict, is_typeddict
 
 from cpd.config.retired import explain, upgrade
-from cpd.reading import DamagedFileError, read_text
+from cpd.reading import DamagedFileError, is_possible, read_text
 
 STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 #: Path in `problems` of a mistake that concerns several settings; it is not shown.
@@ -151,6 +151,9 @@ def read_toml(path: Path, above: tuple[Path, ...] = (), *, shipped: Path | None 
         raise ConfigError(["its tables or lists are nested too deeply"], str(path)) from None
     except ValueError as error:  # not only TOMLDecodeError: numbers may have too many digits
         raise ConfigError([f"not valid TOML: {error}"], str(path)) from None
+    for key in ("extends", "teachers_from"):
+        if isinstance(name := tables.get(key), str) and not is_possible(Path(name)):
+            raise ConfigError([f"{key}: {name!r} is no possible path; correct it"], str(path))
     if isinstance(source := tables.get("teachers_from"), str) and source:
         tables["teachers_from"] = str(path.parent / source)
     base = tables.pop("extends", None)

@@ -15,6 +15,7 @@ from pydantic.dataclasses import dataclass
 from cpd.config.load import STRICT, ConfigError, load, read_toml, suggestion
 from cpd.config.types import Count, NonNegativeFloat, Positive, Role
 from cpd.programs import ROOT
+from cpd.reading import is_possible
 
 #: Options of sbatch that the launcher sets.
 RESERVED = (
@@ -205,7 +206,7 @@ def load_profile(name: str) -> Profile:
         ConfigError: the profile does not exist or contains a mistake.
     """
     path = Path(name) if name.endswith(".toml") else PROFILES / f"{name}.toml"
-    if not path.exists():
+    if not (is_possible(path) and path.exists()):
         names = sorted(file.stem for file in PROFILES.glob("*.toml"))
         raise ConfigError([f"unknown profile {name!r}{suggestion(name, names)}"], "--profile")
     return load(Profile, read_toml(path, shipped=PROFILES), str(path))

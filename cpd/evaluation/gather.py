@@ -23,7 +23,7 @@ import csv
 import io
 import os
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -67,16 +67,22 @@ def gather(run: Run) -> dict[str, Any]:
         The contents of metrics.json; `missing` lists what is not measured yet.
 
     Raises:
+        DamagedFileError: if a file is damaged, or a finished element lacks one.
         RunError: if the run has no elements yet, or if gathered results of students or teachers would be lost.
     """
     if not any((run.root / name).is_dir() for name in ("teachers", "students")):
         raise RunError(f"{run.root} has neither teachers nor students yet; start them with `cpd launch`")
+    for element, path in _missing_files(run):
+        raise DamagedFileError(
+            f"{path} is missing, although {element.name} is finished; restore the file, or remove {element.path} "
+            "and launch again to make it anew"
+        )
     stages = range(-1, len(run.config.stream.tasks))
     rows_due = [(e, stage, _identity(e, stage=stage)) for e in run.evaluations() for stage in stages]
     files = [(t.evaluation, t.episodes, _identity(t)) for t in run.teachers() if t.finished]
     files += [(e.row_file(stage), e.row_episodes_file(stage), of) for e, stage, of in rows_due]
     # An evaluation that is still running, or was killed, may have written its episodes alone.
-    files = [(table, details, of) for table, details, of in files if table.exists()]
+    files = [(table, details, of) for table, details, of in files if os.path.lexists(table)]
     evaluations = _existing_rows([(table, of) for table, _, of in files], EvaluationRow)
     # Checked before anything is written: a user may have removed a student's folder to save space.
     if (table := run.results / "evaluations.csv").exists():
@@ -91,11 +97,11 @@ def gather(run: Run) -> dict[str, Any]:
     _write_table(run.results / "episodes.csv", _existing_rows([(d, of) for _, d, of in files], EpisodeRow))
     curves = [(student.curves, _identity(student)) for student in run.students()]
     _write_table(run.results / "curves.csv", _existing_rows(curves, CurveRow))
-    trainings = [(t, _metrics(t, run)) for t in run.teachers()]
+    trainings = [(t, read_metrics(t.metrics, is_finished=t.finished)) for t in run.teachers()]
     _write_table(run.results / "teachers.csv", [_teacher_row(t, metrics) for t, metrics in trainings])
     groups = [({"task": t.task, "seed": t.seed}, metrics) for t, metrics in trainings]
     _write_records(run.results / "teacher_curves.csv", groups)
-    records = [(s, _metrics(s, run)) for s in run.students()]
+    records = [(s, read_metrics(s.metrics, is_finished=s.finished)) for s in run.students()]
     _write_table(run.results / "losses.csv", [row for s, metrics in records for row in _losses(s, metrics)])
     _write_table(run.results / "stages.csv", [row for s, metrics in records for row in _stages(s, metrics)])
     _write_table(run.results / "plans.csv", [row for s, metrics in records for row in _plans(s, metrics)])
@@ -128,19 +134,21 @@ def _identity(element: TeacherElement | StudentElement, **further: Any) -> dict[
 
 
 def _existing_rows(files: Iterable[tuple[Path, Mapping[str, Any]]], kind: type[Row]) -> list[Row]:
-    return [row for file, of in files if file.exists() for row in read_rows(file, kind, **of)]
+    return [row for file, of in files if os.path.lexists(file) for row in read_rows(file, kind, **of)]
 
 
-def _metrics(element: TeacherElement | StudentElement, run: Run) -> list[dict[str, Any]]:
-    """Return the training records of a teacher or student. Experts and reused teachers may have none."""
-    is_finished = element.finished
-    is_trained = run.config.teacher.recipe != "scripted" and "train" in read_status(element.status).seconds
-    if is_finished and (element.role == "student" or is_trained) and not os.path.lexists(element.metrics):
-        raise DamagedFileError(
-            f"{element.metrics} is missing, although {element.name} is finished; restore the file, or remove "
-            f"{element.path} and launch again to train it anew"
-        )
-    return read_metrics(element.metrics, is_finished=is_finished)
+def _missing_files(run: Run) -> Iterator[tuple[Element, Path]]:
+    """Yield the files that finished elements must have written, but lack."""
+    # Neither experts nor teachers that were trained elsewhere have training records.
+    trained = [t for t in run.teachers() if "train" in read_status(t.status).seconds]
+    files: list[tuple[Element, Path]] = [
+        (t, t.metrics) for t in trained if run.config.teacher.recipe != "scripted"
+    ]
+    for student in run.students():
+        policies = [student.stage_policy(stage) for stage in range(len(student.config.stream.tasks))]
+        has_curves = student.config.evaluation.curve_points and any(policy.exists() for policy in policies)
+        files += [(student, student.metrics), *([(student, student.curves)] if has_curves else [])]
+    return ((element, path) for element, path in files if element.finished and not os.path.lexists(path))
 
 
 def _losses(student: StudentElement, records: Sequence[Mapping[str, Any]]) -> Iterable[LossRow]:
@@ -166,8 +174,9 @@ def _mean(records: Sequence[Mapping[str, Any]], name: str) -> float | None:
 def _stages(student: StudentElement, records: Sequence[Mapping[str, Any]]) -> Iterable[StageRow]:
     masked = {record["stage"]: record["masked_share"] for record in records if "masked_share" in record}
     for stage in range(-1, len(student.config.stream.tasks)):
-        path = student.stage_policy(stage).with_suffix(".json")
-        if path.exists():
+        policy = student.stage_policy(stage)
+        path = policy.with_suffix(".json")
+        if os.path.lexists(path) or policy.exists():
             check_identity(path, **identity(student.config, student, stage))
             description = read_json(path, StudentSize)
             yield StageRow(

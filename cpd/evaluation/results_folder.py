@@ -177,9 +177,8 @@ def read_tables(folder: Path) -> Tables:
 
 
 def _damaged(tables: Tables, name: str, problem: str) -> DamagedFileError:
-    return DamagedFileError(
-        f"{find_table(tables.folder / name)}{problem}: restore the file, or gather or publish its run again"
-    )
+    path = find_table(tables.folder / name) or tables.folder / name
+    return DamagedFileError(f"{path}{problem}: restore the file, or gather or publish its run again")
 
 
 def _check_rows(tables: Tables, name: str, rows: Sequence[TableRow]) -> None:

@@ -14,7 +14,7 @@ from cpd.envs.cells import TASKS_PER_PASS, Cell, EnvPool, evaluate_cells
 from cpd.envs.episodes import Actor, Outcome
 from cpd.evaluation.expert_usage import ExpertUsage
 from cpd.run.attempt import Attempt, begin_attempt
-from cpd.run.directory import Run, StudentElement, TeacherElement, identity
+from cpd.run.directory import Run, RunError, StudentElement, TeacherElement, identity
 from cpd.run.interrupt import Interrupt, InterruptedBySignal
 from cpd.run.provenance import Labels, labels
 from cpd.run.tables import EpisodeRow, EvaluationRow, RetrievalRow, write_rows
@@ -171,16 +171,16 @@ def _fill_rows(
     student = run.students()[element.index]
     stages = comm.broadcast([s for s in range(-1, len(config.stream.tasks)) if student.stage_policy(s).exists()])
     if is_whole and not stages:
-        raise ValueError(f"{student.path} holds no trained stage yet; run `cpd distill` first")
+        raise RunError(f"{student.path} holds no trained stage yet; run `cpd distill` first")
     rejected = {task for task in config.stream.tasks if run.teacher_of(task, element.seed).is_rejected}
     distilled = [-1, *(s for s, task in enumerate(config.stream.tasks) if task not in rejected)]
     lost = comm.broadcast(
         [s for s in distilled if is_whole and s not in stages and not element.row_file(s).exists()]
     )
     if lost:
-        raise ValueError(
-            f"{', '.join(str(student.stage_policy(s)) for s in lost)} lacking, though {student.name} is finished: "
-            f"restore it, or remove {student.path} and launch again, which distils this student anew"
+        raise RunError(
+            f"{', '.join(str(student.stage_policy(s)) for s in lost)} missing, although {student.name} is "
+            f"finished; restore it, or remove {student.path} and launch again to distil this student anew"
         )
     rows_due = stages if is_whole else stages[:-1]
     todo = comm.broadcast([s for s in rows_due if not element.row_file(s).exists()])

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any, Final, Literal, get_args
 
-from cpd.reading import read_for_display
+from cpd.reading import is_possible, read_for_display
 from cpd.run.files import is_temporary
 
 Kind = Literal["run", "teachers", "results"]
@@ -25,8 +24,6 @@ CONTENTS: Final = {
 #: The files that state the kind of their folder, under this key. Those of earlier versions do not.
 STATING: Final = ("provenance.json", "metrics.json")
 KIND_KEY: Final = "kind"
-#: The longest name of a file, in bytes, on common file systems.
-MAX_NAME_BYTES: Final = 255
 
 
 def kind_of(folder: Path) -> str:
@@ -49,15 +46,6 @@ def kind_of(folder: Path) -> str:
     if collected(folder):
         return "collection"
     return "other" if names else "empty"
-
-
-def is_possible(path: Path) -> bool:
-    """Whether a file system can hold the path: UTF-8, and no name too long."""
-    names = [os.fsencode(name) for name in path.parts]  # in the encoding of the locale, which may not be UTF-8
-    try:
-        return all(len(name) <= MAX_NAME_BYTES and bool(name.decode()) for name in names)
-    except UnicodeDecodeError:
-        return False
 
 
 def _stated(folder: Path) -> str | None:

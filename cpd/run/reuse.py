@@ -147,10 +147,9 @@ def _reuse_of(teacher: TeacherElement, folder: Path, changed: Sequence[str], our
     files = (published, published.with_suffix(".json"), *source.path.glob("*"), *source.shards.glob("*"))
     for path in files:
         # A link of somebody else could name any file of this user's.
-        if not path.resolve().is_relative_to(folder.resolve()):
-            raise ReuseError(
-                f"{path} leads to {path.resolve()}, outside of {folder}: copy that into the folder first"
-            )
+        target = Path(os.path.realpath(path))  # unlike `resolve`, accepts a link to itself
+        if not target.is_relative_to(folder.resolve()):
+            raise ReuseError(f"{path} leads to {target}, outside of {folder}: copy that into the folder first")
     if published.with_suffix(".json").exists() and not published.exists():
         raise ReuseError(f"{published} is missing, but its description is there: restore it, or publish again")
     if not published.exists() and not source.finished:
@@ -228,7 +227,7 @@ def _copy_files(item: Reuse, policy: Path, name: str, ours: Config) -> dict[str,
         copy(source.episodes, teacher.episodes)
         copy(source.evaluation, teacher.evaluation)
         record["evaluation_sha256"] = sha256(source.evaluation)
-    if source and source.metrics.exists():
+    if source and os.path.lexists(source.metrics):
         copy(source.metrics, teacher.metrics)
     _link(policy, teacher.policy)
     description = read_json(policy.with_suffix(".json"), dict[str, Any])

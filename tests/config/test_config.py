@@ -174,6 +174,8 @@ def test_a_file_lays_its_tables_on_those_of_the_one_it_extends(tmp_path: Path) -
         ),
         ('"none-such.toml"', r"extends: 'none-such\.toml': .*/none-such\.toml "),
         ("3", "extends: 3 "),
+        ('"a\\u0000b"', r"extends: 'a\\x00b' "),
+        (f'"{"x" * 300}"', "extends: 'xxx"),
         ('"recipe"', "extends: 'recipe' "),
     ],
 )

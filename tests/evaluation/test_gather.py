@@ -273,13 +273,14 @@ def test_a_damaged_line_of_a_table_is_named(tmp_path: Path) -> None:
         read_tables(run.results)
 
 
-@pytest.mark.parametrize("role", ["teacher", "student"])
-def test_training_records_that_are_missing_are_told(role: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("role", "name"), [("teacher", "metrics"), ("student", "metrics"), ("student", "curves")])
+def test_records_that_a_finished_element_lacks_are_named(role: str, name: str, tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", stream=STREAM, students={1: RATES}, teachers=TEACHERS)
     element = run.teachers()[1] if role == "teacher" else run.students()[0]
-    element.complete.touch()
-    element.metrics.unlink()
-    with pytest.raises(DamagedFileError, match=str(element.metrics)):
+    run.students()[0].stage_policy(0).touch()
+    path = getattr(element, name)
+    path.unlink()
+    with pytest.raises(DamagedFileError, match=str(path)):
         gather(run)
     if role == "teacher":  # a teacher that was trained elsewhere may lack them
         write_json(element.status, {"state": "done", "seconds": {"evaluate": 7.5}})

@@ -24,11 +24,11 @@ from cpd.config.load import ConfigError
 from cpd.envs.tasks import STREAMS
 from cpd.evaluation.gather import gather
 from cpd.evaluation.publish import publish_results
-from cpd.reading import read_json
+from cpd.reading import MAX_NAME_BYTES, read_json
 from cpd.run.claim import claim
 from cpd.run.directory import RunError
 from cpd.run.files import write_json
-from cpd.run.folders import CONTENTS, KIND_KEY, MAX_NAME_BYTES, kind_of
+from cpd.run.folders import CONTENTS, KIND_KEY, kind_of
 from jobs.launch_options import load_recipe
 from tests.conftest import MINIATURE
 from tests.synthetic_run import write_run
