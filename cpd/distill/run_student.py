@@ -176,6 +176,8 @@ class Distillation:
         trainer, progress = self.trainer, self.trainer.learner.progress
         for decision in trainer.begin_stage(data):
             self._log(event="growth", **{**self._growth_entry(decision), "sources": str(decision.sources)})
+        if not self._num_steps:
+            self._log(event="kept", stage=stage, task=self.config.stream.tasks[stage])
         for step in range(progress.step, self._num_steps):
             self._evaluate_if_due()
             is_logged = (step + 1) % self.config.logging.metrics_every == 0 or step == 0

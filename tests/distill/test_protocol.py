@@ -16,6 +16,7 @@ from cpd.distill.trainer import StudentTrainer
 from cpd.envs.cells import Cell
 from cpd.evaluation.run_evaluation import row_cells, run_evaluation
 from cpd.run.interrupt import Interrupt
+from cpd.run.progress import read_metrics
 from cpd.run.tables import EpisodeRow, EvaluationRow, read_rows
 from cpd.student.network import load_student
 from cpd.student.selected_teachers import SelectedTeachers
@@ -206,6 +207,7 @@ def test_teachers_that_are_kept_are_evaluated_without_a_step_of_distillation(mak
     make_teacher = lambda teacher: TeacherActor(load_teacher(run.config, teacher))  # noqa: E731
     run_evaluation(run, element, SerialComm(), **quiet, make_teacher=make_teacher)
     student = run.students()[0]
+    assert [record["task"] for record in read_metrics(student.metrics, is_finished=True)] == [FIRST, SECOND]
     num_each = sum(tensor.numel() for tensor in policy.state_dict().values())
     for stage in (-1, 0, 1):
         described = json.loads(student.stage_policy(stage).with_suffix(".json").read_text())
