@@ -5,7 +5,7 @@ Dimensions: B rows (windows) of the global batch, R rows of this rank, L time st
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -49,6 +49,16 @@ class Batch(NamedTuple):
     """1 for rows from memory."""
     num_tokens: int
     """Valid steps of the global batch, over all ranks."""
+    num_replayed: int = 0
+    """The number of this rank's rows from memory, which come first."""
+    task: int | None = None
+    """The task of all rows, if all are of the current one."""
+
+
+def to_device(array: npt.NDArray[Any], device: torch.device) -> Tensor:
+    """Copy an array to a device, without waiting for what the device computes."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 class BatchSource:
@@ -132,6 +142,11 @@ class BatchSource:
         """This rank's rows, `rank::size`, of the global batch of `step`."""
         return self._gather(self.windows(step), self._num_replayed)
 
+    @property
+    def _only_task(self) -> int | None:
+        """The task of all rows that are not from memory; None in joint training."""
+        return self.task if len(self._task_sizes) == 1 else None
+
     def reference(self, step: int, num_windows: int) -> Batch | None:
         """This rank's rows of `num_windows` segments from memory, independent of `batch`; None without memory."""
         if not len(self._memory_start):
@@ -155,15 +170,15 @@ class BatchSource:
         start_R1, length_R1 = windows.start[mine, None], windows.length[mine, None]
         device = self._table.device
         steps_RL = np.minimum(self._position, length_R1 - 1)
-        rows_RL = torch.from_numpy(start_R1 + steps_RL).to(device)
-        valid_RL = torch.from_numpy(self._position < length_R1).to(device, self._table.dtype)
+        rows_RL = to_device(start_R1 + steps_RL, device)
+        valid_RL = to_device(self._position < length_R1, device).to(self._table.dtype)
         replayed = np.arange(len(windows.start))[mine] < num_replayed
         gathered = self._table.index_select(0, rows_RL.view(-1)).view(*rows_RL.shape, -1)
         obs, mean, log_std = torch.split(gathered, [OBSERVATION_SIZE, ACTION_SIZE, ACTION_SIZE], dim=-1)
         if windows.mixture is not None:
             partner, weight = windows.mixture
-            others_RL = torch.from_numpy(partner[mine, None] + steps_RL).to(device)
-            weight_R11 = torch.from_numpy(weight[mine, None, None]).to(device, self._table.dtype)
+            others_RL = to_device(partner[mine, None] + steps_RL, device)
+            weight_R11 = to_device(weight[mine, None, None], device).to(self._table.dtype)
             mixed_in = self._table.index_select(0, others_RL.view(-1))[:, :OBSERVATION_SIZE]
             obs = torch.lerp(mixed_in.view_as(obs), obs, weight_R11)
         return Batch(
@@ -172,6 +187,8 @@ class BatchSource:
             log_std,
             valid_RL,
             self._task_of_row[rows_RL[:, 0]],
-            torch.from_numpy(replayed).to(device, self._table.dtype),
+            to_device(replayed, device).to(self._table.dtype),
             int(windows.length.sum()),
+            int(replayed.sum()),
+            None if num_replayed else self._only_task,
         )

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from cpd.config import DistillConfig
+from cpd.distill.batches import to_device
 from cpd.distill.memory.segments import Segments
 from cpd.distill.stage_data import StageData
 from cpd.seeding import generator
@@ -59,7 +60,7 @@ class ContrastSource:
         obs_NO = np.concatenate(drawn)
         obs_NO += NOISE * observation_scaling()[1] * rng.standard_normal(obs_NO.shape)
         task_N = np.repeat([*self._stored, *self._current], num_each)
-        return torch.from_numpy(obs_NO).to(self._device, self._dtype), torch.from_numpy(task_N).to(self._device)
+        return to_device(obs_NO, self._device).to(self._dtype), to_device(task_N, self._device)
 
     def _draw(self, data: StageData, count: int, rng: np.random.Generator) -> npt.NDArray[np.float64]:
         opening = rng.choice(data.offsets[:-1], count // 2)

@@ -5,14 +5,14 @@ With one vector, a step takes one all-reduce, and clipping, masks and penalties 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
-from torch.optim.adamw import adamw
 
 from cpd.comm import Comm
+from cpd.student.stack import Stack
 
 BETAS: Final = (0.9, 0.999)
 EPS: Final = 1e-8
@@ -28,21 +28,20 @@ class FlatParameters:
     that is reduced and clipped is contiguous. G equals P if none is frozen.
 
     Attributes:
-        names: names of parameters in the order of the vector; those that growth adds come last.
+        names: names of parameters in the order of the vector.
         slots: by name, the slice of the vector that holds a parameter.
         shapes: by name, the shape of a parameter.
         matrices: [P] 1 for elements of weight matrices, to which weight decay applies, else 0.
         trainable: the slices of `values` that are not frozen, in order; adjacent slices are merged. `grads` holds
             their gradients in this order.
+        mask: the argument of `freeze`.
     """
 
-    def __init__(self, module: nn.Module, first_names: Sequence[str] = ()) -> None:
-        """Move the parameters of `module`; those in `first_names` come first, in that order."""
-        # So growth appends, and parameters of one age stay contiguous, as `AdamW.cohorts` needs.
+    def __init__(self, module: nn.Module) -> None:
+        """Move the parameters of `module`."""
         parameters = dict(module.named_parameters())
-        self.names = [*first_names, *(name for name in parameters if name not in set(first_names))]
-        assert set(self.names) == set(parameters)
-        sizes = [parameters[name].numel() for name in self.names]
+        self.names = list(parameters)
+        sizes = [parameter.numel() for parameter in parameters.values()]
         first = parameters[self.names[0]]
         self.values = torch.empty(sum(sizes), dtype=first.dtype, device=first.device)
         self.matrices = torch.zeros_like(self.values)
@@ -52,11 +51,13 @@ class FlatParameters:
         for name, size in zip(self.names, sizes, strict=True):
             parameter, slot = parameters[name], slice(start, start + size)
             self.values[slot] = parameter.detach().reshape(-1)
-            self.matrices[slot] = float(name.endswith(".weight") and parameter.ndim > 1)
             parameter.data = self.values[slot].view(parameter.shape)
             self.slots[name] = slot
             start += size
+        for slot in self.matrix_slots():
+            self.matrices[slot] = 1.0
         self._parameters = parameters
+        self._stacks = {f"{name}.stack": of for name, of in module.named_modules() if isinstance(of, Stack)}
         self.freeze(None)
 
     @property
@@ -64,35 +65,65 @@ class FlatParameters:
         """P."""
         return len(self.values)
 
+    def matrix_slots(self) -> Iterator[slice]:
+        """The slice of every weight matrix; a stack of matrices has one for each expert."""
+        for name, slot in self.slots.items():
+            shape = self.shapes[name]
+            if len(shape) == 3 or (len(shape) == 2 and name.endswith(".weight")):
+                size = shape[-1] * shape[-2]
+                yield from (slice(start, start + size) for start in range(slot.start, slot.stop, size))
+
     def carried(self, vector: Tensor, old: FlatParameters) -> Tensor:
-        """Copy a vector [P] from the layout `old` to this layout; parameters that `old` lacks get 0."""
-        result = torch.zeros_like(self.values)
+        """Copy a vector [P] from the layout `old`, before growth; slices that growth has appended get 0."""
+        result = torch.zeros_like(self.values, dtype=vector.dtype)
         for name, slot in old.slots.items():
-            result[self.slots[name]] = vector[slot]
+            start = self.slots[name].start
+            result[start : start + slot.stop - slot.start] = vector[slot]
         return result
 
     def freeze(self, mask: Tensor | None) -> None:
-        """Freeze every parameter that `mask` [P] zeroes entirely and unfreeze all others; None unfreezes all.
+        """Freeze parameters and experts that `mask` [P] zeroes entirely; unfreeze all others. None unfreezes all.
 
         This replaces `grads` by a new tensor.
         """
-        self.trainable: list[slice] = []
-        trained = [name for name in self.names if mask is None or bool(mask[self.slots[name]].any())]
-        self.grads = self.values.new_zeros(sum(self.shapes[name].numel() for name in trained))
+        self.mask = mask
+        trained = {name: self._trained_part(name) for name in self.names}
+        self.grads = self.values.new_zeros(sum(part.stop - part.start for part in trained.values()))
         self._staging: Tensor | None = None
-        # Autograd skips frozen parameters, and the backward passes that only they need.
-        for parameter in self._parameters.values():
-            parameter.requires_grad_(False)
-            parameter.grad = None
+        self.trainable: list[slice] = []
         start = 0
-        for name in trained:
-            parameter, slot = self._parameters[name], self.slots[name]
-            parameter.requires_grad_(True)
-            parameter.grad = self.grads[start : start + parameter.numel()].view(parameter.shape)
-            start += parameter.numel()
-            if self.trainable and self.trainable[-1].stop == slot.start:  # fewer, longer slices for the optimiser
-                slot = slice(self.trainable.pop().start, slot.stop)
-            self.trainable.append(slot)
+        for name, part in trained.items():
+            # Autograd skips frozen parameters, and the backward passes that only they need.
+            parameter, slot, size = self._parameters[name], self.slots[name], part.stop - part.start
+            is_whole = part == slot
+            parameter.requires_grad_(is_whole)
+            parameter.grad = None
+            leaf = parameter
+            if name in self._stacks:
+                stack, row = self._stacks[name], parameter[0].numel()
+                stack.trained = None
+                if size and not is_whole:
+                    leaf = nn.Parameter(self.values[part].view(-1, *parameter.shape[1:]))
+                    stack.trained = (part.start - slot.start) // row, leaf
+            if not size:
+                continue
+            leaf.grad = self.grads[start : start + size].view(leaf.shape)
+            start += size
+            if self.trainable and self.trainable[-1].stop == part.start:  # fewer, longer slices for the optimiser
+                part = slice(self.trainable.pop().start, part.stop)
+            self.trainable.append(part)
+
+    def _trained_part(self, name: str) -> slice:
+        """The part of `values` in which a parameter is trained; for a stack, a range of experts."""
+        slot = self.slots[name]
+        if self.mask is None:
+            return slot
+        num_rows = len(self._parameters[name]) if name in self._stacks else 1
+        rows = self.mask[slot].view(num_rows, -1).any(1).nonzero()
+        if not len(rows):
+            return slice(slot.start, slot.start)
+        size = (slot.stop - slot.start) // num_rows
+        return slice(slot.start + int(rows[0]) * size, slot.start + (int(rows[-1]) + 1) * size)
 
     def reduce_grads(self, comm: Comm) -> None:
         """Sum `grads` over ranks, in place; a collective."""
@@ -107,12 +138,11 @@ class FlatParameters:
         comm.all_reduce_sum(self._staging.numpy())
         self.grads.copy_(self._staging)
 
-    def clip_grads(self, max_norm: float) -> float:
+    def clip_grads(self, max_norm: float) -> Tensor:
         """Scale `grads` down to Euclidean norm `max_norm` if its norm is greater; returns the original norm."""
         # After the all-reduce, so this is the norm of the global gradient, the same on every rank.
-        norm = float(torch.linalg.vector_norm(self.grads))
-        if norm > max_norm:
-            self.grads.mul_(max_norm / norm)
+        norm: Tensor = torch.linalg.vector_norm(self.grads)
+        self.grads.mul_((max_norm / norm).clamp(max=1.0))
         return norm
 
 
@@ -122,6 +152,10 @@ class AdamW:
     Bias correction (Kingma and Ba 2015, algorithm 1) counts the updates since a parameter was added, so parameters
     added by growth start as with a new optimiser. As in torch, updates with a zero gradient count too. Parameters
     that get their first gradient later, such as the task encoder and the tasks' vectors, start with larger steps.
+
+    Attributes:
+        cohorts: slices of parameters of equal age, in order.
+        ages: [cohorts] the number of updates since each was added.
     """
 
     def __init__(self, flat: FlatParameters, weight_decay: float = 0.0) -> None:
@@ -129,82 +163,117 @@ class AdamW:
         self.weight_decay = weight_decay
         self.first_moment = torch.zeros_like(flat.values)
         self.second_moment = torch.zeros_like(flat.values)
-        #: Groups of parameters by age, as [start, stop, age in updates]; contiguous, since growth appends.
-        self.cohorts: list[list[int]] = [[0, flat.size, 0]]
+        self._set_cohorts([[0, flat.size, 0]])
+
+    def _set_cohorts(self, cohorts: list[list[int]]) -> None:
+        self.cohorts = [slice(start, stop) for start, stop, _ in cohorts]
+        # On the device, so that a step is the same operations on the same memory every time.
+        self.ages = torch.tensor([age for *_, age in cohorts], device=self.flat.values.device, dtype=torch.float32)
+        self._prepared_for: Tensor | None = None
+
+    def _cohorts_with_ages(self) -> list[list[int]]:
+        ages = self.ages.tolist()
+        return [[cohort.start, cohort.stop, int(age)] for cohort, age in zip(self.cohorts, ages, strict=True)]
 
     def grow(self, flat: FlatParameters) -> None:
         """Switch to the vector after growth; keep the moments of older parameters."""
-        assert flat.names[: len(self.flat.names)] == self.flat.names
+        old_cohorts, cohorts = self._cohorts_with_ages(), []
+        for name, slot in flat.slots.items():
+            old = self.flat.slots[name]
+            shift = slot.start - old.start
+            for start, stop, age in old_cohorts:
+                if start < old.stop and stop > old.start:
+                    cohorts.append([max(start, old.start) + shift, min(stop, old.stop) + shift, age])
+            if old.stop + shift < slot.stop:
+                cohorts.append([old.stop + shift, slot.stop, 0])
         self.first_moment = flat.carried(self.first_moment, self.flat)
         self.second_moment = flat.carried(self.second_moment, self.flat)
-        if flat.size > self.flat.size:
-            self.cohorts.append([self.flat.size, flat.size, 0])
         self.flat = flat
+        self._set_cohorts(_merged(cohorts))
+
+    def prepare(self) -> None:
+        """Find the slices that an update changes; call it after `flat.freeze`."""
+        flat = self.flat
+        pieces, offset = [], 0
+        for trainable in flat.trainable:
+            for number, cohort in enumerate(self.cohorts):
+                start, stop = max(trainable.start, cohort.start), min(trainable.stop, cohort.stop)
+                if start < stop:
+                    shift = offset - trainable.start
+                    pieces.append((number, slice(start, stop), slice(start + shift, stop + shift)))
+            offset += trainable.stop - trainable.start
+        slots = [slot for _, slot, _ in pieces]
+        self._numbers = torch.tensor([number for number, *_ in pieces], device=flat.values.device)
+        self._values, self._matrices, self._first, self._second = (
+            [vector[slot] for slot in slots]
+            for vector in (flat.values, flat.matrices, self.first_moment, self.second_moment)
+        )
+        self._grads = [flat.grads[slot] for *_, slot in pieces]
+        masks = [None if flat.mask is None else flat.mask[slot] for slot in slots]
+        self._masks = [None if mask is None or bool((mask == 1.0).all()) else mask for mask in masks]
+        self._prepared_for = flat.grads
 
     @torch.no_grad()
-    def step(self, lr: float, mask: Tensor | None = None) -> None:
+    def step(self, lr: float | Tensor) -> None:
         """One update from `flat.grads`.
 
-        Args:
-            lr: learning rate.
-            mask: [P] factor on every element's update, weight decay included. Moments are updated as without a
-                mask, except those of frozen parameters. A factor on the gradient would be cancelled by Adam's
-                normalisation.
+        `flat.mask` is a factor on every element's update, weight decay included. Moments are updated as without
+        a mask, except those of frozen parameters. A factor on the gradient would be cancelled by Adam's
+        normalisation.
         """
-        slots, grad_slots, ages = self._advance()
-        values = [self.flat.values[slot] for slot in slots]
+        if self._prepared_for is not self.flat.grads:
+            self.prepare()
         # The masked update is the step from the old to the new values, scaled; so the old ones are needed.
-        old_values = [value.clone() for value in values] if mask is not None else []
+        old_values = [
+            None if mask is None else value.clone() for value, mask in zip(self._values, self._masks, strict=True)
+        ]
         if self.weight_decay:
-            for slot, value in zip(slots, values, strict=True):
-                value.addcmul_(value, self.flat.matrices[slot], value=-lr * self.weight_decay)
-        # Fused: one pass over the vectors instead of ten, since they do not fit in a core's private cache.
-        adamw(
-            values,
-            [self.flat.grads[slot] for slot in grad_slots],
-            [self.first_moment[slot] for slot in slots],
-            [self.second_moment[slot] for slot in slots],
-            max_exp_avg_sqs=[],
-            state_steps=[torch.full((), age - 1.0, device=self.flat.values.device) for age in ages],
-            fused=True,
-            amsgrad=False,
-            maximize=False,
+            for value, matrices in zip(self._values, self._matrices, strict=True):
+                value.sub_(value * matrices * (lr * self.weight_decay))
+        self.ages.add_(1.0)
+        # Fused: one pass over the vectors instead of ten, since they do not fit in a core's private cache. Called
+        # directly, since a step cannot be traced through torch.optim's function for it.
+        torch._fused_adamw_(
+            self._values,
+            self._grads,
+            self._first,
+            self._second,
+            [],
+            self.ages[self._numbers].unbind(),
             lr=lr,
             beta1=BETAS[0],
             beta2=BETAS[1],
-            eps=EPS,
             weight_decay=0.0,  # applied above, to matrices only
+            eps=EPS,
+            amsgrad=False,
+            maximize=False,
         )
-        if mask is not None:
-            for slot, old, new in zip(slots, old_values, values, strict=True):
-                torch.lerp(old, new, mask[slot], out=new)
-
-    def _advance(self) -> tuple[list[slice], list[slice], list[int]]:
-        """Count one more update; return slices of equal age, in `values` and in `grads`, and their ages."""
-        for cohort in self.cohorts:
-            cohort[2] += 1
-        slots, grad_slots, ages, offset = [], [], [], 0
-        for trainable in self.flat.trainable:
-            for first, last, age in self.cohorts:
-                start, stop = max(trainable.start, first), min(trainable.stop, last)
-                if start < stop:
-                    slots.append(slice(start, stop))
-                    grad_slots.append(slice(offset + start - trainable.start, offset + stop - trainable.start))
-                    ages.append(age)
-            offset += trainable.stop - trainable.start
-        return slots, grad_slots, ages
+        for old, value, mask in zip(old_values, self._values, self._masks, strict=True):
+            if old is not None and mask is not None:
+                torch.lerp(old, value, mask, out=value)
 
     def state(self) -> dict[str, Any]:
         """Everything that the next update depends on, apart from the parameters."""
         return {
             "first_moment": self.first_moment,
             "second_moment": self.second_moment,
-            "cohorts": [list(cohort) for cohort in self.cohorts],
+            "cohorts": self._cohorts_with_ages(),
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Continue from what `state()` returned; `flat` must hold the parameters of that time."""
         self.first_moment.copy_(state["first_moment"])
         self.second_moment.copy_(state["second_moment"])
-        self.cohorts = [list(cohort) for cohort in state["cohorts"]]
-        assert self.cohorts[-1][1] == self.flat.size
+        self._set_cohorts(state["cohorts"])
+        assert self.cohorts[-1].stop == self.flat.size
+
+
+def _merged(cohorts: list[list[int]]) -> list[list[int]]:
+    """Join adjacent cohorts of equal age."""
+    merged: list[list[int]] = []
+    for start, stop, age in cohorts:
+        if merged and merged[-1][1:] == [start, age]:
+            merged[-1][1] = stop
+        else:
+            merged.append([start, stop, age])
+    return merged

@@ -61,7 +61,7 @@ def probe(student: Student, batch: Batch, loss: TokenLoss, seen: list[int], comm
     best: Probe | None = None
     for task in seen if student.is_conditioned else [0]:
         with torch.no_grad():
-            out = student(batch.obs_RLO, task_B=torch.full_like(batch.task_R, task), valid_BL=batch.valid_RL)
+            out = student(batch.obs_RLO, task_B=task, valid_BL=batch.valid_RL)
             total = float((batch.valid_RL * loss(out, batch)).sum())
         counts_LE = torch.stack([stats.counts_E for stats in out.stats]).double().cpu().numpy()
         sums = np.append(counts_LE, total)
@@ -87,20 +87,18 @@ def grow(
     Returns:
         What was done; the same on every rank.
     """
-    nearest_group = int(student.group_K[best.task])
+    nearest_group = student.group_of(best.task)
     if student.task is not None:
         student.task[task] = student.task[best.task]
-        student.group_K[task] = nearest_group
-        if num_new:
-            student.group_K[task] = int(student.moes[0].group_E.max()) + 1
-    group = int(student.group_K[task])
+        student.assign_group(task, len(student.moes[0].groups) if num_new else nearest_group)
+    group = student.group_of(task)
     sources = []
     for layer, (moe, counts_E) in enumerate(zip(student.moes, best.counts_LE, strict=True)):
         serving_E = moe.group_E.numpy(force=True) == nearest_group  # all, in a student without tasks
         ranking = [int(expert) for expert in np.argsort(-counts_E, kind="stable") if serving_E[expert]]
         sources.append([ranking[j % len(ranking)] for j in range(num_new)])
         for j, source in enumerate(sources[-1]):
-            row = moe.router[source].detach()
+            row = moe.router.stack[source].detach()
             noise = generator(seed, "growth", stage, layer, j).standard_normal(len(row))
             rms = float(row.square().mean().sqrt())
             moe.grow(

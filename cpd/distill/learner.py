@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
@@ -21,6 +21,9 @@ from cpd.distill.stage_data import StageData
 from cpd.seeding import derive
 from cpd.student.network import Student, StudentOutput
 from cpd.student.task_embedding import info_nce
+
+#: Raw observations `[N, O]` and their tasks `[N]`.
+ContrastBatch = tuple[Tensor, Tensor]
 
 
 class LossTerms(NamedTuple):
@@ -80,20 +83,21 @@ class StudentLearner:
     def initialise(self) -> None:
         """Draw the initial weights and create a new optimiser."""
         # The same generator in every stage: with the protocol `single_task` all students start alike.
-        student = self._build(self.config.student.num_experts)
+        student = self.build(self.config.student.num_experts)
         student.initialise(torch.Generator().manual_seed(derive(self.seed, "student")))
         self._set_student(student)
 
-    def _build(self, num_experts: int) -> Student:
+    def build(self, num_experts: int) -> Student:
+        """A student of this configuration with `num_experts` experts per layer, on the CPU."""
         config = self.config
         dtype = getattr(torch, config.distill.precision)
         num_tasks = len(config.stream.distinct_tasks)
         return Student(config.student, num_tasks, num_experts=num_experts, dtype=dtype)
 
-    def _set_student(self, student: Student, names: Sequence[str] = ()) -> None:
-        """Use `student`, with a new optimiser; the parameters in `names` come first in `flat`."""
+    def _set_student(self, student: Student) -> None:
+        """Use `student`, with a new optimiser."""
         self.student = student.to(self.device)
-        self.flat = FlatParameters(self.student, names)
+        self.flat = FlatParameters(self.student)
         self.optimizer = AdamW(self.flat, self.config.distill.weight_decay)
 
     @property
@@ -126,28 +130,32 @@ class StudentLearner:
             self._contrast.refresh_prototypes(self.student)
 
     def add_parameters(self) -> FlatParameters:
-        """Append the parameters that growth has added to `flat` and the optimiser; returns the previous `flat`."""
-        old, self.flat = self.flat, FlatParameters(self.student, self.flat.names)
+        """Add the parameters that growth has added to `flat` and the optimiser; returns the previous `flat`."""
+        old, self.flat = self.flat, FlatParameters(self.student)
         self.optimizer.grow(self.flat)
         return old
 
-    def gradient(self, batch: Batch, *, contrast: bool = True) -> LossTerms:
+    def contrast_batch(self) -> ContrastBatch | None:
+        """The observations of this step's contrastive loss, and their tasks; None if there is none."""
+        return None if self._contrast is None else self._contrast.batch(self.progress.step)
+
+    def gradient(self, batch: Batch, contrast: ContrastBatch | None = None) -> LossTerms:
         """Set `flat.grads` to the gradient of the loss of the global batch, the same on every rank; a collective.
 
         Args:
             batch: this rank's rows.
-            contrast: whether to add the contrastive loss, which uses another batch. A-GEM's reference gradient
-                leaves it out.
+            contrast: the batch of the contrastive loss, which is added.
         """
         config = self.config.distill
-        out = self.student(batch.obs_RLO, task_B=batch.task_R, valid_BL=batch.valid_RL)
+        task_B = batch.task_R if batch.task is None else batch.task
+        out = self.student(batch.obs_RLO, task_B=task_B, valid_BL=batch.valid_RL)
         distance_RL = batch.valid_RL * self.token_loss(out, batch)
         # Sums over this rank's tokens, divided by the global count: their sum over ranks is the global mean,
         # also if ranks have different numbers of tokens.
         imitation = distance_RL.sum() / batch.num_tokens
         balance = self._balance(out, batch)
         router_z = router_z_loss(torch.stack([stats.z_square_sum for stats in out.stats]), batch.num_tokens)
-        contrastive = self._contrastive_loss() if contrast else self.flat.values.new_zeros(())
+        contrastive = self._contrastive_loss(contrast)
         total = imitation + config.load_balance_coef * balance + config.router_z_coef * router_z
         total = total + config.contrast_coef * contrastive
         self.flat.grads.zero_()
@@ -158,22 +166,24 @@ class StudentLearner:
             distance_RL.detach(), balance.detach(), router_z.detach(), contrastive.detach(), counts_LE
         )
 
-    def _contrastive_loss(self) -> Tensor:
+    def _contrastive_loss(self, contrast: ContrastBatch | None) -> Tensor:
         """This rank's summand of the contrastive loss, which every rank computes completely."""
-        contrast = None if self._contrast is None else self._contrast.batch(self.progress.step)
         if contrast is None:
             return self.flat.values.new_zeros(())
         obs_NO, task_N = contrast
-        return info_nce(self.student.embedding(obs_NO), task_N) / self.comm.size
+        return info_nce(self.student.embedding(obs_NO), task_N, self.student.num_tasks) / self.comm.size
 
     def _balance(self, out: StudentOutput, batch: Batch) -> Tensor:
         """This rank's summand of the load-balancing loss, which is 1 if tokens have no choice among experts."""
         # Skipped then, since the global shares of experts take a collective in the middle of every step.
         if not self.student.chooses_experts:
-            return self.flat.values.new_tensor(1.0 / self.comm.size)
-        counts_LE = torch.stack([stats.counts_E for stats in out.stats]).cpu()
-        self.comm.all_reduce_sum(counts_LE.numpy())
-        shares_LE = counts_LE.to(self.device, self.student.dtype) / (batch.num_tokens * self.config.student.top_k)
+            return self.flat.values.new_full((), 1.0 / self.comm.size)
+        counts_LE = torch.stack([stats.counts_E for stats in out.stats])
+        if self.comm.size > 1:
+            totals_LE = counts_LE.cpu()
+            self.comm.all_reduce_sum(totals_LE.numpy())
+            counts_LE = totals_LE.to(self.device)
+        shares_LE = counts_LE / (batch.num_tokens * self.config.student.top_k)
         return load_balance_loss(
             torch.stack([stats.prob_sums_E for stats in out.stats]),
             shares_LE,
@@ -188,7 +198,7 @@ class StudentLearner:
 
     def state(self) -> dict[str, Any]:
         """All that the next step depends on, for a checkpoint; random streams are functions of seed and step."""
-        # The names give the order of `values`, which depends on when experts were added.
+        # The names give the order of `values`.
         return {
             "progress": asdict(self.progress),
             "num_experts": self.student.num_experts,
@@ -203,10 +213,10 @@ class StudentLearner:
         progress = dict(state["progress"])
         progress["growth"] = [GrowthDecision(**decision) for decision in progress["growth"]]
         self.progress = Progress(**progress)
-        student = self._build(state["num_experts"])
+        student = self.build(state["num_experts"])
         # Not strict, since the parameters come from `values` below.
         student.load(state["buffers"], strict=False)
-        self._set_student(student, state["names"])
+        self._set_student(student)
         self.flat.values.copy_(state["values"])
         self.optimizer.restore(state["optimizer"])
         # Batches that are open belong to another stage or memory: `open_stage` creates new ones.

@@ -35,12 +35,13 @@ class Rehearsal:
 
     def relabel(self, batch: Batch) -> Batch:
         """Label replayed rows with the copy's Gaussian, with a clipped mean and a floored standard deviation."""
-        rows = batch.replayed_R.bool()
-        if not rows.any():
+        count = batch.num_replayed
+        if not count:
             return batch
         with torch.no_grad():
-            out = self._student(batch.obs_RLO[rows], task_B=batch.task_R[rows])
-        mean_RLA, log_std_RLA = batch.teacher_mean_RLA.clone(), batch.teacher_log_std_RLA.clone()
-        mean_RLA[rows] = out.mean_BLA.clamp(-1.0, 1.0)
-        log_std_RLA[rows] = floored_log_std(out.log_std_BLA, self._std_floor)
+            out = self._student(batch.obs_RLO[:count], task_B=batch.task_R[:count])
+        mean_RLA = torch.cat([out.mean_BLA.clamp(-1.0, 1.0), batch.teacher_mean_RLA[count:]])
+        log_std_RLA = torch.cat(
+            [floored_log_std(out.log_std_BLA, self._std_floor), batch.teacher_log_std_RLA[count:]]
+        )
         return batch._replace(teacher_mean_RLA=mean_RLA, teacher_log_std_RLA=log_std_RLA)

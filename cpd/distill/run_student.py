@@ -273,6 +273,7 @@ class Distillation:
 
     def _save_checkpoint(self) -> None:
         """Save on rank 0, after checking that all ranks hold the same student."""
+        self.trainer.check_finite()
         # Otherwise a resumed run would continue on all ranks from the student of one of them.
         digest = hashlib.sha256(self.trainer.learner.flat.values.cpu().numpy().tobytes()).hexdigest()
         if len(set(self.comm.gather(digest))) > 1:
@@ -329,6 +330,7 @@ class Distillation:
         if any((row.stage, row.step) == (stage, step) for row in self.curves):
             return
         task = self.config.stream.tasks[stage]
+        self.trainer.check_finite()
         self.trainer.learner.refresh_prototypes()
         outcomes = evaluate_cells(
             make_actor(self.trainer.learner.student, self.config.stream.distinct_tasks),

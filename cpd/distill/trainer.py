@@ -15,16 +15,21 @@ from cpd.comm import Comm, DivergedError
 from cpd.config import Config, DistillConfig
 from cpd.distill.batches import Batch
 from cpd.distill.contrast import prototypes_from_memory
+from cpd.distill.flat import FlatParameters
+from cpd.distill.former_checkpoint import upgrade_checkpoint
 from cpd.distill.growth import GrowthDecision, grow, opening_offset, probe
-from cpd.distill.learner import LossTerms, StudentLearner
+from cpd.distill.learner import ContrastBatch, LossTerms, StudentLearner
 from cpd.distill.memory.memory import ReplayMemory
 from cpd.distill.memory.selection import make_selection
 from cpd.distill.protection import make_protection
 from cpd.distill.rehearsal import Rehearsal
 from cpd.distill.stage_data import StageData
+from cpd.student.former_names import stack_name
 
 #: Learning rate at a stage's end, as a share of `distill.lr`.
 FINAL_LR_SHARE: Final = 0.1
+#: Steps after which the gradients are checked: seldom, since a GPU must have finished them all.
+CHECK_EVERY: Final = 10
 
 
 @dataclass(frozen=True)
@@ -78,6 +83,8 @@ class StudentTrainer:
         self.memory = ReplayMemory(make_selection(config.memory, seed), config.memory_steps)
         self.protection = make_protection(config)
         self._rehearsal: Rehearsal | None = None
+        self._num_finite = torch.zeros((), dtype=torch.int64, device=device)
+        self._num_unchecked = 0
 
     def begin_stage(self, data: StageData) -> list[GrowthDecision]:
         """Create the batches of the stage and prepare the student for its tasks; returns the decisions on growth.
@@ -148,6 +155,7 @@ class StudentTrainer:
     def end_stage(self, data: StageData) -> None:
         """Update protection and memory from the stage's data, and move on to the next stage."""
         learner = self.learner
+        self.check_finite()
         # Importance is estimated from the gradients of all parameters, frozen ones included.
         learner.flat.freeze(None)
         self.protection.end_stage(learner, data)
@@ -164,7 +172,7 @@ class StudentTrainer:
         """One update on the global batch of the current step; returns its numbers if `report`.
 
         Raises:
-            DivergedError: on every rank, if the gradient is not finite.
+            DivergedError: on every rank, at most `CHECK_EVERY` steps after a gradient that is not finite.
         """
         config, learner, progress = self.config.distill, self.learner, self.learner.progress
         if progress.num_opening:
@@ -172,24 +180,47 @@ class StudentTrainer:
             opening_steps = min(self.config.student.opening_steps, config.steps_per_stage)
             learner.student.set_logit_offset(progress.num_opening, opening_offset(progress.step, opening_steps))
         self.protection.begin_step(learner)
+        lr = learning_rate(config, progress.step)
         batch = learner.source.batch(progress.step)
+        terms, grad_norm = self._update(batch, learner.contrast_batch(), learner.flat.values.new_full((), lr))
+        progress.step += 1
+        self._num_unchecked += 1
+        if report or self._num_unchecked == CHECK_EVERY:
+            self.check_finite()
+        return self._report(batch, terms, float(grad_norm), lr) if report else None
+
+    def _update(self, batch: Batch, contrast: ContrastBatch | None, lr: Tensor) -> tuple[LossTerms, Tensor]:
+        """The update from a batch; returns the terms of the loss and the norm of the gradient.
+
+        On one rank, the same operations on tensors of the same shapes in every step of a stage: a GPU can be given
+        them without waiting for their results. With several ranks it waits for the reduction of the gradient.
+        """
         if self._rehearsal is not None:
             batch = self._rehearsal.relabel(batch)
-        terms = learner.gradient(batch)
-        self.protection.adjust_gradient(learner)
-        # Checked before the update: the checkpoint on disk stays one from which a run can continue.
-        grad_norm = learner.flat.clip_grads(config.max_grad_norm)
-        if not math.isfinite(grad_norm):
+        terms = self.learner.gradient(batch, contrast)
+        self.protection.adjust_gradient(self.learner)
+        grad_norm = self.learner.flat.clip_grads(self.config.distill.max_grad_norm)
+        self.learner.optimizer.step(lr)
+        self._num_finite += grad_norm.isfinite()
+        return terms, grad_norm
+
+    def check_finite(self) -> None:
+        """Check the gradients of the steps since the last check; it comes before a checkpoint.
+
+        Raises:
+            DivergedError: on every rank, if one was not finite.
+        """
+        num_finite, num_unchecked = int(self._num_finite), self._num_unchecked
+        self._num_finite.zero_()
+        self._num_unchecked = 0
+        # A gradient that is not finite leaves parameters of which all later gradients are not finite either.
+        if num_finite < num_unchecked:
+            progress = self.learner.progress
+            task, step = self.config.stream.tasks[progress.stage], progress.step - num_unchecked + num_finite
             raise DivergedError(
-                f"the gradient is not finite at stage {progress.stage}, step {progress.step} "
-                f"({self.config.stream.tasks[progress.stage]}): lower distill.lr, or check the teacher's rollouts "
-                "for values that are far out of range"
+                f"the gradient is not finite at stage {progress.stage}, step {step} ({task}): lower distill.lr, "
+                "or check the teacher's rollouts for values that are far out of range"
             )
-        lr = learning_rate(config, progress.step)
-        # The mask scales the update, not the gradient, of which Adam would cancel a constant factor.
-        learner.optimizer.step(lr, self.protection.update_mask(learner))
-        progress.step += 1
-        return self._report(batch, terms, grad_norm, lr) if report else None
 
     def _report(self, batch: Batch, terms: LossTerms, grad_norm: float, lr: float) -> StepReport:
         """Sum the numbers of all ranks, in one collective."""
@@ -238,6 +269,8 @@ class StudentTrainer:
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Continue from what `state()` returned, on any number of ranks."""
+        if any(stack_name(name) for name in state["names"]):
+            state = upgrade_checkpoint(state, FlatParameters(self.learner.build(state["num_experts"])))
         self.learner.restore(state)
         self.memory.restore(state["memory"])
         self.protection.restore(state["protection"], self.learner)

@@ -27,9 +27,10 @@ STEPS: Final = (
     "for each block: x += attention(attention_norm(x)), then x += moe(moe_norm(x)); layer norms with norm_eps",
     "attention: the thirds of qkv(x) are q, k, v, each of student.num_heads heads of equal consecutive parts; "
     "softmax(q k / sqrt(head size)) v over the present and earlier steps, then out",
-    "moe: if only one expert has logit_offset > -inf, the output of expert 0; otherwise, of such experts e whose "
-    "group_E is group_K[task] (all, without a task), the student.top_k greatest router.e . x + logit_offset[e]; "
-    "their softmax weights the outputs down(gelu(up(x)))",
+    "moe: the slices e of the stacks router, up and down are experts; if only one has logit_offset > -inf, the "
+    "output of expert 0; otherwise, of such experts e whose group_E is group_K[task] (all, without a task), the "
+    "student.top_k greatest router[e] . x + logit_offset[e]; their softmax weights the outputs "
+    "gelu(x up[e]^T) down[e]",
     "gelu(x) = x (1 + erf(x / sqrt 2)) / 2; linear maps are weight x + bias, where there is a bias",
     "action = the first action_size numbers of head(norm(x[last])), clipped to [-action_clip, action_clip]",
 )

@@ -1,114 +1,133 @@
-"""The experts' computation, with a hand-written backward pass.
+"""The computation of experts that tokens choose, with a hand-written backward pass.
 
-With autograd, many small operations would take longer than the matrix products. Here each expert takes two
-products forward and four backward, and everything else is computed for all experts at once.
+Tokens are sorted by expert, so that all experts take one grouped product. Shapes do not depend on the choice.
 
-Dimensions: N tokens, k experts per token, M = N k assignments sorted by expert, D width, F hidden width.
+Dimensions: N tokens, k experts per token, M = N k assignments sorted by expert, E experts, D width, F hidden
+width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from cpd.student.stack import Stack
+
+
+def _is_served(*tensors: Tensor) -> bool:
+    """Whether `grouped_mm` accepts these matrices: it knows no float64, and reads 16 bytes at a time."""
+    return all(
+        tensor.dtype != torch.float64
+        and tensor.data_ptr() % 16 == 0
+        and all(size % 8 == 0 for size in tensor.shape[1:])
+        for tensor in tensors
+    )
+
+
+# Operators of their own: within a recorded step their shapes are known without reading `ends_E`.
+@torch.library.custom_op("cpd::grouped_product", mutates_args=())
+def grouped_product(a_MI: Tensor, b_EIO: Tensor, ends_E: Tensor) -> Tensor:
+    """Multiply rows by the matrix of their expert, to [M, O]; those of expert e end before row `ends_E[e]`."""
+    if _is_served(a_MI, b_EIO):
+        return F.grouped_mm(a_MI, b_EIO, offs=ends_E)
+    out_MO, start = a_MI.new_empty(len(a_MI), b_EIO.shape[2]), 0
+    for expert, end in enumerate(ends_E.tolist()):
+        torch.mm(a_MI[start:end], b_EIO[expert], out=out_MO[start:end])
+        start = end
+    return out_MO
+
+
+@grouped_product.register_fake
+def _(a_MI: Tensor, b_EIO: Tensor, ends_E: Tensor) -> Tensor:
+    return a_MI.new_empty(a_MI.shape[0], b_EIO.shape[2])
+
+
+@torch.library.custom_op("cpd::grouped_outer", mutates_args=())
+def grouped_outer(a_MI: Tensor, b_MO: Tensor, ends_E: Tensor, first: int, count: int) -> Tensor:
+    """`a^T b` over the rows of each of `count` experts from `first` on, [count, I, O]."""
+    if _is_served(a_MI, b_MO):
+        return F.grouped_mm(a_MI.t(), b_MO, offs=ends_E[: first + count])[first:].contiguous()
+    out, ends = a_MI.new_empty(count, a_MI.shape[1], b_MO.shape[1]), [0, *ends_E.tolist()]
+    for row, expert in enumerate(range(first, first + count)):
+        rows = slice(ends[expert], ends[expert + 1])
+        torch.mm(a_MI[rows].t(), b_MO[rows], out=out[row])
+    return out
+
+
+@grouped_outer.register_fake
+def _(a_MI: Tensor, b_MO: Tensor, ends_E: Tensor, first: int, count: int) -> Tensor:
+    return a_MI.new_empty(count, a_MI.shape[1], b_MO.shape[1])
 
 
 class _ExpertMix(torch.autograd.Function):
-    """`mix_experts` for assignments that are sorted by expert."""
+    """`mix_experts`; only `up_leaf` and `down_leaf`, the trained experts from `first` on, get gradients."""
 
     @staticmethod
     def forward(
-        ctx: Any, x_ND: Tensor, gates_Nk: Tensor, order_M: Tensor, sizes: list[int], *weights: Tensor
+        ctx: Any,
+        x_ND: Tensor,
+        gates_Nk: Tensor,
+        chosen_Nk: Tensor,
+        up_EFD: Tensor,
+        down_EFD: Tensor,
+        up_leaf: Tensor,
+        down_leaf: Tensor,
+        first: int,
     ) -> Tensor:
-        """Return the output [N, D].
-
-        Args:
-            ctx: keeps what `backward` needs.
-            x_ND: tokens.
-            gates_Nk: weight of each chosen expert.
-            order_M: the assignments, numbered by token and then by choice, sorted by expert.
-            sizes: number of assignments of each expert.
-            weights: the first and the second matrix of every expert in turn, [F, D] and [D, F].
-        """
-        top_k = gates_Nk.shape[1]
-        token_M = order_M // top_k
+        """Return the output [N, D]."""
+        # A stable sort keeps the order of tokens within an expert, so that rounding is reproducible.
+        expert_M, order_M = chosen_Nk.reshape(-1).sort(stable=True)
+        experts_E = torch.arange(len(up_EFD), device=expert_M.device)
+        ends_E = torch.searchsorted(expert_M, experts_E, right=True).int()
         # The inverse permutation: gathering by it undoes the sort without a scatter.
-        place_M = torch.empty_like(order_M)
-        place_M[order_M] = torch.arange(len(order_M), device=order_M.device)
-        x_MD = x_ND.index_select(0, token_M)
-        hidden_MF = x_MD.new_empty(len(x_MD), weights[0].shape[0])
-        # Skip experts without tokens: most of them, if tokens choose within the group of their task.
-        for start, stop, up_FD, _ in _parts(sizes, weights):
-            if start < stop:
-                torch.mm(x_MD[start:stop], up_FD.t(), out=hidden_MF[start:stop])
+        place_M = order_M.argsort()
+        x_MD = x_ND.index_select(0, order_M // gates_Nk.shape[1])
+        hidden_MF = grouped_product(x_MD, up_EFD.transpose(1, 2), ends_E)
         active_MF = F.gelu(hidden_MF)
-        y_MD = torch.empty_like(x_MD)
-        for start, stop, _, down_DF in _parts(sizes, weights):
-            if start < stop:
-                torch.mm(active_MF[start:stop], down_DF.t(), out=y_MD[start:stop])
+        y_MD = grouped_product(active_MF, down_EFD, ends_E)
         y_NkD = y_MD.index_select(0, place_M).view(*gates_Nk.shape, -1)
-        ctx.sizes = sizes
-        ctx.save_for_backward(gates_Nk, order_M, place_M, x_MD, hidden_MF, active_MF, y_NkD, *weights)
-        return (y_NkD * gates_Nk.unsqueeze(-1)).sum(1)
+        ctx.first, ctx.count = first, len(up_leaf)
+        ctx.save_for_backward(
+            gates_Nk, order_M, place_M, ends_E, x_MD, hidden_MF, active_MF, y_NkD, up_EFD, down_EFD
+        )
+        out_ND: Tensor = (y_NkD * gates_Nk.unsqueeze(-1)).sum(1)
+        return out_ND
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor | None, ...]:
-        """Return the gradients of tokens, gates and matrices; None for `order_M`, `sizes` and unused matrices."""
-        gates_Nk, order_M, place_M, x_MD, hidden_MF, active_MF, y_NkD, *weights = ctx.saved_tensors
-        top_k = gates_Nk.shape[1]
+        """Return the gradients of tokens, gates and trained matrices."""
+        gates_Nk, order_M, place_M, ends_E, x_MD, hidden_MF, active_MF, y_NkD, up_EFD, down_EFD = ctx.saved_tensors
         grad_gates_Nk = (y_NkD * grad_ND.unsqueeze(1)).sum(-1)
         gates_M = gates_Nk.reshape(-1).index_select(0, order_M)
-        grad_y_MD = grad_ND.index_select(0, order_M // top_k) * gates_M.unsqueeze(1)
-        grad_active_MF = torch.empty_like(active_MF)
-        grad_weights: list[Tensor | None] = [None] * len(weights)
-        needs = ctx.needs_input_grad[4:]
-        for expert, (start, stop, _, down_DF) in enumerate(_parts(ctx.sizes, weights)):
-            if start < stop:
-                torch.mm(grad_y_MD[start:stop], down_DF, out=grad_active_MF[start:stop])
-                if needs[2 * expert + 1]:
-                    grad_weights[2 * expert + 1] = grad_y_MD[start:stop].t() @ active_MF[start:stop]
+        grad_y_MD = grad_ND.index_select(0, order_M // gates_Nk.shape[1]) * gates_M.unsqueeze(1)
+        grad_active_MF = grouped_product(grad_y_MD, down_EFD.transpose(1, 2), ends_E)
         grad_hidden_MF = torch.ops.aten.gelu_backward(grad_active_MF, hidden_MF)
-        grad_x_MD = torch.empty_like(x_MD)
-        for expert, (start, stop, up_FD, _) in enumerate(_parts(ctx.sizes, weights)):
-            if start < stop:
-                torch.mm(grad_hidden_MF[start:stop], up_FD, out=grad_x_MD[start:stop])
-                if needs[2 * expert]:
-                    grad_weights[2 * expert] = grad_hidden_MF[start:stop].t() @ x_MD[start:stop]
+        grad_x_MD = grouped_product(grad_hidden_MF, up_EFD, ends_E)
         grad_x_ND = grad_x_MD.index_select(0, place_M).view(y_NkD.shape).sum(1)
-        return grad_x_ND, grad_gates_Nk, None, None, *grad_weights
+        grad_up = grad_down = None
+        if ctx.needs_input_grad[5]:
+            grad_up = grouped_outer(grad_hidden_MF, x_MD, ends_E, ctx.first, ctx.count)
+            grad_down = grouped_outer(active_MF, grad_y_MD, ends_E, ctx.first, ctx.count)
+        return grad_x_ND, grad_gates_Nk, None, None, None, grad_up, grad_down, None
 
 
-def _parts(sizes: Sequence[int], weights: Sequence[Tensor]) -> list[tuple[int, int, Tensor, Tensor]]:
-    """For each expert, the start and stop of its rows among the assignments, and its two matrices."""
-    parts, start = [], 0
-    for expert, size in enumerate(sizes):
-        parts.append((start, start + size, weights[2 * expert], weights[2 * expert + 1]))
-        start += size
-    return parts
-
-
-def mix_experts(
-    x_ND: Tensor, gates_Nk: Tensor, chosen_Nk: Tensor, ups_FD: Sequence[Tensor], downs_DF: Sequence[Tensor]
-) -> Tensor:
-    """The sum of the chosen experts' outputs, `down gelu(up x)`, weighted by their gates.
+def mix_experts(x_ND: Tensor, gates_Nk: Tensor, chosen_Nk: Tensor, up: Stack, down: Stack) -> Tensor:
+    """The sum of the chosen experts' outputs, `gelu(x up^T) down`, weighted by their gates.
 
     Args:
         x_ND: tokens.
         gates_Nk: weight of each chosen expert.
         chosen_Nk: indices of the chosen experts.
-        ups_FD: first matrix of every expert.
-        downs_DF: second matrix of every expert.
+        up: first matrices, [E, F, D].
+        down: second matrices, [E, F, D].
 
     Returns:
-        `[N, D]`, differentiable once with respect to tokens, gates and matrices.
+        `[N, D]`, differentiable once with respect to tokens, gates and trained matrices.
     """
-    # A stable sort keeps the order of tokens within an expert, so that rounding is reproducible.
-    order_M = chosen_Nk.reshape(-1).argsort(stable=True)
-    sizes = torch.bincount(chosen_Nk.reshape(-1), minlength=len(ups_FD)).tolist()
-    weights = [matrix for pair in zip(ups_FD, downs_DF, strict=True) for matrix in pair]
-    return cast(Tensor, _ExpertMix.apply(x_ND, gates_Nk, order_M, sizes, *weights))  # type: ignore[no-untyped-call]
+    first, up_leaf = up.leaf()
+    _, down_leaf = down.leaf()
+    matrices = up.stack.detach(), down.stack.detach(), up_leaf, down_leaf
+    return cast(Tensor, _ExpertMix.apply(x_ND, gates_Nk, chosen_Nk, *matrices, first))  # type: ignore[no-untyped-call]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final, NamedTuple, cast
@@ -26,6 +25,7 @@ from cpd.reading import DamagedFileError, read_bytes, read_json
 from cpd.run.descriptions import StudentPolicy, check_identity
 from cpd.run.files import atomic_write, write_json
 from cpd.student.acting import STEPS
+from cpd.student.former_names import stack_experts
 from cpd.student.moe import MoE, RouterStats
 from cpd.student.observations import observation_scaling
 from cpd.student.packing import Packing
@@ -106,6 +106,7 @@ class Student(nn.Module):
         self.register_buffer("prototypes_KZ", torch.zeros(num_tasks, EMBEDDING_SIZE, dtype=dtype))
         self.register_buffer("known_K", torch.zeros(num_tasks, dtype=torch.bool))
         self.register_buffer("group_K", torch.zeros(num_tasks, dtype=torch.int64))
+        self._groups: list[int] = self.group_K.tolist()
         self.blocks = nn.ModuleList(
             Block(config.width, config.num_heads, config.expert_width, experts, config.top_k, dtype)
             for _ in range(config.num_layers)
@@ -125,8 +126,12 @@ class Student(nn.Module):
                 parameter.zero_()
             elif "norm" in name:
                 parameter.fill_(1.0)
+            elif name.endswith("moe.up.stack"):  # with the other stacks of the layer
+                cast(MoE, self.get_submodule(name.removesuffix(".up.stack"))).initialise(residual_scale, generator)
+            elif name.endswith(".stack"):
+                continue
             elif name.endswith(".weight"):
-                gain = residual_scale if name.endswith(("out.weight", "down.weight")) else 1.0
+                gain = residual_scale if name.endswith("out.weight") else 1.0
                 parameter.normal_(0.0, gain / math.sqrt(parameter.shape[1]), generator=generator)
             else:
                 parameter.normal_(0.0, 0.02, generator=generator)
@@ -164,13 +169,23 @@ class Student(nn.Module):
     @property
     def chooses_experts(self) -> bool:
         """Whether tokens can choose among more than `top_k` experts; otherwise there is nothing to balance."""
-        sizes = Counter(self.moes[0].group_E.tolist()).values() if self.task is not None else [self.num_experts]
-        return max(sizes) > self.config.top_k
+        sizes = [group.stop - group.start for group in self.moes[0].groups]
+        return max(sizes if self.is_conditioned else [self.num_experts]) > self.config.top_k
+
+    def group_of(self, task: int) -> int:
+        """The group of experts of `task`, without waiting for the device."""
+        return self._groups[task]
+
+    def assign_group(self, task: int, group: int) -> None:
+        """Let `task` use the experts of `group`."""
+        self.group_K[task] = group
+        self._groups = self.group_K.tolist()
 
     def set_logit_offset(self, num_new: int, offset: float) -> None:
         """Set the router's offset of the last `num_new` experts of every layer."""
         for moe in self.moes:
             moe.logit_offset[moe.num_experts - num_new :] = offset
+            moe.num_open = moe.num_experts if offset > -math.inf else moe.num_experts - num_new
 
     def embedding(self, obs_BO: Tensor) -> Tensor:
         """The task embedding of raw observations, unit vectors `[B, Z]`."""
@@ -202,37 +217,42 @@ class Student(nn.Module):
 
     def load(self, tensors: Mapping[str, Tensor], *, strict: bool = True) -> None:
         """Load parameters and buffers; students from before densities and plans lack both."""
+        tensors = stack_experts(tensors)
         if "plans.tasks_P2" in tensors:
             self.plans.resize(len(tensors["plans.tasks_P2"]))
         missing, unexpected = self.load_state_dict(tensors, strict=False)
         missing = [name for name in missing if not name.startswith(("density.", "plans."))]
         if strict and (missing or unexpected):
             raise RuntimeError(f"tensors missing: {missing}; unexpected: {unexpected}")
+        self._groups = self.group_K.tolist()
 
     def forward(
-        self, obs_BLO: Tensor, *, task_B: Tensor | None = None, valid_BL: Tensor | None = None
+        self, obs_BLO: Tensor, *, task_B: Tensor | int | None = None, valid_BL: Tensor | None = None
     ) -> StudentOutput:
         """The Gaussian at every step.
 
         Args:
             obs_BLO: windows of raw observations, left-aligned, at most `context` steps.
-            task_B: tasks, given or inferred, by position among the stream's distinct ones; required unless
-                `task_identity` is `none`.
+            task_B: tasks, given or inferred, by position among the stream's distinct ones, or one for all rows,
+                which is faster; required unless `task_identity` is `none`.
             valid_BL: 1 for steps, 0 for padding at a window's end; with it, router statistics are computed.
         """
         config = self.config
         length = obs_BLO.shape[1]
         x_BLD = self.embed((obs_BLO - self.obs_centre) / self.obs_scale) + self.position[:length]
-        group_N = None
+        group: int | Tensor | None = None
         if self.task is not None:
             if task_B is None:
                 raise ValueError(f"task_identity is {config.task_identity!r}, but no task was given")
-            x_BLD = x_BLD + self.task[task_B].unsqueeze(1)
-            group_N = self.group_K[task_B].repeat_interleave(length)
+            if isinstance(task_B, int):
+                x_BLD, group = x_BLD + self.task[task_B], self.group_of(task_B)
+            else:
+                x_BLD = x_BLD + F.embedding(task_B, self.task).unsqueeze(1)
+                group = self.group_K[task_B].repeat_interleave(length)
         valid_N = None if valid_BL is None else valid_BL.reshape(-1)
         stats: list[RouterStats] = []
         for block in self.blocks:
-            x_BLD, layer_stats = block(x_BLD, valid_N, group_N)
+            x_BLD, layer_stats = block(x_BLD, valid_N, group)
             if layer_stats is not None:
                 stats.append(layer_stats)
         mean_BLA, spread_BLA = self.head(self.norm(x_BLD)).split(ACTION_SIZE, -1)
@@ -312,7 +332,7 @@ def load_student(path: Path, **expected: Any) -> Student:
     dtype = getattr(torch, description["dtype"])
     try:
         student = Student(config, description["num_tasks"], num_experts=description["num_experts"], dtype=dtype)
-        tensors = safetensors.torch.load(data)
+        tensors = stack_experts(safetensors.torch.load(data))
         student.packing = Packing.pop_from(tensors)
         student.load(tensors)
     except (RuntimeError, TypeError, safetensors.SafetensorError) as error:

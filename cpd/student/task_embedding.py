@@ -40,20 +40,29 @@ class TaskEncoder(nn.Module):
         return F.normalize(z_BZ, dim=-1)
 
 
-def info_nce(z_BZ: Tensor, task_B: Tensor, temperature: float = TEMPERATURE) -> Tensor:
+def info_nce(z_BZ: Tensor, task_B: Tensor, num_tasks: int, temperature: float = TEMPERATURE) -> Tensor:
     """Contrastive loss with all other rows of the same task as positives, mean over rows.
 
     For row i with positives P(i): -1/|P(i)| sum_{p in P(i)} log(exp(z_i z_p / t) / sum_{a != i} exp(z_i z_a / t)),
     InfoNCE (van den Oord et al. 2018) with several positives (Khosla et al. 2020, eq. 2). Rows without a positive
     are ignored. The loss is 0 if all rows are of one task.
+
+    Args:
+        z_BZ: unit vectors.
+        task_B: their tasks, less than `num_tasks`.
+        num_tasks: K.
+        temperature: t.
     """
-    if bool((task_B == task_B[0]).all()):
-        return z_BZ.sum() * 0.0
-    logits_BB = z_BZ @ z_BZ.t() / temperature
-    self_BB = torch.eye(len(z_BZ), dtype=torch.bool, device=z_BZ.device)
-    log_probs_BB = logits_BB - logits_BB.masked_fill(self_BB, NEVER).logsumexp(1, keepdim=True)
-    positive_BB = (task_B.unsqueeze(0) == task_B.unsqueeze(1)) & ~self_BB
-    num_positive_B = positive_BB.sum(1)
-    has_positive_B = num_positive_B > 0
-    mean_B = (log_probs_BB * positive_BB).sum(1) / num_positive_B.clamp(min=1)
-    return -mean_B[has_positive_B].mean()
+    scaled_BZ = z_BZ / temperature
+    itself_BB = z_BZ.new_zeros(len(z_BZ), len(z_BZ)).fill_diagonal_(NEVER)
+    # Products of unit vectors are at most 1, so the exponentials are finite.
+    log_sum_B = torch.addmm(itself_BB, scaled_BZ, z_BZ.t()).exp().sum(1).log()
+    # The sum of z_i z_p over positives is z_i times the sum of all rows of the task, less z_i z_i.
+    sum_KZ = z_BZ.new_zeros(num_tasks, z_BZ.shape[1]).index_add(0, task_B, z_BZ)
+    count_K = z_BZ.new_zeros(num_tasks).index_add(0, task_B, torch.ones_like(z_BZ[:, 0]))
+    num_positive_B = count_K[task_B] - 1.0
+    positive_B = (scaled_BZ * (F.embedding(task_B, sum_KZ) - z_BZ)).sum(1)
+    has_positive_B = (num_positive_B > 0).to(z_BZ.dtype)
+    loss_B = has_positive_B * (log_sum_B - positive_B / num_positive_B.clamp(min=1.0))
+    is_mixed = ((count_K > 0).sum() > 1).to(z_BZ.dtype)
+    return is_mixed * loss_B.sum() / has_positive_B.sum().clamp(min=1.0)

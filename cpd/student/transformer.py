@@ -49,9 +49,9 @@ class Block(nn.Module):
         self.moe = MoE(width, expert_width, num_experts, top_k, dtype)
 
     def forward(
-        self, x_BLD: Tensor, valid_N: Tensor | None, group_N: Tensor | None
+        self, x_BLD: Tensor, valid_N: Tensor | None, group: int | Tensor | None
     ) -> tuple[Tensor, RouterStats | None]:
-        """`[B, L, D]` to `[B, L, D]`; `valid_N` and `group_N` (N = B L) as in `MoE.forward`."""
+        """`[B, L, D]` to `[B, L, D]`; `valid_N` and `group` (N = B L) as in `MoE.forward`."""
         x_BLD = x_BLD + self.attention(self.attention_norm(x_BLD))
-        y_ND, stats = self.moe(self.moe_norm(x_BLD).flatten(0, 1), valid_N, group_N)
+        y_ND, stats = self.moe(self.moe_norm(x_BLD).flatten(0, 1), valid_N, group)
         return x_BLD + y_ND.view_as(x_BLD), stats

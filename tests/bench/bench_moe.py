@@ -17,8 +17,9 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
-from cpd.student.moe import Expert, MoE
+from cpd.student.moe import MoE
 
 REPEATS, CALLS = 9, 20
 
@@ -40,7 +41,8 @@ def compare(num_tokens: int, width: int, expert_width: int, num_experts: int, to
     """Milliseconds of one forward and backward pass."""
     rng = torch.Generator().manual_seed(1)
     moe = MoE(width, expert_width, num_experts, top_k, torch.float32)
-    dense = Expert(width, top_k * expert_width, torch.float32)
+    hidden = top_k * expert_width
+    dense = nn.Sequential(nn.Linear(width, hidden, bias=False), nn.GELU(), nn.Linear(hidden, width, bias=False))
     with torch.no_grad():
         for parameter in [*moe.parameters(), *dense.parameters()]:
             parameter.normal_(0, 0.1, generator=rng)
@@ -48,10 +50,11 @@ def compare(num_tokens: int, width: int, expert_width: int, num_experts: int, to
     valid = torch.ones(num_tokens)
 
     def masked(x_ND: torch.Tensor) -> torch.Tensor:
-        logits_NE = F.linear(x_ND, torch.stack(list(moe.router)))
+        logits_NE = F.linear(x_ND, moe.router.stack)
         top_Nk, chosen_Nk = logits_NE.topk(top_k)
         gates_NE = torch.zeros_like(logits_NE).scatter(1, chosen_Nk, top_Nk.softmax(-1))
-        return sum(gates_NE[:, e : e + 1] * expert(x_ND) for e, expert in enumerate(moe.experts))
+        stacks = enumerate(zip(moe.up.stack, moe.down.stack, strict=True))
+        return sum(gates_NE[:, e : e + 1] * (F.gelu(x_ND @ up.t()) @ down) for e, (up, down) in stacks)
 
     def routed(x_ND: torch.Tensor) -> torch.Tensor:
         y_ND, stats = moe(x_ND, valid)

@@ -24,9 +24,11 @@ def student_of(*sizes: int, **over) -> Student:
     """A student with a task for every argument, whose group has that many experts in every layer."""
     student = make_student(**{"num_experts": sum(sizes), "task_identity": "onehot", **over})
     group = torch.arange(len(sizes))
-    student.group_K[: len(sizes)] = group
+    for task in range(len(sizes)):
+        student.assign_group(task, task)
     for moe in student.moes:
         moe.group_E[:] = group.repeat_interleave(torch.tensor(sizes))
+        moe.read_layout()
     return student
 
 
@@ -110,9 +112,8 @@ class TestGrow:
         assert decision.sources == [[3, 2, 4, 3], [4, 2, 3, 4]]
         for moe, sources in zip(student.moes, decision.sources, strict=True):
             assert moe.num_experts == 9
-            for copy, source in zip(moe.experts[5:], sources, strict=True):
-                assert torch.equal(copy.up.weight, moe.experts[source].up.weight)
-                assert torch.equal(copy.down.weight, moe.experts[source].down.weight)
+            for stack in (moe.up.stack, moe.down.stack):
+                assert torch.equal(stack[5:], stack[sources])
 
     @pytest.mark.parametrize("nearest", [0, 1])
     def test_the_copies_are_a_new_group_and_open(self, nearest):
@@ -157,15 +158,15 @@ class TestRowNoise:
     def noises(**over) -> list[np.ndarray]:
         """For every layer and copy, the deviation of its router row from the source's, relative to its scale."""
         student = student_of(2, width=512, expert_width=4)
-        rows = [row for moe in student.moes for row in moe.router]
+        rows = [row for moe in student.moes for row in moe.router.stack]
         with torch.no_grad():
             for scale, row in zip((1.0, 50.0, 0.1, 7.0), rows, strict=True):
                 row.mul_(scale)
         decision = grown(student, [[1, 2], [2, 1]], nearest=0, **over)
         deviations = []
         for moe, sources in zip(student.moes, decision.sources, strict=True):
-            for copy, source in zip(moe.router[2:], sources, strict=True):
-                row = moe.router[source].detach()
+            for copy, source in zip(moe.router.stack[2:], sources, strict=True):
+                row = moe.router.stack[source].detach()
                 deviations.append(((copy - row) / row.square().mean().sqrt()).detach().numpy())
         return deviations
 

@@ -44,12 +44,11 @@ def masked_by_hand(trainer: StudentTrainer) -> float:
     """The share of parameters that the third of three stages must not move."""
     count = 0
     for name, parameter in trainer.learner.student.named_parameters():
-        parts = name.split(".")
-        if ".experts." in name or ".router." in name:
-            count += parameter.numel() * (int(parts[4]) < 4)
+        if name.endswith(".stack"):
+            count += parameter[:4].numel()
         elif name == "task":
             count += parameter.numel() * 2 // 3
-        elif parts[0] != "encoder":
+        elif not name.startswith("encoder."):
             count += parameter.numel()
     return count / trainer.learner.flat.size
 
@@ -60,10 +59,15 @@ def test_without_tasks_experts_belong_to_the_task_they_were_added_for():
     old_parameters = {name: p.detach().clone() for name, p in trainer.learner.student.named_parameters()}
     train(trainer, until=80)
     for name, parameter in trainer.learner.student.named_parameters():
-        assert (name not in old_parameters) or torch.equal(parameter, old_parameters[name]), name
+        assert torch.equal(parameter[: len(old_parameters[name])], old_parameters[name]), name
     trainer.begin_stage(stage_data(2))
-    added = {name for name, p in trainer.learner.student.named_parameters() if p.requires_grad}
-    assert len(added) == 2 * 2 * 3 and all(".experts." in name or ".router." in name for name in added)
+    assert not any(parameter.requires_grad for parameter in trainer.learner.student.parameters())
+    for moe in trainer.learner.student.moes:
+        for stack in (moe.up, moe.down, moe.router):
+            first, leaf = stack.leaf()
+            assert (first, len(leaf)) == (4, 2) and leaf.grad is not None
+    moe = trainer.learner.student.moes[0]
+    assert len(trainer.learner.flat.grads) == 2 * sum(stack[4:].numel() for stack in moe.parameters())
 
 
 def test_new_experts_change_nothing_when_they_come_and_then_live():
@@ -74,14 +78,14 @@ def test_new_experts_change_nothing_when_they_come_and_then_live():
     assert torch.equal(outputs(trainer, 0), old_outputs)
     assert (decision.num_new, decision.nearest_task, decision.group) == (2, 0, 1)
     assert decision.sources == [sorted(layer, reverse=layer[0] > layer[1]) for layer in decision.sources]
-    start = [[p.clone() for p in moe.experts[2].parameters()] for moe in trainer.learner.student.moes]
+    start = [[p[2].clone() for p in moe.parameters()] for moe in trainer.learner.student.moes]
     for _ in range(40):
         report = trainer.train_step(report=True)
     for shares in report.expert_shares:
         assert min(shares[2:]) > 0.05 and max(shares[:2]) == 0.0
     for layer, moe in enumerate(trainer.learner.student.moes):
-        for old, new in zip(start[layer], moe.experts[2].parameters(), strict=True):
-            assert (new - old).abs().max() > 1e-3
+        for old, new in zip(start[layer], moe.parameters(), strict=True):
+            assert (new[2] - old).abs().max() > 1e-3
 
 
 def test_learns_every_task_and_forgets_none_without_replay():
@@ -123,8 +127,8 @@ def test_with_experts_unmasked_those_of_earlier_tasks_move_and_what_is_shared_do
     old_parameters = {name: p.detach().clone() for name, p in trainer.learner.student.named_parameters()}
     train(trainer, until=80)
     now = dict(trainer.learner.student.named_parameters())
-    moved = {name for name, parameter in old_parameters.items() if not torch.equal(now[name], parameter)}
-    assert moved == {name for name in old_parameters if ".experts." in name or ".router." in name}
+    moved = {n for n, old in old_parameters.items() if not torch.equal(now[n][: len(old)], old)}
+    assert moved == {name for name in old_parameters if name.endswith(".stack")}
 
 
 @pytest.mark.parametrize("context", [1, 4])
@@ -157,7 +161,7 @@ def test_the_share_asked_for_is_masked_and_moves_not_at_all_or_less(context):
 
 
 def is_shared(name: str) -> bool:
-    return not (name.startswith("encoder.") or name == "task" or ".experts." in name or ".router." in name)
+    return not (name.startswith("encoder.") or name == "task" or name.endswith(".stack"))
 
 
 def shared_by_all(trainer: StudentTrainer) -> torch.Tensor:
@@ -183,15 +187,16 @@ def test_a_scaled_mask_is_the_least_protected_importance_by_each_one_s_own():
 
 def test_the_importance_of_a_parameter_adds_up_over_the_stages():
     trainer = make_trainer(protection={"mask_fraction": 0.5}, distill={"steps_per_stage": 10})
-    importances = []
+    importances, layouts = [], []
     for stage in range(2):
         train(trainer, until=10 * stage + 9)
         trainer.train_step()
         trainer.learner.flat.freeze(None)
         importances.append(fisher(trainer.learner, stage_data(stage), FISHER_WINDOWS))
+        layouts.append(trainer.learner.flat)
         trainer.end_stage(stage_data(stage))
     first, total = importances
-    total[: len(first)] += first  # growth adds parameters at the end
+    total += layouts[1].carried(first, layouts[0])
     torch.testing.assert_close(trainer.protection.state()["importance"], total)
 
 

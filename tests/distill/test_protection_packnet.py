@@ -77,13 +77,11 @@ def test_every_task_is_learned_in_its_share(stages):
 def test_every_stage_keeps_an_equal_share_of_every_matrix_and_the_first_the_rest(stages):
     trainer, _ = stages
     owner, flat = trainer.protection.state()["owner"], trainer.learner.flat
-    for name, slot in flat.slots.items():
+    for slot in flat.matrix_slots():
         counts = [int((owner[slot] == stage).sum()) for stage in range(3)]
-        size = slot.stop - slot.start
-        if flat.matrices[slot].any():
-            assert sum(counts) == size and max(counts) - min(counts) <= 1, name
-        else:
-            assert counts == [size, 0, 0], name
+        assert sum(counts) == slot.stop - slot.start and max(counts) - min(counts) <= 1, slot
+    assert len(list(flat.matrix_slots())) == 2 + 2 * (2 + 2 * 4)
+    assert not owner[flat.matrices == 0].any()
     assert trainer.protection.report() == {"free_share": 0.0}
 
 

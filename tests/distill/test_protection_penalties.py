@@ -90,14 +90,15 @@ class TestEWC:
     def test_parameters_that_growth_adds_are_free_at_first(self):
         trainer = make_trainer(**with_ewc(distill=SHORT, student={"opening_steps": 5, "task_identity": "none"}))
         train(trainer, until=25)
-        old_size = trainer.learner.flat.size
+        old = trainer.learner.flat
         held = trainer.protection.state()["precision"].clone()
         train(trainer, until=26)
-        assert trainer.learner.flat.size > old_size
-        now = trainer.protection.state()["precision"]
-        assert torch.equal(now[:old_size], held) and not now[old_size:].any()
+        now, flat = trainer.protection.state()["precision"], trainer.learner.flat
+        is_old = flat.carried(torch.ones_like(held), old).bool()
+        assert flat.size > old.size
+        assert torch.equal(now[is_old], held) and not now[~is_old].any()
         train(trainer, until=50)
-        assert trainer.protection.state()["precision"][old_size:].any()
+        assert trainer.protection.state()["precision"][~is_old].any()
         assert trainer.protection.report()["mean_precision"] > 0
 
 
@@ -114,6 +115,7 @@ class TestAGEM:
             trainer.learner.gradient(trainer.learner.source.reference(step, 16))
             reference = trainer.learner.flat.grads.clone()
             trainer.learner.flat.grads.copy_(plain)
+            trainer.protection.begin_step(trainer.learner)
             trainer.protection.adjust_gradient(trainer.learner)
             projected, product = trainer.learner.flat.grads, float(plain @ reference)
             scale = float(plain.norm() * reference.norm())
@@ -159,15 +161,18 @@ class TestAGEM:
         num_projected = 0
         for _ in range(8):
             step = trainer.learner.progress.step
-            with_contrast = trainer.learner.gradient(trainer.learner.source.batch(step))
+            with_contrast = trainer.learner.gradient(
+                trainer.learner.source.batch(step), trainer.learner.contrast_batch()
+            )
             plain = flat.grads.clone()
-            without = trainer.learner.gradient(trainer.learner.source.reference(step, 16), contrast=False)
+            without = trainer.learner.gradient(trainer.learner.source.reference(step, 16))
             reference = flat.grads.clone()
             assert with_contrast.contrast > 0 and without.contrast == 0
             assert plain[encoder].any() and not reference[encoder].any()
             product = float(plain @ reference)
             taken_out = min(product, 0.0) / float(reference @ reference) * reference
             flat.grads.copy_(plain)
+            trainer.protection.begin_step(trainer.learner)
             trainer.protection.adjust_gradient(trainer.learner)
             torch.testing.assert_close(flat.grads, plain - taken_out)
             assert torch.equal(flat.grads[encoder], plain[encoder])

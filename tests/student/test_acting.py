@@ -92,8 +92,9 @@ class NumpyStudent:
 
     def experts(self, name: str, x: np.ndarray, task: int | None) -> np.ndarray:
         def expert(e: int, row: np.ndarray) -> np.ndarray:
-            return self.linear(f"{name}.experts.{e}.down", gelu(self.linear(f"{name}.experts.{e}.up", row)))
+            return gelu(row @ up[e].T) @ down[e]
 
+        up, down, router = (self.tensors[f"{name}.{kind}.stack"] for kind in ("up", "down", "router"))
         offset, group = self.tensors[f"{name}.logit_offset"], self.tensors[f"{name}.group_E"]
         present = np.flatnonzero(offset > -np.inf)
         if len(present) == 1:
@@ -102,7 +103,7 @@ class NumpyStudent:
             present = present[group[present] == self.tensors["group_K"][task]]
         rows = []
         for row in x:
-            logits = np.array([self.tensors[f"{name}.router.{e}"] @ row + offset[e] for e in present], x.dtype)
+            logits = (router[present] @ row + offset[present]).astype(x.dtype)
             best = np.argsort(-logits)[: self.config["top_k"]]
             weights = softmax(logits[best])
             rows.append(sum(weight * expert(present[i], row) for weight, i in zip(weights, best, strict=True)))
@@ -135,15 +136,19 @@ def grown_student(**settings: Any) -> Student:
             for source in (0, 1):
                 moe.grow(source, torch.randn(32, generator=generator), group=group, closed=False)
                 with torch.no_grad():
-                    moe.experts[-1].up.weight += 0.1 * torch.randn(32, 32, generator=generator)
-    student.group_K = torch.tensor([0, 1, 2])
+                    moe.up.stack[-1] += 0.1 * torch.randn(32, 32, generator=generator)
+    for task in range(3):
+        student.assign_group(task, task)
     student.known_K[:] = True
     if student.encoder is not None:
         for task in range(3):
             first = observations(10, seed=task) + 0.01 * task
             student.set_prototype(task, first.float())
             student.density.fit(task, first)
-        student.plans.record({Plan(0, 1): {0: 0.9, 1: 0.9, 2: 0.2}, Plan(0, 0): {1: 0.3}, Plan(1, 1): {0: 0.2}})
+        success = {Plan(0, 1): {0: 0.9, 1: 0.9, 2: 0.2}, Plan(0, 0): {1: 0.3}, Plan(1, 1): {0: 0.2}}
+        for plan, by_task in success.items():
+            for task, rate in by_task.items():
+                student.plans.record(plan, task, rate)
     return student
 
 

@@ -11,6 +11,7 @@ from cpd.student.moe import MoE
 from cpd.student.network import Student
 from tests.distill.synthetic import stage_data
 from tests.distill.test_trainer import make_trainer, train
+from tests.student.test_moe import expert
 
 DENSE = {"num_experts": 1, "top_k": 1, "expansion": "none"}
 
@@ -39,10 +40,10 @@ def test_computes_what_one_expert_does_and_no_more():
     x_ND = torch.randn(50, 8, dtype=torch.float64)
     valid_N = (torch.arange(50) % 3 > 0).double()
     y_ND, stats = moe(x_ND, valid_N)
-    assert torch.equal(y_ND, moe.experts[0](x_ND))
+    torch.testing.assert_close(y_ND, expert(moe, 0, x_ND))
     assert stats.counts_E.tolist() == stats.prob_sums_E.tolist() == [33.0] and stats.z_square_sum == 0
     y_ND.square().sum().backward()
-    assert moe.router[0].grad is None
+    assert moe.router.stack.grad is None
 
 
 def test_growth_of_a_dense_student_changes_no_output_by_a_single_bit():
@@ -63,7 +64,7 @@ def test_learns_and_does_not_change_its_router():
         protection={"kind": "none"},
         distill={"steps_per_stage": 60, "lr": 5e-3, "weight_decay": 0.1},
     )
-    routers = [moe.router[0].detach().clone() for moe in trainer.learner.student.moes]
+    routers = [moe.router.stack.detach().clone() for moe in trainer.learner.student.moes]
     trainer.begin_stage(stage_data(0))
     first = trainer.train_step(report=True)
     train(trainer, until=59)
@@ -71,4 +72,4 @@ def test_learns_and_does_not_change_its_router():
     assert last.imitation < 0.3 * first.imitation
     assert last.expert_shares == [[1.0], [1.0]]
     for moe, router in zip(trainer.learner.student.moes, routers, strict=True):
-        assert torch.equal(moe.router[0], router)
+        assert torch.equal(moe.router.stack, router)

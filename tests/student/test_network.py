@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -179,6 +181,26 @@ class TestFile:
             assert torch.equal(value, wanted)
         obs = observations(2, 5, dtype=torch.float32)
         assert torch.equal(loaded(obs).mean_BLA, student(obs).mean_BLA)
+
+    def test_of_an_earlier_version_has_tensors_of_single_experts(self, tmp_path):
+        student = make_student(dtype=torch.float32)
+        path = tmp_path / "a.safetensors"
+        save_student(path, student, {})
+        tensors = safetensors.torch.load_file(path)
+        for layer in range(2):
+            moe = f"blocks.{layer}.moe"
+            for expert, row in enumerate(tensors.pop(f"{moe}.router.stack")):
+                tensors[f"{moe}.router.{expert}"] = row.clone()
+            for kind in ("up", "down"):
+                for expert, matrix in enumerate(tensors.pop(f"{moe}.{kind}.stack")):
+                    former = matrix if kind == "up" else matrix.t()
+                    tensors[f"{moe}.experts.{expert}.{kind}.weight"] = former.contiguous().clone()
+        safetensors.torch.save_file(tensors, path)
+        description = json.loads(path.with_suffix(".json").read_text())
+        description["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
+        path.with_suffix(".json").write_text(json.dumps(description))
+        obs = observations(2, 5, dtype=torch.float32)
+        assert torch.equal(load_student(path)(obs).mean_BLA, student(obs).mean_BLA)
 
     def test_refuses_weights_that_do_not_match_their_description(self, tmp_path):
         path = tmp_path / "a.safetensors"

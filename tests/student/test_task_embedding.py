@@ -27,15 +27,15 @@ def by_hand(z: torch.Tensor, task: torch.Tensor, temperature: float) -> float:
 def test_info_nce_is_what_its_formula_says():
     z = torch.nn.functional.normalize(torch.randn(9, 5, dtype=torch.float64), dim=-1)
     task = torch.tensor([0, 0, 1, 1, 1, 2, 0, 1, 0])  # the only one of task 2 has no positive
-    assert float(info_nce(z, task, 0.2)) == pytest.approx(by_hand(z, task, 0.2))
-    assert float(info_nce(z, torch.zeros(9, dtype=torch.int64), 0.2)) == 0.0
+    assert float(info_nce(z, task, 3, 0.2)) == pytest.approx(by_hand(z, task, 0.2))
+    assert float(info_nce(z, torch.zeros(9, dtype=torch.int64), 3, 0.2)) == 0.0
 
 
 def test_info_nce_is_lowest_if_embeddings_are_equal_within_a_task_and_orthogonal_between_tasks():
     task = torch.arange(8) % 2
     apart = torch.eye(4, dtype=torch.float64)[task]
     mixed = torch.eye(4, dtype=torch.float64)[torch.arange(8) // 2]
-    assert info_nce(apart, task, 0.1) < info_nce(mixed, task, 0.1)
+    assert info_nce(apart, task, 2, 0.1) < info_nce(mixed, task, 2, 0.1)
 
 
 def test_embeddings_of_an_untrained_encoder_are_unit_vectors_that_keep_distances():

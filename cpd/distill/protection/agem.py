@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import torch
+from torch import Tensor
+
+from cpd.distill.batches import Batch
 from cpd.distill.learner import StudentLearner
 from cpd.distill.protection.base import Protection
 
@@ -18,27 +22,30 @@ class AGEM(Protection):
 
     STATE = ("num_steps", "num_projected")
     _num_steps = 0
-    _num_projected = 0
+    _num_projected: int | Tensor = 0
+    _reference: Batch | None = None
 
     def begin_stage(self, learner: StudentLearner) -> None:
         """Reset the counts."""
         self._num_steps = self._num_projected = 0
 
+    def begin_step(self, learner: StudentLearner) -> None:
+        """Draw the windows of the reference gradient."""
+        self._reference = learner.source.reference(learner.progress.step, self.config.protection.agem_windows)
+        self._num_steps += self._reference is not None
+
     def adjust_gradient(self, learner: StudentLearner) -> None:
         """Project the gradient if it opposes memory's."""
-        reference = learner.source.reference(learner.progress.step, self.config.protection.agem_windows)
-        if reference is None:
+        if self._reference is None:
             return
         grads = learner.flat.grads
         gradient = grads.clone()
-        learner.gradient(reference, contrast=False)
-        product = float(gradient @ grads)
-        self._num_steps += 1
-        if product < 0.0:
-            self._num_projected += 1
-            gradient.add_(grads, alpha=-product / float(grads @ grads))
-        grads.copy_(gradient)
+        learner.gradient(self._reference)
+        product = gradient @ grads
+        self._num_projected = self._num_projected + (product < 0.0)
+        share = torch.where(product < 0.0, product / (grads @ grads), 0.0)
+        grads.copy_(gradient - share * grads)
 
     def report(self) -> dict[str, float]:
         """The share of the stage's steps whose gradient was projected."""
-        return {"projected_share": self._num_projected / max(self._num_steps, 1)}
+        return {"projected_share": int(self._num_projected) / max(self._num_steps, 1)}

@@ -32,7 +32,7 @@ class Protection:
         """Convert vectors to the layout after growth: `new.carried(vector, old)`."""
 
     def begin_step(self, learner: StudentLearner) -> None:
-        """Change `learner.flat.values` before the step's gradient is computed."""
+        """Change `learner.flat.values`, or draw batches, before the step's gradient is computed."""
 
     def adjust_gradient(self, learner: StudentLearner) -> None:
         """Change `learner.flat.grads`, which are summed over ranks but not clipped yet.
@@ -41,10 +41,10 @@ class Protection:
         """
 
     def update_mask(self, learner: StudentLearner) -> Tensor | None:
-        """[P] the factor on the update of every element in this step; None for 1 everywhere.
+        """[P] the factor on the update of every element; None for 1 everywhere.
 
-        Parameters that it zeroes entirely when a stage begins are frozen for the whole stage. Within a stage, a
-        mask may therefore only become stricter.
+        It holds for a whole stage, and what it zeroes entirely is frozen. A protection that changes it within the
+        stage calls `learner.flat.freeze` itself.
         """
         return None
 

@@ -60,7 +60,7 @@ def fisher(learner: StudentLearner, data: StageData, num_windows: int, *, exact:
     mine = signs[comm.rank :: comm.size]
     for row, (length, signs_JA) in enumerate(zip(batch.valid_RL.sum(1).long().tolist(), mine, strict=True)):
         window = slice(row, row + 1)
-        out = learner.student(batch.obs_RLO[window, :length], task_B=batch.task_R[window])
+        out = learner.student(batch.obs_RLO[window, :length], task_B=data.task)
         mean_A, log_std_A = out.mean_BLA[0, -1], out.log_std_BLA[0, -1]
         outputs = torch.cat([mean_A / log_std_A.detach().exp(), math.sqrt(2.0) * log_std_A])
         for weights in torch.from_numpy(signs_JA).to(outputs):

@@ -80,22 +80,22 @@ class Masking(Protection):
             rows = torch.zeros(student.num_tasks, 1, device=student.device, dtype=student.dtype)
             rows[learner.current_task] = 1.0
             return rows
-        path = name.split(".")  # blocks.<layer>.moe.experts.<expert>... or blocks.<layer>.moe.router.<expert>
-        if "moe" not in path or path[3] not in ("experts", "router"):
+        if not name.endswith(".stack"):
             return None
-        moe, expert = student.moes[int(path[1])], int(path[4])
-        owners = self._owners(learner, expert, int(moe.group_E[expert]))
-        return moe.logit_offset.new_tensor(float(owners == [learner.current_task]))
+        is_own = [owners == [learner.current_task] for owners in self._owners(learner)]
+        factor_E = torch.tensor(is_own, device=student.device).to(student.dtype)
+        return factor_E.view(-1, *[1] * (len(learner.flat.shapes[name]) - 1))
 
-    def _owners(self, learner: StudentLearner, expert: int, group: int) -> list[int]:
-        """The tasks that own an expert: those of its group or, without groups, the task it was added for."""
+    def _owners(self, learner: StudentLearner) -> list[list[int]]:
+        """The tasks that own each expert: those of its group or, without groups, the task it was added for."""
         student, progress = learner.student, learner.progress
         if student.is_conditioned:
-            return [task for task in progress.seen if int(student.group_K[task]) == group]
-        added_for = [progress.seen[0]] * self.config.student.num_experts
+            groups = student.moes[0].group_E.tolist()
+            return [[task for task in progress.seen if student.group_of(task) == group] for group in groups]
+        owners = [[progress.seen[0]]] * self.config.student.num_experts
         for decision in progress.growth:
-            added_for += [decision.task] * decision.num_new
-        return [added_for[expert]]
+            owners += [[decision.task]] * decision.num_new
+        return owners
 
     def _mask_shared(self, mask: Tensor, shared: Tensor) -> None:
         protection = self.config.protection

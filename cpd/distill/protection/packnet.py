@@ -57,6 +57,7 @@ class PackNet(Protection):
         retrain_steps = round(self.config.protection.packnet_retrain_share * config.steps_per_stage)
         if not self._is_pruned and learner.progress.step >= config.steps_per_stage - retrain_steps:
             self._prune(learner)
+            learner.flat.freeze(self._mask)
 
     def update_mask(self, learner: StudentLearner) -> Tensor | None:
         """1 for elements that the current stage owns, else 0."""
@@ -72,8 +73,8 @@ class PackNet(Protection):
         """Keep the largest weights of every matrix; set the others to 0 and free them."""
         flat, stage = learner.flat, learner.progress.stage
         num_left = len(self.config.stream.tasks) - stage
-        for slot in flat.slots.values():
-            trained = torch.nonzero((self._owner[slot] == stage) & (flat.matrices[slot] > 0)).squeeze(1)
+        for slot in flat.matrix_slots():
+            trained = torch.nonzero(self._owner[slot] == stage).squeeze(1)
             num_pruned = len(trained) - round(len(trained) / num_left)
             smallest = flat.values[slot][trained].abs().argsort(stable=True)[:num_pruned]
             pruned = slot.start + trained[smallest]
