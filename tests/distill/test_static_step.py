@@ -67,7 +67,7 @@ def test_a_step_reads_no_result(label: str) -> None:
 def test_a_step_is_one_graph(label: str) -> None:
     wanted, traced = trainer_in_second_stage(label), trainer_in_second_stage(label)
     with torch._dynamo.config.patch(trace_autograd_ops=True):
-        traced._update = torch.compile(traced._update, fullgraph=True, backend="eager")  # type: ignore[method-assign]
+        traced._update = torch.compile(traced._update, fullgraph=True, dynamic=False, backend="eager")  # type: ignore[method-assign]
         traced.train_step()
     wanted.train_step()
     torch.testing.assert_close(traced.learner.flat.values, wanted.learner.flat.values)
