@@ -32,6 +32,8 @@ SEARCHED_JOBS = 60
 TAIL_BYTES = 16_384
 #: `--watch` ends after this many polls without an active job: a new job may not be visible at once.
 IDLE_POLLS = 5
+#: Rows that are printed to a terminal at once, the most important ones; it takes seconds to lay out a thousand.
+MAX_ROWS = 100
 
 
 def element_status(
@@ -195,11 +197,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return watch(run)
     else:
         console = console_for_table()
-        table = status_table(run, rows, console.width)
+        table = status_table(run, rows, console.width, MAX_ROWS if console.is_terminal else None)
         if console.width == UNLIMITED:
             print("\n".join(plain_lines(table)))
         else:
             console.print(table)
+        if console.is_terminal and len(rows) > MAX_ROWS:
+            console.print(f"all rows: {parser.prog} {run.root} | less", soft_wrap=True)
         print_failures(console, run, rows)
     return 0
 

@@ -17,7 +17,7 @@ from cpd.run.files import sweep_element
 from cpd.run.interrupt import InterruptedBySignal
 from cpd.run.lease import STALE_SECONDS, Lease, LeaseHeldError, LeaseLostError, current_holder
 from cpd.run.progress import State, Status, read_status, write_status
-from cpd.run.shortage import describe_error, shortage
+from cpd.run.shortage import describe_error, shortage, spare_files
 
 #: How long an attempt waits for the previous one, which is ending, to save and release its lease.
 HANDOVER_SECONDS = 30.0
@@ -91,7 +91,9 @@ def begin_attempt(element: Element, comm: Comm, log: Callable[[str], None]) -> I
             raise  # status.json is the successor's now
         except Exception as error:
             traceback.clear_frames(error.__traceback__)  # which hold files and memory: writing needs some, too
-            attempt.finish("failed", describe_error(error, element.path))
+            message = describe_error(error, element.path)
+            with spare_files():
+                attempt.finish("failed", message)
             raise
 
 

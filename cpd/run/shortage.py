@@ -43,6 +43,8 @@ PHRASES: Final = {
     "failed to map segment": errno.ENOMEM,
     "can't start new thread": errno.EAGAIN,
 }
+#: Files that a process may open beyond its limit to write down what failed.
+NUM_SPARE_FILES: Final = 8
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
@@ -113,6 +115,20 @@ def shortage(error: BaseException, folder: Path) -> str:
         what = "no inodes left" if number == errno.ENOSPC and is_inodes else what
         where += f", on {place}"
     return f"{what}: {where}; {remedy}, then launch again: finished work is kept"
+
+
+@contextlib.contextmanager
+def spare_files() -> Iterator[None]:
+    """Allow this process a few more open files in the block, as far as it may, to write down what failed."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    raised = soft + NUM_SPARE_FILES
+    if soft == resource.RLIM_INFINITY or (hard != resource.RLIM_INFINITY and raised > hard):
+        raised = hard
+    resource.setrlimit(resource.RLIMIT_NOFILE, (raised, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def describe_error(error: BaseException, folder: Path) -> str:

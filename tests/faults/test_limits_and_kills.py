@@ -140,7 +140,7 @@ def test_missing_inodes_are_named(forks: Forks, undisturbed: Undisturbed, tmp_pa
     [
         ("student", "RLIMIT_FSIZE", 20_000, ("file-size limit", "20000", "stages/initial.safetensors")),
         ("report", "RLIMIT_FSIZE", 2_000, ("file-size limit", "results/episodes.csv")),
-        ("report", "RLIMIT_NOFILE", 7, ("too many open files", "limit: 7")),
+        ("report", "RLIMIT_NOFILE", 6, ("too many open files", "limit: 6")),
     ],
 )
 def test_a_limit_of_the_process_is_named(
