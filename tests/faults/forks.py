@@ -27,6 +27,13 @@ from cpd.run.command import exit_quietly
 from tests.conftest import ROOT
 
 MODULES = ("jobs.teacher", "jobs.distill", "jobs.evaluate", "jobs.report", "jobs.publish", "jobs.launch")
+#: The module of every role.
+VERBS = {
+    "teacher": "jobs.teacher",
+    "student": "jobs.distill",
+    "evaluation": "jobs.evaluate",
+    "report": "jobs.report",
+}
 HEAVY = (
     *("cpd.teachers.run_teacher", "cpd.distill.run_student", "cpd.evaluation.run_evaluation"),
     *("cpd.evaluation.publish", "analysis.build", "metaworld"),

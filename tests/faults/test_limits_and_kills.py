@@ -22,15 +22,9 @@ from cpd.cluster.ledger import ledger
 from cpd.run.directory import Element, Run
 from cpd.run.progress import read_status
 from tests.conftest import MINIATURE, ROOT
-from tests.faults.forks import Ended, Forks
+from tests.faults.forks import VERBS, Ended, Forks
 from tests.faults.test_kill_and_resume import products
 
-VERBS = {
-    "teacher": "jobs.teacher",
-    "student": "jobs.distill",
-    "evaluation": "jobs.evaluate",
-    "report": "jobs.report",
-}
 SEED = 20261130
 
 

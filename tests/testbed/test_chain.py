@@ -62,6 +62,7 @@ def test_a_disturbed_student_is_the_undisturbed_one(finished: Path, taught: Path
     bench.assert_done(taught)
 
 
+@pytest.mark.slow
 def test_a_killed_student_of_an_array_costs_its_own_evaluation_and_a_retry_finishes_both(
     finished: Path, taught: Path, bench: Workbench
 ) -> None:
@@ -202,6 +203,7 @@ def test_cancel_and_launch_again(finished: Path, taught: Path, bench: Workbench)
     assert stages(taught) == stages(finished)
 
 
+@pytest.mark.slow
 def test_a_wrong_mpi_type_is_reported_and_trains_nothing(taught: Path, bench: Workbench, tmp_path: Path) -> None:
     profile = variation(tmp_path, srun_mpi='srun_mpi = "none"')
     lines = bench.launch(taught, *LONG, "--probe", profile=profile, code=1).splitlines()

@@ -160,6 +160,7 @@ def test_gpus_are_requested(strict: Workbench, taught: Path, tmp_path: Path) -> 
     strict.drain()
 
 
+@pytest.mark.slow
 def test_a_dependency_that_can_never_be_met_ends_its_dependent(bench: Workbench, tmp_path: Path) -> None:
     root = tmp_path / "run"
     bench.launch(root, *LASTING)

@@ -41,6 +41,7 @@ def test_preemption_by_the_jobs_own_signal(finished: Path, taught: Path, forgetf
     assert stages(taught) == stages(finished)
 
 
+@pytest.mark.slow
 def test_the_accounting_is_queried_if_a_site_has_it(accounted: Workbench, tmp_path: Path, monkeypatch) -> None:
     for key in ("SLURM_CONF", "PATH"):
         monkeypatch.setenv(key, accounted.environment[key])
