@@ -14,7 +14,7 @@ from typing import Annotated, Any, BinaryIO, Literal
 from pydantic import AfterValidator, ConfigDict, FiniteFloat, TypeAdapter
 from typing_extensions import TypedDict
 
-from cpd.reading import DamagedFileError, number_in_environment, read_for_display, read_json_lines
+from cpd.reading import DamagedFileError, accessing, number_in_environment, read_for_display, read_json_lines
 from cpd.run.files import write_json
 from cpd.run.shortage import error_number, naming
 
@@ -36,7 +36,8 @@ class MetricsLog:
         """Open `path` and keep its first `size` bytes."""
         self._path = path
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file: BinaryIO = path.open("ab")
+        with accessing(path):
+            self._file: BinaryIO = path.open("ab")
         size = min(size, self._file.seek(0, os.SEEK_END))  # truncating beyond the end would pad with zeros
         self._file.truncate(size)
         self._file.seek(size)
