@@ -28,7 +28,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from cpd.config.types import Positive
+from cpd.config.types import Positive, Role
 from cpd.evaluation.look_alikes import start_rows
 from cpd.evaluation.results_folder import TEACHER, read_tables
 from cpd.evaluation.summary import summarize
@@ -113,7 +113,9 @@ def gather(run: Run) -> dict[str, Any]:
     if rows := start_rows(run):
         write_rows(run.results / "starts.csv", rows)
     # The report is the element that gathers: its own phase has not ended yet.
-    write_json(run.results / "timings.json", [_timing(run, e) for e in run.elements() if e.role != "report"])
+    elements = [element for element in run.elements() if element.role != "report"]
+    requested = {role: _requested(run, role) for role in {element.role for element in elements}}
+    write_json(run.results / "timings.json", [{**requested[e.role], **_timing(e)} for e in elements])
     # Copied as it is: a default must not be filled in for a setting that did not exist at the time.
     write_json(run.results / "config.json", read_json(run.config_path, dict[str, Any]))
     report = {KIND_KEY: "results", **summarize(read_tables(run.results)).to_json(), "provenance": _provenance(run)}
@@ -215,13 +217,17 @@ def _teacher_row(teacher: TeacherElement, records: Sequence[Mapping[str, Any]]) 
     return TeacherRow(teacher.task, teacher.seed, state, env_steps, iterations, success)
 
 
-def _timing(run: Run, element: Element) -> dict[str, Any]:
-    record = read_status(element.status)
-    # Slurm charges what a job requests, used or not. Cores are those of one rank, as is the processor time.
+def _requested(run: Run, role: Role) -> dict[str, int]:
+    """Return what a job of this role requests of Slurm, which charges it whether it is used or not."""
+    # Cores are those of one rank, as is the processor time.
     keys = ("nodes", "cpus") if run.launched_with(str, "", "cluster") == "slurm" else ()
-    requested = {key: run.launched_with(Positive, 0, element.role, key) for key in keys}
+    requested = {key: run.launched_with(Positive, 0, role, key) for key in keys}
+    return {key: value for key, value in requested.items() if value}
+
+
+def _timing(element: Element) -> dict[str, Any]:
+    record = read_status(element.status)
     return {
-        **{key: value for key, value in requested.items() if value},
         "element": element.name,
         "role": element.role,
         "state": record.state,
