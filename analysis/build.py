@@ -1,4 +1,4 @@
-"""Draws the figures and writes the tables of results, without torch, MPI or the simulator.
+"""Draw the figures and write the tables of results, without torch, MPI or the simulator.
 
 results of students -> Dataset -> analysis.figures, analysis.paper_tables
 published teachers  -> analysis.build_teachers
