@@ -58,7 +58,7 @@ def expect(folder: Path, kind: Kind, remedy: str) -> None:
 
 
 def claim(
-    folder: Path, kind: Kind | Literal["figures"], experiment: Config | Mapping[str, Any] | None = None
+    folder: Path, kind: Kind | Literal["figures", "exports"], experiment: Config | Mapping[str, Any] | None = None
 ) -> None:
     """Raise RunError unless a command may write a `kind` of `experiment` to `folder`, which need not exist.
 
@@ -66,7 +66,7 @@ def claim(
         folder: where to write.
         kind: what to write.
         experiment: the configuration; a `Config` for a run, the contents of config.json for teachers and results,
-            None for figures.
+            None for figures and exports.
     """
     name = experiment.name if isinstance(experiment, Config) else experiment["name"] if experiment else ""
     purpose = f"{'a run' if kind == 'run' else kind}{f' of {name!r}' if name else ''}"
@@ -88,9 +88,9 @@ def claim(
         if is_inside and has_record and kind_of(root) == "run":
             raise refuse(f"it belongs to the run directory {root}")
     names = names_in(folder)
-    if kind == "figures":
+    if kind in ("figures", "exports"):
         if "config.json" in names:
-            raise refuse(f"it holds {CONTENTS[held]}", f"choose one for figures, such as {folder / 'figures'}")
+            raise refuse(f"it holds {CONTENTS[held]}", f"choose one for {kind}, such as {folder / kind}")
         return
     if kind == "run":
         if "config.json" in names:

@@ -1,0 +1,61 @@
+"""The finished policies of a run directory or a published folder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from cpd.config.load import first_few
+from cpd.run.directory import Run, RunError
+from cpd.run.folders import CONTENTS, kind_of
+
+
+@dataclass(frozen=True)
+class PolicyFile:
+    """The weights of a finished policy; a description lies beside them."""
+
+    name: str
+    """`students/<method>/seed-<n>` or `teachers/<task>/seed-<n>`, as in the run directory that it is from."""
+    path: Path
+
+    @property
+    def is_student(self) -> bool:
+        """Whether it is a student; otherwise a teacher."""
+        return self.name.startswith("students/")
+
+
+def policy_files(source: Path, only: Sequence[str] = ()) -> list[PolicyFile]:
+    """List the finished policies of `source`: its students after their last stage, and its teachers.
+
+    Args:
+        source: a run directory, or a folder of published teachers or students.
+        only: names of policies, or of folders of policies, such as `students`; default: all.
+
+    Raises:
+        RunError: if there is no finished policy, or none with such a name.
+    """
+    files = _of_run(Run(source)) if (kind := kind_of(source)) == "run" else _published(source)
+    if not files:
+        raise RunError(
+            f"{source} has no finished policy: it holds {CONTENTS[kind]}; name a run or published teachers"
+        )
+    chosen = [f for f in files if not only or any(f"{f.name}/".startswith(f"{n.rstrip('/')}/") for n in only)]
+    if not chosen:
+        raise RunError(f"{source} has no {first_few(only)}; choose among {', '.join(file.name for file in files)}")
+    return chosen
+
+
+def _of_run(run: Run) -> list[PolicyFile]:
+    last = len(run.config.stream.tasks) - 1
+    paths = [(s.name, s.stage_policy(last)) for s in run.students() if s.finished]
+    paths += [(t.name, t.policy) for t in run.teachers() if t.finished]
+    return [PolicyFile(name, path) for name, path in paths if path.exists()]
+
+
+def _published(folder: Path) -> list[PolicyFile]:
+    files = []
+    for path in sorted(folder.glob("policies/*.safetensors")):
+        task, _, seed = path.stem.rpartition("-seed-")
+        files.append(PolicyFile(f"teachers/{task}/seed-{seed}", path))
+    return files

@@ -1,0 +1,57 @@
+"""Write what a run made in formats that other tools read."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from cpd.export.formats import FORMATS, load_exporter
+from cpd.run.claim import claim
+from cpd.run.command import EXIT_USAGE, exit_quietly
+from cpd.run.shortage import shortage
+from jobs.common import log, parser_with_examples
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line of `cpd export`; return the exit code."""
+    parser = parser_with_examples(
+        "jobs.export",
+        "Write what a run or a published folder holds in a format of other tools. Nothing is uploaded. Exporting "
+        "again gives the same files.",
+        [
+            "cpd export runs/demo onnx --output onnx",
+            "cpd export runs/cw10 onnx --output onnx --only students/cpd",
+            "cpd export analysis/results/teachers/cw10-rl onnx --output onnx",
+        ],
+    )
+    parser.add_argument("source", type=Path, metavar="DIR", help="run directory, or published teachers or results")
+    formats = parser.add_subparsers(dest="format", required=True, metavar="FORMAT", title="formats")
+    for name, summary in FORMATS.items():
+        options = formats.add_parser(name, help=summary, description=summary, allow_abbrev=False)
+        options.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to write to")
+        options.add_argument(
+            "--only",
+            action="append",
+            default=[],
+            metavar="NAME",
+            help="only this element or folder of elements, such as students/cpd; repeatable",
+        )
+    arguments = parser.parse_args(argv)
+    try:
+        claim(arguments.output, "exports")
+        files = load_exporter(arguments.format)(arguments.source, arguments.output, arguments.only)
+    except ModuleNotFoundError as error:
+        needed = f"not installed: {error.name}, which the format {arguments.format} needs"
+        remedy = "pip install 'continual-policy-distillation[train,export]'"
+        print(f"{parser.prog}: {shortage(error, arguments.output) or f'{needed}; {remedy}'}", file=sys.stderr)
+        return EXIT_USAGE
+    except (ValueError, OSError) as error:
+        print(f"{parser.prog}: {shortage(error, arguments.output) or error}", file=sys.stderr)
+        return EXIT_USAGE
+    log(f"{len(files)} files in {arguments.output}")
+    return 0
+
+
+if __name__ == "__main__":
+    exit_quietly(main)
