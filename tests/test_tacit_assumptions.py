@@ -8,7 +8,7 @@ import pytest
 from metaworld.env_dict import ALL_V3_ENVIRONMENTS
 from metaworld.policies import ENV_POLICY_MAP
 
-from cpd.envs.tasks import ACTION_SIZE, ALL_TASKS, OBSERVATION_SIZE
+from cpd.envs.metaworld.tasks import ACTION_SIZE, ALL_TASKS, OBSERVATION_SIZE
 
 # Meta-World, MuJoCo and Gymnasium ---------------------------------------------------------------------------
 

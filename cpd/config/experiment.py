@@ -15,7 +15,7 @@ from cpd.config.retired import holds
 from cpd.config.student import MethodConfig
 from cpd.config.teacher import WARM_START_PPO, RolloutConfig, TeacherConfig
 from cpd.config.types import Count, Positive, Seeds, Task, expand_stream
-from cpd.envs.tasks import MAX_EPISODE_STEPS
+from cpd.envs.metaworld.tasks import MAX_EPISODE_STEPS
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

@@ -10,7 +10,7 @@ from pydantic.dataclasses import dataclass
 
 from cpd.config.load import STRICT
 from cpd.config.types import Count, NonNegativeFloat, Positive, PositiveFloat, Seeds, Share, is_given
-from cpd.envs.tasks import MAX_EPISODE_STEPS, MAX_GOALS
+from cpd.envs.metaworld.tasks import MAX_EPISODE_STEPS, MAX_GOALS
 
 #: Upper bound of a policy's log standard deviation.
 MAX_LOG_STD: Final = 0.5

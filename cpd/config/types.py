@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field
 
 from cpd.config.load import listed, suggestion
-from cpd.envs.tasks import ALL_TASKS, STREAMS
+from cpd.envs.metaworld.tasks import ALL_TASKS, STREAMS
 
 Positive = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]

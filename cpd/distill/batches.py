@@ -17,7 +17,7 @@ from cpd.config import DistillConfig
 from cpd.distill.losses import floored_log_std
 from cpd.distill.memory.segments import Segments
 from cpd.distill.stage_data import StageData
-from cpd.envs.tasks import ACTION_SIZE, OBSERVATION_SIZE
+from cpd.envs.metaworld.tasks import ACTION_SIZE, OBSERVATION_SIZE
 from cpd.seeding import generator
 
 

@@ -19,9 +19,9 @@ from cpd.config import DistillConfig
 from cpd.distill.batches import to_device
 from cpd.distill.memory.segments import Segments
 from cpd.distill.stage_data import StageData
+from cpd.envs.metaworld.scaling import observation_scaling
 from cpd.seeding import generator
 from cpd.student.network import Student
-from cpd.student.observations import observation_scaling
 
 #: Observations per step, in equal shares for every task so far.
 BATCH_SIZE: Final = 256

@@ -1,27 +1,21 @@
 """Training, validation and held-out goals, drawn by Meta-World's own generator.
 
 A goal is the vector that Meta-World draws at a reset (object and target positions, three to six numbers).
-`metaworld.MT1(task, seed=s)` draws fifty of them per seed; this module draws the same vectors, but
-does not simulate how the hand moves to its place, which makes MT1 slow.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
-from typing import Any, Final, Literal, NamedTuple, get_args
+from typing import Final, Literal, NamedTuple, get_args
 
-import mujoco
 import numpy as np
 import numpy.typing as npt
 
-from cpd.envs.registry import build_stock, metaworld_class
-from cpd.envs.tasks import MAX_GOALS
+from cpd.envs.metaworld.goal_vectors import GOALS_PER_SEED, mt1_rand_vecs
+from cpd.envs.metaworld.tasks import MAX_GOALS
 
 Split = Literal["training", "validation", "held_out"]
-
-#: Goals that MT1 draws for one seed.
-GOALS_PER_SEED: Final = 50
 
 #: The first MT1 seed of each split; further blocks of fifty use the seeds that follow.
 FIRST_SEEDS: Final[dict[str, int]] = {"training": 1, "validation": 1001, "held_out": 2001}
@@ -83,50 +77,7 @@ def _disjoint_splits(task: str, num_blocks: int) -> dict[str, tuple[Goal, ...]]:
     """`num_blocks` x 50 goals of every split, checked against one another."""
     splits: dict[str, tuple[Goal, ...]] = {}
     for split, first_seed in FIRST_SEEDS.items():
-        vectors = [v for block in range(num_blocks) for v in _mt1_rand_vecs(task, first_seed + block)]
+        vectors = [v for block in range(num_blocks) for v in mt1_rand_vecs(task, first_seed + block)]
         splits[split] = tuple(Goal(task, split, i, vector) for i, vector in enumerate(vectors))
     check_disjoint(*splits.values())
     return splits
-
-
-@cache
-def _mt1_rand_vecs(task: str, seed: int) -> tuple[npt.NDArray[np.float64], ...]:
-    """The fifty vectors of `metaworld.MT1(task, seed=seed)`, in order.
-
-    The draws do not depend on the physics: a reset draws until its rejection test passes, and that test reads
-    only the drawn positions. So the task's own reset code runs here, but without placing the hand.
-    """
-    env: Any = build_stock(_goal_drawing_class(task))
-    env.generator = np.random.RandomState(seed)  # the legacy generator, as in MT1
-    env._set_task_called = True
-    vectors = []
-    for _ in range(GOALS_PER_SEED):
-        env.reset()
-        vector = np.array(env._last_rand_vec, dtype=np.float64)
-        vector.flags.writeable = False
-        vectors.append(vector)
-    env.close()
-    return tuple(vectors)
-
-
-@cache
-def _goal_drawing_class(task: str) -> type[Any]:
-    """Subclass the task's class: resets draw goals from a given generator and skip the physics."""
-    base: Any = metaworld_class(task)
-
-    class GoalDrawing(base):  # type: ignore[misc]
-        """The task without physics."""
-
-        def _reset_hand(self, steps: int = 1) -> None:
-            super()._reset_hand(steps=1)
-
-        def do_simulation(self, ctrl: Any, n_frames: Any) -> None:
-            """Leave the hand where it is: moving it makes a reset slow."""
-            mujoco.mj_forward(self.model, self.data)
-
-        def _get_state_rand_vec(self) -> Any:
-            space = self._random_reset_space
-            self._last_rand_vec = self.generator.uniform(space.low, space.high, size=space.low.size)
-            return self._last_rand_vec
-
-    return GoalDrawing

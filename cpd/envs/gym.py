@@ -15,8 +15,8 @@ from gymnasium.envs.registration import register, registry
 from gymnasium.spaces import Box
 
 from cpd.envs.goals import Split, goal_set
-from cpd.envs.task_env import TaskEnv
-from cpd.envs.tasks import ACTION_SIZE, ALL_TASKS, MAX_EPISODE_STEPS, OBSERVATION_SIZE, STREAMS
+from cpd.envs.metaworld.task_env import TaskEnv
+from cpd.envs.metaworld.tasks import ACTION_SIZE, ALL_TASKS, MAX_EPISODE_STEPS, OBSERVATION_SIZE, STREAMS
 
 #: Continual World's budget for each task.
 STEPS_PER_TASK: Final = 1_000_000

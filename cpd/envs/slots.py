@@ -14,8 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 from cpd.envs.goals import Goal
-from cpd.envs.task_env import TaskEnv
-from cpd.envs.tasks import ACTION_SIZE, OBSERVATION_SIZE
+from cpd.envs.metaworld.task_env import TaskEnv
+from cpd.envs.metaworld.tasks import ACTION_SIZE, OBSERVATION_SIZE
 
 #: Room for one goal's vector; Meta-World's longest has six numbers.
 MAX_RAND_VEC_SIZE: Final = 16

@@ -24,8 +24,8 @@ import numpy.typing as npt
 
 from cpd.envs import worker
 from cpd.envs.goals import Goal
+from cpd.envs.metaworld.tasks import ACTION_SIZE
 from cpd.envs.slots import SlotArrays, SlotError, SlotGroup
-from cpd.envs.tasks import ACTION_SIZE
 
 _CLOSE_TIMEOUT_S: Final = 10.0
 

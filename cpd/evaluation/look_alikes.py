@@ -16,11 +16,11 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from cpd.envs.metaworld.scaling import observation_scaling
 from cpd.run.directory import Run, TeacherElement
 from cpd.run.shards.reader import first_observations
 from cpd.run.shards.schema import ShardError
 from cpd.run.tables import StartRow
-from cpd.student.observations import observation_scaling
 
 
 class FirstObservations(NamedTuple):

@@ -14,7 +14,7 @@ from typing import Any
 from typing_extensions import TypedDict
 
 from cpd.config import Config
-from cpd.envs.tasks import REWARD_VERSION
+from cpd.envs.metaworld.tasks import REWARD_VERSION
 from cpd.programs import ROOT
 from cpd.run.folders import KIND_KEY
 

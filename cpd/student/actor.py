@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from cpd.envs.episodes import Actor, Belief
-from cpd.envs.tasks import ACTION_CLIP
+from cpd.envs.metaworld.tasks import ACTION_CLIP
 from cpd.student.network import Student
 from cpd.student.plans import FIRST_STEPS, Plan
 

@@ -20,14 +20,14 @@ from torch import Tensor, nn
 from cpd.config import StudentConfig
 from cpd.config.load import load, to_dict
 from cpd.config.retired import upgrade
-from cpd.envs.tasks import ACTION_CLIP, ACTION_SIZE, OBSERVATION_SIZE
+from cpd.envs.metaworld.scaling import observation_scaling
+from cpd.envs.metaworld.tasks import ACTION_CLIP, ACTION_SIZE, OBSERVATION_SIZE
 from cpd.reading import DamagedFileError, read_bytes, read_json
 from cpd.run.descriptions import StudentPolicy, check_identity
 from cpd.run.files import atomic_write, write_json
 from cpd.student.acting import STEPS
 from cpd.student.former_names import stack_experts
 from cpd.student.moe import MoE, RouterStats
-from cpd.student.observations import observation_scaling
 from cpd.student.packing import Packing
 from cpd.student.plans import FIRST_STEPS, TIE_BREAK, Plans
 from cpd.student.task_density import TaskDensity

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 
 from cpd.envs.episodes import Actor, Belief
-from cpd.envs.tasks import ACTION_SIZE
+from cpd.envs.metaworld.tasks import ACTION_SIZE
 from cpd.student.actor import TaskwiseActor, infer
 from cpd.student.network import Student
 

@@ -10,7 +10,7 @@ from typing import Final
 import torch
 from torch import Tensor, nn
 
-from cpd.envs.tasks import OBSERVATION_SIZE
+from cpd.envs.metaworld.tasks import OBSERVATION_SIZE
 
 #: Lower bound on the standard deviation of an entry of the observation, in its own unit (0.2 mm for positions).
 STD_FLOOR: Final = 2e-4

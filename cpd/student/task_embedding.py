@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cpd.envs.tasks import OBSERVATION_SIZE
+from cpd.envs.metaworld.tasks import OBSERVATION_SIZE
 
 EMBEDDING_SIZE: Final = 32
 #: Hidden width of the encoder.

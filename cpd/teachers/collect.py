@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from cpd.config import RolloutConfig
 from cpd.envs.goals import Goal
-from cpd.envs.tasks import ACTION_SIZE, OBSERVATION_SIZE
+from cpd.envs.metaworld.tasks import ACTION_SIZE, OBSERVATION_SIZE
 from cpd.envs.vector_env import VectorEnv
 from cpd.run.interrupt import Interrupt, InterruptedBySignal
 from cpd.run.shards.schema import Episode

@@ -21,7 +21,7 @@ from typing_extensions import TypedDict
 from cpd.config.types import PositiveFloat, Task
 from cpd.envs.cells import CHUNK
 from cpd.envs.goals import Goal
-from cpd.envs.tasks import ACTION_SIZE
+from cpd.envs.metaworld.tasks import ACTION_SIZE
 from cpd.envs.vector_env import VectorEnv
 from cpd.run.interrupt import Interrupt, InterruptedBySignal
 from cpd.seeding import generator

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from metaworld.evaluation import evaluation
 
-from cpd.envs.tasks import REWARD_VERSION
+from cpd.envs.metaworld.tasks import REWARD_VERSION
 from cpd.teachers.policy import Teacher, TeacherActor
 
 

@@ -20,7 +20,7 @@ from typing_extensions import TypedDict
 
 from cpd.comm import Comm, SerialComm
 from cpd.config.types import Positive
-from cpd.envs.tasks import ACTION_CLIP, ACTION_SIZE, OBSERVATION_SIZE
+from cpd.envs.metaworld.tasks import ACTION_CLIP, ACTION_SIZE, OBSERVATION_SIZE
 from cpd.reading import DamagedFileError, check_shape, read_json
 from cpd.run.descriptions import Weights
 from cpd.run.files import atomic_write, remove, sha256, write_json

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from cpd.comm import Comm, SerialComm
 from cpd.config import PPOConfig
 from cpd.config.teacher import MAX_LOG_STD
-from cpd.envs.tasks import OBSERVATION_SIZE
+from cpd.envs.metaworld.tasks import OBSERVATION_SIZE
 from cpd.seeding import derive, generator
 from cpd.teachers.adam import Adam
 from cpd.teachers.policy import GaussianPolicy, RunningMoments, gaussian_log_prob, mlp

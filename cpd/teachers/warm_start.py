@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from cpd.config import WarmStartConfig
-from cpd.envs.tasks import OBSERVATION_SIZE
+from cpd.envs.metaworld.tasks import OBSERVATION_SIZE
 from cpd.seeding import generator
 from cpd.teachers.adam import Adam
 from cpd.teachers.demonstrations import Demonstrator, Labelled

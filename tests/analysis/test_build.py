@@ -32,7 +32,7 @@ from analysis.figures import (
 )
 from analysis.style import paper_style, stamp
 from analysis.terminal import print_summary
-from cpd.envs.tasks import ALL_TASKS, STREAMS
+from cpd.envs.metaworld.tasks import ALL_TASKS, STREAMS
 from cpd.evaluation.gather import gather
 from cpd.evaluation.publish import publish_results
 from cpd.run.claim import REPOSITORY_RESULTS

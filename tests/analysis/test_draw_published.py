@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from analysis.draw_published import draw_folder, figure_folders
-from cpd.envs.tasks import STREAMS
+from cpd.envs.metaworld.tasks import STREAMS
 from cpd.evaluation.publish import publish_results
 from cpd.run.claim import REPOSITORY_RESULTS
 from tests.synthetic_run import write_run

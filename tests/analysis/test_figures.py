@@ -27,7 +27,7 @@ from analysis.figures.fig_stream import MOST_LINES
 from analysis.paper_tables import task_cells
 from analysis.style import paper_style
 from analysis.terminal import show
-from cpd.envs.tasks import STREAMS
+from cpd.envs.metaworld.tasks import STREAMS
 from cpd.evaluation.gather import gather
 from cpd.evaluation.measures import SuccessMatrix
 from cpd.evaluation.results_folder import read_tables

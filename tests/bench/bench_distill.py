@@ -29,7 +29,7 @@ from cpd.config import Config, StudentConfig
 from cpd.config.load import load, merge, read_toml
 from cpd.distill.losses import LOSSES
 from cpd.distill.trainer import StudentTrainer
-from cpd.envs.tasks import ACTION_SIZE, OBSERVATION_SIZE
+from cpd.envs.metaworld.tasks import ACTION_SIZE, OBSERVATION_SIZE
 from cpd.student.actor import StudentActor
 from jobs.launch_options import RECIPES
 from tests.bench.bench_moe import best_milliseconds

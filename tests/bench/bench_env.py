@@ -25,8 +25,8 @@ import mujoco
 import numpy as np
 
 from cpd.envs.goals import goal_set
-from cpd.envs.task_env import TaskEnv
-from cpd.envs.tasks import ALL_TASKS
+from cpd.envs.metaworld.task_env import TaskEnv
+from cpd.envs.metaworld.tasks import ALL_TASKS
 from cpd.envs.vector_env import make_vector_env
 
 EPISODE = 200

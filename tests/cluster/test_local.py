@@ -21,7 +21,7 @@ from cpd.cluster.local import MAX_RESTARTS, LocalQueue, _shortage_in_log
 from cpd.cluster.queue import foreign_variables
 from cpd.cluster.sbatch import BundleJob
 from cpd.config.profile import Profile, Resources
-from cpd.envs.tasks import STREAMS
+from cpd.envs.metaworld.tasks import STREAMS
 from cpd.run.directory import Run
 from cpd.run.interrupt import Interrupt
 from cpd.run.lease import current_holder

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from cpd.config import Config, MethodConfig, TeacherConfig, continued, differences
 from cpd.config.load import ConfigError, load, merge, parse_overrides, read_toml, setting_lines, to_dict
-from cpd.envs.tasks import STREAMS
+from cpd.envs.metaworld.tasks import STREAMS
 from jobs.launch_options import RECIPES
 
 MINIMAL = {"name": "x", "stream": {"tasks": "demo"}}

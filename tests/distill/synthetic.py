@@ -9,13 +9,13 @@ from cpd.comm import Comm
 from cpd.config import Config
 from cpd.distill.stage_data import StageData
 from cpd.distill.trainer import StudentTrainer
+from cpd.envs.metaworld.scaling import observation_scaling
 from cpd.run.directory import Run, StudentElement
 from cpd.run.files import sha256
 from cpd.run.provenance import labels
 from cpd.run.shards.schema import Episode, ShardAttributes
 from cpd.run.shards.writer import write_shards
 from cpd.seeding import generator
-from cpd.student.observations import observation_scaling
 
 
 def episode(task: int, number: int, length: int) -> tuple[np.ndarray, np.ndarray]:

@@ -15,10 +15,10 @@ from cpd.distill.memory.segments import Segments
 from cpd.distill.run_student import run_student
 from cpd.distill.stage_data import StageData, read_stage
 from cpd.distill.trainer import StudentTrainer
+from cpd.envs.metaworld.scaling import observation_scaling
 from cpd.run.checkpoint import latest
 from cpd.run.interrupt import Interrupt, InterruptedBySignal
 from cpd.student.network import Student
-from cpd.student.observations import observation_scaling
 from tests.distill.synthetic import stage_data, write_teachers
 from tests.distill.test_trainer import make_trainer, train
 from tests.student.test_network import make_student

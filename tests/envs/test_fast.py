@@ -10,16 +10,16 @@ import pytest
 from metaworld.policies import ENV_POLICY_MAP
 from metaworld.utils import reward_utils
 
-from cpd.envs.fast import helpers as fast_math
-from cpd.envs.fast import task_class as accelerated
-from cpd.envs.fast.model import keeps_geom
-from cpd.envs.fast.resets import RESET_CACHE
-from cpd.envs.fast.sawyer import FastData
-from cpd.envs.fast.task_class import UnverifiedError, accelerated_class, check_installation
 from cpd.envs.goals import goal_set
-from cpd.envs.registry import GOAL_FIELDS, build_stock, metaworld_class
-from cpd.envs.task_env import TaskEnv
-from cpd.envs.tasks import ALL_TASKS
+from cpd.envs.metaworld.fast import helpers as fast_math
+from cpd.envs.metaworld.fast import task_class as accelerated
+from cpd.envs.metaworld.fast.model import keeps_geom
+from cpd.envs.metaworld.fast.resets import RESET_CACHE
+from cpd.envs.metaworld.fast.sawyer import FastData
+from cpd.envs.metaworld.fast.task_class import UnverifiedError, accelerated_class, check_installation
+from cpd.envs.metaworld.registry import GOAL_FIELDS, build_stock, metaworld_class
+from cpd.envs.metaworld.task_env import TaskEnv
+from cpd.envs.metaworld.tasks import ALL_TASKS
 
 pytestmark = pytest.mark.filterwarnings("ignore:Constant.s. may be too high:UserWarning")
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from metaworld.utils import reward_utils
 from scipy.spatial.transform import Rotation
 
-from cpd.envs.fast import helpers as fast_math
+from cpd.envs.metaworld.fast import helpers as fast_math
 
 numbers = st.floats(-1e3, 1e3, allow_nan=False)
 small = st.floats(0, 2, allow_nan=False)

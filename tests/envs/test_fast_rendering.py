@@ -7,9 +7,9 @@ import sys
 import numpy as np
 import pytest
 
-from cpd.envs.fast.task_class import accelerated_class
 from cpd.envs.goals import goal_set
-from cpd.envs.registry import build_stock, metaworld_class
+from cpd.envs.metaworld.fast.task_class import accelerated_class
+from cpd.envs.metaworld.registry import build_stock, metaworld_class
 
 NO_GRAPHICS = 77
 

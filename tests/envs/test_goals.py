@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from cpd.envs.goals import FIRST_SEEDS, Goal, check_disjoint, goal_set
-from cpd.envs.tasks import ALL_TASKS
+from cpd.envs.metaworld.tasks import ALL_TASKS
 
 
 def mt1_rand_vecs(task, seed):

@@ -11,8 +11,8 @@ from gymnasium.utils.env_checker import check_env
 
 import cpd.envs.gym  # noqa: F401
 from cpd.envs.goals import goal_set
-from cpd.envs.registry import build_stock, metaworld_class
-from cpd.envs.tasks import ALL_TASKS, STREAMS
+from cpd.envs.metaworld.registry import build_stock, metaworld_class
+from cpd.envs.metaworld.tasks import ALL_TASKS, STREAMS
 from tests.conftest import ROOT
 
 

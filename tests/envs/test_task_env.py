@@ -6,11 +6,11 @@ import metaworld
 import numpy as np
 import pytest
 
-from cpd.envs.fast import sawyer
-from cpd.envs.fast.resets import RESET_CACHE
 from cpd.envs.goals import Goal, goal_set
-from cpd.envs.task_env import TaskEnv
-from cpd.envs.tasks import REWARD_VERSION
+from cpd.envs.metaworld.fast import sawyer
+from cpd.envs.metaworld.fast.resets import RESET_CACHE
+from cpd.envs.metaworld.task_env import TaskEnv
+from cpd.envs.metaworld.tasks import REWARD_VERSION
 
 TASKS = ("push-v3", "basketball-v3", "sweep-into-v3", "stick-pull-v3", "window-close-v3")
 

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from cpd.envs.goals import goal_set
+from cpd.envs.metaworld.task_env import TaskEnv
 from cpd.envs.slots import SlotError
-from cpd.envs.task_env import TaskEnv
 from cpd.envs.vector_env import make_vector_env
 
 TASKS = ("push-v3", "push-v3", "door-open-v3", "basketball-v3", "window-close-v3")

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from analysis.build import main
-from cpd.envs.tasks import STREAMS
+from cpd.envs.metaworld.tasks import STREAMS
 from cpd.evaluation.publish import publish_results
 from cpd.reading import read_json
 from cpd.run import claim as module

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cpd.envs.tasks import STREAMS
+from cpd.envs.metaworld.tasks import STREAMS
 from cpd.evaluation.gather import gather
 from cpd.evaluation.results_folder import read_tables
 from cpd.reading import DamagedFileError

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cpd.envs.tasks import STREAMS
+from cpd.envs.metaworld.tasks import STREAMS
 from cpd.run.claim import REPOSITORY_RESULTS
 from cpd.run.directory import Run
 from cpd.run.shortage import TRAINING

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cpd.envs.tasks import STREAMS
+from cpd.envs.metaworld.tasks import STREAMS
 from cpd.run.directory import Run
 from tests.conftest import ROOT
 from tests.synthetic_run import write_run

@@ -21,7 +21,7 @@ import jobs.report
 import jobs.status
 import jobs.teacher
 from cpd.config.load import ConfigError
-from cpd.envs.tasks import STREAMS
+from cpd.envs.metaworld.tasks import STREAMS
 from cpd.evaluation.gather import gather
 from cpd.evaluation.publish import publish_results
 from cpd.reading import MAX_NAME_BYTES, read_json

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cpd.envs.tasks import ALL_TASKS
+from cpd.envs.metaworld.tasks import ALL_TASKS
 from cpd.reading import DamagedFileError
 from cpd.run.tables import (
     LARGE_TABLE,

@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cpd.config import StudentConfig
+from cpd.envs.metaworld.scaling import observation_scaling
 from cpd.student.actor import StudentActor
 from cpd.student.network import Student, load_student, save_student
-from cpd.student.observations import observation_scaling
 
 TASKS = ("drawer-close-v3", "handle-press-side-v3", "window-close-v3")
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from cpd.config import RolloutConfig
 from cpd.envs.goals import goal_set
-from cpd.envs.task_env import TaskEnv
+from cpd.envs.metaworld.task_env import TaskEnv
 from cpd.envs.vector_env import make_vector_env
 from cpd.run.interrupt import Interrupt, InterruptedBySignal
 from cpd.run.shards.schema import Episode

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from cpd.envs.goals import Goal, goal_set
-from cpd.envs.task_env import TaskEnv
+from cpd.envs.metaworld.task_env import TaskEnv
 from cpd.envs.vector_env import VectorEnv, make_vector_env
 from cpd.run.interrupt import Interrupt
 from cpd.teachers import demonstrations

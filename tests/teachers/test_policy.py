@@ -15,8 +15,8 @@ from metaworld.policies import ENV_POLICY_MAP
 
 from cpd.envs.episodes import run_episodes
 from cpd.envs.goals import goal_set
-from cpd.envs.task_env import TaskEnv
-from cpd.envs.tasks import ALL_TASKS
+from cpd.envs.metaworld.task_env import TaskEnv
+from cpd.envs.metaworld.tasks import ALL_TASKS
 from cpd.envs.vector_env import make_vector_env
 from cpd.run.claim import REPOSITORY_RESULTS
 from cpd.teachers.demonstrations import ScriptedPolicy, load_scripted, save_scripted

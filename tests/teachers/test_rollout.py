@@ -8,7 +8,7 @@ import torch
 
 from cpd.config import ExplorationConfig, PPOConfig
 from cpd.envs.goals import goal_set
-from cpd.envs.task_env import TaskEnv
+from cpd.envs.metaworld.task_env import TaskEnv
 from cpd.envs.vector_env import make_vector_env
 from cpd.seeding import generator
 from cpd.teachers.exploration import correlated_noise, perturb, random_starts

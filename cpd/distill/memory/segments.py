@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cpd.envs.tasks import ACTION_SIZE, OBSERVATION_SIZE
+from cpd.envs.metaworld.tasks import ACTION_SIZE, OBSERVATION_SIZE
 
 Array = npt.NDArray[Any]
 

@@ -15,8 +15,8 @@ import numpy.typing as npt
 from cpd.config import MemoryConfig
 from cpd.distill.memory.dpp import FloatArray, select
 from cpd.distill.memory.segments import Segments
+from cpd.envs.metaworld.scaling import observation_scaling
 from cpd.seeding import generator
-from cpd.student.observations import observation_scaling
 
 #: The number of segments among which `dpp` chooses, of those that open an episode and of the others each; larger
 #: sets are thinned evenly over the rollouts. It bounds the rows and columns of a kernel's factor.

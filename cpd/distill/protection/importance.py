@@ -13,7 +13,7 @@ from cpd.distill.batches import BatchSource
 from cpd.distill.learner import StudentLearner
 from cpd.distill.memory.segments import Segments
 from cpd.distill.stage_data import StageData
-from cpd.envs.tasks import ACTION_SIZE
+from cpd.envs.metaworld.tasks import ACTION_SIZE
 from cpd.seeding import generator
 
 #: States per stage from which the importance of parameters is estimated.

@@ -10,7 +10,7 @@ import h5py
 import numpy as np
 import numpy.typing as npt
 
-from cpd.envs.tasks import ACTION_SIZE, OBSERVATION_SIZE
+from cpd.envs.metaworld.tasks import ACTION_SIZE, OBSERVATION_SIZE
 from cpd.run.files import sha256
 from cpd.run.provenance import Labels
 from cpd.run.shards.schema import (

@@ -19,7 +19,7 @@ from pydantic import Field
 from typing_extensions import TypedDict
 
 from cpd.config.types import Count
-from cpd.envs.tasks import ACTION_SIZE, OBSERVATION_SIZE
+from cpd.envs.metaworld.tasks import ACTION_SIZE, OBSERVATION_SIZE
 from cpd.reading import DamagedFileError, read_json
 
 #: Increased whenever fields or their meaning change; a reader accepts its own version only.

@@ -1,4 +1,4 @@
-"""Complete models that render simulations of light ones (`cpd.envs.fast.model`)."""
+"""Complete models that render simulations of light ones (`cpd.envs.metaworld.fast.model`)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any, Final
 import mujoco
 import numpy as np
 
-from cpd.envs.registry import GOAL_FIELDS, complete_model
+from cpd.envs.metaworld.registry import GOAL_FIELDS, complete_model
 
 _STATE: Final = mujoco.mjtState.mjSTATE_INTEGRATION
 

@@ -2,8 +2,8 @@
 
 Of the compiled model, a reset writes two small arrays only. All environments of a task in a process therefore
 share one model, and an environment writes its values of these arrays before it uses the model. The shared model is
-a light one (`cpd.envs.fast.model`). Meta-World's own classes and the renderer use complete models (21 MB, 0.15 s
-to compile).
+a light one (`cpd.envs.metaworld.fast.model`). Meta-World's own classes and the renderer use complete models
+(21 MB, 0.15 s to compile).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 from metaworld.env_dict import ALL_V3_ENVIRONMENTS
 
-from cpd.envs.fast.model import light_model
+from cpd.envs.metaworld.fast.model import light_model
 
 #: The model fields that Meta-World's resets write; a test compares all fields for all tasks.
 GOAL_FIELDS: Final = ("body_pos", "site_pos")

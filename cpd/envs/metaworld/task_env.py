@@ -9,11 +9,11 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from cpd.envs.fast.sawyer import FastSawyer
-from cpd.envs.fast.task_class import UnverifiedError, accelerated_class
 from cpd.envs.goals import Goal
-from cpd.envs.registry import build_stock, metaworld_class
-from cpd.envs.tasks import MAX_EPISODE_STEPS, REWARD_VERSION
+from cpd.envs.metaworld.fast.sawyer import FastSawyer
+from cpd.envs.metaworld.fast.task_class import UnverifiedError, accelerated_class
+from cpd.envs.metaworld.registry import build_stock, metaworld_class
+from cpd.envs.metaworld.tasks import MAX_EPISODE_STEPS, REWARD_VERSION
 
 #: The object's position in an observation, metres.
 OBJECT: Final = slice(4, 7)

@@ -16,9 +16,9 @@ from typing import Any, Final
 
 from metaworld.sawyer_xyz_env import SawyerXYZEnv
 
-from cpd.envs.fast.helpers import fast_globals, first_inexact_helper, rebind
-from cpd.envs.fast.sawyer import FastSawyer
-from cpd.envs.registry import metaworld_class
+from cpd.envs.metaworld.fast.helpers import fast_globals, first_inexact_helper, rebind
+from cpd.envs.metaworld.fast.sawyer import FastSawyer
+from cpd.envs.metaworld.registry import metaworld_class
 
 #: Versions that the test suite compared step by step.
 VERIFIED_VERSIONS: Final = {"metaworld": ("3.1.1",), "mujoco": ("3.3.0",)}

@@ -17,11 +17,11 @@ import numpy.typing as npt
 from metaworld.sawyer_xyz_env import SawyerXYZEnv
 from metaworld.utils.reward_utils import hamacher_product
 
-from cpd.envs.fast.helpers import clip_ufunc, length, long_tail
-from cpd.envs.fast.rendering import RenderModel
-from cpd.envs.fast.resets import MAX_CACHED_RESETS, RESET_CACHE, Attributes, ResetState
-from cpd.envs.registry import SharedModel, shared_model
-from cpd.envs.tasks import OBSERVATION_SIZE
+from cpd.envs.metaworld.fast.helpers import clip_ufunc, length, long_tail
+from cpd.envs.metaworld.fast.rendering import RenderModel
+from cpd.envs.metaworld.fast.resets import MAX_CACHED_RESETS, RESET_CACHE, Attributes, ResetState
+from cpd.envs.metaworld.registry import SharedModel, shared_model
+from cpd.envs.metaworld.tasks import OBSERVATION_SIZE
 
 _FRAME_SIZE = 18
 _WRIST_QUATERNION = np.array([1.0, 0.0, 1.0, 0.0])
@@ -69,7 +69,7 @@ class FastData(mujoco.MjData):  # type: ignore[misc]
 
 
 class FastSawyer(SawyerXYZEnv):
-    """Base class of the accelerated tasks; see `cpd.envs.fast.task_class.accelerated_class`.
+    """Base class of the accelerated tasks; see `cpd.envs.metaworld.fast.task_class.accelerated_class`.
 
     Visible differences from Meta-World's base class:
 
