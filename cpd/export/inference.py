@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from cpd.envs.tasks import ACTION_CLIP
+from cpd.envs.metaworld.tasks import ACTION_CLIP
 from cpd.teachers.policy import OBSERVATION_CLIP, GaussianPolicy
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from cpd.envs.tasks import OBSERVATION_SIZE
+from cpd.envs.metaworld.tasks import OBSERVATION_SIZE
 from cpd.export.inference import InferenceTeacher
 from cpd.export.sources import policy_files
 from cpd.run.files import atomic_write
