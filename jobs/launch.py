@@ -175,6 +175,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         check_options(parser, overrides)
         config, profile = load_recipe_and_profile(arguments.recipe, overrides, arguments.profile or "local")
+        profile = replace(profile, track=arguments.track or profile.track)
         root = arguments.run_dir or Path("runs") / config.name
         os.environ[CLUSTERS_VARIABLE] = profile.clusters
         for warning in (*config.warnings(), *profile.warnings()):

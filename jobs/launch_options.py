@@ -6,13 +6,14 @@ import argparse
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from typing_extensions import TypedDict
 
 from cpd.config import Config
 from cpd.config.load import WHOLE, ConfigError, load, merge, parse_overrides, read_toml, suggestion
 from cpd.config.profile import Profile, load_profile
+from cpd.config.types import Tracker
 from cpd.programs import ROOT
 from cpd.reading import is_possible, read_json
 from cpd.run.claim import claim
@@ -53,6 +54,11 @@ def build_parser() -> argparse.ArgumentParser:
         default=[],
         metavar="NAME",
         help="only this element or folder of elements, such as students/ewc; repeatable",
+    )
+    parser.add_argument(
+        "--track",
+        choices=get_args(Tracker)[1:],
+        help="show learning curves in this tool while jobs run, from files in the run directory",
     )
     slurm = parser.add_argument_group("with a Slurm profile")
     slurm.add_argument(

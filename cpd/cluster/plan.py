@@ -12,7 +12,6 @@ orders give the same students.
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -210,7 +209,7 @@ def _arrays(
 
 def _new_names(run: Run, taken: frozenset[str]) -> Iterator[str]:
     """Yield unique job names, `<run>-{}-<digest of its folder>-<number>`, without the role."""
-    digest = hashlib.sha256(str(run.root.resolve()).encode()).hexdigest()[:6]
+    digest = run.digest
     used = taken | {entry.name for entries in ledger(run).values() for entry in entries}
     numbers = [name.rpartition("-")[2] for name in used if f"-{digest}-" in name]
     last = max((int(number) for number in numbers if number.isdigit()), default=0)

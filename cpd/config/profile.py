@@ -6,6 +6,7 @@ import os
 import re
 import shlex
 from dataclasses import field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -13,7 +14,7 @@ from pydantic import AfterValidator
 from pydantic.dataclasses import dataclass
 
 from cpd.config.load import STRICT, ConfigError, load, read_toml, suggestion
-from cpd.config.types import Count, NonNegativeFloat, Positive, Role
+from cpd.config.types import Count, NonNegativeFloat, Positive, Role, Tracker
 from cpd.programs import ROOT
 from cpd.reading import is_possible
 
@@ -145,6 +146,8 @@ class Profile:
     """Number of successive requeues without progress after which a job fails."""
     code_changes: Literal["note", "refuse"] = "note"
     """What a job does if the commit differs from that of its submission: log a note, or fail."""
+    track: Tracker = ""
+    """Tool that shows learning curves while jobs run; empty: none."""
     single_machine: bool = False
     """Whether all nodes are on this machine (test cluster), so that they share every folder."""
     sbatch: SbatchOptions = field(default_factory=dict)
@@ -194,9 +197,14 @@ class Profile:
     def warnings(self) -> list[str]:
         """Check the settings against this machine."""
         available = len(os.sched_getaffinity(0))
-        if self.cluster == "slurm" or self.cores <= available:
+        if self.cluster == "slurm":  # jobs run elsewhere, perhaps with another Python
             return []
-        return [f"the profile's cores ({self.cores}) exceed the {available} that this process may use"]
+        warnings = []
+        if self.cores > available:
+            warnings.append(f"the profile's cores ({self.cores}) exceed the {available} that this process may use")
+        if self.track and find_spec(self.track) is None:
+            warnings.append(f"{self.track} is not installed: jobs run without live curves")
+        return warnings
 
 
 def load_profile(name: str) -> Profile:

@@ -51,4 +51,6 @@ def is_given(settings: Any, name: str) -> bool:
     return bool(getattr(settings, name) != getattr(type(settings)(), name))
 
 
+#: Where live learning curves go; empty: nowhere.
+Tracker = Literal["", "tensorboard", "wandb"]
 Role = Literal["teacher", "student", "evaluation", "report"]

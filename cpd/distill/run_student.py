@@ -24,7 +24,6 @@ from cpd.run.checkpoint import latest, save
 from cpd.run.directory import Run, StudentElement, TeacherElement, identity
 from cpd.run.files import remove
 from cpd.run.interrupt import Interrupt, InterruptedBySignal
-from cpd.run.progress import MetricsLog
 from cpd.run.provenance import labels
 from cpd.run.tables import CurveRow, write_rows
 from cpd.student.actor import make_actor
@@ -101,8 +100,7 @@ class Distillation:
         self.pool = EnvPool()
         self._loss: float | None = None
         self._saved = ""
-        metrics_size = self._resume()
-        self.log = MetricsLog(element.metrics, metrics_size) if attempt.is_writer else None
+        self.log = attempt.open_metrics(self._resume())
 
     def _resume(self) -> int:
         """Restore the newest checkpoint; returns the size of metrics.jsonl that belongs to it."""
@@ -252,7 +250,9 @@ class Distillation:
 
     def _log(self, **values: float | int | str | None) -> None:
         if self.log:
-            self.log.append(**values)
+            progress = self.trainer.learner.progress
+            step = progress.stage * self._num_steps + progress.step
+            self.log.append(**values, global_step=step)
 
     def _save_if_due(self) -> None:
         """Save a checkpoint at regular steps; save and stop if any rank was asked to stop."""
@@ -355,7 +355,9 @@ class Distillation:
             **asdict(self.label),
         )
         self.curves.append(row)
-        self.attempt.advance(self._steps_done(), success=row.successes / row.episodes)
+        success = row.successes / row.episodes
+        self._log(event="evaluation", stage=stage, task=task, success=success)
+        self.attempt.advance(self._steps_done(), success=success)
         if self.attempt.is_writer:
             self.attempt.check()
             write_rows(self.element.curves, self.curves)

@@ -12,12 +12,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from cpd.comm import Comm
-from cpd.run.directory import Element
+from cpd.config.types import Tracker
+from cpd.run.directory import Element, Run
 from cpd.run.files import sweep_element
 from cpd.run.interrupt import InterruptedBySignal
 from cpd.run.lease import STALE_SECONDS, Lease, LeaseHeldError, LeaseLostError, current_holder
-from cpd.run.progress import State, Status, read_status, write_status
+from cpd.run.progress import MetricsLog, State, Status, read_status, write_status
 from cpd.run.shortage import describe_error, shortage, spare_files
+from cpd.run.tracking import TrackedMetricsLog
 
 #: How long an attempt waits for the previous one, which is ending, to save and release its lease.
 HANDOVER_SECONDS = 30.0
@@ -29,8 +31,10 @@ FORWARDING_SECONDS = 0.5
 class Attempt:
     """The right to work on an element, held by rank 0; on other ranks every method does nothing."""
 
+    _element: Element
     _lease: Lease | None
     _status: Status | None
+    _log: Callable[[str], None]
 
     @property
     def is_writer(self) -> bool:
@@ -41,6 +45,18 @@ class Attempt:
         """Raise LeaseLostError if another process took over; call before publishing anything."""
         if self._lease:
             self._lease.check()
+
+    def open_metrics(self, size: int) -> MetricsLog | None:
+        """Open the element's metrics.jsonl and keep its first `size` bytes; None on ranks other than 0.
+
+        If the launch asked for live curves, the records go to these, too.
+        """
+        if not self.is_writer:
+            return None
+        tracker: Tracker = Run(self._element.root).launched_with(Tracker, "", "track")
+        if tracker:
+            return TrackedMetricsLog(self._element, size, tracker, self._log)
+        return MetricsLog(self._element.metrics, size)
 
     def begin(self, phase: str, total: int, done: int = 0, unit: str = "steps") -> None:
         """Enter a phase; see `Status.begin`."""
@@ -80,7 +96,7 @@ def begin_attempt(element: Element, comm: Comm, log: Callable[[str], None]) -> I
     refusal = comm.broadcast(refusal)
     if refusal:
         raise LeaseHeldError(refusal)
-    attempt = Attempt(lease, Status(element.status, log) if lease else None)
+    attempt = Attempt(element, lease, Status(element.status, log) if lease else None, log)
     with lease or contextlib.nullcontext():
         try:
             yield attempt

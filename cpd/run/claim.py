@@ -42,7 +42,7 @@ ENTRIES: Final = {
     "results": RESULT_FILES | {"README.md", "figures"},
 }
 #: Folders of a run directory in which nothing else may be written.
-RUN_FOLDERS: Final = ("launcher", "logs", "results", "students", "teachers")
+RUN_FOLDERS: Final = ("launcher", "logs", "results", "students", "teachers", "tensorboard", "wandb")
 #: Settings that must agree before a publication replaces another, even if only one of them has the setting.
 IDENTITY: Final = ("name:", "stream:", "stream.tasks:", "teacher:")
 #: The repository's published results, with subfolders for scripted stand-ins and for the tuning of settings.

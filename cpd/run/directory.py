@@ -9,10 +9,12 @@ A run is a set of elements. An element is the work of one job and has its own fo
       students/<method>/seed-1/evaluation/    status.json stage-00.csv ... COMPLETE
       results/                     evaluations.csv curves.csv episodes.csv metrics.json status.json COMPLETE
       figures/
+      tensorboard/ or wandb/       learning curves, if the launch asked for them
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -41,6 +43,11 @@ class Element:
     path: Path
     name: str
     """Path relative to the run directory, e.g. `teachers/push-v3/seed-1`; unique in the run."""
+
+    @property
+    def root(self) -> Path:
+        """The run directory."""
+        return self.path.parents[self.name.count("/")]
 
     @property
     def status(self) -> Path:
@@ -215,6 +222,11 @@ class Run:
         except DamagedFileError:
             return default
         return value
+
+    @property
+    def digest(self) -> str:
+        """Tells runs of one name apart that lie in different folders."""
+        return hashlib.sha256(str(self.root.resolve()).encode()).hexdigest()[:6]
 
     @property
     def ledger(self) -> Path:

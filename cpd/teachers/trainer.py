@@ -154,7 +154,7 @@ class TeacherTrainer:
             metrics_size = state["metrics_size"]
         self._progress.ranks = sorted({*self._progress.ranks, self._comm.size})
         # Records after the checkpoint are cut off: their iterations are trained again.
-        return MetricsLog(self._element.metrics, metrics_size) if is_writer else None
+        return self._attempt.open_metrics(metrics_size)
 
     def _save(self) -> None:
         """Save a checkpoint on rank 0, unless the newest one holds this state."""
@@ -365,6 +365,7 @@ class TeacherTrainer:
                 **progress.unrecorded,
                 validation_success=success,
                 validation_seconds=time.monotonic() - start,
+                global_step=progress.env_steps,
             )
         progress.unrecorded = {}
         self._attempt.advance(progress.env_steps, success=success, loss=None)

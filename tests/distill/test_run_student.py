@@ -76,6 +76,9 @@ def test_leaves_policies_curves_metrics_and_status(make_run):
     lines = [json.loads(line) for line in element.metrics.open()]
     assert [line["stage"] for line in lines if line.get("event") == "growth"] == [1]
     steps = [line for line in lines if "step" in line]
+    assert [line["global_step"] for line in steps] == [line["stage"] * 40 + line["step"] for line in steps]
+    rates = [(line["global_step"], line["success"]) for line in lines if line.get("event") == "evaluation"]
+    assert rates == [(row.stage * 40 + row.step, row.successes / 2) for row in rows]
     assert steps[0]["replay"] is steps[-1]["replay"] is None and steps[-1]["contrast"] > 0
     assert "imitation.window-close-v3" in steps[-1]
     assert sum(steps[-1][f"expert_share.1.{expert}"] for expert in range(4)) == pytest.approx(1, abs=1e-4)
@@ -183,7 +186,7 @@ class TestTeachers:
         description = json.loads(element.stage_policy(1).with_suffix(".json").read_text())
         assert description["skipped_stages"] == [0] and description["growth"] == []
         first = json.loads(element.metrics.open().readline())
-        assert first == {"event": "skipped", "stage": 0, "task": "drawer-close-v3"}
+        assert first == {"event": "skipped", "stage": 0, "task": "drawer-close-v3", "global_step": 0}
         assert any("skipped: drawer-close-v3" in line for line in lines)
         assert json.loads(element.status.read_text())["total"] == 40
 
