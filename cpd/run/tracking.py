@@ -58,10 +58,10 @@ class CurveWriter(Protocol):
 
 
 class TensorBoardWriter:
-    """Writes an event file to `folder` in place of those of earlier attempts."""
+    """Writes an event file to `folder`, which replaces those of earlier attempts."""
 
     def __init__(self, folder: Path, first: Iterable[Point] = (), now: Callable[[], float] = time.time) -> None:
-        """Write the points `first`, then remove the earlier files; `now` returns the Unix time of an event."""
+        """Write the points `first`, so that no earlier file counts; `now` returns the Unix time of an event."""
         from tensorboard.compat.proto import event_pb2, summary_pb2
         from tensorboard.summary.writer.record_writer import RecordWriter
 
@@ -75,7 +75,7 @@ class TensorBoardWriter:
         self._write(step=0, session_log=event_pb2.SessionLog(status=event_pb2.SessionLog.START))
         for step, values in first:
             self.add(step, values)
-        for path in earlier:
+        for path in earlier[:-1]:  # a running TensorBoard has the last one open
             path.unlink()
 
     def _write(self, **fields: Any) -> None:
