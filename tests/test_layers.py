@@ -110,3 +110,16 @@ def test_what_runs_on_a_login_node_stays_light(module: str) -> None:
     code = f"import sys, {module}; print([name for name in {HEAVY} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.strip() == "[]"
+
+
+def test_training_imports_no_compiler() -> None:
+    """The import of torch._dynamo takes longer than that of torch."""
+    code = (
+        "import sys, torch; from torch import nn; from cpd.teachers.adam import Adam; net = nn.Linear(2, 1);"
+        "optimizer = Adam(net.parameters(), .1); net(torch.ones(2)).backward();"
+        "nn.utils.clip_grad_norm_(net.parameters(), 1.0); optimizer.step();"
+        "from cpd.student.expert_mix import grouped_outer, grouped_product; tokens = torch.ones(3, 2);"
+        "ends = torch.tensor([1, 3], dtype=torch.int32); grouped_product(tokens, torch.ones(2, 2, 2), ends);"
+        "grouped_outer(tokens, tokens, ends, 0, 2); sys.exit('torch._dynamo' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

@@ -27,9 +27,7 @@ def _is_served(*tensors: Tensor) -> bool:
     )
 
 
-# Operators of their own: within a recorded step their shapes are known without reading `ends_E`.
-@torch.library.custom_op("cpd::grouped_product", mutates_args=())
-def grouped_product(a_MI: Tensor, b_EIO: Tensor, ends_E: Tensor) -> Tensor:
+def _grouped_product(a_MI: Tensor, b_EIO: Tensor, ends_E: Tensor) -> Tensor:
     """Multiply rows by the matrix of their expert, to [M, O]; those of expert e end before row `ends_E[e]`."""
     if _is_served(a_MI, b_EIO):
         return F.grouped_mm(a_MI, b_EIO, offs=ends_E)
@@ -40,13 +38,7 @@ def grouped_product(a_MI: Tensor, b_EIO: Tensor, ends_E: Tensor) -> Tensor:
     return out_MO
 
 
-@grouped_product.register_fake
-def _(a_MI: Tensor, b_EIO: Tensor, ends_E: Tensor) -> Tensor:
-    return a_MI.new_empty(a_MI.shape[0], b_EIO.shape[2])
-
-
-@torch.library.custom_op("cpd::grouped_outer", mutates_args=())
-def grouped_outer(a_MI: Tensor, b_MO: Tensor, ends_E: Tensor, first: int, count: int) -> Tensor:
+def _grouped_outer(a_MI: Tensor, b_MO: Tensor, ends_E: Tensor, first: int, count: int) -> Tensor:
     """`a^T b` over the rows of each of `count` experts from `first` on, [count, I, O]."""
     if _is_served(a_MI, b_MO):
         return F.grouped_mm(a_MI.t(), b_MO, offs=ends_E[: first + count])[first:].contiguous()
@@ -57,9 +49,22 @@ def grouped_outer(a_MI: Tensor, b_MO: Tensor, ends_E: Tensor, first: int, count:
     return out
 
 
-@grouped_outer.register_fake
-def _(a_MI: Tensor, b_MO: Tensor, ends_E: Tensor, first: int, count: int) -> Tensor:
-    return a_MI.new_empty(count, a_MI.shape[1], b_MO.shape[1])
+# Operators of their own: within a recorded step their shapes are known without reading `ends_E`.
+# `torch.library.custom_op` would import torch._dynamo at the first call, which takes longer than torch itself.
+_LIBRARY = torch.library.Library("cpd", "FRAGMENT")
+_LIBRARY.define("grouped_product(Tensor a, Tensor b, Tensor ends) -> Tensor")
+_LIBRARY.define("grouped_outer(Tensor a, Tensor b, Tensor ends, int first, int count) -> Tensor")
+_LIBRARY.impl("grouped_product", _grouped_product, "CompositeExplicitAutograd")
+_LIBRARY.impl("grouped_outer", _grouped_outer, "CompositeExplicitAutograd")
+torch.library.register_fake(
+    "cpd::grouped_product", lambda a, b, ends: a.new_empty(a.shape[0], b.shape[2]), lib=_LIBRARY
+)
+torch.library.register_fake(
+    "cpd::grouped_outer",
+    lambda a, b, ends, first, count: a.new_empty(count, a.shape[1], b.shape[1]),
+    lib=_LIBRARY,
+)
+grouped_product, grouped_outer = torch.ops.cpd.grouped_product.default, torch.ops.cpd.grouped_outer.default
 
 
 class _ExpertMix(torch.autograd.Function):
