@@ -51,18 +51,13 @@ def _grouped_outer(a_MI: Tensor, b_MO: Tensor, ends_E: Tensor, first: int, count
 
 # Operators of their own: within a recorded step their shapes are known without reading `ends_E`.
 # `torch.library.custom_op` would import torch._dynamo at the first call, which takes longer than torch itself.
-_LIBRARY = torch.library.Library("cpd", "FRAGMENT")
-_LIBRARY.define("grouped_product(Tensor a, Tensor b, Tensor ends) -> Tensor")
-_LIBRARY.define("grouped_outer(Tensor a, Tensor b, Tensor ends, int first, int count) -> Tensor")
-_LIBRARY.impl("grouped_product", _grouped_product, "CompositeExplicitAutograd")
-_LIBRARY.impl("grouped_outer", _grouped_outer, "CompositeExplicitAutograd")
+torch.library.define("cpd::grouped_product", "(Tensor a, Tensor b, Tensor ends) -> Tensor")
+torch.library.define("cpd::grouped_outer", "(Tensor a, Tensor b, Tensor ends, int first, int count) -> Tensor")
+torch.library.impl("cpd::grouped_product", "default", _grouped_product)
+torch.library.impl("cpd::grouped_outer", "default", _grouped_outer)
+torch.library.register_fake("cpd::grouped_product", lambda a, b, ends: a.new_empty(a.shape[0], b.shape[2]))
 torch.library.register_fake(
-    "cpd::grouped_product", lambda a, b, ends: a.new_empty(a.shape[0], b.shape[2]), lib=_LIBRARY
-)
-torch.library.register_fake(
-    "cpd::grouped_outer",
-    lambda a, b, ends, first, count: a.new_empty(count, a.shape[1], b.shape[1]),
-    lib=_LIBRARY,
+    "cpd::grouped_outer", lambda a, b, ends, first, count: a.new_empty(count, a.shape[1], b.shape[1])
 )
 grouped_product, grouped_outer = torch.ops.cpd.grouped_product.default, torch.ops.cpd.grouped_outer.default
 

@@ -28,6 +28,7 @@ from cpd.run.lease import current_holder
 from cpd.run.progress import read_status
 from jobs.launch import execute
 from jobs.status import failure_lines, run_status
+from tests.conftest import ROOT
 from tests.synthetic_run import write_run
 
 HOLD = """
@@ -67,8 +68,11 @@ def holder_of(folder: Path) -> Iterator[subprocess.Popen[str]]:
 
 
 def test_an_element_of_another_writer_is_reported_and_left_alone(
-    run: Run, capsys: pytest.CaptureFixture[str]
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # The job waits half a minute for the writer otherwise.
+    (tmp_path / "sitecustomize.py").write_text("import cpd.run.attempt\ncpd.run.attempt.HANDOVER_SECONDS = 1.0\n")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{ROOT}")
     with holder_of(run.report().path) as process:
         assert not execute(run, Profile(cluster="local"), Interrupt(), [run.report()])
         assert f"process {process.pid} on " in capsys.readouterr().out

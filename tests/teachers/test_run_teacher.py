@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -124,12 +125,12 @@ def test_killed_it_ends_the_same(undisturbed: TeacherElement, tmp_path: Path) ->
     run = new_run(tmp_path)
     teacher = run.teachers()[0]
     for num_records in (2, 5):
-        command = [sys.executable, "-c", KILLED, str(run.root)]
-        process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
-        while len(read_metrics(teacher.metrics)) < num_records and process.poll() is None:
+        process = multiprocessing.get_context("fork").Process(target=finish, args=(run,))
+        process.start()
+        while len(read_metrics(teacher.metrics)) < num_records and process.is_alive():
             time.sleep(0.005)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        process.kill()
+        process.join()
     assert not teacher.complete.exists()
     # At the second kill the newest checkpoint held three iterations; later records are cut off.
     assert published(teacher.checkpoints)
