@@ -110,6 +110,11 @@ class BatchSource:
         _, self._group, self._group_sizes = np.unique(memory.task, return_inverse=True, return_counts=True)
         self._group_begins = np.cumsum(self._group_sizes) - self._group_sizes
 
+    @property
+    def observations(self) -> Tensor:
+        """[S, O] raw, of the memory and then of every task of the stage."""
+        return self._table[:, :OBSERVATION_SIZE]
+
     def windows(self, step: int) -> Windows:
         """The global batch of `step`, rows from memory first."""
         rng = generator(self._seed, "batch", self._stage, step)

@@ -22,9 +22,6 @@ from cpd.seeding import derive
 from cpd.student.network import Student, StudentOutput
 from cpd.student.task_embedding import info_nce
 
-#: Raw observations `[N, O]` and their tasks `[N]`.
-ContrastBatch = tuple[Tensor, Tensor]
-
 
 class LossTerms(NamedTuple):
     """The terms of the loss of a batch, detached; the sums over ranks are the global values."""
@@ -118,7 +115,7 @@ class StudentLearner:
             data, memory, config.distill, config.student.context, self.seed, stage, self.comm, self.device
         )
         if self.student.encoder is not None:
-            self._contrast = ContrastSource(data, memory, config.distill, self.seed, stage, self.device)
+            self._contrast = ContrastSource(self._source, data, memory, self.seed, stage)
 
     def close_stage(self) -> None:
         """Release the batches of the current stage, and with them its data."""
@@ -135,16 +132,16 @@ class StudentLearner:
         self.optimizer.grow(self.flat)
         return old
 
-    def contrast_batch(self) -> ContrastBatch | None:
-        """The observations of this step's contrastive loss, and their tasks; None if there is none."""
+    def contrast_batch(self) -> Tensor | None:
+        """The observations `[J, N, O]` of this step's contrastive loss; None if there is none."""
         return None if self._contrast is None else self._contrast.batch(self.progress.step)
 
-    def gradient(self, batch: Batch, contrast: ContrastBatch | None = None) -> LossTerms:
+    def gradient(self, batch: Batch, contrast: Tensor | None = None) -> LossTerms:
         """Set `flat.grads` to the gradient of the loss of the global batch, the same on every rank; a collective.
 
         Args:
             batch: this rank's rows.
-            contrast: the batch of the contrastive loss, which is added.
+            contrast: observations `[J, N, O]` of the contrastive loss, which is added.
         """
         config = self.config.distill
         task_B = batch.task_R if batch.task is None else batch.task
@@ -166,12 +163,11 @@ class StudentLearner:
             distance_RL.detach(), balance.detach(), router_z.detach(), contrastive.detach(), counts_LE
         )
 
-    def _contrastive_loss(self, contrast: ContrastBatch | None) -> Tensor:
+    def _contrastive_loss(self, contrast: Tensor | None) -> Tensor:
         """This rank's summand of the contrastive loss, which every rank computes completely."""
         if contrast is None:
             return self.flat.values.new_zeros(())
-        obs_NO, task_N = contrast
-        return info_nce(self.student.embedding(obs_NO), task_N, self.student.num_tasks) / self.comm.size
+        return info_nce(self.student.embedding(contrast)) / self.comm.size
 
     def _balance(self, out: StudentOutput, batch: Batch) -> Tensor:
         """This rank's summand of the load-balancing loss, which is 1 if tokens have no choice among experts."""

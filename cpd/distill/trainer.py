@@ -18,7 +18,7 @@ from cpd.distill.contrast import prototypes_from_memory
 from cpd.distill.flat import FlatParameters
 from cpd.distill.former_checkpoint import upgrade_checkpoint
 from cpd.distill.growth import GrowthDecision, grow, opening_offset, probe
-from cpd.distill.learner import ContrastBatch, LossTerms, StudentLearner
+from cpd.distill.learner import LossTerms, StudentLearner
 from cpd.distill.memory.memory import ReplayMemory
 from cpd.distill.memory.selection import make_selection
 from cpd.distill.protection import make_protection
@@ -189,7 +189,7 @@ class StudentTrainer:
             self.check_finite()
         return self._report(batch, terms, float(grad_norm), lr) if report else None
 
-    def _update(self, batch: Batch, contrast: ContrastBatch | None, lr: Tensor) -> tuple[LossTerms, Tensor]:
+    def _update(self, batch: Batch, contrast: Tensor | None, lr: Tensor) -> tuple[LossTerms, Tensor]:
         """The update from a batch; returns the terms of the loss and the norm of the gradient.
 
         On one rank, the same operations on tensors of the same shapes in every step of a stage: a GPU can be given

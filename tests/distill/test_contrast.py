@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from cpd.comm import SerialComm
 from cpd.config import DistillConfig
 from cpd.distill import contrast
+from cpd.distill.batches import BatchSource
 from cpd.distill.contrast import ContrastSource, prototypes_from_memory
 from cpd.distill.memory.segments import Segments
 from cpd.distill.run_student import run_student
@@ -37,20 +38,17 @@ def source_of(monkeypatch):
     def make(data: StageData, memory: Segments, batch_size: int = 256, noise: float = 0.0) -> ContrastSource:
         monkeypatch.setattr(contrast, "BATCH_SIZE", batch_size)
         monkeypatch.setattr(contrast, "NOISE", noise)
-        return ContrastSource(data, memory, DistillConfig(precision="float64"), 1, 2, torch.device("cpu"))
+        config = DistillConfig(precision="float64")
+        batches = BatchSource(data, memory, config, 1, 1, 2, SerialComm(), torch.device("cpu"))
+        return ContrastSource(batches, data, memory, 1, 2)
 
     return make
-
-
-def drawn(source: ContrastSource, task: int, step: int = 0) -> np.ndarray:
-    obs_NO, task_N = source.batch(step)
-    return obs_NO[task_N == task].numpy()
 
 
 def places(obs_NO: np.ndarray, data: StageData) -> np.ndarray:
     """The step of `data` at which each observation occurs; KeyError if one does not occur."""
     steps = {row.astype(np.float64).tobytes(): step for step, row in enumerate(data.observations)}
-    return np.array([steps[row.tobytes()] for row in obs_NO])
+    return np.array([steps[row.tobytes()] for row in np.ascontiguousarray(obs_NO)])
 
 
 class TestBatch:
@@ -60,62 +58,76 @@ class TestBatch:
 
     def test_half_of_a_present_tasks_observations_open_an_episode(self, source_of):
         data = stage_data(2)
-        steps = places(drawn(source_of(data, memory_of({0: 5}), batch_size=400), 2), data)
-        opens = np.isin(steps, data.offsets[:-1])
-        assert len(steps) == 200
-        assert set(steps[opens]) == set(data.offsets[:-1])
-        assert 100 <= opens.sum() < 115, "the others come from all steps: one in 24 opens an episode"
-        assert (np.bincount(steps[~opens] * 10 // data.num_steps, minlength=10) > 0).all()
+        source = source_of(data, memory_of({0: 5}), batch_size=40)
+        steps = np.array([places(source.batch(step)[0].numpy(), data) for step in range(40)])
+        assert steps.shape == (40, 20)
+        assert set(steps[:, :10].ravel()) == set(data.offsets[:-1])
+        others = steps[:, 10:].ravel()
+        assert np.isin(others, data.offsets[:-1]).mean() == pytest.approx(1 / 24, abs=0.04)
+        assert (np.bincount(others * 10 // data.num_steps, minlength=10) > 0).all()
 
     def test_an_earlier_tasks_are_mixtures_of_two_that_are_stored_of_it(self, source_of):
-        memory = memory_of({0: 3, 1: 3})
-        source = source_of(stage_data(2), memory, batch_size=600)
-        for task, stored in memory.observations_by_task().items():
-            stored = stored.astype(np.float64)
-            rows = drawn(source, task)
-            assert len(rows) == 200
-            mixed = []
-            for first, second in ((0, 1), (0, 2), (1, 2)):
-                edge = stored[second] - stored[first]
-                share = (rows - stored[first]) @ edge / (edge @ edge)
-                gap = np.abs(rows - stored[first] - share[:, None] * edge).max(1)
-                between = (gap < 1e-9) & (share > 1e-6) & (share < 1 - 1e-6)
-                mixed.append(between)
-                # Two of three stored ones are drawn in two of nine cases.
-                assert between.sum() == pytest.approx(200 * 2 / 9, abs=20)
-                assert np.histogram(share[between], 4, (0, 1))[0].min() > 0
-            alike = np.abs(rows[:, None] - stored).max(2).min(1) < 1e-9
-            assert (np.sum(mixed, 0) + alike == 1).all()
+        stored = memory_of({0: 3}).observations.astype(np.float64)
+        batch = source_of(stage_data(2), memory_of({0: 3}), batch_size=400).batch(0)
+        rows = batch[1].numpy()
+        mixed = []
+        for first, second in ((0, 1), (0, 2), (1, 2)):
+            edge = stored[second] - stored[first]
+            share = (rows - stored[first]) @ edge / (edge @ edge)
+            gap = np.abs(rows - stored[first] - share[:, None] * edge).max(1)
+            between = (gap < 1e-9) & (share > 1e-6) & (share < 1 - 1e-6)
+            mixed.append(between)
+            # Two of three stored ones are drawn in two of nine cases.
+            assert between.sum() == pytest.approx(200 * 2 / 9, abs=20)
+            assert np.histogram(share[between], 4, (0, 1))[0].min() > 0
+        alike = np.abs(rows[:, None] - stored).max(2).min(1) < 1e-9
+        assert (np.sum(mixed, 0) + alike == 1).all()
 
     def test_a_task_that_comes_again_is_drawn_from_its_data_alone(self, source_of):
         data = stage_data(0)
-        source = source_of(data, memory_of({0: 5, 1: 5}), batch_size=100)
-        obs, task = source.batch(0)
-        assert torch.bincount(task).tolist() == [50, 50]
-        places(obs[task == 0].numpy(), data)
+        batch = source_of(data, memory_of({0: 5, 1: 5}), batch_size=100).batch(0)
+        assert batch.shape == (2, 50, 39)
+        places(batch[0].numpy(), data)
 
     def test_every_task_has_a_positive_in_the_smallest_batch(self, source_of):
-        _, task = source_of(stage_data(2), memory_of({0: 5, 1: 5}), batch_size=1).batch(0)
-        assert torch.bincount(task).tolist() == [2, 2, 2]
+        batch = source_of(stage_data(2), memory_of({0: 5, 1: 5}), batch_size=1).batch(0)
+        assert batch.shape == (3, 2, 39)
+
+    def test_a_long_stream_s_batches_hold_the_present_task_and_others_in_turn(self, source_of):
+        """Tasks with one observation each, so that a row shows its task; the number of tasks in a batch stays."""
+        earlier = range(1, 20)
+        data = stage_data(0, num_episodes=1, length=1)
+        source = source_of(data, memory_of(dict.fromkeys(earlier, 1)))
+        only = {stage_data(task).observations[0].astype(np.float64).tobytes(): task for task in earlier}
+        drawn = []
+        for step in range(100):
+            batch = source.batch(step)
+            assert batch.shape == (contrast.MAX_TASKS, 256 // contrast.MAX_TASKS, 39)
+            np.testing.assert_array_equal(batch[0], np.tile(data.observations, (len(batch[0]), 1)))
+            drawn.append([only[row.tobytes()] for row in batch[1:, 0].numpy()])
+            assert len(set(drawn[-1])) == contrast.MAX_TASKS - 1
+        # Each earlier task is in 7 of 19 batches.
+        assert np.bincount(np.ravel(drawn), minlength=20)[1:] == pytest.approx(700 / 19, abs=20)
+
+    def test_does_not_depend_on_the_batches_drawn_before(self, source_of):
+        data, memory = stage_data(2), memory_of({0: 5, 1: 5})
+        source = source_of(data, memory, noise=0.1)
+        batches = [source.batch(step) for step in range(contrast.BLOCK + 2)]
+        again = source_of(data, memory, noise=0.1)
+        for step in (contrast.BLOCK + 1, contrast.BLOCK, 3):
+            assert torch.equal(again.batch(step), batches[step])
+        assert len({batch.numpy().tobytes() for batch in batches}) == len(batches)
 
     @pytest.mark.parametrize("noise", [0.05, 0.4])
     def test_noise_is_in_the_students_scaling_and_each_numbers_own(self, noise, source_of):
         """Tasks with one observation each, so that only the noise varies."""
         data = stage_data(2, num_episodes=1, length=1)
-        source = source_of(data, memory_of({0: 1}), batch_size=2_000, noise=noise)
-        for task, only in ((0, stage_data(0).observations[0]), (2, data.observations[0])):
-            rows = drawn(source, task)
+        batch = source_of(data, memory_of({0: 1}), batch_size=2_000, noise=noise).batch(0).numpy()
+        for rows, only in zip(batch, (data.observations[0], stage_data(0).observations[0]), strict=True):
             scaled = (rows - only) / observation_scaling()[1]
             np.testing.assert_allclose(scaled.std(0), noise, rtol=0.15)
             assert np.abs(scaled.mean(0)).max() < 0.15 * noise
             assert np.abs(np.corrcoef(scaled.T) - np.eye(39)).max() < 0.2
-            assert not np.array_equal(rows, drawn(source, task, step=1))
-
-    def test_without_noise_observations_are_as_they_were(self, source_of):
-        data = stage_data(2, num_episodes=1, length=1)
-        source = source_of(data, memory_of({0: 1}), batch_size=20)
-        for task, only in ((0, stage_data(0).observations[0]), (2, data.observations[0])):
-            np.testing.assert_allclose(drawn(source, task), np.tile(only, (10, 1)), rtol=0, atol=1e-15)
 
 
 def prototype(student: Student, obs_NO: np.ndarray) -> torch.Tensor:
