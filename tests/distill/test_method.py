@@ -6,12 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from cpd.distill.contrast import BATCH_SIZE, ContrastSource
 from cpd.distill.protection.importance import FISHER_WINDOWS, fisher
 from cpd.distill.trainer import StudentTrainer
 from cpd.student.actor import StudentActor
 from tests.distill.synthetic import stage_data
-from tests.distill.test_trainer import TASKS, make_config, make_trainer, mean_error, train
+from tests.distill.test_trainer import TASKS, make_trainer, mean_error, train
 
 LONG = {"steps_per_stage": 120, "lr": 5e-3}
 
@@ -225,17 +224,6 @@ def test_the_task_is_recognised_from_few_stored_steps():
         actor.act(opening)
         right += sum(belief.believed == TASKS[task] for belief in actor.beliefs)
     assert right > 0.9 * 3 * 28
-
-
-def test_contrastive_batches_hold_equal_shares_and_depend_on_the_step_alone():
-    config = make_config().distill
-    trainer = make_trainer(distill={"steps_per_stage": 10})
-    train(trainer, until=20)
-    make = lambda: ContrastSource(stage_data(2), trainer.memory.segments, config, 1, 2, trainer.learner.device)  # noqa: E731
-    (obs, task), (again, _) = make().batch(7), make().batch(7)
-    assert torch.equal(obs, again)
-    assert torch.bincount(task).tolist() == [BATCH_SIZE // 3] * 3
-    assert not torch.equal(obs, make().batch(8)[0])
 
 
 @pytest.mark.parametrize("threshold, experts", [(1e-6, 6), (1e6, 2)])
