@@ -21,6 +21,7 @@ from analysis.dataset import Dataset, load_dataset
 from analysis.figures import (
     fig_finals,
     fig_methods,
+    fig_parameters,
     fig_reliability,
     fig_stream,
     fig_success_matrix,
@@ -40,7 +41,7 @@ from cpd.run.shortage import shortage
 
 #: Names of the files that this version or an earlier one writes.
 WRITTEN_FILES = re.compile(
-    r"((success_matrix|usage|retrieval|reliability)(_.+)?|stream|losses|masks|methods|profile|transfer|finals|teacher_student"
+    r"((success_matrix|usage|retrieval|reliability)(_.+)?|stream|losses|masks|methods|parameters|profile|transfer|finals|teacher_student"
     r"|teacher_curves|table_(tasks|seeds|methods|look_alikes|starts))\.(pdf|png|txt|csv|tex|md)"
 )
 EXAMPLES = """examples:
@@ -120,7 +121,12 @@ def _figures(data: Dataset) -> Iterable[tuple[str, str | None, Figure | None, st
     if methods:
         modules |= {"stream": fig_stream}
     if len(methods) > 1:
-        modules |= {"methods": fig_methods, "transfer": fig_transfer, "finals": fig_finals}
+        modules |= {
+            "methods": fig_methods,
+            "parameters": fig_parameters,
+            "transfer": fig_transfer,
+            "finals": fig_finals,
+        }
     if data.teacher_curves:
         modules |= {"teacher_curves": fig_teacher_curves}
     for name, module in modules.items():

@@ -19,6 +19,8 @@ from cpd.student.network import Student, StudentOutput
 
 #: Standard deviation of the noise on a copied router row, relative to the row's root mean square.
 ROW_NOISE: Final = 0.1
+#: Earlier tasks whose experts are probed for a new one: with all, a stream's cost would grow with its square.
+MAX_PROBED: Final = 16
 
 #: The loss of every token, [R, L], of a student's output on a batch.
 TokenLoss = Callable[[StudentOutput, Batch], Tensor]
@@ -56,10 +58,25 @@ class GrowthDecision:
     """The group of experts that the task uses now."""
 
 
-def probe(student: Student, batch: Batch, loss: TokenLoss, seen: list[int], comm: Comm) -> Probe:
-    """Evaluate a batch of a new task with the experts of each task in `seen`; returns the best. A collective."""
+def probed_tasks(student: Student, seen: list[int], opening_NO: Tensor) -> list[int]:
+    """The tasks of `seen` to probe for a new task: those under whose density its first observations are likeliest.
+
+    Args:
+        student: the student, with the densities of all tasks in `seen`.
+        seen: earlier tasks, in order of arrival.
+        opening_NO: raw first observations of the new task.
+    """
+    if len(seen) <= MAX_PROBED:
+        return seen
+    density_S = student.density.log_density(opening_NO).mean(0)[seen]
+    nearest = density_S.argsort(descending=True, stable=True)[:MAX_PROBED]
+    return [seen[position] for position in sorted(nearest.tolist())]
+
+
+def probe(student: Student, batch: Batch, loss: TokenLoss, tasks: list[int], comm: Comm) -> Probe:
+    """Evaluate a batch of a new task with the experts of each of `tasks`; returns the best. A collective."""
     best: Probe | None = None
-    for task in seen if student.is_conditioned else [0]:
+    for task in tasks if student.is_conditioned else [0]:
         with torch.no_grad():
             out = student(batch.obs_RLO, task_B=task, valid_BL=batch.valid_RL)
             total = float((batch.valid_RL * loss(out, batch)).sum())

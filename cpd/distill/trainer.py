@@ -17,7 +17,7 @@ from cpd.distill.batches import Batch
 from cpd.distill.contrast import prototypes_from_memory
 from cpd.distill.flat import FlatParameters
 from cpd.distill.former_checkpoint import upgrade_checkpoint
-from cpd.distill.growth import GrowthDecision, grow, opening_offset, probe
+from cpd.distill.growth import GrowthDecision, grow, opening_offset, probe, probed_tasks
 from cpd.distill.learner import LossTerms, StudentLearner
 from cpd.distill.memory.memory import ReplayMemory
 from cpd.distill.memory.selection import make_selection
@@ -102,9 +102,11 @@ class StudentTrainer:
             for task_data in (data, *data.others):
                 # A task that returns later in the stream already has its experts.
                 if task_data.task not in learner.progress.seen:
-                    decisions += self._add_task(task_data.task)
-                    opening_NO = torch.from_numpy(task_data.observations[task_data.offsets[:-1]])
-                    learner.student.density.fit(task_data.task, opening_NO.to(learner.device))
+                    opening_NO = torch.from_numpy(task_data.observations[task_data.offsets[:-1]]).to(
+                        learner.device
+                    )
+                    decisions += self._add_task(task_data.task, opening_NO)
+                    learner.student.density.fit(task_data.task, opening_NO)
             if config.rehearsal:  # a copy of the values, since training changes them in place
                 self._rehearse(learner.flat.values.clone())
             learner.progress.begun = True
@@ -115,14 +117,20 @@ class StudentTrainer:
         assert learner.flat.trainable
         return decisions
 
-    def _add_task(self, task: int) -> list[GrowthDecision]:
-        """Prepare the student for a new task; returns the decision on growth, if there was one to take."""
+    def _add_task(self, task: int, opening_NO: Tensor) -> list[GrowthDecision]:
+        """Prepare the student for a new task; returns the decision on growth, if there was one to take.
+
+        Args:
+            task: its position among the distinct tasks.
+            opening_NO: its raw first observations.
+        """
         config, learner = self.config.student, self.learner
         progress, student = learner.progress, learner.student
         decisions: list[GrowthDecision] = []
         # The first task uses the initial experts. In joint training all tasks arrive together: none comes later.
         if progress.seen and config.expansion != "none" and self.config.distill.protocol == "continual":
-            best = probe(student, learner.source.probe(), learner.token_loss, progress.seen, learner.comm)
+            candidates = probed_tasks(student, progress.seen, opening_NO)
+            best = probe(student, learner.source.probe(), learner.token_loss, candidates, learner.comm)
             num_new, reason = config.experts_per_task, "every new task gets experts"
             if config.expansion == "on_demand":
                 exceeds = best.loss > config.demand_threshold

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from cpd.comm import SerialComm
+from cpd.distill import growth
 from cpd.distill.batches import Batch
-from cpd.distill.growth import ROW_NOISE, GrowthDecision, Probe, grow, probe
+from cpd.distill.growth import ROW_NOISE, GrowthDecision, Probe, grow, probe, probed_tasks
 from cpd.distill.losses import LOSSES
 from cpd.student.network import Student, StudentOutput
 from tests.student.test_network import make_student, observations
@@ -61,6 +62,15 @@ class TestProbe:
         batch = batch_of(student, 1)
         assert probe(student, batch, token_loss, [0, 2], SerialComm()).task in (0, 2)
         assert probe(student, batch, token_loss, [2], SerialComm()).task == 2
+
+    def test_of_many_tasks_those_that_begin_most_alike_are_probed(self, monkeypatch):
+        student = student_of(3, 3, 3)
+        for task in range(3):
+            student.density.fit(task, observations(20, seed=task))
+        seen, opening_NO = [2, 0, 1], observations(4, seed=1)
+        assert probed_tasks(student, seen, opening_NO) == seen
+        monkeypatch.setattr(growth, "MAX_PROBED", 1)
+        assert probed_tasks(student, seen, opening_NO) == [1]
 
     def test_padding_counts_neither_as_loss_nor_as_use(self):
         student = student_of(3, 3)
