@@ -82,6 +82,6 @@ def caption(data: Dataset) -> str:
     """Say what the figure shows, without the conditions."""
     return (
         f"Average performance at the end of the stream on {data.name} against the number of parameters. Points: "
-        "means over seeds, lines: all seeds. Named: the first method, and those that no method of that size or less "
-        "surpasses (dashed: their success)."
+        "means over seeds; lines: all seeds. Named: the first method, and those that no method of that size or "
+        "less surpasses (dashed: their success)."
     )
