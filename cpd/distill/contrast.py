@@ -114,7 +114,8 @@ class ContrastSource:
     def _openings_and_others(self, data: StageData, rng: np.random.Generator) -> npt.NDArray[np.float32]:
         openings = rng.choice(data.offsets[:-1], PROTOTYPE_SIZE // 2)
         others = rng.integers(data.num_steps, size=PROTOTYPE_SIZE // 2)
-        return data.observations[np.concatenate([openings, others])]
+        drawn: npt.NDArray[np.float32] = data.observations[np.concatenate([openings, others])]
+        return drawn
 
 
 def prototypes_from_memory(student: Student, memory: Segments) -> None:
