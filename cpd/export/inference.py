@@ -1,7 +1,7 @@
 """Policies as single modules with static shapes, for `torch.export` and ONNX.
 
-Dimensions: B episodes, O = 39 observation, A = 4 action, L steps of a window, K distinct tasks of the stream, P plans,
-D width, H heads, G groups of experts, C experts of the largest group, F hidden width of an expert, S state.
+Dimensions: B episodes, O = 39 observation, A = 4 action, L steps of a window, K distinct tasks of the stream, P
+plans, D width, H heads, G groups of experts, C experts of the largest group, X their hidden widths together, S state.
 """
 
 from __future__ import annotations
@@ -48,9 +48,9 @@ class InferenceTeacher(nn.Module):
 class InferenceStudent(nn.Module):
     """A student that acts as `StudentActor` does, with all memory of an episode in a state.
 
-    A state holds, per episode, the number of steps taken, the two tasks of the plan by their position, and the last
-    L - 1 observations, the oldest first. A row of zeros begins an episode, at any time and independently of other
-    rows. All numbers of a state are exact in float32.
+    A state holds, for each episode, the number of steps taken, the two tasks of the plan by their position, and the
+    last L - 1 observations, oldest first. A row of zeros begins an episode, at any time and independently of other
+    rows. float32 holds all these numbers exactly.
 
     Attributes:
         state_size: S.
@@ -59,6 +59,8 @@ class InferenceStudent(nn.Module):
 
     obs_centre: Tensor
     obs_scale: Tensor
+    position_LD: Tensor
+    task_KD: Tensor
 
     def __init__(self, student: Student) -> None:
         """Make the inference form of `student`.
@@ -68,7 +70,7 @@ class InferenceStudent(nn.Module):
         """
         super().__init__()
         if student.packing is not None:
-            raise ValueError("a student with weights for every task (protection.kind = 'packnet') has no single network")
+            raise ValueError("a student with other weights for each task (PackNet) has no such form")
         student = student.cpu().eval().requires_grad_(False)
         config = student.config
         self._context = config.context
@@ -103,7 +105,8 @@ class InferenceStudent(nn.Module):
         if self.planner is not None:
             plan_B2 = torch.where((steps_B == 0).unsqueeze(1), self.planner(obs_BO, scaled_BO), plan_B2)
             task_B = torch.where(steps_B < FIRST_STEPS, plan_B2[:, 0], plan_B2[:, 1])
-        window_BLO = torch.cat([state_BS[:, STATE_HEAD:], obs_BO], 1).unflatten(1, (self._context, OBSERVATION_SIZE))
+        window_BX = torch.cat([state_BS[:, STATE_HEAD:], obs_BO], 1)
+        window_BLO = window_BX.view(-1, self._context, OBSERVATION_SIZE)
         # The window is full on the right, and steps of before the episode lie on the left.
         num_absent_B1 = (self._context - 1 - steps_B).clamp(min=0).long().unsqueeze(1)
         index_L = torch.arange(self._context)
@@ -119,7 +122,7 @@ class InferenceStudent(nn.Module):
             x_BLD = x_BLD + attention(attention_norm(x_BLD), visible_BLL)
             x_BLD = x_BLD + experts(moe_norm(x_BLD), task_B)
         mean_BA = self.head(self.norm(x_BLD[:, -1]))[:, :ACTION_SIZE]
-        history_BX = window_BLO[:, 1:].flatten(1)
+        history_BX = window_BX[:, OBSERVATION_SIZE:]
         next_state_BS = torch.cat([steps_B.unsqueeze(1) + 1.0, plan_B2.float(), history_BX], 1)
         return mean_BA.clamp(-ACTION_CLIP, ACTION_CLIP).float(), next_state_BS
 
@@ -151,7 +154,7 @@ class _Planner(nn.Module):
         num_K1 = density.num_K.unsqueeze(1).double().clamp(min=1.0)
         dof_K1 = (num_K1 - 1.0).clamp(min=1.0)
         scale_KO = density.std_KO * (1.0 + 1.0 / num_K1).sqrt()
-        bias_KO = torch.distributions.StudentT(dof_K1, 0.0, scale_KO).log_prob(torch.zeros(()))
+        bias_KO = torch.distributions.StudentT(dof_K1, 0.0, scale_KO).log_prob(torch.zeros(()))  # type: ignore[no-untyped-call]
         has_density_K = (density.num_K > 0) / DENSITY_TEMPERATURE
         self.register_buffer("mean_KO", density.mean_KO)
         self.register_buffer("scale_KO", scale_KO)
@@ -251,7 +254,7 @@ class _Experts(nn.Module):
                 top_BLk, chosen_BLk = logits_BLC.topk(self._top_k, dim=-1)
                 logits_BLC = torch.full_like(logits_BLC, -math.inf).scatter(-1, chosen_BLk, top_BLk)
             gates_BLC1 = logits_BLC.softmax(-1).unsqueeze(-1)
-            hidden_BLX = (hidden_BLX.unflatten(-1, (size, -1)) * gates_BLC1).flatten(-2)
+            hidden_BLX = (hidden_BLX.view(*x_BLD.shape[:2], size, -1) * gates_BLC1).flatten(-2)
         return hidden_BLX @ self.down_GXD.index_select(0, group)
 
 
