@@ -1,11 +1,12 @@
 """Policies as single modules with static shapes, for `torch.export` and ONNX.
 
 Dimensions: B episodes, O = 39 observation, A = 4 action, L steps of a window, K distinct tasks of the stream, P
-plans, D width, H heads, G groups of experts, C experts of the largest group, X their hidden widths together, S state.
+plans, D width, H heads, G groups of experts, C experts of the largest group, X their hidden widths, S state.
 """
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from typing import cast
@@ -48,9 +49,9 @@ class InferenceTeacher(nn.Module):
 class InferenceStudent(nn.Module):
     """A student that acts as `StudentActor` does, with all memory of an episode in a state.
 
-    A state holds, for each episode, the number of steps taken, the two tasks of the plan by their position, and the
-    last L - 1 observations, oldest first. A row of zeros begins an episode, at any time and independently of other
-    rows. float32 holds all these numbers exactly.
+    A state holds, for each episode, the number of steps taken, the two tasks of the plan by their position, and
+    the last L - 1 observations, oldest first. A row of zeros begins an episode, at any time and independently of
+    other rows. float32 holds all these numbers exactly.
 
     Attributes:
         state_size: S.
@@ -63,7 +64,7 @@ class InferenceStudent(nn.Module):
     task_KD: Tensor
 
     def __init__(self, student: Student) -> None:
-        """Make the inference form of `student`.
+        """Make the inference form of `student`, which stays as it is.
 
         Raises:
             ValueError: if the student keeps other weights for every task (PackNet).
@@ -71,7 +72,7 @@ class InferenceStudent(nn.Module):
         super().__init__()
         if student.packing is not None:
             raise ValueError("a student with other weights for each task (PackNet) has no such form")
-        student = student.cpu().eval().requires_grad_(False)
+        student = copy.deepcopy(student).eval().requires_grad_(False)
         config = student.config
         self._context = config.context
         self.state_size = STATE_HEAD + (config.context - 1) * OBSERVATION_SIZE
@@ -109,7 +110,7 @@ class InferenceStudent(nn.Module):
         window_BLO = window_BX.view(-1, self._context, OBSERVATION_SIZE)
         # The window is full on the right, and steps of before the episode lie on the left.
         num_absent_B1 = (self._context - 1 - steps_B).clamp(min=0).long().unsqueeze(1)
-        index_L = torch.arange(self._context)
+        index_L = torch.arange(self._context, device=obs_BO.device)
         position_BL = (index_L - num_absent_B1).clamp(min=0)
         x_BLD = self.embed(self._scaled(window_BLO)) + F.embedding(position_BL, self.position_LD)
         if task_B is not None:

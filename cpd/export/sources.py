@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from cpd.config import Config
 from cpd.config.load import first_few
 from cpd.run.directory import Run, RunError
 from cpd.run.folders import CONTENTS, kind_of
@@ -47,10 +48,15 @@ def policy_files(source: Path, only: Sequence[str] = ()) -> list[PolicyFile]:
 
 
 def _of_run(run: Run) -> list[PolicyFile]:
-    last = len(run.config.stream.tasks) - 1
-    paths = [(s.name, s.stage_policy(last)) for s in run.students() if s.finished]
-    paths += [(t.name, t.policy) for t in run.teachers() if t.finished]
-    return [PolicyFile(name, path) for name, path in paths if path.exists()]
+    students = [(s.name, s.final_policy) for s in run.students() if s.finished and _is_one_network(s.config)]
+    teachers = [(t.name, t.policy) for t in run.teachers() if t.finished and t.policy.exists()]
+    return [PolicyFile(name, path) for name, path in [*students, *teachers] if path]
+
+
+def _is_one_network(config: Config) -> bool:
+    """Whether a student of this method acts with the network of its last stage alone."""
+    packs = config.distill.protocol == "continual" and config.protection.kind == "packnet"
+    return config.distill.protocol in ("continual", "joint") and not packs
 
 
 def _published(folder: Path) -> list[PolicyFile]:

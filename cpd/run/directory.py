@@ -146,6 +146,12 @@ class StudentElement(Element):
         """The weights after `stage` (-1: before training), kept for good, with a description beside them."""
         return self.path / "stages" / f"{'initial' if stage < 0 else f'stage-{stage:02d}'}.safetensors"
 
+    @property
+    def final_policy(self) -> Path | None:
+        """The weights after the last stage so far; None before the first."""
+        paths = map(self.stage_policy, reversed(range(len(self.config.stream.tasks))))
+        return next((path for path in paths if path.exists()), None)
+
     def row_file(self, stage: int) -> Path:
         """Row `stage` of the success matrix."""
         return self.path / f"{'initial' if stage < 0 else f'stage-{stage:02d}'}.csv"

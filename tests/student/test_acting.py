@@ -12,12 +12,10 @@ import pytest
 import safetensors.numpy
 import torch
 
-from cpd.config import StudentConfig
 from cpd.student.actor import StudentActor
-from cpd.student.network import Student, load_student, save_student
-from cpd.student.plans import FIRST_STEPS, Plan
-
-TASKS = ("drawer-close-v3", "handle-press-side-v3", "window-close-v3")
+from cpd.student.network import load_student, save_student
+from cpd.student.plans import FIRST_STEPS
+from tests.student.grown import TASKS, grown_student, observations
 
 
 def gelu(x: np.ndarray) -> np.ndarray:
@@ -124,37 +122,6 @@ class NumpyStudent:
             x = x + self.experts(f"{name}.moe", self.layer_norm(f"{name}.moe_norm", x), task)
         mean = self.linear("head", self.layer_norm("norm", x))[-1, : self.constants["action_size"]]
         return mean.clip(-self.constants["action_clip"], self.constants["action_clip"])
-
-
-def grown_student(**settings: Any) -> Student:
-    """A student of three tasks as after training: groups of experts, densities, prototypes, plans of two tasks."""
-    generator = torch.Generator().manual_seed(1)
-    student = Student(StudentConfig(**{"width": 32, "expert_width": 32, **settings}), len(TASKS))
-    student.initialise(generator)
-    for group in (1, 2):
-        for moe in student.moes:
-            for source in (0, 1):
-                moe.grow(source, torch.randn(32, generator=generator), group=group, closed=False)
-                with torch.no_grad():
-                    moe.up.stack[-1] += 0.1 * torch.randn(32, 32, generator=generator)
-    for task in range(3):
-        student.assign_group(task, task)
-    student.known_K[:] = True
-    if student.encoder is not None:
-        for task in range(3):
-            first = observations(10, seed=task) + 0.01 * task
-            student.set_prototype(task, first.float())
-            student.density.fit(task, first)
-        success = {Plan(0, 1): {0: 0.9, 1: 0.9, 2: 0.2}, Plan(0, 0): {1: 0.3}, Plan(1, 1): {0: 0.2}}
-        for plan, by_task in success.items():
-            for task, rate in by_task.items():
-                student.plans.record(plan, task, rate)
-    return student
-
-
-def observations(num: int, seed: int) -> torch.Tensor:
-    centre = torch.linspace(-0.3, 0.7, 39)
-    return centre + 0.05 * torch.randn(num, 39, generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.mark.parametrize(
