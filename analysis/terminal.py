@@ -136,8 +136,8 @@ def _belief_lines(data: Dataset, method: str) -> list[str]:
     return [
         f"{'task inferred':21}right in {percent(held.right / held.episodes, 1)} % of {held.episodes:,} episodes, "
         f"mean confidence {percent(held.mean_confidence, 1)} %",
-        f"{'plan under doubt':21}not only the most likely task's policy in {held.other_plans:,} episodes, "
-        f"{held.other_successes:,} of which succeed",
+        f"{'plan under doubt':21}not only the most likely task's policy in {held.other_plans:,} episodes"
+        + (f", {held.other_successes:,} of which succeed" if held.other_plans else ""),
     ]
 
 

@@ -25,6 +25,7 @@ def prepare_command() -> None:
     if is_command or "SUBMITIT_EXECUTOR" in os.environ:
         # Commands show no windows: a notebook's, or missing, libraries for them must not stop an import.
         os.environ |= {"MPLBACKEND": "Agg", "MUJOCO_GL": "disabled"}
+        os.environ.pop("SOURCE_DATE_EPOCH", None)  # figures have no dates; matplotlib fails if it is no number
         for name in ("stdout", "stderr"):
             stream = getattr(sys, name)
             if stream is None:  # the shell has closed it

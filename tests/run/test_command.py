@@ -47,6 +47,7 @@ def test_a_notebook_s_backend_and_an_ascii_locale_change_no_figure(run: Run, tmp
         "--out",
         tmp_path / "other",
         MPLBACKEND="module://no.such.backend",
+        SOURCE_DATE_EPOCH="abc",
         **PLAIN_LOCALE,
     )
     assert usual.returncode == other.returncode == 0, other.stderr
