@@ -11,13 +11,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from cpd.comm import Comm
+from cpd.comm import Comm, float_sum
 from cpd.config.types import Tracker
 from cpd.run.directory import Element, Run
 from cpd.run.files import sweep_element
 from cpd.run.interrupt import InterruptedBySignal
 from cpd.run.lease import STALE_SECONDS, Lease, LeaseHeldError, LeaseLostError, current_holder
-from cpd.run.progress import MetricsLog, State, Status, read_status, write_status
+from cpd.run.progress import MetricsLog, State, Status, cpu_seconds, read_status, write_status
 from cpd.run.shortage import describe_error, shortage, spare_files
 from cpd.run.tracking import TrackedMetricsLog
 
@@ -29,9 +29,10 @@ FORWARDING_SECONDS = 0.5
 
 @dataclass
 class Attempt:
-    """The right to work on an element, held by rank 0; on other ranks every method does nothing."""
+    """The right to work on an element, held by rank 0; other ranks call the same methods, which write nothing."""
 
     _element: Element
+    _comm: Comm
     _lease: Lease | None
     _status: Status | None
     _log: Callable[[str], None]
@@ -69,9 +70,10 @@ class Attempt:
             self._status.advance(done, **values)
 
     def finish(self, state: Any, message: str = "", **values: float | None) -> None:
-        """Leave the element in `state`; see `Status.finish`."""
+        """Leave the element in `state`; see `Status.finish`. A collective, except after a failure."""
+        others = 0.0 if state == "failed" else float_sum(self._comm, 0.0 if self._status else cpu_seconds())
         if self._status:
-            self._status.finish(state, message, **values)
+            self._status.finish(state, message, others, **values)
 
 
 @contextlib.contextmanager
@@ -96,7 +98,7 @@ def begin_attempt(element: Element, comm: Comm, log: Callable[[str], None]) -> I
     refusal = comm.broadcast(refusal)
     if refusal:
         raise LeaseHeldError(refusal)
-    attempt = Attempt(element, lease, Status(element.status, log) if lease else None, log)
+    attempt = Attempt(element, comm, lease, Status(element.status, log) if lease else None, log)
     with lease or contextlib.nullcontext():
         try:
             yield attempt

@@ -81,7 +81,10 @@ class StatusRecord:
     seconds: dict[str, float] = field(default_factory=dict)
     """Wall seconds by phase, added up over attempts."""
     cpu_seconds: float = 0.0
-    """Processor seconds of the writing process and of its children that have ended, added up over attempts."""
+    """Processor seconds of all ranks and of their children that have ended, added up over attempts.
+
+    Ranks other than the writing one are added when an attempt ends without a failure.
+    """
     spans: list[tuple[str, float, float]] = field(default_factory=list)
     """Phase, start and end (Unix time) of every stretch of work."""
 
@@ -160,8 +163,9 @@ class Status:
             self._last_line = now
             self._log(progress_line(record))
 
-    def finish(self, state: State, message: str = "", **values: float | None) -> None:
-        """Leave the job in `state` with a last message."""
+    def finish(self, state: State, message: str = "", others: float = 0.0, **values: float | None) -> None:
+        """Leave the job in `state` with a last message; `others`: processor seconds of the other ranks."""
+        self._cpu_base += others
         self.advance(self.record.done, force=True, **values)
         self.record.state, self.record.message, self.record.rate = state, message, 0.0
         self._write(sync=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -13,10 +14,12 @@ from cpd.comm import Comm, connect
 from cpd.config import Config
 from cpd.config.load import load, merge
 from cpd.distill import run_student as run_student_module
+from cpd.distill.protection import ewc, masking
 from cpd.distill.run_student import run_student
 from cpd.distill.trainer import StudentTrainer
 from cpd.run.directory import Run
 from cpd.run.interrupt import Interrupt, InterruptedBySignal
+from cpd.run.progress import cpu_seconds
 from tests.distill.synthetic import stage_data
 
 TABLES = {
@@ -64,8 +67,10 @@ METHODS = {
 }
 
 
+@patch.object(ewc, "FISHER_WINDOWS", 20)
+@patch.object(masking, "FISHER_WINDOWS", 20)
 def train(comm: Comm, method: str = "ours") -> dict[str, np.ndarray]:
-    """The steps of three stages."""
+    """The steps of three stages; the importance of parameters is estimated from few states, for speed."""
     torch.set_num_threads(1)
     tables = merge(TABLES, METHODS[method])
     trainer = StudentTrainer(load(Config, tables, "ranks"), 1, comm, torch.device("cpu"))
@@ -116,6 +121,8 @@ def main() -> int:
         run_student(run, run.students()[0], comm, interrupt=interrupt, log=lambda line: None)
     except InterruptedBySignal:
         return 75
+    finally:
+        (run.root / f"cpu-{comm.rank}").write_text(str(cpu_seconds()))
     return 0
 
 

@@ -9,8 +9,10 @@ import pytest
 import safetensors.numpy
 
 from cpd.comm import SerialComm
+from cpd.distill import run_student as run_student_module
 from cpd.distill.run_student import run_student
-from cpd.run.interrupt import Interrupt
+from cpd.run.interrupt import Interrupt, InterruptedBySignal
+from cpd.run.progress import read_status
 from tests.distill.synthetic import write_teachers
 from tests.mpi import distill_ranks
 
@@ -64,16 +66,27 @@ def test_two_ranks_train_the_student_that_one_trains(on_two_ranks, method):
     np.testing.assert_array_equal(first["memory"], alone["memory"])
 
 
-def test_ranks_stop_together_and_another_number_resumes(mpi, make_student_run):
+def test_ranks_stop_together_and_another_number_resumes(mpi, make_student_run, monkeypatch):
+    monkeypatch.setattr(run_student_module, "AGREE_EVERY", 1)
     straight = make_student_run("straight")
     run_student(straight, straight.students()[0], SerialComm(), interrupt=Interrupt(), log=lambda line: None)
     run = make_student_run("changing")
+    element = run.students()[0]
     for ranks, count, code in ((2, 11, 75), (1, 20, 75), (2, 10**6, 0)):
-        result = mpi(ranks, *SCRIPT, "run", str(run.root), str(count), CPD_RANKS=str(ranks))
-        assert result.returncode == code, result.stderr
-        element = run.students()[0]
+        if ranks == 1:
+            with pytest.raises(InterruptedBySignal):
+                run_student(
+                    run, element, SerialComm(), interrupt=distill_ranks.AskedAfter(count), log=lambda line: None
+                )
+        else:
+            result = mpi(ranks, *SCRIPT, "run", str(run.root), str(count), CPD_RANKS=str(ranks))
+            assert result.returncode == code, result.stderr
         assert element.complete.exists() == (code == 0)
-        assert json.loads(element.status.read_text())["state"] == ("done" if code == 0 else "stopped")
+        record = read_status(element.status)
+        assert record.state == ("done" if code == 0 else "stopped")
+        if count == 11:  # processor time of the first attempt: that of both ranks
+            first, second = (float((run.root / f"cpu-{rank}").read_text()) for rank in range(2))
+            assert max(first, second) < record.cpu_seconds <= first + second
     expected, weights = final_weights(straight), final_weights(run)
     assert expected.keys() == weights.keys()
     for name, value in expected.items():
