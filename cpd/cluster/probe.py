@@ -105,7 +105,8 @@ def probe_profile(run: Run, profile: Profile, log: Callable[[str], None]) -> boo
         waiting = {role: job for role, job in waiting.items() if job in states and states[job].is_active}
     well = True
     for role, job in jobs.items():
-        problems, summary = _judge(run.root / "probes" / role / "report.json", profile.resources(role))
+        report, has_own_python = run.root / "probes" / role / "report.json", bool(profile.of_role(role, "python"))
+        problems, summary = _judge(report, profile.resources(role), has_own_python)
         if problems:
             log_file = run.root / log_name(run, job)
             lines = (
@@ -119,8 +120,11 @@ def probe_profile(run: Run, profile: Profile, log: Callable[[str], None]) -> boo
     return well
 
 
-def _judge(path: Path, resources: Resources) -> tuple[list[str], str]:
-    """Return what is wrong with the report in `path`, and a summary of it."""
+def _judge(path: Path, resources: Resources, has_own_python: bool) -> tuple[list[str], str]:
+    """Return what is wrong with the report in `path`, and a summary of it.
+
+    With a Python of its own, a job may differ from the launcher in versions.
+    """
     report = read_for_display(path, ProbeReport, ProbeReport(ranks=[], software={}))
     ranks, software, own = report["ranks"], report["software"], provenance()
     if not ranks:
@@ -135,7 +139,9 @@ def _judge(path: Path, resources: Resources) -> tuple[list[str], str]:
     if len(nodes) != resources.nodes:
         problems.append(f"the ranks are on {', '.join(nodes)}, but the profile requests {resources.nodes} nodes")
     different = [key for key in ("code", "python", "packages") if software.get(key) != own[key]]
-    problems += [f"its {key} is {software.get(key)}, but the launcher's is {own[key]}" for key in different]
+    differences = [f"its {key} is {software.get(key)}, but the launcher's is {own[key]}" for key in different]
     versions = f"Python {software.get('python')}, code {software.get('code')}"
     where = f"{len(ranks)} rank(s) on {', '.join(nodes)}, {cpus} cores and {gpus} GPUs each"
-    return problems, f"well, {where}, {versions}"
+    if has_own_python:
+        return problems, "; ".join([f"well, {where}, {versions}", *differences])
+    return problems + differences, f"well, {where}, {versions}"

@@ -135,7 +135,7 @@ class Profile:
     setup: tuple[Line, ...] = ()
     """Shell lines that a job runs after loading modules. A line that fails ends the job."""
     python: Command = ""
-    """The command that runs Python in a job, e.g. `singularity exec image.sif python`; empty: the launcher's."""
+    """The command that runs Python in a job, e.g. `apptainer exec cpd.sif python`; empty: the launcher's."""
     srun_args: tuple[Line, ...] = ()
     """Further options of srun, e.g. `--cpu-bind=cores`."""
     signal_seconds: Positive = 120

@@ -23,6 +23,8 @@ def test_the_chain_ends_as_it_does_on_this_machine(finished: Path, taught: Path,
     jobs = {name: entries[-1].job for name, entries in ledger(Run(finished)).items()}
     assert jobs[WINDOW] == jobs[DRAWER].replace("_0", "_1")
     assert "Starting with JobEnvironment" in (finished / rows[STUDENT]["log"]).read_text()
+    calls = {call.partition(" -m ")[0] for call in bench.container_calls.read_text().splitlines()}
+    assert calls == {f"{rank} exec cpd.sif python -u" for rank in range(2)}
     done = mpi(2, "-m", "jobs.distill", str(taught))
     assert done.returncode == 0, done.stdout + done.stderr
     assert stages(taught) == stages(finished)
@@ -197,6 +199,8 @@ def test_cancel_and_launch_again(finished: Path, taught: Path, bench: Workbench)
     # Launching waits until the cancelled job has saved and ended; it must not come back by itself.
     output = bench.launch(taught, *LONG)
     assert "3 jobs, 3 of 5 elements (2 finished, 0 in the queue)" in output
+    bench.wait(lambda: bench.record(taught, STUDENT).state == "done", "the student")
+    bench.launch(taught, *LONG, "--cancel")
     bench.drain()
     assert len(ledger(Run(taught))[STUDENT]) == 2
     assert bench.rows(taught)[STUDENT]["attempts"] == 2

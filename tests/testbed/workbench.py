@@ -30,6 +30,12 @@ LASTING = ("--teacher.max_env_steps", "8000")
 DRAWER, WINDOW = "teachers/drawer-close-v3/seed-1", "teachers/window-close-v3/seed-1"
 STUDENT = "students/moe/seed-1"
 EVALUATION = f"{STUDENT}/evaluation"
+#: Called as `container exec IMAGE python ...`.
+CONTAINER = """#!/bin/sh
+echo "$SLURM_PROCID $*" >> "$(dirname "$0")/container-calls"
+shift 3
+exec {python} "$@"
+"""
 #: What a user's shell may hold: other defaults of Slurm's commands, and a step that the launcher is a task of.
 SHELL = {
     "SQUEUE_FORMAT": "%u",
@@ -53,6 +59,14 @@ class Workbench:
 
     def __init__(self, testbed: Testbed) -> None:
         self.testbed = testbed
+        # Students on two nodes, whose Python is a program that stands for a container.
+        folder = testbed.state.parent
+        (folder / "container").write_text(CONTAINER.format(python=sys.executable))
+        (folder / "container").chmod(0o755)
+        self.container_calls = folder / "container-calls"
+        python = f'python = "{folder}/container exec cpd.sif python"'
+        (folder / "two_ranks.toml").write_text(profile_text().replace("[student]\n", f"[student]\n{python}\n"))
+        self.profile = str(folder / "two_ranks.toml")
         self.environment = testbed.environment | {"OMP_NUM_THREADS": "1", "CPD_STATUS_SECONDS": "1"}
         self._met: dict[Path, int] = {}
 
@@ -69,9 +83,17 @@ class Workbench:
         assert done.returncode == code, done.stdout + done.stderr
         return done.stdout + done.stderr
 
-    def launch(self, root: Path, *more: str, profile: str = "testbed", code: int = 0, **environment: str) -> str:
+    def launch(self, root: Path, *more: str, profile: str = "", code: int = 0, **environment: str) -> str:
         """`jobs.launch` of the miniature recipe."""
-        command = ("jobs.launch", str(MINIATURE), "--profile", profile, "--run-dir", str(root), *more)
+        command = (
+            "jobs.launch",
+            str(MINIATURE),
+            "--profile",
+            profile or self.profile,
+            "--run-dir",
+            str(root),
+            *more,
+        )
         return self.python(*command, code=code, **environment)
 
     def rows(self, root: Path) -> dict[str, dict[str, Any]]:
@@ -158,9 +180,15 @@ class Workbench:
         os.kill(holder.process, signal.SIGKILL)
 
 
+def profile_text() -> str:
+    """The test cluster's profile with students on two nodes."""
+    text = (ROOT / "slurm" / "profiles" / "testbed.toml").read_text()
+    return text.replace("[student]\n", "[student]\nranks = 2\nnodes = 2\n")
+
+
 def variation(folder: Path, **lines: str) -> str:
     """The test cluster's profile with texts in it replaced; returns its path."""
-    text = (ROOT / "slurm" / "profiles" / "testbed.toml").read_text()
+    text = profile_text()
     for old, new in lines.items():
         text, count = re.subn(rf"^{old} = .*$", new, text, count=1, flags=re.MULTILINE)
         assert count, old
