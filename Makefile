@@ -52,7 +52,7 @@ format: setup ## let ruff format the code
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
-miniature: setup ## the pipeline end to end with tiny budgets, two tasks and two ranks, twice
+miniature: setup ## the pipeline end to end with tiny budgets and two tasks, twice
 	rm -rf build/miniature
 	$(PY) -m jobs.launch tests/recipes/miniature.toml --run-dir build/miniature
 	$(PY) -m jobs.launch tests/recipes/miniature.toml --run-dir build/miniature

@@ -13,7 +13,7 @@ from typing import Any
 from rich.live import Live
 
 from cpd.cluster.element_job import VERBS, JobFailedError, mpi_command
-from cpd.cluster.estimate import launch_problems
+from cpd.cluster.estimate import launch_problems, rank_lines
 from cpd.cluster.local import LocalQueue
 from cpd.cluster.pickles import sweep_pickles
 from cpd.cluster.plan import PlanError
@@ -114,6 +114,7 @@ def describe(run: Run, profile: Profile, chosen: Sequence[Element]) -> list[str]
         note = f" ({sum(are_finished)} finished)" if any(are_finished) else ""
         if are_finished:
             lines.append(f"{role:<15} {len(are_finished)} x {job.ranks} rank(s) x {job.cpus} core(s){note}")
+    lines += [f"ranks           {line}" for line in rank_lines(run, chosen)]
     return [*lines, f"executed on     {profile.usable_cores} cores of this machine"]
 
 

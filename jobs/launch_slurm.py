@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from cpd.cluster.estimate import costs, disk, gigabytes, wall_hours
+from cpd.cluster.estimate import costs, disk, gigabytes, rank_lines, wall_hours
 from cpd.cluster.ledger import ledger
 from cpd.cluster.plan import Submission, plan, texts
 from cpd.cluster.queue import SchedulerError
@@ -53,6 +53,7 @@ def cost_lines(run: Run, profile: Profile, submissions: Sequence[Submission], qu
             f"  {cost.role:<11} {cost.count} x {cost.cores} core(s), about {clock(cost.seconds)} each ({basis}; "
             f"limit {clock(60 * cost.minutes_limit)}, then requeued)"
         )
+    lines += [f"  {line}" for line in rank_lines(run, elements)]
     size, files = disk(run.config)
     lines.append(
         f"  about {sum(cost.count * cost.cores * cost.seconds for cost in expected) / 3600:.3g} core-hours, "

@@ -6,6 +6,7 @@ finished elements of a role, their times replace the estimate.
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import shutil
@@ -24,8 +25,12 @@ from cpd.run.progress import read_status
 TRAINING_RATE = 1_200.0
 #: Core seconds of an evaluation episode of 500 steps.
 EPISODE_SECONDS = 0.35
-#: Core seconds of a distillation step on one window at the default sizes, with curves.
-WINDOW_SECONDS = 4.5e-4
+#: Seconds of a distillation step per layer, and core seconds per window and layer, at the default widths.
+LAYER_SECONDS, WINDOW_SECONDS = 5.5e-3, 1.07e-5
+#: Of a network: seconds per message, and bytes per second and rank.
+MESSAGE_SECONDS, NETWORK_BYTES = 2e-6, 1e10
+#: Share of the cores' time from which on more ranks are worth their cores.
+WORTHWHILE = 0.8
 #: Bytes of a time step in a shard or in the replay memory.
 STEP_BYTES = 235
 #: In a path: what would end a line of a batch script, what submitit replaces, and what Slurm does.
@@ -58,7 +63,9 @@ def costs(run: Run, profile: Profile, elements: Sequence[Element]) -> list[Cost]
         of_role = [element for element in elements if element.role == role]
         finished = [e for e in run.elements() if e.role == role and e.finished and e.status.exists()]
         measured = [seconds for e in finished if (seconds := sum(read_status(e.status).seconds.values())) > 0]
-        expected = [_expected_core_seconds(run, element) / resources.total_cpus for element in of_role]
+        expected = [
+            _expected_core_seconds(run, element, resources.ranks) / resources.total_cpus for element in of_role
+        ]
         seconds = statistics.mean(measured or expected)
         cost_list.append(
             Cost(role, len(of_role), resources.total_cpus, seconds, bool(measured), resources.minutes)
@@ -66,7 +73,7 @@ def costs(run: Run, profile: Profile, elements: Sequence[Element]) -> list[Cost]
     return cost_list
 
 
-def _expected_core_seconds(run: Run, element: Element) -> float:
+def _expected_core_seconds(run: Run, element: Element, ranks: int) -> float:
     # All methods share the teachers and the report, so the configuration of any method is correct.
     method = element.method if isinstance(element, StudentElement) else run.config.methods[0]
     config = run.method_configs[method]
@@ -74,19 +81,51 @@ def _expected_core_seconds(run: Run, element: Element) -> float:
     full, brief = config.evaluation.num_episodes, config.evaluation.num_episodes_brief
     cells = len(tasks) * (distinct * brief + full) + 2 * distinct * full
     per_episode = EPISODE_SECONDS * config.stream.horizon / 500
-    size = config.student.width * config.student.num_layers / 128
-    steps = len(tasks) * config.distill.steps_per_stage * config.distill.batch_size * config.student.context / 4
+    steps = len(tasks) * config.distill.steps_per_stage
     curves = len(tasks) * config.evaluation.curve_points * brief
     # Scripted teachers need no training, and neither do trained or reused policies.
     is_trained = isinstance(element, TeacherElement) and run.is_trained(element)
     trained_steps = 0 if is_trained or config.teacher.recipe == "scripted" else config.teacher.max_env_steps
     core_seconds: dict[Role, float] = {
         "teacher": (trained_steps + config.rollouts.num_steps) / TRAINING_RATE + 2 * full * per_episode,
-        "student": steps * WINDOW_SECONDS * size + curves * per_episode,
+        "student": ranks * steps * step_seconds(config, config.distill.batch_size, ranks) + curves * per_episode,
         "evaluation": cells * per_episode,
         "report": 15.0,
     }
     return core_seconds[element.role]
+
+
+def step_seconds(config: Config, num_windows: int, ranks: int = 1) -> float:
+    """Return the expected seconds of a distillation step: a model of what divides among ranks and what does not.
+
+    Every rank spends `LAYER_SECONDS` per layer however few windows it has. The ranks divide the windows and sum
+    the gradients of the trained experts, and before these the routers' statistics.
+    """
+    student = config.student
+    work = WINDOW_SECONDS * student.num_layers * student.context * student.width * student.expert_width / 8192
+    size = 4.0 * _parameters(config, student.experts_per_task)
+    messages = 4 * math.ceil(math.log2(ranks)) * MESSAGE_SECONDS
+    transfer = 2 * size * (1 - 1 / ranks) / NETWORK_BYTES
+    return LAYER_SECONDS * student.num_layers + work * num_windows / ranks + messages + transfer
+
+
+def paying_windows(config: Config, ranks: int = 2) -> int:
+    """Return the windows per step, in powers of two, from which `ranks` ranks are worth their cores."""
+    num_windows = ranks
+    while step_seconds(config, num_windows) < WORTHWHILE * ranks * step_seconds(config, num_windows, ranks):
+        num_windows *= 2
+    return num_windows
+
+
+def rank_lines(run: Run, elements: Sequence[Element]) -> list[str]:
+    """Return a line for the students among `elements`: from which batch on more than one rank pays."""
+    students = [e for e in elements if isinstance(e, StudentElement) and e.role == "student"]
+    methods = {student.method for student in students}
+    sizes = {(c.distill.batch_size, paying_windows(c)) for c in map(run.config.of_method, sorted(methods))}
+    return [
+        f"a student's step has {num_windows} windows; a second rank pays from about {paying} on (a model)"
+        for num_windows, paying in sorted(sizes)
+    ]
 
 
 def wall_hours(cost_list: Sequence[Cost], profile: Profile) -> float:

@@ -9,18 +9,20 @@ import sys
 import threading
 import time
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from cpd.cluster import local
 from cpd.cluster.element_job import DEVICES_VARIABLE, VERBS, ElementJob, ask_to_stop, is_ours, submit_local
 from cpd.cluster.local import MAX_RESTARTS, LocalQueue, _shortage_in_log
 from cpd.cluster.queue import foreign_variables
 from cpd.cluster.sbatch import BundleJob
-from cpd.config.profile import Profile, Resources
+from cpd.config.profile import Profile, Resources, load_profile
 from cpd.envs.metaworld.tasks import STREAMS
 from cpd.run.directory import Run
 from cpd.run.interrupt import Interrupt
@@ -119,6 +121,21 @@ def test_jobs_that_are_killed_at_their_start_fail(run: Run, monkeypatch: pytest.
     assert "FAILED results: " in lines and f" {MAX_RESTARTS + 1} times" in lines
 
 
+def test_students_run_side_by_side_on_the_cores_of_the_machine(
+    make_run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run(seeds=[1, 2, 3, 4])
+    for teacher in run.teachers():
+        teacher.path.mkdir(parents=True)
+        teacher.complete.touch()
+    started: list[str] = []
+    monkeypatch.setattr(local, "submit_local", lambda run, element, resources: started.append(element.name))
+    shipped = replace(load_profile("local"), cores=3)
+    waiting = LocalQueue(run, shipped, Interrupt(), run.elements())._start_ready(run.students())
+    assert started == [student.name for student in run.students()[:3]]
+    assert waiting == run.students()[3:]
+
+
 def test_elements_queued_by_an_ended_launcher_are_waiting(run: Run) -> None:
     run.report().path.mkdir(exist_ok=True)
     run.report().status.write_text('{"state": "queued"}')
@@ -147,6 +164,8 @@ def test_local_jobs_see_the_devices_that_their_launcher_sees(
 
 def test_the_launchers_visible_devices_are_submitted(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(DEVICES_VARIABLE, "3")
+    run.report().path.mkdir(exist_ok=True)
+    run.report().complete.touch()  # the job has nothing to do
     job = submit_local(run, run.report(), Resources())
     assert job.submission().function.visible_devices == "3"
     job.wait()

@@ -10,7 +10,15 @@ from typing import Any
 
 import pytest
 
-from cpd.cluster.estimate import costs, disk, launch_problems
+from cpd.cluster.estimate import (
+    WORTHWHILE,
+    costs,
+    disk,
+    launch_problems,
+    paying_windows,
+    rank_lines,
+    step_seconds,
+)
 from cpd.cluster.ledger import LedgerEntry, append, ledger
 from cpd.cluster.queue import (
     UNKNOWN,
@@ -33,7 +41,7 @@ from cpd.cluster.requeue import (
 )
 from cpd.comm import SerialComm
 from cpd.config.load import load
-from cpd.config.profile import Profile, load_profile
+from cpd.config.profile import PROFILES, Profile, load_profile
 from cpd.run.checkpoint import save
 from cpd.run.directory import Run
 from cpd.run.files import write_json
@@ -337,3 +345,26 @@ def test_ranks_that_cannot_share_a_batch_are_told_before_anything_is_submitted(m
     assert len(problems) == 2
     assert "distill.batch_size = 3" in problems[0] and "protection.agem_windows = 2" in problems[1]
     assert launch_problems(ROOT / "runs" / "x", config, profile(student={"ranks": 2})) == []
+
+
+def test_more_ranks_pay_for_large_batches_as_the_documentation_says(make_run) -> None:
+    run: Run = make_run(distill={"batch_size": 256})
+    (line,) = rank_lines(run, run.elements())
+    assert f" {run.config.distill.batch_size} windows" in line
+    paying = paying_windows(run.config)
+    assert f" {paying} " in line and paying > 256
+    one, two = (step_seconds(run.config, paying, ranks) for ranks in (1, 2))
+    assert (
+        one / two
+        >= 2 * WORTHWHILE
+        > step_seconds(run.config, paying // 2) / step_seconds(run.config, paying // 2, 2)
+    )
+    default = load_recipe("cw10", [])
+    page = (ROOT / "docs" / "slurm.md").read_text()
+    rows = re.findall(r"^\| ([\d,]+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", page, re.MULTILINE)
+    assert [int(row[0].replace(",", "")) for row in rows] == [2**power for power in range(11)]
+    for row in rows:
+        ranks = int(row[0].replace(",", ""))
+        speeds = [step_seconds(default, size) / step_seconds(default, size, ranks) for size in (256, 4096, 65536)]
+        assert list(row[1:]) == [f"{speed:.2f}" for speed in speeds]
+    assert {load_profile(path.stem).student.ranks for path in PROFILES.glob("*.toml")} == {1}
