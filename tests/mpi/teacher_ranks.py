@@ -15,7 +15,7 @@ from cpd.run.directory import Run
 from cpd.run.interrupt import Interrupt, InterruptedBySignal
 from cpd.teachers import trainer
 from cpd.teachers.ppo import PPOLearner
-from cpd.teachers.ranks import check_ranks_agree, slots_of_rank
+from cpd.teachers.ranks import RanksDifferError, check_ranks_agree, slots_of_rank
 from cpd.teachers.rollout import Experience
 from cpd.teachers.run_teacher import env_pool, run_teacher
 from tests.mpi.distill_ranks import AskedAfter
@@ -65,9 +65,10 @@ def main() -> int:
         for name in ("one-step", "all"):
             arrays = update(comm, one_step=name == "one-step")
             np.savez(Path(sys.argv[2]) / f"{name}-{comm.size}-{comm.rank}.npz", **arrays)
-        return 0
-    if sys.argv[1] == "differ":
-        check_ranks_agree([torch.full((3,), float(comm.rank))], comm)
+        try:
+            check_ranks_agree([torch.full((3,), float(comm.rank))], comm)
+        except RanksDifferError as error:
+            (Path(sys.argv[2]) / f"differ-{comm.size}-{comm.rank}").write_text(str(error))
         return 0
     trainer.VALIDATE_FROM = 0.0
     run = Run(Path(sys.argv[2]))

@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-import signal
-import subprocess
-import sys
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -27,7 +25,6 @@ from cpd.run.shards.reader import read_rollouts
 from cpd.run.shards.schema import read_index
 from cpd.run.tables import EpisodeRow, EvaluationRow, read_rows
 from cpd.teachers import run_teacher as element_module
-from tests.conftest import ROOT
 from tests.teachers.small_teacher import SMALL, finish, new_run, products, with_teacher
 
 pytestmark = pytest.mark.usefixtures("validate_failing_policies")
@@ -108,25 +105,22 @@ def test_interrupted_again_and_again_it_ends_the_same(
     assert products(teacher) == products(undisturbed)
 
 
-KILLED = """
-import sys
-from pathlib import Path
-from cpd.run.interrupt import Interrupt
-from cpd.run.directory import Run
-from cpd.teachers import trainer
-from cpd.teachers.run_teacher import env_pool, run_teacher
-trainer.VALIDATE_FROM = 0.0
-run = Run(Path(sys.argv[1]))
-run_teacher(run, run.teachers()[0], env_pool(run.config, 1), interrupt=Interrupt(), log=print)
-"""
+def in_a_fork(run: Run, interrupt: Interrupt | None = None) -> multiprocessing.process.BaseProcess:
+    """Start the teacher in a process that need not import anything."""
+
+    def work() -> None:
+        finish(run, interrupt.install() if interrupt else None)
+
+    process = multiprocessing.get_context("fork").Process(target=work)
+    process.start()
+    return process
 
 
 def test_killed_it_ends_the_same(undisturbed: TeacherElement, tmp_path: Path) -> None:
     run = new_run(tmp_path)
     teacher = run.teachers()[0]
     for num_records in (2, 5):
-        process = multiprocessing.get_context("fork").Process(target=finish, args=(run,))
-        process.start()
+        process = in_a_fork(run)
         while len(read_metrics(teacher.metrics)) < num_records and process.is_alive():
             time.sleep(0.005)
         process.kill()
@@ -142,14 +136,13 @@ def test_a_signal_is_honoured_within_an_iteration(tmp_path: Path) -> None:
     ppo = {**SMALL["teacher"]["ppo"], "steps_per_env": 100_000}
     run = new_run(tmp_path, **with_teacher(ppo=ppo, max_env_steps=400_000))
     teacher = run.teachers()[0]
-    code = KILLED.replace("Interrupt()", "Interrupt().install()")
-    process = subprocess.Popen([sys.executable, "-c", code, str(run.root)], cwd=ROOT, stderr=subprocess.PIPE)
+    process = in_a_fork(run, Interrupt())
     while read_status(teacher.status).phase != "train":
         time.sleep(0.02)
-    time.sleep(1.0)
-    process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=20)
-    assert b"InterruptedBySignal" in errors
+    time.sleep(0.5)
+    process.terminate()
+    process.join(20)
+    assert process.exitcode == 1
     assert read_status(teacher.status).state == "stopped"
 
 
@@ -174,15 +167,17 @@ def test_the_scripted_stand_in_is_labelled(tmp_path: Path) -> None:
     assert rows[0].successes == rows[0].episodes
 
 
-def test_a_new_policy_withdraws_what_the_old_one_left(tmp_path: Path) -> None:
-    run = new_run(tmp_path)
-    teacher = finish(run)
+def test_a_new_policy_withdraws_what_the_old_one_left(undisturbed: TeacherElement, tmp_path: Path) -> None:
+    run = Run(shutil.copytree(undisturbed.path.parents[2], tmp_path / "run"))
+    teacher = run.teachers()[0]
     old_products = products(teacher)
+    (teacher.path / ".policy.safetensors.123.tmp").write_text("half")
     teacher.complete.unlink()
     teacher.policy.with_suffix(".json").unlink()
     teacher.metrics.unlink()
     finish(run)
     assert products(teacher) == old_products
+    assert not list(teacher.path.rglob("*.tmp")), "stale temporaries are swept"
 
     # Shards of another policy are collected again, although their index exists.
     teacher.complete.unlink()
@@ -191,15 +186,6 @@ def test_a_new_policy_withdraws_what_the_old_one_left(tmp_path: Path) -> None:
     (teacher.shards / "index.json").write_text(json.dumps(index))
     finish(run)
     assert products(teacher) == old_products
-
-
-def test_stale_temporaries_are_swept(tmp_path: Path) -> None:
-    run = new_run(tmp_path)
-    teacher = run.teachers()[0]
-    teacher.path.mkdir(parents=True)
-    (teacher.path / ".policy.safetensors.123.tmp").write_text("half")
-    finish(run)
-    assert not list(teacher.path.rglob("*.tmp"))
 
 
 def test_a_failure_is_told_and_raised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
