@@ -13,7 +13,7 @@ NEEDS: Final = (
     ("protection.mask_experts", "protection.kind", ("mask",)),
     ("protection.mask_fraction", "protection.kind", ("mask",)),
     ("protection.mask_mode", "protection.kind", ("mask",)),
-    ("protection.ewc_strength", "protection.kind", ("ewc",)),
+    ("protection.strength", "protection.kind", ("ewc", "mas", "l2")),
     ("protection.agem_windows", "protection.kind", ("agem",)),
     ("protection.packnet_retrain_share", "protection.kind", ("packnet",)),
     ("memory.share", "memory.selection", ("reservoir", "uniform", "dpp")),

@@ -49,6 +49,7 @@ RETIRED: Final[dict[str, Any]] = {
 IGNORED: Final[tuple[str, ...]] = ("teacher.sac", "logging.agree_every")
 #: Renamed settings: old path -> new path.
 RENAMED: Final[dict[str, str]] = {
+    "protection.ewc_strength": "protection.strength",
     "teacher.exploring_rate": "teacher.exploration.step_rate",
     "teacher.exploring_share": "teacher.exploration.start_share",
     "teacher.exploring_steps": "teacher.exploration.max_steps",

@@ -84,10 +84,11 @@ class MemoryConfig:
 class ProtectionConfig:
     """Protection of earlier tasks against forgetting, in addition to replay."""
 
-    kind: Literal["none", "mask", "ewc", "agem", "packnet"] = "mask"
-    """mask: freeze parameters that are important to earlier tasks, or scale their updates down; ewc: quadratic
-    penalty on changes of such parameters; agem: project updates that conflict with the gradient on the memory;
-    packnet: each task keeps its own weights, and the student needs the true task."""
+    kind: Literal["none", "mask", "ewc", "mas", "l2", "agem", "packnet"] = "mask"
+    """mask: freeze parameters that are important to earlier tasks, or scale their updates down; ewc, mas:
+    quadratic penalty on changes of such parameters; l2: the same for all parameters; agem: project updates that
+    conflict with the gradient on the memory; packnet: each task keeps its own weights, and the
+    student needs the true task."""
     mask_experts: bool = True
     """mask: freeze the experts and router rows of earlier tasks."""
     mask_fraction: Share = 1.0
@@ -96,8 +97,8 @@ class ProtectionConfig:
     only."""
     mask_mode: Literal["hard", "scaled"] = "hard"
     """mask: hard freezes protected parameters; scaled shrinks their updates, the more important the smaller."""
-    ewc_strength: PositiveFloat = 1.0
-    """Weight of the EWC penalty relative to the mean loss of a batch."""
+    strength: PositiveFloat = 1.0
+    """ewc, mas, l2: weight of the penalty relative to the mean loss of a batch."""
     agem_windows: Positive = 128
     """Memory windows per step for A-GEM's reference gradient, over all ranks; added to `distill.batch_size`."""
     packnet_retrain_share: Share = 0.3

@@ -140,8 +140,8 @@ WARNED: dict[str, tuple[dict[str, Any], list[str]]] = {
         ["memory.start_share"],
     ),
     "settings of another kind of protection": (
-        merge(PLAIN, {"protection": {"ewc_strength": 2.0, "agem_windows": 4}}),
-        ["protection.ewc_strength", "protection.agem_windows"],
+        merge(PLAIN, {"protection": {"strength": 2.0, "agem_windows": 4}}),
+        ["protection.strength", "protection.agem_windows"],
     ),
     "masks without expansion": ({"student": {"expansion": "none"}}, ["student.expansion"]),
     "replay of what is frozen": ({"distill": {"replay_share": 0.5}}, ["distill.replay_share"]),

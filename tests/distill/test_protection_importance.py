@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from cpd.distill.protection.importance import fisher
+from cpd.distill.protection.importance import fisher, sensitivity
 from cpd.seeding import generator
 from tests.distill.synthetic import stage_data
 from tests.distill.test_trainer import make_plain, train
@@ -76,3 +76,14 @@ def test_is_of_the_student_not_of_its_error(trained):
     # Only experts that are not chosen have none.
     without = {name for name, slot in trainer.learner.flat.slots.items() if (importance[slot] == 0).any()}
     assert all(name.endswith(".stack") for name in without)
+
+
+def test_the_sensitivity_of_the_heads_bias_is_twice_the_mean_size_of_the_action():
+    """Of |m|^2, the derivative by a bias of the mean is 2 m; a bias of the deviation has none."""
+    trainer = make_plain()
+    train(trainer, until=60)
+    data = stage_data(1)
+    importance = sensitivity(trainer.learner, data, NUM_WINDOWS)[trainer.learner.flat.slots["head.bias"]]
+    steps = generator(1, "fisher", 1).integers(data.num_steps, size=NUM_WINDOWS)
+    means = np.stack([outputs(trainer, data, step)[:4] for step in steps])
+    np.testing.assert_allclose(importance, [*2 * np.abs(means).mean(0), 0, 0, 0, 0], rtol=1e-9)

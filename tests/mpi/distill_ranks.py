@@ -54,7 +54,7 @@ METHODS = {
         "protection": {"kind": "none"},
         "distill": {**SHORT, "replay_share": 0.5, "loss": "forward_kl"},
     },
-    "ewc": {"protection": {"kind": "ewc", "ewc_strength": 10.0}, "distill": SHORT},
+    "ewc": {"protection": {"kind": "ewc", "strength": 10.0}, "distill": SHORT},
     "packnet": {
         "student": {"expansion": "none", "task_identity": "none"},
         "memory": {"selection": "none"},

@@ -12,6 +12,8 @@ from cpd.config import Config
 from cpd.distill.protection.agem import AGEM
 from cpd.distill.protection.base import Protection
 from cpd.distill.protection.ewc import EWC
+from cpd.distill.protection.l2 import L2
+from cpd.distill.protection.mas import MAS
 from cpd.distill.protection.masking import Masking
 from cpd.distill.protection.packnet import PackNet
 
@@ -19,6 +21,8 @@ PROTECTIONS: Final[Mapping[str, type[Protection]]] = {
     "none": Protection,
     "mask": Masking,
     "ewc": EWC,
+    "mas": MAS,
+    "l2": L2,
     "agem": AGEM,
     "packnet": PackNet,
 }

@@ -1,8 +1,9 @@
-"""The importance of each parameter for what the student does: the diagonal of the Fisher information."""
+"""The importance of each parameter for what the student does: Fisher information, or sensitivity of the action."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Final
 
 import numpy as np
@@ -47,26 +48,60 @@ def fisher(learner: StudentLearner, data: StageData, num_windows: int, *, exact:
     Returns:
         [P] in the layout of `learner.flat`, the same on every rank and, up to rounding, for any number of ranks.
     """
+    num_outputs = 2 * ACTION_SIZE
+    stream = generator(learner.seed, "fisher signs", learner.progress.stage)
+    draws = stream.integers(2, size=(num_windows, 1, num_outputs))
+    signs = np.eye(num_outputs)[None].repeat(num_windows, 0) if exact else 2.0 * draws - 1.0
+
+    def scalars(row: int, mean_A: Tensor, log_std_A: Tensor) -> list[Tensor]:
+        outputs = torch.cat([mean_A / log_std_A.detach().exp(), math.sqrt(2.0) * log_std_A])
+        return [weights @ outputs for weights in torch.from_numpy(signs[row]).to(outputs)]
+
+    return _mean_over_states(learner, data, num_windows, scalars, lambda gradient: gradient)
+
+
+def sensitivity(learner: StudentLearner, data: StageData, num_windows: int) -> Tensor:
+    """The sensitivity of the student's mean action m over the states of `data`, as in MAS; a collective.
+
+        F_p = E_x[ |d |m(x)|^2 / dp| ]    (Aljundi et al. 2018, eq. 2 and 4)
+
+    States, arguments and result are as for `fisher`. The deviation does not count: the policy acts by its mean.
+    """
+    return _mean_over_states(
+        learner, data, num_windows, lambda row, mean_A, log_std_A: [mean_A.square().sum()], torch.sign
+    )
+
+
+def _mean_over_states(
+    learner: StudentLearner,
+    data: StageData,
+    num_windows: int,
+    scalars: Callable[[int, Tensor, Tensor], list[Tensor]],
+    factor: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """The mean over states x of the sum, over the scalars of x, of their gradient g times `factor(g)`, [P].
+
+    Args:
+        learner: as for `fisher`.
+        data: as for `fisher`.
+        num_windows: as for `fisher`.
+        scalars: functions of the number of the state and the student's mean and log deviation [A] in it.
+        factor: of every element of a gradient.
+    """
     config, flat, comm, stage = learner.config, learner.flat, learner.comm, learner.progress.stage
     source = BatchSource(
         data, Segments.empty(), config.distill, config.student.context, learner.seed, stage, comm, learner.device
     )
     batch = source.sample(num_windows, "fisher")
-    num_outputs = 2 * ACTION_SIZE
-    draws = generator(learner.seed, "fisher signs", stage).integers(2, size=(num_windows, 1, num_outputs))
-    signs = np.eye(num_outputs)[None].repeat(num_windows, 0) if exact else 2.0 * draws - 1.0
     total = torch.zeros_like(flat.values)
     assert len(flat.grads) == flat.size
-    mine = signs[comm.rank :: comm.size]
-    for row, (length, signs_JA) in enumerate(zip(batch.valid_RL.sum(1).long().tolist(), mine, strict=True)):
+    for row, length in enumerate(batch.valid_RL.sum(1).long().tolist()):
         window = slice(row, row + 1)
         out = learner.student(batch.obs_RLO[window, :length], task_B=data.task)
-        mean_A, log_std_A = out.mean_BLA[0, -1], out.log_std_BLA[0, -1]
-        outputs = torch.cat([mean_A / log_std_A.detach().exp(), math.sqrt(2.0) * log_std_A])
-        for weights in torch.from_numpy(signs_JA).to(outputs):
+        for scalar in scalars(comm.rank + row * comm.size, out.mean_BLA[0, -1], out.log_std_BLA[0, -1]):
             flat.grads.zero_()
-            (weights @ outputs).backward(retain_graph=exact)
-            total.addcmul_(flat.grads, flat.grads, value=1.0 / num_windows)
+            scalar.backward(retain_graph=True)  # type: ignore[no-untyped-call]
+            total.addcmul_(flat.grads, factor(flat.grads), value=1.0 / num_windows)
     # `grads` carries the sum over ranks, since it can be reduced from any device.
     flat.grads.copy_(total)
     flat.reduce_grads(comm)
