@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from cpd.config.load import ConfigError
-from cpd.distill.protection import ewc
+from cpd.distill.protection import ewc, mas
 from cpd.distill.protection.importance import fisher
 from tests.distill.synthetic import stage_data
 from tests.distill.test_trainer import TASKS, make_config, make_trainer, through_a_file, train
@@ -29,7 +29,8 @@ NUM_WINDOWS = 32
 @pytest.fixture(autouse=True)
 def few_states(monkeypatch):
     """Estimate the importance of parameters from fewer states: that takes most of the time."""
-    monkeypatch.setattr(ewc, "FISHER_WINDOWS", NUM_WINDOWS)
+    for module in (ewc, mas):
+        monkeypatch.setattr(module, "FISHER_WINDOWS", NUM_WINDOWS)
 
 
 def with_ewc(**over):
