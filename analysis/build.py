@@ -146,6 +146,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--publish", type=Path, metavar="DIR", help="copy a run's small tables there first, and draw from them"
     )
+    parser.add_argument(
+        "--students",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="with --publish: also publish these students, such as students/ewc; repeatable (default: the first "
+        "seed of the first method)",
+    )
     arguments = parser.parse_args(argv)
     try:
         paths = arguments.paths
@@ -159,7 +167,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                     f"--publish copies results of students, but {paths[0]} holds published teachers; "
                     "publish the teachers of a run with `cpd publish RUN_DIR FOLDER`"
                 )
-            paths = [publish_results(paths[0], arguments.publish)]
+            paths = [publish_results(paths[0], arguments.publish, arguments.students)]
         written = build(paths, arguments.out, report=show)
     except (ValueError, OSError) as error:
         print(f"{parser.prog}: {shortage(error, Path.cwd()) or error}", file=sys.stderr)

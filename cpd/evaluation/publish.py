@@ -6,11 +6,13 @@ A folder of published teachers holds the long-form tables of `cpd.evaluation.gat
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from cpd.config.load import to_dict
 from cpd.evaluation.gather import evaluated, find_results, gather
+from cpd.evaluation.publish_students import publish_students
 from cpd.evaluation.results_folder import TEACHER, labels_of, read_tables
 from cpd.evaluation.summary import summarize
 from cpd.reading import DamagedFileError, read_for_display, read_json
@@ -18,7 +20,7 @@ from cpd.run.claim import RESULT_FILES, check_none_lost, check_repository_place,
 from cpd.run.descriptions import Policy, check_identity
 from cpd.run.directory import Run, TeacherElement, identity, published_policy
 from cpd.run.files import copy, remove, sha256, write_json
-from cpd.run.folders import KIND_KEY
+from cpd.run.folders import KIND_KEY, kind_of
 from cpd.run.tables import EpisodeRow, EvaluationRow, compress_tables, find_table, read_rows, write_rows
 
 #: The files that are copied as they are, since they hold no results of students.
@@ -88,8 +90,10 @@ def publish_teachers(run: Run, folder: Path) -> list[Path]:
     return policies
 
 
-def publish_results(path: Path, folder: Path) -> Path:
+def publish_results(path: Path, folder: Path, students: Sequence[str] = ()) -> Path:
     """Copy the results of a run, which is gathered first, or gathered results to `folder`.
+
+    With those of a run, its students are published; `students` are those of `publish_students`.
 
     Returns:
         `folder`, from which all figures and tables can be rebuilt.
@@ -102,17 +106,18 @@ def publish_results(path: Path, folder: Path) -> Path:
     tables = read_tables(results)
     claim(folder, "results", tables.config)
     if find_table(table := folder / "evaluations.csv"):
-        students = [row for row in read_rows(table, EvaluationRow) if row.method != TEACHER]
+        published = [row for row in read_rows(table, EvaluationRow) if row.method != TEACHER]
         missing = "; ".join(summarize(tables).missing[-3:])
         check_none_lost(
             folder,
-            evaluated(students),
+            evaluated(published),
             evaluated(tables.evaluations),
             f"{results} lacks them{f' ({missing})' if missing else ''}. Finish the run, or choose another "
             "folder (`cpd build DIR DIR --out FIGURES` draws several side by side)",
         )
     recipe = labels_of(tables.evaluations)["teacher_recipe"] or tables.config["teacher"]["recipe"]
     check_repository_place(folder, recipe, tables.goal_set)
+    publish_students(Run(path) if kind_of(path) == "run" else None, tables, folder, students)
     for name in sorted(RESULT_FILES):
         file = find_table(results / name)
         # A stale table would be drawn with the new ones; of a plain and a compressed one, only one may stay.

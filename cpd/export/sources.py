@@ -64,4 +64,7 @@ def _published(folder: Path) -> list[PolicyFile]:
     for path in sorted(folder.glob("policies/*.safetensors")):
         task, _, seed = path.stem.rpartition("-seed-")
         files.append(PolicyFile(f"teachers/{task}/seed-{seed}", path))
+    for path in sorted(folder.glob("students/*/policy.safetensors")):
+        method, _, seed = path.parent.name.rpartition("-seed-")
+        files.append(PolicyFile(f"students/{method}/seed-{seed}", path))
     return files

@@ -88,6 +88,12 @@ class StudentSize(TypedDict):
     labels: Labels
 
 
+class StudentStream(TypedDict):
+    """The description of a student: the tasks that it knows by position."""
+
+    distinct_tasks: list[str]
+
+
 class StudentPolicy(TypedDict):
     """The description of a student: what its weights need."""
 

@@ -342,3 +342,8 @@ def matches(element: Element, name: str) -> bool:
 def published_policy(folder: Path, task: str, seed: int) -> Path:
     """Return the file of a policy's weights in a folder of published teachers; its description ends in .json."""
     return folder / "policies" / f"{task}-seed-{seed}.safetensors"
+
+
+def published_student(folder: Path, method: str, seed: int) -> Path:
+    """Return the file of a student's weights in a folder of published results; its description ends in .json."""
+    return folder / "students" / f"{method}-seed-{seed}" / "policy.safetensors"

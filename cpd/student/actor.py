@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +16,9 @@ from torch import Tensor
 
 from cpd.envs.episodes import Actor, Belief
 from cpd.envs.metaworld.tasks import ACTION_CLIP
-from cpd.student.network import Student
+from cpd.reading import read_json
+from cpd.run.descriptions import StudentStream
+from cpd.student.network import Student, load_student
 from cpd.student.plans import FIRST_STEPS, Plan
 
 
@@ -125,6 +128,20 @@ class TaskwiseActor:
         """The actions `[B, A]` of the actors of all tasks."""
         parts = [self._actors[task].act(obs_BO[rows]) for task, rows in self._rows.items()]
         return np.concatenate(parts)[self._order_B]
+
+
+def load_actor(path: str | Path) -> Actor:
+    """The policy of a published student, on the CPU, at the start of an episode.
+
+    Args:
+        path: the student's folder, or the file of weights of any student.
+
+    Raises:
+        DamagedFileError: if a file is missing or damaged, or if weights and description do not match.
+    """
+    weights = path if (path := Path(path)).suffix == ".safetensors" else path / "policy.safetensors"
+    student = load_student(weights)
+    return make_actor(student, read_json(weights.with_suffix(".json"), StudentStream)["distinct_tasks"])
 
 
 def make_actor(student: Student, tasks: Sequence[str]) -> Actor:

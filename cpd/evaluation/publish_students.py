@@ -1,0 +1,197 @@
+"""Publishing of students beside the results that measure them.
+
+students/<method>-seed-<n>/
+  policy.safetensors   the weights after the last stage
+  policy.json          describes them, and how they act
+  README.md            the model card
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from cpd.evaluation.results_folder import TEACHER, Tables
+from cpd.evaluation.student_measures import Rate
+from cpd.programs import ROOT
+from cpd.reading import DamagedFileError, read_json
+from cpd.run.claim import check_none_lost
+from cpd.run.descriptions import StudentSize, Weights, check_identity
+from cpd.run.directory import Run, RunError, StudentElement, identity, matches, published_student
+from cpd.run.files import copy, sha256, write_text
+from cpd.run.tables import EvaluationRow
+
+CARD = """\
+---
+license: mit
+tags: [reinforcement-learning, robotics, meta-world, continual-learning, policy-distillation]
+---
+
+# {method}, seed {seed}: one policy for {num_tasks} tasks of Meta-World
+
+A mixture-of-experts student of the experiment {name}, distilled from one RL teacher for each task. {telling}
+
+| task | success | 95 % interval | teacher |
+|---|---:|---|---:|
+{success}
+
+Episodes on {goals} goals with success at any step within {horizon} steps. Actions are deterministic.
+
+| | |
+|---|---|
+{facts}
+
+## Use
+
+With this project and its extra `train` installed:
+
+```python
+import gymnasium
+
+import cpd.envs.gym
+from cpd.student.actor import load_actor
+
+student = load_actor("{place}")
+env = gymnasium.make("cpd/{task}", split="held_out", max_episode_steps={horizon})
+obs, _ = env.reset(seed=1)
+is_over, success = False, False
+while not is_over:
+    obs, _, _, is_over, info = env.step(student.act(obs[None].astype("float32"))[0])
+    success |= bool(info["success"])
+print(f"success: {{success}}")
+```
+
+`student.reset([task])` begins the next episode. `policy.json` says step by step how the student acts, for those
+who load `policy.safetensors` without this code; loading checks the weights by the hash that it holds.
+
+## Limits
+
+The student was trained and measured in simulation only. It knows these tasks and no others: on another task it
+acts for the most similar one.
+
+## License
+
+MIT.
+"""
+#: What a student knows of the task when it acts, by its label.
+TELLING = {
+    "inferred": "It is told nothing: it infers the task from the first observation of an episode.",
+    "none": "It is told nothing, and acts on the present observations alone.",
+}
+
+
+def publish_students(run: Run | None, tables: Tables, folder: Path, names: Sequence[str] = ()) -> list[Path]:
+    """Copy finished and evaluated students of a run, after their last stage, to `folder`, with a model card each.
+
+    Args:
+        run: where they are; None publishes none.
+        tables: the results of the run.
+        folder: published results; students that it holds from before must be among these.
+        names: students, or folders of students, such as `students/ewc`; default: the first method's first seed.
+
+    Returns:
+        The files of weights.
+
+    Raises:
+        RunError: if a student that is published would be lost, or if no such student is finished and evaluated.
+        DamagedFileError: if a file of a student is not what its description says.
+    """
+    chosen = [] if run is None else _chosen(run, names)
+    students = {student: rows for student in chosen if (rows := _final_rows(student, tables))}
+    if names and not students:
+        raise RunError(f"{run.root if run else folder} has no finished and evaluated student {', '.join(names)}")
+    targets = {student: published_student(folder, student.method, student.seed) for student in students}
+    check_none_lost(
+        folder,
+        [f"students/{path.name}" for path in folder.glob("students/*")],
+        [f"students/{target.parent.name}" for target in targets.values()],
+        "name the run that has them, or choose another folder",
+    )
+    for student in students:
+        _check_whole(student)
+    for student, target in targets.items():
+        weights = student.final_policy
+        assert weights is not None
+        copy(weights, target)
+        copy(weights.with_suffix(".json"), target.with_suffix(".json"))
+        write_text(target.with_name("README.md"), _card(student, target, tables, students[student]))
+    return list(targets.values())
+
+
+def _chosen(run: Run, names: Sequence[str]) -> list[StudentElement]:
+    first = (run.config.methods[0], run.config.seeds[0])
+    return [
+        student
+        for student in run.students()
+        if student.finished
+        and student.final_policy is not None
+        and (any(matches(student, name) for name in names) if names else (student.method, student.seed) == first)
+    ]
+
+
+def _final_rows(student: StudentElement, tables: Tables) -> dict[str, EvaluationRow]:
+    """Return the rows of a student after its last stage, by task; empty if it is not evaluated."""
+    own = [row for row in tables.evaluations if (row.method, row.seed) == (student.method, student.seed)]
+    last = max((row.stage for row in own if row.stage is not None), default=None)
+    return {row.task: row for row in own if row.stage == last and row.goal_set == tables.goal_set}
+
+
+def _check_whole(student: StudentElement) -> None:
+    """Raise DamagedFileError unless the final weights are this student's and what their description says."""
+    weights = student.final_policy
+    assert weights is not None
+    description = weights.with_suffix(".json")
+    check_identity(description, **identity(student.config, student))
+    if read_json(description, Weights)["sha256"] != sha256(weights):
+        raise DamagedFileError(
+            f"{weights} is damaged: its checksum differs from that in {description.name}; remove {student.path} "
+            "and launch again to distil this student again"
+        )
+
+
+def _card(student: StudentElement, target: Path, tables: Tables, rows: dict[str, EvaluationRow]) -> str:
+    """Return the model card."""
+    description = read_json(target.with_suffix(".json"), StudentSize)
+    labels, parent = asdict(description["labels"]), target.parent.resolve()
+    teacher_seed = tables.teacher_seed(student.seed)
+    teachers = {
+        row.task: Rate.of(row.successes, row.episodes)
+        for row in tables.evaluations
+        if (row.method, row.seed, row.goal_set) == (TEACHER, teacher_seed, tables.goal_set)
+    }
+    success = []
+    for task in dict.fromkeys(tables.stream):
+        if row := rows.get(task):
+            rate, teacher = Rate.of(row.successes, row.episodes), teachers.get(task)
+            of_teacher = f"{100 * teacher.rate:.0f} %" if teacher else "–"
+            counts = f"{100 * rate.rate:.0f} % ({rate.successes} of {rate.episodes})"
+            success.append(f"| {task} | {counts} | {100 * rate.low:.0f} to {100 * rate.high:.0f} | {of_teacher} |")
+    mean = sum(row.successes / row.episodes for row in rows.values()) / len(rows)
+    success.append(f"| **mean** | **{100 * mean:.1f} %** | | |")
+    facts: dict[str, Any] = {
+        "method": f"{student.method} (`distill.protocol` {student.config.distill.protocol})",
+        "student seed": student.seed,
+        "teachers": f"recipe {labels.pop('teacher_recipe')}, seed {teacher_seed}",
+        "stages": len(tables.stream),
+        "parameters": f"{description['num_parameters']:,}",
+        "experts per layer": description["num_experts"],
+        "stored time steps": f"{description['memory_steps']:,}",
+        "size": f"{target.stat().st_size / 1e6:.1f} MB",
+        **{name.replace("_", " "): value for name, value in labels.items()},
+        "SHA-256": read_json(target.with_suffix(".json"), Weights)["sha256"],
+    }
+    return CARD.format(
+        method=student.method,
+        seed=student.seed,
+        name=student.config.name,
+        num_tasks=len(rows),
+        telling=TELLING.get(labels["task_identity"], "It is told the task of each episode."),
+        success="\n".join(success),
+        goals=tables.goal_set.replace("_", "-"),
+        horizon=labels["horizon"],
+        facts="\n".join(f"| {name} | {value} |" for name, value in facts.items()),
+        place=(parent.relative_to(ROOT) if parent.is_relative_to(ROOT) else Path(parent.name)).as_posix(),
+        task=next(iter(rows)),
+    )

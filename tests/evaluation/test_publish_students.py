@@ -1,0 +1,96 @@
+"""Students are published with the results that measure them, and act from what was published alone."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from analysis.build import main
+from cpd.evaluation.publish import publish_results
+from cpd.reading import DamagedFileError
+from cpd.run.directory import Run, RunError, identity, published_student
+from cpd.run.files import sha256
+from cpd.student.actor import load_actor
+from cpd.student.network import save_student
+from tests.conftest import ROOT
+from tests.student.grown import TASKS, grown_student, observations
+from tests.synthetic_run import LABELS, write_run
+from tests.test_docs import blocks
+
+RATES = np.array([[0.1, 0.0, 0.0], [0.9, 0.1, 0.0], [0.7, 0.8, 0.2], [0.5, 0.9, 0.96]])
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Two methods with two seeds, evaluated to the end, with students that nobody trained."""
+    rates = {1: RATES, 2: RATES}
+    options: dict[str, Any] = {"teachers": dict.fromkeys(TASKS, 0.9), "variants": {"other": rates}}
+    run = write_run(
+        tmp_path_factory.mktemp("students") / "r", stream=TASKS, students=rates, method="cpd", **options
+    )
+    size = {"memory_steps": 800, "memory_bytes": 1, "labels": vars(LABELS) | {"task_identity": "inferred"}}
+    for student in run.students():
+        described = {**identity(student.config, student, 2), "distinct_tasks": TASKS, **size}
+        save_student(student.stage_policy(2), grown_student(), described)
+    return run
+
+
+@pytest.fixture
+def published(run: Run, tmp_path: Path) -> Path:
+    return publish_results(run.root, tmp_path / "analysis" / "results" / "cw10")
+
+
+def test_the_first_student_of_the_first_method_is_published(run: Run, published: Path) -> None:
+    (folder,) = (published / "students").iterdir()
+    weights = published_student(published, "cpd", 1)
+    assert weights.parent == folder and sha256(weights) == sha256(run.students()[0].stage_policy(2))
+    card = (folder / "README.md").read_text()
+    assert "| window-close-v3 | 96 % (48 of 50) | 87 to 99 | 90 % |" in card
+    assert sha256(weights) in card and "3.1.1" in card and str(published) not in card
+    obs = observations(3, seed=1).numpy()
+    own = load_actor(run.students()[0].stage_policy(2))
+    np.testing.assert_array_equal(load_actor(folder).act(obs), own.act(obs))
+
+
+def test_the_example_of_the_readme_and_of_the_card_act(
+    published: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (example,) = [block for block in blocks(ROOT / "README.md", "python") if "load_actor" in block]
+    card = published / "students" / "cpd-seed-1" / "README.md"
+    (of_card,) = blocks(card, "python")
+    for folder, code in ((published.parents[2], example), (published / "students", of_card)):
+        monkeypatch.chdir(folder)
+        exec(compile(code, "example", "exec"), {})
+        assert "success" in capsys.readouterr().out
+
+
+def test_damage_is_named_and_nothing_is_lost(
+    run: Run, published: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = (published / "evaluations.csv").read_bytes()
+    with pytest.raises(RunError, match="students/cpd-seed-1"):
+        publish_results(run.results, published)
+    assert main([str(run.root), "--publish", str(published), "--students", "students/missing"]) == 2
+    assert "students/missing" in capsys.readouterr().err
+    publish_results(run.root, published, ["students/cpd", "students/other/seed-2"])
+    names = {"cpd-seed-1", "cpd-seed-2", "other-seed-2"}
+    assert {path.name for path in (published / "students").iterdir()} == names
+    assert (published / "evaluations.csv").read_bytes() == table
+    weights = published_student(published, "cpd", 1)
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(DamagedFileError, match=re.escape(str(weights))):
+        load_actor(weights.parent)
+
+
+COMMITTED = sorted(ROOT.glob("analysis/results/**/students/*/policy.safetensors"))
+
+
+@pytest.mark.parametrize("weights", COMMITTED, ids=lambda path: "-".join(path.parts[-4:-1]))
+def test_committed_students_act(weights: Path) -> None:
+    load_actor(weights.parent).act(observations(1, seed=1).numpy())
