@@ -22,12 +22,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         [
             "cpd export runs/demo onnx --output onnx",
             "cpd export runs/cw10 onnx --output onnx --only students/cpd",
+            "cpd export runs/demo minari --output datasets --only teachers/window-close-v3",
+            "cpd export runs/demo tensorboard --output curves",
             "cpd export analysis/results/teachers/cw10-rl onnx --output onnx",
         ],
     )
     parser.add_argument("source", type=Path, metavar="DIR", help="run directory, or published teachers or results")
     formats = parser.add_subparsers(dest="format", required=True, metavar="FORMAT", title="formats")
-    for name, summary in FORMATS.items():
+    for name, of_format in FORMATS.items():
+        summary = of_format.summary
         options = formats.add_parser(name, help=summary, description=summary, allow_abbrev=False)
         options.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to write to")
         options.add_argument(
@@ -40,16 +43,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     try:
         claim(arguments.output, "exports")
-        files = load_exporter(arguments.format)(arguments.source, arguments.output, arguments.only)
+        for path in load_exporter(arguments.format)(arguments.source, arguments.output, arguments.only):
+            log(f"written: {path}")
     except ModuleNotFoundError as error:
         needed = f"not installed: {error.name}, which the format {arguments.format} needs"
-        remedy = "pip install 'continual-policy-distillation[train,export]'"
+        remedy = f"pip install 'continual-policy-distillation[{FORMATS[arguments.format].extra}]'"
         print(f"{parser.prog}: {shortage(error, arguments.output) or f'{needed}; {remedy}'}", file=sys.stderr)
         return EXIT_USAGE
     except (ValueError, OSError) as error:
         print(f"{parser.prog}: {shortage(error, arguments.output) or error}", file=sys.stderr)
         return EXIT_USAGE
-    log(f"{len(files)} files in {arguments.output}")
     return 0
 
 

@@ -3,20 +3,35 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Final, cast
+from typing import Final, NamedTuple, cast
 
 #: Writes what `source` (a run directory or a published folder) holds to the folder `output`; of elements, only
-#: those with names in `only`, or in folders of these names, if there are any. Returns the files written.
-Exporter = Callable[[Path, Path, Sequence[str]], list[Path]]
+#: those with names in `only`, or in folders of these names, if there are any. Yields what it has written.
+Exporter = Callable[[Path, Path, Sequence[str]], Iterator[Path]]
 
-#: By format, a line of help. The function `export_<format>` of the module `cpd.export.<format>` writes it.
+
+class Format(NamedTuple):
+    """A format of another tool."""
+
+    module: str
+    """Of `cpd.export`; its function `export_<format>` is the exporter."""
+    summary: str
+    extra: str
+    """The extra of this package that brings what the exporter needs."""
+
+
 FORMATS: Final = {
-    "onnx": "policies of students and teachers, to act without torch",
+    "onnx": Format("onnx", "policies of students and teachers, to act without torch", "train,export"),
+    "minari": Format("minari", "rollouts of teachers as Minari datasets", "export"),
+    "robomimic": Format("robomimic", "rollouts of teachers as HDF5 files of robomimic", "export"),
+    "tensorboard": Format("curves", "learning curves of teachers and students for TensorBoard", "export"),
+    "wandb": Format("curves", "the same as offline runs of Weights & Biases", "wandb"),
 }
 
 
 def load_exporter(name: str) -> Exporter:
     """Import the exporter of a format, which may need libraries that the base install lacks."""
-    return cast(Exporter, getattr(importlib.import_module(f"cpd.export.{name}"), f"export_{name}"))
+    module = importlib.import_module(f"cpd.export.{FORMATS[name].module}")
+    return cast(Exporter, getattr(module, f"export_{name}"))

@@ -1,4 +1,4 @@
-"""The finished policies of a run directory or a published folder."""
+"""What there is to export: finished policies, rollouts of teachers, learning curves."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from pathlib import Path
 
 from cpd.config import Config
 from cpd.config.load import first_few
-from cpd.run.directory import Run, RunError
+from cpd.run.directory import Element, Run, RunError, TeacherElement
 from cpd.run.folders import CONTENTS, kind_of
+from cpd.run.shards.schema import INDEX_NAME
 
 
 @dataclass(frozen=True)
@@ -68,3 +69,28 @@ def _published(folder: Path) -> list[PolicyFile]:
         method, _, seed = path.parent.name.rpartition("-seed-")
         files.append(PolicyFile(f"students/{method}/seed-{seed}", path))
     return files
+
+
+def teachers_with_rollouts(source: Path, only: Sequence[str] = ()) -> list[TeacherElement]:
+    """List the teachers of a run that are finished and have rollouts, as `only` chooses.
+
+    Raises:
+        RunError: if `source` is no run directory, or there is no such teacher.
+    """
+    elements = [e for e in Run(source).select(only) if isinstance(e, TeacherElement)]
+    teachers = [e for e in elements if e.complete.exists() and (e.shards / INDEX_NAME).exists()]
+    if not teachers:
+        raise RunError(f"{source} has no rollouts of finished teachers; launch it, or choose others by --only")
+    return teachers
+
+
+def elements_with_metrics(source: Path, only: Sequence[str] = ()) -> list[Element]:
+    """List the teachers and students of a run that have begun to train, as `only` chooses.
+
+    Raises:
+        RunError: if `source` is no run directory, or there is no such element.
+    """
+    elements = [e for e in Run(source).select(only) if e.metrics.exists()]
+    if not elements:
+        raise RunError(f"{source} has no learning curves; launch it, or choose others by --only")
+    return elements

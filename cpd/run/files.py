@@ -50,6 +50,31 @@ def atomic_write(path: Path, sync: bool = True) -> Iterator[Path]:
             sync_folder(path.parent)
 
 
+@contextlib.contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Yield a temporary folder to fill, which takes the place of the folder `path` on leaving.
+
+    If the block raises, `path` stays as it was. What killed writers of `path` left is removed.
+
+    Raises:
+        OSError: naming `path`, if there is no room.
+    """
+    with naming(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for left in path.parent.glob(f".{path.name}.*{TEMPORARY_SUFFIX}"):
+            shutil.rmtree(left)
+        temporary, replaced = temporary_name(path), temporary_name(path)
+        temporary.mkdir()
+        try:
+            yield temporary
+            if path.exists():
+                path.rename(replaced)
+            temporary.rename(path)
+        finally:
+            for folder in (temporary, replaced):
+                shutil.rmtree(folder, ignore_errors=True)
+
+
 def sync_folder(folder: Path) -> None:
     """Make the names in `folder` durable, on file systems that can."""
     descriptor = os.open(folder, os.O_RDONLY)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from cpd.run.shards.schema import (
     INDEX_NAME,
     SCHEMA_VERSION,
     STEP_FIELDS,
+    Episode,
     FloatArray,
     ShardEntry,
     ShardError,
@@ -99,6 +102,42 @@ def first_observations(folder: Path) -> tuple[FloatArray, npt.NDArray[np.int64]]
     return np.concatenate(observations), np.concatenate(goals)
 
 
+def stream_episodes(folder: Path) -> Iterator[Episode]:
+    """Yield a teacher's episodes in the order of collection; one shard at a time is checked and held in memory.
+
+    Raises:
+        ShardError: if the index or a shard is missing, damaged or foreign.
+    """
+    index = read_index(folder)
+    for entry in index.shards:
+        _check_file(folder, entry, index)
+        with _open_shard(folder, entry, index) as file:
+            columns = {name: dataset[:] for name, dataset in file.items()}
+        for episode in range(entry.num_episodes):
+            start, end = columns["offsets"][episode : episode + 2]
+            steps = {name: columns[name][start:end] for name in STEP_FIELDS}
+            steps["rewards"] = steps["rewards"].astype(np.float64)
+            steps["successes"] = steps["successes"].astype(np.bool_)
+            yield Episode(
+                observations=columns["observations"][start + episode : end + episode + 1],
+                **steps,
+                goal_index=int(columns["goal_index"][episode]),
+                seed=int(columns["seed"][episode]),
+            )
+
+
+@contextlib.contextmanager
+def _open_shard(folder: Path, entry: ShardEntry, index: ShardIndex) -> Iterator[Any]:
+    """Open a shard whose hash has been checked; raise ShardError unless it has the index's labels and layout."""
+    path = folder / entry.file
+    with h5py.File(path, "r") as file:
+        # The hash vouches for the index's entry only, and both may have been made for another task.
+        if reason := _foreign_label(file, index):
+            raise ShardError(f"{path} {reason}; {remedy(folder)}")
+        _check_layout(path, file, entry)
+        yield file
+
+
 def _check_labels(path: Path, index: ShardIndex, task: str, labels: Labels, policy_sha256: str | None) -> None:
     """Raise ShardError unless the index's labels are the wanted ones."""
     attributes = index.attributes
@@ -165,13 +204,8 @@ def _read_all(folder: Path, index: ShardIndex) -> Rollouts:
     offsets = np.zeros(index.num_episodes + 1, np.int64)
     step, episode = 0, 0
     for entry in index.shards:
-        path = folder / entry.file
         next_step, next_episode = step + entry.num_steps, episode + entry.num_episodes
-        with h5py.File(path, "r") as file:
-            # The hash vouches for the index's entry only, and both may have been made for another task.
-            if reason := _foreign_label(file, index):
-                raise ShardError(f"{path} {reason}; {remedy(folder)}")
-            _check_layout(path, file, entry)
+        with _open_shard(folder, entry, index) as file:
             teacher_mean[step:next_step] = file["teacher_mean"][:]
             teacher_log_std[step:next_step] = file["teacher_log_std"][:]
             episode_success[episode:next_episode] = file["episode_success"][:]
