@@ -43,8 +43,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     try:
         claim(arguments.output, "exports")
+        number = 0
         for path in load_exporter(arguments.format)(arguments.source, arguments.output, arguments.only):
+            number += 1
             log(f"written: {path}")
+        log(f"{number} written to {arguments.output}")
     except ModuleNotFoundError as error:
         needed = f"not installed: {error.name}, which the format {arguments.format} needs"
         remedy = f"pip install 'continual-policy-distillation[{FORMATS[arguments.format].extra}]'"

@@ -26,6 +26,7 @@ FORMATS: Final = {
     "onnx": Format("onnx", "policies of students and teachers, to act without torch", "train,export"),
     "minari": Format("minari", "rollouts of teachers as Minari datasets", "export"),
     "robomimic": Format("robomimic", "rollouts of teachers as HDF5 files of robomimic", "export"),
+    "hub": Format("hub", "policies as folders for a model hub, each with a model card", "train"),
     "tensorboard": Format("curves", "learning curves of teachers and students for TensorBoard", "export"),
     "wandb": Format("curves", "the same as offline runs of Weights & Biases", "wandb"),
 }

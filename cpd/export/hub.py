@@ -1,0 +1,158 @@
+"""Policies as folders for a model hub: weights, their description, and a model card. Nothing is uploaded."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from cpd.export.sources import PolicyFile, policy_files
+from cpd.reading import DamagedFileError, read_json
+from cpd.run.directory import Run
+from cpd.run.files import atomic_folder, copy, sha256, write_text
+from cpd.run.folders import kind_of
+from cpd.run.tables import EvaluationRow, find_table, read_rows
+
+#: Protocols whose students are a policy for every task, so that no single file holds them.
+SEPARATE: Final = ("single_task", "teachers")
+TAGS: Final = ("reinforcement-learning", "robotics", "meta-world")
+CARD: Final = """\
+---
+{front_matter}
+---
+
+# {title}
+
+{summary}
+
+`model.safetensors` holds the weights. `model.json` describes them and everything that acting takes.
+
+```python
+from pathlib import Path
+
+import cpd.envs.gym
+import gymnasium
+{imports}
+
+env = gymnasium.make("cpd/{task}", max_episode_steps={horizon}, split="held_out")
+{actor}
+actor.reset(["{task}"])
+obs, _ = env.reset(seed=1)
+for _ in range({horizon}):
+    obs, reward, terminated, truncated, info = env.step(actor.act(obs[None].astype("float32"))[0])
+print(info["success"])
+env.close()
+```
+
+It needs `pip install 'continual-policy-distillation[train]'`.
+
+## Success on held-out goals
+
+{results}
+
+## Conditions
+
+Observations hold the goal. The policy was trained and measured in simulation only.
+
+{conditions}
+"""
+TEACHER: Final = (
+    "from cpd.teachers.policy import TeacherActor, load_policy",
+    'actor = TeacherActor(load_policy(Path("model.safetensors")))',
+)
+STUDENT: Final = (
+    "from cpd.reading import read_json\n"
+    "from cpd.student.actor import make_actor\n"
+    "from cpd.student.network import load_student",
+    'tasks = read_json(Path("model.json"), dict)["distinct_tasks"]\n'
+    'actor = make_actor(load_student(Path("model.safetensors")), tasks)',
+)
+
+
+def export_hub(source: Path, output: Path, only: Sequence[str]) -> Iterator[Path]:
+    """Write every finished policy of `source` to a folder of its name in `output`, as `Exporter` describes.
+
+    Scripted stand-ins for teachers and students of `SEPARATE` protocols are left out.
+
+    Raises:
+        DamagedFileError: if weights do not have the hash in their description.
+    """
+    evaluations = _evaluations(source)
+    for file in policy_files(source, only):
+        description_path = file.path.with_suffix(".json")
+        description = read_json(description_path, dict[str, Any])
+        if description["sha256"] != sha256(file.path):
+            raise DamagedFileError(f"{file.path} is damaged: its hash is not the one in {description_path.name}")
+        is_scripted = not file.is_student and description["labels"]["teacher_recipe"] == "scripted"
+        if is_scripted or description.get("protocol") in SEPARATE:
+            continue
+        with atomic_folder(output / file.name) as folder:
+            copy(file.path, folder / "model.safetensors")
+            copy(description_path, folder / "model.json")
+            write_text(folder / "README.md", model_card(file, description, evaluations))
+        yield output / file.name
+
+
+def _evaluations(source: Path) -> list[EvaluationRow]:
+    """The rows of all policies of `source` that are evaluated."""
+    files = [source / "evaluations.csv"]
+    if kind_of(source) == "run":
+        run = Run(source)
+        last = len(run.config.stream.tasks) - 1
+        files = [t.evaluation for t in run.teachers()] + [e.row_file(last) for e in run.evaluations()]
+    return [row for file in files if find_table(file) for row in read_rows(file, EvaluationRow)]
+
+
+def model_card(file: PolicyFile, description: dict[str, Any], evaluations: Sequence[EvaluationRow]) -> str:
+    """Return the text of a policy's README.md, with its results among `evaluations`."""
+    seed, labels = description["seed"], description["labels"]
+    method = description["method"] if file.is_student else "teacher"
+    tasks = description["distinct_tasks"] if file.is_student else [description["task"]]
+    rows = [
+        row
+        for row in evaluations
+        if (row.method, row.seed, row.goal_set) == (method, seed, "held_out") and row.task in tasks
+    ]
+    last = max((row.stage for row in rows if row.stage is not None), default=None)
+    rates = {row.task: row.successes / row.episodes for row in rows if row.stage == last}
+    title = f"{description['experiment']}: {file.name}" if "experiment" in description else file.name
+    if file.is_student:
+        summary = f"One student of {len(tasks)} teachers, distilled one after another: {', '.join(tasks)}."
+    else:
+        summary = f"A teacher of the single task {tasks[0]}, trained by reinforcement learning."
+    imports, actor = STUDENT if file.is_student else TEACHER
+    lines = [f"| {task} | {100 * rate:.0f} % |" for task, rate in rates.items()]
+    table = "\n".join(["| task | success |", "|---|---:|", *lines]) if rates else "It is not evaluated yet."
+    conditions = {name: value for name, value in labels.items() if file.is_student or name != "task_identity"}
+    return CARD.format(
+        front_matter=_front_matter(title, rates),
+        title=title,
+        summary=summary,
+        task=tasks[0],
+        horizon=labels["horizon"],
+        imports=imports,
+        actor=actor,
+        results=table,
+        conditions="\n".join(f"- {name.replace('_', ' ')}: {value}" for name, value in conditions.items()),
+    )
+
+
+def _front_matter(title: str, rates: dict[str, float]) -> str:
+    """The card's metadata as YAML, whose values are JSON."""
+    results = [
+        {
+            "task": {"type": "reinforcement-learning", "name": "reinforcement-learning"},
+            "dataset": {"name": task, "type": task},
+            "metrics": [{"type": "success_rate", "value": rate, "name": "success rate on held-out goals"}],
+        }
+        for task, rate in rates.items()
+    ]
+    entries = {
+        "license": "mit",
+        "library_name": "continual-policy-distillation",
+        "pipeline_tag": "reinforcement-learning",
+        "tags": TAGS,
+        **({"model-index": [{"name": title, "results": results}]} if results else {}),
+    }
+    return "\n".join(f"{key}: {json.dumps(value)}" for key, value in entries.items())
