@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Final, NamedTuple, cast
 
 #: Writes what `source` (a run directory or a published folder) holds to the folder `output`; of elements, only
-#: those with names in `only`, or in folders of these names, if there are any. Yields what it has written.
-Exporter = Callable[[Path, Path, Sequence[str]], Iterator[Path]]
+#: those with names in `only`, or in folders of these names, if there are any. Returns, or yields one by one, what it has written.
+Exporter = Callable[[Path, Path, Sequence[str]], Iterable[Path]]
 
 
 class Format(NamedTuple):
