@@ -30,7 +30,7 @@ def project(tmp_path: Path) -> Path:
     root = tmp_path / "project"
     (root / ".ci").mkdir(parents=True)
     shutil.copy(ROOT / ".ci" / "setup", root / ".ci" / "setup")
-    for name in ("requirements.lock", "requirements-mpi.lock"):
+    for name in ("requirements.lock", "requirements-readers.lock", "requirements-mpi.lock"):
         (root / name).touch()
     (root / "backend.py").write_text(BACKEND)
     (root / "pyproject.toml").write_text(

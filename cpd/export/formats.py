@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Final, NamedTuple, cast
 
 #: Writes what `source` (a run directory or a published folder) holds to the folder `output`; of elements, only
-#: those with names in `only`, or in folders of these names, if there are any. Returns, or yields one by one, what it has written.
+#: those with names in `only`, or in folders of these names, if there are any. Returns what it has written, or yields
+#: it one by one.
 Exporter = Callable[[Path, Path, Sequence[str]], Iterable[Path]]
 
 
@@ -26,7 +27,7 @@ FORMATS: Final = {
     "onnx": Format("onnx", "policies of students and teachers, to act without torch", "train,export"),
     "minari": Format("minari", "rollouts of teachers as Minari datasets", "export"),
     "robomimic": Format("robomimic", "rollouts of teachers as HDF5 files of robomimic", "export"),
-    "hub": Format("hub", "policies as folders for a model hub, each with a model card", "train"),
+    "hub": Format("hub", "policies as folders for a model hub, each with a model card", "export"),
     "tensorboard": Format("curves", "learning curves of teachers and students for TensorBoard", "export"),
     "wandb": Format("curves", "the same as offline runs of Weights & Biases", "wandb"),
 }
