@@ -105,7 +105,9 @@ def test_mpi_is_imported_in_one_place() -> None:
     assert [name for name, targets in IMPORTS.items() if "mpi4py" in "".join(targets)] == ["cpd.comm"]
 
 
-@pytest.mark.parametrize("module", ["jobs.launch", "jobs.status", "jobs.report", "analysis.build"])
+@pytest.mark.parametrize(
+    "module", ["jobs.launch", "jobs.status", "jobs.report", "analysis.build", "jobs.export", "cpd.export.hub"]
+)
 def test_what_runs_on_a_login_node_stays_light(module: str) -> None:
     code = f"import sys, {module}; print([name for name in {HEAVY} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Final, NamedTuple, cast
 
 #: Writes what `source` (a run directory or a published folder) holds to the folder `output`; of elements, only
-#: those with names in `only`, or in folders of these names, if there are any. Returns what it has written, or yields
-#: it one by one.
+#: those with names in `only`, or in folders of these names, if there are any. Returns, or yields, what is written.
 Exporter = Callable[[Path, Path, Sequence[str]], Iterable[Path]]
 
 

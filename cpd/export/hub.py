@@ -14,8 +14,6 @@ from cpd.run.files import atomic_folder, copy, sha256, write_text
 from cpd.run.folders import kind_of
 from cpd.run.tables import EvaluationRow, find_table, read_rows
 
-#: Protocols whose students are a policy for every task, so that no single file holds them.
-SEPARATE: Final = ("single_task", "teachers")
 TAGS: Final = ("reinforcement-learning", "robotics", "meta-world")
 CARD: Final = """\
 ---
@@ -73,7 +71,7 @@ STUDENT: Final = (
 def export_hub(source: Path, output: Path, only: Sequence[str]) -> Iterator[Path]:
     """Write every finished policy of `source` to a folder of its name in `output`, as `Exporter` describes.
 
-    Scripted stand-ins for teachers and students of `SEPARATE` protocols are left out.
+    Scripted stand-ins for teachers are left out.
 
     Raises:
         DamagedFileError: if weights do not have the hash in their description.
@@ -84,8 +82,7 @@ def export_hub(source: Path, output: Path, only: Sequence[str]) -> Iterator[Path
         description = read_json(description_path, dict[str, Any])
         if description["sha256"] != sha256(file.path):
             raise DamagedFileError(f"{file.path} is damaged: its hash is not the one in {description_path.name}")
-        is_scripted = not file.is_student and description["labels"]["teacher_recipe"] == "scripted"
-        if is_scripted or description.get("protocol") in SEPARATE:
+        if not file.is_student and description["labels"]["teacher_recipe"] == "scripted":
             continue
         with atomic_folder(output / file.name) as folder:
             copy(file.path, folder / "model.safetensors")
@@ -99,8 +96,9 @@ def _evaluations(source: Path) -> list[EvaluationRow]:
     files = [source / "evaluations.csv"]
     if kind_of(source) == "run":
         run = Run(source)
-        last = len(run.config.stream.tasks) - 1
-        files = [t.evaluation for t in run.teachers()] + [e.row_file(last) for e in run.evaluations()]
+        stages = range(len(run.config.stream.tasks))
+        files = [t.evaluation for t in run.teachers()]
+        files += [e.row_file(stage) for e in run.evaluations() for stage in stages]
     return [row for file in files if find_table(file) for row in read_rows(file, EvaluationRow)]
 
 

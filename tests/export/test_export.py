@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,12 +19,24 @@ from cpd.run.shards.schema import Episode
 from cpd.run.tables import EvaluationRow, read_rows
 from jobs.export import main
 from tests.export.conftest import TASK
-from tests.test_docs import blocks
+from tests.test_docs import ROOT, blocks
+
+PAGE = ROOT / "docs" / "export.md"
 
 
 @pytest.fixture
 def episodes(run: Run) -> list[Episode]:
     return list(stream_episodes(run.teachers()[0].shards))
+
+
+def follow_docs(title: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Run the example in a section of docs/export.md from `folder`; return its variables."""
+    (section,) = re.findall(rf"^## {title}$(.*?)(?=^## |\Z)", PAGE.read_text(), re.MULTILINE | re.DOTALL)
+    (example,) = re.findall(r"^```python\n(.*?)^```$", section, re.MULTILINE | re.DOTALL)
+    monkeypatch.chdir(folder)
+    variables: dict[str, Any] = {}
+    exec(example, variables)
+    return variables
 
 
 def export(run: Run, name: str, output: Path) -> Path:
@@ -45,10 +59,11 @@ def test_episodes_are_streamed_as_they_were_recorded(run: Run, episodes: list[Ep
 
 def test_minari(run: Run, episodes: list[Episode], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     minari = pytest.importorskip("minari")
-    monkeypatch.setenv("MINARI_DATASETS_PATH", str(export(run, "minari", tmp_path / "datasets")))
-    name = f"demo/{TASK}/seed-1-v0"
-    assert list(minari.list_local_datasets()) == [name]
-    dataset = minari.load_dataset(name)
+    monkeypatch.setenv("MINARI_DATASETS_PATH", "set by the example")
+    export(run, "minari", tmp_path / "datasets")
+    example = follow_docs("Minari", tmp_path, monkeypatch)
+    dataset, env = example["dataset"], example["env"]
+    assert list(minari.list_local_datasets()) == [f"demo/{TASK}/seed-1-v0"]
     assert (dataset.total_episodes, dataset.total_steps) == (len(episodes), 700)
     details = dataset.storage.get_episode_metadata(range(len(episodes)))
     for read, entry, episode in zip(dataset, details, episodes, strict=True):
@@ -61,7 +76,6 @@ def test_minari(run: Run, episodes: list[Episode], tmp_path: Path, monkeypatch: 
         assert not read.terminations.any()
         assert read.truncations.tolist() == [False] * (len(episode) - 1) + [True]
     # The environment that the dataset names repeats an episode to the last bit.
-    env = dataset.recover_environment()
     assert env.spec.id == f"cpd/{TASK}"
     obs, _ = env.reset(seed=entry["seed"], options=entry["options"])
     replayed = [obs, *(env.step(action)[0] for action in read.actions)]
@@ -69,12 +83,10 @@ def test_minari(run: Run, episodes: list[Episode], tmp_path: Path, monkeypatch: 
     env.close()
 
 
-def test_robomimic(run: Run, episodes: list[Episode], tmp_path: Path) -> None:
+def test_robomimic(run: Run, episodes: list[Episode], tmp_path: Path, monkeypatch) -> None:
     reader = pytest.importorskip("robomimic.utils.dataset")
-    from robomimic.utils.obs_utils import initialize_obs_utils_with_obs_specs
-
-    file = export(run, "robomimic", tmp_path) / TASK / "seed-1.hdf5"
-    initialize_obs_utils_with_obs_specs({"obs": {"low_dim": ["flat"]}})
+    file = export(run, "robomimic", tmp_path / "robomimic") / TASK / "seed-1.hdf5"
+    assert follow_docs("robomimic", tmp_path, monkeypatch)["dataset"][0]["obs"]["flat"].shape == (10, 39)
     keys = ("actions", "rewards", "dones")
     masks = {
         None: list(range(len(episodes))),
@@ -92,9 +104,12 @@ def test_robomimic(run: Run, episodes: list[Episode], tmp_path: Path) -> None:
     dataset.close_and_delete_hdf5_handle()
 
 
-def test_tensorboard(run: Run, tmp_path: Path) -> None:
+def test_tensorboard(run: Run, tmp_path: Path, monkeypatch) -> None:
     accumulators = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    output = export(run, "tensorboard", tmp_path)
+    output = export(run, "tensorboard", tmp_path / "curves")
+    assert follow_docs("TensorBoard and Weights & Biases", tmp_path, monkeypatch)["curves"].Tags()["scalars"] == [
+        "loss"
+    ]
     curves = {
         "students/moe/seed-1": ("loss", range(5, 81, 5)),
         f"teachers/{TASK}/seed-1": ("train_success", range(100, 801, 100)),
