@@ -48,12 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             number += 1
             log(f"written: {path}")
         log(f"{number} written to {arguments.output}")
-    except ModuleNotFoundError as error:
-        needed = f"not installed: {error.name}, which the format {arguments.format} needs"
-        remedy = f"pip install 'continual-policy-distillation[{FORMATS[arguments.format].extra}]'"
-        print(f"{parser.prog}: {shortage(error, arguments.output) or f'{needed}; {remedy}'}", file=sys.stderr)
-        return EXIT_USAGE
-    except (ValueError, OSError) as error:
+    except (ModuleNotFoundError, ValueError, OSError) as error:
         print(f"{parser.prog}: {shortage(error, arguments.output) or error}", file=sys.stderr)
         return EXIT_USAGE
     return 0

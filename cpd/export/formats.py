@@ -18,17 +18,15 @@ class Format(NamedTuple):
     module: str
     """Of `cpd.export`; its function `export_<format>` is the exporter."""
     summary: str
-    extra: str
-    """The extra of this package that brings what the exporter needs."""
 
 
 FORMATS: Final = {
-    "onnx": Format("onnx", "policies of students and teachers, to act without torch", "train,export"),
-    "minari": Format("minari", "rollouts of teachers as Minari datasets", "export"),
-    "robomimic": Format("robomimic", "rollouts of teachers as HDF5 files of robomimic", "export"),
-    "hub": Format("hub", "policies as folders for a model hub, each with a model card", "export"),
-    "tensorboard": Format("curves", "learning curves of teachers and students for TensorBoard", "export"),
-    "wandb": Format("curves", "the same as offline runs of Weights & Biases", "wandb"),
+    "onnx": Format("onnx", "policies of students and teachers, to act without torch"),
+    "hub": Format("hub", "policies as folders for a model hub, each with a model card"),
+    "minari": Format("minari", "rollouts of teachers as Minari datasets"),
+    "robomimic": Format("robomimic", "rollouts of teachers as HDF5 files of robomimic"),
+    "tensorboard": Format("curves", "learning curves of teachers and students for TensorBoard"),
+    "wandb": Format("curves", "the same as offline runs of Weights & Biases"),
 }
 
 

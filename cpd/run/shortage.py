@@ -33,6 +33,11 @@ LIMITS: Final = {
 }
 #: The packages that the base install lacks.
 TRAINING: Final = ("torch", "mpi4py", "metaworld", "mujoco", "gymnasium")
+#: The extra of this package that brings a package which exports or live curves need.
+OPTIONAL: Final = {
+    **dict.fromkeys(("onnx", "onnxscript", "minari", "tensorboard"), "export"),
+    "wandb": "wandb",
+}
 #: What libraries that give no error number write. Most write the system's own words for it.
 PHRASES: Final = {
     **{os.strerror(number): number for number in CAUSES if number != errno.EAGAIN},
@@ -93,8 +98,12 @@ def shortage(error: BaseException, folder: Path) -> str:
         error: with its causes.
         folder: where its process writes, in case no cause names a file.
     """
-    if isinstance(error, ModuleNotFoundError) and error.name in TRAINING:
-        return not_installed()
+    if isinstance(error, ModuleNotFoundError):
+        package = (error.name or "").partition(".")[0]
+        if package in TRAINING:
+            return not_installed()
+        if package in OPTIONAL:
+            return f"not installed: {package}; pip install 'continual-policy-distillation[{OPTIONAL[package]}]'"
     number = error_number(error)
     if not number:
         return ""

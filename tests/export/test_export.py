@@ -16,6 +16,7 @@ from cpd.run.files import sha256
 from cpd.run.provenance import labels
 from cpd.run.shards.reader import read_rollouts, stream_episodes
 from cpd.run.shards.schema import Episode
+from cpd.run.shortage import OPTIONAL
 from cpd.run.tables import EvaluationRow, read_rows
 from jobs.export import main
 from tests.export.conftest import TASK
@@ -172,7 +173,7 @@ def test_a_missing_library_is_named_with_the_extra_that_brings_it(
     monkeypatch.delitem(sys.modules, f"cpd.export.{FORMATS[name].module}", raising=False)
     assert main([str(run.root), name, "--output", str(tmp_path / "new")]) == 2
     message = capsys.readouterr().err
-    assert name in message and f"[{FORMATS[name].extra}]" in message
+    assert name in message and f"[{OPTIONAL[name]}]" in message
     assert not list(tmp_path.rglob("*.*"))
 
 

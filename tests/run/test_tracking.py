@@ -11,6 +11,7 @@ from cpd.run.attempt import begin_attempt
 from cpd.run.directory import Element, Run
 from cpd.run.files import write_json
 from cpd.run.progress import read_metrics
+from cpd.run.shortage import OPTIONAL
 from cpd.run.tracking import points
 
 
@@ -63,7 +64,7 @@ def test_a_missing_library_is_one_warning(student: Element, module: str, monkeyp
         log = attempt.open_metrics(0)
         append_steps(log, range(1, 4))
         log.close()
-    assert len(lines) == 1 and tracker in lines[0] and lines[0].startswith("warning: ")
+    assert len(lines) == 1 and f"[{OPTIONAL[tracker]}]" in lines[0] and lines[0].startswith("warning: ")
     assert len(read_metrics(student.metrics)) == 3
 
 
