@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             number += 1
             log(f"written: {path}")
         log(f"{number} written to {arguments.output}")
-    except (ModuleNotFoundError, ValueError, OSError) as error:
+    except (ImportError, ValueError, OSError) as error:
         print(f"{parser.prog}: {shortage(error, arguments.output) or error}", file=sys.stderr)
         return EXIT_USAGE
     return 0

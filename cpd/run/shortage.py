@@ -98,10 +98,10 @@ def shortage(error: BaseException, folder: Path) -> str:
         error: with its causes.
         folder: where its process writes, in case no cause names a file.
     """
-    if isinstance(error, ModuleNotFoundError):
+    if isinstance(error, ModuleNotFoundError) and error.name in TRAINING:
+        return not_installed()
+    if isinstance(error, ImportError):  # a folder of the package's name may be what is found in its place
         package = (error.name or "").partition(".")[0]
-        if package in TRAINING:
-            return not_installed()
         if package in OPTIONAL:
             return f"not installed: {package}; pip install 'continual-policy-distillation[{OPTIONAL[package]}]'"
     number = error_number(error)

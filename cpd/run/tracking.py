@@ -102,12 +102,12 @@ class WandbWriter:
         self, folder: Path, run_id: str, name: str, group: str, first: Iterable[Point] = (), mode: str = "offline"
     ) -> None:
         """Remove the offline files of earlier attempts, and write the points `first`."""
-        import wandb
+        from wandb import Settings, init
 
         folder.mkdir(parents=True, exist_ok=True)
         for path in folder.glob(f"wandb/offline-run-*-{run_id}"):  # all in it is in `first`, or counts no more
             shutil.rmtree(path)
-        self._run = wandb.init(
+        self._run = init(
             project=os.environ.get("WANDB_PROJECT", "cpd"),
             id=run_id,
             name=name,
@@ -116,7 +116,7 @@ class WandbWriter:
             mode=mode,
             resume="allow",
             reinit="create_new",
-            settings=wandb.Settings(console="off", silent=True, x_disable_stats=True, disable_git=True),
+            settings=Settings(console="off", silent=True, x_disable_stats=True, disable_git=True),
         )
         for step, values in first:
             self.add(step, values)
