@@ -81,7 +81,10 @@ def export_hub(source: Path, output: Path, only: Sequence[str]) -> Iterator[Path
         description_path = file.path.with_suffix(".json")
         description = read_json(description_path, dict[str, Any])
         if description["sha256"] != sha256(file.path):
-            raise DamagedFileError(f"{file.path} is damaged: its hash is not the one in {description_path.name}")
+            raise DamagedFileError(
+                f"{file.path} is damaged: its hash is not the one in {description_path.name}; restore it, or choose "
+                "others by --only"
+            )
         if not file.is_student and description["labels"]["teacher_recipe"] == "scripted":
             continue
         with atomic_folder(output / file.name) as folder:
