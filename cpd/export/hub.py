@@ -82,8 +82,8 @@ def export_hub(source: Path, output: Path, only: Sequence[str]) -> Iterator[Path
         description = read_json(description_path, dict[str, Any])
         if description["sha256"] != sha256(file.path):
             raise DamagedFileError(
-                f"{file.path} is damaged: its hash is not the one in {description_path.name}; restore it, or choose "
-                "others by --only"
+                f"{file.path} is damaged: its hash is not the one in {description_path.name}; restore it, or "
+                "choose others by --only"
             )
         if not file.is_student and description["labels"]["teacher_recipe"] == "scripted":
             continue
