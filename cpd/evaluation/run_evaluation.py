@@ -94,11 +94,12 @@ def retrieval_rows(
     ]
 
 
-def _load(element: StudentElement, stage: int) -> Student:
+def load_stage(element: StudentElement, stage: int) -> Student:
+    """Load the student after `stage` (-1: before training)."""
     return load_student(element.stage_policy(stage), **identity(element.config, element, stage))
 
 
-def _make_actor(
+def row_actor(
     element: StudentElement, model: Student, stages: Sequence[int], teacher_of: Callable[[str], Actor]
 ) -> Actor:
     """Return the actor that row `stages[-1]` of the success matrix measures.
@@ -124,7 +125,7 @@ def _make_actor(
 
     def actor_of(task: str) -> Actor:
         stage = stage_of[task]
-        student = model if stage == stages[-1] else _load(element, stage).to(device)
+        student = model if stage == stages[-1] else load_stage(element, stage).to(device)
         return make_actor(student, stream.distinct_tasks)
 
     return TaskwiseActor(actor_of)
@@ -202,9 +203,9 @@ def _fill_rows(
     pool = EnvPool()
     device = choose_device(comm)
     for stage in todo:
-        model = _load(student, stage).to(device)
+        model = load_stage(student, stage).to(device)
         cells = sorted(row_cells(config, stage, stages[-1]), key=lambda cell: not cell.to_the_end)
-        actor = _make_actor(student, model, stages[: stages.index(stage) + 1], teacher_of)
+        actor = row_actor(student, model, stages[: stages.index(stage) + 1], teacher_of)
         usage = ExpertUsage(model, actor, config.stream.distinct_tasks)
         done_earlier = done
         # Episodes that ended at success stay in the batch, so usage is recorded only where none ends early.
