@@ -40,7 +40,7 @@ def choose_graphics(backends: Sequence[str] = BACKENDS) -> str:
         lines = done.stderr.strip().splitlines()
         failures.append(f"{backend}: {lines[-1] if lines else f'exit status {done.returncode}'}")
     raise GraphicsError(
-        "this machine cannot render: MuJoCo finds neither EGL nor OSMesa. Install one of them, on Debian and Ubuntu "
+        "this machine cannot render: MuJoCo finds neither EGL nor OSMesa. On Debian and Ubuntu, install one with "
         "`apt-get install libegl1 libgl1-mesa-dri` (EGL) or `apt-get install libosmesa6` (OSMesa); on a cluster, "
         "`module avail mesa` lists what to `module load`, and nodes with GPUs have EGL. MuJoCo says:\n"
         + "\n".join(f"  {failure}" for failure in failures)

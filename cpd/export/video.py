@@ -18,18 +18,18 @@ from cpd.comm import TORCH_THREADS, SerialComm, choose_device
 from cpd.config import Config
 from cpd.envs.cells import CHUNK, EnvPool
 from cpd.envs.episodes import Actor, Belief, Outcome, run_episodes
-from cpd.envs.fast.rendering import RenderModel
 from cpd.envs.goals import Goal, goal_set
-from cpd.envs.task_env import TaskEnv
+from cpd.envs.metaworld.fast.rendering import RenderModel
+from cpd.envs.metaworld.task_env import TaskEnv
 from cpd.evaluation.run_evaluation import load_stage, row_actor
 from cpd.export.movie_files import Frame
 from cpd.run.directory import Run, RunError, StudentElement, TeacherElement
 
 #: The view from the robot's left: it hides no task's object, as Meta-World's own cameras do, and is upright.
-_LOOK_AT: Final = (0.0, 0.65, 0.12)
-_DISTANCE: Final = 1.3
+_LOOK_AT: Final = (-0.05, 0.66, 0.12)
+_DISTANCE: Final = 1.15
 _AZIMUTH: Final = 190.0
-_ELEVATION: Final = -30.0
+_ELEVATION: Final = -28.0
 
 
 class Film(NamedTuple):

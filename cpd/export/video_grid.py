@@ -56,9 +56,9 @@ class _Layout:
         self.line = round(1.4 * points)
         self.margin = max(4, self.tile // 24) // 2 * 2
         has_beliefs = any(pair.student.outcome.believed for pair in pairs)
-        self.header = self.line * (2 if has_beliefs else 1)
-        self.width = 2 * self.tile + self.margin // 2
-        self.height = self.header + self.tile + self.line
+        self.header = self.line * (2 if has_beliefs else 1) + self.margin // 2
+        self.width = 2 * self.tile + self.margin
+        self.height = self.header + self.tile + self.line + self.margin // 2
         rows = math.ceil(len(pairs) / self.columns)
         width = self.columns * (self.width + 2 * self.margin)
         height = rows * (self.height + 2 * self.margin)
@@ -125,8 +125,9 @@ def _draw_film(
     index = min(index, len(film.frames) - 1)
     step = film.steps[index]
     picture.paste(Image.fromarray(film.frames[index]), corner)
-    draw.text((left, top + tile), name, _TEXT, layout.font)
-    draw.text((left + tile, top + tile), f"step {step}", _FAINT, layout.font, anchor="ra")
+    below = top + tile + layout.margin // 2
+    draw.text((left, below), name, _TEXT, layout.font)
+    draw.text((left + tile, below), f"step {step}", _FAINT, layout.font, anchor="ra")
     has_succeeded = film.success_step is not None and step >= film.success_step
     if not has_succeeded and index < len(film.frames) - 1:
         return
