@@ -31,12 +31,15 @@ from analysis.figures import (
 )
 from analysis.paper_tables import write_tables
 from analysis.published_teachers import find_published
+from analysis.report_page import write_page
 from analysis.style import paper_style, save_figure, stamp
 from analysis.terminal import show
 from cpd.evaluation.gather import find_results
 from cpd.evaluation.publish import publish_results
 from cpd.run.claim import check_repository_place, claim
 from cpd.run.command import exit_quietly
+from cpd.run.directory import Run
+from cpd.run.folders import kind_of
 from cpd.run.shortage import shortage
 
 #: Names of the files that this version or an earlier one writes.
@@ -59,13 +62,13 @@ FIGURES_OF_ONE = {"success_matrix": fig_success_matrix, "usage": fig_usage, "rel
 def build(
     paths: Sequence[Path], out: Path | None = None, report: Callable[[Dataset], None] = lambda data: None
 ) -> list[Path]:
-    """Write the figures, their captions and the tables.
+    """Write the figures, their captions and the tables, and last a page with all of them, `report.html`.
 
     Args:
         paths: run directories, which are gathered first, or folders of gathered results. Several are compared
             as methods on one stream. A single path may also be or hold folders of published teachers.
-        out: folder to write to; the default for a single path is `figures` beside its results. Figures and tables
-            of earlier builds are removed from the default folder.
+        out: folder to write to; the default for a single path is `figures` beside its results, and the folder of
+            that for the page. Figures and tables of earlier builds are removed from the default folder.
         report: called with the data set once the files are written; not called for published teachers.
 
     Returns:
@@ -79,26 +82,27 @@ def build(
     if len(paths) == 1 and find_published(paths[0]):
         return build_teachers(paths[0], out)
     folder = _figures_folder(paths, out)
-    data = load_all(paths)
+    sources = [find_results(path) for path in paths]
+    data = load_dataset(sources)
     check_repository_place(folder, data.labels["teacher_recipe"])
     written: list[Path] = []
+    captions: dict[Path, str] = {}
     with paper_style():
         for name, method, figure, caption in _figures(data):
             if figure is not None:
                 stamp(figure, short_conditions(data, method))
                 written += save_figure(figure, folder / name, f"{caption} {conditions(data, method)}")
+                captions[folder / f"{name}.png"] = caption
     written += write_tables(folder, data, conditions(data))
     # Figures of an earlier build, e.g. of other methods, would contradict the new ones.
     for path in set(folder.iterdir()) - set(written) if out is None else ():
         if WRITTEN_FILES.fullmatch(path.name):
             path.unlink()
+    root = folder.parent if out is None else folder
+    run = Run(root) if out is None and kind_of(root) == "run" else None
+    written.append(write_page(root / "report.html", data, captions, sources, run))
     report(data)
     return written
-
-
-def load_all(paths: Sequence[Path]) -> Dataset:
-    """Load the results of all paths as one data set; gather runs first."""
-    return load_dataset([find_results(path) for path in paths])
 
 
 def _figures_folder(paths: Sequence[Path], out: Path | None) -> Path:
@@ -173,6 +177,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{parser.prog}: {shortage(error, Path.cwd()) or error}", file=sys.stderr)
         return 2
     print(f"{len(written)} files in {written[0].parent}")
+    if written[-1].suffix == ".html":
+        print(f"all in one page: {written[-1]}")
     return 0
 
 

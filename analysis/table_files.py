@@ -131,7 +131,7 @@ def table_width(table: Table, form: Form) -> float:
     """Return an estimate of the table's width in points."""
     columns = zip(*_lines(table, form), strict=True)
     widths = [
-        max(sum(WIDTHS.get(c, 7.5) for c in _plain(line).replace("*", "")) for lines in column for line in lines)
+        max(sum(WIDTHS.get(c, 7.5) for c in plain(line)) for lines in column for line in lines)
         for column in columns
     ]
     return form.em_share * sum(widths) + 2 * form.space * (len(widths) - 1)
@@ -147,15 +147,15 @@ def _stack(lines: Iterable[str], side: str) -> str:
 def write_markdown(folder: Path, table: Table, notes: str) -> Path:
     """Write the Markdown table with its caption and `notes`."""
     rows = [table.tex_columns, ("---", *["---:"] * (len(table.tex_columns) - 1)), *table.tex_rows]
-    lines = ["| " + " | ".join(map(_plain, row)) + " |" for row in rows]
+    lines = ["| " + " | ".join(plain(cell, "*") for cell in row) + " |" for row in rows]
     path = folder / f"{table.stem}.md"
     write_text(path, "\n".join([*lines, "", f"{table.caption} {notes}", ""]))
     return path
 
 
-def _plain(text: str) -> str:
-    """Convert a LaTeX cell to Markdown."""
-    return re.sub(r"\\emph\{(.*)\}", r"*\1*", text).replace("\\", "")
+def plain(text: str, emphasis: str = "") -> str:
+    """Convert a LaTeX cell to plain text, with `emphasis` around what is emphasised: for Markdown, an asterisk."""
+    return re.sub(r"\\emph\{(.*)\}", rf"{emphasis}\1{emphasis}", text).replace("\\", "")
 
 
 def _tex(text: str) -> str:

@@ -42,7 +42,8 @@ def show(data: Dataset, file: TextIO | None = None) -> None:
         console.print(_title(data, method.method), style="bold", soft_wrap=True)
         console.print(_task_table(data, method.method))
         console.print()
-        for line in (*_headlines(method, [s.measures for s in students]), *_belief_lines(data, method.method)):
+        believed = [f"{label:21}{text}" for label, text in belief_texts(data, method.method)]
+        for line in (*_headlines(method, [s.measures for s in students]), *believed):
             console.print(line, soft_wrap=True)
         console.print()
     if len(data.methods) > 1:
@@ -51,7 +52,10 @@ def show(data: Dataset, file: TextIO | None = None) -> None:
         console.print()
     if data.timings:
         console.print("where the time went", style="bold")
-        console.print(_time_table(data.timings))
+        table = _table("phase", "stretches", "wall time")
+        for row in time_rows(data.timings):
+            table.add_row(*row)
+        console.print(table)
         for line in usage_lines(data.timings):
             console.print(line, soft_wrap=True)
         console.print()
@@ -128,31 +132,34 @@ def _headlines(method: MethodMeasures, students: Sequence[StudentMeasures]) -> l
     return lines
 
 
-def _belief_lines(data: Dataset, method: str) -> list[str]:
-    """Say how often the students inferred the right task, and how often they followed another plan."""
+def belief_texts(data: Dataset, method: str) -> list[tuple[str, str]]:
+    """Say how often the students inferred the right task, and how often they followed another plan, by label."""
     held = beliefs(data, method)
     if held is None:
         return []
+    right, confidence = percent(held.right / held.episodes, 1), percent(held.mean_confidence, 1)
     return [
-        f"{'task inferred':21}right in {percent(held.right / held.episodes, 1)} % of {held.episodes:,} episodes, "
-        f"mean confidence {percent(held.mean_confidence, 1)} %",
-        f"{'plan under doubt':21}not only the most likely task's policy in {held.other_plans:,} episodes"
-        + (f", {held.other_successes:,} of which succeed" if held.other_plans else ""),
+        ("task inferred", f"right in {right} % of {held.episodes:,} episodes, mean confidence {confidence} %"),
+        (
+            "plan under doubt",
+            f"not only the most likely task's policy in {held.other_plans:,} episodes"
+            + (f", {held.other_successes:,} of which succeed" if held.other_plans else ""),
+        ),
     ]
 
 
-def _time_table(timings: Sequence[Timing]) -> Table:
-    """Return the wall time by role and phase; time in which several elements worked at a phase counts once."""
+def time_rows(timings: Sequence[Timing]) -> list[tuple[str, str, str]]:
+    """Return phase, number of stretches and wall time, by role and phase and of all together.
+
+    Time in which several elements worked at a phase counts once.
+    """
     phases: dict[tuple[str, str], list[tuple[float, float]]] = {}
     for entry in timings:
         for phase, start, end in entry["spans"]:
             phases.setdefault((entry["role"], phase), []).append((start, end))
-    table = _table("phase", "stretches", "wall time")
-    for (role, phase), spans in phases.items():
-        table.add_row(f"{role}: {phase}", str(len(spans)), clock(_covered(spans)))
-    everything = [span for spans in phases.values() for span in spans]
-    table.add_row("all", str(len(everything)), clock(_covered(everything)))
-    return table
+    groups = {f"{role}: {phase}": spans for (role, phase), spans in phases.items()}
+    groups["all"] = [span for spans in phases.values() for span in spans]
+    return [(name, str(len(spans)), clock(_covered(spans))) for name, spans in groups.items()]
 
 
 def usage_lines(timings: Sequence[Timing]) -> list[str]:

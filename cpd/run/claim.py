@@ -39,7 +39,7 @@ ENTRIES: Final = {
     # A launch that was killed before it wrote config.json starts over.
     "run": frozenset({"launcher", "provenance.json", "profile.json"}),
     "teachers": TEACHER_FILES | {"README.md", "figures"},
-    "results": RESULT_FILES | {"README.md", "figures", "students"},
+    "results": RESULT_FILES | {"README.md", "figures", "report.html", "students", "videos"},
 }
 #: Folders of a run directory in which nothing else may be written.
 RUN_FOLDERS: Final = ("launcher", "logs", "results", "students", "teachers", "tensorboard", "wandb")

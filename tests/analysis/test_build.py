@@ -18,7 +18,7 @@ import pytest
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from analysis.build import build, load_all, main
+from analysis.build import build, main
 from analysis.captions import short_conditions
 from analysis.dataset import _joined, load_dataset
 from analysis.figures import (
@@ -33,7 +33,7 @@ from analysis.figures import (
 from analysis.style import paper_style, stamp
 from analysis.terminal import print_summary
 from cpd.envs.metaworld.tasks import ALL_TASKS, STREAMS
-from cpd.evaluation.gather import gather
+from cpd.evaluation.gather import find_results, gather
 from cpd.evaluation.publish import publish_results
 from cpd.run.claim import REPOSITORY_RESULTS
 from cpd.run.directory import Run
@@ -67,8 +67,9 @@ def test_build_makes_every_figure_and_table(run: Run) -> None:
     expected = {f"{name}{suffix}" for name in FIGURES for suffix in (".pdf", ".png", ".txt")}
     tables = {f"table_{name}.{form}" for name in ("tasks", "methods") for form in ("csv", "tex", "md")}
     tables.add("table_seeds.csv")
-    assert {path.name for path in written} == expected | tables | {"success_matrix.csv"}
-    assert {path.parent for path in written} == {run.figures}
+    assert {path.name for path in written[:-1]} == expected | tables | {"success_matrix.csv"}
+    assert {path.parent for path in written[:-1]} == {run.figures}
+    assert written[-1] == run.root / "report.html"
     for name in FIGURES:
         pdf = (run.figures / f"{name}.pdf").read_bytes()
         assert pdf.startswith(b"%PDF")
@@ -224,7 +225,7 @@ def test_students_that_one_of_several_runs_has_are_not_missing(tmp_path: Path) -
     right = write_run(tmp_path / "right", **options, students={1: RATES})
     shutil.rmtree(left.root / "students" / "a")
     shutil.rmtree(right.root / "students" / "moe")
-    data = load_all([left.root, right.root])
+    data = load_dataset([find_results(path) for path in (left.root, right.root)])
     assert [line for line in data.missing if "no student" in line] == ["no student of b has been evaluated"]
     assert _joined([{"task_identity": "inferred/none"}, {"task_identity": "none"}]) == {
         "task_identity": "inferred/none"

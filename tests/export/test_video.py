@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -67,7 +68,7 @@ def test_a_filmed_episode_is_that_of_the_table_to_the_bit(run: Run) -> None:
     for actor, table in actors:
         outcome, actions = run_evaluated(actor, run.config, TASK, GOAL, EnvPool())
         row = row_of(table)
-        assert outcome._asdict().items() <= row._asdict().items()
+        assert outcome._asdict().items() <= asdict(row).items()
         assert len(actions) == outcome.length == row.length
     with pytest.raises(ValueError, match=f"goals 0 to {GOAL}"):
         run_evaluated(actor, run.config, TASK, GOAL + 1, EnvPool())
