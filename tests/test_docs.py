@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import json
 import re
+import sys
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
+from matplotlib import pyplot
 
 from cpd.config import Config
 from cpd.config.load import setting_lines
@@ -16,6 +20,7 @@ from jobs.__main__ import verbs
 from jobs.launch_options import RECIPES, load_recipe
 
 ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOK = ROOT / "docs" / "results.ipynb"
 HISTORY = ROOT / "CHANGELOG.md"  # names what is gone, too
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("analysis/results/**/README.md")])
 PRESENT = [page for page in PAGES if page != HISTORY]
@@ -147,3 +152,24 @@ def test_examples_in_python_import_what_exists(page: Path) -> None:
         for module, names in re.findall(r"^from ((?:cpd|jobs|analysis)[\w.]*) import (.*)$", block, re.MULTILINE):
             for name in names.split(", "):
                 assert hasattr(importlib.import_module(module), name), f"{module}.{name}"
+
+
+def test_the_notebook_draws_three_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its cells run in order, in the folder that it lies in, and its outputs are not committed."""
+    pyplot.switch_backend("Agg")
+    monkeypatch.chdir(ROOT / "docs")
+    monkeypatch.setattr("sys.path", [*sys.path])
+    cells = [
+        cell for cell in json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "code"
+    ]
+    names: dict[str, Any] = {}
+    for cell in cells:
+        assert cell["outputs"] == [] and cell["execution_count"] is None
+        exec("".join(cell["source"]), names)
+    figures = [pyplot.figure(number) for number in pyplot.get_fignums()]
+    assert len(figures) == 3
+    for figure in figures:
+        figure.canvas.draw()
+        assert any(axes.has_data() for axes in figure.axes)
+    pyplot.close("all")
+    assert "results.ipynb" in (ROOT / "README.md").read_text(encoding="utf-8")

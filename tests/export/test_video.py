@@ -95,12 +95,15 @@ def test_the_command_films_upright_and_writes_the_flag(run: Run, tmp_path: Path)
     first = np.asarray(movie.convert("RGB")).astype(int)
     movie.seek(movie.n_frames - 1)
     last = np.asarray(movie.convert("RGB")).astype(int)
-    tile = first[-30 - 96 : -30, :96]
+    teacher = (slice(34, 34 + 96), slice(4, 4 + 96))  # below two lines of text
+    tile = first[teacher]
     # The table, which is brown, lies below the wall, which is grey.
     red_over_blue = (tile[..., 0] - tile[..., 2])[:, 40:90]
     assert red_over_blue[-10:].mean() > 20 > 10 > abs(red_over_blue[:6].mean())
-    green = np.abs(last - (26, 127, 55)).max(2) < 16
-    assert green.sum() > 200 and not (np.abs(first - (26, 127, 55)).max(2) < 16)[30:].any()
+    # The corner of the flag, of the teacher, who succeeds: green once it has.
+    corners = [frame[teacher][:4, :4].mean((0, 1)) for frame in (first, last)]
+    near = [np.abs(corner - (26, 127, 55)).max() < 40 for corner in corners]
+    assert near == [False, True]
     num_frames, seconds = ffmpeg.count_frames_and_secs(str(tmp_path / f"moe-seed-1-goal-{GOAL}.mp4"))
     assert num_frames > 10 and seconds == pytest.approx(num_frames / 20, abs=0.1)
 
