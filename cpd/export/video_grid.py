@@ -11,6 +11,7 @@ import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from cpd.envs.episodes import Outcome
 from cpd.export.movie_files import Frame
 from cpd.export.video import Film, Pair
 
@@ -100,15 +101,22 @@ def _draw_pair(
     outcome = pair.student.outcome
     if outcome.believed:
         is_right = outcome.believed == pair.task
-        believed = f"believed: {outcome.believed.removesuffix('-v3')} {100 * (outcome.confidence or 0.0):.0f} %"
-        text = believed if is_right else f"{believed} (wrong)"
-        text = _cut(text, layout.font, layout.width)
+        text = _cut(_belief(outcome, is_right), layout.font, layout.width)
         draw.text((x, y + layout.line), text, _RIGHT if is_right else _WRONG, layout.font)
     for name, film, left in (
         ("teacher", pair.teacher, x),
         ("student", pair.student, x + layout.width - layout.tile),
     ):
         _draw_film(picture, draw, layout, (left, y + layout.header), name, film, index)
+
+
+def _belief(outcome: Outcome, is_right: bool) -> str:
+    """Say what the student believes, and what it acts for if that is not only the most likely task."""
+    text = f"{'✓' if is_right else '✗'} believes {outcome.believed} {100 * (outcome.confidence or 0.0):.0f} %"
+    plan = dict.fromkeys(task for task in (outcome.plan_first, outcome.plan_second) if task)
+    if list(plan) != [outcome.believed]:
+        text += f", acts for {', then '.join(plan)}"
+    return text.replace("-v3", "")
 
 
 def _draw_film(

@@ -79,7 +79,7 @@ def test_the_page_is_one_file_that_tells_what_failed_and_draws_the_same_again(ru
         assert failure in page.words
     assert not page.all("script") and "\x1b" not in path.read_text()
     sources = [attributes["src"] or "" for tag in ("img", "video") for attributes in page.all(tag)]
-    assert len(sources) >= 5 and all(source.startswith("data:") for source in sources)
+    assert len(sources) >= 4 and all(source.startswith("data:") for source in sources)
     assert all(image["alt"] for image in page.all("img"))
     assert all("scope" in attributes for attributes in page.all("th"))
     links = [attributes["href"] or "" for attributes in page.all("a")]

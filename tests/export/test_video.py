@@ -29,7 +29,7 @@ from jobs.__main__ import main
 from tests.conftest import ROOT
 from tests.teachers.small_teacher import new_run
 
-TASK = "drawer-close-v3"
+TASK = "coffee-button-v3"
 #: In the second batch of the evaluation, which has two episodes.
 GOAL = 26
 
@@ -39,7 +39,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """A scripted expert that succeeds, its student, and their evaluations of 27 goals."""
     run = new_run(
         tmp_path_factory.mktemp("video") / "run",
-        stream={"tasks": [TASK], "horizon": 60},
+        stream={"tasks": [TASK], "horizon": 40},
         teacher={"recipe": "scripted"},
         distill={"steps_per_stage": 4},
         evaluation={"num_episodes": GOAL + 1, "num_episodes_brief": 1, "curve_points": 0},
