@@ -349,3 +349,11 @@ def test_a_run_directory_holds_no_absolute_path(tmp_path: Path) -> None:
     prepared(tmp_path)
     for name in ("config.json", "profile.json"):
         assert str(tmp_path) not in (tmp_path / name).read_text()
+
+
+@pytest.mark.parametrize(("options", "tracker"), [(["--track", "tensorboard"], "tensorboard"), ([], "")])
+def test_jobs_learn_from_the_run_directory_whether_to_follow_curves(
+    tmp_path: Path, options: list[str], tracker: str
+) -> None:
+    assert main([str(MINIATURE), "--run-dir", str(tmp_path / "run"), "--prepare", *options]) == 0
+    assert Run(tmp_path / "run").launched_with(str, None, "track") == tracker
