@@ -24,13 +24,14 @@ CARD: Final = """\
 
 {summary}
 
-`model.safetensors` holds the weights. `model.json` describes them and everything that acting takes.
+`policy.safetensors` holds the weights. `policy.json` describes them and everything that acting takes.
 
 ```python
 from pathlib import Path
 
-import cpd.envs.gym
 import gymnasium
+
+import cpd.envs.gym
 {imports}
 
 env = gymnasium.make("cpd/{task}", max_episode_steps={horizon}, split="held_out")
@@ -57,15 +58,9 @@ Observations hold the goal. The policy was trained and measured in simulation on
 """
 TEACHER: Final = (
     "from cpd.teachers.policy import TeacherActor, load_policy",
-    'actor = TeacherActor(load_policy(Path("model.safetensors")))',
+    'actor = TeacherActor(load_policy(Path("policy.safetensors")))',
 )
-STUDENT: Final = (
-    "from cpd.reading import read_json\n"
-    "from cpd.student.actor import make_actor\n"
-    "from cpd.student.network import load_student",
-    'tasks = read_json(Path("model.json"), dict)["distinct_tasks"]\n'
-    'actor = make_actor(load_student(Path("model.safetensors")), tasks)',
-)
+STUDENT: Final = ("from cpd.student.actor import load_actor", 'actor = load_actor(Path("policy.safetensors"))')
 
 
 def export_hub(source: Path, output: Path, only: Sequence[str]) -> Iterator[Path]:
@@ -88,8 +83,8 @@ def export_hub(source: Path, output: Path, only: Sequence[str]) -> Iterator[Path
         if not file.is_student and description["labels"]["teacher_recipe"] == "scripted":
             continue
         with atomic_folder(output / file.name) as folder:
-            copy(file.path, folder / "model.safetensors")
-            copy(description_path, folder / "model.json")
+            copy(file.path, folder / "policy.safetensors")
+            copy(description_path, folder / "policy.json")
             write_text(folder / "README.md", model_card(file, description, evaluations))
         yield output / file.name
 

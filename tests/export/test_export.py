@@ -152,7 +152,7 @@ def test_hub(run: Run, tmp_path: Path, monkeypatch, capsys) -> None:
     output = export(run, "hub", tmp_path)
     teacher, student = output / "teachers" / TASK / "seed-1", output / "students" / "moe" / "seed-1"
     for folder in (teacher, student):
-        assert {path.name for path in folder.iterdir()} == {"README.md", "model.json", "model.safetensors"}
+        assert {path.name for path in folder.iterdir()} == {"README.md", "policy.json", "policy.safetensors"}
         monkeypatch.chdir(folder)
         capsys.readouterr()
         (snippet,) = blocks(folder / "README.md", "python")
