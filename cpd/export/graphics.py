@@ -37,8 +37,9 @@ def choose_graphics(backends: Sequence[str] = BACKENDS) -> str:
         if done.returncode == 0 and "renders" in done.stdout:
             os.environ |= {"MUJOCO_GL": backend, "PYOPENGL_PLATFORM": backend}
             return backend
-        lines = done.stderr.strip().splitlines()
-        failures.append(f"{backend}: {lines[-1] if lines else f'exit status {done.returncode}'}")
+        # Errors of clean-up may follow the first one.
+        errors = [line for line in done.stderr.splitlines() if "Error" in line and not line.startswith(" ")]
+        failures.append(f"{backend}: {errors[0] if errors else f'exit status {done.returncode}'}")
     raise GraphicsError(
         "this machine cannot render: MuJoCo finds neither EGL nor OSMesa. On Debian and Ubuntu, install one with "
         "`apt-get install libegl1 libgl1-mesa-dri` (EGL) or `apt-get install libosmesa6` (OSMesa); on a cluster, "
