@@ -30,7 +30,7 @@ TABLES = {
     "memory": {"share": 0.2},
     # A batch that neither two nor three ranks divide evenly, and a norm that clips most steps.
     "distill": {
-        "steps_per_stage": 80,
+        "steps_per_stage": 45,
         "batch_size": 33,
         "lr_warmup_steps": 10,
         "max_grad_norm": 10.0,
@@ -40,7 +40,7 @@ TABLES = {
     },
     "evaluation": {"curve_points": 0},
 }
-SHORT = {"steps_per_stage": 30, "lr_warmup_steps": 5}
+SHORT = {"steps_per_stage": 20, "lr_warmup_steps": 5}
 #: What the methods change. "ours" has growth, belief, scaled masks, rehearsal, load balance, z-loss and clipping,
 #: and the longest stages; "plain" has experts that open to all tasks, and replay alone.
 METHODS = {
