@@ -28,7 +28,9 @@ def conditions(data: Dataset, method: str | None = None) -> str:
 
 
 def versions(labels: dict[str, str]) -> str:
-    """Return the versions of the simulator and of the reward."""
+    """Return the versions of the simulator and of the reward, or the suite with its versions."""
+    if suite := labels.get("suite"):
+        return f"Suite {suite}" + (f" ({labels['suite_versions']})" if "suite_versions" in labels else "")
     return f"Meta-World {labels['metaworld']}, MuJoCo {labels['mujoco']}, reward {labels['reward_version']}"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,8 +25,8 @@ LOOK_ALIKE_SHARE = 0.05
 
 
 def short(task: str) -> str:
-    """Return a task's name without the version of Meta-World's task set."""
-    return task.removesuffix("-v3")
+    """Return a task's name without its version, such as -v3."""
+    return re.sub(r"-v\d+$", "", task)
 
 
 class Timing(TypedDict):
@@ -236,8 +237,8 @@ def _joined(labels: Sequence[dict[str, str]]) -> dict[str, str]:
 
 def _differences(left: dict[str, str], right: dict[str, str]) -> str:
     """Describe the labels that differ, except the task identity, which is a property of the method."""
-    keys = [key for key in left if key != "task_identity" and left[key] != right[key]]
-    return ", ".join(f"{key} {left[key]!r} and {right[key]!r}" for key in keys)
+    keys = [key for key in {**left, **right} if key != "task_identity" and left.get(key) != right.get(key)]
+    return ", ".join(f"{key} {left.get(key)!r} and {right.get(key)!r}" for key in keys)
 
 
 def _teacher_rates(tables: Tables) -> Iterable[tuple[tuple[str, int], Rate]]:

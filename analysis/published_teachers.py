@@ -10,7 +10,7 @@ from typing import Annotated, Any, NotRequired
 from pydantic import Field
 from typing_extensions import TypedDict
 
-from analysis.dataset import TeacherCurve, load_dataset
+from analysis.dataset import TeacherCurve, load_dataset, short
 from cpd.evaluation.results_folder import HELD_OUT, TEACHER
 from cpd.evaluation.student_measures import Rate
 from cpd.reading import read_json
@@ -173,7 +173,8 @@ def _selected_env_steps(training: RlTraining, curve: TeacherCurve) -> int:
 
 def score_rows(published: PublishedTeachers) -> list[dict[str, Any]]:
     """Return one row per teacher, with exact numbers and labels."""
-    versions = {name: published.labels[name] for name in ("reward_version", "metaworld", "mujoco")}
+    names = ("reward_version", "metaworld", "mujoco", "suite", "suite_versions")
+    versions = {name: published.labels[name] for name in names if name in published.labels}
     return [
         {
             "teacher_recipe": t.recipe,
@@ -212,7 +213,7 @@ def markdown(published: PublishedTeachers) -> str:
         f"|---|---|---|---|---|---|---|{'---|' if measured else ''}",
     ]
     for t in published.teachers:
-        name = t.task.removesuffix("-v3") + (f" (seed {t.seed})" if _several_seeds(published.teachers) else "")
+        name = short(t.task) + (f" (seed {t.seed})" if _several_seeds(published.teachers) else "")
         cells = (
             name + (" **rejected**" if t.state == "rejected" else ""),
             f"{t.before_rl.rate:.2f}" if t.before_rl else "–",

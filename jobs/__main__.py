@@ -14,7 +14,14 @@ from cpd.run.command import EXIT_USAGE, exit_quietly
 def verbs() -> dict[str, str]:
     """Return the module of every verb: the files of jobs/ that define `main`, and `analysis.build`."""
     files = [path for path in (ROOT / "jobs").glob("[!_]*.py") if "\ndef main(" in read_text(path)]
-    return dict(sorted({"build": "analysis.build", **{path.stem: f"jobs.{path.stem}" for path in files}}.items()))
+    return dict(
+        sorted(
+            {
+                "build": "analysis.build",
+                **{path.stem.replace("_", "-"): f"jobs.{path.stem}" for path in files},
+            }.items()
+        )
+    )
 
 
 def help_lines() -> list[str]:

@@ -54,7 +54,7 @@ def parser_with_examples(prog: str, description: str, examples: Sequence[str]) -
     It accepts no abbreviated options: `--set` would list the settings and `--c` would cancel a run's jobs.
     """
     return argparse.ArgumentParser(
-        prog=f"cpd {prog.rpartition('.')[2]}" if sys.argv[0] == "cpd" else f"python -m {prog}",
+        prog=f"cpd {prog.rpartition('.')[2].replace('_', '-')}" if sys.argv[0] == "cpd" else f"python -m {prog}",
         allow_abbrev=False,
         description=description,
         epilog="examples:\n" + "\n".join(f"  {example}" for example in examples) + f"\n\n{EXIT_CODES}",

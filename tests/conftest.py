@@ -14,11 +14,14 @@ import pytest
 from cpd.cluster.element_job import MPIEXEC_ENVIRONMENT, mpi_command
 from cpd.config import Config
 from cpd.config.load import load, merge, read_toml, to_dict
+from cpd.envs.suite import load_suite
 from cpd.run.directory import Run
 from cpd.run.files import write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 MINIATURE = ROOT / "tests" / "recipes" / "miniature.toml"
+#: The goals of Meta-World's tasks.
+goal_set = load_suite().goal_set
 
 
 @pytest.fixture

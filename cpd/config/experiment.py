@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import field, replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field, SerializerFunctionWrapHandler, model_serializer
 from pydantic.dataclasses import dataclass
 
 from cpd.config.checks import contradictions, without_effect
@@ -14,18 +14,41 @@ from cpd.config.load import STRICT, ConfigError, load, merge, overrides_of, to_d
 from cpd.config.retired import holds
 from cpd.config.student import MethodConfig
 from cpd.config.teacher import WARM_START_PPO, RolloutConfig, TeacherConfig
-from cpd.config.types import Count, Positive, Seeds, Task, expand_stream
-from cpd.envs.metaworld.tasks import MAX_EPISODE_STEPS
+from cpd.config.types import (
+    Count,
+    Positive,
+    Seeds,
+    TaskOfSuite,
+    check_horizon,
+    check_suite_name,
+    expand_stream,
+)
+from cpd.envs.suite import DEFAULT_SUITE, Suite, SuiteError, load_suite
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class StreamConfig:
     """The tasks, in the order of distillation; a task may occur twice."""
 
-    tasks: Annotated[tuple[Task, ...], BeforeValidator(expand_stream), Field(min_length=1)]
-    """Task names, or the name of a stream: demo, cw10, cw20, mt10, mt50."""
-    horizon: Annotated[int, Field(ge=1, le=MAX_EPISODE_STEPS)] = MAX_EPISODE_STEPS
-    """Episode length in environment steps, for rollouts, student and evaluation."""
+    suite: Annotated[str, AfterValidator(check_suite_name)] = DEFAULT_SUITE
+    """The suite of the tasks: metaworld, an entry point of the group cpd.suites, or package.module:Class."""
+    tasks: Annotated[tuple[TaskOfSuite, ...], BeforeValidator(expand_stream), Field(min_length=1)]
+    """Task names, or the name of a stream of the suite; of Meta-World: demo, cw10, cw20, mt10, mt50."""
+    horizon: Annotated[int, Field(ge=1), AfterValidator(check_horizon)] = field(
+        default_factory=lambda: load_suite().horizon
+    )
+    """Episode length in environment steps, for rollouts, student and evaluation; default: the suite's longest."""
+
+    @model_serializer(mode="wrap")
+    def _without_default_suite(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # Configurations from before there were suites, and their hashes, stay as they are.
+        tables: dict[str, Any] = serialise(self)
+        return {k: v for k, v in tables.items() if (k, v) != ("suite", DEFAULT_SUITE)}
+
+    @property
+    def suite_object(self) -> Suite:
+        """The suite itself."""
+        return load_suite(self.suite)
 
     @property
     def distinct_tasks(self) -> tuple[str, ...]:
@@ -102,15 +125,28 @@ class Config(MethodConfig):
 
     @staticmethod
     def implied_defaults(tables: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the defaults that depend on `teacher.recipe` in the tables of an experiment, complete or not."""
-        teacher = tables.get("teacher")
+        """Return the defaults that depend on the suite and on `teacher.recipe` in tables, complete or not."""
+        teacher, stream = tables.get("teacher"), tables.get("stream")
         recipe = teacher.get("recipe", "rl") if isinstance(teacher, Mapping) else "rl"
         # Scripted experts use none of them, but get them too: runs of `lab_ablation`, which extends cw10, hold
         # these values in their config.json.
-        return {} if recipe == "rl" else {"teacher": {"ppo": WARM_START_PPO}}
+        implied: dict[str, Any] = {} if recipe == "rl" else {"teacher": {"ppo": WARM_START_PPO}}
+        name = stream.get("suite", DEFAULT_SUITE) if isinstance(stream, Mapping) else DEFAULT_SUITE
+        if name == DEFAULT_SUITE or not isinstance(name, str):
+            return implied
+        try:
+            horizon = load_suite(name).horizon
+        except SuiteError:  # reported by the check of the setting
+            return implied
+        horizons = {"stream": {"horizon": horizon}, "teacher": {"horizon": min(horizon, TeacherConfig().horizon)}}
+        return merge(implied, horizons)
 
     def __post_init__(self) -> None:
-        problems = [*self._budget_problems(), *contradictions(self, len(self.stream.distinct_tasks))]
+        problems = [
+            *self._budget_problems(),
+            *self._suite_problems(),
+            *contradictions(self, len(self.stream.distinct_tasks)),
+        ]
         # Every variant inherits the mistakes of the base and would report them again.
         if problems := problems or self._method_problems():
             raise ConfigError(problems, "the configuration")
@@ -130,6 +166,29 @@ class Config(MethodConfig):
                 f"memory.share: {self.memory.share} gives {self.memory_steps} steps, less than {windows} windows "
                 f"of student.context = {self.student.context}; increase it, or set memory.selection = 'none'"
             )
+        return lines
+
+    def _suite_problems(self) -> list[str]:
+        """Check the settings of teachers against what the suite offers."""
+        suite, teacher, lines = self.stream.suite_object, self.teacher, []
+        if teacher.horizon > suite.horizon:
+            lines.append(
+                f"teacher.horizon: {teacher.horizon} exceeds the {suite.horizon} steps after which the episodes "
+                f"of the suite {suite.name!r} end"
+            )
+        starts = teacher.exploration.max_steps if teacher.exploration.start_share else 0
+        if teacher.recipe != "scripted" and teacher.horizon <= suite.horizon < teacher.horizon + starts:
+            lines.append(
+                f"teacher: horizon ({teacher.horizon}) and exploration.max_steps ({starts}) together exceed the "
+                f"{suite.horizon} steps after which the episodes of the suite {suite.name!r} end"
+            )
+        if teacher.recipe != "rl" and not suite.has_experts:
+            lines.append(
+                f"teacher.recipe: {teacher.recipe!r} needs scripted experts, but the suite {suite.name!r} has "
+                "none; set it to 'rl'"
+            )
+        if teacher.grasp_bonus and not suite.measures_grasps:
+            lines.append(f"teacher.grasp_bonus: the suite {suite.name!r} measures no grasps; set it to 0")
         return lines
 
     def _method_problems(self) -> list[str]:

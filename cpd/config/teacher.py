@@ -10,7 +10,7 @@ from pydantic.dataclasses import dataclass
 
 from cpd.config.load import STRICT
 from cpd.config.types import Count, NonNegativeFloat, Positive, PositiveFloat, Seeds, Share, is_given
-from cpd.envs.metaworld.tasks import MAX_EPISODE_STEPS, MAX_GOALS
+from cpd.envs.suite import MAX_GOALS
 
 #: Upper bound of a policy's log standard deviation.
 MAX_LOG_STD: Final = 0.5
@@ -140,12 +140,12 @@ class TeacherConfig:
 
     recipe: Literal["rl", "demo_rl", "scripted"] = "rl"
     """rl: PPO from scratch; demo_rl: PPO after a warm start on demonstrations, whose success is capped; scripted:
-    Meta-World's scripted expert as a stand-in, labelled as such in all results."""
+    the suite's scripted expert as a stand-in, labelled as such in all results."""
     seeds: Seeds = (1,)
     """One teacher per distinct task and seed."""
     max_env_steps: Positive = 1_000_000
     """Budget of environment steps per teacher; the exploration steps of the last iteration may exceed it."""
-    horizon: Annotated[int, Field(ge=1, le=MAX_EPISODE_STEPS)] = 200
+    horizon: Positive = 200
     """Episode length in training; teachers are evaluated at the stream's horizon."""
     terminate_on_success: bool = True
     """true: success ends a training episode, and its value is that of the largest reward forever after. false:
@@ -154,8 +154,8 @@ class TeacherConfig:
     """Weight of a bonus on training rewards: how close a step comes to holding the object, 0 to 1. Some tasks give
     no reward until the object is held."""
     reward_convexity: NonNegativeFloat = 0.0
-    """c in r + c r^2, which replaces Meta-World's reward r (0 to 10) in training. High rewards then weigh more, so
-    that a policy whose noise may drop an object still learns to move it."""
+    """c in r + c r^2, which replaces a task's reward r in training. High rewards then weigh more, so that a policy
+    whose noise may drop an object still learns to move it."""
     num_training_goals: NumGoals = 50
     """Goals of training, demonstrations and rollouts: the first ones of the training split."""
     num_validation_goals: NumGoals = 50
@@ -188,11 +188,6 @@ class TeacherConfig:
             raise ValueError(
                 f"ppo.init_log_std ({ppo.init_log_std:g}) lies below exploration.min_log_std "
                 f"({exploration.min_log_std:g})"
-            )
-        if exploration.start_share and self.horizon + exploration.max_steps > MAX_EPISODE_STEPS:
-            raise ValueError(
-                f"horizon ({self.horizon}) and exploration.max_steps ({exploration.max_steps}) together exceed "
-                f"the {MAX_EPISODE_STEPS} steps after which Meta-World's episodes end"
             )
         if ppo.steps_per_env < self.horizon:
             raise ValueError(

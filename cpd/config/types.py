@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, ValidationInfo
+from pydantic_core import PydanticKnownError
 
 from cpd.config.load import listed, suggestion
-from cpd.envs.metaworld.tasks import ALL_TASKS, STREAMS
+from cpd.envs.suite import DEFAULT_SUITE, Suite, is_task, load_suite
 
 Positive = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
@@ -16,21 +17,48 @@ PositiveFloat = Annotated[float, Field(gt=0.0)]
 NonNegativeFloat = Annotated[float, Field(ge=0.0)]
 
 
-def expand_stream(value: object) -> object:
+def check_suite_name(name: str) -> str:
+    """Raise ValueError unless there is a suite of this name."""
+    load_suite(name)
+    return name
+
+
+def _suite_of(info: ValidationInfo) -> Suite:
+    """Return the suite of the table that is being checked; Meta-World if its name is wrong, which is reported."""
+    return load_suite((info.data or {}).get("suite", DEFAULT_SUITE))
+
+
+def expand_stream(value: object, info: ValidationInfo) -> object:
     """Replace the name of a stream (`"cw10"`) by its tasks."""
     if not isinstance(value, str):
         return tuple(value) if isinstance(value, list) else value
-    if value in STREAMS:
-        return STREAMS[value]
+    suite = _suite_of(info)
+    if value in suite.streams:
+        return suite.streams[value]
     tasks = listed(value)
-    if len(tasks) > 1 or value.startswith("[") or value in ALL_TASKS:
+    if len(tasks) > 1 or value.startswith("[") or value in suite.tasks:
         raise ValueError(f"{value!r} is not a stream; write a list of tasks: {tasks}")
-    raise ValueError(f"unknown stream {value!r}{suggestion(value, STREAMS)}")
+    raise ValueError(f"unknown stream {value!r}{suggestion(value, suite.streams)}")
+
+
+def check_task_of_suite(task: str, info: ValidationInfo) -> str:
+    """Raise ValueError unless the suite of the table has this task."""
+    tasks = _suite_of(info).tasks
+    if task not in tasks:
+        raise ValueError(f"unknown task {task!r}{suggestion(task, tasks)}")
+    return task
+
+
+def check_horizon(steps: int, info: ValidationInfo) -> int:
+    """Raise ValueError if episodes of the table's suite end earlier."""
+    if steps > (limit := _suite_of(info).horizon):
+        raise PydanticKnownError("less_than_equal", {"le": limit})
+    return steps
 
 
 def _check_task(task: str) -> str:
-    if task not in ALL_TASKS:
-        raise ValueError(f"unknown task {task!r}{suggestion(task, ALL_TASKS)}")
+    if not is_task(task):
+        raise ValueError(f"unknown task {task!r}{suggestion(task, load_suite().tasks)}")
     return task
 
 
@@ -42,7 +70,10 @@ def _check_distinct(values: tuple[int, ...]) -> tuple[int, ...]:
 
 # Meta-World's custom-mt environments treat seed 0 as unseeded, so all seeds start from 1.
 Seeds = Annotated[tuple[Positive, ...], Field(min_length=1), AfterValidator(_check_distinct)]
+#: A task of any suite that this process uses.
 Task = Annotated[str, AfterValidator(_check_task)]
+#: One of the suite that `suite` in the same table names.
+TaskOfSuite = Annotated[str, AfterValidator(check_task_of_suite)]
 EpisodeChoice = Literal["successful", "all"]
 
 

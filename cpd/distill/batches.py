@@ -17,7 +17,6 @@ from cpd.config import DistillConfig
 from cpd.distill.losses import floored_log_std
 from cpd.distill.memory.segments import Segments
 from cpd.distill.stage_data import StageData
-from cpd.envs.metaworld.tasks import ACTION_SIZE, OBSERVATION_SIZE
 from cpd.seeding import generator
 
 
@@ -96,7 +95,9 @@ class BatchSource:
         sources: list[Segments | StageData] = [memory, *tasks]
         steps = [np.hstack([s.observations, s.teacher_mean, s.teacher_log_std]) for s in sources]
         table = torch.from_numpy(np.concatenate(steps)).to(getattr(torch, config.precision))
-        table[:, -ACTION_SIZE:] = floored_log_std(table[:, -ACTION_SIZE:], config.std_floor)
+        self._columns = [array.shape[1] for array in (data.observations, data.teacher_mean, data.teacher_log_std)]
+        log_std = slice(-self._columns[-1], None)
+        table[:, log_std] = floored_log_std(table[:, log_std], config.std_floor)
         self._table = table.to(device)
         current = [np.full(task.num_steps, task.task) for task in tasks]
         task_of_row = np.concatenate([np.repeat(memory.task, memory.length), *current])
@@ -113,7 +114,7 @@ class BatchSource:
     @property
     def observations(self) -> Tensor:
         """[S, O] raw, of the memory and then of every task of the stage."""
-        return self._table[:, :OBSERVATION_SIZE]
+        return self._table[:, : self._columns[0]]
 
     def windows(self, step: int) -> Windows:
         """The global batch of `step`, rows from memory first."""
@@ -179,12 +180,12 @@ class BatchSource:
         valid_RL = to_device(self._position < length_R1, device).to(self._table.dtype)
         replayed = np.arange(len(windows.start))[mine] < num_replayed
         gathered = self._table.index_select(0, rows_RL.view(-1)).view(*rows_RL.shape, -1)
-        obs, mean, log_std = torch.split(gathered, [OBSERVATION_SIZE, ACTION_SIZE, ACTION_SIZE], dim=-1)
+        obs, mean, log_std = torch.split(gathered, self._columns, dim=-1)
         if windows.mixture is not None:
             partner, weight = windows.mixture
             others_RL = to_device(partner[mine, None] + steps_RL, device)
             weight_R11 = to_device(weight[mine, None, None], device).to(self._table.dtype)
-            mixed_in = self._table.index_select(0, others_RL.view(-1))[:, :OBSERVATION_SIZE]
+            mixed_in = self._table.index_select(0, others_RL.view(-1))[:, : self._columns[0]]
             obs = torch.lerp(mixed_in.view_as(obs), obs, weight_R11)
         return Batch(
             obs,

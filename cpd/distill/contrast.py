@@ -18,7 +18,7 @@ from torch import Tensor
 from cpd.distill.batches import BatchSource, to_device
 from cpd.distill.memory.segments import Segments
 from cpd.distill.stage_data import StageData
-from cpd.envs.metaworld.scaling import observation_scaling
+from cpd.envs.suite import Spaces, load_suite
 from cpd.seeding import generator
 from cpd.student.network import Student
 
@@ -42,9 +42,21 @@ class ContrastSource:
     memory holds few observations, so mixtures of two stored ones are used.
     """
 
-    def __init__(self, source: BatchSource, data: StageData, memory: Segments, seed: int, stage: int) -> None:
-        """Draw from the observations of `source`, whose rows are those of `memory`, then those of `data`."""
+    def __init__(
+        self,
+        source: BatchSource,
+        data: StageData,
+        memory: Segments,
+        seed: int,
+        stage: int,
+        spaces: Spaces | None = None,
+    ) -> None:
+        """Draw from the observations of `source`, whose rows are those of `memory`, then those of `data`.
+
+        `spaces` are those of the tasks' suite; None: Meta-World's.
+        """
         self._source, self._seed, self._stage = source, seed, stage
+        self._scale_O = (spaces or load_suite().spaces).scale
         self._current = {task_data.task: task_data for task_data in (data, *data.others)}
         stored = memory.observations_by_task()
         self._stored = {task: obs for task, obs in stored.items() if task not in self._current}
@@ -100,7 +112,7 @@ class ContrastSource:
             for rows in (row_BJN, partner_BJN)
         )
         weight = to_device(weight_BJN[..., None], table_SO.device).to(table_SO.dtype)
-        noise_scale = to_device(NOISE * observation_scaling()[1], table_SO.device).to(table_SO.dtype)
+        noise_scale = to_device(NOISE * self._scale_O, table_SO.device).to(table_SO.dtype)
         noise = to_device(noise_BJNO, table_SO.device).to(table_SO.dtype)
         return torch.lerp(mixed_in, obs, weight).addcmul_(noise, noise_scale)
 

@@ -89,7 +89,8 @@ class StudentLearner:
         config = self.config
         dtype = getattr(torch, config.distill.precision)
         num_tasks = len(config.stream.distinct_tasks)
-        return Student(config.student, num_tasks, num_experts=num_experts, dtype=dtype)
+        spaces = config.stream.suite_object.spaces
+        return Student(config.student, num_tasks, num_experts=num_experts, dtype=dtype, spaces=spaces)
 
     def _set_student(self, student: Student) -> None:
         """Use `student`, with a new optimiser."""
@@ -115,7 +116,7 @@ class StudentLearner:
             data, memory, config.distill, config.student.context, self.seed, stage, self.comm, self.device
         )
         if self.student.encoder is not None:
-            self._contrast = ContrastSource(self._source, data, memory, self.seed, stage)
+            self._contrast = ContrastSource(self._source, data, memory, self.seed, stage, self.student.spaces)
 
     def close_stage(self) -> None:
         """Release the batches of the current stage, and with them its data."""

@@ -97,7 +97,7 @@ class Distillation:
         self.trainer = StudentTrainer(element.config, element.seed, comm, choose_device(comm))
         self.curves: list[CurveRow] = []
         self._stages_data: dict[str, StageData] = {}
-        self.pool = EnvPool()
+        self.pool = EnvPool(suite=element.config.stream.suite_object)
         self._loss: float | None = None
         self._saved = ""
         self.log = attempt.open_metrics(self._resume())
@@ -303,7 +303,7 @@ class Distillation:
             **identity(config, self.element, stage),
             "protocol": config.distill.protocol,
             "distinct_tasks": list(config.stream.distinct_tasks),
-            "labels": asdict(self.label),
+            "labels": self.label.as_dict(),
             "memory_steps": trainer.memory.num_steps,
             "memory_bytes": trainer.memory.num_bytes,
             "memory_budget": trainer.memory.budget,

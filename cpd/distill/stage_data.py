@@ -30,11 +30,11 @@ class StageData:
     offsets: npt.NDArray[np.int64]
     """[E + 1] int64; episode e has steps offsets[e]:offsets[e + 1]."""
     observations: npt.NDArray[np.float32]
-    """[N, 39] float32, raw."""
+    """[N, O] float32, raw."""
     teacher_mean: npt.NDArray[np.float32]
-    """[N, 4] float32, clipped to [-1, 1] like executed actions."""
+    """[N, A] float32, clipped to [-1, 1] like executed actions."""
     teacher_log_std: npt.NDArray[np.float32]
-    """[N, 4] float32."""
+    """[N, A] float32."""
     others: tuple[StageData, ...] = ()
     """Data of other tasks that the stage distils together with it (protocol `joint`)."""
 

@@ -80,7 +80,8 @@ class StudentTrainer:
         config.check_student_ranks(comm.size)
         self.config = config
         self.learner = StudentLearner(config, seed, comm, device)
-        self.memory = ReplayMemory(make_selection(config.memory, seed), config.memory_steps)
+        spaces = config.stream.suite_object.spaces
+        self.memory = ReplayMemory(make_selection(config.memory, seed, spaces), config.memory_steps, spaces.sizes)
         self.protection = make_protection(config)
         self._rehearsal: Rehearsal | None = None
         self._num_finite = torch.zeros((), dtype=torch.int64, device=device)

@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 from cpd.comm import Comm, gathered_rows, share_of
 from cpd.envs.episodes import Actor, Outcome, run_episodes
-from cpd.envs.goals import Goal, Split, goal_set
+from cpd.envs.goals import Goal, Split
+from cpd.envs.suite import Suite, load_suite
 from cpd.envs.vector_env import VectorEnv, make_vector_env
 
 #: Episodes of a task per forward pass. Rounding depends on the composition of a batch, so it is fixed: results do
@@ -31,8 +32,12 @@ class Cell(NamedTuple):
 class EnvPool:
     """The environments of this process: created at a task's first use and reused by every evaluation."""
 
-    def __init__(self, num_workers: int = 1, num_envs: int = CHUNK) -> None:
-        """Create none yet; a task gets `num_envs` environments, at least `CHUNK`, in `num_workers` processes."""
+    def __init__(self, num_workers: int = 1, num_envs: int = CHUNK, suite: Suite | None = None) -> None:
+        """Create none yet; a task gets `num_envs` environments, at least `CHUNK`, in `num_workers` processes.
+
+        `suite` is the suite of the tasks; None: Meta-World.
+        """
+        self.suite = suite or load_suite()
         self._num_workers = num_workers
         self._num_envs = max(num_envs, CHUNK)
         self._envs: dict[str, VectorEnv] = {}
@@ -40,7 +45,7 @@ class EnvPool:
     def get(self, task: str) -> VectorEnv:
         """Return the environments of `task`, at least `CHUNK`; the first call creates them."""
         if task not in self._envs:
-            self._envs[task] = make_vector_env([task] * self._num_envs, self._num_workers)
+            self._envs[task] = make_vector_env([task] * self._num_envs, self._num_workers, self.suite)
         return self._envs[task]
 
     def close(self) -> None:
@@ -58,11 +63,11 @@ class _Chunk(NamedTuple):
     goals: tuple[Goal, ...]
 
 
-def _passes(cells: Sequence[Cell], chunk: int, tasks_per_pass: int) -> list[list[_Chunk]]:
+def _passes(cells: Sequence[Cell], chunk: int, tasks_per_pass: int, suite: Suite) -> list[list[_Chunk]]:
     """Divide all episodes into chunks of one task; a pass takes chunks of several tasks where possible."""
     passes: list[list[_Chunk]] = []
     for index, cell in enumerate(cells):
-        goals = goal_set(cell.task, cell.goal_set, cell.num_episodes)
+        goals = suite.goal_set(cell.task, cell.goal_set, cell.num_episodes)
         for start in range(0, len(goals), chunk):
             for members in passes:
                 others = [cells[member.cell] for member in members]
@@ -107,7 +112,7 @@ def evaluate_cells(
         For each cell its outcomes in goal order, on every rank; None if any rank was asked to stop.
     """
     indexed: list[tuple[int, Outcome]] = []
-    for chunks in share_of(comm, _passes(cells, chunk, tasks_per_pass)):
+    for chunks in share_of(comm, _passes(cells, chunk, tasks_per_pass, pool.suite)):
         outcomes = run_episodes(
             actor,
             [(pool.get(cells[index].task), goals) for index, goals in chunks],

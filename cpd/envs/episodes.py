@@ -61,14 +61,14 @@ class RunningEpisodes:
         self._envs = envs
         envs.reset(range(len(goals)), goals)
         self._running = np.arange(envs.num_envs) < len(goals)
-        self._actions = np.zeros((envs.num_envs, 4), dtype=np.float32)
+        self._actions = np.zeros((envs.num_envs, envs.spaces.action_size), dtype=np.float32)
         self._success = np.zeros(len(goals), dtype=bool)
         self._length = np.zeros(len(goals), dtype=np.int64)
         self._return = np.zeros(len(goals))
 
     @property
     def observations(self) -> npt.NDArray[np.float32]:
-        """Current observations, [goals, 39]; an episode that has ended keeps its last one."""
+        """Current observations, [goals, O]; an episode that has ended keeps its last one."""
         return self._envs.observations[: len(self.goals)]
 
     @property

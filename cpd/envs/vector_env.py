@@ -24,18 +24,19 @@ import numpy.typing as npt
 
 from cpd.envs import worker
 from cpd.envs.goals import Goal
-from cpd.envs.metaworld.tasks import ACTION_SIZE
 from cpd.envs.slots import SlotArrays, SlotError, SlotGroup
+from cpd.envs.suite import Suite, load_suite
 
 _CLOSE_TIMEOUT_S: Final = 10.0
 
 
-def make_vector_env(tasks: Sequence[str], num_workers: int) -> VectorEnv:
+def make_vector_env(tasks: Sequence[str], num_workers: int, suite: Suite | None = None) -> VectorEnv:
     """A vector environment with one slot per entry of `tasks`.
 
     Args:
         tasks: the task of each slot; names may repeat.
         num_workers: processes that share the slots; with 0 or 1, all slots run in this process.
+        suite: the suite of the tasks, from `load_suite`; None: Meta-World.
 
     Raises:
         ValueError: no tasks.
@@ -43,10 +44,10 @@ def make_vector_env(tasks: Sequence[str], num_workers: int) -> VectorEnv:
     """
     if not tasks:
         raise ValueError("a vector environment needs at least one task")
-    num_workers = min(num_workers, len(tasks))
+    num_workers, suite = min(num_workers, len(tasks)), suite or load_suite()
     if num_workers <= 1:
-        return _SerialVectorEnv(tasks)
-    return _ProcessVectorEnv(tasks, num_workers)
+        return _SerialVectorEnv(suite, tasks)
+    return _ProcessVectorEnv(suite, tasks, num_workers)
 
 
 class VectorEnv(abc.ABC):
@@ -55,14 +56,17 @@ class VectorEnv(abc.ABC):
     Attributes:
         tasks: the task of each slot.
         num_envs: N, the number of slots.
-        observations: [N, 39] float32, the current observation of each slot; written in place.
+        suite: the suite of the tasks.
+        spaces: its sizes of observations and actions, O and A, which all slots share.
+        observations: [N, O] float32, the current observation of each slot; written in place.
         rewards: [N] float64 of each slot's last step, 0 after a reset; written in place.
-        grasps: [N] float64, how close each slot's last step came to grasping the object (`TaskEnv.grasp`); written
-            in place while `want_grasps` is on, since it takes 3 % of a step.
+        grasps: [N] float64, how close each slot's last step came to grasping the object (the
+            environment's `grasp`); written in place while `want_grasps` is on, since it takes 3 % of a step.
         successes: [N] bool of each slot's last step, not latched, False after a reset; written in place.
     """
 
-    def __init__(self, tasks: Sequence[str], arrays: SlotArrays) -> None:
+    def __init__(self, suite: Suite, tasks: Sequence[str], arrays: SlotArrays) -> None:
+        self.suite, self.spaces = suite, suite.spaces
         self.tasks = tuple(tasks)
         self.num_envs = len(self.tasks)
         self._arrays = arrays
@@ -94,15 +98,15 @@ class VectorEnv(abc.ABC):
             if goal.task != self.tasks[slot]:
                 raise ValueError(f"slot {slot} runs {self.tasks[slot]}, but got a goal of {goal.task}")
             arrays.selected[slot] = True
-            arrays.rand_vec_sizes[slot] = goal.rand_vec.size
-            arrays.rand_vecs[slot, : goal.rand_vec.size] = goal.rand_vec
+            arrays.goal_sizes[slot] = goal.vector.size
+            arrays.goal_vectors[slot, : goal.vector.size] = goal.vector
         self._run(worker.RESET)
 
     def step(self, actions: npt.NDArray[np.float32], active: npt.NDArray[np.bool_] | None = None) -> None:
         """Step the active slots; the rows of the others are unchanged.
 
         Args:
-            actions: [N, 4], taken as float32; rows of inactive slots are ignored.
+            actions: [N, A], taken as float32; rows of inactive slots are ignored.
             active: [N] bool; None steps all slots.
 
         Raises:
@@ -112,8 +116,8 @@ class VectorEnv(abc.ABC):
         With workers, any exception but ValueError, such as an interrupt, closes the environment.
         """
         arrays = self._arrays
-        if actions.shape != (self.num_envs, ACTION_SIZE):
-            raise ValueError(f"actions have shape {actions.shape}, expected {(self.num_envs, ACTION_SIZE)}")
+        if actions.shape != arrays.actions.shape:
+            raise ValueError(f"actions have shape {actions.shape}, expected {arrays.actions.shape}")
         if active is None:
             arrays.selected[:] = True
         elif active.shape != (self.num_envs,):
@@ -147,10 +151,11 @@ class VectorEnv(abc.ABC):
 class _SerialVectorEnv(VectorEnv):
     """All slots in this process."""
 
-    def __init__(self, tasks: Sequence[str]) -> None:
-        arrays = SlotArrays(len(tasks), bytearray(SlotArrays.size(len(tasks))))
-        super().__init__(tasks, arrays)
-        self._group: SlotGroup | None = SlotGroup(self.tasks, range(self.num_envs), arrays)
+    def __init__(self, suite: Suite, tasks: Sequence[str]) -> None:
+        size = SlotArrays.size(len(tasks), suite.spaces)
+        arrays = SlotArrays(len(tasks), suite.spaces, bytearray(size))
+        super().__init__(suite, tasks, arrays)
+        self._group: SlotGroup | None = SlotGroup(suite, self.tasks, range(self.num_envs), arrays)
 
     def _run(self, order: bytes) -> None:
         if self._group is None:
@@ -170,15 +175,15 @@ class _SerialVectorEnv(VectorEnv):
 class _ProcessVectorEnv(VectorEnv):
     """Slots divided over worker processes, which share the arrays and get one byte per order through a pipe."""
 
-    def __init__(self, tasks: Sequence[str], num_workers: int) -> None:
-        size = SlotArrays.size(len(tasks))
+    def __init__(self, suite: Suite, tasks: Sequence[str], num_workers: int) -> None:
+        size = SlotArrays.size(len(tasks), suite.spaces)
         # An unlinked file rather than a named segment: nothing is left behind, however this process ends.
         with tempfile.TemporaryFile(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as file:
             file.truncate(size)
-            super().__init__(tasks, SlotArrays(len(tasks), mmap.mmap(file.fileno(), size)))
+            super().__init__(suite, tasks, SlotArrays(len(tasks), suite.spaces, mmap.mmap(file.fileno(), size)))
             # Interleaved: callers that need fewer slots use the first ones, which should lie on different workers.
             self._slots = [range(i, len(tasks), num_workers) for i in range(num_workers)]
-            self._workers = [_start_worker(self.tasks, slots, file.fileno()) for slots in self._slots]
+            self._workers = [_start_worker(suite.name, self.tasks, s, file.fileno()) for s in self._slots]
         self._end = weakref.finalize(self, _end_workers, self._workers)
         self._await(range(num_workers))
 
@@ -230,9 +235,9 @@ class _ProcessVectorEnv(VectorEnv):
         self._end()
 
 
-def _start_worker(tasks: Sequence[str], slots: range, memory: int) -> subprocess.Popen[bytes]:
+def _start_worker(suite: str, tasks: Sequence[str], slots: range, memory: int) -> subprocess.Popen[bytes]:
     """Start a new interpreter that serves `slots`. Never a fork: MPI may be initialised in this process."""
-    settings = {"tasks": list(tasks), "slots": list(slots), "memory": memory}
+    settings = {"suite": suite, "tasks": list(tasks), "slots": list(slots), "memory": memory}
     code = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from cpd.envs import worker; "
     code += "worker.main(sys.argv[2])"
     # One thread per worker: workers already run in parallel, and BLAS threads would compete for their cores.

@@ -29,8 +29,8 @@ def main(settings: str) -> None:
     """Serve orders until the parent closes the pipe or ends.
 
     Args:
-        settings: JSON with the keys `tasks`, `slots`, and `memory`, the inherited file descriptor of the shared
-            arrays.
+        settings: JSON with the keys `suite`, a name for `load_suite`, `tasks`, `slots`, and `memory`, the
+            inherited file descriptor of the shared arrays.
     """
     # A batch system signals every process of a job, a terminal the whole process group. Only the parent reacts.
     # This process ends when the pipe closes.
@@ -44,12 +44,14 @@ def main(settings: str) -> None:
     os._exit(0)
 
 
-def _serve(tasks: list[str], slots: list[int], memory: int, orders: int, answers: int) -> None:
+def _serve(suite: str, tasks: list[str], slots: list[int], memory: int, orders: int, answers: int) -> None:
     try:
         from cpd.envs.slots import SlotArrays, SlotGroup
+        from cpd.envs.suite import load_suite
 
-        buffer = mmap.mmap(memory, SlotArrays.size(len(tasks)))
-        group = SlotGroup(tasks, slots, SlotArrays(len(tasks), buffer))
+        loaded = load_suite(suite)
+        buffer = mmap.mmap(memory, SlotArrays.size(len(tasks), loaded.spaces))
+        group = SlotGroup(loaded, tasks, slots, SlotArrays(len(tasks), loaded.spaces, buffer))
         handlers = {STEP: group.step, RESET: group.reset}
         os.write(answers, DONE)
         while order := os.read(orders, 1):

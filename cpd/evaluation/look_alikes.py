@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from cpd.envs.metaworld.scaling import observation_scaling
+from cpd.envs.suite import Spaces
 from cpd.run.directory import Run, TeacherElement
 from cpd.run.shards.reader import first_observations
 from cpd.run.shards.schema import ShardError
@@ -48,7 +48,8 @@ def start_rows(run: Run) -> list[StartRow]:
         if not admitted:
             continue
         try:
-            observations = {teacher.task: _read(teacher) for teacher in admitted}
+            spaces = run.config.stream.suite_object.spaces
+            observations = {teacher.task: _read(teacher, spaces) for teacher in admitted}
         except (ShardError, OSError):
             return []
         for (task, other), nearest in nearest_tasks(observations).items():
@@ -56,10 +57,9 @@ def start_rows(run: Run) -> list[StartRow]:
     return rows
 
 
-def _read(teacher: TeacherElement) -> FirstObservations:
-    centre, scale = observation_scaling()
+def _read(teacher: TeacherElement, spaces: Spaces) -> FirstObservations:
     observations, goals = first_observations(teacher.shards)
-    return FirstObservations((observations - centre) / scale, goals)
+    return FirstObservations((observations - spaces.centre) / spaces.scale, goals)
 
 
 def nearest_tasks(observations: Mapping[str, FirstObservations]) -> dict[tuple[str, str], int]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import MISSING, dataclass, fields, replace
 from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, Final, NotRequired
@@ -271,9 +271,11 @@ def merge_tables(tables: Sequence[Tables]) -> Tables:
 
 
 def labels_of(rows: Iterable[EvaluationRow]) -> dict[str, str]:
-    """Return the labels of the rows; different values are joined by a slash."""
+    """Return the labels of the rows, different values joined by a slash. Those without values are left out."""
     rows = list(rows)
+    values = {field: [getattr(row, field.name) for row in rows] for field in fields(Labels)}
     return {
-        field.name: "/".join(dict.fromkeys(str(getattr(row, field.name)) for row in rows))
-        for field in fields(Labels)
+        field.name: "/".join(dict.fromkeys(str(value) for value in of_rows if value is not None))
+        for field, of_rows in values.items()
+        if field.default is MISSING or any(value is not None for value in of_rows)
     }

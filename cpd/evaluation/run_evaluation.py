@@ -200,7 +200,7 @@ def _fill_rows(
         assert make_teacher is not None, "the protocol `teachers` needs it"
         return make_teacher(run.teacher_of(task, element.seed))
 
-    pool = EnvPool()
+    pool = EnvPool(suite=config.stream.suite_object)
     device = choose_device(comm)
     for stage in todo:
         model = load_stage(student, stage).to(device)

@@ -1,6 +1,6 @@
 """Policies as single modules with static shapes, for `torch.export` and ONNX.
 
-Dimensions: B episodes, O = 39 observation, A = 4 action, L steps of a window, K distinct tasks of the stream, P
+Dimensions: B episodes, O observation, A action, L steps of a window, K distinct tasks of the stream, P
 plans, D width, H heads, G groups of experts, C experts of the largest group, X their hidden widths, S state.
 """
 
@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cpd.envs.metaworld.tasks import ACTION_CLIP, ACTION_SIZE, OBSERVATION_SIZE
+from cpd.envs.suite import ACTION_CLIP
 from cpd.student.moe import MoE
 from cpd.student.network import DENSITY_TEMPERATURE, Student
 from cpd.student.plans import FIRST_STEPS, TIE_BREAK
@@ -38,6 +38,7 @@ class InferenceTeacher(nn.Module):
         self.register_buffer("mean_O", policy.normalizer.mean.float())
         self.register_buffer("std_O", policy.normalizer.std.float())
         self.net = policy.net
+        self.observation_size = policy.sizes.observation
 
     def forward(self, obs_BO: Tensor) -> Tensor:
         """The actions, in [-1, 1]."""
@@ -75,7 +76,8 @@ class InferenceStudent(nn.Module):
         student = copy.deepcopy(student).eval().requires_grad_(False)
         config = student.config
         self._context = config.context
-        self.state_size = STATE_HEAD + (config.context - 1) * OBSERVATION_SIZE
+        self.observation_size, self._action_size = student.spaces.sizes
+        self.state_size = STATE_HEAD + (config.context - 1) * self.observation_size
         self.is_told = config.task_identity in ("given", "onehot")
         self.register_buffer("obs_centre", student.obs_centre)
         self.register_buffer("obs_scale", student.obs_scale)
@@ -107,7 +109,7 @@ class InferenceStudent(nn.Module):
             plan_B2 = torch.where((steps_B == 0).unsqueeze(1), self.planner(obs_BO, scaled_BO), plan_B2)
             task_B = torch.where(steps_B < FIRST_STEPS, plan_B2[:, 0], plan_B2[:, 1])
         window_BX = torch.cat([state_BS[:, STATE_HEAD:], obs_BO], 1)
-        window_BLO = window_BX.view(-1, self._context, OBSERVATION_SIZE)
+        window_BLO = window_BX.view(-1, self._context, self.observation_size)
         # The window is full on the right, and steps of before the episode lie on the left.
         num_absent_B1 = (self._context - 1 - steps_B).clamp(min=0).long().unsqueeze(1)
         index_L = torch.arange(self._context, device=obs_BO.device)
@@ -122,8 +124,8 @@ class InferenceStudent(nn.Module):
         for attention_norm, attention, moe_norm, experts in layers:
             x_BLD = x_BLD + attention(attention_norm(x_BLD), visible_BLL)
             x_BLD = x_BLD + experts(moe_norm(x_BLD), task_B)
-        mean_BA = self.head(self.norm(x_BLD[:, -1]))[:, :ACTION_SIZE]
-        history_BX = window_BX[:, OBSERVATION_SIZE:]
+        mean_BA = self.head(self.norm(x_BLD[:, -1]))[:, : self._action_size]
+        history_BX = window_BX[:, self.observation_size :]
         next_state_BS = torch.cat([steps_B.unsqueeze(1) + 1.0, plan_B2.float(), history_BX], 1)
         return mean_BA.clamp(-ACTION_CLIP, ACTION_CLIP).float(), next_state_BS
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 import minari
@@ -15,7 +14,7 @@ from minari.data_collector.episode_buffer import EpisodeBuffer
 from minari.dataset.minari_storage import MinariStorage
 
 from cpd.config import Config
-from cpd.envs.metaworld.tasks import ACTION_SIZE, OBSERVATION_SIZE
+from cpd.envs.suite import ACTION_CLIP, DEFAULT_SUITE
 from cpd.export.sources import teachers_with_rollouts
 from cpd.run.directory import Run, TeacherElement
 from cpd.run.files import atomic_folder
@@ -26,16 +25,17 @@ from cpd.run.shards.schema import Episode, read_index
 def export_minari(source: Path, output: Path, only: Sequence[str]) -> Iterator[Path]:
     """Write the rollouts of every finished teacher to a dataset in `output`, as `Exporter` describes."""
     config = Run(source).config
+    sizes = config.stream.suite_object.spaces.sizes
     for teacher in teachers_with_rollouts(source, only):
         dataset = dataset_id(config, teacher)
         with atomic_folder(output / dataset) as folder:
             storage = MinariStorage.new(
                 folder.resolve() / "data",  # Minari measures relative folders wrongly
-                observation_space=Box(-np.inf, np.inf, (OBSERVATION_SIZE,), np.float32),
-                action_space=Box(-1.0, 1.0, (ACTION_SIZE,), np.float32),
+                observation_space=Box(-np.inf, np.inf, (sizes.observation,), np.float32),
+                action_space=Box(-ACTION_CLIP, ACTION_CLIP, (sizes.action,), np.float32),
                 env_spec=env_spec(config, teacher.task),
             )
-            conditions = asdict(read_index(teacher.shards).attributes)
+            conditions = read_index(teacher.shards).attributes.as_dict()
             storage.update_metadata(
                 {
                     "dataset_id": dataset,
@@ -57,11 +57,12 @@ def dataset_id(config: Config, teacher: TeacherElement) -> str:
 
 def env_spec(config: Config, task: str) -> EnvSpec:
     """Return the registered environment of a task, with the horizon and the goals of the rollouts."""
+    suite = {} if config.stream.suite == DEFAULT_SUITE else {"suite": config.stream.suite}
     return EnvSpec(
         f"cpd/{task}",
         entry_point="cpd.envs.gym:StreamEnv",
         max_episode_steps=config.stream.horizon,
-        kwargs={"tasks": [task], "num_goals": config.teacher.num_training_goals},
+        kwargs={"tasks": [task], "num_goals": config.teacher.num_training_goals, **suite},
     )
 
 

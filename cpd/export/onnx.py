@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch.export import ExportedProgram
 
-from cpd.envs.metaworld.tasks import OBSERVATION_SIZE
 from cpd.export.inference import InferenceStudent, InferenceTeacher
 from cpd.export.sources import policy_files
 from cpd.reading import read_json
@@ -40,7 +39,7 @@ def export_onnx(source: Path, output: Path, only: Sequence[str]) -> list[Path]:
 def trace(policy: InferenceStudent | InferenceTeacher) -> tuple[ExportedProgram, list[str], list[str]]:
     """Trace a policy for any number of episodes; return the program and the names of its inputs and outputs."""
     # Two rows: torch.export takes a size of one for a constant.
-    examples = {"observation": torch.zeros(2, OBSERVATION_SIZE)}
+    examples = {"observation": torch.zeros(2, policy.observation_size)}
     outputs = ["action"]
     if isinstance(policy, InferenceStudent):
         examples["state"] = torch.zeros(2, policy.state_size)

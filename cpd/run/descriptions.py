@@ -94,6 +94,10 @@ class StudentStream(TypedDict):
     distinct_tasks: list[str]
 
 
+class _SuiteLabel(TypedDict):
+    suite: NotRequired[str]
+
+
 class StudentPolicy(TypedDict):
     """The description of a student: what its weights need."""
 
@@ -104,3 +108,4 @@ class StudentPolicy(TypedDict):
     dtype: Literal["float32", "float64"]
     obs_centre: list[float]
     obs_scale: list[float]
+    labels: NotRequired[_SuiteLabel]

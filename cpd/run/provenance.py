@@ -6,7 +6,7 @@ import os
 import platform
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 from typing_extensions import TypedDict
 
 from cpd.config import Config
-from cpd.envs.metaworld.tasks import REWARD_VERSION
+from cpd.envs.suite import DEFAULT_SUITE
 from cpd.programs import ROOT
 from cpd.run.folders import KIND_KEY
 
@@ -25,7 +25,10 @@ REPOSITORY_VARIABLES = ("GIT_DIR", "GIT_WORK_TREE", "GIT_COMMON_DIR", "GIT_INDEX
 
 @dataclass(frozen=True)
 class Labels:
-    """The conditions of a result, written with every table, shard and policy."""
+    """The conditions of a result, written with every table, shard and policy.
+
+    Versions that the suite does not state are empty. Files on Meta-World lack `suite` and `suite_versions`.
+    """
 
     teacher_recipe: str
     horizon: int
@@ -33,6 +36,14 @@ class Labels:
     reward_version: str
     metaworld: str
     mujoco: str
+    suite: str | None = None
+    """Name of the suite; None: Meta-World."""
+    suite_versions: str | None = None
+    """Its other versions, as `package 1.0, other 2.1`."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the labels for a JSON file, without those that are None."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 def labels(config: Config) -> Labels:
@@ -40,13 +51,15 @@ def labels(config: Config) -> Labels:
     protocol = config.distill.protocol
     # In these cases the task selects the policy that acts: a separate student, or one of PackNet's masks.
     needs_task = protocol == "single_task" or (protocol == "continual" and config.protection.kind == "packnet")
+    versions = config.stream.suite_object.versions()
+    columns = {name: versions.pop(name, "") for name in ("reward_version", "metaworld", "mujoco")}
     return Labels(
         config.teacher.recipe,
         config.stream.horizon,
         "given" if needs_task else config.student.task_identity,
-        REWARD_VERSION,
-        version("metaworld"),
-        version("mujoco"),
+        **columns,
+        suite=None if config.stream.suite == DEFAULT_SUITE else config.stream.suite,
+        suite_versions=", ".join(f"{name} {number}" for name, number in versions.items()) or None,
     )
 
 

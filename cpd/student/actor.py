@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from cpd.envs.episodes import Actor, Belief
-from cpd.envs.metaworld.tasks import ACTION_CLIP
+from cpd.envs.suite import ACTION_CLIP
 from cpd.reading import read_json
 from cpd.run.descriptions import StudentStream
 from cpd.student.network import Student, load_student

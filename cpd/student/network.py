@@ -20,8 +20,7 @@ from torch import Tensor, nn
 from cpd.config import StudentConfig
 from cpd.config.load import load, to_dict
 from cpd.config.retired import upgrade
-from cpd.envs.metaworld.scaling import observation_scaling
-from cpd.envs.metaworld.tasks import ACTION_CLIP, ACTION_SIZE, OBSERVATION_SIZE
+from cpd.envs.suite import ACTION_CLIP, DEFAULT_SUITE, Spaces, load_suite
 from cpd.reading import DamagedFileError, read_bytes, read_json
 from cpd.run.descriptions import StudentPolicy, check_identity
 from cpd.run.files import atomic_write, write_json
@@ -78,6 +77,7 @@ class Student(nn.Module):
         *,
         num_experts: int | None = None,
         dtype: torch.dtype = torch.float32,
+        spaces: Spaces | None = None,
     ) -> None:
         """Build with zero or default values; `initialise` draws the initial weights.
 
@@ -86,22 +86,25 @@ class Student(nn.Module):
             num_tasks: K.
             num_experts: experts per layer now; default: as at the first stage.
             dtype: type of parameters and computation.
+            spaces: of the tasks' suite; None: Meta-World's.
         """
         super().__init__()
+        self.spaces = spaces or load_suite().spaces
+        observation_size, action_size = self.spaces.sizes
         self.config, self.num_tasks = config, num_tasks
         #: The owners of weights, if a protection assigns weights to stages.
         self.packing: Packing | None = None
         experts = config.num_experts if num_experts is None else num_experts
-        centre, scale = observation_scaling()
-        self.register_buffer("obs_centre", torch.tensor(centre, dtype=dtype), persistent=False)
-        self.register_buffer("obs_scale", torch.tensor(scale, dtype=dtype), persistent=False)
-        self.embed = nn.Linear(OBSERVATION_SIZE, config.width, dtype=dtype)
+        self.register_buffer("obs_centre", torch.tensor(self.spaces.centre, dtype=dtype), persistent=False)
+        self.register_buffer("obs_scale", torch.tensor(self.spaces.scale, dtype=dtype), persistent=False)
+        self.embed = nn.Linear(observation_size, config.width, dtype=dtype)
         self.position = nn.Parameter(torch.zeros(config.context, config.width, dtype=dtype))
         self.task = (
             nn.Parameter(torch.zeros(num_tasks, config.width, dtype=dtype)) if self.is_conditioned else None
         )
-        self.encoder = TaskEncoder(dtype) if config.task_identity in ("inferred", "given") else None
-        self.density = TaskDensity(num_tasks)
+        embeds = config.task_identity in ("inferred", "given")
+        self.encoder = TaskEncoder(observation_size, dtype) if embeds else None
+        self.density = TaskDensity(num_tasks, observation_size)
         self.plans = Plans(num_tasks)
         self.register_buffer("prototypes_KZ", torch.zeros(num_tasks, EMBEDDING_SIZE, dtype=dtype))
         self.register_buffer("known_K", torch.zeros(num_tasks, dtype=torch.bool))
@@ -112,7 +115,7 @@ class Student(nn.Module):
             for _ in range(config.num_layers)
         )
         self.norm = nn.LayerNorm(config.width, dtype=dtype)
-        self.head = nn.Linear(config.width, 2 * ACTION_SIZE, dtype=dtype)
+        self.head = nn.Linear(config.width, 2 * action_size, dtype=dtype)
 
     @torch.no_grad()
     def initialise(self, generator: torch.Generator) -> None:
@@ -255,7 +258,7 @@ class Student(nn.Module):
             x_BLD, layer_stats = block(x_BLD, valid_N, group)
             if layer_stats is not None:
                 stats.append(layer_stats)
-        mean_BLA, spread_BLA = self.head(self.norm(x_BLD)).split(ACTION_SIZE, -1)
+        mean_BLA, spread_BLA = self.head(self.norm(x_BLD)).chunk(2, -1)
         # A smooth clamp, since the gradient of a hard one is zero outside its bounds.
         middle = (MAX_LOG_STD + MIN_LOG_STD) / 2
         half = (MAX_LOG_STD - MIN_LOG_STD) / 2
@@ -273,7 +276,6 @@ def save_student(path: Path, student: Student, description: Mapping[str, Any]) -
     tensors = student.state_dict() | (student.packing.tensors() if student.packing else {})
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     data = safetensors.torch.save(tensors)
-    centre, scale = observation_scaling()
     write_json(
         path.with_suffix(".json"),
         {
@@ -283,15 +285,15 @@ def save_student(path: Path, student: Student, description: Mapping[str, Any]) -
             "num_experts": student.num_experts,
             "num_parameters": description.get("num_parameters", student.num_parameters),
             "dtype": str(student.dtype).removeprefix("torch."),
-            "obs_centre": centre.tolist(),
-            "obs_scale": scale.tolist(),
+            "obs_centre": student.spaces.centre.tolist(),
+            "obs_scale": student.spaces.scale.tolist(),
             "acting": {
                 "density_temperature": DENSITY_TEMPERATURE,
                 "embedding_temperature": TEMPERATURE,
                 "tie_break": TIE_BREAK,
                 "first_steps": FIRST_STEPS,
                 "norm_eps": student.norm.eps,
-                "action_size": ACTION_SIZE,
+                "action_size": student.spaces.action_size,
                 "action_clip": ACTION_CLIP,
                 "steps": STEPS,
             },
@@ -322,8 +324,8 @@ def load_student(path: Path, **expected: Any) -> Student:
             f"{path} is damaged: its hash is not the one in {description_path.name}; restore it, or remove the "
             "student's folder and launch again to distil it again"
         )
-    centre, scale = observation_scaling()
-    if [centre.tolist(), scale.tolist()] != [description["obs_centre"], description["obs_scale"]]:
+    spaces = load_suite(description.get("labels", {}).get("suite") or DEFAULT_SUITE).spaces
+    if [spaces.centre.tolist(), spaces.scale.tolist()] != [description["obs_centre"], description["obs_scale"]]:
         raise DamagedFileError(
             f"{path} was trained with another scaling of observations; distil the student again"
         )
@@ -331,7 +333,8 @@ def load_student(path: Path, **expected: Any) -> Student:
     config = load(StudentConfig, settings, str(description_path))
     dtype = getattr(torch, description["dtype"])
     try:
-        student = Student(config, description["num_tasks"], num_experts=description["num_experts"], dtype=dtype)
+        num_tasks, num_experts = description["num_tasks"], description["num_experts"]
+        student = Student(config, num_tasks, num_experts=num_experts, dtype=dtype, spaces=spaces)
         tensors = stack_experts(safetensors.torch.load(data))
         student.packing = Packing.pop_from(tensors)
         student.load(tensors)

@@ -12,7 +12,6 @@ import numpy.typing as npt
 import torch
 
 from cpd.envs.episodes import Actor, Belief
-from cpd.envs.metaworld.tasks import ACTION_SIZE
 from cpd.student.actor import TaskwiseActor, infer
 from cpd.student.network import Student
 
@@ -36,7 +35,7 @@ class SelectedTeachers:
     def act(self, obs_BO: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         """The selected teachers' actions `[B, A]` in [-1, 1]."""
         if not self._student.known_K.any():
-            return np.zeros((len(obs_BO), ACTION_SIZE), np.float32)
+            return np.zeros((len(obs_BO), self._student.spaces.action_size), np.float32)
         if not self.beliefs:
             self.beliefs, _ = infer(self._student, torch.from_numpy(obs_BO).to(self._student.device), self._tasks)
             self._teachers.reset([belief.plan_first for belief in self.beliefs])

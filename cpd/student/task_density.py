@@ -10,8 +10,6 @@ from typing import Final
 import torch
 from torch import Tensor, nn
 
-from cpd.envs.metaworld.tasks import OBSERVATION_SIZE
-
 #: Lower bound on the standard deviation of an entry of the observation, in its own unit (0.2 mm for positions).
 STD_FLOOR: Final = 2e-4
 
@@ -35,9 +33,9 @@ class TaskDensity(nn.Module):
     std_KO: Tensor
     num_K: Tensor
 
-    def __init__(self, num_tasks: int) -> None:
+    def __init__(self, num_tasks: int, observation_size: int) -> None:
         super().__init__()
-        shape = (num_tasks, OBSERVATION_SIZE)
+        shape = (num_tasks, observation_size)
         # float64: differences of a fraction of a millimetre count.
         self.register_buffer("mean_KO", torch.zeros(shape, dtype=torch.float64))
         self.register_buffer("std_KO", torch.full(shape, STD_FLOOR, dtype=torch.float64))

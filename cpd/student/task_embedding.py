@@ -11,8 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cpd.envs.metaworld.tasks import OBSERVATION_SIZE
-
 EMBEDDING_SIZE: Final = 32
 #: Hidden width of the encoder.
 ENCODER_WIDTH: Final = 128
@@ -28,10 +26,10 @@ class TaskEncoder(nn.Module):
     Lindenstrauss 1984): tasks that look different are told apart before any training.
     """
 
-    def __init__(self, dtype: torch.dtype) -> None:
+    def __init__(self, observation_size: int, dtype: torch.dtype) -> None:
         super().__init__()
-        self.linear = nn.Linear(OBSERVATION_SIZE, EMBEDDING_SIZE, dtype=dtype)
-        self.hidden = nn.Linear(OBSERVATION_SIZE, ENCODER_WIDTH, dtype=dtype)
+        self.linear = nn.Linear(observation_size, EMBEDDING_SIZE, dtype=dtype)
+        self.hidden = nn.Linear(observation_size, ENCODER_WIDTH, dtype=dtype)
         self.out = nn.Linear(ENCODER_WIDTH, EMBEDDING_SIZE, dtype=dtype)
 
     def forward(self, scaled_BO: Tensor) -> Tensor:

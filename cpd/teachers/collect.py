@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from cpd.config import RolloutConfig
 from cpd.envs.goals import Goal
-from cpd.envs.metaworld.tasks import ACTION_SIZE, OBSERVATION_SIZE
+from cpd.envs.suite import Spaces
 from cpd.envs.vector_env import VectorEnv
 from cpd.run.interrupt import Interrupt, InterruptedBySignal
 from cpd.run.shards.schema import Episode
@@ -41,12 +41,12 @@ class EpisodePlan:
     noise_hold: int
     """Steps for which each sample of the noise is held."""
 
-    def noise(self, horizon: int) -> FloatArray:
+    def noise(self, horizon: int, action_size: int) -> FloatArray:
         """The noise `[horizon, A]` to add to the executed action."""
         if self.noise_scale == 0.0:
-            return np.zeros((horizon, ACTION_SIZE), np.float32)
+            return np.zeros((horizon, action_size), np.float32)
         num_samples = -(-horizon // self.noise_hold)
-        samples = generator(self.seed).standard_normal((num_samples, ACTION_SIZE), dtype=np.float32)
+        samples = generator(self.seed).standard_normal((num_samples, action_size), dtype=np.float32)
         held: FloatArray = np.repeat(samples, self.noise_hold, axis=0)[:horizon]
         return np.float32(self.noise_scale) * held
 
@@ -74,10 +74,10 @@ def plan_episode(number: int, goals: Sequence[Goal], config: RolloutConfig, seed
 class _Recorder:
     """The recorded steps of a round of episodes that run in lock-step: steps in rows, slots in columns."""
 
-    def __init__(self, num_slots: int, horizon: int) -> None:
-        self.observations = np.empty((horizon + 1, num_slots, OBSERVATION_SIZE), np.float32)
+    def __init__(self, num_slots: int, horizon: int, spaces: Spaces) -> None:
+        self.observations = np.empty((horizon + 1, num_slots, spaces.observation_size), np.float32)
         self.actions, self.teacher_mean, self.teacher_raw_mean, self.teacher_log_std = (
-            np.empty((horizon, num_slots, ACTION_SIZE), np.float32) for _ in range(4)
+            np.empty((horizon, num_slots, spaces.action_size), np.float32) for _ in range(4)
         )
         self.rewards = np.empty((horizon, num_slots), np.float64)
         self.successes = np.empty((horizon, num_slots), np.bool_)
@@ -145,8 +145,8 @@ def _run_round(
 ) -> _Recorder:
     """Run one episode per slot; stop those that are not needed for `remaining` steps in the order of slots."""
     num_slots = envs.num_envs
-    recorder = _Recorder(num_slots, horizon)
-    noise_TBA = np.stack([plan.noise(horizon) for plan in plans], axis=1)
+    recorder = _Recorder(num_slots, horizon, envs.spaces)
+    noise_TBA = np.stack([plan.noise(horizon, envs.spaces.action_size) for plan in plans], axis=1)
     steps_left = np.full(num_slots, horizon)
     running = np.ones(num_slots, np.bool_)
     envs.reset(range(num_slots), [plan.goal for plan in plans])

@@ -1,7 +1,7 @@
 """The scripted expert: a stand-in for a teacher, labelled as such, and the source of demonstrations for cloning.
 
-Everything is a pure function of (settings, task, seed), whatever the number of workers. Dimensions: B rows, O = 39
-observation, A = 4 action, T steps, N episodes, M episodes still running.
+Everything is a pure function of (settings, task, seed), whatever the number of workers. Dimensions: B rows, O
+observation, A action, T steps, N episodes, M episodes still running.
 """
 
 from __future__ import annotations
@@ -15,13 +15,12 @@ from typing import Any, Final, Literal, NamedTuple
 
 import numpy as np
 import torch
-from metaworld.policies import ENV_POLICY_MAP
 from typing_extensions import TypedDict
 
 from cpd.config.types import PositiveFloat, Task
 from cpd.envs.cells import CHUNK
 from cpd.envs.goals import Goal
-from cpd.envs.metaworld.tasks import ACTION_SIZE
+from cpd.envs.suite import Suite, load_suite
 from cpd.envs.vector_env import VectorEnv
 from cpd.run.interrupt import Interrupt, InterruptedBySignal
 from cpd.seeding import generator
@@ -47,28 +46,38 @@ class ScriptedPolicy:
     """The scripted expert of one task, a deterministic function of the observation.
 
     Args:
-        task: Meta-World task name.
+        task: name of the task.
         assumed_std: the standard deviation that it is assumed to have, since it is deterministic.
+        suite: the suite of the task; None: Meta-World.
+
+    Raises:
+        ValueError: if the suite has no expert of the task.
     """
 
     std_source: Literal["policy", "assumed"] = "assumed"
 
-    def __init__(self, task: str, assumed_std: float = ASSUMED_STD) -> None:
+    def __init__(self, task: str, assumed_std: float = ASSUMED_STD, suite: Suite | None = None) -> None:
+        suite = suite or load_suite()
         self.task = task
         self.assumed_std = assumed_std
-        expert_class: Any = ENV_POLICY_MAP[task]
-        self._expert = expert_class()
+        self.action_size = suite.spaces.action_size
+        self._sizes = suite.sizes(task)
+        expert = suite.expert(task)
+        if expert is None:
+            raise ValueError(f"the suite {suite.name!r} has no expert of {task}: set teacher.recipe = 'rl'")
+        self._expert = expert
 
     def distribution(self, obs_BO: FloatArray) -> Distribution:
         """The expert's action as the mean, with the assumed constant standard deviation."""
-        actions = [self._expert.get_action(obs_O.astype(np.float64)) for obs_O in obs_BO]
-        raw_mean_BA = np.array(actions, dtype=np.float32)
+        raw_mean_BA = np.zeros((len(obs_BO), self.action_size), np.float32)
+        for row_A, obs_O in zip(raw_mean_BA, obs_BO[:, : self._sizes.observation], strict=True):
+            row_A[: self._sizes.action] = self._expert(obs_O.astype(np.float64))
         return Distribution(raw_mean_BA, np.full_like(raw_mean_BA, math.log(self.assumed_std)))
 
 
 def save_scripted(policy: ScriptedPolicy, path: Path, description: dict[str, Any]) -> None:
     """Write the stand-in to `path` in the format of a policy; its only tensor is the standard deviation."""
-    tensors = {"log_std_A": torch.full((ACTION_SIZE,), math.log(policy.assumed_std))}
+    tensors = {"log_std_A": torch.full((policy.action_size,), math.log(policy.assumed_std))}
     architecture = {"kind": "scripted", "task": policy.task, "assumed_std": policy.assumed_std}
     write_tensors(tensors, path, {"architecture": architecture, **description})
 
@@ -78,14 +87,14 @@ class _ScriptedArchitecture(TypedDict):
     assumed_std: PositiveFloat
 
 
-def load_scripted(path: Path) -> ScriptedPolicy:
-    """Load the stand-in saved at `path`.
+def load_scripted(path: Path, suite: Suite | None = None) -> ScriptedPolicy:
+    """Load the stand-in saved at `path`, for a task of `suite`; None: Meta-World.
 
     Raises:
         DamagedFileError: if it is missing, damaged, or of another kind.
     """
     _, architecture = read_tensors(path, "scripted", _ScriptedArchitecture)
-    return ScriptedPolicy(architecture["task"], architecture["assumed_std"])
+    return ScriptedPolicy(architecture["task"], architecture["assumed_std"], suite)
 
 
 class Labelled(NamedTuple):
@@ -96,18 +105,18 @@ class Labelled(NamedTuple):
     """The expert's clean action, clipped to [-1, 1]."""
 
 
-def demonstration_noise(number: int, horizon: int, seed: int) -> FloatArray:
+def demonstration_noise(number: int, horizon: int, action_size: int, seed: int) -> FloatArray:
     """The noise `[horizon, A]` to add to the expert's executed actions in demonstration `number`.
 
     Noise leads the expert to states off its path, so that the data show how to recover.
     """
     rng = generator(seed, "demonstration-noise", number)
     if int((number + 1) * LIGHT_SHARE) > int(number * LIGHT_SHARE):
-        return np.float32(LIGHT_SCALE) * rng.standard_normal((horizon, ACTION_SIZE), dtype=np.float32)
-    noise_TA = np.zeros((horizon, ACTION_SIZE), np.float32)
+        return np.float32(LIGHT_SCALE) * rng.standard_normal((horizon, action_size), dtype=np.float32)
+    noise_TA = np.zeros((horizon, action_size), np.float32)
     for _ in range(math.ceil(horizon / BURST_EVERY)):
         start, length = int(rng.integers(horizon)), int(rng.integers(1, BURST_STEPS + 1))
-        burst_A = rng.standard_normal(ACTION_SIZE, dtype=np.float32)
+        burst_A = rng.standard_normal(action_size, dtype=np.float32)
         noise_TA[start : start + length] = np.float32(BURST_SCALE) * burst_A
     return noise_TA
 
@@ -117,7 +126,7 @@ class Demonstrator:
     """The scripted expert of a task, with the episodes in which it acts or labels."""
 
     task: str
-    """Meta-World task name."""
+    """Name of the task."""
     goals: Sequence[Goal]
     """Training goals; every round uses them in a new order."""
     envs: VectorEnv
@@ -145,14 +154,15 @@ class Demonstrator:
         """The steps of one round's episodes, one chunk of episodes after another."""
         num_episodes = self.num_demonstrations if clone is None else NUM_DAGGER_EPISODES
         order = generator(self.seed, "demonstration-goals", round_number).permutation(len(self.goals))
+        action_size = self.envs.spaces.action_size
         # The composition of a chunk is fixed, since a clone's rounding may depend on the size of its batch.
         for first in range(0, num_episodes, CHUNK):
             numbers = range(first, min(first + CHUNK, num_episodes))
             goals = [self.goals[int(order[number % len(order)])] for number in numbers]
-            noise_NTA = np.zeros((len(numbers), self.horizon, ACTION_SIZE), np.float32)
+            noise_NTA = np.zeros((len(numbers), self.horizon, action_size), np.float32)
             if clone is None:
                 for row_TA, number in zip(noise_NTA, numbers, strict=True):
-                    row_TA[:] = demonstration_noise(number, self.horizon, self.seed)
+                    row_TA[:] = demonstration_noise(number, self.horizon, action_size, self.seed)
             self.envs.reset(range(len(numbers)), goals)
             yield from self._chunk(clone, noise_NTA)
 
@@ -161,7 +171,7 @@ class Demonstrator:
         num_episodes, envs = len(noise_NTA), self.envs
         running = np.arange(envs.num_envs) < num_episodes
         steps_left = np.full(envs.num_envs, self.horizon)
-        executed = np.zeros((envs.num_envs, ACTION_SIZE), np.float32)
+        executed = np.zeros((envs.num_envs, envs.spaces.action_size), np.float32)
         for t in range(self.horizon):
             if self.interrupt.requested:
                 raise InterruptedBySignal("asked to stop in the warm start; launch again to repeat it")
@@ -183,4 +193,4 @@ class Demonstrator:
 
     @cached_property
     def _expert(self) -> ScriptedPolicy:
-        return ScriptedPolicy(self.task)
+        return ScriptedPolicy(self.task, suite=self.envs.suite)

@@ -3,9 +3,9 @@
 Random starts and perturbations repeat one random action, to bring episodes to states that the policy itself may
 never visit: an action of 1 moves the hand by 1 cm only, and independent actions mostly cancel. A random start does
 this at the start of an episode (exploring starts; Sutton and Barto 2018, section 5.3), a perturbation within it.
-During a perturbation the gripper keeps the command of the policy, without noise, so that it still holds its
-object. A success during these steps does not end the episode: it counts if it still holds after the policy's next
-step.
+During a perturbation the policy keeps the command of `Suite.held_actions`, such as a gripper, without noise: it
+still holds its object. A success during these steps does not end the episode: it counts if it still holds after
+the next step of the policy.
 """
 
 from __future__ import annotations
@@ -56,11 +56,12 @@ def random_starts(
     """
     if not config.start_share:
         return 0
-    actions = np.zeros((envs.num_envs, 4), np.float32)
+    action_size = envs.spaces.action_size
+    actions = np.zeros((envs.num_envs, action_size), np.float32)
     lengths = np.zeros(envs.num_envs, np.int64)
     # Environments are stepped together afterwards, so that worker processes run at the same time.
     for slot in slots:
-        actions[slot] = rngs[slot].uniform(-1.0, 1.0, 4)
+        actions[slot] = rngs[slot].uniform(-1.0, 1.0, action_size)
         is_chosen = rngs[slot].random() < config.start_share
         lengths[slot] = is_chosen * rngs[slot].integers(1, config.max_steps, endpoint=True)
     _repeat(envs, actions, lengths)
@@ -71,7 +72,7 @@ def perturb(
     config: ExplorationConfig,
     envs: VectorEnv,
     max_steps_N: npt.NDArray[np.int64],
-    gripper_N: npt.NDArray[np.float32],
+    action_NA: FloatArray,
     rngs: Sequence[np.random.Generator],
 ) -> npt.NDArray[np.int64]:
     """Step environments within their episodes, with probability `step_rate` each.
@@ -80,17 +81,19 @@ def perturb(
         config: `step_rate` and `max_steps`.
         envs: N environments or more.
         max_steps_N: maximum number of steps of each environment; 0 excludes it.
-        gripper_N: the grippers' commands during the perturbation; they are clipped to [-1, 1].
+        action_NA: the policy's actions, of which the held components are repeated, clipped to [-1, 1].
         rngs: one for every environment.
 
     Returns:
         [N] the number of steps taken in each environment.
     """
-    actions = np.zeros((envs.num_envs, 4), np.float32)
+    actions = np.zeros((envs.num_envs, envs.spaces.action_size), np.float32)
+    actions[: len(rngs)] = np.clip(action_NA[: len(rngs)], -1.0, 1.0)
+    free = np.setdiff1d(np.arange(envs.spaces.action_size), envs.suite.held_actions)
     lengths = np.zeros(envs.num_envs, np.int64)
     for slot, rng in enumerate(rngs):
         if rng.random() < config.step_rate and max_steps_N[slot] > 0:
-            actions[slot] = [*rng.uniform(-1.0, 1.0, 3), np.clip(gripper_N[slot], -1.0, 1.0)]
+            actions[slot, free] = rng.uniform(-1.0, 1.0, len(free))
             lengths[slot] = min(max_steps_N[slot], rng.integers(1, config.max_steps, endpoint=True))
     _repeat(envs, actions, lengths)
     return lengths[: len(rngs)]

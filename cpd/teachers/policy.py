@@ -1,6 +1,6 @@
 """Teachers' policies: the Gaussian policy that RL trains, its files, and how a teacher acts.
 
-Dimensions: B batch, O = 39 observation, A = 4 action.
+Dimensions: B batch, O observation, A action.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing_extensions import TypedDict
 
 from cpd.comm import Comm, SerialComm
 from cpd.config.types import Positive
-from cpd.envs.metaworld.tasks import ACTION_CLIP, ACTION_SIZE, OBSERVATION_SIZE
+from cpd.envs.suite import ACTION_CLIP, Sizes, load_suite
 from cpd.reading import DamagedFileError, check_shape, read_json
 from cpd.run.descriptions import Weights
 from cpd.run.files import atomic_write, remove, sha256, write_json
@@ -82,7 +82,7 @@ ACTING: Final = (
     "for net.0, net.2, and so on: x = weight x + bias, followed by the activation except after the last",
     "action = x, clipped to [-action_clip, action_clip]; log_std_A is for exploration only",
 )
-#: Meta-World's observations are metres and unit quaternions; a smaller standard deviation is noise.
+#: Observations are of the order of 1, such as metres and unit quaternions; a smaller standard deviation is noise.
 MIN_OBSERVATION_STD: Final = 1e-3
 
 
@@ -114,6 +114,7 @@ class GaussianPolicy(nn.Module):
         hidden_sizes: widths of the hidden layers.
         init_log_std: initial value of every component's log standard deviation.
         generator: source of the initial weights; None: torch's global generator.
+        sizes: of observations and actions; None: Meta-World's.
 
     Attributes:
         net: maps normalised observations to means.
@@ -124,13 +125,18 @@ class GaussianPolicy(nn.Module):
     std_source: Literal["policy", "assumed"] = "policy"
 
     def __init__(
-        self, hidden_sizes: Sequence[int], init_log_std: float, generator: torch.Generator | None = None
+        self,
+        hidden_sizes: Sequence[int],
+        init_log_std: float,
+        generator: torch.Generator | None = None,
+        sizes: Sizes | None = None,
     ) -> None:
         super().__init__()
-        self.hidden_sizes = tuple(hidden_sizes)
-        self.normalizer = RunningMoments(OBSERVATION_SIZE, MIN_OBSERVATION_STD)
-        self.net = mlp((OBSERVATION_SIZE, *hidden_sizes, ACTION_SIZE), last_gain=0.01, generator=generator)
-        self.log_std_A = nn.Parameter(torch.full((ACTION_SIZE,), init_log_std))
+        self.hidden_sizes, self.sizes = tuple(hidden_sizes), sizes or load_suite().spaces.sizes
+        num_inputs, num_outputs = self.sizes
+        self.normalizer = RunningMoments(num_inputs, MIN_OBSERVATION_STD)
+        self.net = mlp((num_inputs, *hidden_sizes, num_outputs), last_gain=0.01, generator=generator)
+        self.log_std_A = nn.Parameter(torch.full((num_outputs,), init_log_std))
 
     def normalize(self, obs_BO: Tensor) -> Tensor:
         """Normalise and clip observations `[B, O]` for the network."""
@@ -197,8 +203,8 @@ def save_policy(policy: GaussianPolicy, path: Path, description: dict[str, Any])
     """Write the weights to `path` (safetensors), then `description` and the architecture beside them (JSON)."""
     architecture = {
         "kind": KIND,
-        "observation_size": OBSERVATION_SIZE,
-        "action_size": ACTION_SIZE,
+        "observation_size": policy.sizes.observation,
+        "action_size": policy.sizes.action,
         "hidden_sizes": list(policy.hidden_sizes),
         "activation": "tanh",
         "observation_clip": OBSERVATION_CLIP,
@@ -228,6 +234,8 @@ class _Description(Weights):
 
 
 class _GaussianArchitecture(TypedDict):
+    observation_size: Positive
+    action_size: Positive
     hidden_sizes: list[Positive]
 
 
@@ -271,7 +279,8 @@ def load_policy(path: Path) -> GaussianPolicy:
     """
     tensors, architecture = read_tensors(path, KIND, _GaussianArchitecture)
     try:
-        policy = GaussianPolicy(architecture["hidden_sizes"], init_log_std=0.0)
+        sizes = Sizes(architecture["observation_size"], architecture["action_size"])
+        policy = GaussianPolicy(architecture["hidden_sizes"], init_log_std=0.0, sizes=sizes)
         policy.load_state_dict(tensors)
     except (RuntimeError, TypeError) as error:
         raise DamagedFileError(f"{path} is not what its description describes: {error}; {_remedy(path)}") from None

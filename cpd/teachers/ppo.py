@@ -25,12 +25,12 @@ from torch import Tensor, nn
 from cpd.comm import Comm, SerialComm
 from cpd.config import PPOConfig
 from cpd.config.teacher import MAX_LOG_STD
-from cpd.envs.metaworld.tasks import OBSERVATION_SIZE
+from cpd.envs.suite import Suite, load_suite
 from cpd.seeding import derive, generator
 from cpd.teachers.adam import Adam
 from cpd.teachers.policy import GaussianPolicy, RunningMoments, gaussian_log_prob, mlp
 from cpd.teachers.ranks import largest, moments_over_ranks, reduce_gradients, slots_of_rank
-from cpd.teachers.rollout import LARGEST_REWARD, Experience
+from cpd.teachers.rollout import Experience
 
 
 def gae(
@@ -88,21 +88,30 @@ class PPOLearner:
         keep_normalizer: leave the policy's observation statistics unchanged; new ones would change the actions of
             a cloned policy.
         comm: the ranks that share the iteration's environments; all of them compute the same update.
+        suite: the suite of the task; None: Meta-World.
     """
 
     def __init__(
-        self, config: PPOConfig, seed: int, *, keep_normalizer: bool = False, comm: Comm | None = None
+        self,
+        config: PPOConfig,
+        seed: int,
+        *,
+        keep_normalizer: bool = False,
+        comm: Comm | None = None,
+        suite: Suite | None = None,
     ) -> None:
+        suite = suite or load_suite()
+        sizes = suite.spaces.sizes
         self.config = config
         self.seed = seed
         self._comm: Comm = comm or SerialComm()
         self._slots = slots_of_rank(self._comm, config.num_envs)
         self._keep_normalizer = keep_normalizer
         torch_generator = torch.Generator().manual_seed(derive(seed, "weights"))
-        self.policy = GaussianPolicy(config.hidden_sizes, config.init_log_std, torch_generator)
-        self.value_net = mlp((OBSERVATION_SIZE, *config.hidden_sizes, 1), 1.0, torch_generator)
+        self.policy = GaussianPolicy(config.hidden_sizes, config.init_log_std, torch_generator, sizes)
+        self.value_net = mlp((sizes.observation, *config.hidden_sizes, 1), 1.0, torch_generator)
         self.value_moments = RunningMoments(1, MIN_VALUE_STD)
-        self.largest_reward = LARGEST_REWARD
+        self.largest_reward = suite.largest_reward
         self.optimizer = Adam(self.parameters(), config.learning_rate)
 
     def parameters(self) -> Iterator[nn.Parameter]:

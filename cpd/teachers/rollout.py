@@ -1,13 +1,12 @@
 """An iteration's experience: a pure function of policy, seed and iteration, whatever the number of workers.
 
-Dimensions: S steps of an iteration, N environments, O = 39 observation, A = 4 action.
+Dimensions: S steps of an iteration, N environments, O observation, A action.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Final
 
 import numpy as np
 import numpy.typing as npt
@@ -18,9 +17,6 @@ from cpd.envs.vector_env import VectorEnv
 from cpd.seeding import generator
 from cpd.teachers.exploration import correlated_noise, perturb, random_starts
 from cpd.teachers.policy import FloatArray, GaussianPolicy
-
-#: Meta-World's v2 rewards lie in [0, 10]. Training may add to them; the learner then uses the largest reward seen.
-LARGEST_REWARD: Final = 10.0
 
 
 @dataclass(frozen=True)
@@ -34,7 +30,7 @@ class Experience:
     actions: FloatArray
     """[S, N, A] as sampled; executed clipped to [-1, 1]."""
     rewards: FloatArray
-    """[S, N], Meta-World's with the additions of training (`EpisodeRules.rewards`)."""
+    """[S, N], the task's with the additions of training (`EpisodeRules.rewards`)."""
     terminated: npt.NDArray[np.bool_]
     """[S, N] bool, the step reached success, and that ended the episode."""
     ends: npt.NDArray[np.bool_]
@@ -79,10 +75,10 @@ class EpisodeRules:
     grasp_bonus: float = 0.0
     """b: weight of the nearness to a grasp."""
     reward_convexity: float = 0.0
-    """c: weight of the square of Meta-World's reward."""
+    """c: weight of the square of the task's reward."""
 
     def rewards(self, envs: VectorEnv) -> npt.NDArray[np.float32]:
-        """Rewards [N] of the last step: r + c r^2 + b g, with Meta-World's reward r and the nearness g to a grasp.
+        """Rewards [N] of the last step: r + c r^2 + b g, with the task's reward r and the nearness g to a grasp.
 
         If b is not 0, `envs` must measure grasps (`VectorEnv.want_grasps`).
         """
@@ -132,10 +128,11 @@ class _Episodes:
         exploration = self._rules.exploration
         if not exploration.step_rate:
             return np.zeros(num_envs, np.bool_)
-        action_NA = policy.explore(self._envs.observations[:num_envs], np.zeros((num_envs, 4), np.float32))
+        no_noise_NA = np.zeros((num_envs, self._envs.spaces.action_size), np.float32)
+        action_NA = policy.explore(self._envs.observations[:num_envs], no_noise_NA)
         # An episode of length 0 has just begun; the policy takes its first step.
         max_steps_N = np.where(self.lengths_N > 0, self._rules.horizon - 1 - self.lengths_N, 0)
-        num_steps_N = perturb(exploration, self._envs, max_steps_N, action_NA[:, 3], self._perturbation_rngs)
+        num_steps_N = perturb(exploration, self._envs, max_steps_N, action_NA, self._perturbation_rngs)
         self.lengths_N += num_steps_N
         self.num_exploration_steps += int(num_steps_N.sum())
         return num_steps_N > 0
@@ -173,18 +170,18 @@ def sample(
         The experience; None if `should_stop()` returned true.
     """
     num_steps, slots = config.steps_per_env, slots or range(config.num_envs)
-    num_envs = len(slots)
-    noise_SNA = correlated_noise(
-        num_steps, config.num_envs, 4, config.noise_correlation, generator(seed, "exploration", iteration)
-    )[:, slots.start : slots.stop]
+    num_envs, action_size = len(slots), envs.spaces.action_size
+    rng = generator(seed, "exploration", iteration)
+    noise_SNA = correlated_noise(num_steps, config.num_envs, action_size, config.noise_correlation, rng)
+    noise_SNA = noise_SNA[:, slots.start : slots.stop]
     episodes = _Episodes(envs, goals, config.num_envs, slots, rules, seed, iteration)
     obs = np.empty((num_steps, num_envs, envs.observations.shape[1]), np.float32)
     next_obs = np.empty_like(obs)
-    actions = np.empty((num_steps, num_envs, 4), np.float32)
+    actions = np.empty((num_steps, num_envs, action_size), np.float32)
     rewards = np.empty((num_steps, num_envs), np.float32)
     successes = np.zeros((num_steps, num_envs), np.bool_)
     ends, perturbed = np.zeros_like(successes), np.zeros_like(successes)
-    executed = np.zeros((envs.num_envs, 4), np.float32)
+    executed = np.zeros((envs.num_envs, action_size), np.float32)
     active = np.arange(envs.num_envs) < num_envs
     envs.want_grasps(rules.grasp_bonus > 0)
     ended: Sequence[int] = range(num_envs)

@@ -11,7 +11,6 @@ import torch
 from cpd.comm import TORCH_THREADS, Comm, SerialComm
 from cpd.config import Config
 from cpd.envs.cells import Cell, EnvPool, evaluate_cells
-from cpd.envs.goals import goal_set
 from cpd.evaluation.run_evaluation import evaluation_rows
 from cpd.reading import read_json
 from cpd.run import checkpoint
@@ -100,12 +99,14 @@ def env_pool(config: Config, num_workers: int, num_ranks: int = 1) -> EnvPool:
     """
     # Rounded up: some ranks step one environment more than others.
     num_envs = -(-config.teacher.ppo.num_envs // num_ranks)
-    return EnvPool(num_workers, num_envs)
+    return EnvPool(num_workers, num_envs, config.stream.suite_object)
 
 
 def load_teacher(config: Config, element: TeacherElement) -> Teacher:
     """Load a finished teacher from its files."""
-    return (load_scripted if config.teacher.recipe == "scripted" else load_policy)(element.policy)
+    if config.teacher.recipe == "scripted":
+        return load_scripted(element.policy, config.stream.suite_object)
+    return load_policy(element.policy)
 
 
 @dataclass(frozen=True)
@@ -128,11 +129,11 @@ class _Phases:
         config, element = self.config, self.element
         description: dict[str, Any] = {
             **identity(config, element),
-            "labels": asdict(labels(config)),
+            "labels": labels(config).as_dict(),
         }
         if config.teacher.recipe == "scripted":
             self.attempt.begin("train", 1, unit="experts")
-            expert = ScriptedPolicy(element.task)
+            expert = ScriptedPolicy(element.task, suite=self.pool.suite)
             success = validate(expert, config, element.task, self.pool, self.interrupt, self.comm)
             if self.attempt.is_writer:
                 self.withdraw()
@@ -219,11 +220,13 @@ class _Phases:
             reward_version=label.reward_version,
             horizon=label.horizon,
             steps_after_success=config.rollouts.steps_after_success,
+            suite=label.suite,
+            suite_versions=label.suite_versions,
         )
         episodes = collect(
             teacher,
             self.pool.get(element.task),
-            goal_set(element.task, "training", config.teacher.num_training_goals),
+            self.pool.suite.goal_set(element.task, "training", config.teacher.num_training_goals),
             config.rollouts,
             label.horizon,
             element.seed,

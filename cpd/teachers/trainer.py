@@ -16,7 +16,6 @@ from cpd.comm import Comm, DivergedError, SerialComm, float_sum
 from cpd.config import Config, ExplorationConfig
 from cpd.config.teacher import CRITIC_ITERATIONS
 from cpd.envs.cells import Cell, EnvPool, evaluate_cells
-from cpd.envs.goals import goal_set
 from cpd.run import checkpoint
 from cpd.run.attempt import Attempt
 from cpd.run.directory import TeacherElement, identity
@@ -135,8 +134,10 @@ class TeacherTrainer:
         # From scratch there is no policy to spoil.
         self._num_critic_iterations = CRITIC_ITERATIONS if self._has_warm_start else 0
         self._steps_per_iteration = ppo.num_envs * ppo.steps_per_env
-        self._goals = goal_set(element.task, "training", config.teacher.num_training_goals)
-        self._learner = PPOLearner(ppo, element.seed, keep_normalizer=self._has_warm_start, comm=self._comm)
+        self._goals = pool.suite.goal_set(element.task, "training", config.teacher.num_training_goals)
+        self._learner = PPOLearner(
+            ppo, element.seed, keep_normalizer=self._has_warm_start, comm=self._comm, suite=pool.suite
+        )
         self._progress = _Progress()
         self._best_policy: dict[str, Tensor] = {}
         self._metrics = self._resume()

@@ -5,7 +5,7 @@ policy is therefore validated after every small increment of cloning. An increme
 and repeated with half as many steps.
 
 Everything is a pure function of (settings, task, seed). A warm start takes a minute at most, so an interrupted one
-is repeated from its beginning. Dimensions: B rows, O = 39 observation, A = 4 action.
+is repeated from its beginning. Dimensions: B rows, O observation, A action.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ import torch
 from torch import Tensor, nn
 
 from cpd.config import WarmStartConfig
-from cpd.envs.metaworld.tasks import OBSERVATION_SIZE
 from cpd.seeding import generator
 from cpd.teachers.adam import Adam
 from cpd.teachers.demonstrations import Demonstrator, Labelled
@@ -159,7 +158,6 @@ def warm_start(
         InterruptedBySignal: if asked to stop; discard the policy then.
     """
     data = demonstrator.gather(0)
-    assert data.obs_BO.shape[1] == OBSERVATION_SIZE
     # The statistics are fixed from here on: updating them with later data would change the actions of the clone.
     policy.normalizer.update(torch.from_numpy(data.obs_BO))
     untrained = validate()

@@ -24,10 +24,10 @@ import metaworld  # noqa: F401 - registers the Gymnasium ids
 import mujoco
 import numpy as np
 
-from cpd.envs.goals import goal_set
 from cpd.envs.metaworld.task_env import TaskEnv
 from cpd.envs.metaworld.tasks import ALL_TASKS
 from cpd.envs.vector_env import make_vector_env
+from tests.conftest import goal_set
 
 EPISODE = 200
 

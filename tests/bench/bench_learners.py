@@ -33,11 +33,11 @@ import torch
 
 from cpd.config import PPOConfig
 from cpd.envs.episodes import Actor, run_episodes
-from cpd.envs.goals import goal_set
 from cpd.envs.vector_env import VectorEnv, make_vector_env
 from cpd.teachers.policy import TeacherActor
 from cpd.teachers.ppo import PPOLearner
 from cpd.teachers.rollout import EpisodeRules, Experience, sample
+from tests.conftest import goal_set
 
 HORIZON, TRAINING_HORIZON = 500, 200
 NUM_GOALS, CHUNK, MOST_FAILURES = 50, 10, 2

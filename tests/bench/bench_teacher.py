@@ -21,10 +21,10 @@ from typing import Any, NamedTuple
 import torch
 
 from cpd.config import PPOConfig
-from cpd.envs.goals import goal_set
 from cpd.envs.vector_env import VectorEnv, make_vector_env
 from cpd.teachers.ppo import PPOLearner
 from cpd.teachers.rollout import EpisodeRules, Experience, sample
+from tests.conftest import goal_set
 
 CONFIG = PPOConfig()
 HORIZON = 200

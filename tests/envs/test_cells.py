@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from cpd.comm import SerialComm
 from cpd.envs.cells import CHUNK, TASKS_PER_PASS, Cell, EnvPool, _passes, evaluate_cells
+from cpd.envs.suite import load_suite
 from cpd.student.actor import TaskwiseActor
 from cpd.teachers.demonstrations import ScriptedPolicy
 from cpd.teachers.policy import TeacherActor
@@ -24,7 +25,7 @@ CELLS = st.builds(
 @settings(deadline=None)  # goals are drawn at the first use
 @given(st.lists(CELLS, min_size=1, max_size=8, unique_by=lambda cell: cell[:2]))
 def test_passes_hold_every_episode_once_and_no_task_twice(cells: list[Cell]) -> None:
-    passes = _passes(cells, CHUNK, TASKS_PER_PASS)
+    passes = _passes(cells, CHUNK, TASKS_PER_PASS, load_suite())
     for chunks in passes:
         members = [cells[chunk.cell] for chunk in chunks]
         assert len({cell.task for cell in members}) == len(members) <= TASKS_PER_PASS
@@ -36,8 +37,8 @@ def test_passes_hold_every_episode_once_and_no_task_twice(cells: list[Cell]) -> 
 
 def test_tasks_of_a_row_share_passes() -> None:
     brief = [Cell(task, "held_out", 10) for task in TASKS]
-    assert [len(chunks) for chunks in _passes(brief, CHUNK, TASKS_PER_PASS)] == [4, 1]
-    assert [len(chunks) for chunks in _passes(brief, CHUNK, 1)] == [1] * 5
+    assert [len(chunks) for chunks in _passes(brief, CHUNK, TASKS_PER_PASS, load_suite())] == [4, 1]
+    assert [len(chunks) for chunks in _passes(brief, CHUNK, 1, load_suite())] == [1] * 5
 
 
 @pytest.mark.parametrize("to_the_end", [False, True])

@@ -10,7 +10,6 @@ import pytest
 from metaworld.policies import ENV_POLICY_MAP
 from metaworld.utils import reward_utils
 
-from cpd.envs.goals import goal_set
 from cpd.envs.metaworld.fast import helpers as fast_math
 from cpd.envs.metaworld.fast import task_class as accelerated
 from cpd.envs.metaworld.fast.model import keeps_geom
@@ -20,6 +19,7 @@ from cpd.envs.metaworld.fast.task_class import UnverifiedError, accelerated_clas
 from cpd.envs.metaworld.registry import GOAL_FIELDS, build_stock, metaworld_class
 from cpd.envs.metaworld.task_env import TaskEnv
 from cpd.envs.metaworld.tasks import ALL_TASKS
+from tests.conftest import goal_set
 
 pytestmark = pytest.mark.filterwarnings("ignore:Constant.s. may be too high:UserWarning")
 
@@ -30,7 +30,7 @@ UNREAD_ARRAYS = {"cacc", "cfrc_int", "cfrc_ext"}
 def set_goal(env, goal):
     env._set_task_called = True
     env._freeze_rand_vec = True
-    env._last_rand_vec = goal.rand_vec.copy()
+    env._last_rand_vec = goal.vector.copy()
     if env._partially_observable:
         env._partially_observable = False
         env.__dict__.pop("sawyer_observation_space", None)

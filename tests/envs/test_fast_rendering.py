@@ -7,9 +7,9 @@ import sys
 import numpy as np
 import pytest
 
-from cpd.envs.goals import goal_set
 from cpd.envs.metaworld.fast.task_class import accelerated_class
 from cpd.envs.metaworld.registry import build_stock, metaworld_class
+from tests.conftest import goal_set
 
 NO_GRAPHICS = 77
 
@@ -19,7 +19,7 @@ def frames(env, task):
     actions = np.random.default_rng(3).uniform(-1, 1, (12, 4)).astype(np.float32)
     env._set_task_called = env._freeze_rand_vec = True
     for index in (0, 1, 0):
-        env._last_rand_vec = goal_set(task, "training")[index].rand_vec.copy()
+        env._last_rand_vec = goal_set(task, "training")[index].vector.copy()
         env.reset()
         yield env.render()
         for action in actions:

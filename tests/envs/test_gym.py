@@ -10,10 +10,9 @@ import pytest
 from gymnasium.utils.env_checker import check_env
 
 import cpd.envs.gym  # noqa: F401
-from cpd.envs.goals import goal_set
 from cpd.envs.metaworld.registry import build_stock, metaworld_class
 from cpd.envs.metaworld.tasks import ALL_TASKS, STREAMS
-from tests.conftest import ROOT
+from tests.conftest import ROOT, goal_set
 
 
 def test_all_are_registered() -> None:
@@ -33,7 +32,7 @@ def test_an_episode_has_meta_worlds_bits(task: str) -> None:
     stock._set_task_called = stock._freeze_rand_vec = True
     stock._partially_observable = False
     stock.__dict__.pop("sawyer_observation_space", None)
-    stock._last_rand_vec = goal_set(task, "training")[4].rand_vec.copy()
+    stock._last_rand_vec = goal_set(task, "training")[4].vector.copy()
     first, info = ours.reset(seed=1, options={"goal": 4})
     assert info == {"task": task, "stage": 0, "goal": 4}
     assert first.tobytes() == stock.reset()[0].tobytes()
@@ -47,7 +46,7 @@ def test_a_seed_chooses_the_goals() -> None:
     env = gymnasium.make("cpd/reach-v3", split="held_out")
     goals = [env.reset(seed=seed)[1]["goal"] for seed in (1, 1, 2, None, None)]
     assert goals[0] == goals[1] and len(set(goals)) > 2
-    assert np.array_equal(env.reset(seed=1)[0][36:], goal_set("reach-v3", "held_out")[goals[0]].rand_vec[3:])
+    assert np.array_equal(env.reset(seed=1)[0][36:], goal_set("reach-v3", "held_out")[goals[0]].vector[3:])
 
 
 def test_a_stream_goes_on_at_the_first_reset_after_a_task_s_steps() -> None:

@@ -6,11 +6,12 @@ import metaworld
 import numpy as np
 import pytest
 
-from cpd.envs.goals import Goal, goal_set
+from cpd.envs.goals import Goal
 from cpd.envs.metaworld.fast import sawyer
 from cpd.envs.metaworld.fast.resets import RESET_CACHE
 from cpd.envs.metaworld.task_env import TaskEnv
 from cpd.envs.metaworld.tasks import REWARD_VERSION
+from tests.conftest import goal_set
 
 TASKS = ("push-v3", "basketball-v3", "sweep-into-v3", "stick-pull-v3", "window-close-v3")
 
@@ -44,7 +45,7 @@ def test_it_is_the_multi_task_benchmark():
     env = TaskEnv("hammer-v3")
     for index in (0, 5):
         task, goal = benchmark.train_tasks[index], goal_set("hammer-v3", "held_out")[index]
-        np.testing.assert_array_equal(pickle.loads(task.data)["rand_vec"], goal.rand_vec)
+        np.testing.assert_array_equal(pickle.loads(task.data)["rand_vec"], goal.vector)
         stock.set_task(task)
         np.testing.assert_array_equal(stock.reset()[0], env.reset(goal))
         for action in np.random.default_rng(4).uniform(-1, 1, (30, 4)).astype(np.float32):
@@ -61,7 +62,7 @@ def test_types_and_visible_goal():
     goal = goal_set("reach-v3", "training")[0]
     obs = env.reset(goal)
     assert obs.shape == (39,) and obs.dtype == np.float64
-    np.testing.assert_array_equal(obs[36:], goal.rand_vec[3:])
+    np.testing.assert_array_equal(obs[36:], goal.vector[3:])
     np.testing.assert_array_equal(obs[:18], obs[18:36])
     first = obs.copy()
     obs, reward, success = env.step(np.zeros(4))
@@ -121,4 +122,4 @@ def test_the_reset_cache_is_bounded_and_forgets_the_least_recently_used(monkeypa
     env, goals = TaskEnv("push-v3"), goal_set("push-v3", "training")[:4]
     for index in (0, 1, 2, 0, 3):
         env.reset(goals[index])
-    assert [key[-1] for key in RESET_CACHE] == [goals[index].rand_vec.tobytes() for index in (2, 0, 3)]
+    assert [key[-1] for key in RESET_CACHE] == [goals[index].vector.tobytes() for index in (2, 0, 3)]

@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cpd.envs.goals import goal_set
 from cpd.envs.metaworld.task_env import TaskEnv
 from cpd.envs.slots import SlotError
 from cpd.envs.vector_env import make_vector_env
+from tests.conftest import goal_set
 
 TASKS = ("push-v3", "push-v3", "door-open-v3", "basketball-v3", "window-close-v3")
 

@@ -21,7 +21,7 @@ from cpd.config import Config
 from cpd.config.load import load, merge, read_toml, to_dict
 from cpd.envs.cells import EnvPool
 from cpd.envs.episodes import run_episodes
-from cpd.envs.goals import FIRST_SEEDS, goal_set
+from cpd.envs.goals import FIRST_SEEDS
 from cpd.evaluation.publish import publish_teachers
 from cpd.run.directory import Run, published_policy
 from cpd.run.files import sha256, write_json
@@ -35,7 +35,7 @@ from cpd.teachers.run_teacher import env_pool, run_teacher
 from jobs.check import HELD_OUT_SEED
 from jobs.check import main as check_main
 from jobs.publish import main as publish_main
-from tests.conftest import MINIATURE
+from tests.conftest import MINIATURE, goal_set
 
 COMMITTED = Path(__file__).resolve().parents[2] / "analysis" / "results" / "teachers"
 POLICIES = sorted(COMMITTED.glob("*/policies/*.safetensors"))

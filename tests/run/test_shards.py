@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import h5py
@@ -118,7 +118,7 @@ def test_every_shard_and_the_rollouts_have_labels(tmp_path: Path) -> None:
             stored = {
                 name: value.decode() if isinstance(value, bytes) else value for name, value in file.attrs.items()
             }
-            assert stored == asdict(replace(ATTRIBUTES, std_source="assumed"))
+            assert stored == replace(ATTRIBUTES, std_source="assumed").as_dict()
             assert all(file[name].chunks is None and file[name].compression is None for name in file)
     assert read(tmp_path).task == "push-v3"
     assert read_index(tmp_path).attributes == replace(ATTRIBUTES, std_source="assumed")

@@ -33,7 +33,7 @@ def test_info_nce_is_lowest_if_embeddings_are_equal_within_a_task_and_orthogonal
 
 
 def test_embeddings_of_an_untrained_encoder_are_unit_vectors_that_keep_distances():
-    encoder = TaskEncoder(torch.float64)
+    encoder = TaskEncoder(39, torch.float64)
     near, far = torch.randn(2, 39, dtype=torch.float64)
     z = encoder(torch.stack([near, near + 0.01, far]))
     torch.testing.assert_close(z.norm(dim=1), torch.ones(3, dtype=torch.float64))

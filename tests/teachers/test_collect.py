@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cpd.config import RolloutConfig
-from cpd.envs.goals import goal_set
 from cpd.envs.metaworld.task_env import TaskEnv
 from cpd.envs.vector_env import make_vector_env
 from cpd.run.interrupt import Interrupt, InterruptedBySignal
@@ -19,6 +18,7 @@ from cpd.run.shards.schema import Episode
 from cpd.teachers import collect as collect_module
 from cpd.teachers.collect import NOISE_HOLD, collect, plan_episode
 from cpd.teachers.demonstrations import ScriptedPolicy
+from tests.conftest import goal_set
 
 TASK = "drawer-close-v3"
 CONFIG = RolloutConfig(num_steps=700, steps_after_success=5, noise_scales=(0.2, 0.8))
@@ -118,7 +118,7 @@ def test_episodes_follow_their_plans_one_after_another(episodes: list[Episode]) 
         assert (episode.goal_index, episode.seed) == (plan.goal.index, plan.seed)
         assert (episode.noise_scale == np.float32(plan.noise_scale)).all()
         # Noise is added to what the teacher would execute, not to a mean far beyond the bounds.
-        noise = plan.noise(HORIZON)[: len(episode)]
+        noise = plan.noise(HORIZON, 4)[: len(episode)]
         assert np.array_equal(episode.actions, (episode.teacher_mean + noise).clip(-1, 1))
         exceeds |= bool((np.abs(episode.teacher_raw_mean) > 1.5).any())
     assert exceeds
@@ -157,7 +157,7 @@ def test_held_noise_is_held(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(collect_module, "NOISE_HOLD", 4)
     goals = goal_set(TASK, "training", 2)
     config = RolloutConfig(noisy_share=1.0, noise_scales=(0.5,))
-    white, held = (plan_episode(number, goals, config, 1).noise(30) for number in (0, 1))
+    white, held = (plan_episode(number, goals, config, 1).noise(30, 4) for number in (0, 1))
     assert len(np.unique(white[:, 0])) == 30
     assert len(np.unique(held[:, 0])) == 8
     assert np.array_equal(held[:28:4], held[3:28:4])

@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from cpd.envs.goals import Goal, goal_set
+from cpd.envs.goals import Goal
 from cpd.envs.metaworld.task_env import TaskEnv
 from cpd.envs.vector_env import VectorEnv, make_vector_env
 from cpd.run.interrupt import Interrupt
 from cpd.teachers import demonstrations
 from cpd.teachers.demonstrations import Demonstrator, Labelled, ScriptedPolicy, demonstration_noise
 from cpd.teachers.policy import FloatArray, GaussianPolicy
+from tests.conftest import goal_set
 
 TASK = "drawer-close-v3"
 HORIZON = 100
@@ -61,7 +62,7 @@ def test_in_demonstrations_the_expert_acts_with_noise_and_its_clean_actions_are_
     episodes = []
     for number, goal in enumerate(goals_of(labelled.obs_BO[:NUM_DEMONSTRATIONS])):
         env, rows, left = TaskEnv(TASK), [], HORIZON
-        noise = demonstration_noise(number, HORIZON, 1)
+        noise = demonstration_noise(number, HORIZON, 4, 1)
         obs = env.reset(goal).astype(np.float32)
         for t in range(HORIZON):
             label = expert(obs)

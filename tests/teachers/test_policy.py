@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from metaworld.policies import ENV_POLICY_MAP
 
 from cpd.envs.episodes import run_episodes
-from cpd.envs.goals import goal_set
 from cpd.envs.metaworld.task_env import TaskEnv
 from cpd.envs.metaworld.tasks import ALL_TASKS
 from cpd.envs.vector_env import make_vector_env
@@ -29,6 +28,7 @@ from cpd.teachers.policy import (
     mlp,
     save_policy,
 )
+from tests.conftest import goal_set
 
 
 def make_policy(seed: int = 1) -> GaussianPolicy:

@@ -13,11 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cpd.config import PPOConfig
-from cpd.envs.goals import goal_set
 from cpd.envs.vector_env import make_vector_env
 from cpd.teachers import ppo
 from cpd.teachers.ppo import PPOLearner, gae
 from cpd.teachers.rollout import EpisodeRules, Experience, sample
+from tests.conftest import goal_set
 
 
 def by_definition(rewards, values, next_values, ends, gamma: float, lam: float) -> np.ndarray:

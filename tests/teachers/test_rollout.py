@@ -7,13 +7,14 @@ import pytest
 import torch
 
 from cpd.config import ExplorationConfig, PPOConfig
-from cpd.envs.goals import goal_set
 from cpd.envs.metaworld.task_env import TaskEnv
+from cpd.envs.suite import load_suite
 from cpd.envs.vector_env import make_vector_env
 from cpd.seeding import generator
 from cpd.teachers.exploration import correlated_noise, perturb, random_starts
 from cpd.teachers.policy import GaussianPolicy
 from cpd.teachers.rollout import EpisodeRules, Experience, GoalDealer, sample
+from tests.conftest import goal_set
 
 TASK = "drawer-close-v3"
 CONFIG = PPOConfig(hidden_sizes=(8,), num_envs=5, steps_per_env=70, minibatch_size=50)
@@ -238,6 +239,8 @@ class Steps:
 
     def __init__(self, num_envs: int) -> None:
         self.num_envs = num_envs
+        self.suite = load_suite()
+        self.spaces = self.suite.spaces
         self.actions: list[np.ndarray] = []
         self.active: list[np.ndarray] = []
 
@@ -270,7 +273,8 @@ def test_perturbations_come_at_their_rate_keep_the_grippers_command_and_never_ou
     envs, rngs = Steps(1000), [np.random.default_rng(seed) for seed in range(900)]
     max_steps, gripper = np.arange(900) % 6, np.linspace(-1, 1, 900).astype(np.float32)
     config = ExplorationConfig(step_rate=0.25, max_steps=4)
-    lengths = perturb(config, envs, max_steps, gripper, rngs)  # type: ignore[arg-type]
+    commands = np.tile(gripper[:, None], 4)
+    lengths = perturb(config, envs, max_steps, commands, rngs)  # type: ignore[arg-type]
     active = np.array(envs.active)
     assert np.array_equal(lengths, active.sum(axis=0)[:900])
     assert not active[:, 900:].any()

@@ -15,7 +15,7 @@ import torch
 
 from cpd.config import Config, WarmStartConfig
 from cpd.config.load import load, merge, read_toml, to_dict
-from cpd.envs.goals import Goal, goal_set
+from cpd.envs.goals import Goal
 from cpd.envs.vector_env import VectorEnv, make_vector_env
 from cpd.run.checkpoint import published
 from cpd.run.directory import Run, TeacherElement
@@ -30,7 +30,7 @@ from cpd.teachers.demonstrations import Demonstrator, Labelled, demonstration_no
 from cpd.teachers.policy import GaussianPolicy, load_policy
 from cpd.teachers.run_teacher import env_pool, run_teacher
 from cpd.teachers.warm_start import Cloner, WarmStart, warm_start
-from tests.conftest import MINIATURE
+from tests.conftest import MINIATURE, goal_set
 
 TASK = "drawer-close-v3"
 HORIZON = 130
@@ -111,11 +111,11 @@ def test_in_dagger_rounds_the_clone_acts(demonstrations: Labelled) -> None:
 
 
 def test_noise_is_light_in_a_quarter_of_episodes_and_comes_in_bursts_in_the_others() -> None:
-    share_quiet = [float((demonstration_noise(n, 200, 1) == 0).all(axis=1).mean()) for n in range(40)]
+    share_quiet = [float((demonstration_noise(n, 200, 4, 1) == 0).all(axis=1).mean()) for n in range(40)]
     assert sum(share == 0.0 for share in share_quiet) == 10
     assert all(share > 0.5 for share in share_quiet if share)
-    assert np.array_equal(demonstration_noise(3, 200, 1), demonstration_noise(3, 200, 1))
-    assert not np.array_equal(demonstration_noise(3, 200, 1), demonstration_noise(3, 200, 2))
+    assert np.array_equal(demonstration_noise(3, 200, 4, 1), demonstration_noise(3, 200, 4, 1))
+    assert not np.array_equal(demonstration_noise(3, 200, 4, 1), demonstration_noise(3, 200, 4, 2))
 
 
 def test_cloning_lowers_the_loss_and_goes_back_exactly(demonstrations: Labelled) -> None:

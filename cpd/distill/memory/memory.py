@@ -10,6 +10,7 @@ import torch
 from cpd.comm import Comm, SerialComm
 from cpd.distill.memory.segments import Segments
 from cpd.distill.memory.selection import Selection
+from cpd.envs.suite import Sizes
 
 
 class ReplayMemory:
@@ -18,11 +19,11 @@ class ReplayMemory:
     No step is held twice: task and first step identify the segments of a task that comes again.
     """
 
-    def __init__(self, selection: Selection | None, budget: int) -> None:
-        """An empty memory of at most `budget` steps."""
+    def __init__(self, selection: Selection | None, budget: int, sizes: Sizes | None = None) -> None:
+        """An empty memory of at most `budget` steps; `sizes` as in `Segments.empty`."""
         self._selection = selection
         self.budget = budget
-        self.segments = Segments.empty()
+        self.segments = Segments.empty(sizes)
 
     @property
     def num_steps(self) -> int:

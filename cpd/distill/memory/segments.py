@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cpd.envs.metaworld.tasks import ACTION_SIZE, OBSERVATION_SIZE
+from cpd.envs.suite import Sizes, load_suite
 
 Array = npt.NDArray[Any]
 
@@ -44,13 +44,12 @@ class Segments:
         assert len(self.observations) == len(self.teacher_mean) == len(self.teacher_log_std) == self.length.sum()
 
     @classmethod
-    def empty(cls) -> Segments:
-        """No segments."""
+    def empty(cls, sizes: Sizes | None = None) -> Segments:
+        """No segments, of observations and actions of these sizes; None: Meta-World's."""
+        sizes = sizes or load_suite().spaces.sizes
         none = np.zeros(0, np.int64)
-        actions = np.zeros((0, ACTION_SIZE), np.float32)
-        return cls(
-            none, none, none, none.astype(bool), np.zeros((0, OBSERVATION_SIZE), np.float32), actions, actions
-        )
+        observations, actions = (np.zeros((0, size), np.float32) for size in sizes)
+        return cls(none, none, none, none.astype(bool), observations, actions, actions)
 
     def __len__(self) -> int:
         """G."""

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from cpd.config import MemoryConfig
 from cpd.distill.memory.dpp import FloatArray, select
 from cpd.distill.memory.segments import Segments
-from cpd.envs.metaworld.scaling import observation_scaling
+from cpd.envs.suite import Spaces, load_suite
 from cpd.seeding import generator
 
 #: The number of segments among which `dpp` chooses, of those that open an episode and of the others each; larger
@@ -43,7 +43,7 @@ class Reservoir:
     comes again does not count twice. With segments of equal length every step is equally likely to be held.
     """
 
-    def __init__(self, seed: int, config: MemoryConfig) -> None:
+    def __init__(self, seed: int, config: MemoryConfig, spaces: Spaces) -> None:
         """Only the seed matters."""
         self._seed = seed
 
@@ -66,9 +66,9 @@ class Reservoir:
 class _EqualShares(abc.ABC):
     """Equal shares for all tasks: each keeps a prefix of the order of preference that its first stage gives."""
 
-    def __init__(self, seed: int, config: MemoryConfig) -> None:
-        """Uses `config.start_share`."""
-        self._seed, self._start_share = seed, config.start_share
+    def __init__(self, seed: int, config: MemoryConfig, spaces: Spaces) -> None:
+        """Uses `config.start_share`, and the scaling of observations."""
+        self._seed, self._start_share, self._spaces = seed, config.start_share, spaces
 
     def choose(self, held: Segments, offered: Segments, budget: int) -> npt.NDArray[np.int64]:
         """The segments that equal shares of `budget` steps leave."""
@@ -117,32 +117,34 @@ class DPP(_EqualShares):
         num_items = min(most_that_fit, MAX_CANDIDATES, len(offered))
         greedy = np.zeros(0, np.int64)
         if num_items:
-            greedy = select(segment_features(offered), num_items, draws, MAX_CANDIDATES)
+            greedy = select(segment_features(offered, self._spaces), num_items, draws, MAX_CANDIDATES)
         others = np.setdiff1d(np.arange(len(offered)), greedy)
         return np.concatenate([greedy, draws.permutation(others)])
 
 
-SELECTIONS: Final[Mapping[str, Callable[[int, MemoryConfig], Selection]]] = {
+SELECTIONS: Final[Mapping[str, Callable[[int, MemoryConfig, Spaces], Selection]]] = {
     "reservoir": Reservoir,
     "uniform": Uniform,
     "dpp": DPP,
 }
 
 
-def make_selection(config: MemoryConfig, seed: int) -> Selection | None:
-    """The selection rule that `config.selection` names; None for `none`."""
-    return None if config.selection == "none" else SELECTIONS[config.selection](seed, config)
+def make_selection(config: MemoryConfig, seed: int, spaces: Spaces | None = None) -> Selection | None:
+    """The selection rule that `config.selection` names, for the suite with `spaces`; None for `none`."""
+    if config.selection == "none":
+        return None
+    return SELECTIONS[config.selection](seed, config, spaces or load_suite().spaces)
 
 
-def segment_features(segments: Segments) -> FloatArray:
+def segment_features(segments: Segments, spaces: Spaces | None = None) -> FloatArray:
     """The mean observation of every segment in the student's fixed scaling, [G, O].
 
     The mean, since all steps of a segment are kept and replayed, and since it damps the noise of a single step,
     which a choice of dissimilar items would favour. The scaling is constant, so that choices made after different
     stages are comparable.
     """
-    centre_O, scale_O = observation_scaling()
-    scaled_SO = (segments.observations.astype(np.float64) - centre_O) / scale_O
+    spaces = spaces or load_suite().spaces
+    scaled_SO = (segments.observations.astype(np.float64) - spaces.centre) / spaces.scale
     sums_GO: FloatArray = np.add.reduceat(scaled_SO, segments.start, axis=0)
     return sums_GO / segments.length[:, None]
 

@@ -14,7 +14,6 @@ from cpd.distill.batches import BatchSource
 from cpd.distill.learner import StudentLearner
 from cpd.distill.memory.segments import Segments
 from cpd.distill.stage_data import StageData
-from cpd.envs.metaworld.tasks import ACTION_SIZE
 from cpd.seeding import generator
 
 #: States per stage from which the importance of parameters is estimated.
@@ -48,7 +47,7 @@ def fisher(learner: StudentLearner, data: StageData, num_windows: int, *, exact:
     Returns:
         [P] in the layout of `learner.flat`, the same on every rank and, up to rounding, for any number of ranks.
     """
-    num_outputs = 2 * ACTION_SIZE
+    num_outputs = 2 * learner.student.spaces.action_size
     stream = generator(learner.seed, "fisher signs", learner.progress.stage)
     draws = stream.integers(2, size=(num_windows, 1, num_outputs))
     signs = np.eye(num_outputs)[None].repeat(num_windows, 0) if exact else 2.0 * draws - 1.0
@@ -89,9 +88,8 @@ def _mean_over_states(
         factor: of every element of a gradient.
     """
     config, flat, comm, stage = learner.config, learner.flat, learner.comm, learner.progress.stage
-    source = BatchSource(
-        data, Segments.empty(), config.distill, config.student.context, learner.seed, stage, comm, learner.device
-    )
+    no_memory, context = Segments.empty(learner.student.spaces.sizes), config.student.context
+    source = BatchSource(data, no_memory, config.distill, context, learner.seed, stage, comm, learner.device)
     batch = source.sample(num_windows, "fisher")
     total = torch.zeros_like(flat.values)
     assert len(flat.grads) == flat.size

@@ -55,14 +55,14 @@ class TaskEnv:
         """
         if goal.task != self.task:
             raise ValueError(f"{self.task}: cannot reset to a goal of {goal.task}")
-        if goal.rand_vec.shape != (self._rand_vec_size,):
+        if goal.vector.shape != (self._rand_vec_size,):
             raise ValueError(
-                f"{self.task}: a goal has {self._rand_vec_size} numbers, got shape {goal.rand_vec.shape}"
+                f"{self.task}: a goal has {self._rand_vec_size} numbers, got shape {goal.vector.shape}"
             )
         env = self._env
         env._set_task_called = True
         env._freeze_rand_vec = True
-        env._last_rand_vec = np.array(goal.rand_vec, dtype=np.float64)  # resets keep views of it
+        env._last_rand_vec = np.array(goal.vector, dtype=np.float64)  # resets keep views of it
         if env._partially_observable:
             env._partially_observable = False
             env.__dict__.pop("sawyer_observation_space", None)  # cached for a hidden goal

@@ -12,7 +12,7 @@ import h5py
 import numpy as np
 import numpy.typing as npt
 
-from cpd.envs.metaworld.tasks import ACTION_SIZE, OBSERVATION_SIZE
+from cpd.envs.suite import DEFAULT_SUITE, Sizes, load_suite
 from cpd.run.files import sha256
 from cpd.run.provenance import Labels
 from cpd.run.shards.schema import (
@@ -36,10 +36,10 @@ class Rollouts:
     """What distillation uses of a teacher's rollouts: N steps in E episodes, in the order of collection.
 
     Attributes:
-        task: Meta-World task name.
-        observations: [N, 39], what the teacher saw before each step.
-        teacher_mean: [N, 4], clipped to [-1, 1].
-        teacher_log_std: [N, 4].
+        task: name of the task.
+        observations: [N, O], what the teacher saw before each step.
+        teacher_mean: [N, A], clipped to [-1, 1].
+        teacher_log_std: [N, A].
         offsets: [E + 1]; episode e has steps offsets[e]:offsets[e + 1].
         episode_success: [E] bool.
     """
@@ -63,8 +63,8 @@ def read_rollouts(folder: Path, *, task: str, labels: Labels, policy_sha256: str
     Args:
         folder: the teacher's `shards`.
         task: the task that is wanted.
-        labels: the run's labels; recipe, horizon, reward version and the versions of metaworld and mujoco
-            must be those of the shards (the task identity does not concern them).
+        labels: the run's labels; recipe, horizon, suite and versions must be those of the shards (the task
+            identity does not concern them).
         policy_sha256: hash of the teacher's present policy.safetensors; None skips this check.
 
     Raises:
@@ -83,7 +83,7 @@ def read_rollouts(folder: Path, *, task: str, labels: Labels, policy_sha256: str
 
 
 def first_observations(folder: Path) -> tuple[FloatArray, npt.NDArray[np.int64]]:
-    """Return the first observation of every episode, [E, 39], and the index of its goal, [E].
+    """Return the first observation of every episode, [E, O], and the index of its goal, [E].
 
     Hashes and labels are not compared: distillation checks them.
 
@@ -134,8 +134,12 @@ def _open_shard(folder: Path, entry: ShardEntry, index: ShardIndex) -> Iterator[
         # The hash vouches for the index's entry only, and both may have been made for another task.
         if reason := _foreign_label(file, index):
             raise ShardError(f"{path} {reason}; {remedy(folder)}")
-        _check_layout(path, file, entry)
+        _check_layout(path, file, entry, _sizes(index))
         yield file
+
+
+def _sizes(index: ShardIndex) -> Sizes:
+    return load_suite(index.attributes.suite or DEFAULT_SUITE).spaces.sizes
 
 
 def _check_labels(path: Path, index: ShardIndex, task: str, labels: Labels, policy_sha256: str | None) -> None:
@@ -181,7 +185,7 @@ def _difference(path: Path, index: ShardIndex) -> str:
 
 def _foreign_label(file: Any, index: ShardIndex) -> str:
     """Describe the first root attribute that is not the index's; return an empty string if all agree."""
-    for name, value in asdict(index.attributes).items():
+    for name, value in index.attributes.as_dict().items():
         if name not in file.attrs:
             return f"is foreign: an HDF5 file without the attribute {name!r}"
         stored = file.attrs[name]
@@ -196,9 +200,10 @@ def _foreign_label(file: Any, index: ShardIndex) -> str:
 
 def _read_all(folder: Path, index: ShardIndex) -> Rollouts:
     """Concatenate the shards; their hashes have been checked."""
+    sizes = _sizes(index)
     # Allocated once: concatenating a list of shards would need the memory twice.
-    observations = np.empty((index.num_steps, OBSERVATION_SIZE), np.float32)
-    teacher_mean = np.empty((index.num_steps, ACTION_SIZE), np.float32)
+    observations = np.empty((index.num_steps, sizes.observation), np.float32)
+    teacher_mean = np.empty((index.num_steps, sizes.action), np.float32)
     teacher_log_std = np.empty_like(teacher_mean)
     episode_success = np.empty(index.num_episodes, np.bool_)
     offsets = np.zeros(index.num_episodes + 1, np.int64)
@@ -219,13 +224,16 @@ def _read_all(folder: Path, index: ShardIndex) -> Rollouts:
     return Rollouts(task, observations, teacher_mean, teacher_log_std, offsets, episode_success)
 
 
-def _check_layout(path: Path, file: Any, entry: ShardEntry) -> None:
+def _check_layout(path: Path, file: Any, entry: ShardEntry, sizes: Sizes) -> None:
     """Raise ShardError unless the datasets are those of the schema, with the index's counts."""
     num_steps, num_episodes = entry.num_steps, entry.num_episodes
     wanted: dict[str, tuple[str, tuple[int, ...]]] = {
         "offsets": ("int64", (num_episodes + 1,)),
-        "observations": ("float32", (num_steps + num_episodes, OBSERVATION_SIZE)),
-        **{name: (dtype, (num_steps, *shape)) for name, (dtype, shape) in STEP_FIELDS.items()},
+        "observations": ("float32", (num_steps + num_episodes, sizes.observation)),
+        **{
+            name: (dtype, (num_steps, sizes.action) if is_action else (num_steps,))
+            for name, (dtype, is_action) in STEP_FIELDS.items()
+        },
         **{name: (dtype, (num_episodes, *shape)) for name, (dtype, shape) in EPISODE_FIELDS.items()},
     }
     for name, (dtype, shape) in wanted.items():

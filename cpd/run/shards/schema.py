@@ -19,7 +19,6 @@ from pydantic import Field
 from typing_extensions import TypedDict
 
 from cpd.config.types import Count
-from cpd.envs.metaworld.tasks import ACTION_SIZE, OBSERVATION_SIZE
 from cpd.reading import DamagedFileError, read_json
 
 #: Increased whenever fields or their meaning change; a reader accepts its own version only.
@@ -27,15 +26,16 @@ SCHEMA_VERSION: Final = 1
 
 FloatArray = npt.NDArray[np.float32]
 
-#: Per step: dtype and shape of a row. Observations are apart, with T + 1 rows per episode.
-STEP_FIELDS: Final[dict[str, tuple[str, tuple[int, ...]]]] = {
-    "actions": ("float32", (ACTION_SIZE,)),
-    "teacher_mean": ("float32", (ACTION_SIZE,)),
-    "teacher_raw_mean": ("float32", (ACTION_SIZE,)),
-    "teacher_log_std": ("float32", (ACTION_SIZE,)),
-    "rewards": ("float32", ()),
-    "successes": ("uint8", ()),
-    "noise_scale": ("float32", ()),
+#: Per step: dtype, and whether a row is an action [A] or one number. Observations are apart, with T + 1 rows per
+#: episode.
+STEP_FIELDS: Final[dict[str, tuple[str, bool]]] = {
+    "actions": ("float32", True),
+    "teacher_mean": ("float32", True),
+    "teacher_raw_mean": ("float32", True),
+    "teacher_log_std": ("float32", True),
+    "rewards": ("float32", False),
+    "successes": ("uint8", False),
+    "noise_scale": ("float32", False),
 }
 EPISODE_FIELDS: Final[dict[str, tuple[str, tuple[int, ...]]]] = {
     "goal_index": ("int64", ()),
@@ -76,6 +76,13 @@ class ShardAttributes:
     steps_after_success: int
     """Steps that an episode lasts beyond its first success."""
     schema_version: int = SCHEMA_VERSION
+    suite: str | None = None
+    """Like the next, as in `Labels`: absent for Meta-World."""
+    suite_versions: str | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the attributes that are not None."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -83,13 +90,13 @@ class Episode:
     """One recorded episode of T steps.
 
     Attributes:
-        observations: [T + 1, 39] float32; row t is what the teacher saw before step t.
-        actions: [T, 4] float32, executed, in [-1, 1].
-        teacher_mean: [T, 4] float32, the teacher's mean as it would be executed, clipped to [-1, 1].
-        teacher_raw_mean: [T, 4] float32, the same before clipping.
-        teacher_log_std: [T, 4] float32.
+        observations: [T + 1, O] float32; row t is what the teacher saw before step t.
+        actions: [T, A] float32, executed, in [-1, 1].
+        teacher_mean: [T, A] float32, the teacher's mean as it would be executed, clipped to [-1, 1].
+        teacher_raw_mean: [T, A] float32, the same before clipping.
+        teacher_log_std: [T, A] float32.
         rewards: [T] float64, after each step.
-        successes: [T] bool, Meta-World's flag after each step, not latched.
+        successes: [T] bool, the task's flag after each step, not latched.
         noise_scale: [T] float32, standard deviation of the noise added to the action; 0 where none was.
         goal_index: position of the goal among the training goals.
         seed: seed of this episode's noise, in 0 .. 2^63 - 1.
@@ -107,11 +114,11 @@ class Episode:
     seed: int
 
     def __post_init__(self) -> None:
-        num_steps = len(self.actions)
+        num_steps, action_size = self.actions.shape
         assert num_steps > 0
-        assert self.observations.shape == (num_steps + 1, OBSERVATION_SIZE)
-        for name, (_, shape) in STEP_FIELDS.items():
-            assert getattr(self, name).shape == (num_steps, *shape), name
+        assert len(self.observations) == num_steps + 1
+        for name, (_, is_action) in STEP_FIELDS.items():
+            assert getattr(self, name).shape == ((num_steps, action_size) if is_action else (num_steps,)), name
 
     def __len__(self) -> int:
         """Number of steps, T."""
@@ -159,7 +166,7 @@ class ShardIndex:
     def as_dict(self) -> dict[str, Any]:
         """Return the JSON form."""
         return {
-            "attributes": asdict(self.attributes),
+            "attributes": self.attributes.as_dict(),
             "num_steps": self.num_steps,
             "num_episodes": self.num_episodes,
             "shards": [asdict(entry) for entry in self.shards],

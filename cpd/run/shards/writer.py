@@ -6,7 +6,6 @@ The same episodes and labels give the same bytes: no wall times, hosts or paths 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 import h5py
@@ -41,7 +40,7 @@ def write_shard(path: Path, episodes: Sequence[Episode], attributes: ShardAttrib
     offsets = np.cumsum([0, *(len(episode) for episode in episodes)], dtype=np.int64)
     with atomic_write(path) as temporary:
         with h5py.File(temporary, "w") as file:
-            for name, value in asdict(attributes).items():
+            for name, value in attributes.as_dict().items():
                 # Fixed-length strings: other tools read variable ones, which HDF5 keeps in a heap, less well.
                 file.attrs[name] = np.bytes_(value) if isinstance(value, str) else np.int64(value)
             file.create_dataset("offsets", data=offsets)

@@ -1,0 +1,161 @@
+"""Find mistakes in a suite before a run does: `cpd check-suite`."""
+
+from __future__ import annotations
+
+import re
+import traceback
+from collections.abc import Iterator
+from typing import Any, Final, NamedTuple, get_args
+
+import numpy as np
+import numpy.typing as npt
+
+from cpd.envs.goals import Goal, Split
+from cpd.envs.suite import MAX_GOAL_SIZE, Environment, Expert, Suite
+from cpd.envs.vector_env import make_vector_env
+
+#: Goals per set that are compared, and episodes with random actions per task.
+NUM_GOALS: Final = 20
+NUM_EPISODES: Final = 8
+
+FloatArray = npt.NDArray[np.float32]
+
+
+class _Episode(NamedTuple):
+    observations: npt.NDArray[np.float64]
+    """[T + 1, O]."""
+    rewards: npt.NDArray[np.float64]
+    """[T]."""
+    successes: npt.NDArray[np.bool_]
+    """[T]."""
+
+    @property
+    def bits(self) -> bytes:
+        """All that the environment has returned."""
+        return b"".join(array.tobytes() for array in self)
+
+
+class _MistakeError(Exception):
+    """A mistake after which a task cannot be checked any further."""
+
+
+def suite_mistakes(suite: Suite) -> list[str]:
+    """Return a line for each mistake in what concerns all tasks."""
+    lines = []
+    if not suite.tasks or len(set(suite.tasks)) < len(suite.tasks):
+        lines.append("tasks: at least one is needed, and no name may repeat")
+    lines += [
+        f"tasks: {task!r} is no name of a folder; use letters, digits, dots, dashes and underscores"
+        for task in suite.tasks
+        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", task)
+    ]
+    if suite.horizon < 1:
+        lines.append(f"horizon: {suite.horizon} is not positive")
+    for name, tasks in suite.streams.items():
+        lines += [
+            f"streams: {name!r} has {task!r}, which is not in tasks" for task in tasks if task not in suite.tasks
+        ]
+    for task in suite.tasks:
+        if min(suite.sizes(task)) < 1:
+            lines.append(f"sizes: those of {task} are {tuple(suite.sizes(task))}; both must be positive")
+    size = max(suite.sizes(task).observation for task in suite.tasks)
+    for name, values in zip(("centre", "scale"), suite.scaling(), strict=True):
+        if np.shape(values) != (size,) or not np.isfinite(values).all():
+            lines.append(f"scaling: the {name} has shape {np.shape(values)}; {size} finite numbers are needed")
+        elif name == "scale" and np.min(values) <= 0:
+            lines.append("scaling: every scale must be positive")
+    return lines
+
+
+def task_mistakes(suite: Suite, task: str) -> list[str]:
+    """Return a line for each mistake in one task: its goals, its environment, its expert."""
+    try:
+        return list(_task_mistakes(suite, task))
+    except _MistakeError as mistake:
+        return [f"{task}: {mistake}"]
+    except Exception:
+        return [f"{task}: an error was raised:\n{traceback.format_exc()}"]
+
+
+def _task_mistakes(suite: Suite, task: str) -> Iterator[str]:
+    try:
+        sets = {split: suite.goal_set(task, split, NUM_GOALS) for split in get_args(Split)}
+    except ValueError as error:  # it names the task
+        yield f"goals: {error}"
+        return
+    goals = sets["training"]
+    for goal in (goal for goals in sets.values() for goal in goals):
+        if goal.vector.ndim != 1 or not np.isfinite(goal.vector).all():
+            raise _MistakeError(f"the {goal.split} goal {goal.index} is not 1 to {MAX_GOAL_SIZE} finite numbers")
+    env, size = suite.make(task), suite.sizes(task).action
+    rng = np.random.default_rng(0)
+    # Independent actions mostly cancel, so those of every second episode repeat one.
+    actions = [rng.uniform(-1, 1, (suite.horizon, size)).astype(np.float32) for _ in goals[:NUM_EPISODES]]
+    for repeated in actions[1::2]:
+        repeated[:] = repeated[0]
+    episodes = [_run(suite, env, goal, rows) for goal, rows in zip(goals, actions, strict=False)]
+    same = [_run(suite, env, goal, actions[0]) for goal in goals[:NUM_EPISODES]]
+    again = _run(suite, suite.make(task), goals[0], actions[0])
+    if again.bits != same[0].bits or again.bits != episodes[0].bits:
+        yield (
+            f"{task}: two episodes with one goal and the same actions differ: reset must set the whole state, and "
+            "draw random numbers only from a generator that it seeds with the goal"
+        )
+    elif len({episode.bits for episode in same}) == 1:
+        yield f"{task}: reset ignores its goal (or its seed): episodes with {NUM_EPISODES} goals are equal"
+    elif _in_worker(suite, task, goals[0], actions[0]) != again.observations.astype(np.float32).tobytes():
+        yield f"{task}: an episode differs in another process; it must not depend on what a process remembers"
+    if (expert := suite.expert(task)) is not None:
+        episodes += [_run(suite, env, goal, expert) for goal in goals[:2]]
+    env.close()
+    flags = np.concatenate([episode.successes for episode in episodes])
+    if flags.all() or not flags.any():
+        yield (
+            f"{task}: success never varies: it is {bool(flags[0])} at all steps of {len(episodes)} episodes with "
+            "random actions"
+            + (" and the expert" if expert else "; if the task is too hard for them, define expert")
+        )
+
+
+def _run(suite: Suite, env: Environment, goal: Goal, actor: FloatArray | Expert) -> _Episode:
+    """Run an episode with given actions [T, A], or with those of an expert; check all that it returns."""
+    sizes, horizon = suite.sizes(goal.task), suite.horizon
+    observations = np.empty((horizon + 1, sizes.observation))
+    rewards, successes = np.empty(horizon), np.empty(horizon, np.bool_)
+    _store(observations[0], env.reset(goal), "reset: the observation", sizes.observation)
+    for t in range(horizon):
+        action = np.zeros(sizes.action, np.float32)
+        chosen = actor[t] if isinstance(actor, np.ndarray) else actor(observations[t])
+        _store(action, np.clip(chosen, -1.0, 1.0), "expert: the action", sizes.action)
+        obs, reward, success = env.step(action)
+        _store(observations[t + 1], obs, f"step {t}: the observation", sizes.observation)
+        if np.ndim(reward) or not np.isfinite(reward):
+            raise _MistakeError(f"step {t}: the reward {reward!r} is not a finite number")
+        if not isinstance(success, bool | np.bool_):
+            raise _MistakeError(f"step {t}: the success {success!r} is neither True nor False")
+        rewards[t], successes[t] = reward, success
+    return _Episode(observations, rewards, successes)
+
+
+def _store(row: npt.NDArray[np.floating[Any]], values: Any, what: str, size: int) -> None:
+    if np.shape(values) != (size,):
+        raise _MistakeError(f"{what} has shape {np.shape(values)}, but sizes says ({size},)")
+    row[:] = values
+    if not np.isfinite(row).all():
+        raise _MistakeError(
+            f"{what} holds NaN or infinity at position {int(np.flatnonzero(~np.isfinite(row))[0])}"
+        )
+
+
+def _in_worker(suite: Suite, task: str, goal: Goal, actions: FloatArray) -> bytes:
+    """Return the observations [T + 1, O] float32 of an episode in a worker process."""
+    sizes, seen = suite.sizes(task), []
+    with make_vector_env([task, task], 2, suite) as envs:
+        envs.reset([1], [goal])
+        seen.append(envs.observations[1, : sizes.observation].copy())
+        padded = np.zeros((2, suite.spaces.action_size), np.float32)
+        for action in actions:
+            padded[1, : sizes.action] = action
+            envs.step(padded, np.array([False, True]))
+            seen.append(envs.observations[1, : sizes.observation].copy())
+    return np.stack(seen).tobytes()

@@ -1,0 +1,211 @@
+"""A suite of a user outside of the repository: the documentation's example in the whole chain, and mistakes."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cpd.envs.goals import Goal
+from cpd.envs.suite import Sizes, Suite, SuiteError, load_suite
+from cpd.envs.suite_check import suite_mistakes, task_mistakes
+from tests.conftest import ROOT
+
+PAGE = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
+SUITE = re.findall(r"^```python\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)[0]
+RECIPE = re.findall(r"^```toml\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)[0]
+TINY = {
+    **{"seeds": "[1]", "teacher.max_env_steps": "800", "teacher.gate": "0.0", "teacher.num_training_goals": "5"},
+    **{"teacher.num_validation_goals": "2", "teacher.ppo.num_envs": "8", "teacher.ppo.steps_per_env": "100"},
+    **{"teacher.ppo.minibatch_size": "200", "rollouts.num_steps": "200", "student.width": "16"},
+    **{"student.expert_width": "16", "memory.share": "0.1", "distill.steps_per_stage": "3"},
+    **{"distill.batch_size": "16", "evaluation.num_episodes": "2", "evaluation.num_episodes_brief": "1"},
+    **{"evaluation.curve_points": "1", "student.opening_steps": "1"},
+}
+
+
+def cpd(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run a verb in `folder`, whose modules Python finds."""
+    environment = {**os.environ, "PYTHONPATH": f"{folder}{os.pathsep}{ROOT}", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "cpd", *arguments]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+
+
+def test_the_suite_of_the_documentation_goes_through_the_whole_chain(tmp_path: Path) -> None:
+    (tmp_path / "reaching.py").write_text(SUITE)
+    (tmp_path / "reaching.toml").write_text(RECIPE)
+    assert len(SUITE.splitlines()) <= 60
+    overrides = [f"--{key}={value}" for key, value in TINY.items()]
+    done = cpd(tmp_path, "launch", "reaching.toml", "--run-dir", "run", *overrides)
+    assert done.returncode == 0, done.stdout + done.stderr
+    run = tmp_path / "run"
+    assert json.loads((run / "config.json").read_text())["stream"]["suite"] == "reaching:Reaching"
+    with (run / "results" / "evaluations.csv").open() as table:
+        rows = list(csv.DictReader(table))
+    assert {row["task"] for row in rows} == {"plane", "wind", "space"}
+    assert {(row["suite"], row["suite_versions"], row["metaworld"]) for row in rows} == {
+        ("reaching:Reaching", "reaching 1.0", "")
+    }
+    policy = json.loads((run / "teachers" / "plane" / "seed-1" / "policy.json").read_text())
+    assert (policy["architecture"]["observation_size"], policy["architecture"]["action_size"]) == (9, 3)
+    assert (run / "figures" / "success_matrix_moe.png").exists()
+
+
+def test_check_suite_accepts_the_example_and_names_what_it_cannot_find(tmp_path: Path) -> None:
+    (tmp_path / "reaching.py").write_text(SUITE)
+    assert cpd(tmp_path, "check-suite", "reaching:Reaching", "--only", "space").returncode == 0
+    assert (done := cpd(tmp_path, "check-suite", "reachign")).returncode == 2
+    assert "reachign" in done.stderr and "metaworld" in done.stderr
+
+
+class Counter:
+    """An environment whose observation is its goal's seed and the number of steps."""
+
+    def reset(self, goal: Goal) -> np.ndarray:
+        self.state = np.array([goal.seed, 0.0])
+        return self.state.copy()
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool]:
+        self.state[1] += float(action[0])
+        return self.state.copy(), 0.0, bool(self.state[1] > 0.5)
+
+    def close(self) -> None:
+        pass
+
+
+class Sound(Suite):
+    tasks = ("count",)
+    horizon = 5
+    env: type = Counter
+
+    def sizes(self, task: str) -> Sizes:
+        return Sizes(2, 1)
+
+    def make(self, task: str) -> Counter:
+        return self.env()
+
+
+class IgnoresGoal(Counter):
+    def reset(self, goal: Goal) -> np.ndarray:
+        return super().reset(goal._replace(vector=np.zeros(1)))
+
+
+class Remembers(Counter):
+    total = 0.0
+
+    def reset(self, goal: Goal) -> np.ndarray:
+        Remembers.total += 1.0
+        return super().reset(goal) + np.array([0.0, Remembers.total])
+
+
+class WrongShape(Counter):
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool]:
+        return (np.zeros(3), *super().step(action)[1:])
+
+
+class NotANumber(Counter):
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool]:
+        return (np.array([0.0, np.nan]), *super().step(action)[1:])
+
+
+class AlwaysSucceeds(Counter):
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool]:
+        return (*super().step(action)[:2], True)
+
+
+class Fails(Counter):
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool]:
+        raise ZeroDivisionError
+
+
+@pytest.mark.parametrize(
+    ("env", "words"),
+    [
+        (IgnoresGoal, ["reset ignores its goal"]),
+        (Remembers, ["reset must set the whole state"]),
+        (WrongShape, ["step 0", "(3,)", "(2,)"]),
+        (NotANumber, ["step 0", "NaN", "position 1"]),
+        (AlwaysSucceeds, ["success never varies", "True"]),
+        (Fails, ["ZeroDivisionError"]),
+    ],
+)
+def test_mistakes_in_an_environment_are_named(
+    env: type, words: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A class of this file cannot be imported in a worker process.
+    monkeypatch.setattr(
+        "cpd.envs.suite_check._in_worker", lambda suite, task, goal, actions: run_here(env, goal, actions)
+    )
+    suite = Sound()
+    suite.env = env
+    (line,) = task_mistakes(suite, "count")
+    assert line.startswith("count: ") and all(word in line for word in words)
+
+
+def run_here(env: type, goal: Goal, actions: np.ndarray) -> bytes:
+    made = env()
+    return np.stack([made.reset(goal), *(made.step(action)[0] for action in actions)]).astype(np.float32).tobytes()
+
+
+def test_mistakes_in_goals_sizes_and_names_are_named() -> None:
+    class Overlapping(Sound):
+        def goal_vectors(self, task: str, split: str, num_goals: int) -> list[np.ndarray]:
+            return [np.array([float(index)]) for index in range(num_goals)]
+
+    class Few(Sound):
+        def goal_vectors(self, task: str, split: str, num_goals: int) -> list[np.ndarray]:
+            return list(super().goal_vectors(task, split, 3))
+
+    class Unscaled(Sound):
+        tasks = ("a task", "count")
+        streams = {"all": ("count", "cuont")}  # noqa: RUF012
+
+        def scaling(self) -> tuple[np.ndarray, np.ndarray]:
+            return np.zeros(3), np.zeros(2)
+
+    assert "validation goal 0" in task_mistakes(Overlapping(), "count")[0]
+    assert "3 goals" in task_mistakes(Few(), "count")[0]
+    lines = suite_mistakes(Unscaled())
+    assert [line.split(":")[0] for line in lines] == ["tasks", "streams", "scaling", "scaling"]
+    assert "cuont" in lines[1]
+
+
+@pytest.mark.parametrize(
+    "name", ["nothing", "no.such.module:Suite", "cpd.envs.suite:Nothing", "cpd.envs.goals:Goal"]
+)
+def test_a_suite_that_cannot_be_loaded_is_named(name: str) -> None:
+    with pytest.raises(SuiteError, match=name):
+        load_suite(name)
+
+
+def test_nothing_of_meta_world_is_known_outside_of_its_folder() -> None:
+    """Its name as a module, and its sizes; the exceptions are labels that files of results have."""
+    allowed = {
+        "cpd/envs/suite.py": "the name of the default suite and its class",
+        "cpd/run/provenance.py": "columns of tables",
+        "cpd/run/shards/schema.py": "an attribute of shards",
+        "cpd/run/shortage.py": "names of packages in an extra",
+        "cpd/teachers/run_teacher.py": "an attribute of shards",
+        "analysis/captions.py": "columns of tables",
+        "analysis/published_teachers.py": "columns of tables",
+        "cpd/config/experiment.py": "the description of a setting",
+        "cpd/teachers/metaworld_evaluation.py": "Meta-World's own evaluation, for `cpd check`",
+        "jobs/check.py": "the same",
+    }
+    found = {
+        str(path.relative_to(ROOT))
+        for top in ("cpd", "jobs", "analysis")
+        for path in (ROOT / top).rglob("*.py")
+        if "cpd/envs/metaworld" not in str(path)
+        and re.search(
+            r"metaworld|\b39\b|OBSERVATION_SIZE|ACTION_SIZE|MAX_EPISODE_STEPS|-v3['\"]", path.read_text()
+        )
+    }
+    assert found <= set(allowed), found - set(allowed)
