@@ -55,7 +55,7 @@ def test_the_suite_of_the_documentation_goes_through_the_whole_chain(tmp_path: P
     }
     policy = json.loads((run / "teachers" / "plane" / "seed-1" / "policy.json").read_text())
     assert (policy["architecture"]["observation_size"], policy["architecture"]["action_size"]) == (9, 3)
-    assert (run / "figures" / "success_matrix_moe.png").exists()
+    assert (run / "figures" / "success_matrix.png").exists()
 
 
 def test_check_suite_accepts_the_example_and_names_what_it_cannot_find(tmp_path: Path) -> None:
