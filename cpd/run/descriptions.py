@@ -95,7 +95,7 @@ class StudentStream(TypedDict):
 
 
 class _SuiteLabel(TypedDict):
-    suite: NotRequired[str]
+    suite: NotRequired[str | None]
 
 
 class StudentPolicy(TypedDict):
