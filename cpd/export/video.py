@@ -18,9 +18,10 @@ from cpd.comm import TORCH_THREADS, SerialComm, choose_device
 from cpd.config import Config
 from cpd.envs.cells import CHUNK, EnvPool
 from cpd.envs.episodes import Actor, Belief, Outcome, run_episodes
-from cpd.envs.goals import Goal, goal_set
+from cpd.envs.goals import Goal
 from cpd.envs.metaworld.fast.rendering import RenderModel
 from cpd.envs.metaworld.task_env import TaskEnv
+from cpd.envs.suite import DEFAULT_SUITE
 from cpd.evaluation.run_evaluation import load_stage, row_actor
 from cpd.export.movie_files import Frame
 from cpd.run.directory import Run, RunError, StudentElement, TeacherElement
@@ -86,7 +87,7 @@ def run_evaluated(
         raise ValueError(f"goal {index}: the evaluation of {config.name} has goals 0 to {counts.num_episodes - 1}")
     # Rounding depends on the batch, so the goals that the evaluation runs together stay together.
     start = index - index % CHUNK
-    goals = goal_set(task, counts.goal_set, counts.num_episodes)[start : start + CHUNK]
+    goals = pool.suite.goal_set(task, counts.goal_set, counts.num_episodes)[start : start + CHUNK]
     recorder = _Recorder(actor, index - start)
     groups = [(pool.get(task), goals)]
     (outcomes,) = run_episodes(recorder, groups, config.stream.horizon, stop_at_success=False)
@@ -179,6 +180,8 @@ def film_student(
     stages = [s for s in range(-1, len(config.stream.tasks)) if student.stage_policy(s).exists()]
     if not stages:
         raise RunError(f"{student.path} holds no trained stage yet; run `cpd distill` first")
+    if config.stream.suite != DEFAULT_SUITE:
+        raise RunError(f"{run.root} is on the suite {config.stream.suite!r}: only Meta-World can be filmed")
 
     def teacher_of(task: str) -> Actor:
         teacher = run.teacher_of(task, student.seed)
@@ -195,7 +198,7 @@ def film_student(
         films = []
         for policy in (teachers[task], actor):
             outcome, actions = run_evaluated(policy, config, task, goal, pool)
-            goals = goal_set(task, config.evaluation.goal_set, config.evaluation.num_episodes)
+            goals = pool.suite.goal_set(task, config.evaluation.goal_set, config.evaluation.num_episodes)
             films.append(camera.film(goals[goal], outcome, actions, every, to_the_end))
         camera.close()
         pool.close()

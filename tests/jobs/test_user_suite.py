@@ -196,6 +196,7 @@ def test_nothing_of_meta_world_is_known_outside_of_its_folder() -> None:
         "analysis/captions.py": "columns of tables",
         "analysis/published_teachers.py": "columns of tables",
         "cpd/config/experiment.py": "the description of a setting",
+        "cpd/export/video.py": "renders Meta-World",
         "cpd/teachers/metaworld_evaluation.py": "Meta-World's own evaluation, for `cpd check`",
         "jobs/check.py": "the same",
     }
