@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import csv
 import json
 import os
@@ -185,28 +186,24 @@ def test_a_suite_that_cannot_be_loaded_is_named(name: str) -> None:
         load_suite(name)
 
 
-def test_nothing_of_meta_world_is_known_outside_of_its_folder() -> None:
-    """Its name as a module, and its sizes; the exceptions are labels that files of results have."""
+def test_meta_world_is_known_in_its_folder_only() -> None:
+    """No other file imports it or holds its sizes or its name, except for labels that files of results have."""
     allowed = {
-        "cpd/envs/suite.py": "the name of the default suite and its class",
+        "cpd/envs/suite.py": "the name of the default suite",
         "cpd/run/provenance.py": "columns of tables",
-        "cpd/run/shards/schema.py": "an attribute of shards",
-        "cpd/run/shortage.py": "names of packages in an extra",
-        "cpd/teachers/run_teacher.py": "an attribute of shards",
+        "cpd/run/shortage.py": "packages of an extra",
         "analysis/captions.py": "columns of tables",
         "analysis/published_teachers.py": "columns of tables",
-        "cpd/config/experiment.py": "the description of a setting",
         "cpd/export/video.py": "renders Meta-World",
         "cpd/teachers/metaworld_evaluation.py": "Meta-World's own evaluation, for `cpd check`",
-        "jobs/check.py": "the same",
     }
-    found = {
-        str(path.relative_to(ROOT))
-        for top in ("cpd", "jobs", "analysis")
-        for path in (ROOT / top).rglob("*.py")
-        if "cpd/envs/metaworld" not in str(path)
-        and re.search(
-            r"metaworld|\b39\b|OBSERVATION_SIZE|ACTION_SIZE|MAX_EPISODE_STEPS|-v3['\"]", path.read_text()
-        )
-    }
-    assert found <= set(allowed), found - set(allowed)
+    found = set()
+    for path in (path for top in ("cpd", "jobs", "analysis") for path in (ROOT / top).rglob("*.py")):
+        nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+        values = [node.value for node in nodes if isinstance(node, ast.Constant)]
+        names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+        names += [node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)]
+        imports = [name for name in names if re.match(r"(cpd\.envs\.)?(metaworld|mujoco)\b", name)]
+        if imports or any(value in ("metaworld", "mujoco", 39) for value in values):
+            found.add(path.relative_to(ROOT).as_posix())
+    assert {name for name in found if not name.startswith("cpd/envs/metaworld/")} == set(allowed)
