@@ -186,7 +186,7 @@ PHASES = {
     "student: first stage": r"students/.*(initial|stage-00)",
     "student: later stages": r"students",
     "report: tables": r"results",
-    "report: figures": r"figures",
+    "report: figures": r"figures|\.?report\.html|\.$",
 }
 
 
