@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from cpd.comm import connect
 from cpd.run.attempt import mpi_guard
-from cpd.run.command import exit_quietly
+from cpd.run.command import EXIT_FAILED, EXIT_USAGE, exit_quietly
 from cpd.run.directory import Run
-from jobs.common import ElementCommand, element_parser
+from cpd.run.shortage import shortage
+from jobs.common import ElementCommand, element_parser, log
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -16,16 +19,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = element_parser(
         "jobs.evaluate",
         "Evaluate a student after every stage on every task of its stream, on held-out goals. Existing rows of "
-        "the success matrix are kept.",
+        "the success matrix are kept. A published student is evaluated after its last stage; exit code 1 if its "
+        "success is not the published one.",
         [
             "mpiexec -n 2 cpd evaluate runs/demo",
             "cpd evaluate runs/cw10 students/moe/seed-2",
+            "cpd evaluate analysis/results/cw10/students/cpd-seed-1    # a published student, again",
         ],
     )
     parser.add_argument(
         "--partial", action="store_true", help="evaluate the finished stages of an unfinished student"
     )
     arguments = parser.parse_args(argv)
+    if (arguments.run_dir / "policy.safetensors").exists():
+        return _evaluate_again(parser.prog, arguments.run_dir)
     command = ElementCommand(parser, arguments, Run.evaluations, partial=arguments.partial)
     if command.has_work:
         with command:
@@ -44,6 +51,19 @@ def main(argv: Sequence[str] | None = None) -> int:
                     log=command.log,
                 )
     return command.exit_code
+
+
+def _evaluate_again(prog: str, folder: Path) -> int:
+    """Evaluate the published student in `folder`; return the exit code."""
+    comm = connect()
+    try:
+        from cpd.evaluation.evaluate_published import evaluate_published
+
+        is_equal = evaluate_published(folder, comm, log if comm.rank == 0 else lambda line: None)
+    except (ValueError, OSError, ImportError) as error:
+        print(f"{prog}: {shortage(error, folder) or error}", file=sys.stderr)
+        return EXIT_USAGE
+    return 0 if is_equal else EXIT_FAILED
 
 
 if __name__ == "__main__":

@@ -99,7 +99,7 @@ def publish_students(run: Run | None, tables: Tables, folder: Path, names: Seque
         DamagedFileError: if a file of a student is not what its description says.
     """
     chosen = [] if run is None else _chosen(run, names)
-    students = {student: rows for student in chosen if (rows := _final_rows(student, tables))}
+    students = {student: rows for student in chosen if (rows := final_rows(student.method, student.seed, tables))}
     if names and not students:
         raise RunError(f"{run.root if run else folder} has no finished and evaluated student {', '.join(names)}")
     targets = {student: published_student(folder, student.method, student.seed) for student in students}
@@ -131,9 +131,9 @@ def _chosen(run: Run, names: Sequence[str]) -> list[StudentElement]:
     ]
 
 
-def _final_rows(student: StudentElement, tables: Tables) -> dict[str, EvaluationRow]:
+def final_rows(method: str, seed: int, tables: Tables) -> dict[str, EvaluationRow]:
     """Return the rows of a student after its last stage, by task; empty if it is not evaluated."""
-    own = [row for row in tables.evaluations if (row.method, row.seed) == (student.method, student.seed)]
+    own = [row for row in tables.evaluations if (row.method, row.seed) == (method, seed)]
     last = max((row.stage for row in own if row.stage is not None), default=None)
     return {row.task: row for row in own if row.stage == last and row.goal_set == tables.goal_set}
 

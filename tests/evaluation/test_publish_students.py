@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,14 @@ from cpd.run.directory import Run, RunError, identity, published_student
 from cpd.run.files import sha256
 from cpd.student.actor import load_actor
 from cpd.student.network import save_student
+from jobs.evaluate import main as evaluate
 from tests.conftest import ROOT
 from tests.student.grown import TASKS, grown_student, observations
-from tests.synthetic_run import LABELS, write_run
+from tests.synthetic_run import LABELS as USUAL
+from tests.synthetic_run import write_run
 from tests.test_docs import blocks
 
+LABELS = replace(USUAL, horizon=120, task_identity="inferred")
 RATES = np.array([[0.1, 0.0, 0.0], [0.9, 0.1, 0.0], [0.7, 0.8, 0.2], [0.5, 0.9, 0.96]])
 
 
@@ -28,11 +32,10 @@ RATES = np.array([[0.1, 0.0, 0.0], [0.9, 0.1, 0.0], [0.7, 0.8, 0.2], [0.5, 0.9, 
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """Two methods with two seeds, evaluated to the end, with students that nobody trained."""
     rates = {1: RATES, 2: RATES}
-    options: dict[str, Any] = {"teachers": dict.fromkeys(TASKS, 0.9), "variants": {"other": rates}}
-    run = write_run(
-        tmp_path_factory.mktemp("students") / "r", stream=TASKS, students=rates, method="cpd", **options
-    )
-    size = {"memory_steps": 800, "memory_bytes": 1, "labels": vars(LABELS) | {"task_identity": "inferred"}}
+    options: dict[str, Any] = {"method": "cpd", "labels": LABELS, "teachers": dict.fromkeys(TASKS, 0.9)}
+    root = tmp_path_factory.mktemp("students") / "r"
+    run = write_run(root, stream=TASKS, students=rates, variants={"other": rates}, **options)
+    size = {"memory_steps": 800, "memory_bytes": 1, "labels": asdict(LABELS)}
     for student in run.students():
         described = {**identity(student.config, student, 2), "distinct_tasks": TASKS, **size}
         save_student(student.stage_policy(2), grown_student(), described)
@@ -66,6 +69,13 @@ def test_the_example_of_the_readme_and_of_the_card_act(
         monkeypatch.chdir(folder)
         exec(compile(code, "example", "exec"), {})
         assert "success" in capsys.readouterr().out
+
+
+def test_a_published_student_is_evaluated_again(published: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    student = published_student(published, "cpd", 1).parent
+    assert evaluate([str(student)]) == 1, "its results are made up"
+    assert "window-close-v3: 0 of 50 episodes succeed, published 48" in capsys.readouterr().out
+    assert evaluate([str(student.rename(student.with_name("cpd-seed-3")))]) == 2
 
 
 def test_damage_is_named_and_nothing_is_lost(
