@@ -18,7 +18,8 @@ Frame = npt.NDArray[np.uint8]
 
 #: Frames that a gif's colours are chosen from.
 _PALETTE_FRAMES: Final = 8
-_COLOURS: Final = 128
+#: One of the 256 stays free: for pixels that stay as they are.
+_COLOURS: Final = 255
 
 
 def write_mp4(path: Path, frames: Sequence[Frame], fps: int) -> None:
@@ -57,7 +58,8 @@ def write_gif(path: Path, frames: Sequence[Frame], fps: int) -> None:
     """Write a gif that repeats. All frames have the same colours, so that pixels that stay take no space."""
     step = max(1, len(frames) // _PALETTE_FRAMES)
     sample = Image.fromarray(np.concatenate(frames[::step]))
-    palette = sample.quantize(_COLOURS, Image.Quantize.MEDIANCUT)
+    # Unlike the median cut, this keeps rare colours: of buttons, goals and flags.
+    palette = sample.quantize(_COLOURS, Image.Quantize.FASTOCTREE)
     first, *others = (Image.fromarray(f).quantize(palette=palette, dither=Image.Dither.NONE) for f in frames)
     with atomic_write(path) as temporary:
         first.save(
