@@ -13,9 +13,10 @@ NEEDS: Final = (
     ("protection.mask_experts", "protection.kind", ("mask",)),
     ("protection.mask_fraction", "protection.kind", ("mask",)),
     ("protection.mask_mode", "protection.kind", ("mask",)),
-    ("protection.strength", "protection.kind", ("ewc", "mas", "l2")),
+    ("protection.strength", "protection.kind", ("ewc", "mas", "l2", "derpp", "lwf", "hat")),
     ("protection.agem_windows", "protection.kind", ("agem",)),
     ("protection.packnet_retrain_share", "protection.kind", ("packnet",)),
+    ("protection.lora_rank", "protection.kind", ("lora",)),
     ("memory.share", "memory.selection", ("reservoir", "uniform", "dpp")),
     ("memory.start_share", "memory.selection", ("uniform", "dpp")),
     ("student.experts_per_task", "student.expansion", ("per_task", "on_demand")),
@@ -38,14 +39,26 @@ def contradictions(method: MethodConfig, num_tasks: int) -> list[str]:
             "distill.replay_share: protection.kind = 'agem' compares the gradient of new data with that of the "
             "memory, so a batch must not contain rows of the memory; set it to 0"
         )
-    if kind == "packnet":
-        reasons = {
-            "memory.selection": "replayed rows would train weights that their tasks never use",
-            "student.expansion": "PackNet divides a network of fixed size",
-            "student.task_identity": "the mask of a task already identifies the task",
+    if kind in ("derpp", "bc"):
+        is_set = {
+            "memory.selection": method.memory.selection != "none",
+            "distill.replay_share": method.distill.replay_share > 0.0,
+            "distill.rehearsal": not method.distill.rehearsal,
         }
         lines += [
-            f"{path}: protection.kind = 'packnet' needs 'none': {reason}"
+            f"{path}: protection.kind = {kind!r} replays stored steps with stored labels; set memory.selection, a "
+            "distill.replay_share above 0, and distill.rehearsal = false"
+            for path in is_set
+            if method.distill.protocol == "continual" and not is_set[path]
+        ]
+    if method.protection.needs_task:
+        reasons = {
+            "memory.selection": "replayed rows would train weights that their tasks never use",
+            "student.expansion": "tasks divide or change a network of fixed size",
+            "student.task_identity": "the weights of a task already identify the task",
+        }
+        lines += [
+            f"{path}: protection.kind = {kind!r} needs 'none': {reason}"
             for path, reason in reasons.items()
             if attrgetter(path)(method) != "none"
         ]

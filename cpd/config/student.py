@@ -84,11 +84,15 @@ class MemoryConfig:
 class ProtectionConfig:
     """Protection of earlier tasks against forgetting, in addition to replay."""
 
-    kind: Literal["none", "mask", "ewc", "mas", "l2", "agem", "packnet"] = "mask"
+    kind: Literal["none", "mask", "ewc", "mas", "l2", "agem", "derpp", "bc", "lwf", "packnet", "lora", "hat"] = (
+        "mask"
+    )
     """mask: freeze parameters that are important to earlier tasks, or scale their updates down; ewc, mas:
     quadratic penalty on changes of such parameters; l2: the same for all parameters; agem: project updates that
-    conflict with the gradient on the memory; packnet: each task keeps its own weights, and the
-    student needs the true task."""
+    conflict with the gradient on the memory; derpp: replay also with the student's own outputs when steps were
+    stored; bc: only with these; lwf: keep the previous student's outputs on new observations; packnet, lora, hat:
+    each task has its own weights, low-rank changes of weights, or gates of units, and the student needs the true
+    task."""
     mask_experts: bool = True
     """mask: freeze the experts and router rows of earlier tasks."""
     mask_fraction: Share = 1.0
@@ -98,16 +102,23 @@ class ProtectionConfig:
     mask_mode: Literal["hard", "scaled"] = "hard"
     """mask: hard freezes protected parameters; scaled shrinks their updates, the more important the smaller."""
     strength: PositiveFloat = 1.0
-    """ewc, mas, l2: weight of the penalty relative to the mean loss of a batch."""
+    """ewc, mas, l2, derpp, lwf, hat: weight of the penalty relative to the mean loss of a batch."""
     agem_windows: Positive = 128
     """Memory windows per step for A-GEM's reference gradient, over all ranks; added to `distill.batch_size`."""
     packnet_retrain_share: Share = 0.3
     """Share of a stage's steps that follow PackNet's pruning."""
+    lora_rank: Positive = 4
+    """Rank of the change of each weight matrix that a task adds."""
 
     @property
     def needs_importance(self) -> bool:
-        """Whether the protection depends on the estimated importance of parameters."""
-        return self.kind == "ewc" or (self.kind == "mask" and 0.0 < self.mask_fraction < 1.0)
+        """Whether masks depend on the estimated importance of parameters."""
+        return self.kind == "mask" and 0.0 < self.mask_fraction < 1.0
+
+    @property
+    def needs_task(self) -> bool:
+        """Whether tasks have weights of their own, which the true task selects."""
+        return self.kind in ("packnet", "lora", "hat")
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

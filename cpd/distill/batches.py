@@ -52,6 +52,9 @@ class Batch(NamedTuple):
     """The number of this rank's rows from memory, which come first."""
     task: int | None = None
     """The task of all rows, if all are of the current one."""
+    student_outputs_RLP: Tensor | None = None
+    """Of rows from memory, mean and log deviation of the student that stored them, P = 2 A; 0 in other rows. None
+    if the memory has none."""
 
 
 def to_device(array: npt.NDArray[Any], device: torch.device) -> Tensor:
@@ -94,10 +97,14 @@ class BatchSource:
         # One table for memory and current data, so that a batch is one gather.
         sources: list[Segments | StageData] = [memory, *tasks]
         steps = [np.hstack([s.observations, s.teacher_mean, s.teacher_log_std]) for s in sources]
+        if outputs := memory.student_outputs.shape[1]:
+            kept = [memory.student_outputs, *(np.zeros((task.num_steps, outputs), np.float32) for task in tasks)]
+            steps = [np.hstack(columns) for columns in zip(steps, kept, strict=True)]
         table = torch.from_numpy(np.concatenate(steps)).to(getattr(torch, config.precision))
         self._columns = [array.shape[1] for array in (data.observations, data.teacher_mean, data.teacher_log_std)]
-        log_std = slice(-self._columns[-1], None)
+        log_std = slice(sum(self._columns[:2]), sum(self._columns))
         table[:, log_std] = floored_log_std(table[:, log_std], config.std_floor)
+        self._columns += [outputs] if outputs else []
         self._table = table.to(device)
         current = [np.full(task.num_steps, task.task) for task in tasks]
         task_of_row = np.concatenate([np.repeat(memory.task, memory.length), *current])
@@ -180,7 +187,7 @@ class BatchSource:
         valid_RL = to_device(self._position < length_R1, device).to(self._table.dtype)
         replayed = np.arange(len(windows.start))[mine] < num_replayed
         gathered = self._table.index_select(0, rows_RL.view(-1)).view(*rows_RL.shape, -1)
-        obs, mean, log_std = torch.split(gathered, self._columns, dim=-1)
+        obs, mean, log_std, *outputs = torch.split(gathered, self._columns, dim=-1)
         if windows.mixture is not None:
             partner, weight = windows.mixture
             others_RL = to_device(partner[mine, None] + steps_RL, device)
@@ -197,4 +204,5 @@ class BatchSource:
             int(windows.length.sum()),
             int(replayed.sum()),
             None if num_replayed else self._only_task,
+            *outputs,
         )

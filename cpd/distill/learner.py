@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
+from torch.func import functional_call
 
 from cpd.comm import Comm
 from cpd.config import Config
@@ -21,6 +22,7 @@ from cpd.distill.stage_data import StageData
 from cpd.seeding import derive
 from cpd.student.network import Student, StudentOutput
 from cpd.student.task_embedding import info_nce
+from cpd.student.task_weights import TaskWeights, make_task_weights
 
 
 class LossTerms(NamedTuple):
@@ -90,7 +92,9 @@ class StudentLearner:
         dtype = getattr(torch, config.distill.precision)
         num_tasks = len(config.stream.distinct_tasks)
         spaces = config.stream.suite_object.spaces
-        return Student(config.student, num_tasks, num_experts=num_experts, dtype=dtype, spaces=spaces)
+        student = Student(config.student, num_tasks, num_experts=num_experts, dtype=dtype, spaces=spaces)
+        student.packing = make_task_weights(config, student)
+        return student
 
     def _set_student(self, student: Student) -> None:
         """Use `student`, with a new optimiser."""
@@ -108,6 +112,13 @@ class StudentLearner:
     def current_task(self) -> int:
         """The task of the current stage, by position among the distinct ones."""
         return self.source.task
+
+    @property
+    def earlier_tasks(self) -> list[int]:
+        """The tasks of earlier stages, by position among the distinct ones, in order of their first stage."""
+        stream = self.config.stream
+        names = stream.tasks[: self.progress.stage]
+        return [task for task in self.progress.seen if stream.distinct_tasks[task] in names]
 
     def open_stage(self, data: StageData, memory: Segments) -> None:
         """Create the batches of the current stage, from its data and the memory."""
@@ -137,16 +148,21 @@ class StudentLearner:
         """The observations `[J, N, O]` of this step's contrastive loss; None if there is none."""
         return None if self._contrast is None else self._contrast.batch(self.progress.step)
 
-    def gradient(self, batch: Batch, contrast: Tensor | None = None) -> LossTerms:
+    def gradient(
+        self,
+        batch: Batch,
+        contrast: Tensor | None = None,
+        added: Callable[[StudentOutput], Tensor | None] = lambda out: None,
+    ) -> LossTerms:
         """Set `flat.grads` to the gradient of the loss of the global batch, the same on every rank; a collective.
 
         Args:
             batch: this rank's rows.
             contrast: observations `[J, N, O]` of the contrastive loss, which is added.
+            added: this rank's summand of a further term, given the output on `batch`.
         """
         config = self.config.distill
-        task_B = batch.task_R if batch.task is None else batch.task
-        out = self.student(batch.obs_RLO, task_B=task_B, valid_BL=batch.valid_RL)
+        out = self._output(batch)
         distance_RL = batch.valid_RL * self.token_loss(out, batch)
         # Sums over this rank's tokens, divided by the global count: their sum over ranks is the global mean,
         # also if ranks have different numbers of tokens.
@@ -156,6 +172,8 @@ class StudentLearner:
         contrastive = self._contrastive_loss(contrast)
         total = imitation + config.load_balance_coef * balance + config.router_z_coef * router_z
         total = total + config.contrast_coef * contrastive
+        if (term := added(out)) is not None:
+            total = total + term
         self.flat.grads.zero_()
         total.backward()  # type: ignore[no-untyped-call]
         self.flat.reduce_grads(self.comm)
@@ -163,6 +181,15 @@ class StudentLearner:
         return LossTerms(
             distance_RL.detach(), balance.detach(), router_z.detach(), contrastive.detach(), counts_LE
         )
+
+    def _output(self, batch: Batch) -> StudentOutput:
+        """The output on a batch, with the weights of the current task if tasks have weights of their own."""
+        student = self.student
+        if not isinstance(student.packing, TaskWeights):
+            task_B = batch.task_R if batch.task is None else batch.task
+            return cast(StudentOutput, student(batch.obs_RLO, task_B=task_B, valid_BL=batch.valid_RL))
+        weights = student.packing.effective(dict(student.named_parameters()), self.current_task, is_training=True)
+        return cast(StudentOutput, functional_call(student, weights, batch.obs_RLO, {"valid_BL": batch.valid_RL}))
 
     def _contrastive_loss(self, contrast: Tensor | None) -> Tensor:
         """This rank's summand of the contrastive loss, which every rank computes completely."""

@@ -1,4 +1,4 @@
-"""Rehearsal by self-distillation: replayed rows are labelled by the student as it was before the stage."""
+"""The student as it was before the stage, which labels replayed rows (rehearsal by self-distillation)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from cpd.student.network import Student
 
 
 class Rehearsal:
-    """A frozen copy of the student, which labels replayed rows."""
+    """A frozen copy of the student, which labels observations."""
 
     def __init__(
         self, student: Student, values: Tensor, flat: FlatParameters, std_floor: float, num_opening: int
@@ -38,10 +38,14 @@ class Rehearsal:
         count = batch.num_replayed
         if not count:
             return batch
-        with torch.no_grad():
-            out = self._student(batch.obs_RLO[:count], task_B=batch.task_R[:count])
-        mean_RLA = torch.cat([out.mean_BLA.clamp(-1.0, 1.0), batch.teacher_mean_RLA[count:]])
-        log_std_RLA = torch.cat(
-            [floored_log_std(out.log_std_BLA, self._std_floor), batch.teacher_log_std_RLA[count:]]
+        mean_RLA, log_std_RLA = self.label(batch.obs_RLO[:count], batch.task_R[:count])
+        return batch._replace(
+            teacher_mean_RLA=torch.cat([mean_RLA, batch.teacher_mean_RLA[count:]]),
+            teacher_log_std_RLA=torch.cat([log_std_RLA, batch.teacher_log_std_RLA[count:]]),
         )
-        return batch._replace(teacher_mean_RLA=mean_RLA, teacher_log_std_RLA=log_std_RLA)
+
+    @torch.no_grad()
+    def label(self, obs_RLO: Tensor, task_R: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Mean and log deviation of the copy's Gaussian, [R, L, A], clipped and floored like a teacher's."""
+        out = self._student(obs_RLO, task_B=task_R)
+        return out.mean_BLA.clamp(-1.0, 1.0), floored_log_std(out.log_std_BLA, self._std_floor)

@@ -169,7 +169,8 @@ class StudentTrainer:
         learner.flat.freeze(None)
         self.protection.end_stage(learner, data)
         learner.refresh_prototypes()
-        self.memory.offer(data.segments(self.config.student.context), learner.comm)
+        segments = self.protection.stored(learner, data.segments(self.config.student.context))
+        self.memory.offer(segments, learner.comm)
         # Later stages have only the memory to recompute prototypes from, so this stage's must not use more.
         if learner.student.encoder is not None:
             prototypes_from_memory(learner.student, self.memory.segments)
@@ -206,7 +207,7 @@ class StudentTrainer:
         """
         if self._rehearsal is not None:
             batch = self._rehearsal.relabel(batch)
-        terms = self.learner.gradient(batch, contrast)
+        terms = self.learner.gradient(batch, contrast, lambda out: self.protection.loss(self.learner, out, batch))
         self.protection.adjust_gradient(self.learner)
         grad_norm = self.learner.flat.clip_grads(self.config.distill.max_grad_norm)
         self.learner.optimizer.step(lr)

@@ -49,8 +49,8 @@ class Labels:
 def labels(config: Config) -> Labels:
     """Return the labels of a run's results."""
     protocol = config.distill.protocol
-    # In these cases the task selects the policy that acts: a separate student, or one of PackNet's masks.
-    needs_task = protocol == "single_task" or (protocol == "continual" and config.protection.kind == "packnet")
+    # In these cases the task selects the policy that acts: a separate student, or weights of the task's own.
+    needs_task = protocol == "single_task" or (protocol == "continual" and config.protection.needs_task)
     versions = config.stream.suite_object.versions()
     columns = {name: versions.pop(name, "") for name in ("reward_version", "metaworld", "mujoco")}
     return Labels(

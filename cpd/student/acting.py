@@ -7,7 +7,10 @@ from typing import Final
 #: Step by step, in terms of the description's other entries (`acting` has the constants) and of the tensors.
 STEPS: Final = (
     "all is in dtype unless a step says otherwise; a task is its position in distinct_tasks, from 0; with tensors "
-    "packing.*, a task acts with the weights of its latest stage only",
+    "owner.*, a task acts with the weights of its latest stage only; with packing.up.i.stack, U, and "
+    "packing.down.i.stack, V, it adds U[task] V[task] to the i-th tensor of embed.weight, for each block "
+    "attention.qkv.weight, attention.out.weight, moe.up.stack and moe.down.stack, and head.weight; with "
+    "packing.embedding.stack, e, it multiplies row f of moe.down.stack of block l by sigmoid(400 e[task, l, f])",
     "scaled(o) = (o - obs_centre) / obs_scale for an observation o",
     "task: none if student.task_identity is 'none'; the episode's own if it is 'given' or 'onehot'; if it is "
     "'inferred', that of the plan, which the next five steps choose from the episode's first observation o",

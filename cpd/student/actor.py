@@ -147,8 +147,8 @@ def load_actor(path: str | Path) -> Actor:
 def make_actor(student: Student, tasks: Sequence[str]) -> Actor:
     """The policy of `student`; `tasks` are the distinct tasks of its stream, in order.
 
-    If weights have owners (PackNet), the policy of a task uses only the weights that existed at its latest stage,
-    and its `reset` raises ValueError for a task outside `tasks`.
+    If weights depend on the task (`student.packing`), the policy of a task uses its own, and its `reset` raises
+    ValueError for a task outside `tasks`.
     """
     packing = student.packing
     if packing is None:

@@ -31,6 +31,7 @@ from cpd.student.packing import Packing
 from cpd.student.plans import FIRST_STEPS, TIE_BREAK, Plans
 from cpd.student.task_density import TaskDensity
 from cpd.student.task_embedding import EMBEDDING_SIZE, NEVER, TEMPERATURE, TaskEncoder
+from cpd.student.task_weights import TaskWeights, task_weights_of_file
 from cpd.student.transformer import Block
 
 #: The log density of a first observation is divided by this, since its entries are not independent. Calibrated on
@@ -92,8 +93,8 @@ class Student(nn.Module):
         self.spaces = spaces or load_suite().spaces
         observation_size, action_size = self.spaces.sizes
         self.config, self.num_tasks = config, num_tasks
-        #: The owners of weights, if a protection assigns weights to stages.
-        self.packing: Packing | None = None
+        #: What makes weights depend on the task: their owners, or parameters of the tasks' own.
+        self.packing: Packing | TaskWeights | None = None
         experts = config.num_experts if num_experts is None else num_experts
         self.register_buffer("obs_centre", torch.tensor(self.spaces.centre, dtype=dtype), persistent=False)
         self.register_buffer("obs_scale", torch.tensor(self.spaces.scale, dtype=dtype), persistent=False)
@@ -138,6 +139,8 @@ class Student(nn.Module):
                 parameter.normal_(0.0, gain / math.sqrt(parameter.shape[1]), generator=generator)
             else:
                 parameter.normal_(0.0, 0.02, generator=generator)
+        if isinstance(self.packing, TaskWeights):
+            self.packing.initialise(generator)
 
     @property
     def is_conditioned(self) -> bool:
@@ -336,7 +339,7 @@ def load_student(path: Path, **expected: Any) -> Student:
         num_tasks, num_experts = description["num_tasks"], description["num_experts"]
         student = Student(config, num_tasks, num_experts=num_experts, dtype=dtype, spaces=spaces)
         tensors = stack_experts(safetensors.torch.load(data))
-        student.packing = Packing.pop_from(tensors)
+        student.packing = Packing.pop_from(tensors) or task_weights_of_file(tensors, student)
         student.load(tensors)
     except (RuntimeError, TypeError, safetensors.SafetensorError) as error:
         raise DamagedFileError(f"{path} is not what {description_path.name} describes: {error}") from None

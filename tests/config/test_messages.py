@@ -93,6 +93,15 @@ REFUSED: dict[str, tuple[dict[str, Any], list[str]]] = {
     ),
     "A-GEM without memory": (merge(PLAIN, AGEM), ["memory.selection"]),
     "A-GEM with replay": (merge(AGEM, {"distill": {"replay_share": 0.5}}), ["distill.replay_share"]),
+    "DER++ without replay": ({"protection": {"kind": "derpp"}}, ["distill.replay_share"]),
+    "cloning of a rehearsal without memory": (
+        merge(PLAIN, {"protection": {"kind": "bc"}, "distill": {"replay_share": 0.5, "rehearsal": True}}),
+        ["memory.selection", "distill.rehearsal"],
+    ),
+    "LoRA with a task identity": (
+        merge(PACKNET, {"protection": {"kind": "lora"}, "student": {"task_identity": "onehot"}}),
+        ["student.task_identity"],
+    ),
     "PackNet with everything": (
         {"protection": {"kind": "packnet"}},
         ["memory.selection", "student.expansion", "student.task_identity"],

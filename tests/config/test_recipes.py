@@ -35,8 +35,10 @@ def test_baselines_have_as_many_parameters_as_the_method_has_in_the_end(name: st
     num_tasks = len(config.stream.distinct_tasks)
     methods = [config.of_method(label) for label in config.methods]
     dense = [method for method in methods if method.student.num_experts == 1]
-    assert len(dense) == 12
+    assert len(dense) == 17
     for method in dense:
+        if method.protection.kind in ("lora", "hat"):  # narrower, by what the parameters of tasks take
+            continue
         assert method.student.expert_width == dense_expert_width(config.student, num_tasks), method.method
     wide = config.of_method("no-expansion")
     assert wide.student.num_experts == final_num_experts(config.student, num_tasks)

@@ -27,7 +27,18 @@ SMALL = {
 }
 ABLATION = load_recipe("ablation", [])
 #: Variants whose steps differ; all others train with one of these steps on other data or with other numbers.
-SLOWLY_TRACED = ["dense-replay", "ewc", "agem", "packnet", "no-expansion", "scaled-masks"]
+SLOWLY_TRACED = [
+    "dense-replay",
+    "ewc",
+    "agem",
+    "derpp",
+    "lwf",
+    "packnet",
+    "lora",
+    "hat",
+    "no-expansion",
+    "scaled-masks",
+]
 TRACED = ["cpd", "rehearsal", *(pytest.param(label, marks=pytest.mark.slow) for label in SLOWLY_TRACED)]
 
 

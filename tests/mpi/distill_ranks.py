@@ -41,6 +41,7 @@ TABLES = {
     "evaluation": {"curve_points": 0},
 }
 SHORT = {"steps_per_stage": 20, "lr_warmup_steps": 5}
+DENSE = {"context": 1, "num_experts": 1, "top_k": 1, "expansion": "none", "task_identity": "none"}
 #: What the methods change. "ours" has growth, belief, scaled masks, rehearsal, load balance, z-loss and clipping,
 #: and the longest stages; "plain" has experts that open to all tasks, and replay alone.
 METHODS = {
@@ -60,6 +61,19 @@ METHODS = {
         "memory": {"selection": "none"},
         "protection": {"kind": "packnet"},
         "distill": {**SHORT, "weight_decay": 0.1},
+    },
+    "derpp": {
+        "student": DENSE,
+        "memory": {"selection": "reservoir"},
+        "protection": {"kind": "derpp"},
+        "distill": {**SHORT, "replay_share": 0.5},
+    },
+    "lwf": {"student": {**DENSE, "task_identity": "onehot"}, "protection": {"kind": "lwf"}, "distill": SHORT},
+    "hat": {
+        "student": DENSE,
+        "memory": {"selection": "none"},
+        "protection": {"kind": "hat"},
+        "distill": SHORT,
     },
     "agem": {"protection": {"kind": "agem", "agem_windows": 17}, "distill": {**SHORT, "replay_share": 0.0}},
     "joint": {"distill": {**SHORT, "protocol": "joint"}},

@@ -6,7 +6,7 @@ Dimensions: G segments, S steps, O observation size, A action size.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -38,6 +38,9 @@ class Segments:
     """[S, A] float32, as executed, in [-1, 1]."""
     teacher_log_std: npt.NDArray[np.float32]
     """[S, A] float32."""
+    student_outputs: npt.NDArray[np.float32] = field(default_factory=lambda: np.zeros((0, 0), np.float32))
+    """[S, 2 A] float32, mean and log deviation of the student of the steps' own stage, for replay that needs them
+    (DER++); otherwise without columns."""
 
     def __post_init__(self) -> None:
         assert len(self.task) == len(self.first_step) == len(self.length)
@@ -71,8 +74,9 @@ class Segments:
         return np.cumsum(self.length) - self.length
 
     def arrays(self) -> dict[str, Array]:
-        """The arrays by name."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
+        """The arrays by name; those without columns are left out."""
+        arrays = {entry.name: getattr(self, entry.name) for entry in fields(self)}
+        return {name: array for name, array in arrays.items() if array.ndim == 1 or array.shape[1]}
 
     def observations_by_task(self) -> dict[int, npt.NDArray[np.float32]]:
         """The raw observations of every held task, [steps, O], by position of the task."""
@@ -91,5 +95,5 @@ class Segments:
     @staticmethod
     def concatenate(groups: Sequence[Segments]) -> Segments:
         """All segments of all groups, in order."""
-        names = [field.name for field in fields(Segments)]
-        return Segments(**{name: np.concatenate([getattr(group, name) for group in groups]) for name in names})
+        filled = [group.arrays() for group in groups if len(group)] or [groups[0].arrays()]
+        return Segments(**{name: np.concatenate([arrays[name] for arrays in filled]) for name in filled[0]})

@@ -11,8 +11,13 @@ from typing import Final
 from cpd.config import Config
 from cpd.distill.protection.agem import AGEM
 from cpd.distill.protection.base import Protection
+from cpd.distill.protection.bc import BehaviouralCloning
+from cpd.distill.protection.derpp import DERPP
 from cpd.distill.protection.ewc import EWC
+from cpd.distill.protection.hat import HAT
 from cpd.distill.protection.l2 import L2
+from cpd.distill.protection.lora import LoRA
+from cpd.distill.protection.lwf import LwF
 from cpd.distill.protection.mas import MAS
 from cpd.distill.protection.masking import Masking
 from cpd.distill.protection.packnet import PackNet
@@ -24,7 +29,12 @@ PROTECTIONS: Final[Mapping[str, type[Protection]]] = {
     "mas": MAS,
     "l2": L2,
     "agem": AGEM,
+    "derpp": DERPP,
+    "bc": BehaviouralCloning,
+    "lwf": LwF,
     "packnet": PackNet,
+    "lora": LoRA,
+    "hat": HAT,
 }
 
 

@@ -8,9 +8,12 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from cpd.config import Config
+from cpd.distill.batches import Batch
 from cpd.distill.flat import FlatParameters
 from cpd.distill.learner import StudentLearner
+from cpd.distill.memory.segments import Segments
 from cpd.distill.stage_data import StageData
+from cpd.student.network import StudentOutput
 
 
 class Protection:
@@ -34,6 +37,10 @@ class Protection:
     def begin_step(self, learner: StudentLearner) -> None:
         """Change `learner.flat.values`, or draw batches, before the step's gradient is computed."""
 
+    def loss(self, learner: StudentLearner, out: StudentOutput, batch: Batch) -> Tensor | None:
+        """A term that is added to the loss of the global batch: this rank's summand; None for none."""
+        return None
+
     def adjust_gradient(self, learner: StudentLearner) -> None:
         """Change `learner.flat.grads`, which are summed over ranks but not clipped yet.
 
@@ -50,6 +57,10 @@ class Protection:
 
     def end_stage(self, learner: StudentLearner, data: StageData) -> None:
         """Record what later stages must preserve. Called before the memory chooses from `data`."""
+
+    def stored(self, learner: StudentLearner, segments: Segments) -> Segments:
+        """The `segments` of a stage, with the labels that the memory keeps of them. Called after `end_stage`."""
+        return segments
 
     def report(self) -> dict[str, float]:
         """Numbers for metrics.jsonl at a stage's end."""
