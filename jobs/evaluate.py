@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         [
             "mpiexec -n 2 cpd evaluate runs/demo",
             "cpd evaluate runs/cw10 students/moe/seed-2",
-            "cpd evaluate analysis/results/cw10/students/cpd-seed-1    # a published student, again",
+            "cpd evaluate analysis/results/cw10-rl/students/cpd-seed-1    # a published student, again",
         ],
     )
     parser.add_argument(

@@ -179,7 +179,7 @@ def _card(student: StudentElement, target: Path, tables: Tables, rows: dict[str,
         "experts per layer": description["num_experts"],
         "stored time steps": f"{description['memory_steps']:,}",
         "size": f"{target.stat().st_size / 1e6:.1f} MB",
-        **{name.replace("_", " "): value for name, value in labels.items()},
+        **{name.replace("_", " "): value for name, value in labels.items() if value is not None},
         "SHA-256": read_json(target.with_suffix(".json"), Weights)["sha256"],
     }
     return CARD.format(

@@ -44,7 +44,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 @pytest.fixture
 def published(run: Run, tmp_path: Path) -> Path:
-    return publish_results(run.root, tmp_path / "analysis" / "results" / "cw10")
+    return publish_results(run.root, tmp_path / "analysis" / "results" / "cw10-rl")
 
 
 def test_the_first_student_of_the_first_method_is_published(run: Run, published: Path) -> None:
