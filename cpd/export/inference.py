@@ -68,11 +68,11 @@ class InferenceStudent(nn.Module):
         """Make the inference form of `student`, which stays as it is.
 
         Raises:
-            ValueError: if the student keeps other weights for every task (PackNet).
+            ValueError: if the student keeps other weights for every task (PackNet, LoRA, HAT).
         """
         super().__init__()
         if student.packing is not None:
-            raise ValueError("a student with other weights for each task (PackNet) has no such form")
+            raise ValueError("a student with other weights for each task (PackNet, LoRA, HAT) has no such form")
         student = copy.deepcopy(student).eval().requires_grad_(False)
         config = student.config
         self._context = config.context

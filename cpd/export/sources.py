@@ -56,8 +56,8 @@ def _of_run(run: Run) -> list[PolicyFile]:
 
 def _is_one_network(config: Config) -> bool:
     """Whether a student of this method acts with the network of its last stage alone."""
-    packs = config.distill.protocol == "continual" and config.protection.kind == "packnet"
-    return config.distill.protocol in ("continual", "joint") and not packs
+    protocol = config.distill.protocol
+    return protocol == "joint" or (protocol == "continual" and not config.protection.needs_task)
 
 
 def _published(folder: Path) -> list[PolicyFile]:
