@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cpd.comm import connect
+from cpd.reading import is_possible
 from cpd.run.attempt import mpi_guard
 from cpd.run.command import EXIT_FAILED, EXIT_USAGE, exit_quietly
 from cpd.run.directory import Run
@@ -31,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--partial", action="store_true", help="evaluate the finished stages of an unfinished student"
     )
     arguments = parser.parse_args(argv)
-    if (arguments.run_dir / "policy.safetensors").exists():
+    if is_possible(arguments.run_dir) and (arguments.run_dir / "policy.safetensors").exists():
         return _evaluate_again(parser.prog, arguments.run_dir)
     command = ElementCommand(parser, arguments, Run.evaluations, partial=arguments.partial)
     if command.has_work:

@@ -114,7 +114,7 @@ def interrupted(run: Run, **env: str) -> tuple[int, bytes]:
 
 def test_ctrl_c_ends_a_command_at_work_without_a_traceback(run: Run) -> None:
     run.report().complete.unlink(missing_ok=True)  # with it, the command would end by itself
-    code, errors = interrupted(run)
+    code, errors = interrupted(run, TTY_COMPATIBLE="1")  # without a terminal, it prints as it ends
     assert code == 130 and errors == b""
 
 
