@@ -34,9 +34,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_USAGE
     mistakes = suite_mistakes(suite)
     for task in [] if mistakes else arguments.only or suite.tasks:
-        found = task_mistakes(suite, task)
-        log(f"{task}: {'checked' if not found else 'has mistakes'}")
-        mistakes += found
+        mistakes_of_task = task_mistakes(suite, task)
+        log(f"{task}: {'has mistakes' if mistakes_of_task else 'checked'}")
+        mistakes += mistakes_of_task
     print("\n".join(mistakes) or f"the suite {arguments.suite} has no mistakes that this command finds")
     return EXIT_FAILED if mistakes else 0
 

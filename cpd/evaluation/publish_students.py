@@ -9,7 +9,6 @@ students/<method>-seed-<n>/
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -154,7 +153,7 @@ def _check_whole(student: StudentElement) -> None:
 def _card(student: StudentElement, target: Path, tables: Tables, rows: dict[str, EvaluationRow]) -> str:
     """Return the model card."""
     description = read_json(target.with_suffix(".json"), StudentSize)
-    labels, parent = asdict(description["labels"]), target.parent.resolve()
+    labels, parent = description["labels"].as_dict(), target.parent.resolve()
     teacher_seed = tables.teacher_seed(student.seed)
     teachers = {
         row.task: Rate.of(row.successes, row.episodes)
@@ -179,7 +178,7 @@ def _card(student: StudentElement, target: Path, tables: Tables, rows: dict[str,
         "experts per layer": description["num_experts"],
         "stored time steps": f"{description['memory_steps']:,}",
         "size": f"{target.stat().st_size / 1e6:.1f} MB",
-        **{name.replace("_", " "): value for name, value in labels.items() if value is not None},
+        **{name.replace("_", " "): value for name, value in labels.items()},
         "SHA-256": read_json(target.with_suffix(".json"), Weights)["sha256"],
     }
     return CARD.format(
