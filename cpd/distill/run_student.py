@@ -313,7 +313,8 @@ class Distillation:
         if config.distill.protocol == "teachers":
             seen = [config.stream.distinct_tasks[task] for task in trainer.learner.progress.seen]
             description["num_parameters"] = sum(_num_parameters(self.admitted[task].policy) for task in seen)
-        save_student(self.element.stage_policy(stage), trainer.learner.student, description)
+        path, earlier = self.element.stage_policy(stage), self.element.policy_before(stage)
+        save_student(path, trainer.learner.student, description, earlier)
 
     def _growth_entry(self, decision: GrowthDecision) -> dict[str, Any]:
         """A growth decision as a log entry, with the names of tasks."""

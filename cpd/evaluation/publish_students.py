@@ -15,12 +15,13 @@ from typing import Any
 from cpd.evaluation.results_folder import TEACHER, Tables
 from cpd.evaluation.student_measures import Rate
 from cpd.programs import ROOT
-from cpd.reading import DamagedFileError, read_json
+from cpd.reading import read_json
 from cpd.run.claim import check_none_lost
 from cpd.run.descriptions import StudentSize, Weights, check_identity
 from cpd.run.directory import Run, RunError, StudentElement, identity, matches, published_student
-from cpd.run.files import copy, sha256, write_text
+from cpd.run.files import write_text
 from cpd.run.tables import EvaluationRow
+from cpd.run.weights import copy_policy, described_weights
 
 CARD = """\
 ---
@@ -108,13 +109,9 @@ def publish_students(run: Run | None, tables: Tables, folder: Path, names: Seque
         [f"students/{target.parent.name}" for target in targets.values()],
         "name the run that has them, or choose another folder",
     )
-    for student in students:
-        _check_whole(student)
+    weights = {student: _checked_weights(student) for student in students}
     for student, target in targets.items():
-        weights = student.final_policy
-        assert weights is not None
-        copy(weights, target)
-        copy(weights.with_suffix(".json"), target.with_suffix(".json"))
+        copy_policy(weights[student], target)
         write_text(target.with_name("README.md"), _card(student, target, tables, students[student]))
     return list(targets.values())
 
@@ -137,17 +134,13 @@ def final_rows(method: str, seed: int, tables: Tables) -> dict[str, EvaluationRo
     return {row.task: row for row in own if row.stage == last and row.goal_set == tables.goal_set}
 
 
-def _check_whole(student: StudentElement) -> None:
-    """Raise DamagedFileError unless the final weights are this student's and what their description says."""
+def _checked_weights(student: StudentElement) -> Path:
+    """Return the final weights, after checking that they are this student's and what their description says."""
     weights = student.final_policy
     assert weights is not None
-    description = weights.with_suffix(".json")
-    check_identity(description, **identity(student.config, student))
-    if read_json(description, Weights)["sha256"] != sha256(weights):
-        raise DamagedFileError(
-            f"{weights} is damaged: its checksum differs from that in {description.name}; remove {student.path} "
-            "and launch again to distil this student again"
-        )
+    check_identity(weights.with_suffix(".json"), **identity(student.config, student))
+    described_weights(weights)
+    return weights
 
 
 def _card(student: StudentElement, target: Path, tables: Tables, rows: dict[str, EvaluationRow]) -> str:

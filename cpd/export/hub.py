@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any, Final
 
 from cpd.export.sources import PolicyFile, policy_files
-from cpd.reading import DamagedFileError, read_json
+from cpd.reading import read_json
 from cpd.run.directory import Run
-from cpd.run.files import atomic_folder, copy, sha256, write_text
+from cpd.run.files import atomic_folder, write_text
 from cpd.run.folders import kind_of
 from cpd.run.tables import EvaluationRow, find_table, read_rows
+from cpd.run.weights import copy_policy
 
 TAGS: Final = ("reinforcement-learning", "robotics", "meta-world")
 CARD: Final = """\
@@ -73,18 +74,11 @@ def export_hub(source: Path, output: Path, only: Sequence[str]) -> Iterator[Path
     """
     evaluations = _evaluations(source)
     for file in policy_files(source, only):
-        description_path = file.path.with_suffix(".json")
-        description = read_json(description_path, dict[str, Any])
-        if description["sha256"] != sha256(file.path):
-            raise DamagedFileError(
-                f"{file.path} is damaged: its hash is not the one in {description_path.name}; restore it, or "
-                "choose others by --only"
-            )
+        description = read_json(file.path.with_suffix(".json"), dict[str, Any])
         if not file.is_student and description["labels"]["teacher_recipe"] == "scripted":
             continue
         with atomic_folder(output / file.name) as folder:
-            copy(file.path, folder / "policy.safetensors")
-            copy(description_path, folder / "policy.json")
+            copy_policy(file.path, folder / "policy.safetensors")
             write_text(folder / "README.md", model_card(file, description, evaluations))
         yield output / file.name
 

@@ -143,13 +143,20 @@ class StudentElement(Element):
         return self.path / "curves.csv"
 
     def stage_policy(self, stage: int) -> Path:
-        """The weights after `stage` (-1: before training), kept for good, with a description beside them."""
+        """The weights after `stage` (-1: before training), kept for good, with a description beside them.
+
+        A file may hold only what changed since an earlier stage: see `cpd.run.weights`.
+        """
         return self.path / "stages" / f"{'initial' if stage < 0 else f'stage-{stage:02d}'}.safetensors"
 
     @property
     def final_policy(self) -> Path | None:
         """The weights after the last stage so far; None before the first."""
-        paths = map(self.stage_policy, reversed(range(len(self.config.stream.tasks))))
+        return self.policy_before(len(self.config.stream.tasks))
+
+    def policy_before(self, stage: int) -> Path | None:
+        """The weights after the last stage before `stage` that was not skipped; None if there is none."""
+        paths = map(self.stage_policy, reversed(range(stage)))
         return next((path for path in paths if path.exists()), None)
 
     def row_file(self, stage: int) -> Path:

@@ -21,9 +21,10 @@ from cpd.config import StudentConfig
 from cpd.config.load import load, to_dict
 from cpd.config.retired import upgrade
 from cpd.envs.suite import ACTION_CLIP, DEFAULT_SUITE, Spaces, load_suite
-from cpd.reading import DamagedFileError, read_bytes, read_json
+from cpd.reading import DamagedFileError, read_json
 from cpd.run.descriptions import StudentPolicy, check_identity
 from cpd.run.files import atomic_write, write_json
+from cpd.run.weights import changes_since, described_weights
 from cpd.student.acting import STEPS
 from cpd.student.former_names import stack_experts
 from cpd.student.moe import MoE, RouterStats
@@ -268,17 +269,25 @@ class Student(nn.Module):
         return StudentOutput(mean_BLA, middle + half * spread_BLA.tanh(), tuple(stats))
 
 
-def save_student(path: Path, student: Student, description: Mapping[str, Any]) -> None:
+def save_student(
+    path: Path, student: Student, description: Mapping[str, Any], earlier: Path | None = None
+) -> None:
     """Write the weights to `path`, after a JSON file beside it that describes them; both atomically.
 
     Args:
         path: ends in `.safetensors`.
         student: the policy.
         description: further entries of the JSON file, such as stage, labels, growth.
+        earlier: the weights after an earlier stage, in the same folder; `path` may then hold only what changed.
+
+    Raises:
+        DamagedFileError: if `earlier` is damaged or missing.
     """
     tensors = student.state_dict() | (student.packing.tensors() if student.packing else {})
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     data = safetensors.torch.save(tensors)
+    if earlier:
+        data = changes_since(earlier, data)
     write_json(
         path.with_suffix(".json"),
         {
@@ -311,7 +320,7 @@ def load_student(path: Path, **expected: Any) -> Student:
     """Load the student that `save_student` wrote to `path`, on the CPU.
 
     Args:
-        path: ends in `.safetensors`.
+        path: ends in `.safetensors`; the files that it builds on lie beside it.
         expected: entries of its description, which those of earlier versions may lack.
 
     Raises:
@@ -321,12 +330,7 @@ def load_student(path: Path, **expected: Any) -> Student:
     description_path = path.with_suffix(".json")
     check_identity(description_path, **expected)
     description = read_json(description_path, StudentPolicy)
-    data = read_bytes(path)
-    if hashlib.sha256(data).hexdigest() != description["sha256"]:
-        raise DamagedFileError(
-            f"{path} is damaged: its hash is not the one in {description_path.name}; restore it, or remove the "
-            "student's folder and launch again to distil it again"
-        )
+    data = described_weights(path)
     spaces = load_suite(description.get("labels", {}).get("suite") or DEFAULT_SUITE).spaces
     if [spaces.centre.tolist(), spaces.scale.tolist()] != [description["obs_centre"], description["obs_scale"]]:
         raise DamagedFileError(
