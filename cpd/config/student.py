@@ -162,8 +162,10 @@ class DistillConfig:
     """Weight of the load-balancing loss. Has no effect if every group has `top_k` experts, as by default."""
     router_z_coef: NonNegativeFloat = 1e-3
     """Weight of the router z-loss (Zoph et al. 2022)."""
-    precision: Literal["float32", "float64"] = "float32"
-    """Type of the student's parameters and computation."""
+    precision: Literal["float32", "float64", "bfloat16"] = "float32"
+    """Type of the student's parameters and computation. bfloat16: while the student learns, matrix products of its
+    blocks run in bfloat16; parameters, router, losses and optimiser stay in float32. For a GPU: a CPU without
+    instructions for bfloat16 multiplies many times slower."""
 
 
 #: Dense widths are multiples of this: others slow matrix products down by up to 2x on some processors.

@@ -18,6 +18,7 @@ from cpd.distill.losses import floored_log_std
 from cpd.distill.memory.segments import Segments
 from cpd.distill.stage_data import StageData
 from cpd.seeding import generator
+from cpd.student.precision import parameter_type
 
 
 class Windows(NamedTuple):
@@ -100,7 +101,7 @@ class BatchSource:
         if outputs := memory.student_outputs.shape[1]:
             kept = [memory.student_outputs, *(np.zeros((task.num_steps, outputs), np.float32) for task in tasks)]
             steps = [np.hstack(columns) for columns in zip(steps, kept, strict=True)]
-        table = torch.from_numpy(np.concatenate(steps)).to(getattr(torch, config.precision))
+        table = torch.from_numpy(np.concatenate(steps)).to(parameter_type(config.precision))
         self._columns = [array.shape[1] for array in (data.observations, data.teacher_mean, data.teacher_log_std)]
         log_std = slice(sum(self._columns[:2]), sum(self._columns))
         table[:, log_std] = floored_log_std(table[:, log_std], config.std_floor)

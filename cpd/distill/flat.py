@@ -31,7 +31,6 @@ class FlatParameters:
         names: names of parameters in the order of the vector.
         slots: by name, the slice of the vector that holds a parameter.
         shapes: by name, the shape of a parameter.
-        matrices: [P] 1 for elements of weight matrices, to which weight decay applies, else 0.
         trainable: the slices of `values` that are not frozen, in order; adjacent slices are merged. `grads` holds
             their gradients in this order.
         mask: the argument of `freeze`.
@@ -44,7 +43,6 @@ class FlatParameters:
         sizes = [parameter.numel() for parameter in parameters.values()]
         first = parameters[self.names[0]]
         self.values = torch.empty(sum(sizes), dtype=first.dtype, device=first.device)
-        self.matrices = torch.zeros_like(self.values)
         self.slots: dict[str, slice] = {}
         self.shapes = {name: parameters[name].shape for name in self.names}
         start = 0
@@ -54,10 +52,9 @@ class FlatParameters:
             parameter.data = self.values[slot].view(parameter.shape)
             self.slots[name] = slot
             start += size
-        for slot in self.matrix_slots():
-            self.matrices[slot] = 1.0
         self._parameters = parameters
         self._stacks = {f"{name}.stack": of for name, of in module.named_modules() if isinstance(of, Stack)}
+        self._staging: Tensor | None = None
         self.freeze(None)
 
     @property
@@ -68,10 +65,14 @@ class FlatParameters:
     def matrix_slots(self) -> Iterator[slice]:
         """The slice of every weight matrix; a stack of matrices has one for each expert."""
         for name, slot in self.slots.items():
-            shape = self.shapes[name]
-            if len(shape) == 3 or (len(shape) == 2 and name.endswith(".weight")):
-                size = shape[-1] * shape[-2]
+            if self.is_matrix(name):
+                size = self.shapes[name][-2:].numel()
                 yield from (slice(start, start + size) for start in range(slot.start, slot.stop, size))
+
+    def is_matrix(self, name: str) -> bool:
+        """Whether a parameter is a weight matrix or a stack of them: weight decay applies to these."""
+        num_axes = len(self.shapes[name])
+        return num_axes == 3 or (num_axes == 2 and name.endswith(".weight"))
 
     def carried(self, vector: Tensor, old: FlatParameters) -> Tensor:
         """Copy a vector [P] from the layout `old`, before growth; slices that growth has appended get 0."""
@@ -88,8 +89,13 @@ class FlatParameters:
         """
         self.mask = mask
         trained = {name: self._trained_part(name) for name in self.names}
+        # The old gradients are released before the new ones take memory.
+        self.grads, self._staging = self.values.new_empty(0), None
+        for parameter in self._parameters.values():
+            parameter.grad = None
+        for stack in self._stacks.values():
+            stack.trained = None
         self.grads = self.values.new_zeros(sum(part.stop - part.start for part in trained.values()))
-        self._staging: Tensor | None = None
         self.trainable: list[slice] = []
         start = 0
         for name, part in trained.items():
@@ -97,14 +103,10 @@ class FlatParameters:
             parameter, slot, size = self._parameters[name], self.slots[name], part.stop - part.start
             is_whole = part == slot
             parameter.requires_grad_(is_whole)
-            parameter.grad = None
             leaf = parameter
-            if name in self._stacks:
-                stack, row = self._stacks[name], parameter[0].numel()
-                stack.trained = None
-                if size and not is_whole:
-                    leaf = nn.Parameter(self.values[part].view(-1, *parameter.shape[1:]))
-                    stack.trained = (part.start - slot.start) // row, leaf
+            if name in self._stacks and size and not is_whole:
+                leaf = nn.Parameter(self.values[part].view(-1, *parameter.shape[1:]))
+                self._stacks[name].trained = (part.start - slot.start) // parameter[0].numel(), leaf
             if not size:
                 continue
             leaf.grad = self.grads[start : start + size].view(leaf.shape)
@@ -124,6 +126,11 @@ class FlatParameters:
             return slice(slot.start, slot.start)
         size = (slot.stop - slot.start) // num_rows
         return slice(slot.start + int(rows[0]) * size, slot.start + (int(rows[-1]) + 1) * size)
+
+    def release(self) -> None:
+        """Release all vectors, once the parameters are in another one."""
+        self.values = self.grads = self.values.new_empty(0)
+        self.mask, self._staging, self._parameters, self._stacks = None, None, {}, {}
 
     def reduce_grads(self, comm: Comm) -> None:
         """Sum `grads` over ranks, in place; a collective."""
@@ -169,7 +176,8 @@ class AdamW:
         self.cohorts = [slice(start, stop) for start, stop, _ in cohorts]
         # On the device, so that a step is the same operations on the same memory every time.
         self.ages = torch.tensor([age for *_, age in cohorts], device=self.flat.values.device, dtype=torch.float32)
-        self._prepared_for: Tensor | None = None
+        self._values, self._first, self._second = [], [], []
+        self._prepared_for: list[slice] | None = None
 
     def _cohorts_with_ages(self) -> list[list[int]]:
         ages = self.ages.tolist()
@@ -194,24 +202,23 @@ class AdamW:
     def prepare(self) -> None:
         """Find the slices that an update changes; call it after `flat.freeze`."""
         flat = self.flat
-        pieces, offset = [], 0
+        slots, numbers = [], []
         for trainable in flat.trainable:
             for number, cohort in enumerate(self.cohorts):
-                start, stop = max(trainable.start, cohort.start), min(trainable.stop, cohort.stop)
-                if start < stop:
-                    shift = offset - trainable.start
-                    pieces.append((number, slice(start, stop), slice(start + shift, stop + shift)))
-            offset += trainable.stop - trainable.start
-        slots = [slot for _, slot, _ in pieces]
-        self._numbers = torch.tensor([number for number, *_ in pieces], device=flat.values.device)
-        self._values, self._matrices, self._first, self._second = (
-            [vector[slot] for slot in slots]
-            for vector in (flat.values, flat.matrices, self.first_moment, self.second_moment)
+                if both := _overlap(trainable, cohort):
+                    slots.append(both)
+                    numbers.append(number)
+        self._numbers = torch.tensor(numbers, device=flat.values.device)
+        self._values, self._first, self._second = (
+            [vector[slot] for slot in slots] for vector in (flat.values, self.first_moment, self.second_moment)
         )
-        self._grads = [flat.grads[slot] for *_, slot in pieces]
+        self._sizes = [slot.stop - slot.start for slot in slots]  # in the order of the gradients
+        matrices = [flat.slots[name] for name in flat.names if self.weight_decay and flat.is_matrix(name)]
+        decayed = (_overlap(trainable, matrix) for trainable in flat.trainable for matrix in matrices)
+        self._decayed = [flat.values[both] for both in decayed if both]
         masks = [None if flat.mask is None else flat.mask[slot] for slot in slots]
         self._masks = [None if mask is None or bool((mask == 1.0).all()) else mask for mask in masks]
-        self._prepared_for = flat.grads
+        self._prepared_for = flat.trainable
 
     @torch.no_grad()
     def step(self, lr: float | Tensor) -> None:
@@ -221,21 +228,20 @@ class AdamW:
         a mask, except those of frozen parameters. A factor on the gradient would be cancelled by Adam's
         normalisation.
         """
-        if self._prepared_for is not self.flat.grads:
+        if self._prepared_for is not self.flat.trainable:
             self.prepare()
         # The masked update is the step from the old to the new values, scaled; so the old ones are needed.
         old_values = [
             None if mask is None else value.clone() for value, mask in zip(self._values, self._masks, strict=True)
         ]
-        if self.weight_decay:
-            for value, matrices in zip(self._values, self._matrices, strict=True):
-                value.sub_(value * matrices * (lr * self.weight_decay))
+        for value in self._decayed:
+            value.sub_(value * (lr * self.weight_decay))
         self.ages.add_(1.0)
         # Fused: one pass over the vectors instead of ten, since they do not fit in a core's private cache. Called
         # directly, since a step cannot be traced through torch.optim's function for it.
         torch._fused_adamw_(
             self._values,
-            self._grads,
+            self.flat.grads.split(self._sizes),
             self._first,
             self._second,
             [],
@@ -266,6 +272,11 @@ class AdamW:
         self.second_moment.copy_(state["second_moment"])
         self._set_cohorts(state["cohorts"])
         assert self.cohorts[-1].stop == self.flat.size
+
+
+def _overlap(one: slice, other: slice) -> slice | None:
+    start, stop = max(one.start, other.start), min(one.stop, other.stop)
+    return slice(start, stop) if start < stop else None
 
 
 def _merged(cohorts: list[list[int]]) -> list[list[int]]:

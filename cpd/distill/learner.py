@@ -21,6 +21,7 @@ from cpd.distill.memory.segments import Segments
 from cpd.distill.stage_data import StageData
 from cpd.seeding import derive
 from cpd.student.network import Student, StudentOutput
+from cpd.student.precision import mixed_precision, parameter_type
 from cpd.student.task_embedding import info_nce
 from cpd.student.task_weights import TaskWeights, make_task_weights
 
@@ -89,7 +90,7 @@ class StudentLearner:
     def build(self, num_experts: int) -> Student:
         """A student of this configuration with `num_experts` experts per layer, on the CPU."""
         config = self.config
-        dtype = getattr(torch, config.distill.precision)
+        dtype = parameter_type(config.distill.precision)
         num_tasks = len(config.stream.distinct_tasks)
         spaces = config.stream.suite_object.spaces
         student = Student(config.student, num_tasks, num_experts=num_experts, dtype=dtype, spaces=spaces)
@@ -139,8 +140,13 @@ class StudentLearner:
             self._contrast.refresh_prototypes(self.student)
 
     def add_parameters(self) -> FlatParameters:
-        """Add the parameters that growth has added to `flat` and the optimiser; returns the previous `flat`."""
+        """Add the parameters that growth has added to `flat` and the optimiser.
+
+        Returns:
+            The previous `flat`, of which only the layout is left: its vectors are released.
+        """
         old, self.flat = self.flat, FlatParameters(self.student)
+        old.release()
         self.optimizer.grow(self.flat)
         return old
 
@@ -162,7 +168,8 @@ class StudentLearner:
             added: this rank's summand of a further term, given the output on `batch`.
         """
         config = self.config.distill
-        out = self._output(batch)
+        with mixed_precision(self.device, config.precision):
+            out = self._output(batch)
         distance_RL = batch.valid_RL * self.token_loss(out, batch)
         # Sums over this rank's tokens, divided by the global count: their sum over ranks is the global mean,
         # also if ranks have different numbers of tokens.

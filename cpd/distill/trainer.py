@@ -25,6 +25,7 @@ from cpd.distill.protection import make_protection
 from cpd.distill.rehearsal import Rehearsal
 from cpd.distill.stage_data import StageData
 from cpd.student.former_names import stack_name
+from cpd.student.precision import mixed_precision
 
 #: Learning rate at a stage's end, as a share of `distill.lr`.
 FINAL_LR_SHARE: Final = 0.1
@@ -206,7 +207,8 @@ class StudentTrainer:
         them without waiting for their results. With several ranks it waits for the reduction of the gradient.
         """
         if self._rehearsal is not None:
-            batch = self._rehearsal.relabel(batch)
+            with mixed_precision(self.learner.device, self.config.distill.precision):
+                batch = self._rehearsal.relabel(batch)
         terms = self.learner.gradient(batch, contrast, lambda out: self.protection.loss(self.learner, out, batch))
         self.protection.adjust_gradient(self.learner)
         grad_norm = self.learner.flat.clip_grads(self.config.distill.max_grad_norm)

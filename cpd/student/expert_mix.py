@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cpd.student.precision import product_type
 from cpd.student.stack import Stack
 
 
@@ -103,6 +104,7 @@ class _ExpertMix(torch.autograd.Function):
         grad_gates_Nk = (y_NkD * grad_ND.unsqueeze(1)).sum(-1)
         gates_M = gates_Nk.reshape(-1).index_select(0, order_M)
         grad_y_MD = grad_ND.index_select(0, order_M // gates_Nk.shape[1]) * gates_M.unsqueeze(1)
+        grad_y_MD = grad_y_MD.to(x_MD.dtype)
         grad_active_MF = grouped_product(grad_y_MD, down_EFD.transpose(1, 2), ends_E)
         grad_hidden_MF = torch.ops.aten.gelu_backward(grad_active_MF, hidden_MF)
         grad_x_MD = grouped_product(grad_hidden_MF, up_EFD, ends_E)
@@ -129,5 +131,6 @@ def mix_experts(x_ND: Tensor, gates_Nk: Tensor, chosen_Nk: Tensor, up: Stack, do
     """
     first, up_leaf = up.leaf()
     _, down_leaf = down.leaf()
-    matrices = up.stack.detach(), down.stack.detach(), up_leaf, down_leaf
-    return cast(Tensor, _ExpertMix.apply(x_ND, gates_Nk, chosen_Nk, *matrices, first))  # type: ignore[no-untyped-call]
+    dtype = product_type(x_ND)
+    matrices = up.stack.detach().to(dtype), down.stack.detach().to(dtype), up_leaf, down_leaf
+    return cast(Tensor, _ExpertMix.apply(x_ND.to(dtype), gates_Nk, chosen_Nk, *matrices, first))  # type: ignore[no-untyped-call]

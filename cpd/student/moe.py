@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cpd.student.expert_mix import mix_experts
+from cpd.student.precision import full_precision
 from cpd.student.stack import Stack
 
 
@@ -122,7 +123,9 @@ class MoE(nn.Module):
         if experts.stop - experts.start == self.top_k:
             return self._dense(x_ND, experts, valid_N)
         candidates_C = torch.arange(experts.start, experts.stop, device=x_ND.device)
-        return self._mix(x_ND, candidates_C.expand(len(x_ND), -1), self._logits(x_ND, experts), valid_N)
+        with full_precision(x_ND):
+            logits_NC = self._logits(x_ND, experts)
+        return self._mix(x_ND, candidates_C.expand(len(x_ND), -1), logits_NC, valid_N)
 
     def _logits(self, x_ND: Tensor, experts: slice) -> Tensor:
         return F.linear(x_ND, self.router.of(experts)) + self.logit_offset[experts]
@@ -151,16 +154,18 @@ class MoE(nn.Module):
                 return y_ND, None
             tokens_E = F.pad(valid_N.sum().reshape(1), around)
             return y_ND, RouterStats(tokens_E, tokens_E, tokens_E.new_zeros(()))
-        logits_Nk = self._logits(x_ND, experts)
-        gates_Nk = logits_Nk.softmax(-1)
+        with full_precision(x_ND):
+            logits_Nk = self._logits(x_ND, experts)
+            gates_Nk = logits_Nk.softmax(-1)
         y_ND = (hidden_NF.view(len(x_ND), self.top_k, -1) * gates_Nk.unsqueeze(-1)).flatten(1) @ down_FD
         if valid_N is None:
             return y_ND, None
-        return y_ND, RouterStats(
-            F.pad(valid_N.sum().expand(self.top_k), around),
-            F.pad(valid_N @ gates_Nk, around),
-            valid_N @ logits_Nk.logsumexp(-1).square(),
-        )
+        with full_precision(x_ND):
+            return y_ND, RouterStats(
+                F.pad(valid_N.sum().expand(self.top_k), around),
+                F.pad(valid_N @ gates_Nk, around),
+                valid_N @ logits_Nk.logsumexp(-1).square(),
+            )
 
     def _mix(
         self, x_ND: Tensor, candidates_NC: Tensor, logits_NC: Tensor, valid_N: Tensor | None
@@ -177,11 +182,12 @@ class MoE(nn.Module):
         zeros_E = valid_N.new_zeros(self.num_open)
         weights_M = valid_N.repeat_interleave(self.top_k)
         probs_NC = valid_N.unsqueeze(1) * logits_NC.softmax(-1)
-        return y_ND, RouterStats(
-            zeros_E.index_add(0, chosen_Nk.flatten(), weights_M),
-            zeros_E.index_add(0, candidates_NC.flatten(), probs_NC.flatten()),
-            valid_N @ logits_NC.logsumexp(-1).square(),
-        )
+        with full_precision(x_ND):
+            return y_ND, RouterStats(
+                zeros_E.index_add(0, chosen_Nk.flatten(), weights_M),
+                zeros_E.index_add(0, candidates_NC.flatten(), probs_NC.flatten()),
+                valid_N @ logits_NC.logsumexp(-1).square(),
+            )
 
 
 def _read_layout(moe: MoE, _: object) -> None:

@@ -30,6 +30,7 @@ from cpd.student.former_names import stack_experts
 from cpd.student.moe import MoE, RouterStats
 from cpd.student.packing import Packing
 from cpd.student.plans import FIRST_STEPS, TIE_BREAK, Plans
+from cpd.student.precision import full_precision
 from cpd.student.task_density import TaskDensity
 from cpd.student.task_embedding import EMBEDDING_SIZE, NEVER, TEMPERATURE, TaskEncoder
 from cpd.student.task_weights import TaskWeights, task_weights_of_file
@@ -262,7 +263,8 @@ class Student(nn.Module):
             x_BLD, layer_stats = block(x_BLD, valid_N, group)
             if layer_stats is not None:
                 stats.append(layer_stats)
-        mean_BLA, spread_BLA = self.head(self.norm(x_BLD)).chunk(2, -1)
+        with full_precision(x_BLD):
+            mean_BLA, spread_BLA = self.head(self.norm(x_BLD)).chunk(2, -1)
         # A smooth clamp, since the gradient of a hard one is zero outside its bounds.
         middle = (MAX_LOG_STD + MIN_LOG_STD) / 2
         half = (MAX_LOG_STD - MIN_LOG_STD) / 2
