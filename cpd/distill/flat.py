@@ -89,12 +89,7 @@ class FlatParameters:
         """
         self.mask = mask
         trained = {name: self._trained_part(name) for name in self.names}
-        # The old gradients are released before the new ones take memory.
-        self.grads, self._staging = self.values.new_empty(0), None
-        for parameter in self._parameters.values():
-            parameter.grad = None
-        for stack in self._stacks.values():
-            stack.trained = None
+        self._release_grads()  # before new ones take memory
         self.grads = self.values.new_zeros(sum(part.stop - part.start for part in trained.values()))
         self.trainable: list[slice] = []
         start = 0
@@ -128,9 +123,17 @@ class FlatParameters:
         return slice(slot.start + int(rows[0]) * size, slot.start + (int(rows[-1]) + 1) * size)
 
     def release(self) -> None:
-        """Release all vectors, once the parameters are in another one."""
-        self.values = self.grads = self.values.new_empty(0)
-        self.mask, self._staging, self._parameters, self._stacks = None, None, {}, {}
+        """Release the vectors, before another `FlatParameters` takes the parameters; `slots` stay."""
+        self._release_grads()
+        self.values = self.grads
+        self.mask, self._parameters, self._stacks = None, {}, {}
+
+    def _release_grads(self) -> None:
+        self.grads, self._staging = self.values.new_empty(0), None
+        for parameter in self._parameters.values():
+            parameter.grad = None
+        for stack in self._stacks.values():
+            stack.trained = None
 
     def reduce_grads(self, comm: Comm) -> None:
         """Sum `grads` over ranks, in place; a collective."""
@@ -186,6 +189,7 @@ class AdamW:
     def grow(self, flat: FlatParameters) -> None:
         """Switch to the vector after growth; keep the moments of older parameters."""
         old_cohorts, cohorts = self._cohorts_with_ages(), []
+        self._values, self._first, self._second = [], [], []  # views of what is replaced below
         for name, slot in flat.slots.items():
             old = self.flat.slots[name]
             shift = slot.start - old.start

@@ -145,8 +145,9 @@ class StudentLearner:
         Returns:
             The previous `flat`, of which only the layout is left: its vectors are released.
         """
-        old, self.flat = self.flat, FlatParameters(self.student)
+        old = self.flat
         old.release()
+        self.flat = FlatParameters(self.student)
         self.optimizer.grow(self.flat)
         return old
 

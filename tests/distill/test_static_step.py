@@ -39,11 +39,16 @@ SLOWLY_TRACED = [
     "no-expansion",
     "scaled-masks",
 ]
-TRACED = ["cpd", "rehearsal", *(pytest.param(label, marks=pytest.mark.slow) for label in SLOWLY_TRACED)]
+TRACED = [
+    ("cpd", "float32"),
+    ("rehearsal", "bfloat16"),
+    *(pytest.param(label, "float32", marks=pytest.mark.slow) for label in SLOWLY_TRACED),
+]
 
 
-def trainer_in_second_stage(label: str) -> StudentTrainer:
-    config = load(Config, merge(to_dict(ABLATION.of_method(label)), SMALL), label)
+def trainer_in_second_stage(label: str, precision: str = "float32") -> StudentTrainer:
+    tables = merge(SMALL, {"distill": {"precision": precision}})
+    config = load(Config, merge(to_dict(ABLATION.of_method(label)), tables), label)
     trainer = StudentTrainer(config, 1, SerialComm(), torch.device("cpu"))
     for stage in range(2):
         trainer.begin_stage(stage_data(stage))
@@ -74,9 +79,9 @@ def test_a_step_reads_no_result(label: str) -> None:
             trainer.check_finite()
 
 
-@pytest.mark.parametrize("label", TRACED)
-def test_a_step_is_one_graph(label: str) -> None:
-    wanted, traced = trainer_in_second_stage(label), trainer_in_second_stage(label)
+@pytest.mark.parametrize(("label", "precision"), TRACED)
+def test_a_step_is_one_graph(label: str, precision: str) -> None:
+    wanted, traced = (trainer_in_second_stage(label, precision) for _ in range(2))
     old_values = wanted.learner.flat.values.clone()
     with torch._dynamo.config.patch(trace_autograd_ops=True):
         traced._update = torch.compile(traced._update, fullgraph=True, dynamic=False, backend="eager")  # type: ignore[method-assign]

@@ -36,6 +36,7 @@ class Masking(Protection):
 
     def begin_stage(self, learner: StudentLearner) -> None:
         """Compute the mask of the stage."""
+        self._mask = None  # first, to release its memory
         self._mask = self._make_mask(learner)
 
     def grow(self, old: FlatParameters, new: FlatParameters) -> None:
