@@ -7,7 +7,7 @@ export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo figures test test-slow test-chaos test-mutations test-slurm test-slurm-slow check format miniature slurm-up slurm-down slurm-demo clean
-.PHONY: bench-env bench-teacher bench-moe bench-distill bench-ddp bench-device bench-dpp bench-slurm
+.PHONY: bench-env bench-teacher bench-moe bench-distill bench-scale bench-ddp bench-device bench-dpp bench-slurm
 SLURM_STATE ?= /tmp/cpd-slurm-$(shell id -u)
 
 help: ## show the targets
@@ -85,6 +85,9 @@ bench-moe: setup ## the mixture of experts against a plain loop and a dense laye
 
 bench-distill: setup ## a distillation step
 	$(PY) -m tests.bench.bench_distill
+
+bench-scale: setup ## a step over the size of student, batch and stream: time, memory, share of the peak
+	$(PY) -m tests.bench.bench_scale
 
 bench-ddp: setup ## two ranks against torch's DistributedDataParallel, and weak scaling
 	$(PY) -m tests.bench.bench_ddp
