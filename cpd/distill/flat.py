@@ -179,7 +179,7 @@ class AdamW:
         self.cohorts = [slice(start, stop) for start, stop, _ in cohorts]
         # On the device, so that a step is the same operations on the same memory every time.
         self.ages = torch.tensor([age for *_, age in cohorts], device=self.flat.values.device, dtype=torch.float32)
-        self._values, self._first, self._second = [], [], []
+        self._views: tuple[list[Tensor], ...] = ([], [], [])
         self._prepared_for: list[slice] | None = None
 
     def _cohorts_with_ages(self) -> list[list[int]]:
@@ -189,7 +189,7 @@ class AdamW:
     def grow(self, flat: FlatParameters) -> None:
         """Switch to the vector after growth; keep the moments of older parameters."""
         old_cohorts, cohorts = self._cohorts_with_ages(), []
-        self._values, self._first, self._second = [], [], []  # views of what is replaced below
+        self._views = ([], [], [])  # of what is replaced below
         for name, slot in flat.slots.items():
             old = self.flat.slots[name]
             shift = slot.start - old.start
@@ -213,9 +213,8 @@ class AdamW:
                     slots.append(both)
                     numbers.append(number)
         self._numbers = torch.tensor(numbers, device=flat.values.device)
-        self._values, self._first, self._second = (
-            [vector[slot] for slot in slots] for vector in (flat.values, self.first_moment, self.second_moment)
-        )
+        vectors = (flat.values, self.first_moment, self.second_moment)
+        self._views = tuple([vector[slot] for slot in slots] for vector in vectors)
         self._sizes = [slot.stop - slot.start for slot in slots]  # in the order of the gradients
         matrices = [flat.slots[name] for name in flat.names if self.weight_decay and flat.is_matrix(name)]
         decayed = (_overlap(trainable, matrix) for trainable in flat.trainable for matrix in matrices)
@@ -234,9 +233,10 @@ class AdamW:
         """
         if self._prepared_for is not self.flat.trainable:
             self.prepare()
+        values, first, second = self._views
         # The masked update is the step from the old to the new values, scaled; so the old ones are needed.
         old_values = [
-            None if mask is None else value.clone() for value, mask in zip(self._values, self._masks, strict=True)
+            None if mask is None else value.clone() for value, mask in zip(values, self._masks, strict=True)
         ]
         for value in self._decayed:
             value.sub_(value * (lr * self.weight_decay))
@@ -244,10 +244,10 @@ class AdamW:
         # Fused: one pass over the vectors instead of ten, since they do not fit in a core's private cache. Called
         # directly, since a step cannot be traced through torch.optim's function for it.
         torch._fused_adamw_(
-            self._values,
-            self.flat.grads.split(self._sizes),
-            self._first,
-            self._second,
+            values,
+            torch.split(self.flat.grads, self._sizes),
+            first,
+            second,
             [],
             self.ages[self._numbers].unbind(),
             lr=lr,
@@ -258,7 +258,7 @@ class AdamW:
             amsgrad=False,
             maximize=False,
         )
-        for old, value, mask in zip(old_values, self._values, self._masks, strict=True):
+        for old, value, mask in zip(old_values, values, self._masks, strict=True):
             if old is not None and mask is not None:
                 torch.lerp(old, value, mask, out=value)
 
