@@ -36,7 +36,7 @@ class Belief(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """One episode; the last four as in `Belief`, None for policies that do not infer the task."""
+    """One episode; four fields as in `Belief`, None for policies that do not infer the task."""
 
     goal: int
     success: bool
@@ -49,6 +49,13 @@ class Outcome(NamedTuple):
     confidence: float | None = None
     plan_first: str | None = None
     plan_second: str | None = None
+    normalised_return: float | None = None
+    """By `Suite.returns`; None for a task with a success measure."""
+
+    @property
+    def score(self) -> float:
+        """The normalised return, or else 1 for a success and 0 for a failure."""
+        return float(self.success) if self.normalised_return is None else self.normalised_return
 
 
 class RunningEpisodes:
@@ -92,7 +99,7 @@ class RunningEpisodes:
 
     def outcomes(self, stop_at_success: bool) -> list[Outcome]:
         """Return the outcomes in the goals' order."""
-        last = self._envs.successes
+        last, returns = self._envs.successes, self._envs.suite.returns(self.goals[0].task)
         return [
             Outcome(
                 goal.index,
@@ -100,6 +107,7 @@ class RunningEpisodes:
                 None if stop_at_success and self._success[i] else bool(last[i]),
                 int(self._length[i]),
                 float(self._return[i]),
+                normalised_return=returns.normalise(float(self._return[i])) if returns else None,
             )
             for i, goal in enumerate(self.goals)
         ]

@@ -28,7 +28,10 @@ DEFAULT_SUITE: Final = "metaworld"
 #: The group of Python entry points that name suites.
 ENTRY_POINT_GROUP: Final = "cpd.suites"
 #: Suites of this package.
-_SHIPPED: Final = {DEFAULT_SUITE: "cpd.envs.metaworld.suite:MetaWorld"}
+_SHIPPED: Final = {
+    DEFAULT_SUITE: "cpd.envs.metaworld.suite:MetaWorld",
+    "gym-mujoco": "cpd.envs.gym_mujoco.suite:GymMujoco",
+}
 #: Policies act in [-1, 1].
 ACTION_CLIP: Final = 1.0
 #: Goals per set at most.
@@ -65,11 +68,43 @@ class Environment(Protocol):
         """Release what the environment holds."""
 
 
+class BatchEnvironment(Protocol):
+    """Many environments of one task, each with the bits that `Suite.make` gives it, whatever the others do."""
+
+    def reset(self, rows: Sequence[int], goals: Sequence[Goal]) -> npt.NDArray[np.floating[Any]]:
+        """Start an episode from `goals[i]` in environment `rows[i]`; return the first observations, [rows, O]."""
+
+    def step(
+        self, rows: Sequence[int], actions: npt.NDArray[np.float32]
+    ) -> tuple[npt.NDArray[np.floating[Any]], FloatArray, npt.NDArray[np.bool_]]:
+        """Apply the actions [rows, A] in environments `rows`, as `Environment.step` does.
+
+        Returns:
+            Observations [rows, O], rewards [rows], and successes [rows].
+        """
+
+    def close(self) -> None:
+        """Release what the environments hold."""
+
+
 class Sizes(NamedTuple):
     """Sizes of a task's observations and actions, O and A."""
 
     observation: int
     action: int
+
+
+class Returns(NamedTuple):
+    """The undiscounted returns of an episode of `Suite.horizon` steps between which a task's return is normalised."""
+
+    random: float
+    """Mean of a random policy; its normalised return is 0."""
+    reference: float
+    """Mean of a policy that counts as good; its normalised return is 1."""
+
+    def normalise(self, episode_return: float) -> float:
+        """Return the normalised return, clipped to [0, 1]."""
+        return min(max((episode_return - self.random) / (self.reference - self.random), 0.0), 1.0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,6 +164,14 @@ class Suite(abc.ABC):
             Vectors [1..16]. By default a goal is a seed, which `Goal.seed` returns.
         """
         return [np.array([FIRST_SEEDS[split] * MAX_GOALS + index], np.float64) for index in range(num_goals)]
+
+    def returns(self, task: str) -> Returns | None:
+        """Return what normalises the return of a task without a success measure; None if it has one."""
+        return None
+
+    def make_batch(self, task: str, num_envs: int) -> BatchEnvironment | None:
+        """Return `num_envs` environments of a task that are stepped by one call, if the suite has such a form."""
+        return None
 
     def expert(self, task: str) -> Expert | None:
         """Return a scripted expert of a task, if there is one."""

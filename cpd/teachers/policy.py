@@ -115,6 +115,7 @@ class GaussianPolicy(nn.Module):
         init_log_std: initial value of every component's log standard deviation.
         generator: source of the initial weights; None: torch's global generator.
         sizes: of observations and actions; None: Meta-World's.
+        num_actions: how many components of an action the task has; the means of the others stay 0. None: all.
 
     Attributes:
         net: maps normalised observations to means.
@@ -130,12 +131,16 @@ class GaussianPolicy(nn.Module):
         init_log_std: float,
         generator: torch.Generator | None = None,
         sizes: Sizes | None = None,
+        num_actions: int | None = None,
     ) -> None:
         super().__init__()
         self.hidden_sizes, self.sizes = tuple(hidden_sizes), sizes or load_suite().spaces.sizes
         num_inputs, num_outputs = self.sizes
         self.normalizer = RunningMoments(num_inputs, MIN_OBSERVATION_STD)
         self.net = mlp((num_inputs, *hidden_sizes, num_outputs), last_gain=0.01, generator=generator)
+        if num_actions is not None:
+            # They get no gradient, since the losses leave them out.
+            nn.init.zeros_(self.net[-1].weight.data[num_actions:])
         self.log_std_A = nn.Parameter(torch.full((num_outputs,), init_log_std))
 
     def normalize(self, obs_BO: Tensor) -> Tensor:

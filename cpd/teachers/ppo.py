@@ -89,6 +89,7 @@ class PPOLearner:
             a cloned policy.
         comm: the ranks that share the iteration's environments; all of them compute the same update.
         suite: the suite of the task; None: Meta-World.
+        task: its name; None: a task with all components of the suite's actions. The losses leave out the others.
     """
 
     def __init__(
@@ -99,16 +100,20 @@ class PPOLearner:
         keep_normalizer: bool = False,
         comm: Comm | None = None,
         suite: Suite | None = None,
+        task: str | None = None,
     ) -> None:
         suite = suite or load_suite()
         sizes = suite.spaces.sizes
+        self._num_actions = suite.sizes(task).action if task else sizes.action
         self.config = config
         self.seed = seed
         self._comm: Comm = comm or SerialComm()
         self._slots = slots_of_rank(self._comm, config.num_envs)
         self._keep_normalizer = keep_normalizer
         torch_generator = torch.Generator().manual_seed(derive(seed, "weights"))
-        self.policy = GaussianPolicy(config.hidden_sizes, config.init_log_std, torch_generator, sizes)
+        self.policy = GaussianPolicy(
+            config.hidden_sizes, config.init_log_std, torch_generator, sizes, self._num_actions
+        )
         self.value_net = mlp((sizes.observation, *config.hidden_sizes, 1), 1.0, torch_generator)
         self.value_moments = RunningMoments(1, MIN_VALUE_STD)
         self.largest_reward = suite.largest_reward
@@ -183,7 +188,7 @@ class PPOLearner:
             kl = sum(record["kl"] for record in last_epoch) / len(last_epoch)
             if kl > config.target_kl:
                 break
-        log_std = float(log_std_A.detach().mean())
+        log_std = float(log_std_A.detach()[: self._num_actions].mean())
         return {
             "kl": kl,
             **{
@@ -192,7 +197,7 @@ class PPOLearner:
             },
             "value_explained": explained,
             "log_std": log_std,
-            "entropy": log_std_A.numel() * (log_std + 0.5 * (1 + math.log(2 * math.pi))),
+            "entropy": self._num_actions * (log_std + 0.5 * (1 + math.log(2 * math.pi))),
             "epochs": float(epoch),
         }
 
@@ -230,9 +235,14 @@ class PPOLearner:
         targets_B = ((targets_B1 - self.value_moments.mean) / self.value_moments.std).float().squeeze(1)
         advantages_B = (advantages_SN.flatten() - advantage_moments.mean) / (advantage_moments.std + 1e-8)
         mean_BA = self.policy(obs_BO)
-        log_prob_B = gaussian_log_prob(actions_BA, mean_BA, self.policy.log_std_A)
+        log_prob_B = self._log_prob(actions_BA, mean_BA)
         normalized_BO = self.policy.normalize(obs_BO)
         return Samples(normalized_BO, actions_BA, log_prob_B, advantages_B, targets_B), explained
+
+    def _log_prob(self, actions_BA: Tensor, mean_BA: Tensor) -> Tensor:
+        """Log density `[B]` of the components that the task has."""
+        num = self._num_actions
+        return gaussian_log_prob(actions_BA[:, :num], mean_BA[:, :num], self.policy.log_std_A[:num])
 
     def _values(self, obs_BO: Tensor) -> Tensor:
         """Values `[B]` in units of scaled reward."""
@@ -256,16 +266,16 @@ class PPOLearner:
 
     def _losses(self, samples: Samples, critic_only: bool) -> tuple[Tensor, Tensor]:
         """The loss of a minibatch, and its `[3]` KL divergence, policy loss and value loss."""
-        config, log_std_A = self.config, self.policy.log_std_A
+        config = self.config
         mean_BA = self.policy.net(samples.obs_BO)
-        log_prob_B = gaussian_log_prob(samples.actions_BA, mean_BA, log_std_A)
+        log_prob_B = self._log_prob(samples.actions_BA, mean_BA)
         log_ratio_B = log_prob_B - samples.old_log_prob_B
         ratio_B = torch.exp(log_ratio_B)
         clipped_B = ratio_B.clamp(1 - config.clip_ratio, 1 + config.clip_ratio)
         policy_loss = -torch.min(ratio_B * samples.advantages_B, clipped_B * samples.advantages_B).mean()
         excess_BA = (mean_BA.abs() - (1 + MEAN_MARGIN)).clamp_min(0)
         penalty = MEAN_PENALTY * (excess_BA**2).sum(dim=-1).mean()
-        entropy = log_std_A.sum()  # up to a constant
+        entropy = self.policy.log_std_A[: self._num_actions].sum()  # up to a constant
         value_B = self.value_net(samples.obs_BO).squeeze(-1)
         value_loss = nn.functional.huber_loss(value_B, samples.targets_B)
         # Schulman's estimator of KL(old || new): unbiased and never negative.

@@ -37,7 +37,8 @@ class Experience:
     """[S, N] bool, the step is the last of its segment: termination, time limit, a perturbation, or the
     iteration's end."""
     train_success: float
-    """Share of environments whose first episode reached success."""
+    """Share of environments whose first episode reached success; for a task without a success measure, the mean
+    normalised return of these episodes."""
     train_return: float
     """Mean undiscounted return of these first episodes, in `rewards`."""
     exploring_steps: int = 0
@@ -174,11 +175,13 @@ def sample(
     rng = generator(seed, "exploration", iteration)
     noise_SNA = correlated_noise(num_steps, config.num_envs, action_size, config.noise_correlation, rng)
     noise_SNA = noise_SNA[:, slots.start : slots.stop]
+    noise_SNA[..., envs.suite.sizes(envs.tasks[0]).action :] = 0.0  # components that the task lacks
     episodes = _Episodes(envs, goals, config.num_envs, slots, rules, seed, iteration)
     obs = np.empty((num_steps, num_envs, envs.observations.shape[1]), np.float32)
     next_obs = np.empty_like(obs)
     actions = np.empty((num_steps, num_envs, action_size), np.float32)
     rewards = np.empty((num_steps, num_envs), np.float32)
+    task_rewards = np.empty((num_steps, num_envs))
     successes = np.zeros((num_steps, num_envs), np.bool_)
     ends, perturbed = np.zeros_like(successes), np.zeros_like(successes)
     executed = np.zeros((envs.num_envs, action_size), np.float32)
@@ -197,12 +200,16 @@ def sample(
         envs.step(executed, active)
         next_obs[t] = envs.observations[:num_envs]
         rewards[t] = rules.rewards(envs)[:num_envs]
+        task_rewards[t] = envs.rewards[:num_envs]
         successes[t] = envs.successes[:num_envs]
         episodes.lengths_N += 1
         is_timeout = episodes.lengths_N == rules.horizon
         ends[t] = (successes[t] & rules.terminate_on_success) | is_timeout | (t == num_steps - 1)
         ended = np.flatnonzero(ends[t]).tolist()
     in_first = np.arange(num_steps)[:, None] <= ends.argmax(axis=0)  # steps of first episodes
+    scores = (successes & in_first).any(axis=0)
+    if returns := envs.suite.returns(envs.tasks[0]):
+        scores = np.array([returns.normalise(total) for total in (task_rewards * in_first).sum(axis=0)])
     return Experience(
         obs,
         next_obs,
@@ -210,7 +217,7 @@ def sample(
         rewards,
         successes & rules.terminate_on_success,
         ends | perturbed,
-        train_success=float((successes & in_first).any(axis=0).mean()),
+        train_success=float(np.mean(scores)),
         train_return=float((rewards * in_first).sum(axis=0).mean()),
         exploring_steps=episodes.num_exploration_steps,
     )

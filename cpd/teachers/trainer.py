@@ -50,7 +50,7 @@ class TrainingSummary:
     selected_iteration: int
     """Iteration of the final policy: the last of those with the best success on validation goals."""
     validation_success: float
-    """Success rate of the final policy on validation goals."""
+    """Mean score of the final policy on validation goals: success rate, or normalised return."""
     warm_start: WarmStart | None
     """How the policy that RL started from was made; None for RL from scratch."""
 
@@ -79,7 +79,7 @@ class _Progress:
 def validate(
     teacher: Teacher, config: Config, task: str, pool: EnvPool, interrupt: Interrupt, comm: Comm | None = None
 ) -> float:
-    """Success rate on validation goals with deterministic actions, at the stream's horizon; a collective.
+    """Mean score (`Outcome.score`) on validation goals, deterministic, at the stream's horizon; a collective.
 
     Raises:
         InterruptedBySignal: if asked to stop.
@@ -94,7 +94,7 @@ def validate(
     )
     if outcomes is None:
         raise InterruptedBySignal("asked to stop while validating; launch again to continue")
-    return sum(outcome.success for outcome in outcomes[0]) / len(outcomes[0])
+    return sum(outcome.score for outcome in outcomes[0]) / len(outcomes[0])
 
 
 class TeacherTrainer:
@@ -136,7 +136,12 @@ class TeacherTrainer:
         self._steps_per_iteration = ppo.num_envs * ppo.steps_per_env
         self._goals = pool.suite.goal_set(element.task, "training", config.teacher.num_training_goals)
         self._learner = PPOLearner(
-            ppo, element.seed, keep_normalizer=self._has_warm_start, comm=self._comm, suite=pool.suite
+            ppo,
+            element.seed,
+            keep_normalizer=self._has_warm_start,
+            comm=self._comm,
+            suite=pool.suite,
+            task=element.task,
         )
         self._progress = _Progress()
         self._best_policy: dict[str, Tensor] = {}
@@ -346,7 +351,11 @@ class TeacherTrainer:
         teacher, progress = self._config.teacher, self._progress
         start = time.monotonic()
         success: float | None = None
-        is_promising = progress.unrecorded["train_success"] >= VALIDATE_FROM
+        # Without a success measure all episodes last equally long, and noise may cost much of the return.
+        is_promising = (
+            progress.unrecorded["train_success"] >= VALIDATE_FROM
+            or self._pool.suite.returns(self._element.task) is not None
+        )
         is_due = progress.iteration % teacher.validate_every == 0 and is_promising and progress.policy_updates > 0
         # The end of the budget is validated in any case, so that there is a policy to select.
         if is_due or self._is_spent:
