@@ -244,7 +244,7 @@ def _differences(left: dict[str, str], right: dict[str, str]) -> str:
 def _teacher_rates(tables: Tables) -> Iterable[tuple[tuple[str, int], Rate]]:
     for row in tables.evaluations:
         if row.method == TEACHER and row.goal_set == tables.goal_set:
-            yield (row.task, row.seed), Rate.of(row.successes, row.episodes)
+            yield (row.task, row.seed), Rate.of(row.total, row.episodes)
 
 
 def _teacher_curves(tables: Tables) -> Iterable[TeacherCurve]:

@@ -151,7 +151,7 @@ def _teacher(
         horizon=row.horizon,
         before_rl=Rate.of(round(start["validation_success"] * goals), goals) if start else None,
         validation=Rate.of(round(training["validation_success"] * goals), goals),
-        held_out=Rate.of(row.successes, row.episodes),
+        held_out=Rate.of(row.total, row.episodes),
         held_out_last=Rate.of(row.successes_last, row.episodes),
         demonstration_steps=start["demonstration_env_steps"] if start else 0,
         env_steps=training["env_steps"],

@@ -131,7 +131,7 @@ def _current_task(axes: Axes, data: Dataset, students: list[StudentResults]) -> 
             if points and points[0].step > 0 and start is not None:
                 line[stage].append(start)
             for row in points:
-                line[stage + row.step / distill["steps_per_stage"]].append(row.successes / row.episodes)
+                line[stage + row.step / distill["steps_per_stage"]].append(row.total / row.episodes)
         if line:
             label = None if labelled else "current task"
             width = 1.0 if len(data.stream) <= 25 else 0.6

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Final, NoReturn
@@ -17,6 +17,7 @@ from cpd.distill.growth import GrowthDecision
 from cpd.distill.stage_data import StageData, admitted_teachers, read_stage
 from cpd.distill.trainer import StepReport, StudentTrainer
 from cpd.envs.cells import Cell, EnvPool, evaluate_cells
+from cpd.envs.episodes import Outcome, mean_score
 from cpd.evaluation.measures import curve_steps
 from cpd.reading import read_bytes
 from cpd.run.attempt import Attempt, begin_attempt
@@ -224,7 +225,7 @@ class Distillation:
         for plan, by_task in measured.items():
             for task, outcomes in by_task.items():
                 successes = sum(outcome.success for outcome in outcomes)
-                student.plans.record(plan, task, successes / len(outcomes))
+                student.plans.record(plan, task, mean_score(outcomes))
                 self._log(
                     event="plan",
                     stage=stage,
@@ -234,6 +235,7 @@ class Distillation:
                     episodes=len(outcomes),
                     successes=successes,
                     env_steps=sum(outcome.length for outcome in outcomes),
+                    **self._normalised_return(outcomes),
                 )
 
     def _log_step(self, report: StepReport) -> None:
@@ -353,15 +355,21 @@ class Distillation:
             goal_set=evaluation.goal_set,
             episodes=len(outcomes[0]),
             successes=sum(outcome.success for outcome in outcomes[0]),
+            **self._normalised_return(outcomes[0]),
             **asdict(self.label),
         )
         self.curves.append(row)
-        success = row.successes / row.episodes
+        success = row.total / row.episodes
         self._log(event="evaluation", stage=stage, task=task, success=success)
         self.attempt.advance(self._steps_done(), success=success)
         if self.attempt.is_writer:
             self.attempt.check()
             write_rows(self.element.curves, self.curves)
+
+    @staticmethod
+    def _normalised_return(outcomes: Sequence[Outcome]) -> dict[str, float]:
+        """The column of the mean normalised return; none for a task with a success measure."""
+        return {} if outcomes[0].normalised_return is None else {"normalised_return": mean_score(outcomes)}
 
     def summary(self) -> str:
         """The result in one line."""

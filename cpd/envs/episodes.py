@@ -58,6 +58,11 @@ class Outcome(NamedTuple):
         return float(self.success) if self.normalised_return is None else self.normalised_return
 
 
+def mean_score(outcomes: Sequence[Outcome]) -> float:
+    """Return the mean score of episodes: their success rate, or the mean normalised return."""
+    return sum(outcome.score for outcome in outcomes) / len(outcomes)
+
+
 class RunningEpisodes:
     """Running episodes of one task, one per goal, in the first slots of a vector environment."""
 

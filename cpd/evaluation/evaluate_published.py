@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +11,8 @@ from typing_extensions import TypedDict
 
 from cpd.comm import TORCH_THREADS, Comm
 from cpd.envs.cells import Cell, EnvPool, evaluate_cells
+from cpd.envs.episodes import mean_score
+from cpd.envs.suite import DEFAULT_SUITE, load_suite
 from cpd.evaluation.publish_students import final_rows
 from cpd.evaluation.results_folder import read_tables
 from cpd.reading import DamagedFileError, read_json
@@ -44,7 +47,7 @@ def evaluate_published(folder: Path, comm: Comm, log: Callable[[str], None]) -> 
     if not rows or folder.resolve() != published_student(results, described["method"], described["seed"]).parent:
         raise DamagedFileError(f"{results} has no results of {folder}; restore the folder as it was published")
     cells = [Cell(task, row.goal_set, row.episodes, to_the_end=True) for task, row in rows.items()]
-    pool = EnvPool()
+    pool = EnvPool(suite=load_suite(next(iter(rows.values())).suite or DEFAULT_SUITE))
     # One task per pass, as when the row was measured: rounding depends on the composition of a batch.
     horizon = next(iter(rows.values())).horizon
     measured = evaluate_cells(load_actor(folder), cells, horizon, pool, comm, tasks_per_pass=1)
@@ -53,6 +56,10 @@ def evaluate_published(folder: Path, comm: Comm, log: Callable[[str], None]) -> 
     equal = []
     for row, outcomes in zip(rows.values(), measured, strict=True):
         successes = sum(outcome.success for outcome in outcomes)
-        equal.append(successes == row.successes)
-        log(f"{row.task}: {successes} of {row.episodes} episodes succeed, published {row.successes}")
+        score = mean_score(outcomes)
+        equal.append(successes == row.successes and math.isclose(score, row.total / row.episodes, rel_tol=1e-9))
+        if row.normalised_return is None:
+            log(f"{row.task}: {successes} of {row.episodes} episodes succeed, published {row.successes}")
+        else:
+            log(f"{row.task}: mean normalised return {score:.4f}, published {row.normalised_return:.4f}")
     return all(equal)

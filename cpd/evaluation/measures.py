@@ -25,8 +25,8 @@ class SuccessMatrix:
 
     stream: tuple[str, ...]
     tasks: tuple[str, ...]
-    successes: NDArray[np.int64]
-    """(K+1, J)"""
+    successes: Floats
+    """(K+1, J); sums of normalised returns for tasks without a success measure."""
     episodes: NDArray[np.int64]
     """(K+1, J); 0 where nothing was measured."""
 
@@ -49,8 +49,8 @@ def success_matrix(rows: Iterable[EvaluationRow], stream: Sequence[str], goal_se
         ValueError: if a row is of no stage or task of the stream, or if two rows are of the same cell.
     """
     tasks = tuple(dict.fromkeys(stream))
-    successes = np.zeros((len(stream) + 1, len(tasks)), np.int64)
-    episodes = np.zeros_like(successes)
+    successes = np.zeros((len(stream) + 1, len(tasks)))
+    episodes = np.zeros(successes.shape, np.int64)
     for row in rows:
         if row.goal_set != goal_set:
             continue
@@ -59,7 +59,7 @@ def success_matrix(rows: Iterable[EvaluationRow], stream: Sequence[str], goal_se
         cell = row.stage + 1, tasks.index(row.task)
         if episodes[cell]:
             raise ValueError(f"stage {row.stage}, task {row.task!r} was evaluated twice on {goal_set} goals")
-        successes[cell], episodes[cell] = row.successes, row.episodes
+        successes[cell], episodes[cell] = row.total, row.episodes
     return SuccessMatrix(tuple(stream), tasks, successes, episodes)
 
 

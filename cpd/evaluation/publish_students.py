@@ -149,18 +149,19 @@ def _card(student: StudentElement, target: Path, tables: Tables, rows: dict[str,
     labels, parent = description["labels"].as_dict(), target.parent.resolve()
     teacher_seed = tables.teacher_seed(student.seed)
     teachers = {
-        row.task: Rate.of(row.successes, row.episodes)
+        row.task: Rate.of(row.total, row.episodes)
         for row in tables.evaluations
         if (row.method, row.seed, row.goal_set) == (TEACHER, teacher_seed, tables.goal_set)
     }
     success = []
     for task in dict.fromkeys(tables.stream):
         if row := rows.get(task):
-            rate, teacher = Rate.of(row.successes, row.episodes), teachers.get(task)
+            rate, teacher = Rate.of(row.total, row.episodes), teachers.get(task)
             of_teacher = f"{100 * teacher.rate:.0f} %" if teacher else "–"
-            counts = f"{100 * rate.rate:.0f} % ({rate.successes} of {rate.episodes})"
+            count = f"{rate.successes} of" if row.normalised_return is None else "normalised return,"
+            counts = f"{100 * rate.rate:.0f} % ({count} {rate.episodes})"
             success.append(f"| {task} | {counts} | {100 * rate.low:.0f} to {100 * rate.high:.0f} | {of_teacher} |")
-    mean = sum(row.successes / row.episodes for row in rows.values()) / len(rows)
+    mean = sum(row.total / row.episodes for row in rows.values()) / len(rows)
     success.append(f"| **mean** | **{100 * mean:.1f} %** | | |")
     facts: dict[str, Any] = {
         "method": f"{student.method} (`distill.protocol` {student.config.distill.protocol})",

@@ -252,6 +252,7 @@ def _check_episodes(tables: Tables) -> None:
             "successes": sum(episode.success for episode in measured),
             "successes_last": sum(bool(episode.success_last) for episode in measured),
             "mean_return": sum(episode.episode_return for episode in measured) / max(len(measured), 1),
+            "normalised_return": sum(e.normalised_return or 0.0 for e in measured) / max(len(measured), 1),
         }
         for column, value in values.items():
             stated = getattr(row, column)

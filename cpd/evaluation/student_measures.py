@@ -28,9 +28,14 @@ from cpd.run.tables import EvaluationRow
 
 @dataclass(frozen=True)
 class Rate:
-    """A success rate with its Wilson 95 % interval."""
+    """A success rate, or a mean normalised return, with its Wilson 95 % interval.
 
-    successes: int
+    The variance of scores in [0, 1] is at most that of successes with the same mean, so the interval of a mean
+    normalised return is rather too wide.
+    """
+
+    successes: int | float
+    """Not an integer only for normalised returns, whose sum it is."""
     episodes: int
     rate: float
     low: float
@@ -40,7 +45,9 @@ class Rate:
     def of(cls, successes: float, episodes: float) -> Rate:
         """Compute the rate from counts; `episodes` must be at least 1."""
         low, high = intervals.wilson(successes, episodes)
-        return cls(int(successes), int(episodes), float(successes / episodes), float(low), float(high))
+        count = float(successes)
+        number = int(count) if count.is_integer() else count
+        return cls(number, int(episodes), count / float(episodes), float(low), float(high))
 
 
 def _rate(successes: float, episodes: float) -> Rate | None:
@@ -139,7 +146,7 @@ def measure_student(tables: Tables, method: str, seed: int) -> StudentResults:
     teacher_seed = tables.teacher_seed(seed)
     states = {t.task: t.state for t in tables.teachers if t.seed == teacher_seed}
     teachers = {
-        r.task: (r.successes, r.episodes)
+        r.task: (r.total, r.episodes)
         for r in tables.evaluations
         if r.method == TEACHER and r.seed == teacher_seed and r.goal_set == tables.goal_set
     }
@@ -283,7 +290,7 @@ def _areas(
     for stage, task in enumerate(matrix.stream):
         # With `at_most`, step 0 keeps its value: no training can raise the success before the first step.
         points = sorted(
-            (r.step, 1.0 if at_most and r.step else r.successes / r.episodes)
+            (r.step, 1.0 if at_most and r.step else r.total / r.episodes)
             for r in tables.curves
             if (r.method, r.seed, r.stage, r.task) == (method, seed, stage, task)
         )

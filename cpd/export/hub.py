@@ -105,7 +105,7 @@ def model_card(file: PolicyFile, description: dict[str, Any], evaluations: Seque
         if (row.method, row.seed, row.goal_set) == (method, seed, "held_out") and row.task in tasks
     ]
     last = max((row.stage for row in rows if row.stage is not None), default=None)
-    rates = {row.task: row.successes / row.episodes for row in rows if row.stage == last}
+    rates = {row.task: row.total / row.episodes for row in rows if row.stage == last}
     title = f"{description['experiment']}: {file.name}" if "experiment" in description else file.name
     if file.is_student:
         summary = f"One student of {len(tasks)} teachers, distilled one after another: {', '.join(tasks)}."

@@ -64,11 +64,24 @@ class TableRow:
     KEY: ClassVar[tuple[str, ...]]
 
 
+class ScoredRow(TableRow):
+    """A row that counts successes, or has the mean normalised return of a task without a success measure."""
+
+    episodes: int
+    successes: int
+    normalised_return: float | None
+
+    @property
+    def total(self) -> float:
+        """Sum of the episodes' scores: of successes, or of normalised returns."""
+        return self.successes if self.normalised_return is None else self.normalised_return * self.episodes
+
+
 Row = TypeVar("Row", bound=TableRow)
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluationRow(Labels, TableRow):
+class EvaluationRow(Labels, ScoredRow):
     """Success of one policy on one task and goal set, with the labels of its conditions."""
 
     KEY = ("method", "seed", "stage", "task", "goal_set")
@@ -86,6 +99,11 @@ class EvaluationRow(Labels, TableRow):
     """Episodes in which it was set at the last step; None where episodes ended at success."""
     mean_return: Finite
     """Undiscounted; comparable only among rows whose episodes ended alike."""
+    normalised_return: Share | None = None
+    """Mean over the episodes, for a task without a success measure; `successes` is 0 then."""
+    random_return: Finite | None = None
+    """The return that is normalised to 0, and in the next column to 1 (`cpd.envs.suite.Returns`)."""
+    reference_return: Finite | None = None
 
 
 @dataclass(frozen=True)
@@ -110,10 +128,12 @@ class EpisodeRow(TableRow):
     plan_first: Task | None = None
     """The task that the student acted for first; then for `plan_second`."""
     plan_second: Task | None = None
+    normalised_return: Share | None = None
+    """None for a task with a success measure."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class CurveRow(Labels, TableRow):
+class CurveRow(Labels, ScoredRow):
     """Success of a student on the current task within a stage."""
 
     KEY = ("method", "seed", "stage", "step")
@@ -126,6 +146,7 @@ class CurveRow(Labels, TableRow):
     goal_set: GoalSet
     episodes: Positive
     successes: Annotated[Count, AtMost("episodes")]
+    normalised_return: Share | None = None
 
 
 @dataclass(frozen=True)
@@ -198,7 +219,7 @@ class RetrievalRow(Labels, TableRow):
 
 
 @dataclass(frozen=True)
-class PlanRow(TableRow):
+class PlanRow(ScoredRow):
     """Success on training goals of the plan to act for one task first and then for another, after `stage`."""
 
     KEY = ("method", "seed", "stage", "plan_first", "plan_second", "task")
@@ -211,6 +232,7 @@ class PlanRow(TableRow):
     episodes: Positive
     successes: Annotated[Count, AtMost("episodes")]
     env_steps: Positive
+    normalised_return: Share | None = None
 
 
 @dataclass(frozen=True)
@@ -240,7 +262,7 @@ class TeacherRow(TableRow):
     """Training steps in the environment; None for recipes without training."""
     iterations: Count | None
     validation_success: Share | None
-    """Last success rate on validation goals."""
+    """Last success rate, or mean normalised return, on validation goals."""
 
 
 @dataclass(frozen=True)

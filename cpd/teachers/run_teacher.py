@@ -77,7 +77,9 @@ def run_teacher(
         if not on_first_rank(comm, element.evaluation.exists):
             phases.evaluate(on_first_rank(comm, phases.load))
         if success < gate:
-            reason = f"validation success {success:.2f} is below the gate of {gate:.2f}"
+            has_success = pool.suite.returns(element.task) is None
+            measure = "success" if has_success else "normalised return (the task has no success measure)"
+            reason = f"validation {measure} {success:.2f} is below the gate of {gate:.2f}"
             if attempt.is_writer:
                 attempt.check()
                 write_text(element.rejected, reason + "\n")

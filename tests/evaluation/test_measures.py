@@ -23,6 +23,10 @@ class Row:
     successes: int
     goal_set: str = "held_out"
 
+    @property
+    def total(self) -> int:
+        return self.successes
+
 
 STREAM = ("a", "b", "c")
 RATES = np.array(

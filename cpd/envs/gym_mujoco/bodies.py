@@ -182,7 +182,7 @@ class Reacher(BodyEnv):
     """Bring the tip of an arm to a target in the plane, as Gymnasium's Reacher; success is to be near it."""
 
     #: Metres between tip and target at which a step is a success.
-    near: Final = 0.01
+    near: Final = 0.02
     #: Largest distance of a target from the arm's root, in metres.
     reach: Final = 0.2
 

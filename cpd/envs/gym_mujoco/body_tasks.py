@@ -25,6 +25,8 @@ _LONG_HOPPER: Final = Body(
 )
 #: Less gravity, as in Gymnasium-based benchmarks of changed dynamics.
 _LIGHT: Final = (Change(".//option", "gravity", "0 0 -6"),)
+#: Motors of a seventh of the strength: Gymnasium's whirl the arm around at little effort.
+_WEAK_MOTORS: Final = tuple(Change(f".//motor[@joint='joint{i}']", "gear", "30.0") for i in (0, 1))
 _HEAVY_POLE: Final = (
     Change(".//geom[@name='cpole2']", "size", "0.06 0.3"),
 )
@@ -33,7 +35,7 @@ _HEAVY_POLE: Final = (
 def make(task: str) -> BodyEnv:
     """Return a new environment of a task."""
     if task == "reacher":
-        return Reacher(Body("reacher.xml", 2, 0.1, 5e-3))
+        return Reacher(Body("reacher.xml", 2, 0.1, 5e-3, _WEAK_MOTORS))
     if task == "double-pendulum":
         return DoublePendulum(Body("inverted_double_pendulum.xml", 5, 0.1, 0.1, _HEAVY_POLE))
     if task == "swimmer":
