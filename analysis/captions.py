@@ -23,7 +23,18 @@ def conditions(data: Dataset, method: str | None = None) -> str:
         f"Teachers: {recipe} (recipe {labels['teacher_recipe']}), seeds {teacher_seeds}. Student seeds {seeds}; "
         f"task identity: {task_identity(data, method)}. Horizon {labels['horizon']} steps; "
         f"{versions(labels)}. "
-        f"Deterministic policies on {data.goals} goals; success is the flag at any step. {episodes_per_cell(data)}"
+        f"Deterministic policies on {data.goals} goals; success is the flag at any step. "
+        f"{returns(data)}{episodes_per_cell(data)}"
+    )
+
+
+def returns(data: Dataset) -> str:
+    """Say which tasks have no success measure, and what is shown for them; empty if all have one."""
+    if not data.returned:
+        return ""
+    return (
+        f"Without a success measure, hence by normalised return (0: a random policy, 1: the reference return of "
+        f"evaluations.csv): {', '.join(map(short, data.returned))}. "
     )
 
 

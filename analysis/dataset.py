@@ -111,6 +111,24 @@ class Dataset:
         return [student for student in students if student.measures.final_stage is not None] or students
 
     @property
+    def returned(self) -> tuple[str, ...]:
+        """The tasks without a success measure: normalised returns stand in for their success rates."""
+        rows = self.tables.evaluations
+        return tuple(dict.fromkeys(row.task for row in rows if row.normalised_return is not None))
+
+    @property
+    def measure(self) -> str:
+        """What rates are, for the labels of figures and tables."""
+        if not self.returned:
+            return "success"
+        return "normalised return" if {*self.returned} == {*self.tasks} else "success or normalised return"
+
+    @property
+    def rate(self) -> str:
+        """The measure as a rate, for axes."""
+        return "success rate" if self.measure == "success" else self.measure
+
+    @property
     def look_alikes(self) -> dict[str, dict[str, float]]:
         """Shares of episodes that begin nearest to another task, by task that looks like others and other task."""
         alike: dict[str, dict[str, float]] = {}

@@ -104,7 +104,8 @@ def _title(data: Dataset, method: str) -> str:
     seeds = [str(student.seed) for student in data.of_method(method)]
     several = len(seeds) > 1 or len({seed for _, seed in data.teacher_rates}) > 1
     brackets = "Wilson 95 % interval of one run, range of several" if several else "Wilson 95 % interval"
-    return f"{data.name} · {method} · seed{'s' * (len(seeds) > 1)} {', '.join(seeds)} · success in % [{brackets}]"
+    seed = f"seed{'s' * (len(seeds) > 1)} {', '.join(seeds)}"
+    return f"{data.name} · {method} · {seed} · {data.measure} in % [{brackets}]"
 
 
 def _headlines(method: MethodMeasures, students: Sequence[StudentMeasures]) -> list[str]:

@@ -27,7 +27,7 @@ def draw(data: Dataset) -> Figure:
     axes.set_yticks(range(len(names)), names, fontsize=6.5)
     axes.set_xticks(range(len(data.tasks)), [short(task) for task in data.tasks], rotation=90, fontsize=size)
     axes.tick_params(axis="both", length=0, pad=2, top=True, labeltop=True, bottom=False, labelbottom=False)
-    axes.set_xlabel(f"success on {data.goals} goals (%)", fontsize=6.5)
+    axes.set_xlabel(f"{data.measure} on {data.goals} goals (%)", fontsize=6.5)
     return figure
 
 
@@ -35,6 +35,6 @@ def caption(data: Dataset) -> str:
     """Say what the figure shows, without the conditions."""
     averaged = ", means over seeds" if len(data.students) > len(data.method_names) else ""
     return (
-        f"Success in per cent on every task at the end of the stream of {data.name}{averaged}: the teachers, "
-        "and the students of every method; hatched: not measured."
+        f"{data.measure.capitalize()} in per cent on every task at the end of the stream of "
+        f"{data.name}{averaged}: the teachers, and the students of every method; hatched: not measured."
     )

@@ -62,7 +62,7 @@ def draw(data: Dataset) -> Figure:
         axes.axvline(stage, color="#d4d4d4", linewidth=0.5, zorder=0)
     axes.set_yticks([0, 0.2, 0.4, 0.6, 0.8, 1])
     # With one method, the legend says which tasks each curve is of.
-    success = "success rate" if len(methods) == 1 else "success, mean of all tasks"
+    success = data.rate if len(methods) == 1 else f"{data.measure}, mean of all tasks"
     axes.set(ylim=(-0.03, 1.03), xlabel="stages done", ylabel=success)
     axes.grid(axis="y")
     slanted: dict[str, Any] = {"rotation": rotation, "ha": "left", "rotation_mode": "anchor"} if rotation else {}
@@ -94,7 +94,7 @@ def _panels(data: Dataset) -> Figure:
         axes.grid()
     for axes in panels[-num_columns:]:  # the lowest of every column
         axes.tick_params(labelbottom=True)
-    labels = ("stages done", "success, mean of all tasks")
+    labels = ("stages done", f"{data.measure}, mean of all tasks")
     finish_panels(figure, grid, len(methods), labels, num_legend_columns=4)
     # All panels share these limits and ticks.
     panels[0].set_ylim(-0.06, 1.06)
@@ -170,7 +170,7 @@ def caption(data: Dataset) -> str:
     length = data.distill[data.methods[0].method]["steps_per_stage"]
     current = f"the current task within every stage ({length} steps each), and " if data.tables.curves else ""
     return (
-        f"Success over the stream of {data.name}: {current}after every stage the means over all tasks, those to "
-        "come included (average performance), and over the tasks so far; tasks without an admitted teacher count "
+        f"{data.measure.capitalize()} over the stream of {data.name}: {current}after every stage the means "
+        "over all tasks, those to come included (average performance), and over the tasks so far; tasks without an admitted teacher count "
         f"as 0.{dots}"
     )

@@ -53,12 +53,12 @@ def draw(data: Dataset, method: str) -> Figure:
     heat(teacher, np.array([[mean_rate(data.teachers_of(task)) for task in data.tasks]]), text_size)
     teacher.set_yticks([0], [f"teacher ({data.labels['teacher_recipe']})"], fontsize=label_size)
     teacher.set_xticks([])
-    teacher.set_xlabel(f"success on {data.goals} goals (%)", fontsize=label_size)
+    teacher.set_xlabel(f"{data.measure} on {data.goals} goals (%)", fontsize=label_size)
     matrix.set_ylabel("after stage", fontsize=label_size)
     teacher.tick_params(axis="both", length=0, pad=2)
     if wide:
         bar = figure.colorbar(matrix.images[0], ax=matrix, fraction=0.03, pad=0.012, aspect=45)
-        bar.set_label("success (%)", fontsize=label_size)
+        bar.set_label(f"{data.measure} (%)", fontsize=label_size)
         bar.ax.tick_params(labelsize=label_size, length=2)
         bar.outline.set_visible(False)
         # The teachers' row must stay as wide as the matrix above it.
@@ -99,7 +99,7 @@ def caption(data: Dataset, method: str) -> str:
     count = len(data.of_method(method))
     averaged = f", mean of {count} seeds" if count > 1 else ""
     return (
-        f"Success matrix of {method} on {data.name}{averaged}: success rate in per cent on every task (columns) "
+        f"Success matrix of {method} on {data.name}{averaged}: {data.rate} in per cent on every task (columns) "
         "before training and after every stage (rows); outlined: a stage's own task; hatched: not measured; "
         "below: the teachers."
     )

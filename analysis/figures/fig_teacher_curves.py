@@ -39,7 +39,7 @@ def draw(data: Dataset) -> Figure | None:
         last = (len(tasks) - 1 - column) // num_columns
         grid[last, column].tick_params(labelbottom=True)
     figure.supxlabel(f"environment steps ({unit})", fontsize=8)
-    figure.supylabel("success rate", fontsize=8)
+    figure.supylabel(data.rate, fontsize=8)
     handles, names = grid.flat[0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside upper center", ncols=3)
     return figure
@@ -67,7 +67,7 @@ def _panel(axes: Axes, curves: list[TeacherCurve], gate: float, scale: float) ->
 def caption(data: Dataset) -> str:
     """Say what the figure shows, without the conditions."""
     return (
-        f"Learning of the teachers of {data.name}: success on validation goals and in the training episodes; "
-        f"dotted: the gate of {data.gate:g} that admits a teacher to distillation. One line per seed; training "
+        f"Learning of the teachers of {data.name}: {data.measure} on validation goals and in the training "
+        f"episodes; dotted: the gate of {data.gate:g} that admits a teacher to distillation. One line per seed; training "
         "ends once a teacher is good enough."
     )

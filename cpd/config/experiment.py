@@ -182,6 +182,12 @@ class Config(MethodConfig):
                 f"teacher: horizon ({teacher.horizon}) and exploration.max_steps ({starts}) together exceed the "
                 f"{suite.horizon} steps after which the episodes of the suite {suite.name!r} end"
             )
+        returned = [task for task in self.stream.distinct_tasks if suite.returns(task)]
+        if returned and self.stream.horizon != suite.horizon:
+            lines.append(
+                f"stream.horizon: the suite {suite.name!r} has returns for episodes of {suite.horizon} steps, by "
+                f"which {', '.join(returned)} is measured; leave this setting out"
+            )
         if teacher.recipe != "rl" and not suite.has_experts:
             lines.append(
                 f"teacher.recipe: {teacher.recipe!r} needs scripted experts, but the suite {suite.name!r} has "

@@ -78,6 +78,7 @@ class StudentLearner:
         self.progress = Progress()
         self._source: BatchSource | None = None
         self._contrast: ContrastSource | None = None
+        self._has_action_KA = self.has_action()
         self.initialise()
 
     def initialise(self) -> None:
@@ -226,7 +227,22 @@ class StudentLearner:
     def token_loss(self, out: StudentOutput, batch: Batch) -> Tensor:
         """The distance to the teacher, [R, L]."""
         loss = LOSSES[self.config.distill.loss]
-        return loss(out.mean_BLA, out.log_std_BLA, batch.teacher_mean_RLA, batch.teacher_log_std_RLA)
+        mean_RLA, log_std_RLA = out.mean_BLA, out.log_std_BLA
+        if self._has_action_KA is not None:
+            # Components that a task lacks are at no distance, and get no gradient.
+            has_R1A = self._has_action_KA[batch.task_R].unsqueeze(1)
+            mean_RLA = torch.where(has_R1A, mean_RLA, batch.teacher_mean_RLA)
+            log_std_RLA = torch.where(has_R1A, log_std_RLA, batch.teacher_log_std_RLA)
+        return loss(mean_RLA, log_std_RLA, batch.teacher_mean_RLA, batch.teacher_log_std_RLA)
+
+    def has_action(self) -> Tensor | None:
+        """Which components of an action each distinct task has, [K, A] bool; None if all have all."""
+        suite, tasks = self.config.stream.suite_object, self.config.stream.distinct_tasks
+        sizes = torch.tensor([suite.sizes(task).action for task in tasks])
+        action_size = suite.spaces.action_size
+        if bool((sizes == action_size).all()):
+            return None
+        return (torch.arange(action_size) < sizes.unsqueeze(1)).to(self.device)
 
     def state(self) -> dict[str, Any]:
         """All that the next step depends on, for a checkpoint; random streams are functions of seed and step."""

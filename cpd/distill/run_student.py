@@ -225,6 +225,7 @@ class Distillation:
         for plan, by_task in measured.items():
             for task, outcomes in by_task.items():
                 successes = sum(outcome.success for outcome in outcomes)
+                returned = _normalised_return(outcomes)
                 student.plans.record(plan, task, mean_score(outcomes))
                 self._log(
                     event="plan",
@@ -235,7 +236,7 @@ class Distillation:
                     episodes=len(outcomes),
                     successes=successes,
                     env_steps=sum(outcome.length for outcome in outcomes),
-                    **self._normalised_return(outcomes),
+                    **({} if returned is None else {"normalised_return": returned}),
                 )
 
     def _log_step(self, report: StepReport) -> None:
@@ -355,7 +356,7 @@ class Distillation:
             goal_set=evaluation.goal_set,
             episodes=len(outcomes[0]),
             successes=sum(outcome.success for outcome in outcomes[0]),
-            **self._normalised_return(outcomes[0]),
+            normalised_return=_normalised_return(outcomes[0]),
             **asdict(self.label),
         )
         self.curves.append(row)
@@ -365,11 +366,6 @@ class Distillation:
         if self.attempt.is_writer:
             self.attempt.check()
             write_rows(self.element.curves, self.curves)
-
-    @staticmethod
-    def _normalised_return(outcomes: Sequence[Outcome]) -> dict[str, float]:
-        """The column of the mean normalised return; none for a task with a success measure."""
-        return {} if outcomes[0].normalised_return is None else {"normalised_return": mean_score(outcomes)}
 
     def summary(self) -> str:
         """The result in one line."""
@@ -381,6 +377,11 @@ class Distillation:
             f"memory {trainer.memory.num_steps} steps, {trainer.memory.num_bytes / 1024:.0f} KiB",
         ]
         return ", ".join(parts) + (f"; skipped: {', '.join(skipped)}" if skipped else "")
+
+
+def _normalised_return(outcomes: Sequence[Outcome]) -> float | None:
+    """The mean normalised return; None for a task with a success measure."""
+    return None if outcomes[0].normalised_return is None else mean_score(outcomes)
 
 
 def _num_parameters(policy: Path) -> int:

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cpd.envs.goals import Goal
-from cpd.envs.suite import MAX_GOAL_SIZE, Environment, Spaces, Suite
+from cpd.envs.suite import MAX_GOAL_SIZE, BatchEnvironment, Environment, Spaces, Suite
 
 
 def _fields(spaces: Spaces) -> list[tuple[str, Any, tuple[int, ...]]]:
@@ -82,6 +82,15 @@ class _Slot(NamedTuple):
     """[A] of this task, the beginning of the slot's row."""
 
 
+class _Batch(NamedTuple):
+    """Slots of one task that are stepped by one call (`Suite.make_batch`)."""
+
+    task: str
+    numbers: npt.NDArray[np.int64]
+    """[n] the slots, in the order of the environments."""
+    envs: BatchEnvironment
+
+
 class SlotGroup:
     """Some of the slots, stepped one after another in this process.
 
@@ -94,9 +103,17 @@ class SlotGroup:
 
     def __init__(self, suite: Suite, tasks: Sequence[str], slots: Sequence[int], arrays: SlotArrays) -> None:
         self._arrays = arrays
-        self._slots: list[_Slot] = []
+        self._suite, self._slots, self._batches = suite, list[_Slot](), list[_Batch]()
+        batched = set()
+        for task in dict.fromkeys(tasks[slot] for slot in slots):
+            numbers = [slot for slot in slots if tasks[slot] == task]
+            if (envs := suite.make_batch(task, len(numbers))) is not None:
+                self._batches.append(_Batch(task, np.array(numbers), envs))
+                batched.update(numbers)
         for slot in slots:
             task = tasks[slot]
+            if slot in batched:
+                continue
             try:
                 sizes = suite.sizes(task)
                 rows = arrays.observations[slot, : sizes.observation], arrays.actions[slot, : sizes.action]
@@ -107,20 +124,45 @@ class SlotGroup:
     def reset(self) -> None:
         """Reset the selected slots to the goals in their rows, and write their observations."""
         arrays = self._arrays
+        for task, numbers, envs in self._batches:
+            rows = np.flatnonzero(arrays.selected[numbers])
+            if not len(rows):
+                continue
+            try:
+                obs = envs.reset(rows.tolist(), [self._goal(slot, task) for slot in numbers[rows]])
+                arrays.observations[numbers[rows], : self._suite.sizes(task).observation] = obs
+            except Exception as error:
+                raise _slot_error("resetting", int(numbers[rows[0]]), task) from error
+            arrays.rewards[numbers[rows]] = 0.0
+            arrays.successes[numbers[rows]] = False
         for slot, task, env, observation, _ in self._slots:
             if not arrays.selected[slot]:
                 continue
-            vector = arrays.goal_vectors[slot, : arrays.goal_sizes[slot]].copy()
             try:
-                observation[:] = env.reset(Goal(task, "", 0, vector))
+                observation[:] = env.reset(self._goal(slot, task))
             except Exception as error:
                 raise _slot_error("resetting", slot, task) from error
             arrays.rewards[slot] = 0.0
             arrays.successes[slot] = False
 
+    def _goal(self, slot: int, task: str) -> Goal:
+        vector = self._arrays.goal_vectors[slot, : self._arrays.goal_sizes[slot]].copy()
+        return Goal(task, "", 0, vector)
+
     def step(self) -> None:
         """Step the selected slots, and write their observations, rewards and success flags."""
         arrays = self._arrays
+        for task, numbers, envs in self._batches:
+            rows = np.flatnonzero(arrays.selected[numbers])
+            if not len(rows):
+                continue
+            slots, sizes = numbers[rows], self._suite.sizes(task)
+            try:
+                obs, rewards, successes = envs.step(rows.tolist(), arrays.actions[slots, : sizes.action])
+                arrays.observations[slots, : sizes.observation] = obs
+            except Exception as error:
+                raise _slot_error("stepping", int(slots[0]), task) from error
+            arrays.rewards[slots], arrays.successes[slots] = rewards, successes
         for slot, task, env, observation, action in self._slots:
             if not arrays.selected[slot]:
                 continue
@@ -138,7 +180,9 @@ class SlotGroup:
         """Close the environments."""
         for slot in self._slots:
             slot.env.close()
-        self._slots = []
+        for batch in self._batches:
+            batch.envs.close()
+        self._slots, self._batches = [], []
 
 
 def _slot_error(doing: str, slot: int, task: str) -> SlotError:

@@ -95,7 +95,7 @@ class Sizes(NamedTuple):
 
 
 class Returns(NamedTuple):
-    """The undiscounted returns of an episode of `Suite.horizon` steps between which a task's return is normalised."""
+    """Undiscounted returns of episodes of `Suite.horizon` steps, which a task's return is normalised by."""
 
     random: float
     """Mean of a random policy; its normalised return is 0."""

@@ -140,7 +140,7 @@ class GaussianPolicy(nn.Module):
         self.net = mlp((num_inputs, *hidden_sizes, num_outputs), last_gain=0.01, generator=generator)
         if num_actions is not None:
             # They get no gradient, since the losses leave them out.
-            nn.init.zeros_(self.net[-1].weight.data[num_actions:])
+            nn.init.zeros_([*self.net.parameters()][-2].data[num_actions:])
         self.log_std_A = nn.Parameter(torch.full((num_outputs,), init_log_std))
 
     def normalize(self, obs_BO: Tensor) -> Tensor:

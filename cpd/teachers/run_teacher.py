@@ -11,6 +11,7 @@ import torch
 from cpd.comm import TORCH_THREADS, Comm, SerialComm
 from cpd.config import Config
 from cpd.envs.cells import Cell, EnvPool, evaluate_cells
+from cpd.envs.suite import Sizes, Suite
 from cpd.evaluation.run_evaluation import evaluation_rows
 from cpd.reading import read_json
 from cpd.run import checkpoint
@@ -111,6 +112,12 @@ def load_teacher(config: Config, element: TeacherElement) -> Teacher:
     return load_policy(element.policy)
 
 
+def _padding(suite: Suite, task: str) -> dict[str, int]:
+    """Return the sizes of a task that are smaller than those of its suite, for shards and descriptions."""
+    sizes = zip(Sizes._fields, suite.sizes(task), suite.spaces.sizes, strict=True)
+    return {f"task_{name}_size": own for name, own, largest in sizes if own < largest}
+
+
 @dataclass(frozen=True)
 class _Phases:
     """The phases of finishing one teacher, and what all of them need."""
@@ -132,6 +139,7 @@ class _Phases:
         description: dict[str, Any] = {
             **identity(config, element),
             "labels": labels(config).as_dict(),
+            **_padding(self.pool.suite, element.task),
         }
         if config.teacher.recipe == "scripted":
             self.attempt.begin("train", 1, unit="experts")
@@ -224,6 +232,7 @@ class _Phases:
             steps_after_success=config.rollouts.steps_after_success,
             suite=label.suite,
             suite_versions=label.suite_versions,
+            **_padding(self.pool.suite, element.task),
         )
         episodes = collect(
             teacher,

@@ -160,7 +160,7 @@ class DoublePendulum(BodyEnv):
         self._height = float(pole.pos[2] + second.pos[2] + tip.pos[2])
 
     def observation(self) -> FloatArray:
-        """Return the cart's place, sines and cosines of the angles, velocities, and the force at the rail's end."""
+        """Return the cart's place, sines and cosines of the angles, velocities, and the force at the stop."""
         data = self.data
         velocities = np.clip(data.qvel, -MAX_VELOCITY, MAX_VELOCITY)
         force = np.clip(data.qfrc_constraint[:1], -MAX_VELOCITY, MAX_VELOCITY)

@@ -27,9 +27,7 @@ _LONG_HOPPER: Final = Body(
 _LIGHT: Final = (Change(".//option", "gravity", "0 0 -6"),)
 #: Motors of a seventh of the strength: Gymnasium's whirl the arm around at little effort.
 _WEAK_MOTORS: Final = tuple(Change(f".//motor[@joint='joint{i}']", "gear", "30.0") for i in (0, 1))
-_HEAVY_POLE: Final = (
-    Change(".//geom[@name='cpole2']", "size", "0.06 0.3"),
-)
+_HEAVY_POLE: Final = (Change(".//geom[@name='cpole2']", "size", "0.06 0.3"),)
 
 
 def make(task: str) -> BodyEnv:
@@ -39,8 +37,8 @@ def make(task: str) -> BodyEnv:
     if task == "double-pendulum":
         return DoublePendulum(Body("inverted_double_pendulum.xml", 5, 0.1, 0.1, _HEAVY_POLE))
     if task == "swimmer":
-        return Runner(Body("swimmer.xml", 4, 0.1, 0.1), -0.2, 2, None)
+        return Runner(Body("swimmer.xml", 4, 0.1, 0.1), -0.1, 2, None)
     if task == "cheetah":
-        return Runner(Body("half_cheetah.xml", 5, 0.1, 0.1, _LIGHT), 2.0, 1, None)
+        return Runner(Body("half_cheetah.xml", 5, 0.1, 0.1, _LIGHT), 1.0, 1, None)
     long = task == "hopper-long"
-    return Runner(_LONG_HOPPER if long else _HOPPER, -1.0 if long else 1.0, 1, (0.9 if long else 0.7, 0.4))
+    return Runner(_LONG_HOPPER if long else _HOPPER, 0.5 if long else 1.0, 1, (0.9 if long else 0.7, 0.4))

@@ -79,6 +79,10 @@ class ShardAttributes:
     suite: str | None = None
     """Like the next, as in `Labels`: absent for Meta-World."""
     suite_versions: str | None = None
+    task_observation_size: int | None = None
+    """Where the task's observations, and in the next field its actions, are smaller than the suite's largest: how
+    many components the task has. Zeros follow them."""
+    task_action_size: int | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Return the attributes that are not None."""
