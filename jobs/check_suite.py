@@ -16,7 +16,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = parser_with_examples(
         "jobs.check_suite",
         "Run episodes of every task of a suite and look for mistakes: wrong shapes, NaN, a reset that ignores its "
-        "goal or remembers earlier episodes, goal sets that overlap, a success that never varies.",
+        "goal or remembers earlier episodes, goal sets that overlap, a success that is always True, returns that never "
+        "vary.",
         ["cpd check-suite my_package.module:MySuite", "cpd check-suite metaworld --only push-v3"],
     )
     parser.add_argument("suite", metavar="NAME", help="an entry point of the group cpd.suites, or module:Class")
@@ -32,11 +33,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, ImportError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return EXIT_USAGE
-    mistakes = suite_mistakes(suite)
+    mistakes, notes = suite_mistakes(suite), list[str]()
     for task in [] if mistakes else arguments.only or suite.tasks:
-        mistakes_of_task = task_mistakes(suite, task)
+        mistakes_of_task = task_mistakes(suite, task, notes)
         log(f"{task}: {'has mistakes' if mistakes_of_task else 'checked'}")
         mistakes += mistakes_of_task
+    for note in notes:
+        print(f"note: {note}")
     print("\n".join(mistakes) or f"the suite {arguments.suite} has no mistakes that this command finds")
     return EXIT_FAILED if mistakes else 0
 

@@ -171,6 +171,6 @@ def caption(data: Dataset) -> str:
     current = f"the current task within every stage ({length} steps each), and " if data.tables.curves else ""
     return (
         f"{data.measure.capitalize()} over the stream of {data.name}: {current}after every stage the means "
-        "over all tasks, those to come included (average performance), and over the tasks so far; tasks without an admitted teacher count "
-        f"as 0.{dots}"
+        "over all tasks, those to come included (average performance), and over the tasks so far; "
+        f"tasks without an admitted teacher count as 0.{dots}"
     )

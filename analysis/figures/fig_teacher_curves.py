@@ -68,6 +68,6 @@ def caption(data: Dataset) -> str:
     """Say what the figure shows, without the conditions."""
     return (
         f"Learning of the teachers of {data.name}: {data.measure} on validation goals and in the training "
-        f"episodes; dotted: the gate of {data.gate:g} that admits a teacher to distillation. One line per seed; training "
-        "ends once a teacher is good enough."
+        f"episodes; dotted: the gate of {data.gate:g} that admits a teacher to distillation. One line per seed; "
+        "training ends once a teacher is good enough."
     )

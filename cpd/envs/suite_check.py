@@ -67,17 +67,20 @@ def suite_mistakes(suite: Suite) -> list[str]:
     return lines
 
 
-def task_mistakes(suite: Suite, task: str) -> list[str]:
-    """Return a line for each mistake in one task: its goals, its environment, its expert."""
+def task_mistakes(suite: Suite, task: str, notes: list[str] | None = None) -> list[str]:
+    """Return a line for each mistake in one task: its goals, its environment, its expert.
+
+    What could not be checked is no mistake; a line for it is appended to `notes`.
+    """
     try:
-        return list(_task_mistakes(suite, task))
+        return list(_task_mistakes(suite, task, [] if notes is None else notes))
     except _MistakeError as mistake:
         return [f"{task}: {mistake}"]
     except Exception:
         return [f"{task}: an error was raised:\n{traceback.format_exc()}"]
 
 
-def _task_mistakes(suite: Suite, task: str) -> Iterator[str]:
+def _task_mistakes(suite: Suite, task: str, notes: list[str]) -> Iterator[str]:
     try:
         sets = {split: suite.goal_set(task, split, NUM_GOALS) for split in get_args(Split)}
     except ValueError as error:  # it names the task
@@ -87,12 +90,8 @@ def _task_mistakes(suite: Suite, task: str) -> Iterator[str]:
     for goal in (goal for goals in sets.values() for goal in goals):
         if goal.vector.ndim != 1 or not np.isfinite(goal.vector).all():
             raise _MistakeError(f"the {goal.split} goal {goal.index} is not 1 to {MAX_GOAL_SIZE} finite numbers")
-    env, size = suite.make(task), suite.sizes(task).action
-    rng = np.random.default_rng(0)
-    # Independent actions mostly cancel, so those of every second episode repeat one.
-    actions = [rng.uniform(-1, 1, (suite.horizon, size)).astype(np.float32) for _ in goals[:NUM_EPISODES]]
-    for repeated in actions[1::2]:
-        repeated[:] = repeated[0]
+    env = suite.make(task)
+    actions = _random_actions(suite, task)
     episodes = [_run(suite, env, goal, rows) for goal, rows in zip(goals, actions, strict=False)]
     same = [_run(suite, env, goal, actions[0]) for goal in goals[:NUM_EPISODES]]
     again = _run(suite, suite.make(task), goals[0], actions[0])
@@ -108,13 +107,40 @@ def _task_mistakes(suite: Suite, task: str) -> Iterator[str]:
     if (expert := suite.expert(task)) is not None:
         episodes += [_run(suite, env, goal, expert) for goal in goals[:2]]
     env.close()
-    flags = np.concatenate([episode.successes for episode in episodes])
-    if flags.all() or not flags.any():
-        yield (
-            f"{task}: success never varies: it is {bool(flags[0])} at all steps of {len(episodes)} episodes with "
-            "random actions"
-            + (" and the expert" if expert else "; if the task is too hard for them, define expert")
+    yield from _measure_mistakes(suite, task, episodes)
+    if suite.returns(task) is None and not any(episode.successes.any() for episode in episodes):
+        actors = "random actions and the expert" if expert else "random actions"
+        notes.append(
+            f"{task}: no success in {len(episodes)} episodes with {actors}, so success could not be checked; this is "
+            "no mistake if the task is hard"
         )
+
+
+def _random_actions(suite: Suite, task: str) -> list[FloatArray]:
+    """Return the actions [T, A] of `NUM_EPISODES` episodes."""
+    rng, size = np.random.default_rng(0), suite.sizes(task).action
+    actions = [rng.uniform(-1, 1, (suite.horizon, size)).astype(np.float32) for _ in range(NUM_EPISODES)]
+    # Independent actions mostly cancel, so those of every second episode repeat one.
+    for repeated in actions[1::2]:
+        repeated[:] = repeated[0]
+    return actions
+
+
+def _measure_mistakes(suite: Suite, task: str, episodes: list[_Episode]) -> Iterator[str]:
+    """Yield mistakes in success, or in the returns by which a task without a success measure is judged."""
+    flags = np.concatenate([episode.successes for episode in episodes])
+    returns = suite.returns(task)
+    if returns is None:
+        if flags.all():
+            yield f"{task}: success is True at every step, so no policy could fail"
+        return
+    if flags.any():
+        yield f"{task}: step reports a success, but the task has returns; leave out one of them"
+    totals = [float(episode.rewards.sum()) for episode in episodes]
+    if not np.isfinite(returns).all() or returns.random >= returns.reference:
+        yield f"{task}: returns are {tuple(returns)}; the reference must exceed that of a random policy"
+    elif min(totals) == max(totals):
+        yield f"{task}: all {len(totals)} episodes have the return {totals[0]:g}, so none is better than another"
 
 
 def _run(suite: Suite, env: Environment, goal: Goal, actor: FloatArray | Expert) -> _Episode:

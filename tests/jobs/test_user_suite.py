@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from cpd.envs.goals import Goal
-from cpd.envs.suite import Sizes, Suite, SuiteError, load_suite
+from cpd.envs.suite import Returns, Sizes, Suite, SuiteError, load_suite
 from cpd.envs.suite_check import suite_mistakes, task_mistakes
 from tests.conftest import ROOT
 
@@ -133,7 +133,7 @@ class Fails(Counter):
         (Remembers, ["reset must set the whole state"]),
         (WrongShape, ["step 0", "(3,)", "(2,)"]),
         (NotANumber, ["step 0", "NaN", "position 1"]),
-        (AlwaysSucceeds, ["success never varies", "True"]),
+        (AlwaysSucceeds, ["success is True"]),
         (Fails, ["ZeroDivisionError"]),
     ],
 )
@@ -148,6 +148,26 @@ def test_mistakes_in_an_environment_are_named(
     suite.env = env
     (line,) = task_mistakes(suite, "count")
     assert line.startswith("count: ") and all(word in line for word in words)
+
+
+class NeverSucceeds(Counter):
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool]:
+        return (*super().step(action)[:2], False)
+
+
+def test_a_task_that_random_actions_never_solve_is_noted_and_a_return_that_never_varies_is_a_mistake(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(
+        "cpd.envs.suite_check._in_worker", lambda suite, task, goal, actions: run_here(suite.env, goal, actions)
+    )
+    suite, notes = Sound(), list[str]()
+    suite.env = NeverSucceeds
+    assert task_mistakes(suite, "count", notes) == [] and len(notes) == 1
+    suite.returns = lambda task: Returns(0.0, 1.0)  # type: ignore[method-assign]
+    assert [line.split(":")[0] for line in task_mistakes(suite, "count", notes)] == ["count"] and len(notes) == 1
+    suite.returns = lambda task: Returns(1.0, 1.0)  # type: ignore[method-assign]
+    assert "(1.0, 1.0)" in task_mistakes(suite, "count")[0]
 
 
 def run_here(env: type, goal: Goal, actions: np.ndarray) -> bytes:
