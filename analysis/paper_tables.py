@@ -74,7 +74,8 @@ def task_table(data: Dataset) -> Table:
         tuple(_task_tex(data)),
         f"{data.measure.capitalize()} in per cent by task on {data.name}: teachers, the student after the task's "
         "own stage and at the end of the stream. Brackets: Wilson 95 % intervals of single runs; "
-        "parentheses: the range of several. The recovery of a task may exceed 100 here; it counts as 100 in means.",
+        "parentheses: the range of several. The recovery of a task may exceed 100 here; it counts as "
+        "100 in means.",
     )
 
 

@@ -16,8 +16,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = parser_with_examples(
         "jobs.check_suite",
         "Run episodes of every task of a suite and look for mistakes: wrong shapes, NaN, a reset that ignores its "
-        "goal or remembers earlier episodes, goal sets that overlap, a success that is always True, returns that never "
-        "vary.",
+        "goal or remembers earlier episodes, goal sets that overlap, a success that is always True, returns that "
+        "never vary.",
         ["cpd check-suite my_package.module:MySuite", "cpd check-suite metaworld --only push-v3"],
     )
     parser.add_argument("suite", metavar="NAME", help="an entry point of the group cpd.suites, or module:Class")

@@ -111,8 +111,8 @@ def _task_mistakes(suite: Suite, task: str, notes: list[str]) -> Iterator[str]:
     if suite.returns(task) is None and not any(episode.successes.any() for episode in episodes):
         actors = "random actions and the expert" if expert else "random actions"
         notes.append(
-            f"{task}: no success in {len(episodes)} episodes with {actors}, so success could not be checked; this is "
-            "no mistake if the task is hard"
+            f"{task}: no success in {len(episodes)} episodes with {actors}, so success could not be checked; this "
+            "is no mistake if the task is hard"
         )
 
 
