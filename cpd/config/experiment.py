@@ -22,6 +22,7 @@ from cpd.config.types import (
     check_horizon,
     check_suite_name,
     expand_stream,
+    joined_suites,
 )
 from cpd.envs.suite import DEFAULT_SUITE, Suite, SuiteError, load_suite
 
@@ -30,8 +31,9 @@ from cpd.envs.suite import DEFAULT_SUITE, Suite, SuiteError, load_suite
 class StreamConfig:
     """The tasks, in the order of distillation; a task may occur twice."""
 
-    suite: Annotated[str, AfterValidator(check_suite_name)] = DEFAULT_SUITE
-    """The suite of the tasks: metaworld, an entry point of the group cpd.suites, or package.module:Class."""
+    suite: Annotated[str, BeforeValidator(joined_suites), AfterValidator(check_suite_name)] = DEFAULT_SUITE
+    """The suite of the tasks: metaworld, gym-mujoco, an entry point of the group cpd.suites, or
+    package.module:Class; several, as a list or joined by +, for a stream of tasks of them all."""
     tasks: Annotated[tuple[TaskOfSuite, ...], BeforeValidator(expand_stream), Field(min_length=1)]
     """Task names, or the name of a stream of the suite; of Meta-World: demo, cw10, cw20, mt10, mt50."""
     horizon: Annotated[int, Field(ge=1), AfterValidator(check_horizon)] = field(
@@ -131,7 +133,7 @@ class Config(MethodConfig):
         # Scripted experts use none of them, but get them too: runs of `lab_ablation`, which extends cw10, hold
         # these values in their config.json.
         implied: dict[str, Any] = {} if recipe == "rl" else {"teacher": {"ppo": WARM_START_PPO}}
-        name = stream.get("suite", DEFAULT_SUITE) if isinstance(stream, Mapping) else DEFAULT_SUITE
+        name = joined_suites(stream.get("suite", DEFAULT_SUITE)) if isinstance(stream, Mapping) else DEFAULT_SUITE
         if name == DEFAULT_SUITE or not isinstance(name, str):
             return implied
         try:

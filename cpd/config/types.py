@@ -17,6 +17,12 @@ PositiveFloat = Annotated[float, Field(gt=0.0)]
 NonNegativeFloat = Annotated[float, Field(ge=0.0)]
 
 
+def joined_suites(names: object) -> object:
+    """Return the name of the mixture of several suites (`["metaworld", "gym-mujoco"]`)."""
+    is_list = isinstance(names, list | tuple) and all(isinstance(name, str) for name in names)
+    return "+".join(names) if is_list else names  # type: ignore[arg-type]
+
+
 def check_suite_name(name: str) -> str:
     """Raise ValueError unless there is a suite of this name."""
     load_suite(name)

@@ -17,7 +17,7 @@ from cpd.distill.growth import GrowthDecision
 from cpd.distill.stage_data import StageData, admitted_teachers, read_stage
 from cpd.distill.trainer import StepReport, StudentTrainer
 from cpd.envs.cells import Cell, EnvPool, evaluate_cells
-from cpd.envs.episodes import Outcome, mean_score
+from cpd.envs.episodes import Outcome, mean_of_scores
 from cpd.evaluation.measures import curve_steps
 from cpd.reading import read_bytes
 from cpd.run.attempt import Attempt, begin_attempt
@@ -226,7 +226,7 @@ class Distillation:
             for task, outcomes in by_task.items():
                 successes = sum(outcome.success for outcome in outcomes)
                 returned = _normalised_return(outcomes)
-                student.plans.record(plan, task, mean_score(outcomes))
+                student.plans.record(plan, task, mean_of_scores(outcomes))
                 self._log(
                     event="plan",
                     stage=stage,
@@ -381,7 +381,7 @@ class Distillation:
 
 def _normalised_return(outcomes: Sequence[Outcome]) -> float | None:
     """The mean normalised return; None for a task with a success measure."""
-    return None if outcomes[0].normalised_return is None else mean_score(outcomes)
+    return None if outcomes[0].normalised_return is None else mean_of_scores(outcomes)
 
 
 def _num_parameters(policy: Path) -> int:

@@ -58,7 +58,7 @@ class Outcome(NamedTuple):
         return float(self.success) if self.normalised_return is None else self.normalised_return
 
 
-def mean_score(outcomes: Sequence[Outcome]) -> float:
+def mean_of_scores(outcomes: Sequence[Outcome]) -> float:
     """Return the mean score of episodes: their success rate, or the mean normalised return."""
     return sum(outcome.score for outcome in outcomes) / len(outcomes)
 

@@ -11,7 +11,7 @@ from typing_extensions import TypedDict
 
 from cpd.comm import TORCH_THREADS, Comm
 from cpd.envs.cells import Cell, EnvPool, evaluate_cells
-from cpd.envs.episodes import mean_score
+from cpd.envs.episodes import mean_of_scores
 from cpd.envs.suite import DEFAULT_SUITE, load_suite
 from cpd.evaluation.publish_students import final_rows
 from cpd.evaluation.results_folder import read_tables
@@ -56,7 +56,7 @@ def evaluate_published(folder: Path, comm: Comm, log: Callable[[str], None]) -> 
     equal = []
     for row, outcomes in zip(rows.values(), measured, strict=True):
         successes = sum(outcome.success for outcome in outcomes)
-        score = mean_score(outcomes)
+        score = mean_of_scores(outcomes)
         equal.append(successes == row.successes and math.isclose(score, row.total / row.episodes, rel_tol=1e-9))
         if row.normalised_return is None:
             log(f"{row.task}: {successes} of {row.episodes} episodes succeed, published {row.successes}")

@@ -89,7 +89,7 @@ def perturb(
     """
     actions = np.zeros((envs.num_envs, envs.spaces.action_size), np.float32)
     actions[: len(rngs)] = np.clip(action_NA[: len(rngs)], -1.0, 1.0)
-    free = np.setdiff1d(np.arange(envs.spaces.action_size), envs.suite.held_actions)
+    free = np.setdiff1d(np.arange(envs.spaces.action_size), envs.suite.of(envs.tasks[0]).held_actions)
     lengths = np.zeros(envs.num_envs, np.int64)
     for slot, rng in enumerate(rngs):
         if rng.random() < config.step_rate and max_steps_N[slot] > 0:

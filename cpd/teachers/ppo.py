@@ -116,7 +116,7 @@ class PPOLearner:
         )
         self.value_net = mlp((sizes.observation, *config.hidden_sizes, 1), 1.0, torch_generator)
         self.value_moments = RunningMoments(1, MIN_VALUE_STD)
-        self.largest_reward = suite.largest_reward
+        self.largest_reward = (suite.of(task) if task else suite).largest_reward
         self.optimizer = Adam(self.parameters(), config.learning_rate)
 
     def parameters(self) -> Iterator[nn.Parameter]:

@@ -16,7 +16,7 @@ from cpd.comm import Comm, DivergedError, SerialComm, float_sum
 from cpd.config import Config, ExplorationConfig
 from cpd.config.teacher import CRITIC_ITERATIONS
 from cpd.envs.cells import Cell, EnvPool, evaluate_cells
-from cpd.envs.episodes import mean_score
+from cpd.envs.episodes import mean_of_scores
 from cpd.run import checkpoint
 from cpd.run.attempt import Attempt
 from cpd.run.directory import TeacherElement, identity
@@ -95,7 +95,7 @@ def validate(
     )
     if outcomes is None:
         raise InterruptedBySignal("asked to stop while validating; launch again to continue")
-    return mean_score(outcomes[0])
+    return mean_of_scores(outcomes[0])
 
 
 class TeacherTrainer:

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from cpd.config import PPOConfig
+from cpd.config import Config, ConfigError, PPOConfig
+from cpd.config.load import load
 from cpd.envs.goals import Goal
-from cpd.envs.suite import Environment, Returns, Sizes, Suite, load_suite
+from cpd.envs.suite import Environment, Returns, Sizes, Suite, SuiteError, load_suite
 from cpd.envs.vector_env import make_vector_env
 from cpd.teachers.ppo import PPOLearner
 from cpd.teachers.rollout import EpisodeRules, sample
@@ -126,3 +127,34 @@ def test_the_bodies_of_gymnasium_repeat_an_episode_and_stay_where_they_fell() ->
     fallen.reset(goal)
     steps = [fallen.step(np.ones(3, np.float32)) for _ in range(suite.horizon)]
     assert steps[-1][1] == 0.0 and steps[-1][0].tobytes() == steps[-2][0].tobytes()
+
+
+def test_suites_are_joined_with_their_own_observations_scaling_and_goals() -> None:
+    mixture, worlds, bodies = (load_suite(n) for n in ("metaworld+gym-mujoco", "metaworld", "gym-mujoco"))
+    assert mixture.horizon == bodies.horizon and len(mixture.tasks) == len(worlds.tasks) + len(bodies.tasks)
+    sizes = worlds.spaces.sizes, bodies.spaces.sizes
+    assert mixture.spaces.sizes == (sizes[0].observation + sizes[1].observation, sizes[1].action)
+    with make_vector_env(["hopper", "push-v3"], 1, mixture) as envs:
+        goals = [mixture.goal_set(task, "training", 1)[0] for task in envs.tasks]
+        assert goals[1].vector.tobytes() == worlds.goal_set("push-v3", "training", 1)[0].vector.tobytes()
+        envs.reset([0, 1], goals)
+        envs.step(np.full((2, 6), 0.3, np.float32))
+        scaled = (envs.observations - mixture.spaces.centre) / mixture.spaces.scale
+        for row, task, suite in ((0, "hopper", bodies), (1, "push-v3", worlds)):
+            env = suite.make(task)
+            env.reset(goals[row])
+            own = env.step(np.full(suite.sizes(task).action, 0.3, np.float32))[0].astype(np.float32)
+            first = 0 if suite is worlds else sizes[0].observation
+            assert envs.observations[row, first : first + len(own)].tobytes() == own.tobytes()
+            others = np.delete(scaled[row], range(first, first + len(own)))
+            np.testing.assert_allclose(others, 0.0, atol=1e-5)
+    with pytest.raises(SuiteError, match="assembly-v3"):
+        load_suite("metaworld+metaworld")
+
+
+def test_a_recipe_names_several_suites_in_a_list() -> None:
+    stream = {"suite": ["metaworld", "gym-mujoco"], "tasks": ["push-v3", "hopper"]}
+    config = load(Config, {"name": "both", "stream": stream}, "test")
+    assert (config.stream.suite, config.stream.horizon) == ("metaworld+gym-mujoco", 200)
+    with pytest.raises(ConfigError, match=r"stream\.horizon"):
+        load(Config, {"name": "both", "stream": {**stream, "horizon": 100}}, "test")
