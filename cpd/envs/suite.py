@@ -243,8 +243,8 @@ class Mixture(Suite):
         for suite in suites:
             if suite.horizon > self.horizon and any(map(suite.returns, suite.tasks)):
                 raise ValueError(
-                    f"{suite.name} has returns for episodes of {suite.horizon} steps, but those of others end after "
-                    f"{self.horizon}"
+                    f"{suite.name} has returns for episodes of {suite.horizon} steps, but those of others end "
+                    f"after {self.horizon}"
                 )
         self._first = np.cumsum([0, *(suite.spaces.observation_size for suite in suites)])
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from cpd.config import Config, ConfigError, PPOConfig
-from cpd.config.load import load
+from cpd.config import Config, PPOConfig
+from cpd.config.load import ConfigError, load
 from cpd.envs.goals import Goal
 from cpd.envs.suite import Environment, Returns, Sizes, Suite, SuiteError, load_suite
 from cpd.envs.vector_env import make_vector_env
