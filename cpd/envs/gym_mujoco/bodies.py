@@ -18,7 +18,7 @@ from cpd.envs.goals import Goal
 
 FloatArray = npt.NDArray[np.float64]
 
-#: Largest velocity in an observation, as in Gymnasium's Hopper and InvertedDoublePendulum.
+#: Largest velocity in an observation, as in Gymnasium's Hopper.
 MAX_VELOCITY: Final = 10.0
 
 
@@ -151,31 +151,27 @@ class Runner(BodyEnv):
         return bool(self.data.qpos[1] < height or abs(self.data.qpos[2]) > angle)
 
 
-class DoublePendulum(BodyEnv):
-    """Balance two poles on a cart, as Gymnasium's InvertedDoublePendulum."""
+class Pendulum(BodyEnv):
+    """Balance a pole on a cart, as Gymnasium's InvertedPendulum; actions are a third of its."""
 
-    def __init__(self, body: Body) -> None:
-        super().__init__(body)
-        tip, pole, second = (self.model.site("tip"), self.model.body("pole"), self.model.body("pole2"))
-        self._height = float(pole.pos[2] + second.pos[2] + tip.pos[2])
+    #: Angle of the pole in radians at which it has fallen, as in Gymnasium.
+    upright: Final = 0.2
+
+    def step(self, action: npt.NDArray[np.float32]) -> tuple[FloatArray, float, bool]:
+        """Apply the action [1], scaled to the motor's range."""
+        return super().step(action * np.float32(self.model.actuator_ctrlrange[0, 1]))
 
     def observation(self) -> FloatArray:
-        """Return the cart's place, sines and cosines of the angles, velocities, and the force at the stop."""
-        data = self.data
-        velocities = np.clip(data.qvel, -MAX_VELOCITY, MAX_VELOCITY)
-        force = np.clip(data.qfrc_constraint[:1], -MAX_VELOCITY, MAX_VELOCITY)
-        return np.concatenate([data.qpos[:1], np.sin(data.qpos[1:]), np.cos(data.qpos[1:]), velocities, force])
+        """Return the cart's place, the pole's angle, and their velocities."""
+        return np.concatenate([self.data.qpos, self.data.qvel])
 
     def reward(self, velocity: float) -> float:
-        """Return 1 less penalties on the distance of the tip from the upright, and on velocities."""
-        x, _, y = self.data.site_xpos[0]
-        distance = 0.01 * x**2 + (y - self._height) ** 2
-        speed = 1e-3 * self.data.qvel[1] ** 2 + 5e-3 * self.data.qvel[2] ** 2
-        return float(1.0 - 0.1 * (distance + speed))
+        """Return 1 less a penalty on the distance from the rail's middle, which is at most 1 m."""
+        return float(1.0 - 0.5 * self.data.qpos[0] ** 2)
 
     def has_fallen(self) -> bool:
-        """Return whether the tip is below five sixths of its height, as in Gymnasium."""
-        return bool(self.data.site_xpos[0][2] <= self._height * 5 / 6)
+        """Return whether the pole leans too far."""
+        return bool(abs(self.data.qpos[1]) > self.upright)
 
 
 class Reacher(BodyEnv):

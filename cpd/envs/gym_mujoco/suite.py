@@ -11,26 +11,22 @@ from cpd.envs.suite import Environment, Returns, Sizes, Suite
 TASKS_VERSION: Final = "1"
 
 _SIZES: Final = {
+    "pendulum": Sizes(4, 1),
     "reacher": Sizes(10, 2),
-    "swimmer": Sizes(8, 2),
     "cheetah": Sizes(17, 6),
     "hopper": Sizes(11, 3),
-    "hopper-long": Sizes(11, 3),
-    "double-pendulum": Sizes(9, 1),
 }
 #: Of a policy that draws actions uniformly, the mean over the first fifty training goals; and nine tenths of the
 #: most that an episode can give.
 _RETURNS: Final = {
-    "swimmer": Returns(49.1, 180.0),
+    "pendulum": Returns(7.2, 180.0),
     "cheetah": Returns(88.3, 180.0),
     "hopper": Returns(13.4, 180.0),
-    "hopper-long": Returns(10.8, 180.0),
-    "double-pendulum": Returns(6.0, 180.0),
 }
 
 
 class GymMujoco(Suite):
-    """Six tasks with bodies of Gymnasium's MuJoCo models; only the reacher has a success measure."""
+    """Four tasks with bodies of Gymnasium's MuJoCo models; only the reacher has a success measure."""
 
     tasks = tuple(_SIZES)
     streams = {"bodies": tasks}  # noqa: RUF012
@@ -46,9 +42,9 @@ class GymMujoco(Suite):
 
     def make(self, task: str) -> Environment:
         """Return a new environment."""
-        from cpd.envs.gym_mujoco.body_tasks import make
+        from cpd.envs.gym_mujoco.body_tasks import MAKERS
 
-        return make(task)
+        return MAKERS[task]()
 
     def versions(self) -> dict[str, str]:
         """Return the versions of the simulator, of the models and of the tasks."""
