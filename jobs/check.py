@@ -41,10 +41,10 @@ def check_teachers(folder: Path, only: Sequence[str], seed: int, num_episodes: i
     import numpy as np
     import torch
 
+    from cpd.envs.metaworld.own_evaluation import evaluate_with_metaworld
     from cpd.evaluation.intervals import difference_interval, wilson
     from cpd.run.tables import EvaluationRow, read_rows
-    from cpd.teachers.metaworld_evaluation import evaluate_with_metaworld
-    from cpd.teachers.policy import load_policy
+    from cpd.teachers.policy import TeacherActor, load_policy
 
     torch.set_num_threads(1)
     if table:
@@ -60,7 +60,7 @@ def check_teachers(folder: Path, only: Sequence[str], seed: int, num_episodes: i
     for file, description in policies:
         task, teacher_seed, labels = description["task"], description["seed"], description["labels"]
         result = evaluate_with_metaworld(
-            load_policy(file), task, seed=seed, horizon=labels.horizon, num_episodes=num_episodes
+            TeacherActor(load_policy(file)), task, seed=seed, horizon=labels.horizon, num_episodes=num_episodes
         )
         row = published.get((task, teacher_seed))
         if row is None:

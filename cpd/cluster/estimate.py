@@ -23,8 +23,8 @@ from cpd.run.progress import read_status
 
 #: Environment steps per second and core, including PPO's updates (tasks of the recipe `demo`).
 TRAINING_RATE = 1_200.0
-#: Core seconds of an evaluation episode of 500 steps.
-EPISODE_SECONDS = 0.35
+#: Core seconds of a step of an evaluation, the student's share included.
+EPISODE_STEP_SECONDS = 7e-4
 #: Seconds of a distillation step per layer, and core seconds per window and layer, at the default widths.
 LAYER_SECONDS, WINDOW_SECONDS = 5.5e-3, 1.07e-5
 #: Of a network: seconds per message, and bytes per second and rank.
@@ -80,7 +80,7 @@ def _expected_core_seconds(run: Run, element: Element, ranks: int) -> float:
     tasks, distinct = config.stream.tasks, len(config.stream.distinct_tasks)
     full, brief = config.evaluation.num_episodes, config.evaluation.num_episodes_brief
     cells = len(tasks) * (distinct * brief + full) + 2 * distinct * full
-    per_episode = EPISODE_SECONDS * config.stream.horizon / 500
+    per_episode = EPISODE_STEP_SECONDS * config.stream.horizon
     steps = len(tasks) * config.distill.steps_per_stage
     curves = len(tasks) * config.evaluation.curve_points * brief
     # Scripted teachers need no training, and neither do trained or reused policies.

@@ -22,6 +22,7 @@ from cpd.config.load import load, merge, read_toml, to_dict
 from cpd.envs.cells import EnvPool
 from cpd.envs.episodes import run_episodes
 from cpd.envs.goals import FIRST_SEEDS
+from cpd.envs.metaworld.own_evaluation import MetaWorldAgent, evaluate_with_metaworld
 from cpd.evaluation.publish import publish_teachers
 from cpd.run.directory import Run, published_policy
 from cpd.run.files import sha256, write_json
@@ -29,7 +30,6 @@ from cpd.run.interrupt import Interrupt
 from cpd.run.progress import read_status, write_status
 from cpd.run.tables import EpisodeRow, EvaluationRow, read_rows, write_rows
 from cpd.teachers.demonstrations import ScriptedPolicy
-from cpd.teachers.metaworld_evaluation import MetaWorldAgent, evaluate_with_metaworld
 from cpd.teachers.policy import TeacherActor, load_policy
 from cpd.teachers.run_teacher import env_pool, run_teacher
 from jobs.check import HELD_OUT_SEED
@@ -290,13 +290,13 @@ def test_a_check_with_wrong_arguments_is_refused_before_any_episode(
 def test_meta_world_draws_our_held_out_goals_from_the_seed_that_is_the_default() -> None:
     assert FIRST_SEEDS["held_out"] == HELD_OUT_SEED
     with pytest.raises(ValueError, match="got 0"):
-        evaluate_with_metaworld(ScriptedPolicy("reach-v3", 0.1), "reach-v3", seed=0, horizon=10)
+        evaluate_with_metaworld(TeacherActor(ScriptedPolicy("reach-v3", 0.1)), "reach-v3", seed=0, horizon=10)
 
 
 def test_meta_world_s_evaluation_agrees_with_ours_episode_for_episode() -> None:
     # The scripted expert of reach needs 33 to 59 steps, so that a horizon of 48 separates its goals.
     expert, horizon = ScriptedPolicy("reach-v3", 0.1), 48
-    theirs = evaluate_with_metaworld(expert, "reach-v3", seed=HELD_OUT_SEED, horizon=horizon)
+    theirs = evaluate_with_metaworld(TeacherActor(expert), "reach-v3", seed=HELD_OUT_SEED, horizon=horizon)
     pool = EnvPool()
     goals = goal_set("reach-v3", "held_out", 50)
     outcomes = [
@@ -313,7 +313,7 @@ def test_meta_world_s_evaluation_agrees_with_ours_episode_for_episode() -> None:
 
 
 def test_the_protocol_s_agent_takes_meta_world_s_own_types() -> None:
-    agent = MetaWorldAgent(ScriptedPolicy("reach-v3", 0.1))
+    agent = MetaWorldAgent(TeacherActor(ScriptedPolicy("reach-v3", 0.1)))
     action = agent.eval_action(np.zeros((2, 39)))
     assert action.shape == (2, 4)
     assert np.abs(action).max() <= 1.0

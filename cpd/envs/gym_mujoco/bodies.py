@@ -151,27 +151,31 @@ class Runner(BodyEnv):
         return bool(self.data.qpos[1] < height or abs(self.data.qpos[2]) > angle)
 
 
-class Pendulum(BodyEnv):
-    """Balance a pole on a cart, as Gymnasium's InvertedPendulum; actions are a third of its."""
+class Crane(BodyEnv):
+    """Bring a cart to a place that the observation does not show, so that its pole hangs still.
 
-    #: Angle of the pole in radians at which it has fallen, as in Gymnasium.
-    upright: Final = 0.2
+    This is Gymnasium's InvertedPendulum upside down.
+    """
+
+    #: Where the cart must be on its rail, which goes from -1 m to 1 m.
+    place: Final = 0.5
+
+    def begin(self, rng: np.random.Generator) -> None:
+        """Let the pole hang."""
+        self.data.qpos[1] += np.pi
 
     def step(self, action: npt.NDArray[np.float32]) -> tuple[FloatArray, float, bool]:
         """Apply the action [1], scaled to the motor's range."""
         return super().step(action * np.float32(self.model.actuator_ctrlrange[0, 1]))
 
     def observation(self) -> FloatArray:
-        """Return the cart's place, the pole's angle, and their velocities."""
-        return np.concatenate([self.data.qpos, self.data.qvel])
+        """Return the cart's place, the pole's angle from hanging, and their velocities."""
+        return np.concatenate([self.data.qpos - (0.0, np.pi), self.data.qvel])
 
     def reward(self, velocity: float) -> float:
-        """Return 1 less a penalty on the distance from the rail's middle, which is at most 1 m."""
-        return float(1.0 - 0.5 * self.data.qpos[0] ** 2)
-
-    def has_fallen(self) -> bool:
-        """Return whether the pole leans too far."""
-        return bool(abs(self.data.qpos[1]) > self.upright)
+        """Return 1 less the distance in metres and a tenth of the angle, at least 0."""
+        distance, angle = abs(self.data.qpos[0] - self.place), abs(self.data.qpos[1] - np.pi)
+        return float(max(0.0, 1.0 - distance - 0.1 * angle))
 
 
 class Reacher(BodyEnv):

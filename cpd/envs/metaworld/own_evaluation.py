@@ -1,7 +1,7 @@
-"""Meta-World's own evaluation of a teacher, with its environments, its goals and its loop.
+"""Meta-World's own evaluation of a policy, with its environments, its goals and its loop.
 
 This checks our numbers independently: it uses neither the accelerated environment, nor cached resets, nor the
-loops of `cpd.envs`. With the first seed of a split in `cpd.envs.goals`, the goals are those of that split.
+loops of this package. With the first seed of a split in `cpd.envs.goals`, the goals are those of that split.
 """
 
 from __future__ import annotations
@@ -14,22 +14,22 @@ import numpy as np
 import numpy.typing as npt
 from metaworld.evaluation import evaluation
 
+from cpd.envs.episodes import Actor
 from cpd.envs.metaworld.tasks import REWARD_VERSION
-from cpd.teachers.policy import Teacher, TeacherActor
 
 
 class MetaWorldAgent:
-    """A teacher as `metaworld.evaluation.Agent`: deterministic, without memory."""
+    """A policy without memory as `metaworld.evaluation.Agent`."""
 
-    def __init__(self, teacher: Teacher) -> None:
-        self._actor = TeacherActor(teacher)
+    def __init__(self, actor: Actor) -> None:
+        self._actor = actor
 
     def eval_action(self, observations: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
         """Clipped means `[N, 4]` at Meta-World's float64 observations `[N, 39]`."""
         return self._actor.act(observations.astype(np.float32)).astype(np.float64)
 
     def reset(self, env_mask: npt.NDArray[np.bool_]) -> None:
-        """Do nothing: a teacher has no memory."""
+        """Do nothing: the policy has no memory."""
 
 
 class MetaWorldResult(NamedTuple):
@@ -42,7 +42,7 @@ class MetaWorldResult(NamedTuple):
 
 
 def evaluate_with_metaworld(
-    teacher: Teacher,
+    actor: Actor,
     task: str,
     *,
     seed: int,
@@ -52,7 +52,7 @@ def evaluate_with_metaworld(
     """Run Meta-World's evaluation, whose episodes end at their first success.
 
     Args:
-        teacher: the policy.
+        actor: the policy.
         task: Meta-World task name.
         seed: seed of `metaworld.MT1`, which draws fifty goals; each is used once in fifty episodes.
         horizon: maximum steps per episode, at most 500.
@@ -73,7 +73,7 @@ def evaluate_with_metaworld(
     )
     try:
         envs.call("toggle_sample_tasks_on_reset", True)  # off by default, and needed even for the first goal
-        success_rate, mean_return, *_ = evaluation(MetaWorldAgent(teacher), envs, num_episodes)
+        success_rate, mean_return, *_ = evaluation(MetaWorldAgent(actor), envs, num_episodes)
     finally:
         envs.close()
     return MetaWorldResult(round(success_rate * num_episodes), num_episodes, mean_return)
