@@ -18,7 +18,7 @@ from cpd.envs.episodes import Actor, Belief
 from cpd.envs.suite import ACTION_CLIP
 from cpd.reading import read_json
 from cpd.run.descriptions import StudentStream
-from cpd.student.network import Student, load_student
+from cpd.student.network import Prepared, Student, load_student
 from cpd.student.plans import FIRST_STEPS, Plan
 
 
@@ -60,6 +60,7 @@ class StudentActor:
         self._plan_of = plan_of
         self._history: deque[npt.NDArray[np.float32]] = deque(maxlen=student.config.context)
         self._plan_B2: Tensor | None = None
+        self._prepared: Prepared | None = None
         self._steps = 0
         self.beliefs: list[Belief] = []
         """Of the episodes since the reset, after their first observation; empty unless the task is inferred."""
@@ -72,7 +73,7 @@ class StudentActor:
         """
         self._history.clear()
         self.beliefs = []
-        self._plan_B2, self._steps = None, 0
+        self._plan_B2, self._prepared, self._steps = None, None, 0
         if not self._student.is_conditioned or (self._infers_task and self._plan_of is None):
             return
         for task in tasks:
@@ -95,10 +96,12 @@ class StudentActor:
         self._history.append(obs_BO.astype(np.float32, copy=True))
         if self._plan_B2 is None and self._infers_task:
             self.beliefs, self._plan_B2 = infer(student, torch.from_numpy(obs_BO).to(student.device), self._tasks)
-        task_B = None if self._plan_B2 is None else self._plan_B2[:, int(self._steps >= FIRST_STEPS)]
+        if self._plan_B2 is not None and (self._steps < student.config.context or self._steps == FIRST_STEPS):
+            task_B = self._plan_B2[:, int(self._steps >= FIRST_STEPS)]
+            self._prepared = student.prepare(task_B, len(self._history))
         self._steps += 1
         window = torch.from_numpy(np.stack(self._history, axis=1)).to(student.device, student.dtype)
-        out = student(window, task_B=task_B)
+        out = student(window, task_B=self._prepared)
         actions: npt.NDArray[np.float32] = (
             out.mean_BLA[:, -1].clamp(-ACTION_CLIP, ACTION_CLIP).float().cpu().numpy()
         )

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cpd.student.expert_mix import mix_experts
+from cpd.student.expert_mix import Dispatch, mix_experts
 from cpd.student.precision import full_precision
 from cpd.student.stack import Stack
 
@@ -27,6 +27,15 @@ class RouterStats(NamedTuple):
     """Probabilities of the softmax over all experts that a token may choose from."""
     z_square_sum: Tensor
     """logsumexp(logits)^2."""
+
+
+class Route(NamedTuple):
+    """What the groups of tokens alone decide, if each group has just the k experts that a token takes."""
+
+    candidates_NC: Tensor
+    rows_NCD: Tensor
+    """Their router rows."""
+    dispatch: Dispatch
 
 
 class MoE(nn.Module):
@@ -102,20 +111,31 @@ class MoE(nn.Module):
         self.group_E = torch.cat([self.group_E, self.group_E.new_tensor([group])])
         self.read_layout()
 
+    def route(self, group_N: Tensor) -> Route | None:
+        """Prepare forward passes without gradients over tokens of these groups; None if groups leave a choice."""
+        if any(group.stop - group.start != self.top_k for group in self.groups):
+            return None
+        candidates_NC = self.starts_G[group_N].unsqueeze(1) + torch.arange(self.top_k, device=group_N.device)
+        dispatch = Dispatch.of(candidates_NC, self.up, self.down)
+        return Route(candidates_NC, F.embedding(candidates_NC, self.router.stack), dispatch)
+
     def forward(
-        self, x_ND: Tensor, valid_N: Tensor | None = None, group: int | Tensor | None = None
+        self, x_ND: Tensor, valid_N: Tensor | None = None, group: int | Tensor | Route | None = None
     ) -> tuple[Tensor, RouterStats | None]:
         """Route and transform.
 
         Args:
             x_ND: tokens.
             valid_N: 1 for tokens, 0 for padding; statistics are computed only with it.
-            group: the group whose experts (at least k) tokens may choose from, one for all or one for each [N];
-                default: all open experts.
+            group: the group whose experts (at least k) tokens may choose from, one for all or one for each [N],
+                or what `route` prepared from these; default: all open experts.
 
         Returns:
             `[N, D]` and the statistics.
         """
+        if isinstance(group, Route):
+            logits_NC = (x_ND.unsqueeze(1) * group.rows_NCD).sum(-1)
+            return self._mix(x_ND, group.candidates_NC, logits_NC, valid_N, group.dispatch)
         if isinstance(group, Tensor):
             candidates_NC, logits_NC = self._logits_by_group(x_ND, group)
             return self._mix(x_ND, candidates_NC, logits_NC, valid_N)
@@ -168,7 +188,12 @@ class MoE(nn.Module):
             )
 
     def _mix(
-        self, x_ND: Tensor, candidates_NC: Tensor, logits_NC: Tensor, valid_N: Tensor | None
+        self,
+        x_ND: Tensor,
+        candidates_NC: Tensor,
+        logits_NC: Tensor,
+        valid_N: Tensor | None,
+        dispatch: Dispatch | None = None,
     ) -> tuple[Tensor, RouterStats | None]:
         """Each token takes k of its candidates."""
         if logits_NC.shape[1] == self.top_k:
@@ -176,7 +201,11 @@ class MoE(nn.Module):
         else:
             top_logits_Nk, places_Nk = logits_NC.topk(self.top_k, dim=-1)
             chosen_Nk = candidates_NC.gather(1, places_Nk)
-        y_ND = mix_experts(x_ND, top_logits_Nk.softmax(-1), chosen_Nk, self.up, self.down)
+        gates_Nk = top_logits_Nk.softmax(-1)
+        if dispatch is None:
+            y_ND = mix_experts(x_ND, gates_Nk, chosen_Nk, self.up, self.down)
+        else:
+            y_ND = dispatch.mix(x_ND, gates_Nk)
         if valid_N is None:
             return y_ND, None
         zeros_E = valid_N.new_zeros(self.num_open)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple, cast
 
@@ -27,7 +27,7 @@ from cpd.run.files import atomic_write, write_json
 from cpd.run.weights import changes_since, described_weights
 from cpd.student.acting import STEPS
 from cpd.student.former_names import stack_experts
-from cpd.student.moe import MoE, RouterStats
+from cpd.student.moe import MoE, Route, RouterStats
 from cpd.student.packing import Packing
 from cpd.student.plans import FIRST_STEPS, TIE_BREAK, Plans
 from cpd.student.precision import full_precision
@@ -52,6 +52,14 @@ class StudentOutput(NamedTuple):
     log_std_BLA: Tensor
     stats: tuple[RouterStats, ...]
     """One per layer; empty unless `valid_BL` was given."""
+
+
+class Prepared(NamedTuple):
+    """What the tasks of windows alone decide (`Student.prepare`)."""
+
+    task_B1D: Tensor
+    routes: tuple[Route | Tensor, ...]
+    """Of every layer."""
 
 
 class Student(nn.Module):
@@ -234,32 +242,41 @@ class Student(nn.Module):
             raise RuntimeError(f"tensors missing: {missing}; unexpected: {unexpected}")
         self._groups = self.group_K.tolist()
 
+    def prepare(self, task_B: Tensor, length: int) -> Prepared:
+        """What forward passes over windows of `length` steps of these tasks share; without gradients."""
+        assert self.task is not None
+        group_N = self.group_K[task_B].repeat_interleave(length)
+        routes = tuple(group_N if (route := moe.route(group_N)) is None else route for moe in self.moes)
+        return Prepared(F.embedding(task_B, self.task).unsqueeze(1), routes)
+
     def forward(
-        self, obs_BLO: Tensor, *, task_B: Tensor | int | None = None, valid_BL: Tensor | None = None
+        self, obs_BLO: Tensor, *, task_B: Tensor | int | Prepared | None = None, valid_BL: Tensor | None = None
     ) -> StudentOutput:
         """The Gaussian at every step.
 
         Args:
             obs_BLO: windows of raw observations, left-aligned, at most `context` steps.
             task_B: tasks, given or inferred, by position among the stream's distinct ones, or one for all rows,
-                which is faster; required unless `task_identity` is `none`.
+                which is faster, or what `prepare` made of them; required unless `task_identity` is `none`.
             valid_BL: 1 for steps, 0 for padding at a window's end; with it, router statistics are computed.
         """
         config = self.config
         length = obs_BLO.shape[1]
         x_BLD = self.embed((obs_BLO - self.obs_centre) / self.obs_scale) + self.position[:length]
-        group: int | Tensor | None = None
+        groups: Sequence[int | Tensor | Route | None] = [None] * config.num_layers
         if self.task is not None:
             if task_B is None:
                 raise ValueError(f"task_identity is {config.task_identity!r}, but no task was given")
-            if isinstance(task_B, int):
-                x_BLD, group = x_BLD + self.task[task_B], self.group_of(task_B)
+            if isinstance(task_B, Prepared):
+                x_BLD, groups = x_BLD + task_B.task_B1D, task_B.routes
+            elif isinstance(task_B, int):
+                x_BLD, groups = x_BLD + self.task[task_B], [self.group_of(task_B)] * config.num_layers
             else:
                 x_BLD = x_BLD + F.embedding(task_B, self.task).unsqueeze(1)
-                group = self.group_K[task_B].repeat_interleave(length)
+                groups = [self.group_K[task_B].repeat_interleave(length)] * config.num_layers
         valid_N = None if valid_BL is None else valid_BL.reshape(-1)
         stats: list[RouterStats] = []
-        for block in self.blocks:
+        for block, group in zip(self.blocks, groups, strict=True):
             x_BLD, layer_stats = block(x_BLD, valid_N, group)
             if layer_stats is not None:
                 stats.append(layer_stats)

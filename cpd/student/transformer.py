@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cpd.student.moe import MoE, RouterStats
+from cpd.student.moe import MoE, Route, RouterStats
 
 
 class CausalSelfAttention(nn.Module):
@@ -49,7 +49,7 @@ class Block(nn.Module):
         self.moe = MoE(width, expert_width, num_experts, top_k, dtype)
 
     def forward(
-        self, x_BLD: Tensor, valid_N: Tensor | None, group: int | Tensor | None
+        self, x_BLD: Tensor, valid_N: Tensor | None, group: int | Tensor | Route | None
     ) -> tuple[Tensor, RouterStats | None]:
         """`[B, L, D]` to `[B, L, D]`; `valid_N` and `group` (N = B L) as in `MoE.forward`."""
         x_BLD = x_BLD + self.attention(self.attention_norm(x_BLD))

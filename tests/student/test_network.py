@@ -15,7 +15,9 @@ from hypothesis import strategies as st
 from cpd.config import StudentConfig
 from cpd.envs.metaworld.scaling import observation_scaling
 from cpd.student.actor import StudentActor
+from cpd.student.moe import Route
 from cpd.student.network import Student, load_student, save_student
+from tests.student.grown import grown_student
 
 TASKS = ("drawer-close-v3", "handle-press-side-v3", "window-close-v3")
 
@@ -94,6 +96,24 @@ def test_gradients_of_all_parameters_are_those_of_finite_differences():
         return out.mean_BLA.square().sum() + out.log_std_BLA.sum() + stats.prob_sums_E[0] + stats.z_square_sum
 
     assert torch.autograd.gradcheck(loss, values)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("length", "tasks"), [(1, [1] * 25), (3, [2, 0, 2, 1]), (1, [2])])
+@pytest.mark.parametrize("top_k", [1, 2])
+@torch.no_grad()
+def test_prepared_passes_have_the_same_bits(dtype, length, tasks, top_k):
+    student = grown_student(dtype, context=4, top_k=top_k)
+    obs_BLO = observations(len(tasks), length, seed=9, dtype=dtype)
+    task_B, valid_BL = torch.tensor(tasks), torch.ones(len(tasks), length, dtype=dtype)
+    prepared = student.prepare(task_B, length)
+    assert all(isinstance(route, Route) == (top_k == 2) for route in prepared.routes)
+    for valid in (None, valid_BL):
+        plain = student(obs_BLO, task_B=task_B, valid_BL=valid)
+        fast = student(obs_BLO, task_B=prepared, valid_BL=valid)
+        assert torch.equal(plain.mean_BLA, fast.mean_BLA)
+        for layers in zip(plain.stats, fast.stats, strict=True):
+            assert all(torch.equal(*sums) for sums in zip(*layers, strict=True))
 
 
 class TestActor:
