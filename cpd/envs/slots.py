@@ -163,8 +163,9 @@ class SlotGroup:
             except Exception as error:
                 raise _slot_error("stepping", int(slots[0]), task) from error
             arrays.rewards[slots], arrays.successes[slots] = rewards, successes
+        selected, wants_grasps = arrays.selected.tolist(), arrays.wants_grasps.tolist()
         for slot, task, env, observation, action in self._slots:
-            if not arrays.selected[slot]:
+            if not selected[slot]:
                 continue
             try:
                 obs, reward, success = env.step(action)
@@ -172,7 +173,7 @@ class SlotGroup:
             except Exception as error:
                 raise _slot_error("stepping", slot, task) from error
             arrays.rewards[slot] = reward
-            if arrays.wants_grasps[slot]:
+            if wants_grasps[slot]:
                 arrays.grasps[slot] = env.grasp(obs)  # type: ignore[attr-defined]  # `Suite.measures_grasps`
             arrays.successes[slot] = success
 

@@ -68,10 +68,10 @@ class AcceleratedTask:
 
 
 class PhysicsOnly:
-    """The simulation that every step needs: mj_step x 5 and mj_forward, on Meta-World's own model."""
+    """The simulation that every step needs: mj_step x 5 and mj_forward, on Meta-World's own or a light model."""
 
-    def __init__(self, task: str) -> None:
-        self.task_env = TaskEnv(task, accelerated=False)
+    def __init__(self, task: str, *, light: bool) -> None:
+        self.task_env = TaskEnv(task, accelerated=light)
         self.goal = goal_set(task, "training")[0]
         self.task_env.reset(self.goal)
         env = self.task_env.unwrapped
@@ -101,11 +101,12 @@ def seconds(subject: Any, actions: np.ndarray, episode: int) -> float:
 
 
 def bench_task(task: str, num_steps: int, num_repeats: int) -> dict[str, float]:
-    """Steps per second of the three, without resets and with one every 200 steps."""
+    """Steps per second of the four, without resets and with one every 200 steps."""
     subjects: dict[str, Any] = {
         "gym": GymTask(task),
         "accelerated": AcceleratedTask(task),
-        "physics": PhysicsOnly(task),
+        "physics": PhysicsOnly(task, light=False),
+        "light": PhysicsOnly(task, light=True),
     }
     result: dict[str, float] = {}
     for label, episode, steps in (("", 0, min(num_steps, 490)), ("_resets", EPISODE, max(num_steps, EPISODE))):
@@ -163,8 +164,9 @@ def bench_vector_env(task: str, num_workers: int, slots_per_worker: int, num_rep
 
 def table_row(task: str, rates: dict[str, float]) -> str:
     return (
-        f"{task:30s}{rates['gym']:8.0f}{rates['accelerated']:8.0f}{rates['physics']:9.0f}"
+        f"{task:30s}{rates['gym']:8.0f}{rates['accelerated']:8.0f}{rates['physics']:9.0f}{rates['light']:8.0f}"
         f"{rates['accelerated'] / rates['gym']:8.2f}{rates['accelerated'] / rates['physics']:9.0%}"
+        f"{rates['accelerated'] / rates['light']:9.0%}"
         f"{rates['gym_resets']:10.0f}{rates['accelerated_resets']:8.0f}"
         f"{rates['accelerated_resets'] / rates['gym_resets']:8.2f}{rates['physics'] / rates['gym_resets']:9.2f}"
     )
@@ -181,7 +183,8 @@ def main() -> None:
     num_steps, num_repeats = (EPISODE, 2) if arguments.quick else (2 * EPISODE, 5)
 
     print("steps per second; resets: one every 200 steps; phys/gym: physics without a reset over gym with them")
-    print(f"{'task':30s}{'gym':>8s}{'accel':>8s}{'physics':>9s}{'x gym':>8s}{'of phys':>9s}", end="")
+    print(f"{'task':30s}{'gym':>8s}{'accel':>8s}{'physics':>9s}{'light':>8s}", end="")
+    print(f"{'x gym':>8s}{'of phys':>9s}{'of light':>9s}", end="")
     print(f"{'gym+res':>10s}{'accel':>8s}{'x gym':>8s}{'phys/gym':>9s}")
     rates = {}
     for task in arguments.tasks:
@@ -190,6 +193,7 @@ def main() -> None:
     medians = {
         "accelerated / gym": statistics.median(r["accelerated"] / r["gym"] for r in rates.values()),
         "accelerated / physics": statistics.median(r["accelerated"] / r["physics"] for r in rates.values()),
+        "accelerated / light physics": statistics.median(r["accelerated"] / r["light"] for r in rates.values()),
         "with resets": statistics.median(r["accelerated_resets"] / r["gym_resets"] for r in rates.values()),
         "physics / gym with resets": statistics.median(r["physics"] / r["gym_resets"] for r in rates.values()),
     }

@@ -99,6 +99,8 @@ class FastSawyer(SawyerXYZEnv):
         self._left_claw_xpos = data.body("leftclaw").xpos
         self._right_pad_xpos = data.body("rightpad").xpos
         self._left_pad_xpos = data.body("leftpad").xpos
+        self._right_tip_xpos = data.site("rightEndEffector").xpos
+        self._left_tip_xpos = data.site("leftEndEffector").xpos
         self._left_pad_id: int = data.geom("leftpad_geom").id
         self._right_pad_id: int = data.geom("rightpad_geom").id
         self._mocap_pos = data.mocap_pos[0]
@@ -113,6 +115,12 @@ class FastSawyer(SawyerXYZEnv):
         """Write this environment's goal into the shared model; call it before you read `model` from outside."""
         if self._shared.owner is not self._token:
             self._shared.take(self._token, self._goal_fields)
+
+    @property
+    def tcp_center(self) -> npt.NDArray[np.float64]:
+        """The middle between the fingertips, [3] metres."""
+        center: npt.NDArray[np.float64] = (self._right_tip_xpos + self._left_tip_xpos) / 2.0
+        return center
 
     def touching_object(self, object_geom_id: int) -> bool:
         """Whether both finger pads press on a geom: the summed normal forces of their contacts are positive."""
