@@ -7,7 +7,7 @@ export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo figures test test-slow test-chaos test-mutations test-slurm test-slurm-slow check format miniature slurm-up slurm-down slurm-demo clean
-.PHONY: bench-env bench-teacher bench-moe bench-distill bench-scale bench-ddp bench-device bench-dpp bench-slurm
+.PHONY: bench-env bench-evaluation bench-teacher bench-moe bench-distill bench-scale bench-ddp bench-device bench-dpp bench-slurm
 SLURM_STATE ?= /tmp/cpd-slurm-$(shell id -u)
 
 help: ## show the targets
@@ -72,6 +72,9 @@ slurm-demo: slurm-up ## the demo on that Slurm: job arrays, dependencies, MPI th
 
 bench-env: setup ## accelerated and vector environments against stock Meta-World
 	$(PY) -m tests.bench.bench_env
+
+bench-evaluation: setup ## evaluating a stream of fifty tasks: thinned cells and prepared passes against plain ones
+	$(PY) -m tests.bench.bench_evaluation
 
 bench-teacher: setup ## where a PPO iteration's time goes; time to 95 % success against stable-baselines3
 	$(PY) -m tests.bench.bench_teacher

@@ -79,7 +79,8 @@ def _expected_core_seconds(run: Run, element: Element, ranks: int) -> float:
     config = run.method_configs[method]
     tasks, distinct = config.stream.tasks, len(config.stream.distinct_tasks)
     full, brief = config.evaluation.num_episodes, config.evaluation.num_episodes_brief
-    cells = len(tasks) * (distinct * brief + full) + 2 * distinct * full
+    rows = (sum(config.row_episodes(s, is_last=False).values()) for s in range(-1, len(tasks) - 1))
+    cells = sum(rows) + 2 * distinct * full
     per_episode = EPISODE_STEP_SECONDS * config.stream.horizon
     steps = len(tasks) * config.distill.steps_per_stage
     curves = len(tasks) * config.evaluation.curve_points * brief

@@ -69,6 +69,9 @@ class EvaluationConfig:
     measured on training goals, too."""
     num_episodes_brief: Annotated[int, Field(ge=1, le=50)] = 10
     """Episodes for every other cell and for each point of a curve."""
+    num_episodes_unmet: Annotated[int, Field(ge=0, le=50)] = 0
+    """Episodes for cells of tasks that the student meets after the next stage or later; 0: `num_episodes_brief`,
+    as before the first stage. With one or a few, the cells above the diagonal cost little."""
     curve_points: Count = 10
     """Evaluations of the current task within a stage."""
 
@@ -237,6 +240,18 @@ class Config(MethodConfig):
                     f"{name} = {rows} is less than the {num_ranks} ranks of a student; set fewer ranks in the "
                     "profile, or a larger value"
                 )
+
+    def row_episodes(self, stage: int, *, is_last: bool) -> dict[str, int]:
+        """Episodes on each distinct task after `stage` (-1: before training), a row of the success matrix."""
+        tasks, counts = self.stream.tasks, self.evaluation
+        if is_last:
+            return dict.fromkeys(tasks, counts.num_episodes)
+        row = dict.fromkeys(tasks, counts.num_episodes_brief)
+        if stage >= 0:
+            # The next task's cell is where its learning curve begins.
+            unmet = row.keys() - tasks[: stage + 2] if counts.num_episodes_unmet else ()
+            row |= {tasks[stage]: counts.num_episodes, **dict.fromkeys(unmet, counts.num_episodes_unmet)}
+        return row
 
     @property
     def memory_steps(self) -> int:

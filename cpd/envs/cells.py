@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from cpd.comm import Comm, gathered_rows, share_of
@@ -17,6 +17,8 @@ CHUNK = 25
 #: Tasks per forward pass. The pass of a small network takes about as long for a hundred episodes as for ten. But
 #: ranks share whole passes, so there must be enough of them.
 TASKS_PER_PASS = 4
+#: Environments that a process holds: some 0.3 GB, at 0.5 MB each and 2 MB per task. A pass needs at most 100.
+MAX_ENVS = 400
 
 
 class Cell(NamedTuple):
@@ -27,26 +29,44 @@ class Cell(NamedTuple):
     num_episodes: int
     to_the_end: bool = False
     """Whether episodes continue after success, so that success at the last step is known."""
+    tasks_per_pass: int = TASKS_PER_PASS
+    """Maximum number of tasks in a forward pass with episodes of this cell."""
 
 
 class EnvPool:
-    """The environments of this process: created at a task's first use and reused by every evaluation."""
+    """The environments of this process: created when needed and reused, dropped beyond `MAX_ENVS`.
 
-    def __init__(self, num_workers: int = 1, num_envs: int = CHUNK, suite: Suite | None = None) -> None:
-        """Create none yet; a task gets `num_envs` environments, at least `CHUNK`, in `num_workers` processes.
+    The tasks with the most environments are dropped first, among equals the one used least recently.
+    """
+
+    def __init__(self, num_workers: int = 1, num_envs: int = 1, suite: Suite | None = None) -> None:
+        """Create none yet; a task gets at least `num_envs` environments, in `num_workers` processes.
 
         `suite` is the suite of the tasks; None: Meta-World.
         """
         self.suite = suite or load_suite()
         self._num_workers = num_workers
-        self._num_envs = max(num_envs, CHUNK)
+        self._num_envs = num_envs
         self._envs: dict[str, VectorEnv] = {}
+        """By task, in the order of their latest use."""
 
     def get(self, task: str) -> VectorEnv:
-        """Return the environments of `task`, at least `CHUNK`; the first call creates them."""
-        if task not in self._envs:
-            self._envs[task] = make_vector_env([task] * self._num_envs, self._num_workers, self.suite)
-        return self._envs[task]
+        """Return the environments of `task`, at least `CHUNK`, until the next call with another task."""
+        return self.get_all({task: CHUNK})[0]
+
+    def get_all(self, num_envs: Mapping[str, int]) -> list[VectorEnv]:
+        """Return at least so many environments of each task, until the next call with other tasks."""
+        needed = {task: max(number, self._num_envs) for task, number in num_envs.items()}
+        kept = {task: self._envs.pop(task) for task in needed if task in self._envs}
+        for task in [task for task, envs in kept.items() if envs.num_envs < needed[task]]:
+            kept.pop(task).close()
+        total = sum(kept[task].num_envs if task in kept else number for task, number in needed.items())
+        while self._envs and total + sum(envs.num_envs for envs in self._envs.values()) > MAX_ENVS:
+            self._envs.pop(max(self._envs, key=lambda task: self._envs[task].num_envs)).close()
+        for task, number in needed.items():
+            envs = kept.get(task) or make_vector_env([task] * number, self._num_workers, self.suite)
+            self._envs[task] = envs
+        return [self._envs[task] for task in needed]
 
     def close(self) -> None:
         """Close all environments."""
@@ -63,7 +83,7 @@ class _Chunk(NamedTuple):
     goals: tuple[Goal, ...]
 
 
-def _passes(cells: Sequence[Cell], chunk: int, tasks_per_pass: int, suite: Suite) -> list[list[_Chunk]]:
+def _passes(cells: Sequence[Cell], chunk: int, suite: Suite) -> list[list[_Chunk]]:
     """Divide all episodes into chunks of one task; a pass takes chunks of several tasks where possible."""
     passes: list[list[_Chunk]] = []
     for index, cell in enumerate(cells):
@@ -72,7 +92,7 @@ def _passes(cells: Sequence[Cell], chunk: int, tasks_per_pass: int, suite: Suite
             for members in passes:
                 others = [cells[member.cell] for member in members]
                 if (
-                    len(others) < tasks_per_pass
+                    len(others) < cell.tasks_per_pass == others[0].tasks_per_pass
                     and others[0].to_the_end == cell.to_the_end
                     and all(other.task != cell.task for other in others)
                 ):
@@ -91,7 +111,6 @@ def evaluate_cells(
     comm: Comm,
     *,
     chunk: int = CHUNK,
-    tasks_per_pass: int = TASKS_PER_PASS,
     should_stop: Callable[[], bool] = lambda: False,
     advance: Callable[[int], None] = lambda episodes: None,
 ) -> list[list[Outcome]] | None:
@@ -104,7 +123,6 @@ def evaluate_cells(
         pool: this rank's environments.
         comm: the ranks that share the work.
         chunk: episodes of a task per forward pass, at most `CHUNK`.
-        tasks_per_pass: maximum number of tasks per forward pass.
         should_stop: called before every step.
         advance: called with the number of episodes that this rank has just finished.
 
@@ -112,10 +130,11 @@ def evaluate_cells(
         For each cell its outcomes in goal order, on every rank; None if any rank was asked to stop.
     """
     indexed: list[tuple[int, Outcome]] = []
-    for chunks in share_of(comm, _passes(cells, chunk, tasks_per_pass, pool.suite)):
+    for chunks in share_of(comm, _passes(cells, chunk, pool.suite)):
+        envs = pool.get_all({cells[index].task: len(goals) for index, goals in chunks})
         outcomes = run_episodes(
             actor,
-            [(pool.get(cells[index].task), goals) for index, goals in chunks],
+            list(zip(envs, (goals for _, goals in chunks), strict=True)),
             horizon,
             stop_at_success=not cells[chunks[0].cell].to_the_end,
             should_stop=should_stop,

@@ -46,11 +46,11 @@ def evaluate_published(folder: Path, comm: Comm, log: Callable[[str], None]) -> 
     rows = final_rows(described["method"], described["seed"], tables)
     if not rows or folder.resolve() != published_student(results, described["method"], described["seed"]).parent:
         raise DamagedFileError(f"{results} has no results of {folder}; restore the folder as it was published")
-    cells = [Cell(task, row.goal_set, row.episodes, to_the_end=True) for task, row in rows.items()]
-    pool = EnvPool(suite=load_suite(next(iter(rows.values())).suite or DEFAULT_SUITE))
     # One task per pass, as when the row was measured: rounding depends on the composition of a batch.
+    cells = [Cell(task, row.goal_set, row.episodes, True, tasks_per_pass=1) for task, row in rows.items()]
+    pool = EnvPool(suite=load_suite(next(iter(rows.values())).suite or DEFAULT_SUITE))
     horizon = next(iter(rows.values())).horizon
-    measured = evaluate_cells(load_actor(folder), cells, horizon, pool, comm, tasks_per_pass=1)
+    measured = evaluate_cells(load_actor(folder), cells, horizon, pool, comm)
     pool.close()
     assert measured is not None
     equal = []

@@ -10,7 +10,7 @@ import torch
 
 from cpd.comm import TORCH_THREADS, Comm, choose_device
 from cpd.config import Config
-from cpd.envs.cells import TASKS_PER_PASS, Cell, EnvPool, evaluate_cells
+from cpd.envs.cells import CHUNK, TASKS_PER_PASS, Cell, EnvPool, evaluate_cells
 from cpd.envs.episodes import Actor, Outcome, mean_of_scores
 from cpd.envs.suite import DEFAULT_SUITE, load_suite
 from cpd.evaluation.expert_usage import ExpertUsage
@@ -27,20 +27,22 @@ from cpd.student.selected_teachers import SelectedTeachers
 def row_cells(config: Config, stage: int, last_stage: int) -> list[Cell]:
     """Return the cells of row `stage` (-1: before training) of the success matrix.
 
-    On the goals of `evaluation.goal_set` the diagonal and the final row get `num_episodes`, other cells
-    `num_episodes_brief`; the final row is also measured to the episodes' end, and on training goals.
+    `Config.row_episodes` has the numbers of episodes on the goals of `evaluation.goal_set`; the final row is also
+    measured to the episodes' end, and on training goals.
     """
-    stream, counts = config.stream, config.evaluation
+    counts = config.evaluation
+    row = config.row_episodes(stage, is_last=stage == last_stage)
     if stage == last_stage:
-        full, tasks = counts.num_episodes, stream.distinct_tasks
-        training = min(full, config.teacher.num_training_goals)
-        return [Cell(task, counts.goal_set, full, to_the_end=True) for task in tasks] + [
-            Cell(task, "training", training) for task in tasks
+        training = min(counts.num_episodes, config.teacher.num_training_goals)
+        # The use of experts is recorded for one task at a time.
+        return [Cell(task, counts.goal_set, number, True, tasks_per_pass=1) for task, number in row.items()] + [
+            Cell(task, "training", training) for task in row
         ]
-    current_task = stream.tasks[stage] if stage >= 0 else None
+    # Few episodes of many tasks share a pass.
+    widths = {counts.num_episodes_unmet: CHUNK // max(counts.num_episodes_unmet, 1)}
     return [
-        Cell(task, counts.goal_set, counts.num_episodes if task == current_task else counts.num_episodes_brief)
-        for task in stream.distinct_tasks
+        Cell(task, counts.goal_set, number, tasks_per_pass=max(widths.get(number, 0), TASKS_PER_PASS))
+        for task, number in row.items()
     ]
 
 
@@ -222,7 +224,6 @@ def _fill_rows(
                 config.stream.horizon,
                 pool,
                 comm,
-                tasks_per_pass=1 if acting is usage else TASKS_PER_PASS,  # it records one task at a time
                 should_stop=lambda: interrupt.requested,
                 advance=advance,
             )

@@ -48,6 +48,24 @@ def test_memory_budget_is_a_share_of_the_whole_streams_data() -> None:
     assert load(Config, tables, "recipe").memory_steps == 800  # ten distinct tasks
 
 
+def test_a_row_thins_tasks_that_are_more_than_a_stage_away() -> None:
+    counts = {"num_episodes": 50, "num_episodes_brief": 5}
+    stream = {"tasks": ["reach-v3", "push-v3", "reach-v3", "sweep-v3", "soccer-v3"]}
+    plain, thin = (
+        load(Config, {"name": "x", "stream": stream, "evaluation": {**counts, "num_episodes_unmet": number}}, "x")
+        for number in (0, 1)
+    )
+    assert [list(thin.row_episodes(stage, is_last=False).values()) for stage in range(-1, 4)] == [
+        [5, 5, 5, 5],
+        [50, 5, 1, 1],
+        [5, 50, 1, 1],
+        [50, 5, 5, 1],
+        [5, 5, 50, 5],
+    ]
+    assert list(plain.row_episodes(0, is_last=False).values()) == [50, 5, 5, 5]
+    assert thin.row_episodes(4, is_last=True) == dict.fromkeys(thin.stream.distinct_tasks, 50)
+
+
 def test_overrides_are_read_as_toml_values() -> None:
     tables = parse_overrides(
         ["--distill.lr", "1e-3", "--seeds=[1, 2]", "--stream.tasks", "cw10", "--distill.steps-per-stage=5"]

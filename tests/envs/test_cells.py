@@ -25,7 +25,7 @@ CELLS = st.builds(
 @settings(deadline=None)  # goals are drawn at the first use
 @given(st.lists(CELLS, min_size=1, max_size=8, unique_by=lambda cell: cell[:2]))
 def test_passes_hold_every_episode_once_and_no_task_twice(cells: list[Cell]) -> None:
-    passes = _passes(cells, CHUNK, TASKS_PER_PASS, load_suite())
+    passes = _passes(cells, CHUNK, load_suite())
     for chunks in passes:
         members = [cells[chunk.cell] for chunk in chunks]
         assert len({cell.task for cell in members}) == len(members) <= TASKS_PER_PASS
@@ -37,8 +37,11 @@ def test_passes_hold_every_episode_once_and_no_task_twice(cells: list[Cell]) -> 
 
 def test_tasks_of_a_row_share_passes() -> None:
     brief = [Cell(task, "held_out", 10) for task in TASKS]
-    assert [len(chunks) for chunks in _passes(brief, CHUNK, TASKS_PER_PASS, load_suite())] == [4, 1]
-    assert [len(chunks) for chunks in _passes(brief, CHUNK, 1, load_suite())] == [1] * 5
+    assert [len(chunks) for chunks in _passes(brief, CHUNK, load_suite())] == [4, 1]
+    alone = [cell._replace(tasks_per_pass=1) for cell in brief]
+    assert [len(chunks) for chunks in _passes(alone, CHUNK, load_suite())] == [1] * 5
+    thin = [cell._replace(tasks_per_pass=25) for cell in brief]
+    assert [len(chunks) for chunks in _passes([*brief[:2], *thin[2:]], CHUNK, load_suite())] == [2, 3]
 
 
 @pytest.mark.parametrize("to_the_end", [False, True])
@@ -51,7 +54,8 @@ def test_episodes_end_as_they_do_with_their_task_alone(to_the_end: bool) -> None
 
     def evaluate(tasks_per_pass: int) -> list[list[tuple]]:
         experts = TaskwiseActor(lambda task: TeacherActor(ScriptedPolicy(task, 0.1)))
-        outcomes = evaluate_cells(experts, cells, 60, pool, SerialComm(), tasks_per_pass=tasks_per_pass)
+        shared = [cell._replace(tasks_per_pass=tasks_per_pass) for cell in cells]
+        outcomes = evaluate_cells(experts, shared, 60, pool, SerialComm())
         assert outcomes is not None
         return [[tuple(outcome) for outcome in cell_outcomes] for cell_outcomes in outcomes]
 
@@ -63,6 +67,26 @@ def test_episodes_end_as_they_do_with_their_task_alone(to_the_end: bool) -> None
     ]
     lengths = {outcome[3] for outcomes in together for outcome in outcomes}
     assert lengths == {60} if to_the_end else len(lengths) > 3
+
+
+def test_a_pool_drops_the_largest_groups_and_never_those_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cpd.envs.cells.MAX_ENVS", 6)
+    pool = EnvPool()
+
+    def sizes() -> dict[str, int]:
+        return {task: envs.num_envs for task, envs in pool._envs.items()}
+
+    small = pool.get_all({TASKS[0]: 1, TASKS[1]: 1})
+    pool.get_all({TASKS[2]: 4})
+    assert sizes() == dict(zip(TASKS, (1, 1, 4), strict=False))
+    pool.get_all({TASKS[3]: 1})
+    assert sizes() == {TASKS[0]: 1, TASKS[1]: 1, TASKS[3]: 1}
+    assert pool.get_all({TASKS[1]: 1, TASKS[0]: 1}) == small[::-1]
+    pool.get_all({TASKS[0]: 2})  # more than it has
+    assert sizes() == {TASKS[3]: 1, TASKS[1]: 1, TASKS[0]: 2}
+    pool.get_all({TASKS[1]: 4, TASKS[0]: 4})
+    assert sizes() == {TASKS[1]: 4, TASKS[0]: 4}
+    pool.close()
 
 
 class Recorder:

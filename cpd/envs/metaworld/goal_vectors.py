@@ -14,7 +14,7 @@ import mujoco
 import numpy as np
 import numpy.typing as npt
 
-from cpd.envs.metaworld.registry import build_stock, metaworld_class
+from cpd.envs.metaworld.registry import metaworld_class, shared_model
 
 #: Goals that MT1 draws for one seed.
 GOALS_PER_SEED: Final = 50
@@ -27,7 +27,7 @@ def mt1_rand_vecs(task: str, seed: int) -> tuple[npt.NDArray[np.float64], ...]:
     The draws do not depend on the physics: a reset draws until its rejection test passes, and that test reads
     only the drawn positions. So the task's own reset code runs here, but without placing the hand.
     """
-    env: Any = build_stock(_goal_drawing_class(task))
+    env: Any = _goal_drawing_class(task)()
     env.generator = np.random.RandomState(seed)  # the legacy generator, as in MT1
     env._set_task_called = True
     vectors = []
@@ -47,6 +47,11 @@ def _goal_drawing_class(task: str) -> type[Any]:
 
     class GoalDrawing(base):  # type: ignore[misc]
         """The task without physics."""
+
+        def _initialize_simulation(self) -> tuple[mujoco.MjModel, mujoco.MjData]:
+            # A complete model would be compiled for this alone, and take ten times the memory.
+            model = shared_model(self.fullpath).pristine_copy()
+            return model, mujoco.MjData(model)
 
         def _reset_hand(self, steps: int = 1) -> None:
             super()._reset_hand(steps=1)

@@ -54,17 +54,25 @@ class SharedModel:
         # Otherwise each step clears the visualisation flags of 32,000 mesh nodes six times.
         self.model.vis.global_.bvactive = 0
         self.owner: object = None
+        self._fields: list[npt.NDArray[np.float64]] = [getattr(self.model, name) for name in GOAL_FIELDS]
         self.pristine: tuple[npt.NDArray[np.float64], ...] = self.fields()
         self.mocap_is_weld_only = _mocap_is_weld_only(self.model)
 
     def fields(self) -> tuple[npt.NDArray[np.float64], ...]:
         """Copies of the current `GOAL_FIELDS`: positions of bodies [nbody, 3] and sites [nsite, 3], metres."""
-        return tuple(getattr(self.model, name).copy() for name in GOAL_FIELDS)
+        return tuple(field.copy() for field in self._fields)
+
+    def pristine_copy(self) -> mujoco.MjModel:
+        """A copy of the model as compiled."""
+        model = copy.copy(self.model)
+        for name, value in zip(GOAL_FIELDS, self.pristine, strict=True):
+            getattr(model, name)[:] = value
+        return model
 
     def take(self, owner: object, fields: tuple[npt.NDArray[np.float64], ...]) -> None:
         """Write `fields` into the model and make `owner` its owner."""
-        for name, value in zip(GOAL_FIELDS, fields, strict=True):
-            getattr(self.model, name)[:] = value
+        for field, value in zip(self._fields, fields, strict=True):
+            field[:] = value
         self.owner = owner
 
 
