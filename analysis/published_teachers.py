@@ -143,6 +143,7 @@ def _teacher(
 ) -> PublishedTeacher:
     start = training["warm_start"]
     assert row.successes_last is not None
+    last = row.successes_last if row.normalised_return is None else row.total
     return PublishedTeacher(
         task=row.task,
         seed=row.seed,
@@ -152,7 +153,7 @@ def _teacher(
         before_rl=Rate.of(round(start["validation_success"] * goals), goals) if start else None,
         validation=Rate.of(round(training["validation_success"] * goals), goals),
         held_out=Rate.of(row.total, row.episodes),
-        held_out_last=Rate.of(row.successes_last, row.episodes),
+        held_out_last=Rate.of(last, row.episodes),
         demonstration_steps=start["demonstration_env_steps"] if start else 0,
         env_steps=training["env_steps"],
         selected_env_steps=_selected_env_steps(training, curve),

@@ -83,7 +83,7 @@ class TaskMeasures:
     student does not learn one task after another."""
     final: Rate | None
     final_last: Rate | None
-    """Success at the last step of the episode, in the final row."""
+    """Success at the last step of the episode, in the final row; None for a task without a success measure."""
     final_training: Rate | None
     """Success on training goals in the final row."""
     forgetting: float | None
@@ -233,7 +233,9 @@ def _cell(matrix: SuccessMatrix, stage: int | None, column: int) -> Rate | None:
 
 def _last_step(rows: Sequence[EvaluationRow], final: int | None, task: str) -> Rate | None:
     row = next((row for row in rows if final is not None and (row.stage, row.task) == (final, task)), None)
-    return None if row is None or row.successes_last is None else _rate(row.successes_last, row.episodes)
+    if row is None or row.successes_last is None or row.normalised_return is not None:
+        return None
+    return _rate(row.successes_last, row.episodes)
 
 
 def _averages_over_seen_tasks(matrix: SuccessMatrix, admitted: Bools) -> tuple[float | None, ...]:
