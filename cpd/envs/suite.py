@@ -350,8 +350,9 @@ def load_suite(name: str = DEFAULT_SUITE) -> Suite:
 
 
 def is_task(name: str) -> bool:
-    """Whether a suite that this process uses has a task of this name; Meta-World always counts."""
-    load_suite()
+    """Whether a suite that this process uses has a task of this name; those of this package always count."""
+    for suite in _SHIPPED:
+        load_suite(suite)
     return any(name in suite.tasks for suite in _LOADED.values())
 
 

@@ -19,6 +19,7 @@ from typing_extensions import TypedDict
 from cpd.config.load import merge
 from cpd.config.retired import upgrade
 from cpd.config.types import Count, Positive, Share
+from cpd.envs.suite import DEFAULT_SUITE, load_suite
 from cpd.evaluation.measures import curve_steps
 from cpd.reading import DamagedFileError, check_shape, read_json
 from cpd.run.directory import RunError
@@ -158,6 +159,7 @@ def read_tables(folder: Path) -> Tables:
 
     config = upgrade(read_json(path, dict[str, Any]))
     check_shape(config, ResultsConfig, str(path))
+    load_suite(config["stream"].get("suite", DEFAULT_SUITE))  # so that the tables may name its tasks
 
     def rows(name: str, kind: type[Any]) -> list[Any]:
         return read_rows(folder / name, kind) if find_table(folder / name) else []
