@@ -22,6 +22,7 @@ from cpd.distill.learner import LossTerms, StudentLearner
 from cpd.distill.memory.memory import ReplayMemory
 from cpd.distill.memory.selection import make_selection
 from cpd.distill.protection import make_protection
+from cpd.distill.recorded import RecordedUpdate, Update
 from cpd.distill.rehearsal import Rehearsal
 from cpd.distill.stage_data import StageData
 from cpd.student.former_names import stack_name
@@ -85,6 +86,7 @@ class StudentTrainer:
         self.memory = ReplayMemory(make_selection(config.memory, seed, spaces), config.memory_steps, spaces.sizes)
         self.protection = make_protection(config)
         self._rehearsal: Rehearsal | None = None
+        self._run_update: Update = self._update
         self._num_finite = torch.zeros((), dtype=torch.int64, device=device)
         self._num_unchecked = 0
 
@@ -117,6 +119,9 @@ class StudentTrainer:
         # communication and optimiser steps.
         learner.flat.freeze(self.protection.update_mask(learner))
         assert learner.flat.trainable
+        # With several ranks, the host sums the gradients within the step.
+        if learner.device.type == "cuda" and learner.comm.size == 1 and not self.protection.DRAWS:
+            self._run_update = RecordedUpdate(self._update, learner.flat)
         return decisions
 
     def _add_task(self, task: int, opening_NO: Tensor) -> list[GrowthDecision]:
@@ -176,7 +181,7 @@ class StudentTrainer:
         if learner.student.encoder is not None:
             prototypes_from_memory(learner.student, self.memory.segments)
         learner.close_stage()
-        self._rehearsal = None
+        self._rehearsal, self._run_update = None, self._update
         learner.progress.next_stage()
 
     def train_step(self, report: bool = False) -> StepReport | None:
@@ -193,7 +198,7 @@ class StudentTrainer:
         self.protection.begin_step(learner)
         lr = learning_rate(config, progress.step)
         batch = learner.source.batch(progress.step)
-        terms, grad_norm = self._update(batch, learner.contrast_batch(), learner.flat.values.new_full((), lr))
+        terms, grad_norm = self._run_update(batch, learner.contrast_batch(), learner.flat.values.new_full((), lr))
         progress.step += 1
         self._num_unchecked += 1
         if report or self._num_unchecked == CHECK_EVERY:

@@ -84,7 +84,7 @@ def test_a_step_is_one_graph(label: str, precision: str) -> None:
     wanted, traced = (trainer_in_second_stage(label, precision) for _ in range(2))
     old_values = wanted.learner.flat.values.clone()
     with torch._dynamo.config.patch(trace_autograd_ops=True):
-        traced._update = torch.compile(traced._update, fullgraph=True, dynamic=False, backend="eager")  # type: ignore[method-assign]
+        traced._run_update = torch.compile(traced._update, fullgraph=True, dynamic=False, backend="eager")
         traced.train_step()
     wanted.train_step()
     torch.testing.assert_close(traced.learner.flat.values, wanted.learner.flat.values)

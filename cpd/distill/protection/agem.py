@@ -20,6 +20,7 @@ class AGEM(Protection):
     same for any number of ranks.
     """
 
+    DRAWS = True
     STATE = ("num_steps", "num_projected")
     _num_steps = 0
     _num_projected: int | Tensor = 0

@@ -22,6 +22,8 @@ class Protection:
     A hook must have the same effect on every rank. Vectors over parameters have the layout of `learner.flat`, [P].
     """
 
+    #: Whether `begin_step` creates tensors that the step uses: a recorded step would not see those of later steps.
+    DRAWS: ClassVar[bool] = False
     #: The attributes that a checkpoint stores, without their underscore.
     STATE: ClassVar[tuple[str, ...]] = ()
 

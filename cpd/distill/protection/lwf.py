@@ -26,6 +26,7 @@ class LwF(Protection):
     random. A student without a task identity has one output for all tasks, and the sum one term.
     """
 
+    DRAWS = True
     STATE = ("values",)
     _values: Tensor | None = None
     _previous: Rehearsal | None = None
