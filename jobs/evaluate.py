@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cpd.comm import connect
-from cpd.reading import is_possible
 from cpd.run.attempt import mpi_guard
 from cpd.run.command import EXIT_FAILED, EXIT_USAGE, exit_quietly
 from cpd.run.directory import Run
+from cpd.run.folders import kind_of
 from cpd.run.shortage import shortage
 from jobs.common import ElementCommand, element_parser, log
 
@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--partial", action="store_true", help="evaluate the finished stages of an unfinished student"
     )
     arguments = parser.parse_args(argv)
-    if is_possible(arguments.run_dir) and (arguments.run_dir / "policy.safetensors").exists():
+    if kind_of(arguments.run_dir) == "policy":
         return _evaluate_again(parser.prog, arguments.run_dir)
     command = ElementCommand(parser, arguments, Run.evaluations, partial=arguments.partial)
     if command.has_work:

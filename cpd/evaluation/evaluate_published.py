@@ -17,6 +17,7 @@ from cpd.evaluation.publish_students import final_rows
 from cpd.evaluation.results_folder import read_tables
 from cpd.reading import DamagedFileError, read_json
 from cpd.run.directory import published_student
+from cpd.run.folders import kind_of
 from cpd.student.actor import load_actor
 
 
@@ -41,6 +42,11 @@ def evaluate_published(folder: Path, comm: Comm, log: Callable[[str], None]) -> 
     """
     torch.set_num_threads(TORCH_THREADS)
     results = folder.resolve().parent.parent
+    if kind_of(results) != "results":
+        raise DamagedFileError(
+            f"{folder} is not in a folder of published results, so nothing says what its success was; name "
+            "RESULTS/students/NAME"
+        )
     tables = read_tables(results)
     described = read_json(folder / "policy.json", _Description)
     rows = final_rows(described["method"], described["seed"], tables)

@@ -5,12 +5,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NotRequired
+
+from typing_extensions import TypedDict
 
 from cpd.config import Config
 from cpd.config.load import first_few
+from cpd.reading import read_json
 from cpd.run.directory import Element, Run, RunError, TeacherElement
 from cpd.run.folders import CONTENTS, kind_of
 from cpd.run.shards.schema import INDEX_NAME
+
+
+class _Description(TypedDict):
+    task: str | None
+    seed: int
+    method: NotRequired[str]
+    """Of a student."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +42,7 @@ def policy_files(source: Path, only: Sequence[str] = ()) -> list[PolicyFile]:
     """List the finished policies of `source`: its students after their last stage, and its teachers.
 
     Args:
-        source: a run directory, or a folder of published teachers or students.
+        source: a run directory, or a folder of published teachers, students, or one policy.
         only: names of policies, or of folders of policies, such as `students`; default: all.
 
     Raises:
@@ -68,6 +79,10 @@ def _published(folder: Path) -> list[PolicyFile]:
     for path in sorted(folder.glob("students/*/policy.safetensors")):
         method, _, seed = path.parent.name.rpartition("-seed-")
         files.append(PolicyFile(f"students/{method}/seed-{seed}", path))
+    if kind_of(folder) == "policy":
+        described = read_json(folder / "policy.json", _Description)
+        role = f"students/{described['method']}" if "method" in described else f"teachers/{described['task']}"
+        files.append(PolicyFile(f"{role}/seed-{described['seed']}", folder / "policy.safetensors"))
     return files
 
 

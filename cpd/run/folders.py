@@ -1,4 +1,4 @@
-"""What a folder holds: a run directory, published teachers or results, or something else."""
+"""What a folder holds: a run directory, published teachers, results or policies, or something else."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ CONTENTS: Final = {
     "run": "a run directory",
     "teachers": "published teachers",
     "results": "published results",
+    "policy": "a published policy",
     "collection": "several folders with results",
     "other": "other files",
     "empty": "nothing",
@@ -43,6 +44,8 @@ def kind_of(folder: Path) -> str:
         return "results"
     if names & {"config.json", "provenance.json"}:
         return "run"
+    if {"policy.safetensors", "policy.json"} <= names and "status.json" not in names:
+        return "policy"
     if collected(folder):
         return "collection"
     return "other" if names else "empty"

@@ -60,6 +60,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(root / "results", root / "teachers")
     metrics = read_json(root / "teachers" / "metrics.json", dict)
     write_json(root / "teachers" / "metrics.json", {**metrics, KIND_KEY: "teachers"})
+    (root / "policy").mkdir()
+    for name in ("policy.safetensors", "policy.json"):
+        (root / "policy" / name).write_text("{}")
     (root / "other").mkdir()
     (root / "other" / "notes.txt").write_text("mine")
     (root / "file").write_text("mine")
@@ -72,7 +75,7 @@ def contents(root: Path) -> dict[str, bytes | None]:
 
 
 def test_every_folder_states_its_kind(folders: Path) -> None:
-    for name in ("run", "results", "teachers", "other", "file", "link"):
+    for name in ("run", "results", "teachers", "policy", "other", "file", "link"):
         assert kind_of(folders / name) == name
     assert kind_of(folders / "run" / "results") == "results"
     assert kind_of(folders) == "collection" and kind_of(folders / "nothing") == "empty"
@@ -104,7 +107,7 @@ def test_results_and_teachers_of_one_experiment_do_not_replace_each_other(
         claim(copy, kind, read_json(copy / "config.json", dict))
 
 
-@pytest.mark.parametrize("held", ["run", "results", "teachers", "other", "file", "link", "nothing"])
+@pytest.mark.parametrize("held", ["run", "results", "teachers", "policy", "other", "file", "link", "nothing"])
 def test_every_command_refuses_the_wrong_kind_and_changes_nothing(
     folders: Path, held: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
