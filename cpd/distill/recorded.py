@@ -51,19 +51,21 @@ class RecordedUpdate:
     def __call__(self, batch: Batch, contrast: Tensor | None, lr: Tensor) -> Outputs:
         """One update; its results are overwritten by the next one."""
         # The number of tokens differs between steps, so it is a tensor, too.
-        given = [*batch._replace(num_tokens=cast(int, lr.new_full((), batch.num_tokens))), contrast, lr]
-        shapes: list[object] = [argument.shape if isinstance(argument, Tensor) else argument for argument in given]
+        arguments = [*batch._replace(num_tokens=cast(int, lr.new_full((), batch.num_tokens))), contrast, lr]
+        shapes: list[object] = [
+            argument.shape if isinstance(argument, Tensor) else argument for argument in arguments
+        ]
         if self._trainable is not self._flat.trainable or shapes != self._shapes:
             self._trainable, self._shapes = self._flat.trainable, shapes
             self._num_steps, self._recording = 0, None
         self._num_steps += 1
         if not self.is_possible or self._num_steps <= WARM_UP:
             return self._update(batch, contrast, lr)
-        tensors = [argument for argument in given if isinstance(argument, Tensor)]
+        tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
         if self._recording is None:
             self._inputs = [tensor.clone() for tensor in tensors]
             copies = iter(self._inputs)
-            fields = [next(copies) if isinstance(argument, Tensor) else argument for argument in given]
+            fields = [next(copies) if isinstance(argument, Tensor) else argument for argument in arguments]
             static = Batch(*fields[:-2])  # type: ignore[arg-type]
             try:
                 self._recording = self._record(lambda: self._update(static, *fields[-2:]))  # type: ignore[arg-type]
