@@ -433,6 +433,7 @@ def test_the_launcher_shows_and_copies_reused_teachers_and_stores_no_path(
         ("mt10", "mt10-demo_rl", 10),
         ("mt50", "mt50-demo_rl", 40),
         ("cw10_rl", "cw10-rl", 10),
+        ("bodies", "bodies-rl", 4),
     ],
 )
 def test_the_published_teachers_match_todays_recipes(
