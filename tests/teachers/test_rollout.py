@@ -240,6 +240,7 @@ class Steps:
     def __init__(self, num_envs: int) -> None:
         self.num_envs = num_envs
         self.suite = load_suite()
+        self.tasks = self.suite.tasks[:1] * num_envs
         self.spaces = self.suite.spaces
         self.actions: list[np.ndarray] = []
         self.active: list[np.ndarray] = []
