@@ -45,7 +45,7 @@ class Changes(TypedDict):
 class _File(NamedTuple):
     arrays: Arrays
     rows: dict[str, tuple[int, int]]
-    num_bytes: int
+    content: bytes
 
 
 def described_weights(path: Path) -> bytes:
@@ -56,7 +56,7 @@ def described_weights(path: Path) -> bytes:
     """
     description = path.with_suffix(".json")
     files = _read(path, read_json(description, Weights)["sha256"], description.name)
-    return path.read_bytes() if len(files) == 1 else safetensors.numpy.save(dict(_put_together(files)))
+    return files[0].content if len(files) == 1 else safetensors.numpy.save(dict(_put_together(files)))
 
 
 def copy_policy(source: Path, target: Path) -> None:
@@ -97,7 +97,7 @@ def changes_since(base: Path, complete: bytes) -> bytes:
             changed[name] = array[first:stop]
     entry = Changes(builds_on=base.name, sha256=sha256, rows=rows)
     content: bytes = safetensors.numpy.save(changed, {METADATA_KEY: json.dumps(entry)})
-    chain = len(content) + sum(file.num_bytes for file in files)
+    chain = len(content) + sum(len(file.content) for file in files)
     return content if chain <= MAX_CHAIN * len(complete) else complete
 
 
@@ -117,7 +117,7 @@ def _read(path: Path, sha256: str, named_in: str) -> list[_File]:
         header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
         entry = header.get("__metadata__", {}).get(METADATA_KEY)
         changes = parse_json(entry, Changes, f"{path}, metadata", remedy) if entry else None
-        files.append(_File(arrays, changes["rows"] if changes else {}, len(content)))
+        files.append(_File(arrays, changes["rows"] if changes else {}, content))
         if changes is None:
             return files[::-1]
         path, sha256, named_in = path.with_name(changes["builds_on"]), changes["sha256"], path.name
