@@ -5,6 +5,7 @@ Dimensions: O observation, A action.
 
 from __future__ import annotations
 
+import abc
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -59,7 +60,7 @@ class Body:
         return mujoco.MjModel.from_xml_string(ElementTree.tostring(tree.getroot(), encoding="unicode"))
 
 
-class BodyEnv:
+class BodyEnv(abc.ABC):
     """An environment of one body. Subclasses say what is observed, and what is rewarded.
 
     A body that has fallen stays as it is until the end of the episode, without reward: no policy gains by falling.
@@ -93,16 +94,16 @@ class BodyEnv:
         self._has_fallen = self.has_fallen()
         return self.observation(), 0.0 if self._has_fallen else self.reward(velocity), self.is_success()
 
-    def begin(self, rng: np.random.Generator) -> None:
+    def begin(self, rng: np.random.Generator) -> None:  # noqa: B027  # most draw nothing
         """Draw what else an episode begins with."""
 
+    @abc.abstractmethod
     def observation(self) -> FloatArray:
         """Return the observation, [O]."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def reward(self, velocity: float) -> float:
         """Return the reward of a step, in which the first coordinate moved at this velocity."""
-        raise NotImplementedError
 
     def has_fallen(self) -> bool:
         """Return whether the body can no longer do its task."""
@@ -112,7 +113,7 @@ class BodyEnv:
         """Return whether this step counts as a success."""
         return False
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027
         """Release nothing: the simulator frees its memory itself."""
 
 
