@@ -207,9 +207,6 @@ def sample(
         ends[t] = (successes[t] & rules.terminate_on_success) | is_timeout | (t == num_steps - 1)
         ended = np.flatnonzero(ends[t]).tolist()
     in_first = np.arange(num_steps)[:, None] <= ends.argmax(axis=0)  # steps of first episodes
-    scores = (successes & in_first).any(axis=0)
-    if returns := envs.suite.returns(envs.tasks[0]):
-        scores = np.array([returns.normalise(total) for total in (task_rewards * in_first).sum(axis=0)])
     return Experience(
         obs,
         next_obs,
@@ -217,7 +214,16 @@ def sample(
         rewards,
         successes & rules.terminate_on_success,
         ends | perturbed,
-        train_success=float(np.mean(scores)),
+        train_success=_mean_score(envs, successes & in_first, task_rewards * in_first),
         train_return=float((rewards * in_first).sum(axis=0).mean()),
         exploring_steps=episodes.num_exploration_steps,
     )
+
+
+def _mean_score(
+    envs: VectorEnv, successes_SN: npt.NDArray[np.bool_], rewards_SN: npt.NDArray[np.float64]
+) -> float:
+    """Share of episodes with a success, or their mean normalised return; each column is an episode."""
+    if returns := envs.suite.returns(envs.tasks[0]):
+        return float(np.mean([returns.normalise(total) for total in rewards_SN.sum(axis=0)]))
+    return float(successes_SN.any(axis=0).mean())
