@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Final, NoReturn
@@ -17,7 +17,7 @@ from cpd.distill.growth import GrowthDecision
 from cpd.distill.stage_data import StageData, admitted_teachers, read_stage
 from cpd.distill.trainer import StepReport, StudentTrainer
 from cpd.envs.cells import Cell, EnvPool, evaluate_cells
-from cpd.envs.episodes import Outcome, mean_of_scores
+from cpd.envs.episodes import mean_normalised_return, mean_of_scores
 from cpd.evaluation.measures import curve_steps
 from cpd.reading import read_bytes
 from cpd.run.attempt import Attempt, begin_attempt
@@ -225,7 +225,7 @@ class Distillation:
         for plan, by_task in measured.items():
             for task, outcomes in by_task.items():
                 successes = sum(outcome.success for outcome in outcomes)
-                returned = _normalised_return(outcomes)
+                returned = mean_normalised_return(outcomes)
                 student.plans.record(plan, task, mean_of_scores(outcomes))
                 self._log(
                     event="plan",
@@ -356,7 +356,7 @@ class Distillation:
             goal_set=evaluation.goal_set,
             episodes=len(outcomes[0]),
             successes=sum(outcome.success for outcome in outcomes[0]),
-            normalised_return=_normalised_return(outcomes[0]),
+            normalised_return=mean_normalised_return(outcomes[0]),
             **asdict(self.label),
         )
         self.curves.append(row)
@@ -377,11 +377,6 @@ class Distillation:
             f"memory {trainer.memory.num_steps} steps, {trainer.memory.num_bytes / 1024:.0f} KiB",
         ]
         return ", ".join(parts) + (f"; skipped: {', '.join(skipped)}" if skipped else "")
-
-
-def _normalised_return(outcomes: Sequence[Outcome]) -> float | None:
-    """The mean normalised return; None for a task with a success measure."""
-    return None if outcomes[0].normalised_return is None else mean_of_scores(outcomes)
 
 
 def _num_parameters(policy: Path) -> int:

@@ -63,6 +63,11 @@ def mean_of_scores(outcomes: Sequence[Outcome]) -> float:
     return sum(outcome.score for outcome in outcomes) / len(outcomes)
 
 
+def mean_normalised_return(outcomes: Sequence[Outcome]) -> float | None:
+    """Return the mean normalised return of episodes of a task; None for a task with a success measure."""
+    return None if outcomes[0].normalised_return is None else mean_of_scores(outcomes)
+
+
 class RunningEpisodes:
     """Running episodes of one task, one per goal, in the first slots of a vector environment."""
 

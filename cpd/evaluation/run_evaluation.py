@@ -11,7 +11,7 @@ import torch
 from cpd.comm import TORCH_THREADS, Comm, choose_device
 from cpd.config import Config
 from cpd.envs.cells import CHUNK, TASKS_PER_PASS, Cell, EnvPool, evaluate_cells
-from cpd.envs.episodes import Actor, Outcome, mean_of_scores
+from cpd.envs.episodes import Actor, Outcome, mean_normalised_return
 from cpd.envs.suite import DEFAULT_SUITE, load_suite
 from cpd.evaluation.expert_usage import ExpertUsage
 from cpd.run.attempt import Attempt, begin_attempt
@@ -74,7 +74,7 @@ def evaluation_rows(
                 successes=sum(outcome.success for outcome in results),
                 successes_last=sum(map(bool, last)) if cell.to_the_end else None,
                 mean_return=sum(outcome.episode_return for outcome in results) / len(results),
-                normalised_return=mean_of_scores(results) if returns else None,
+                normalised_return=mean_normalised_return(results),
                 random_return=returns.random if returns else None,
                 reference_return=returns.reference if returns else None,
                 **asdict(label),
