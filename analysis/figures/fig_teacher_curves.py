@@ -17,7 +17,7 @@ def draw(data: Dataset) -> Figure | None:
     tasks = [task for task in data.tasks if any(curve.task == task for curve in data.teacher_curves)]
     if not tasks:
         return None
-    num_columns = len(tasks) if len(tasks) <= 3 else 5 if len(tasks) <= 20 else 6
+    num_columns = min(len(tasks), 5 if len(tasks) <= 20 else 6)
     num_rows = math.ceil(len(tasks) / num_columns)
     width = COLUMN_INCHES if len(tasks) <= 3 else PAGE_INCHES
     panel = 1.05 if num_rows <= 4 else 0.88
