@@ -127,7 +127,8 @@ def _current_task(axes: Axes, data: Dataset, students: list[StudentResults]) -> 
             key = (student.method, student.seed, stage, task)
             points = [r for r in data.tables.curves if (r.method, r.seed, r.stage, r.task) == key]
             distill = data.distill[student.method]
-            start = rate_before(student.matrix, stage, single_task=distill["protocol"] == "single_task")
+            is_alone = distill["protocol"] in ("single_task", "isolated")
+            start = rate_before(student.matrix, stage, single_task=is_alone)
             if points and points[0].step > 0 and start is not None:
                 line[stage].append(start)
             for row in points:

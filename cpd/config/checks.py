@@ -21,6 +21,7 @@ NEEDS: Final = (
     ("memory.start_share", "memory.selection", ("uniform", "dpp")),
     ("student.experts_per_task", "student.expansion", ("per_task", "on_demand")),
     ("student.demand_threshold", "student.expansion", ("on_demand",)),
+    ("student.new_experts", "student.expansion", ("per_task", "on_demand")),
     ("student.belief", "student.task_identity", ("inferred",)),
     ("student.act", "student.task_identity", ("inferred",)),
     ("distill.contrast_coef", "student.task_identity", ("inferred", "given")),
@@ -62,6 +63,10 @@ def contradictions(method: MethodConfig, num_tasks: int) -> list[str]:
             for path, reason in reasons.items()
             if attrgetter(path)(method) != "none"
         ]
+    if method.distill.protocol == "isolated" and student.task_identity != "none":
+        lines.append(
+            "student.task_identity: distill.protocol = 'isolated' needs 'none', since each task has its network"
+        )
     # Without a task identity, a task that adds no experts has no parameters of its own.
     if _freezes_shared(method, num_tasks) and student.task_identity == "none" and student.expansion != "per_task":
         lines.append(

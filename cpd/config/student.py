@@ -20,6 +20,9 @@ class StudentConfig:
     context: Positive = 1
     """Number of time steps that the student observes, including the current one. Meta-World's observation
     already contains the previous step; longer windows took more time and were not better on validation goals."""
+    unobserved: tuple[tuple[Count, Positive], ...] = ()
+    """Ranges [first, end) of the observation's entries that the student does not see: it sees 0. With
+    `[[18, 36]]` it sees no previous time step of Meta-World, thus no velocities. Teachers see everything."""
     width: Positive = 64
     """Size of the residual stream."""
     num_layers: Positive = 2
@@ -37,6 +40,8 @@ class StudentConfig:
     no earlier task's experts fit the new task well enough."""
     experts_per_task: Positive = 2
     """Experts per layer that each expansion adds."""
+    new_experts: Literal["copy", "fresh"] = "copy"
+    """How added experts start. copy: as copies of those that serve the new task best; fresh: at random."""
     demand_threshold: PositiveFloat = 0.5
     """on_demand: minimum loss of the new task under the best earlier task's experts at which experts are added."""
     opening_steps: Positive = 100
@@ -125,11 +130,12 @@ class ProtectionConfig:
 class DistillConfig:
     """Distillation of the teachers into the student."""
 
-    protocol: Literal["continual", "joint", "single_task", "teachers"] = "continual"
+    protocol: Literal["continual", "joint", "single_task", "isolated", "teachers"] = "continual"
     """continual: one task after another. joint and single_task are reference bounds with the same number of steps
     and samples, without memory, protection or expansion. joint: every batch mixes the data of all tasks evenly;
-    single_task: every stage trains a new student, and the student of a task's latest stage acts for it. teachers:
-    nothing is distilled, and the teacher of the task that the student infers acts; a baseline."""
+    single_task: every stage trains a new student, and the student of a task's latest stage acts for it. isolated:
+    the same, but the task is not given: the likeliest by the density of first observations acts. teachers: nothing
+    is distilled, and the teacher of the task that the student infers acts. The last two are baselines."""
     episodes: EpisodeChoice = "successful"
     """Which of a teacher's episodes are distilled. Failed episodes, mostly due to the added noise, are long and
     consist mainly of dead ends. If no episode is successful, all are used."""
@@ -166,6 +172,11 @@ class DistillConfig:
     """Type of the student's parameters and computation. bfloat16: while the student learns, matrix products of its
     blocks run in bfloat16; parameters, router, losses and optimiser stay in float32. For a GPU: a CPU without
     instructions for bfloat16 multiplies many times slower."""
+
+    @property
+    def separates(self) -> bool:
+        """Whether every stage trains a new student."""
+        return self.protocol in ("single_task", "isolated")
 
 
 #: Dense widths are multiples of this: others slow matrix products down by up to 2x on some processors.

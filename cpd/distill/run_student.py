@@ -313,6 +313,9 @@ class Distillation:
             "growth": [self._growth_entry(decision) for decision in trainer.learner.progress.growth],
             "skipped_stages": list(trainer.learner.progress.skipped),
         }
+        if config.distill.protocol == "isolated":
+            num_trained = int(trainer.learner.student.known_K.sum())
+            description["num_parameters"] = trainer.learner.student.num_parameters * num_trained
         if config.distill.protocol == "teachers":
             seen = [config.stream.distinct_tasks[task] for task in trainer.learner.progress.seen]
             description["num_parameters"] = sum(_num_parameters(self.admitted[task].policy) for task in seen)

@@ -25,6 +25,7 @@ from cpd.distill.protection import make_protection
 from cpd.distill.recorded import RecordedUpdate, Update
 from cpd.distill.rehearsal import Rehearsal
 from cpd.distill.stage_data import StageData
+from cpd.seeding import derive
 from cpd.student.former_names import stack_name
 from cpd.student.precision import mixed_precision
 
@@ -100,9 +101,8 @@ class StudentTrainer:
         # First, since growth probes the student on a batch of the new task.
         learner.open_stage(data, self.memory.segments)
         if not learner.progress.begun:
-            if config.protocol == "single_task":
-                learner.initialise()
-                learner.progress.seen.clear()
+            if config.separates:
+                self._start_anew()
             for task_data in (data, *data.others):
                 # A task that returns later in the stream already has its experts.
                 if task_data.task not in learner.progress.seen:
@@ -123,6 +123,15 @@ class StudentTrainer:
         if learner.device.type == "cuda" and learner.comm.size == 1 and not self.protection.DRAWS:
             self._run_update = RecordedUpdate(self._update, learner.flat)
         return decisions
+
+    def _start_anew(self) -> None:
+        """Replace the student by a new one; `isolated`: it keeps the densities, which choose a student."""
+        learner, earlier = self.learner, self.learner.student
+        learner.initialise()
+        learner.progress.seen.clear()
+        if self.config.distill.protocol == "isolated":
+            learner.student.density.load_state_dict(earlier.density.state_dict())
+            learner.student.known_K.copy_(earlier.known_K)
 
     def _add_task(self, task: int, opening_NO: Tensor) -> list[GrowthDecision]:
         """Prepare the student for a new task; returns the decision on growth, if there was one to take.
@@ -147,6 +156,9 @@ class StudentTrainer:
             decision = grow(
                 student, best, seed=learner.seed, stage=progress.stage, task=task, num_new=num_new, reason=reason
             )
+            if config.new_experts == "fresh" and num_new:
+                draw = torch.Generator().manual_seed(derive(learner.seed, "new experts", progress.stage))
+                student.initialise_newest(num_new, task, draw)
             old = learner.add_parameters()
             self.protection.grow(old, learner.flat)
             # With task identity, no token of an earlier task reaches the new experts: they can be open at once.

@@ -21,7 +21,7 @@ from cpd.run.provenance import Labels, labels
 from cpd.run.tables import EpisodeRow, EvaluationRow, RetrievalRow, write_rows
 from cpd.student.actor import TaskwiseActor, make_actor
 from cpd.student.network import Student, load_student
-from cpd.student.selected_teachers import SelectedTeachers
+from cpd.student.selected_policies import SelectedPolicies
 
 
 def row_cells(config: Config, stage: int, last_stage: int) -> list[Cell]:
@@ -111,10 +111,10 @@ def row_actor(
 ) -> Actor:
     """Return the actor that row `stages[-1]` of the success matrix measures.
 
-    This is the student after that stage, except with two protocols. `teachers`: the teacher of the task that the
+    This is the student after that stage, except with three protocols. `teachers`: the teacher of the task that the
     student infers. `single_task`, which trains a student per task: row i measures each task with the student of
     its latest stage up to i, or with the untrained student if there is none; S[i, j] then stays as it was at the
-    end of task j's stage, so nothing is forgotten.
+    end of task j's stage, so nothing is forgotten. `isolated`: the same, but the task is inferred.
 
     Args:
         element: the element of the student.
@@ -124,8 +124,8 @@ def row_actor(
     """
     stream, device = element.config.stream, model.device
     if element.config.distill.protocol == "teachers":
-        return SelectedTeachers(model, stream.distinct_tasks, teacher_of)
-    if element.config.distill.protocol != "single_task":
+        return SelectedPolicies(model, stream.distinct_tasks, teacher_of)
+    if not element.config.distill.separates:
         return make_actor(model, stream.distinct_tasks)
     stage_of = dict.fromkeys(stream.distinct_tasks, stages[0])
     stage_of |= {stream.tasks[stage]: stage for stage in stages if stage >= 0}
@@ -135,6 +135,8 @@ def row_actor(
         student = model if stage == stages[-1] else load_stage(element, stage).to(device)
         return make_actor(student, stream.distinct_tasks)
 
+    if element.config.distill.protocol == "isolated":
+        return SelectedPolicies(model, stream.distinct_tasks, actor_of)
     return TaskwiseActor(actor_of)
 
 
@@ -237,8 +239,8 @@ def _fill_rows(
         if attempt.is_writer:
             rows, episode_rows = evaluation_rows(cells, outcomes, **common, label=label)
             attempt.check()
-            # For single_task, only the latest student is recorded, which does not describe the method.
-            if usage_rows and config.distill.protocol != "single_task":
+            # Of separate students, only the latest is recorded, which does not describe the method.
+            if usage_rows and not config.distill.separates:
                 write_rows(element.usage_file(stage), usage_rows)
             if retrieval := retrieval_rows(cells, outcomes, **common, **asdict(label)):
                 write_rows(element.retrieval_file(stage), retrieval)

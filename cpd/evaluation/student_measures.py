@@ -157,7 +157,7 @@ def measure_student(tables: Tables, method: str, seed: int) -> StudentResults:
     with np.errstate(invalid="ignore"):  # 0 / 0 of teachers that are not evaluated yet
         teacher_rates = successes / episodes
     # Joint and single-task students have no earlier success to lose: NaN makes every form of forgetting None.
-    continual = tables.method_config(method)["distill"]["protocol"] in ("continual", "teachers")
+    continual = tables.method_config(method)["distill"]["protocol"] in ("continual", "isolated", "teachers")
     final = final_stage(matrix.rates, matrix.stream, admitted)
     row = matrix.rates[final + 1] if final is not None else np.full(len(matrix.tasks), np.nan)
     # Until the stream is evaluated to its end, all of row K-1 is NaN, and so is every measure that needs it.
@@ -299,7 +299,7 @@ def _areas(
         if not points or points[-1][0] < length:  # the stage is still being distilled
             yield None
             continue
-        start = rate_before(matrix, stage, single_task=settings["protocol"] == "single_task")
+        start = rate_before(matrix, stage, single_task=settings["protocol"] in ("single_task", "isolated"))
         # Curves begin with the first evaluation within the stage; the row before the stage is their step 0.
         if points[0][0] > 0 and start is not None:
             points.insert(0, (0, start))

@@ -160,10 +160,11 @@ class _Planner(nn.Module):
         bias_KO = torch.distributions.StudentT(dof_K1, 0.0, scale_KO).log_prob(torch.zeros(()))  # type: ignore[no-untyped-call]
         has_density_K = (density.num_K > 0) / DENSITY_TEMPERATURE
         self.register_buffer("mean_KO", density.mean_KO)
-        self.register_buffer("scale_KO", scale_KO)
+        seen_O = student.obs_scale.isfinite()
+        self.register_buffer("scale_KO", scale_KO.where(seen_O, math.inf))
         self.register_buffer("dof_K1", dof_K1)
         self.register_buffer("weight_K", has_density_K * (dof_K1.squeeze(1) + 1.0) / 2)
-        self.register_buffer("bias_K", has_density_K * bias_KO.sum(1))
+        self.register_buffer("bias_K", has_density_K * bias_KO.where(seen_O, 0.0).sum(1))
         self.encoder = student.encoder
         self.register_buffer("prototypes_KZ", student.prototypes_KZ)
         plans = student.plans

@@ -56,7 +56,7 @@ def labels(config: Config) -> Labels:
     return Labels(
         config.teacher.recipe,
         config.stream.horizon,
-        "given" if needs_task else config.student.task_identity,
+        "given" if needs_task else "inferred" if protocol == "isolated" else config.student.task_identity,
         **columns,
         suite=None if config.stream.suite == DEFAULT_SUITE else config.stream.suite,
         suite_versions=", ".join(f"{name} {number}" for name, number in versions.items()) or None,

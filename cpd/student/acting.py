@@ -11,14 +11,14 @@ STEPS: Final = (
     "packing.down.i.stack, V, it adds U[task] V[task] to the i-th tensor of embed.weight, for each block "
     "attention.qkv.weight, attention.out.weight, moe.up.stack and moe.down.stack, and head.weight; with "
     "packing.embedding.stack, e, it multiplies row f of moe.down.stack of block l by sigmoid(400 e[task, l, f])",
-    "scaled(o) = (o - obs_centre) / obs_scale for an observation o",
+    "scaled(o) = (o - obs_centre) / obs_scale for an observation o; 0 in the ranges student.unobserved",
     "task: none if student.task_identity is 'none'; the episode's own if it is 'given' or 'onehot'; if it is "
     "'inferred', that of the plan, which the next five steps choose from the episode's first observation o",
     "evidence s, float64: 0 for each task k of known_K, -inf for the others",
     "unless student.belief is 'embedding' or a task of known_K has density.num_K 0: for each k with "
-    "n = density.num_K[k] > 0, s[k] += (sum over o's entries of the log density of Student's t with max(n - 1, 1) "
-    "degrees of freedom, location density.mean_KO[k] and scale density.std_KO[k] sqrt(1 + 1/n)) divided by "
-    "density_temperature",
+    "n = density.num_K[k] > 0, s[k] += (sum over o's entries outside student.unobserved of the log density of "
+    "Student's t with max(n - 1, 1) degrees of freedom, location density.mean_KO[k] and scale "
+    "density.std_KO[k] sqrt(1 + 1/n)) divided by density_temperature",
     "unless student.belief is 'density': s[k] += (z . prototypes_KZ[k]) / embedding_temperature, with z = "
     "encoder.linear(x) + encoder.out(gelu(encoder.hidden(x))) of x = scaled(o), divided by its Euclidean length",
     "belief b = softmax(s), float64; uniform if known_K is empty",

@@ -90,14 +90,14 @@ class MoE(nn.Module):
         return len(self.router.stack)
 
     @torch.no_grad()
-    def initialise(self, residual_scale: float, generator: torch.Generator) -> None:
-        """Draw matrices by fan-in, the second ones scaled by `residual_scale`, and small router rows."""
+    def initialise(self, residual_scale: float, generator: torch.Generator, first: int = 0) -> None:
+        """Draw the experts from `first` on: matrices by fan-in, the second ones scaled, and small router rows."""
         hidden, width = self.up.stack.shape[1:]
-        for up_FD, down_FD in zip(self.up.stack, self.down.stack, strict=True):
+        for up_FD, down_FD in zip(self.up.stack[first:], self.down.stack[first:], strict=True):
             up_FD.normal_(0.0, 1.0 / math.sqrt(width), generator=generator)
             down_DF = up_FD.new_empty(width, hidden)
             down_FD.copy_(down_DF.normal_(0.0, residual_scale / math.sqrt(hidden), generator=generator).t())
-        for row_D in self.router.stack:
+        for row_D in self.router.stack[first:]:
             row_D.normal_(0.0, 0.02, generator=generator)
 
     @torch.no_grad()

@@ -108,6 +108,10 @@ class Student(nn.Module):
         experts = config.num_experts if num_experts is None else num_experts
         self.register_buffer("obs_centre", torch.tensor(self.spaces.centre, dtype=dtype), persistent=False)
         self.register_buffer("obs_scale", torch.tensor(self.spaces.scale, dtype=dtype), persistent=False)
+        for first, end in config.unobserved:
+            if not first < end <= observation_size:
+                raise ValueError(f"student.unobserved: [{first}, {end}] is no range of {observation_size} entries")
+            self.obs_scale[first:end] = math.inf  # the student sees 0
         self.embed = nn.Linear(observation_size, config.width, dtype=dtype)
         self.position = nn.Parameter(torch.zeros(config.context, config.width, dtype=dtype))
         self.task = (
@@ -151,6 +155,14 @@ class Student(nn.Module):
                 parameter.normal_(0.0, 0.02, generator=generator)
         if isinstance(self.packing, TaskWeights):
             self.packing.initialise(generator)
+
+    @torch.no_grad()
+    def initialise_newest(self, num_new: int, task: int, generator: torch.Generator) -> None:
+        """Draw the weights of the last `num_new` experts of every layer, and the vector of `task`."""
+        for moe in self.moes:
+            moe.initialise(1.0 / math.sqrt(2 * self.config.num_layers), generator, first=-num_new)
+        if self.task is not None:
+            self.task[task].normal_(0.0, 0.02, generator=generator)
 
     @property
     def is_conditioned(self) -> bool:
@@ -220,8 +232,10 @@ class Student(nn.Module):
             return torch.full_like(log_belief_BK, -math.log(self.num_tasks))
         # Students of earlier versions have no densities: only densities of all known tasks can be compared.
         if self.config.belief != "embedding" and self.density.num_K[self.known_K].all():
-            log_belief_BK = log_belief_BK + self.density.log_density(obs_BO) / DENSITY_TEMPERATURE
-        if self.config.belief != "density":
+            log_belief_BK = (
+                log_belief_BK + self.density.log_density(obs_BO, self.obs_scale.isfinite()) / DENSITY_TEMPERATURE
+            )
+        if self.config.belief != "density" and self.encoder is not None:
             similarity_BK = self.embedding(obs_BO.to(self.dtype)) @ self.prototypes_KZ.t()
             log_belief_BK = log_belief_BK + similarity_BK.double() / TEMPERATURE
         return log_belief_BK.log_softmax(1)

@@ -50,11 +50,15 @@ class TaskDensity(nn.Module):
         self.std_KO[task] = distinct_NO.std(0, correction=int(len(distinct_NO) > 1)).clamp(min=STD_FLOOR)
 
     @torch.no_grad()
-    def log_density(self, obs_BO: Tensor) -> Tensor:
-        """The log density of raw observations under each task, `[B, K]` float64; 0 for tasks without a density."""
+    def log_density(self, obs_BO: Tensor, seen_O: Tensor | None = None) -> Tensor:
+        """The log density of raw observations under each task, `[B, K]` float64; 0 for tasks without a density.
+
+        `seen_O`: bool, entries that count; default: all.
+        """
         num_K1 = self.num_K.unsqueeze(1).double().clamp(min=1.0)
         dof_K1 = (num_K1 - 1.0).clamp(min=1.0)
         scale_KO = self.std_KO * (1.0 + 1.0 / num_K1).sqrt()
         density = torch.distributions.StudentT(dof_K1, self.mean_KO, scale_KO)
-        log_density_BK: Tensor = density.log_prob(obs_BO.double().unsqueeze(1)).sum(-1)  # type: ignore[no-untyped-call]
+        log_density_BKO: Tensor = density.log_prob(obs_BO.double().unsqueeze(1))  # type: ignore[no-untyped-call]
+        log_density_BK = (log_density_BKO if seen_O is None else log_density_BKO.where(seen_O, 0.0)).sum(-1)
         return log_density_BK.where(self.num_K > 0, 0.0)

@@ -161,6 +161,20 @@ class TestGrow:
             assert moe.logit_offset.tolist() == [0.0] * 3 + [-np.inf] * 4
 
 
+def test_fresh_experts_start_like_those_of_a_new_student_and_leave_the_others_alone():
+    student = student_of(2, 3, expert_width=256)
+    earlier = [moe.up.stack.clone() for moe in student.moes]
+    vectors = student.task.detach().clone()
+    grown(student, TestGrow.COUNTS, nearest=1, num_new=2)
+    student.initialise_newest(2, 2, torch.Generator().manual_seed(0))
+    for moe, up in zip(student.moes, earlier, strict=True):
+        assert torch.equal(moe.up.stack[:5], up)
+        spreads = [stack.std().item() for stack in (moe.up.stack[5:], moe.up.stack[:5])]
+        assert spreads[0] == pytest.approx(spreads[1], rel=0.1)
+        assert not any(torch.equal(new, old) for new in moe.up.stack[5:] for old in up)
+    assert torch.equal(student.task[:2], vectors[:2]) and not torch.equal(student.task[2], vectors[1])
+
+
 class TestRowNoise:
     """Copies of one expert differ in their router rows alone."""
 

@@ -15,11 +15,12 @@ from cpd.distill.stage_data import StageData
 from cpd.distill.trainer import StudentTrainer
 from cpd.envs.cells import Cell
 from cpd.evaluation.run_evaluation import row_cells, run_evaluation
+from cpd.run.directory import Run
 from cpd.run.interrupt import Interrupt
 from cpd.run.progress import read_metrics
 from cpd.run.tables import EpisodeRow, EvaluationRow, read_rows
 from cpd.student.network import load_student
-from cpd.student.selected_teachers import SelectedTeachers
+from cpd.student.selected_policies import SelectedPolicies
 from cpd.teachers.policy import GaussianPolicy, TeacherActor, save_policy
 from cpd.teachers.run_teacher import load_teacher
 from tests.distill.synthetic import stage_data, write_teachers
@@ -107,7 +108,7 @@ class TestSingleTask:
         assert trainer.memory.num_steps == 0
 
 
-@pytest.mark.parametrize("protocol", ["joint", "single_task"])
+@pytest.mark.parametrize("protocol", ["joint", "single_task", "isolated"])
 @pytest.mark.parametrize("until", [20, 30])
 def test_resuming_equals_going_on_bit_for_bit(protocol, until):
     straight, first, resumed = (of(protocol, **SHORT) for _ in range(3))
@@ -116,6 +117,9 @@ def test_resuming_equals_going_on_bit_for_bit(protocol, until):
     resumed.restore(through_a_file(first.state()))
     train(resumed)
     assert torch.equal(resumed.learner.flat.values, straight.learner.flat.values)
+    density, expected = resumed.learner.student.density, straight.learner.student.density
+    assert all(torch.equal(density.state_dict()[name], value) for name, value in expected.state_dict().items())
+    assert torch.equal(resumed.learner.student.known_K, straight.learner.student.known_K)
 
 
 def test_what_a_bound_does_not_look_at_is_warned_about():
@@ -156,6 +160,21 @@ def test_a_row_of_single_task_students_measures_each_task_with_its_own(make_run)
     returns = {place: row.mean_return for place, row in cells.items()}
     assert returns[0, SECOND] == returns[-1, SECOND] != returns[1, SECOND]
     assert returns[1, FIRST] == returns[0, FIRST] != returns[-1, FIRST]
+
+
+def test_isolated_students_are_those_of_single_tasks_and_the_inferred_task_selects_one(make_run, tmp_path):
+    dense = {"num_experts": 1, "top_k": 1, "expansion": "none", "task_identity": "none"}
+    dense_tables = {"student": dense, "memory": {"selection": "none"}, "protection": {"kind": "none"}}
+    cells = distilled_and_evaluated(make_run, distill={"protocol": "isolated"}, **dense_tables)
+    single = distilled_and_evaluated(make_run, name="single", distill={"protocol": "single_task"}, **dense_tables)
+    assert [cells[place].task_identity for place in cells] == ["inferred"] * 6
+    # After the first stage its student acts in all episodes; products of other numbers of rows round differently.
+    assert cells[0, FIRST].mean_return == pytest.approx(single[0, FIRST].mean_return, rel=1e-5)
+    isolated, alone = (Run(tmp_path / name).students()[0].stage_policy(1) for name in ("run", "single"))
+    assert all(map(torch.equal, load_student(isolated).parameters(), load_student(alone).parameters()))
+    described = json.loads(isolated.with_suffix(".json").read_text())
+    assert described["num_parameters"] == 2 * load_student(alone).num_parameters
+    assert load_student(isolated).known_K.tolist() == [True, True]
 
 
 def test_the_final_row_is_measured_on_no_more_training_goals_than_teachers_trained_on():
@@ -237,7 +256,7 @@ def test_each_episode_is_acted_by_the_teacher_of_the_task_it_begins_like():
         def act(self, obs_BO: np.ndarray) -> np.ndarray:
             return np.full((len(obs_BO), 4), self.value, np.float32)
 
-    actor = SelectedTeachers(trainer.learner.student, TASKS, Constant)
+    actor = SelectedPolicies(trainer.learner.student, TASKS, Constant)
     actor.reset([""] * 3)
     opening = np.stack([stage_data(task).observations[0] for task in (2, 0, 1)])
     for obs in (opening, opening[::-1]):  # later observations change nothing

@@ -191,7 +191,11 @@ SHORT = {
         "student": {**PLAIN["student"], "opening_steps": 12},
         "distill": {**PLAIN["distill"], "rehearsal": True},
     },
-    "scaled": {"protection": {"mask_fraction": 0.5, "mask_mode": "scaled"}, "distill": {"weight_decay": 0.1}},
+    "scaled": {
+        "student": {"new_experts": "fresh"},
+        "protection": {"mask_fraction": 0.5, "mask_mode": "scaled"},
+        "distill": {"weight_decay": 0.1},
+    },
 }
 
 

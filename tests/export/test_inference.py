@@ -21,6 +21,7 @@ SETTINGS: list[dict[str, Any]] = [
     {"belief": "embedding", "act": "most_likely"},
     {"task_identity": "none", "context": 2},
     {"task_identity": "given"},
+    {"unobserved": ((18, 36),), "context": 3},
 ]
 
 

@@ -34,6 +34,9 @@ class NumpyStudent:
         self.tensors = safetensors.numpy.load_file(path)
         self.described: dict[str, Any] = json.loads(path.with_suffix(".json").read_text())
         self.config, self.constants = self.described["student"], self.described["acting"]
+        self.observed = np.ones(len(self.described["obs_scale"]), bool)
+        for first, end in self.config["unobserved"]:
+            self.observed[first:end] = False
         self.history: list[np.ndarray] = []
         self.plan: Any = None
 
@@ -49,7 +52,7 @@ class NumpyStudent:
     def scaled(self, obs: np.ndarray) -> np.ndarray:
         dtype = self.described["dtype"]
         centre, scale = (np.array(self.described[name], dtype) for name in ("obs_centre", "obs_scale"))
-        return (obs.astype(dtype) - centre) / scale
+        return ((obs.astype(dtype) - centre) / scale * self.observed).astype(dtype)
 
     def belief(self, obs: np.ndarray) -> np.ndarray:
         get, constants = self.tensors.get, self.constants
@@ -63,7 +66,7 @@ class NumpyStudent:
                 normaliser = math.lgamma((dof + 1) / 2) - math.lgamma(dof / 2) - math.log(dof * math.pi) / 2
                 t = (obs.astype(np.float64) - mean[k]) / scale
                 density = normaliser - np.log(scale) - (dof + 1) / 2 * np.log1p(t**2 / dof)
-                s[k] += density.sum() / constants["density_temperature"]
+                s[k] += density[self.observed].sum() / constants["density_temperature"]
         if self.config["belief"] != "density":
             x = self.scaled(obs)
             z = self.linear("encoder.linear", x) + self.linear(
@@ -132,6 +135,7 @@ class NumpyStudent:
         {"belief": "density", "act": "expected_success"},
         {"belief": "embedding", "act": "most_likely"},
         {"task_identity": "none", "context": 2},
+        {"unobserved": ((3, 7), (18, 36)), "context": 4},
     ],
     ids=str,
 )

@@ -36,6 +36,20 @@ def observations(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64)
     return torch.tensor(centre, dtype=dtype) + torch.tensor(scale, dtype=dtype) * drawn
 
 
+def test_what_is_unobserved_has_no_influence():
+    student = make_student(task_identity="inferred", unobserved=((18, 36),))
+    other = (obs := observations(6, 5)).clone()
+    other[..., 18:36] += 1.0
+    student.known_K[:2] = True
+    for task in range(2):
+        student.density.fit(task, observations(5 + task, seed=task))
+    outputs = [student(seen, task_B=1).mean_BLA for seen in (obs, other)]
+    assert torch.equal(*outputs)
+    assert torch.equal(*(student.log_belief(seen[:, 0]) for seen in (obs, other)))
+    with pytest.raises(ValueError, match="unobserved"):
+        make_student(unobserved=((30, 40),))
+
+
 def test_shapes_and_ranges():
     out = make_student()(observations(7, 5), valid_BL=torch.ones(7, 5, dtype=torch.float64))
     assert out.mean_BLA.shape == out.log_std_BLA.shape == (7, 5, 4)
