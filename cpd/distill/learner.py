@@ -70,6 +70,7 @@ class StudentLearner:
         flat: its parameters and gradients as flat vectors.
         optimizer: AdamW on `flat`.
         progress: the position in the stream.
+        has_action_KA: bool, which components of an action each distinct task has; None if all have all.
     """
 
     def __init__(self, config: Config, seed: int, comm: Comm, device: torch.device) -> None:
@@ -78,7 +79,7 @@ class StudentLearner:
         self.progress = Progress()
         self._source: BatchSource | None = None
         self._contrast: ContrastSource | None = None
-        self._has_action_KA = self.has_action()
+        self.has_action_KA = self._has_action()
         self.initialise()
 
     def initialise(self) -> None:
@@ -228,14 +229,14 @@ class StudentLearner:
         """The distance to the teacher, [R, L]."""
         loss = LOSSES[self.config.distill.loss]
         mean_RLA, log_std_RLA = out.mean_BLA, out.log_std_BLA
-        if self._has_action_KA is not None:
+        if self.has_action_KA is not None:
             # Components that a task lacks are at no distance, and get no gradient.
-            has_R1A = self._has_action_KA[batch.task_R].unsqueeze(1)
+            has_R1A = self.has_action_KA[batch.task_R].unsqueeze(1)
             mean_RLA = torch.where(has_R1A, mean_RLA, batch.teacher_mean_RLA)
             log_std_RLA = torch.where(has_R1A, log_std_RLA, batch.teacher_log_std_RLA)
         return loss(mean_RLA, log_std_RLA, batch.teacher_mean_RLA, batch.teacher_log_std_RLA)
 
-    def has_action(self) -> Tensor | None:
+    def _has_action(self) -> Tensor | None:
         """Which components of an action each distinct task has, [K, A] bool; None if all have all."""
         suite, tasks = self.config.stream.suite_object, self.config.stream.distinct_tasks
         sizes = torch.tensor([suite.sizes(task).action for task in tasks])

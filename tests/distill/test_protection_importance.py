@@ -54,6 +54,22 @@ def test_is_the_mean_of_squared_derivatives_of_single_states(trained):
     assert not trainer.learner.flat.grads.any()
 
 
+def test_actions_that_the_task_lacks_have_no_influence(trained, monkeypatch):
+    learner, data = trained.learner, stage_data(1)
+    head = learner.flat.slots["head.bias"]
+    everything = fisher(learner, data, NUM_WINDOWS, exact=True), sensitivity(learner, data, NUM_WINDOWS)
+    has_action_KA = torch.ones(3, 4, dtype=torch.bool)
+    has_action_KA[1, 3] = False
+    monkeypatch.setattr(learner, "has_action_KA", has_action_KA)
+    for importance, whole in zip(
+        (fisher(learner, data, NUM_WINDOWS, exact=True), sensitivity(learner, data, NUM_WINDOWS)),
+        everything,
+        strict=True,
+    ):
+        assert importance[head].view(2, 4)[:, 3].tolist() == [0.0, 0.0]
+        torch.testing.assert_close(importance[head].view(2, 4)[:, :3], whole[head].view(2, 4)[:, :3])
+
+
 def test_random_signs_estimate_it_without_bias(trained):
     """Their error falls with the number of states, at the rate of a mean."""
     data = stage_data(0)

@@ -96,7 +96,11 @@ def _mean_over_states(
     for row, length in enumerate(batch.valid_RL.sum(1).long().tolist()):
         window = slice(row, row + 1)
         out = learner.student(batch.obs_RLO[window, :length], task_B=data.task)
-        for scalar in scalars(comm.rank + row * comm.size, out.mean_BLA[0, -1], out.log_std_BLA[0, -1]):
+        mean_A, log_std_A = out.mean_BLA[0, -1], out.log_std_BLA[0, -1]
+        if learner.has_action_KA is not None:  # components that the task lacks say nothing
+            has_A = learner.has_action_KA[data.task]
+            mean_A, log_std_A = mean_A.where(has_A, 0.0), log_std_A.where(has_A, 0.0)
+        for scalar in scalars(comm.rank + row * comm.size, mean_A, log_std_A):
             flat.grads.zero_()
             scalar.backward(retain_graph=True)  # type: ignore[no-untyped-call]
             total.addcmul_(flat.grads, factor(flat.grads), value=1.0 / num_windows)
