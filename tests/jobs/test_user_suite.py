@@ -39,23 +39,34 @@ def cpd(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
 
 
-def test_the_suite_of_the_documentation_goes_through_the_whole_chain(tmp_path: Path) -> None:
-    (tmp_path / "reaching.py").write_text(SUITE)
+def test_the_suite_of_the_documentation_goes_through_the_whole_chain_beside_another_suite(tmp_path: Path) -> None:
+    """The recipe alone runs on the test cluster; here its stream has a task of each of two suites.
+
+    They have other sizes of observations and actions, and one task has no success measure.
+    """
+    assert len(SUITE.splitlines()) <= 60 and "horizon = 40" in SUITE
+    (tmp_path / "reaching.py").write_text(SUITE.replace("horizon = 40", "horizon = 200"))  # as long as the other's
     (tmp_path / "reaching.toml").write_text(RECIPE)
-    assert len(SUITE.splitlines()) <= 60
-    overrides = [f"--{key}={value}" for key, value in TINY.items()]
+    mixed = {
+        **TINY,
+        "teacher.ppo.steps_per_env": "200",
+        "stream.suite": '["reaching:Reaching", "gym-mujoco"]',
+        "stream.tasks": '["wind", "crane"]',
+    }
+    overrides = [f"--{key}={value}" for key, value in mixed.items()]
     done = cpd(tmp_path, "launch", "reaching.toml", "--run-dir", "run", *overrides)
     assert done.returncode == 0, done.stdout + done.stderr
     run = tmp_path / "run"
-    assert json.loads((run / "config.json").read_text())["stream"]["suite"] == "reaching:Reaching"
+    assert json.loads((run / "config.json").read_text())["stream"]["suite"] == "reaching:Reaching+gym-mujoco"
     with (run / "results" / "evaluations.csv").open() as table:
         rows = list(csv.DictReader(table))
-    assert {row["task"] for row in rows} == {"plane", "wind", "space"}
-    assert {(row["suite"], row["suite_versions"], row["metaworld"]) for row in rows} == {
-        ("reaching:Reaching", "reaching 1.0", "")
-    }
-    policy = json.loads((run / "teachers" / "plane" / "seed-1" / "policy.json").read_text())
-    assert (policy["architecture"]["observation_size"], policy["architecture"]["action_size"]) == (9, 3)
+    assert {(row["task"], bool(row["normalised_return"])) for row in rows} == {("wind", False), ("crane", True)}
+    assert {(row["suite"], row["metaworld"]) for row in rows} == {("reaching:Reaching+gym-mujoco", "")}
+    assert {row["suite_versions"].split(", ")[0] for row in rows} == {"reaching 1.0"}
+    policy = json.loads((run / "teachers" / "wind" / "seed-1" / "policy.json").read_text())
+    bodies = load_suite("gym-mujoco").spaces
+    sizes = policy["architecture"]["observation_size"], policy["architecture"]["action_size"]
+    assert sizes == (9 + bodies.observation_size, bodies.action_size)
     assert (run / "figures" / "success_matrix.png").exists()
 
 
@@ -206,8 +217,32 @@ def test_a_suite_that_cannot_be_loaded_is_named(name: str) -> None:
         load_suite(name)
 
 
+#: Its name, its simulator, the size of its observations, their parts' first positions, and its horizon.
+MARKS = ("metaworld", "mujoco", 39, 18, 36, 500)
+
+
+def is_size(node: ast.AST, number: int) -> bool:
+    """Whether a value, default, argument or comparison gives this number to something named after a size."""
+    pairs: list[tuple[str, ast.AST | None]] = []
+    if isinstance(node, ast.keyword):
+        pairs = [(node.arg or "", node.value)]
+    elif isinstance(node, ast.Assign | ast.AnnAssign):
+        targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+        pairs = [(ast.unparse(target), node.value) for target in targets]
+    elif isinstance(node, ast.Compare):
+        pairs = [(ast.unparse(node.left), value) for value in node.comparators]
+    elif isinstance(node, ast.arguments):
+        pairs = [(arg.arg, value) for arg, value in zip(node.args[::-1], node.defaults[::-1], strict=False)]
+    return any(
+        isinstance(value, ast.Constant)
+        and value.value == number
+        and re.search("action|obs|goal|size", name.lower())
+        for name, value in pairs
+    )
+
+
 def test_meta_world_is_known_in_its_folder_only() -> None:
-    """No other file imports a simulator or holds Meta-World's name, observation size or horizon, but for these."""
+    """No other file imports a simulator, or holds Meta-World's name, sizes or horizon, but for these."""
     allowed = {
         "cpd/envs/suite.py": "the name of the default suite",
         "cpd/run/provenance.py": "columns of tables",
@@ -216,6 +251,7 @@ def test_meta_world_is_known_in_its_folder_only() -> None:
         "analysis/captions.py": "columns of tables",
         "analysis/published_teachers.py": "columns of tables",
         "cpd/export/video.py": "renders Meta-World",
+        "cpd/export/video_grid.py": "points of a font",
         "jobs/check.py": "compares with Meta-World's own evaluation",
     }
     found = set()
@@ -225,7 +261,7 @@ def test_meta_world_is_known_in_its_folder_only() -> None:
         names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
         names += [node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)]
         imports = [name for name in names if re.match(r"(cpd\.envs\.)?(metaworld|mujoco)\b", name)]
-        if imports or any(value in ("metaworld", "mujoco", 39, 500) for value in values):
+        if imports or any(value in MARKS for value in values) or any(is_size(n, 4) for n in nodes):
             found.add(path.relative_to(ROOT).as_posix())
     simulated = ("cpd/envs/metaworld/", "cpd/envs/gym_mujoco/")
     assert {name for name in found if not name.startswith(simulated)} == set(allowed)
