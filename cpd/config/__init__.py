@@ -14,7 +14,14 @@ from cpd.config.experiment import (
     differences,
 )
 from cpd.config.student import DistillConfig, MemoryConfig, MethodConfig, ProtectionConfig, StudentConfig
-from cpd.config.teacher import ExplorationConfig, PPOConfig, RolloutConfig, TeacherConfig, WarmStartConfig
+from cpd.config.teacher import (
+    ExplorationConfig,
+    PPOConfig,
+    RolloutConfig,
+    StayConfig,
+    TeacherConfig,
+    WarmStartConfig,
+)
 
 __all__ = [
     "Config",
@@ -27,6 +34,7 @@ __all__ = [
     "PPOConfig",
     "ProtectionConfig",
     "RolloutConfig",
+    "StayConfig",
     "StreamConfig",
     "StudentConfig",
     "TeacherConfig",

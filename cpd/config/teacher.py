@@ -16,6 +16,8 @@ from cpd.envs.suite import MAX_GOALS
 MAX_LOG_STD: Final = 0.5
 #: After a warm start, iterations in which only the value network learns: an untrained one would spoil the policy.
 CRITIC_ITERATIONS: Final = 2
+#: The same in the stay phase, which begins with a new value network.
+STAY_CRITIC_ITERATIONS: Final = 4
 #: Defaults of `PPOConfig` after a warm start: little noise and small steps, to keep a policy that half succeeds.
 WARM_START_PPO: Final = {
     "hidden_sizes": [256, 256],
@@ -135,6 +137,22 @@ class WarmStartConfig:
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
+class StayConfig:
+    """The stay phase: RL in which episodes continue after success, from a trained policy that has passed the gate.
+
+    The policy learns to stay at the goal, so that success lasts to the last step. Nothing explores beyond the
+    policy's own noise. A task without a success measure has no such phase.
+    """
+
+    max_env_steps: Count = 0
+    """Budget of environment steps per teacher, in addition to teacher.max_env_steps; 0: no stay phase."""
+    learning_rate: PositiveFloat = 3e-4
+    """Learning rate of Adam."""
+    target_kl: PositiveFloat = 0.02
+    """As teacher.ppo.target_kl: small, so that the policy keeps what it can do."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class TeacherConfig:
     """Single-task teachers."""
 
@@ -174,6 +192,7 @@ class TeacherConfig:
     ppo: PPOConfig = field(default_factory=PPOConfig)
     exploration: ExplorationConfig = field(default_factory=ExplorationConfig)
     warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)
+    stay: StayConfig = field(default_factory=StayConfig)
 
     def __post_init__(self) -> None:
         # Training would stop at policies that the gate rejects.
@@ -202,6 +221,11 @@ class TeacherConfig:
                 "the first policy gradient"
             )
 
+    @property
+    def stays(self) -> bool:
+        """Whether teachers have a stay phase."""
+        return self.stay.max_env_steps > 0 and self.recipe != "scripted"
+
     def check_ranks(self, num_ranks: int) -> None:
         """Raise ValueError if `num_ranks` MPI ranks cannot share the environments of a teacher."""
         if self.recipe != "scripted" and self.ppo.num_envs < num_ranks:
@@ -215,6 +239,9 @@ class TeacherConfig:
         exploration, lines = self.exploration, []
         if self.recipe != "demo_rl" and self.warm_start != WarmStartConfig():
             lines.append("warm_start has no effect: teacher.recipe is not 'demo_rl'")
+        if not self.stays and self.stay != StayConfig():
+            reason = "max_env_steps is 0" if self.recipe != "scripted" else "teacher.recipe is 'scripted'"
+            lines.append(f"stay has no effect: {reason}")
         raises_std = exploration.min_log_std > self.ppo.min_log_std
         if not exploration.perturbs and is_given(exploration, "max_steps"):
             lines.append("exploration.max_steps has no effect: start_share and step_rate are 0")

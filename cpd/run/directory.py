@@ -113,6 +113,16 @@ class TeacherElement(Element):
         return self.path / "policy.safetensors"
 
     @property
+    def trained_policy(self) -> Path:
+        """The policy before the stay phase, if the run has one."""
+        return self.path / "trained.safetensors"
+
+    @property
+    def stay_checkpoints(self) -> Path:
+        """Folder of resume checkpoints of the stay phase."""
+        return self.path / "stay"
+
+    @property
     def shards(self) -> Path:
         """Folder of the rollout shards and their index.json."""
         return self.path / "shards"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from cpd.evaluation.run_evaluation import evaluation_rows
 from cpd.reading import read_json
 from cpd.run import checkpoint
 from cpd.run.attempt import Attempt, begin_attempt
-from cpd.run.descriptions import Policy, check_identity
+from cpd.run.descriptions import Policy, Training, check_identity
 from cpd.run.directory import Run, TeacherElement, identity
 from cpd.run.files import remove, sha256, write_text
 from cpd.run.interrupt import Interrupt, InterruptedBySignal
@@ -26,9 +27,11 @@ from cpd.run.shards.writer import clear_shards, write_shards
 from cpd.run.tables import write_rows
 from cpd.teachers.collect import collect
 from cpd.teachers.demonstrations import ScriptedPolicy, load_scripted, save_scripted
-from cpd.teachers.policy import Teacher, TeacherActor, load_policy, save_policy
+from cpd.teachers.policy import GaussianPolicy, Teacher, TeacherActor, load_policy, save_policy
 from cpd.teachers.ranks import on_first_rank
-from cpd.teachers.trainer import TeacherTrainer, validate
+from cpd.teachers.stay import StayTrainer
+from cpd.teachers.trainer import TeacherTrainer
+from cpd.teachers.validation import validate
 
 
 def run_teacher(
@@ -151,12 +154,32 @@ class _Phases:
                 save_scripted(expert, element.policy, {**description, "training": training})
             self.attempt.advance(1, success=success)
             return
-        policy, summary = TeacherTrainer(config, element, self.pool, self.interrupt, self.attempt, self.comm).run()
+        path = element.trained_policy if config.teacher.stays else element.policy
+        if not on_first_rank(self.comm, path.with_suffix(".json").exists):
+            trainer = TeacherTrainer(config, element, self.pool, self.interrupt, self.attempt, self.comm)
+            policy, summary = trainer.run()
+            self._save(policy, path, {**description, "training": asdict(summary)}, element.checkpoints)
+        if config.teacher.stays:
+            start = on_first_rank(
+                self.comm, lambda: (load_policy(path), read_json(path.with_suffix(".json"), Policy))
+            )
+            self._stay(start[0], description, start[1]["training"])
+
+    def _stay(self, policy: GaussianPolicy, description: dict[str, Any], training: Training) -> None:
+        """Continue with the stay phase, if the policy has passed the gate and the task has a success measure."""
+        config, element = self.config, self.element
+        if training["validation_success"] >= config.teacher.gate and not self.pool.suite.returns(element.task):
+            trainer = StayTrainer(config, element, self.pool, self.interrupt, self.attempt, self.comm)
+            policy, stay = trainer.run_from(policy, training)
+            training = {**training, "validation_success": stay.validation_success, "stay": asdict(stay)}
+        self._save(policy, element.policy, {**description, "training": training}, element.stay_checkpoints)
+
+    def _save(self, policy: GaussianPolicy, path: Path, description: dict[str, Any], checkpoints: Path) -> None:
         if self.attempt.is_writer:
             self.withdraw()
-            save_policy(policy, element.policy, {**description, "training": asdict(summary)})
+            save_policy(policy, path, description)
             # Only now: until the policy is written, the checkpoint is what a restart continues from.
-            checkpoint.prune(element.checkpoints, keep=0)
+            checkpoint.prune(checkpoints, keep=0)
 
     def withdraw(self) -> None:
         """Remove results of an earlier policy before a new one is written, so that none outlive their policy."""

@@ -15,18 +15,18 @@ from torch import Tensor
 from cpd.comm import Comm, DivergedError, SerialComm, float_sum
 from cpd.config import Config, ExplorationConfig
 from cpd.config.teacher import CRITIC_ITERATIONS
-from cpd.envs.cells import Cell, EnvPool, evaluate_cells
-from cpd.envs.episodes import mean_of_scores
+from cpd.envs.cells import EnvPool
 from cpd.run import checkpoint
 from cpd.run.attempt import Attempt
 from cpd.run.directory import TeacherElement, identity
 from cpd.run.interrupt import Interrupt, InterruptedBySignal
 from cpd.run.progress import MetricsLog
 from cpd.teachers.demonstrations import Demonstrator
-from cpd.teachers.policy import GaussianPolicy, Teacher, TeacherActor
+from cpd.teachers.policy import GaussianPolicy
 from cpd.teachers.ppo import PPOLearner
 from cpd.teachers.ranks import check_ranks_agree, float_mean, on_first_rank, slots_of_rank
 from cpd.teachers.rollout import EpisodeRules, sample
+from cpd.teachers.validation import validate
 from cpd.teachers.warm_start import WarmStart, warm_start
 
 #: Share of successful training episodes from which policies are validated. While most training episodes fail,
@@ -75,27 +75,12 @@ class _Progress:
     """The `WarmStart` as a dictionary; None before it has ended."""
     unrecorded: dict[str, float] = field(default_factory=dict)
     """Metrics of the current iteration, until it has been validated (if due) and recorded."""
-
-
-def validate(
-    teacher: Teacher, config: Config, task: str, pool: EnvPool, interrupt: Interrupt, comm: Comm | None = None
-) -> float:
-    """Mean score (`Outcome.score`) on validation goals, deterministic, at the stream's horizon; a collective.
-
-    Raises:
-        InterruptedBySignal: if asked to stop.
-    """
-    outcomes = evaluate_cells(
-        TeacherActor(teacher),
-        [Cell(task, "validation", config.teacher.num_validation_goals)],
-        config.stream.horizon,
-        pool,
-        comm or SerialComm(),
-        should_stop=lambda: interrupt.requested,
-    )
-    if outcomes is None:
-        raise InterruptedBySignal("asked to stop while validating; launch again to continue")
-    return mean_of_scores(outcomes[0])
+    best_success_last: float = -1.0
+    """In the stay phase: success at the last step of the best policy."""
+    first_success: float = -1.0
+    """In the stay phase: success of the policy that it began with; negative until that is validated."""
+    first_success_last: float = -1.0
+    """The same at the last step."""
 
 
 class TeacherTrainer:
@@ -113,6 +98,9 @@ class TeacherTrainer:
         ValueError: if there are more ranks than environments.
     """
 
+    #: The name of the phase in the status.
+    phase = "train"
+
     def __init__(
         self,
         config: Config,
@@ -126,6 +114,7 @@ class TeacherTrainer:
         config.teacher.check_ranks(self._comm.size)
         self._config = config
         self._element = element
+        self._checkpoints = element.checkpoints
         self._pool = pool
         self._interrupt = interrupt
         self._attempt = attempt
@@ -146,13 +135,16 @@ class TeacherTrainer:
         )
         self._progress = _Progress()
         self._best_policy: dict[str, Tensor] = {}
-        self._metrics = self._resume()
+        self._metrics: MetricsLog | None = None
 
-    def _resume(self) -> MetricsLog | None:
-        """Restore the newest checkpoint; returns the log of metrics on the rank that writes."""
-        is_writer, metrics_size = self._attempt.is_writer, 0
+    def _resume(self, metrics_size: int = 0) -> MetricsLog | None:
+        """Restore the newest checkpoint; returns the log of metrics on the rank that writes.
+
+        Without a checkpoint the log keeps its first `metrics_size` bytes.
+        """
+        is_writer = self._attempt.is_writer
         # Rank 0 chooses for all: a shared file system may show different checkpoints to different nodes.
-        newest = self._comm.broadcast(checkpoint.latest(self._element.checkpoints) if is_writer else None)
+        newest = self._comm.broadcast(checkpoint.latest(self._checkpoints) if is_writer else None)
         if newest is not None:
             state = newest.load(**identity(self._config, self._element))
             self._learner.restore(state["learner"])
@@ -171,7 +163,7 @@ class TeacherTrainer:
             return  # an interrupted warm start is repeated from its beginning
         # Names sort by progress: an iteration is trained first, then recorded.
         name = f"iteration-{self._progress.iteration:06d}-{'1' if self._progress.unrecorded else '2'}"
-        newest = checkpoint.latest(self._element.checkpoints)
+        newest = checkpoint.latest(self._checkpoints)
         if newest and newest.path.name == name:
             return  # it holds the same state, and a kill while overwriting it would damage it
         self._attempt.check()
@@ -182,7 +174,7 @@ class TeacherTrainer:
             "metrics_size": self._metrics.size,
         }
         of = identity(self._config, self._element)
-        checkpoint.save(self._element.checkpoints, name, state, iteration=self._progress.iteration, **of)
+        checkpoint.save(self._checkpoints, name, state, iteration=self._progress.iteration, **of)
 
     @property
     def _is_spent(self) -> bool:
@@ -201,11 +193,35 @@ class TeacherTrainer:
             InterruptedBySignal: if asked to stop; the last whole iteration has been saved.
             DivergedError: on every rank, if an update gives numbers that are not finite; it is not saved.
         """
+        self._metrics = self._resume()
+        self._train()
+        progress = self._progress
+        # Only policies that RL has trained are selected: a warm start never counts as one.
+        assert progress.policy_updates > 0
+        assert progress.best_iteration > self._num_critic_iterations
+        return self._best(), TrainingSummary(
+            learner="ppo",
+            ranks=tuple(progress.ranks),
+            iterations=progress.iteration,
+            env_steps=progress.env_steps,
+            policy_updates=progress.policy_updates,
+            stopped_by=self._stopped_by,
+            selected_iteration=progress.best_iteration,
+            validation_success=progress.best_success,
+            warm_start=WarmStart(**progress.warm_start) if progress.warm_start else None,
+        )
+
+    def _begin(self) -> None:
+        """Prepare the first iteration, unless that has been done."""
+        if self._has_warm_start and self._progress.warm_start is None:
+            self._warm_start()
+
+    def _train(self) -> None:
+        """Iterate until training is over; if asked to stop, save and raise."""
         progress = self._progress
         try:
-            if self._has_warm_start and progress.warm_start is None:
-                self._warm_start()
-            self._attempt.begin("train", self._config.teacher.max_env_steps, progress.env_steps)
+            self._begin()
+            self._attempt.begin(self.phase, self._config.teacher.max_env_steps, progress.env_steps)
             while True:
                 if progress.unrecorded:
                     self._validate_and_record()
@@ -218,22 +234,15 @@ class TeacherTrainer:
         finally:
             if self._metrics:
                 self._metrics.close()
-        # Only policies that RL has trained are selected: a warm start never counts as one.
-        assert progress.policy_updates > 0
-        assert progress.best_iteration > self._num_critic_iterations
+
+    def _best(self) -> GaussianPolicy:
         policy = self._learner.policy
         policy.load_state_dict(self._best_policy)
-        return policy.eval().requires_grad_(False), TrainingSummary(
-            learner="ppo",
-            ranks=tuple(progress.ranks),
-            iterations=progress.iteration,
-            env_steps=progress.env_steps,
-            policy_updates=progress.policy_updates,
-            stopped_by="validation" if self._has_passed else "budget",
-            selected_iteration=progress.best_iteration,
-            validation_success=progress.best_success,
-            warm_start=WarmStart(**progress.warm_start) if progress.warm_start else None,
-        )
+        return policy.eval().requires_grad_(False)
+
+    @property
+    def _stopped_by(self) -> str:
+        return "validation" if self._has_passed else "budget"
 
     def _warm_start(self) -> None:
         """Warm-start the policy on rank 0 and copy it to the others."""
@@ -351,7 +360,7 @@ class TeacherTrainer:
         """Finish an iteration: validate if that is due, record its metrics, and save if that is due."""
         teacher, progress = self._config.teacher, self._progress
         start = time.monotonic()
-        success: float | None = None
+        validation: dict[str, float | None] = {"validation_success": None}
         # Without a success measure all episodes last equally long, and noise may cost much of the return.
         is_promising = (
             progress.unrecorded["train_success"] >= VALIDATE_FROM
@@ -360,25 +369,36 @@ class TeacherTrainer:
         is_due = progress.iteration % teacher.validate_every == 0 and is_promising and progress.policy_updates > 0
         # The end of the budget is validated in any case, so that there is a policy to select.
         if is_due or self._is_spent:
-            success = validate(
-                self._learner.policy, self._config, self._element.task, self._pool, self._interrupt, self._comm
-            )
-            progress.passes = progress.passes + 1 if success >= teacher.stop_success else 0
-            # The last of the best: among equals, it has been trained longest.
-            if success >= progress.best_success:
-                progress.best_success, progress.best_iteration = success, progress.iteration
-                state = self._learner.policy.state_dict()
-                self._best_policy = {name: tensor.clone() for name, tensor in state.items()}
+            validation = self._validate()
         if self._metrics:
             self._metrics.append(
                 iteration=progress.iteration,
                 env_steps=progress.env_steps,
                 **progress.unrecorded,
-                validation_success=success,
+                **validation,
                 validation_seconds=time.monotonic() - start,
                 global_step=progress.env_steps,
             )
         progress.unrecorded = {}
-        self._attempt.advance(progress.env_steps, success=success, loss=None)
+        self._attempt.advance(progress.env_steps, success=validation["validation_success"], loss=None)
         if progress.iteration % self._config.logging.teacher_checkpoint_every == 0 or self._is_over:
             self._save()
+
+    def _validate(self) -> dict[str, float | None]:
+        """Validate the policy, and keep it if none was better; returns what is recorded."""
+        progress = self._progress
+        success = validate(
+            self._learner.policy, self._config, self._element.task, self._pool, self._interrupt, self._comm
+        )
+        progress.passes = progress.passes + 1 if success >= self._config.teacher.stop_success else 0
+        # The last of the best: among equals, it has been trained longest.
+        if success >= progress.best_success:
+            progress.best_success = success
+            self._keep_policy()
+        return {"validation_success": success}
+
+    def _keep_policy(self) -> None:
+        """Keep the policy as the best so far."""
+        self._progress.best_iteration = self._progress.iteration
+        state = self._learner.policy.state_dict()
+        self._best_policy = {name: tensor.clone() for name, tensor in state.items()}
