@@ -7,7 +7,8 @@ hashes. The new run directory stays self-contained: large files are hard-linked 
 The settings that determine a teacher must agree: those in `teacher` and `stream` except seeds, gate and tasks, and
 the versions of the simulator. If only later settings differ, the policy is reused, and the teacher's job evaluates
 it or collects its rollouts again. A teacher that the source lacks is trained as usual. If max_env_steps differs, a
-teacher is retrained only if it stopped at the old budget or used more steps than the new one.
+teacher is retrained only if it stopped at the old budget or used more steps than the new one. If only this run has
+a stay phase, that begins with the source's policy.
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ from cpd.run.tables import EpisodeRow, EvaluationRow, read_rows
 #: Settings that must agree with the source's, except those in `EXEMPT`, which do not change a trained policy.
 DECISIVE = ("stream.", "teacher.")
 EXEMPT = ("stream.tasks", "teacher.seeds", "teacher.gate", "teacher.on_rejected", "teacher.max_env_steps:")
+#: Settings of the stay phase.
+STAY = "teacher.stay."
 
 
 class ReuseError(ValueError):
@@ -56,6 +59,8 @@ class Reuse:
     """`COMPLETE` or `REJECTED` where nothing is left to do."""
     lacks_budget: bool = False
     """Whether the source has the teacher, but its training depended on another max_env_steps."""
+    begins_stay: bool = False
+    """Whether the stay phase of this run begins with the policy."""
 
     @property
     def summary(self) -> str:
@@ -70,6 +75,8 @@ class Reuse:
             )
         if self.marker:
             return f"reused ({'admitted' if self.marker == 'COMPLETE' else 'rejected'})"
+        if self.begins_stay:
+            return "policy reused, its stay phase is trained here"
         left = [] if self.evaluation else ["evaluated"]
         left += [] if self.rollouts else ["collects rollouts"]
         return f"policy reused, {' and '.join(left) or 'judged by this gate'} here"
@@ -88,7 +95,8 @@ def find_reusable(run: Run, folder: Path) -> list[Reuse]:
     if folder.resolve() == run.root.resolve():
         raise ReuseError(f"teachers_from = {str(folder)!r} is the run itself")
     changed = _changed_settings(folder, run.config)
-    wrong = [f"  {line}" for line in changed if line.startswith(DECISIVE) and not line.startswith(EXEMPT)]
+    exempt = (*EXEMPT, STAY) if _begins_stay(changed) else EXEMPT
+    wrong = [f"  {line}" for line in changed if line.startswith(DECISIVE) and not line.startswith(exempt)]
     if wrong:
         raise ReuseError(
             f"the teachers in {folder} were trained with other settings (theirs -> ours); copy theirs into the "
@@ -140,6 +148,11 @@ def _changed_settings(folder: Path, ours: Config) -> list[str]:
     return lines
 
 
+def _begins_stay(changed: Sequence[str]) -> bool:
+    """Whether this run has a stay phase and the source has none."""
+    return any(line.startswith(f"{STAY}max_env_steps: 0 ->") for line in changed)
+
+
 def _reuse_of(teacher: TeacherElement, folder: Path, changed: Sequence[str], ours: Config) -> Reuse:
     """Check what `folder` holds of one teacher, and return what can be reused."""
     published = published_policy(folder, teacher.task, teacher.seed)
@@ -158,6 +171,8 @@ def _reuse_of(teacher: TeacherElement, folder: Path, changed: Sequence[str], our
     _check_policy(policy, teacher, ours)
     if _depends_on_budget(policy, changed, ours):
         return Reuse(teacher, lacks_budget=True)
+    if _begins_stay(changed) and ours.teacher.stays:
+        return Reuse(teacher, policy, begins_stay=True)
     if policy == published:  # a published folder has neither rollouts nor markers
         return Reuse(teacher, policy)
 
@@ -229,9 +244,10 @@ def _copy_files(item: Reuse, policy: Path, name: str, ours: Config) -> dict[str,
         record["evaluation_sha256"] = sha256(source.evaluation)
     if source and os.path.lexists(source.metrics):
         copy(source.metrics, teacher.metrics)
-    _link(policy, teacher.policy)
+    target = teacher.trained_policy if item.begins_stay else teacher.policy
+    _link(policy, target)
     description = read_json(policy.with_suffix(".json"), dict[str, Any])
-    write_json(teacher.policy.with_suffix(".json"), {**description, **identity(ours, teacher)})
+    write_json(target.with_suffix(".json"), {**description, **identity(ours, teacher)})
     success = description["training"]["validation_success"]
     states: dict[str, State] = {"COMPLETE": "done", "REJECTED": "rejected"}
     status = StatusRecord(states.get(item.marker, "waiting"), success=success, message=f"reused from {name}")
@@ -261,7 +277,7 @@ class PlannedRun(Run):
         """Plan a run without writing anything; teachers that are reused completely count as finished."""
         super().__init__(root, config)
         self._is_extended = self.config_path.exists() and Run(root).is_extended_by(config)
-        self._policies = {item.teacher.name for item in reuses if item.policy}
+        self._policies = {item.teacher.name for item in reuses if item.policy and not item.begins_stay}
         complete = [item for item in reuses if item.marker]
         self._source_paths = {item.teacher.name: item.source.path for item in complete if item.source}
 

@@ -1,4 +1,4 @@
-"""The stay phase: PPO goes on in episodes that continue after success, so that a policy learns to stay at the goal.
+"""The stay phase: PPO in episodes that continue after success, so that a policy learns to stay at the goal.
 
 It begins with a policy file alone, which this run has trained or reused from another: value network and optimiser
 are new. Iterations, environment steps and metrics continue those of the training before.
