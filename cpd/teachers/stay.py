@@ -111,6 +111,7 @@ class StayTrainer(TeacherTrainer):
         progress = self._progress
         if progress.first_success >= 0:
             return
+        self._attempt.begin("validate", self._config.teacher.num_validation_goals, unit="episodes")
         progress.first_success, progress.first_success_last = self._rates()
         progress.best_success, progress.best_success_last = progress.first_success, progress.first_success_last
         self._keep_policy()
