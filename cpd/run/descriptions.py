@@ -46,9 +46,6 @@ class Training(TypedDict):
     validation_success: Share
     stopped_by: NotRequired[str]
     env_steps: NotRequired[Count]
-    iterations: NotRequired[Count]
-    stay: NotRequired[dict[str, Any]]
-    """The stay phase, if the teacher had one; see `cpd.teachers.stay.StaySummary`."""
 
 
 class RlTraining(TypedDict):

@@ -172,7 +172,7 @@ def _reuse_of(teacher: TeacherElement, folder: Path, changed: Sequence[str], our
     if _depends_on_budget(policy, changed, ours):
         return Reuse(teacher, lacks_budget=True)
     if _begins_stay(changed) and ours.teacher.stays:
-        return Reuse(teacher, policy, begins_stay=True)
+        return Reuse(teacher, policy, source if policy == source.policy else None, begins_stay=True)
     if policy == published:  # a published folder has neither rollouts nor markers
         return Reuse(teacher, policy)
 

@@ -17,7 +17,7 @@ from cpd.evaluation.run_evaluation import evaluation_rows
 from cpd.reading import read_json
 from cpd.run import checkpoint
 from cpd.run.attempt import Attempt, begin_attempt
-from cpd.run.descriptions import Policy, Training, check_identity
+from cpd.run.descriptions import Policy, RlPolicy, check_identity
 from cpd.run.directory import Run, TeacherElement, identity
 from cpd.run.files import remove, sha256, write_text
 from cpd.run.interrupt import Interrupt, InterruptedBySignal
@@ -160,19 +160,19 @@ class _Phases:
             policy, summary = trainer.run()
             self._save(policy, path, {**description, "training": asdict(summary)}, element.checkpoints)
         if config.teacher.stays:
-            start = on_first_rank(
-                self.comm, lambda: (load_policy(path), read_json(path.with_suffix(".json"), Policy))
-            )
-            self._stay(start[0], description, start[1]["training"])
+            self._stay(path, description)
 
-    def _stay(self, policy: GaussianPolicy, description: dict[str, Any], training: Training) -> None:
-        """Continue with the stay phase, if the policy has passed the gate and the task has a success measure."""
-        config, element = self.config, self.element
+    def _stay(self, trained: Path, description: dict[str, Any]) -> None:
+        """Write the final policy: after the stay phase, if `trained` passed the gate and success is measured."""
+        config, element, file = self.config, self.element, trained.with_suffix(".json")
+        policy = on_first_rank(self.comm, lambda: load_policy(trained))
+        training = on_first_rank(self.comm, lambda: read_json(file, RlPolicy)["training"])
+        entries = on_first_rank(self.comm, lambda: read_json(file, dict[str, Any])["training"])
         if training["validation_success"] >= config.teacher.gate and not self.pool.suite.returns(element.task):
             trainer = StayTrainer(config, element, self.pool, self.interrupt, self.attempt, self.comm)
             policy, stay = trainer.run_from(policy, training)
-            training = {**training, "validation_success": stay.validation_success, "stay": asdict(stay)}
-        self._save(policy, element.policy, {**description, "training": training}, element.stay_checkpoints)
+            entries = {**entries, "validation_success": stay.validation_success, "stay": asdict(stay)}
+        self._save(policy, element.policy, {**description, "training": entries}, element.stay_checkpoints)
 
     def _save(self, policy: GaussianPolicy, path: Path, description: dict[str, Any], checkpoints: Path) -> None:
         if self.attempt.is_writer:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from cpd.config import ExplorationConfig
 from cpd.config.teacher import STAY_CRITIC_ITERATIONS
 from cpd.envs.episodes import mean_of_scores
-from cpd.run.descriptions import Training
+from cpd.run.descriptions import RlTraining
 from cpd.teachers.policy import GaussianPolicy
 from cpd.teachers.ppo import PPOLearner
 from cpd.teachers.trainer import TeacherTrainer
@@ -47,7 +47,7 @@ class StayTrainer(TeacherTrainer):
 
     phase = "stay"
 
-    def run_from(self, start: GaussianPolicy, training: Training) -> tuple[GaussianPolicy, StaySummary]:
+    def run_from(self, start: GaussianPolicy, training: RlTraining) -> tuple[GaussianPolicy, StaySummary]:
         """Train from the policy `start` until the stopping rule or the budget ends the phase.
 
         Args:
@@ -61,7 +61,7 @@ class StayTrainer(TeacherTrainer):
             InterruptedBySignal, DivergedError: as `run`.
         """
         stay, teacher = self._config.teacher.stay, self._config.teacher
-        first_iteration, first_steps = training.get("iterations", 0), training.get("env_steps", 0)
+        first_iteration, first_steps = training["iterations"], training["env_steps"]
         ppo = replace(
             teacher.ppo,
             hidden_sizes=start.hidden_sizes,
