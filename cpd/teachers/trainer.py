@@ -80,7 +80,6 @@ class _Progress:
     first_success: float = -1.0
     """In the stay phase: success of the policy that it began with; negative until that is validated."""
     first_success_last: float = -1.0
-    """The same at the last step."""
 
 
 class TeacherTrainer:
@@ -98,8 +97,7 @@ class TeacherTrainer:
         ValueError: if there are more ranks than environments.
     """
 
-    #: The name of the phase in the status.
-    phase = "train"
+    phase = "train"  # in the status
 
     def __init__(
         self,
@@ -138,10 +136,8 @@ class TeacherTrainer:
         self._metrics: MetricsLog | None = None
 
     def _resume(self, metrics_size: int = 0) -> MetricsLog | None:
-        """Restore the newest checkpoint; returns the log of metrics on the rank that writes.
-
-        Without a checkpoint the log keeps its first `metrics_size` bytes.
-        """
+        """Restore the newest checkpoint; returns the log of metrics on the rank that writes."""
+        # Without a checkpoint the log keeps its first `metrics_size` bytes.
         is_writer = self._attempt.is_writer
         # Rank 0 chooses for all: a shared file system may show different checkpoints to different nodes.
         newest = self._comm.broadcast(checkpoint.latest(self._checkpoints) if is_writer else None)
