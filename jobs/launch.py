@@ -38,7 +38,7 @@ from cpd.run.interrupt import EXIT_INTERRUPTED, Interrupt
 from cpd.run.lease import Lease, LeaseHeldError
 from cpd.run.progress import progress_line, read_status
 from cpd.run.provenance import Provenance, code_version, provenance
-from cpd.run.reuse import PlannedRun, ReuseError, find_reusable, reuse
+from cpd.run.reuse import PlannedRun, ReuseError, best, find_reusable, reuse
 from cpd.run.shortage import not_installed
 from cpd.terminal import plain_console
 from jobs.common import log
@@ -89,7 +89,9 @@ def prepare(root: Path, config: Config, profile: Profile) -> Run:
         write_json(root / "provenance.json", provenance())
     write_json(root / "profile.json", to_dict(profile))
     # The path of the source is not needed later: teachers are copied before any element starts.
-    write_json(config_path, to_dict(replace(config, teachers_from=Path(config.teachers_from).name)))
+    names = [folder.name for folder in config.teacher_folders]
+    source = names[0] if len(names) == 1 else tuple(names) or ""
+    write_json(config_path, to_dict(replace(config, teachers_from=source)))
     run = Run(root)
     run.logs.mkdir(exist_ok=True)
     sweep_pickles(run)
@@ -188,8 +190,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         # `prepare` checks again under the lease. This check comes before anything is created.
         check_run_dir(root, config, arguments.profile)
-        source = Path(config.teachers_from) if config.teachers_from else None
-        reuses = find_reusable(PlannedRun(root, config), source) if source else []
+        sources = config.teacher_folders[::-1]  # the first replaces what the others have
+        reuses = best([item for source in sources for item in find_reusable(PlannedRun(root, config), source)])
         run: Run = PlannedRun(root, config, reuses)
         chosen = run.select(arguments.only)
         problems = launch_problems(root, config, profile)
@@ -208,7 +210,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise RunError("; ".join(problems))
         with Lease(root / "launcher").acquire():
             run = prepare(root, config, profile)
-            for item in reuse(run, source) if source else []:
+            for item in best([item for source in sources for item in reuse(run, source)]):
                 log(f"{item.teacher.name}: {item.summary}")
             if arguments.prepare:
                 log(f"{root} is ready")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, SerializerFunctionWrapHandler, model_serializer
@@ -119,9 +120,9 @@ class Config(MethodConfig):
     """Train the variants only, not the method that they modify."""
     seeds: Seeds = (1,)
     """Student seeds; seed number s learns from teacher seed number s mod len(teacher.seeds)."""
-    teachers_from: str = ""
-    """Run directory, or folder of published teachers, from which existing teachers are reused; in a recipe, a path
-    relative to its folder."""
+    teachers_from: str | tuple[str, ...] = ""
+    """Run directory, or folder of published teachers, from which existing teachers are reused; or a list of them, the
+    first of which that has a teacher counts. In a recipe, paths are relative to its folder."""
     stream: StreamConfig
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     rollouts: RolloutConfig = field(default_factory=RolloutConfig)
@@ -252,6 +253,12 @@ class Config(MethodConfig):
             unmet = row.keys() - tasks[: stage + 2] if counts.num_episodes_unmet else ()
             row |= {tasks[stage]: counts.num_episodes, **dict.fromkeys(unmet, counts.num_episodes_unmet)}
         return row
+
+    @property
+    def teacher_folders(self) -> list[Path]:
+        """`teachers_from` as a list."""
+        folders = (self.teachers_from,) if isinstance(self.teachers_from, str) else self.teachers_from
+        return [Path(folder) for folder in folders if folder]
 
     @property
     def memory_steps(self) -> int:

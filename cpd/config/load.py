@@ -151,11 +151,14 @@ def read_toml(path: Path, above: tuple[Path, ...] = (), *, shipped: Path | None 
         raise ConfigError(["its tables or lists are nested too deeply"], str(path)) from None
     except ValueError as error:  # not only TOMLDecodeError: numbers may have too many digits
         raise ConfigError([f"not valid TOML: {error}"], str(path)) from None
-    for key in ("extends", "teachers_from"):
-        if isinstance(name := tables.get(key), str) and not is_possible(Path(name)):
+    sources = tables.get("teachers_from")
+    several = sources if isinstance(sources, list) else [sources]
+    for key, name in (("extends", tables.get("extends")), *(("teachers_from", source) for source in several)):
+        if isinstance(name, str) and not is_possible(Path(name)):
             raise ConfigError([f"{key}: {name!r} is no possible path; correct it"], str(path))
-    if isinstance(source := tables.get("teachers_from"), str) and source:
-        tables["teachers_from"] = str(path.parent / source)
+    placed = [str(path.parent / source) if isinstance(source, str) and source else source for source in several]
+    if sources is not None:
+        tables["teachers_from"] = placed if isinstance(sources, list) else placed[0]
     base = tables.pop("extends", None)
     if base is None:
         return upgrade(tables)

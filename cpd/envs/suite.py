@@ -32,6 +32,8 @@ _SHIPPED: Final = {
     DEFAULT_SUITE: "cpd.envs.metaworld.suite:MetaWorld",
     "gym-mujoco": "cpd.envs.gym_mujoco.suite:GymMujoco",
 }
+#: The module of the suite that several suites are joined to; it imports this one.
+_MIXTURE: Final = "cpd.envs.mixture"
 #: Policies act in [-1, 1].
 ACTION_CLIP: Final = 1.0
 #: Goals per set at most.
@@ -190,6 +192,10 @@ class Suite(abc.ABC):
         """Return the suite that a task comes from: another one only in a `Mixture`."""
         return self
 
+    def columns(self, task: str) -> slice:
+        """Return where the observations of that suite are in those of this one: all of it, if it is this one."""
+        return slice(None)
+
     @property
     def has_experts(self) -> bool:
         """Whether the suite has scripted experts."""
@@ -218,103 +224,6 @@ class Suite(abc.ABC):
         return goals[:num_goals]
 
 
-class Mixture(Suite):
-    """The tasks of several suites, so that one stream may hold them all; episodes are of the shortest horizon.
-
-    Every suite has its own positions in the observation, so that each keeps its scaling. At the positions of the
-    others is the centre of their scaling, which students see as 0. Actions begin at the first component in all.
-    """
-
-    tasks: ClassVar[tuple[str, ...]] = ()
-    horizon = 0
-
-    def __init__(self, suites: Sequence[Suite]) -> None:
-        """Join `suites`.
-
-        Raises:
-            ValueError: two suites have a task of the same name, or a suite has returns for longer episodes.
-        """
-        self._suites = suites
-        self.tasks = tuple(task for suite in suites for task in suite.tasks)  # type: ignore[misc]
-        self.horizon = min(suite.horizon for suite in suites)  # type: ignore[misc]
-        self.streams = {name: tasks for suite in suites for name, tasks in suite.streams.items()}  # type: ignore[misc]
-        if twice := [task for task in self.tasks if self.tasks.count(task) > 1]:
-            raise ValueError(f"two suites have a task {twice[0]!r}; rename one")
-        for suite in suites:
-            if suite.horizon > self.horizon and any(map(suite.returns, suite.tasks)):
-                raise ValueError(
-                    f"{suite.name} has returns for episodes of {suite.horizon} steps, but those of others end "
-                    f"after {self.horizon}"
-                )
-        self._first = np.cumsum([0, *(suite.spaces.observation_size for suite in suites)])
-
-    def of(self, task: str) -> Suite:
-        """Return the suite that has the task."""
-        return next(suite for suite in self._suites if task in suite.tasks)
-
-    def _columns(self, task: str) -> slice:
-        """Return the positions of the task's own observation."""
-        first = int(self._first[self._suites.index(self.of(task))])
-        return slice(first, first + self.of(task).sizes(task).observation)
-
-    def sizes(self, task: str) -> Sizes:
-        """Return the size of all observations together, and the size of the task's actions."""
-        return Sizes(int(self._first[-1]), self.of(task).sizes(task).action)
-
-    def make(self, task: str) -> Environment:
-        """Return an environment of the task's suite, whose observations are put in their place."""
-        return _Placed(self.of(task).make(task), self.scaling()[0], self._columns(task))
-
-    def goal_vectors(self, task: str, split: Split, num_goals: int) -> Sequence[FloatArray]:
-        """Return the goals of the task's suite."""
-        return self.of(task).goal_vectors(task, split, num_goals)
-
-    def returns(self, task: str) -> Returns | None:
-        """Return those of the task's suite."""
-        return self.of(task).returns(task)
-
-    def expert(self, task: str) -> Expert | None:
-        """Return the expert of the task's suite; it sees the task's own observation."""
-        expert, columns = self.of(task).expert(task), self._columns(task)
-        return expert and (lambda observation: expert(observation[columns]))
-
-    def scaling(self) -> tuple[FloatArray, FloatArray]:
-        """Return the scaling of every suite, one after another."""
-        centres, scales = zip(*(suite.scaling() for suite in self._suites), strict=True)
-        return np.concatenate(centres), np.concatenate(scales)
-
-    def versions(self) -> dict[str, str]:
-        """Return the versions of all suites."""
-        return {name: number for suite in self._suites for name, number in suite.versions().items()}
-
-    @property
-    def has_experts(self) -> bool:
-        """Whether all suites have scripted experts."""
-        return all(suite.has_experts for suite in self._suites)
-
-
-class _Placed:
-    """An environment with its observation at the positions `columns` of a longer one."""
-
-    def __init__(self, env: Environment, around: FloatArray, columns: slice) -> None:
-        self._env, self._around, self._columns = env, around, columns
-
-    def _place(self, own: npt.NDArray[np.floating[Any]]) -> FloatArray:
-        observation = self._around.copy()
-        observation[self._columns] = own
-        return observation
-
-    def reset(self, goal: Goal) -> FloatArray:
-        return self._place(self._env.reset(goal))
-
-    def step(self, action: npt.NDArray[np.float32]) -> tuple[FloatArray, float, bool]:
-        own, reward, success = self._env.step(action)
-        return self._place(own), reward, success
-
-    def close(self) -> None:
-        self._env.close()
-
-
 @cache
 def _disjoint_splits(suite: Suite, task: str, num_goals: int) -> dict[str, tuple[Goal, ...]]:
     """The first goals of every split, checked against one another."""
@@ -339,7 +248,7 @@ def load_suite(name: str = DEFAULT_SUITE) -> Suite:
 
     Args:
         name: `metaworld`, `gym-mujoco`, an entry point of the group `cpd.suites`, or `package.module:Class`;
-            several names, joined by `+`, for a `Mixture`.
+            several names, joined by `+`, for a `cpd.envs.mixture.Mixture`.
 
     Raises:
         SuiteError: no such name, a module that cannot be imported, or an object that is no suite.
@@ -359,7 +268,8 @@ def is_task(name: str) -> bool:
 def _construct(name: str) -> Suite:
     if "+" in name:
         try:
-            return _named(Mixture([load_suite(part) for part in name.split("+")]), name)
+            mixture = importlib.import_module(_MIXTURE).Mixture
+            return _named(mixture([load_suite(part) for part in name.split("+")]), name)
         except ValueError as error:
             raise SuiteError(f"the suites {name!r} cannot be joined: {error}") from None
     installed = {point.name: point.value for point in entry_points(group=ENTRY_POINT_GROUP)}

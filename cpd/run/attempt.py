@@ -77,8 +77,12 @@ class Attempt:
 
 
 @contextlib.contextmanager
-def begin_attempt(element: Element, comm: Comm, log: Callable[[str], None]) -> Iterator[Attempt]:
+def begin_attempt(
+    element: Element, comm: Comm, log: Callable[[str], None], measure: str = "success"
+) -> Iterator[Attempt]:
     """Work on `element` as its single writer; a collective. The caller writes its marker and calls `finish`.
+
+    `measure` is the name of what progress reports as `success`.
 
     An exception in the block is recorded in status.json (`stopped` if the job was asked to stop, else `failed`)
     and raised again.
@@ -98,7 +102,7 @@ def begin_attempt(element: Element, comm: Comm, log: Callable[[str], None]) -> I
     refusal = comm.broadcast(refusal)
     if refusal:
         raise LeaseHeldError(refusal)
-    attempt = Attempt(element, comm, lease, Status(element.status, log) if lease else None, log)
+    attempt = Attempt(element, comm, lease, Status(element.status, log, measure) if lease else None, log)
     with lease or contextlib.nullcontext():
         try:
             yield attempt

@@ -73,6 +73,8 @@ class StatusRecord:
     rate: float = 0.0
     """Units per second in the current phase of this attempt."""
     success: float | None = None
+    measure: str = "success"
+    """What `success` is: of a task without a success measure, the normalised return."""
     loss: float | None = None
     message: str = ""
     started: float = 0.0
@@ -119,10 +121,13 @@ def write_status(path: Path, record: StatusRecord, sync: bool = True) -> None:
 class Status:
     """Keeps a job's status.json up to date and logs a line of progress every 15 seconds."""
 
-    def __init__(self, path: Path, log: Callable[[str], None] = lambda line: None) -> None:
+    def __init__(
+        self, path: Path, log: Callable[[str], None] = lambda line: None, measure: str = "success"
+    ) -> None:
         """Continue the record in `path`; `log` receives a line of progress every 15 seconds."""
         self.path = path
         self.record = read_status(path)
+        self.record.measure = measure
         self.record.started = time.time()
         self.record.message = ""
         self._log = log
@@ -195,7 +200,7 @@ def progress_line(record: StatusRecord) -> str:
     if record.eta_seconds is not None:
         parts.append(f"eta {clock(record.eta_seconds)}")
     if record.success is not None:
-        parts.append(f"success {record.success:.2f}")
+        parts.append(f"{record.measure} {record.success:.2f}")
     if record.loss is not None:
         parts.append(f"loss {record.loss:.4g}")
     return " | ".join(parts)

@@ -14,7 +14,7 @@ from typing import Any
 from typing_extensions import TypedDict
 
 from cpd.config import Config
-from cpd.envs.suite import DEFAULT_SUITE
+from cpd.envs.suite import DEFAULT_SUITE, Suite
 from cpd.programs import ROOT
 from cpd.run.folders import KIND_KEY
 
@@ -46,19 +46,20 @@ class Labels:
         return {name: value for name, value in asdict(self).items() if value is not None}
 
 
-def labels(config: Config) -> Labels:
-    """Return the labels of a run's results."""
+def labels(config: Config, suite: Suite | None = None) -> Labels:
+    """Return the labels of a run's results; if `suite` is given, those that a run on it would have."""
+    suite = suite or config.stream.suite_object
     protocol = config.distill.protocol
     # In these cases the task selects the policy that acts: a separate student, or weights of the task's own.
     needs_task = protocol == "single_task" or (protocol == "continual" and config.protection.needs_task)
-    versions = config.stream.suite_object.versions()
+    versions = suite.versions()
     columns = {name: versions.pop(name, "") for name in ("reward_version", "metaworld", "mujoco")}
     return Labels(
         config.teacher.recipe,
         config.stream.horizon,
         "given" if needs_task else "inferred" if protocol == "isolated" else config.student.task_identity,
         **columns,
-        suite=None if config.stream.suite == DEFAULT_SUITE else config.stream.suite,
+        suite=None if suite.name == DEFAULT_SUITE else suite.name,
         suite_versions=", ".join(f"{name} {number}" for name, number in versions.items()) or None,
     )
 

@@ -9,6 +9,9 @@ the versions of the simulator. If only later settings differ, the policy is reus
 it or collects its rollouts again. A teacher that the source lacks is trained as usual. If max_env_steps differs, a
 teacher is retrained only if it stopped at the old budget or used more steps than the new one. If only this run has
 a stay phase, that begins with the source's policy.
+
+A run on several suites takes the policies of runs on one of them, whatever their settings: no table `teacher`
+could agree with all. The settings that differ are recorded beside the hashes in provenance.json.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ from typing import Any
 from cpd.config import Config, changes
 from cpd.config.load import load, to_dict
 from cpd.config.retired import upgrade
+from cpd.envs.suite import DEFAULT_SUITE, Suite
 from cpd.reading import read_for_display, read_json
 from cpd.run.descriptions import Policy, check_identity
 from cpd.run.directory import Element, Run, TeacherElement, identity, published_policy, teacher_element
@@ -61,6 +65,8 @@ class Reuse:
     """Whether the source has the teacher, but its training depended on another max_env_steps."""
     begins_stay: bool = False
     """Whether the stay phase of this run begins with the policy."""
+    other_settings: Sequence[str] = ()
+    """Settings of a run on one of this run's suites that differ, as `dotted.path: theirs -> ours`."""
 
     @property
     def summary(self) -> str:
@@ -94,22 +100,34 @@ def find_reusable(run: Run, folder: Path) -> list[Reuse]:
         return []
     if folder.resolve() == run.root.resolve():
         raise ReuseError(f"teachers_from = {str(folder)!r} is the run itself")
-    changed = _changed_settings(folder, run.config)
+    changed, suite = _changed_settings(folder, run.config)
     exempt = (*EXEMPT, STAY) if _begins_stay(changed) else EXEMPT
-    wrong = [f"  {line}" for line in changed if line.startswith(DECISIVE) and not line.startswith(exempt)]
+    decisive = [line for line in changed if line.startswith(DECISIVE) and not line.startswith(exempt)]
+    is_part = suite in (of_task.name for of_task in _suites(run.config)) and suite != run.config.stream.suite
+    wrong = [f"  {line}" for line in decisive if not is_part or line.startswith("stream.horizon:")]
     if wrong:
         raise ReuseError(
             f"the teachers in {folder} were trained with other settings (theirs -> ours); copy theirs into the "
             "recipe, or train new teachers:\n" + "\n".join(wrong)
         )
     try:
-        reuses = [_reuse_of(teacher, folder, changed, run.config) for teacher in untouched]
+        other = decisive if is_part else None
+        reuses = [_reuse_of(teacher, folder, changed, run.config, other) for teacher in untouched]
     except ValueError as error:  # also an index or a description that cannot be read
         raise ReuseError(str(error)) from None
     if all(item.policy is None for item in reuses) and len(untouched) == len(run.teachers()):
         names = ", ".join(f"{t.task} seed {t.seed}" for t in untouched)
         raise ReuseError(f"{folder} has no finished teacher that this run needs: {names}")
     return reuses
+
+
+def best(reuses: Sequence[Reuse]) -> list[Reuse]:
+    """Return one item for each teacher: of several sources, that of the last one which has it."""
+    chosen: dict[str, Reuse] = {}
+    for item in reuses:
+        if item.policy or item.teacher.name not in chosen:
+            chosen[item.teacher.name] = item
+    return list(chosen.values())
 
 
 def reuse(run: Run, folder: Path) -> list[Reuse]:
@@ -131,8 +149,16 @@ def reuse(run: Run, folder: Path) -> list[Reuse]:
     return reuses
 
 
-def _changed_settings(folder: Path, ours: Config) -> list[str]:
-    """Return the settings of the teachers in `folder` that are not `ours`, as `dotted.path: theirs -> ours`."""
+def _suites(config: Config) -> list[Suite]:
+    """Return the suites that the tasks of a run come from."""
+    return [config.stream.suite_object.of(task) for task in config.stream.distinct_tasks]
+
+
+def _changed_settings(folder: Path, ours: Config) -> tuple[list[str], str]:
+    """Return the settings of the teachers in `folder` that are not `ours`, and the name of their suite.
+
+    Settings are `dotted.path: theirs -> ours`.
+    """
     path = folder / "config.json"
     if (held := kind_of(folder)) not in ("run", "teachers"):
         raise ReuseError(
@@ -145,7 +171,7 @@ def _changed_settings(folder: Path, ours: Config) -> list[str]:
         table = getattr(ours, name)
         source_table = load(type(table), tables.get(name, {}), f"{path}, in its part {name!r},")
         lines += changes(to_dict(source_table), to_dict(table), name)
-    return lines
+    return lines, tables.get("stream", {}).get("suite", DEFAULT_SUITE)
 
 
 def _begins_stay(changed: Sequence[str]) -> bool:
@@ -153,8 +179,13 @@ def _begins_stay(changed: Sequence[str]) -> bool:
     return any(line.startswith(f"{STAY}max_env_steps: 0 ->") for line in changed)
 
 
-def _reuse_of(teacher: TeacherElement, folder: Path, changed: Sequence[str], ours: Config) -> Reuse:
-    """Check what `folder` holds of one teacher, and return what can be reused."""
+def _reuse_of(
+    teacher: TeacherElement, folder: Path, changed: Sequence[str], ours: Config, of_part: Sequence[str] | None
+) -> Reuse:
+    """Check what `folder` holds of one teacher, and return what can be reused.
+
+    `of_part` holds the settings that differ if it is of a run on one of our suites; then only the policy can be.
+    """
     published = published_policy(folder, teacher.task, teacher.seed)
     source = teacher_element(folder, teacher.index, teacher.task, teacher.seed)
     files = (published, published.with_suffix(".json"), *source.path.glob("*"), *source.shards.glob("*"))
@@ -168,7 +199,9 @@ def _reuse_of(teacher: TeacherElement, folder: Path, changed: Sequence[str], our
     if not published.exists() and not source.finished:
         return Reuse(teacher)
     policy = published if published.exists() else source.policy
-    _check_policy(policy, teacher, ours)
+    _check_policy(policy, teacher, ours, of_part is not None)
+    if of_part is not None:
+        return Reuse(teacher, policy, other_settings=of_part)
     if _depends_on_budget(policy, changed, ours):
         return Reuse(teacher, lacks_budget=True)
     if _begins_stay(changed) and ours.teacher.stays:
@@ -192,7 +225,7 @@ def _reuse_of(teacher: TeacherElement, folder: Path, changed: Sequence[str], our
     return Reuse(teacher, source.policy, source, evaluation, rollouts, marker if is_whole else "")
 
 
-def _check_policy(policy: Path, teacher: TeacherElement, ours: Config) -> None:
+def _check_policy(policy: Path, teacher: TeacherElement, ours: Config, is_part: bool) -> None:
     path = policy.with_suffix(".json")
     if not path.exists():
         raise ReuseError(f"{policy} has no description ({path.name}) beside it")
@@ -200,7 +233,7 @@ def _check_policy(policy: Path, teacher: TeacherElement, ours: Config) -> None:
     if sha256(policy) != description["sha256"]:
         raise ReuseError(f"{policy} is damaged: its hash differs from the one in {path.name}")
     check_identity(path, task=teacher.task, seed=teacher.seed)
-    wanted = asdict(labels(ours))
+    wanted = asdict(labels(ours, ours.stream.suite_object.of(teacher.task) if is_part else None))
     wrong = [
         f"{name} is {value!r} there, {wanted.get(name)!r} here"
         for name, value in asdict(description["labels"]).items()
@@ -232,6 +265,8 @@ def _copy_files(item: Reuse, policy: Path, name: str, ours: Config) -> dict[str,
     """Link or copy one teacher's files; return its entry of provenance.json."""
     teacher, source = item.teacher, item.source
     record: dict[str, Any] = {"from": name, "policy_sha256": sha256(policy)}
+    if item.other_settings:
+        record["other_settings"] = list(item.other_settings)
     if source and item.rollouts:
         index_path = source.shards / INDEX_NAME
         for entry in read_index(source.shards).shards:

@@ -166,6 +166,26 @@ class GaussianPolicy(nn.Module):
         return mean_BA + std_BA * noise_BA
 
 
+class TeacherOfSuite:
+    """A policy of one suite in a mixture of suites: it sees its own part of the observation.
+
+    Args:
+        policy: trained in a run on one suite.
+        columns: the positions of its observation in that of the mixture.
+        action_size: A, of the mixture; means of components that the policy lacks are 0.
+    """
+
+    def __init__(self, policy: GaussianPolicy, columns: slice, action_size: int) -> None:
+        self.std_source = policy.std_source
+        self._policy, self._columns = policy, columns
+        self._padding = ((0, 0), (0, action_size - policy.sizes.action))
+
+    def distribution(self, obs_BO: FloatArray) -> Distribution:
+        """The action distribution at each observation."""
+        own = self._policy.distribution(np.ascontiguousarray(obs_BO[:, self._columns]))
+        return Distribution(np.pad(own.raw_mean, self._padding), np.pad(own.log_std, self._padding))
+
+
 class TeacherActor:
     """Acts with a teacher's clipped mean; satisfies `cpd.envs.episodes.Actor`."""
 

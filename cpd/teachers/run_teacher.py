@@ -27,7 +27,14 @@ from cpd.run.shards.writer import clear_shards, write_shards
 from cpd.run.tables import write_rows
 from cpd.teachers.collect import collect
 from cpd.teachers.demonstrations import ScriptedPolicy, load_scripted, save_scripted
-from cpd.teachers.policy import GaussianPolicy, Teacher, TeacherActor, load_policy, save_policy
+from cpd.teachers.policy import (
+    GaussianPolicy,
+    Teacher,
+    TeacherActor,
+    TeacherOfSuite,
+    load_policy,
+    save_policy,
+)
 from cpd.teachers.ranks import on_first_rank
 from cpd.teachers.stay import StayTrainer
 from cpd.teachers.trainer import TeacherTrainer
@@ -68,7 +75,9 @@ def run_teacher(
     torch.set_num_threads(TORCH_THREADS)
     gate = run.config.teacher.gate
     description_path = element.policy.with_suffix(".json")
-    with begin_attempt(element, comm, log) as attempt:
+    has_success = pool.suite.returns(element.task) is None
+    measure = "success" if has_success else "normalised return"
+    with begin_attempt(element, comm, log, measure) as attempt:
         phases = _Phases(run.config, element, pool, interrupt, attempt, comm)
         # One rank looks which files exist: a shared file system may show different ones to different nodes. The
         # description is written after the weights, so it marks the end of training.
@@ -80,10 +89,9 @@ def run_teacher(
         # Evaluated before the gate: a rejected teacher is reported with its success rate, too.
         if not on_first_rank(comm, element.evaluation.exists):
             phases.evaluate(on_first_rank(comm, phases.load))
+        result = f"validation {measure}{'' if has_success else ' (the task has no success measure)'} {success:.2f}"
         if success < gate:
-            has_success = pool.suite.returns(element.task) is None
-            measure = "success" if has_success else "normalised return (the task has no success measure)"
-            reason = f"validation {measure} {success:.2f} is below the gate of {gate:.2f}"
+            reason = f"{result} is below the gate of {gate:.2f}"
             if attempt.is_writer:
                 attempt.check()
                 write_text(element.rejected, reason + "\n")
@@ -94,7 +102,7 @@ def run_teacher(
         if attempt.is_writer:
             attempt.check()
             element.complete.touch()
-        attempt.finish("done", success=success)
+        attempt.finish("done", "" if has_success else f"{result} passes the gate of {gate:.2f}", success=success)
 
 
 def env_pool(config: Config, num_workers: int, num_ranks: int = 1) -> EnvPool:
@@ -112,7 +120,10 @@ def load_teacher(config: Config, element: TeacherElement) -> Teacher:
     """Load a finished teacher from its files."""
     if config.teacher.recipe == "scripted":
         return load_scripted(element.policy, config.stream.suite_object)
-    return load_policy(element.policy)
+    suite, policy = config.stream.suite_object, load_policy(element.policy)
+    if policy.sizes == suite.spaces.sizes:
+        return policy
+    return TeacherOfSuite(policy, suite.columns(element.task), suite.spaces.action_size)
 
 
 def _padding(suite: Suite, task: str) -> dict[str, int]:
