@@ -121,8 +121,8 @@ class Config(MethodConfig):
     seeds: Seeds = (1,)
     """Student seeds; seed number s learns from teacher seed number s mod len(teacher.seeds)."""
     teachers_from: str | tuple[str, ...] = ""
-    """Run directory, or folder of published teachers, from which existing teachers are reused; or a list of them, the
-    first of which that has a teacher counts. In a recipe, paths are relative to its folder."""
+    """Run directory, or folder of published teachers, from which existing teachers are reused; or a list, of
+    which the first with a teacher counts. In a recipe, paths are relative to its folder."""
     stream: StreamConfig
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     rollouts: RolloutConfig = field(default_factory=RolloutConfig)

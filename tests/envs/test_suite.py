@@ -11,6 +11,7 @@ import torch
 from cpd.config import Config, PPOConfig
 from cpd.config.load import ConfigError, load
 from cpd.envs.goals import Goal
+from cpd.envs.mixture import Mixture
 from cpd.envs.suite import Environment, Returns, Sizes, Suite, SuiteError, load_suite
 from cpd.envs.vector_env import make_vector_env
 from cpd.teachers.ppo import PPOLearner
@@ -148,8 +149,44 @@ def test_suites_are_joined_with_their_own_observations_scaling_and_goals() -> No
             assert envs.observations[row, first : first + len(own)].tobytes() == own.tobytes()
             others = np.delete(scaled[row], range(first, first + len(own)))
             np.testing.assert_allclose(others, 0.0, atol=1e-5)
-    with pytest.raises(SuiteError, match="assembly-v3"):
+    with pytest.raises(SuiteError, match="'assembly-v3'; rename"):
         load_suite("metaworld+metaworld")
+
+
+def test_a_mixture_ends_episodes_of_a_short_horizon_and_uses_batches() -> None:
+    class Brief(Line):
+        tasks = ("brief",)
+        horizon = 2
+
+        def versions(self) -> dict[str, str]:
+            return {"numpy": "0"}
+
+    class Other(Line):
+        batched = True
+
+        def versions(self) -> dict[str, str]:
+            return {"numpy": "1"}
+
+    brief, other = Brief(), Other()
+    brief.name = "brief"
+    other.name = "other"
+    mixture = Mixture([brief, other])
+    assert (mixture.horizon, mixture.tasks) == (4, ("brief", "line", "plane"))
+    assert mixture.versions() == {"numpy": "0", "other numpy": "1"}
+    assert mixture.make_batch("brief", 2) is None
+    with (
+        make_vector_env(["brief", "plane", "plane"], 1, mixture) as envs,
+        make_vector_env(["plane"], 1, other) as own,
+    ):
+        envs.reset([0, 1, 2], [mixture.goal_set(task, "training", 1)[0] for task in envs.tasks])
+        own.reset([0], other.goal_set("plane", "training", 1))
+        assert envs.observations[1].tolist() == [0.0, 0.0, *own.observations[0]]
+        total, seen = np.zeros(3), []
+        for _ in range(mixture.horizon):
+            envs.step(np.ones((3, 2), np.float32))
+            total += envs.rewards
+            seen.append(envs.observations[0].copy())
+    assert total.tolist() == [4.0, 8.0, 8.0] and (seen[1] == seen[3]).all() and (seen[0] != seen[1]).any()
 
 
 def test_a_recipe_names_several_suites_in_a_list() -> None:
