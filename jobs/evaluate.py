@@ -32,6 +32,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--partial", action="store_true", help="evaluate the finished stages of an unfinished student"
     )
     arguments = parser.parse_args(argv)
+    if kind_of(arguments.run_dir) == "results":
+        parser.error(
+            f"{arguments.run_dir} holds published results: name one of {arguments.run_dir / 'students'}/*"
+        )
     if kind_of(arguments.run_dir) == "policy":
         return _evaluate_again(parser.prog, arguments.run_dir)
     command = ElementCommand(parser, arguments, Run.evaluations, partial=arguments.partial)

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cpd.envs.goals import Goal, Split
-from cpd.envs.suite import MAX_GOAL_SIZE, Environment, Expert, Suite
+from cpd.envs.suite import MAX_GOAL_SIZE, Environment, Expert, Sizes, Suite
 from cpd.envs.vector_env import make_vector_env
 
 #: Goals per set that are compared, and episodes with random actions per task.
@@ -56,6 +56,8 @@ def suite_mistakes(suite: Suite) -> list[str]:
             f"streams: {name!r} has {task!r}, which is not in tasks" for task in tasks if task not in suite.tasks
         ]
     for task in suite.tasks:
+        if not isinstance(suite.sizes(task), Sizes):
+            return [*lines, f"sizes: those of {task} are {suite.sizes(task)!r}; return cpd.envs.suite.Sizes"]
         if min(suite.sizes(task)) < 1:
             lines.append(f"sizes: those of {task} are {tuple(suite.sizes(task))}; both must be positive")
     size = max(suite.sizes(task).observation for task in suite.tasks)
@@ -153,7 +155,9 @@ def _run(suite: Suite, env: Environment, goal: Goal, actor: FloatArray | Expert)
         action = np.zeros(sizes.action, np.float32)
         chosen = actor[t] if isinstance(actor, np.ndarray) else actor(observations[t])
         _store(action, np.clip(chosen, -1.0, 1.0), "expert: the action", sizes.action)
-        obs, reward, success = env.step(action)
+        if not isinstance(step := env.step(action), tuple) or len(step) != 3:
+            raise _MistakeError(f"step {t}: {step!r:.200} is not (observation, reward, success)")
+        obs, reward, success = step
         _store(observations[t + 1], obs, f"step {t}: the observation", sizes.observation)
         if np.ndim(reward) or not np.isfinite(reward):
             raise _MistakeError(f"step {t}: the reward {reward!r} is not a finite number")
@@ -164,6 +168,8 @@ def _run(suite: Suite, env: Environment, goal: Goal, actor: FloatArray | Expert)
 
 
 def _store(row: npt.NDArray[np.floating[Any]], values: Any, what: str, size: int) -> None:
+    if isinstance(values, tuple):  # as Gymnasium's reset returns
+        raise _MistakeError(f"{what} is a tuple, not an array")
     if np.shape(values) != (size,):
         raise _MistakeError(f"{what} has shape {np.shape(values)}, but sizes says ({size},)")
     row[:] = values

@@ -127,6 +127,16 @@ class NotANumber(Counter):
         return (np.array([0.0, np.nan]), *super().step(action)[1:])
 
 
+class ResetsLikeGymnasium(Counter):
+    def reset(self, goal: Goal) -> tuple[np.ndarray, dict[str, int]]:  # type: ignore[override]
+        return super().reset(goal), {}
+
+
+class StepsLikeGymnasium(Counter):
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, int]]:  # type: ignore[override]
+        return (*super().step(action), False, {})
+
+
 class AlwaysSucceeds(Counter):
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool]:
         return (*super().step(action)[:2], True)
@@ -144,6 +154,8 @@ class Fails(Counter):
         (Remembers, ["reset must set the whole state"]),
         (WrongShape, ["step 0", "(3,)", "(2,)"]),
         (NotANumber, ["step 0", "NaN", "position 1"]),
+        (ResetsLikeGymnasium, ["reset", "tuple"]),
+        (StepsLikeGymnasium, ["step 0", "(observation, reward, success)"]),
         (AlwaysSucceeds, ["success is True"]),
         (Fails, ["ZeroDivisionError"]),
     ],
@@ -207,6 +219,12 @@ def test_mistakes_in_goals_sizes_and_names_are_named() -> None:
     lines = suite_mistakes(Unscaled())
     assert [line.split(":")[0] for line in lines] == ["tasks", "streams", "scaling", "scaling"]
     assert "cuont" in lines[1]
+
+    class Untyped(Sound):
+        def sizes(self, task: str) -> Sizes:
+            return (2, 1)  # type: ignore[return-value]
+
+    assert [line.split(":")[0] for line in suite_mistakes(Untyped())] == ["sizes"]
 
 
 @pytest.mark.parametrize(
