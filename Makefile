@@ -7,7 +7,7 @@ export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo figures test test-slow test-chaos test-mutations test-slurm test-slurm-slow check format miniature slurm-up slurm-down slurm-demo clean
-.PHONY: bench-env bench-evaluation bench-teacher bench-moe bench-distill bench-scale bench-ddp bench-device bench-dpp bench-slurm
+.PHONY: bench-env bench-evaluation bench-teacher bench-moe bench-distill bench-scale bench-ddp bench-device bench-dpp bench-data bench-stream bench-slurm
 SLURM_STATE ?= /tmp/cpd-slurm-$(shell id -u)
 
 help: ## show the targets
@@ -100,6 +100,12 @@ bench-device: setup ## distillation and acting on the CPU and on CUDA
 
 bench-dpp: setup ## DPP selection against the published algorithm
 	$(PY) -m tests.bench.bench_dpp
+
+bench-data: setup ## shards to tensors against raw reading; memory of a stage of 10 GB
+	$(PY) -m tests.bench.bench_data
+
+bench-stream: setup ## a stream of 500 synthetic tasks against one of 50: step, memory, disk; resumes
+	$(PY) -m tests.bench.bench_stream
 
 bench-slurm: setup ## submitting an array of fifty, and the status of a hundred elements
 	$(PY) -m tests.bench.bench_slurm

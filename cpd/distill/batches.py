@@ -5,7 +5,7 @@ Dimensions: B rows (windows) of the global batch, R rows of this rank, L time st
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -14,9 +14,9 @@ from torch import Tensor
 
 from cpd.comm import Comm
 from cpd.config import DistillConfig
-from cpd.distill.losses import floored_log_std
 from cpd.distill.memory.segments import Segments
 from cpd.distill.stage_data import StageData
+from cpd.distill.step_table import StepTable, to_device
 from cpd.seeding import generator
 from cpd.student.precision import parameter_type
 
@@ -58,12 +58,6 @@ class Batch(NamedTuple):
     if the memory has none."""
 
 
-def to_device(array: npt.NDArray[Any], device: torch.device) -> Tensor:
-    """Copy an array to a device, without waiting for what the device computes."""
-    tensor = torch.from_numpy(array)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
-
-
 class BatchSource:
     """The batches of one stage.
 
@@ -89,27 +83,16 @@ class BatchSource:
         self._config, self._context, self._seed, self._stage, self._comm = config, context, seed, stage, comm
         self._memory_start, self._memory_length = memory.start, memory.length
         tasks = [data, *data.others]
-        # The rows of the table: the steps of the memory, then those of every task.
-        first_row = np.cumsum([memory.num_steps, *(task.num_steps for task in tasks)])
-        starts = [task.window_starts(context) + row for task, row in zip(tasks, first_row[:-1], strict=True)]
-        self._window_start = np.concatenate(starts)
+        self.table = StepTable(memory, tasks, config.std_floor, parameter_type(config.precision), device)
+        first_row = self.table.first_rows[1:]
         self._task_rows, self._task_sizes = first_row[:-1] - first_row[0], np.diff(first_row)
-        self._window_length = np.arange(first_row[0], first_row[-1]) - self._window_start + 1
-        # One table for memory and current data, so that a batch is one gather.
-        sources: list[Segments | StageData] = [memory, *tasks]
-        steps = [np.hstack([s.observations, s.teacher_mean, s.teacher_log_std]) for s in sources]
-        if outputs := memory.student_outputs.shape[1]:
-            kept = [memory.student_outputs, *(np.zeros((task.num_steps, outputs), np.float32) for task in tasks)]
-            steps = [np.hstack(columns) for columns in zip(steps, kept, strict=True)]
-        table = torch.from_numpy(np.concatenate(steps)).to(parameter_type(config.precision))
-        self._columns = [array.shape[1] for array in (data.observations, data.teacher_mean, data.teacher_log_std)]
-        log_std = slice(sum(self._columns[:2]), sum(self._columns))
-        table[:, log_std] = floored_log_std(table[:, log_std], config.std_floor)
-        self._columns += [outputs] if outputs else []
-        self._table = table.to(device)
-        current = [np.full(task.num_steps, task.task) for task in tasks]
-        task_of_row = np.concatenate([np.repeat(memory.task, memory.length), *current])
-        self._task_of_row = torch.from_numpy(task_of_row).to(device)
+        self._first_current = int(first_row[0])
+        # The first row of every episode of the stage's data: windows do not reach into the episode before.
+        self._episode_rows = np.concatenate(
+            [task.offsets[:-1] + row for task, row in zip(tasks, first_row, strict=False)]
+        )
+        self._current_tasks = np.array([task.task for task in tasks])
+        self._memory_tasks = np.repeat(memory.task, memory.length)
         self._num_replayed = 0
         if len(memory):
             self._num_replayed = min(round(config.replay_share * config.batch_size), config.batch_size - 1)
@@ -119,18 +102,14 @@ class BatchSource:
         _, self._group, self._group_sizes = np.unique(memory.task, return_inverse=True, return_counts=True)
         self._group_begins = np.cumsum(self._group_sizes) - self._group_sizes
 
-    @property
-    def observations(self) -> Tensor:
-        """[S, O] raw, of the memory and then of every task of the stage."""
-        return self._table[:, : self._columns[0]]
-
     def windows(self, step: int) -> Windows:
         """The global batch of `step`, rows from memory first."""
         rng = generator(self._seed, "batch", self._stage, step)
         replayed = rng.integers(max(len(self._memory_start), 1), size=self._num_replayed)
         current = self._current_rows(rng, self._config.batch_size - self._num_replayed)
-        start = np.concatenate([self._memory_start[replayed], self._window_start[current]])
-        length = np.concatenate([self._memory_length[replayed], self._window_length[current]])
+        current_start, current_length = self.windows_of(current)
+        start = np.concatenate([self._memory_start[replayed], current_start])
+        length = np.concatenate([self._memory_length[replayed], current_length])
         if not (self._config.rehearsal and self._num_replayed):
             return Windows(start, length)
         group = self._group[replayed]
@@ -145,12 +124,26 @@ class BatchSource:
     def _current_rows(self, rng: np.random.Generator, num_rows: int) -> npt.NDArray[np.int64]:
         """Draw steps of the stage's data; every task is equally likely, whatever its number of steps."""
         if len(self._task_sizes) == 1:
-            rows: npt.NDArray[np.int64] = rng.integers(len(self._window_start), size=num_rows)
+            rows: npt.NDArray[np.int64] = rng.integers(self._task_sizes[0], size=num_rows)
             return rows
         task = rng.integers(len(self._task_sizes), size=num_rows)
         rows = self._task_rows[task]
         rows += np.floor(rng.random(num_rows) * self._task_sizes[task]).astype(np.int64)
         return rows
+
+    def windows_of(self, current: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """First row and length of the windows that end with steps of the stage's data."""
+        last = current + self._first_current
+        episode = np.searchsorted(self._episode_rows, last, side="right") - 1
+        start = np.maximum(last - self._context + 1, self._episode_rows[episode])
+        return start, last - start + 1
+
+    def _tasks_of(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """The tasks of some rows of the table."""
+        tasks = self._current_tasks[np.searchsorted(self.table.first_rows[2:-1], rows, side="right")]
+        is_stored = rows < self._first_current
+        tasks[is_stored] = self._memory_tasks[rows[is_stored]]
+        return tasks
 
     def batch(self, step: int) -> Batch:
         """This rank's rows, `rank::size`, of the global batch of `step`."""
@@ -177,31 +170,30 @@ class BatchSource:
     def sample(self, num_windows: int, purpose: str) -> Batch:
         """This rank's rows of `num_windows` windows of the current task, from the random stream `purpose`."""
         rows = self._current_rows(generator(self._seed, purpose, self._stage), num_windows)
-        return self._gather(Windows(self._window_start[rows], self._window_length[rows]), 0)
+        return self._gather(Windows(*self.windows_of(rows)), 0)
 
     def _gather(self, windows: Windows, num_replayed: int) -> Batch:
         mine = slice(self._comm.rank, None, self._comm.size)
         start_R1, length_R1 = windows.start[mine, None], windows.length[mine, None]
-        device = self._table.device
+        device, dtype = self.table.device, self.table.dtype
         steps_RL = np.minimum(self._position, length_R1 - 1)
-        rows_RL = to_device(start_R1 + steps_RL, device)
-        valid_RL = to_device(self._position < length_R1, device).to(self._table.dtype)
+        rows_RL = start_R1 + steps_RL
+        valid_RL = to_device(self._position < length_R1, device).to(dtype)
         replayed = np.arange(len(windows.start))[mine] < num_replayed
-        gathered = self._table.index_select(0, rows_RL.view(-1)).view(*rows_RL.shape, -1)
-        obs, mean, log_std, *outputs = torch.split(gathered, self._columns, dim=-1)
+        gathered = self.table.take(rows_RL.ravel()).view(*rows_RL.shape, -1)
+        obs, mean, log_std, *outputs = torch.split(gathered, self.table.sizes, dim=-1)
         if windows.mixture is not None:
             partner, weight = windows.mixture
-            others_RL = to_device(partner[mine, None] + steps_RL, device)
-            weight_R11 = to_device(weight[mine, None, None], device).to(self._table.dtype)
-            mixed_in = self._table.index_select(0, others_RL.view(-1))[:, : self._columns[0]]
+            weight_R11 = to_device(weight[mine, None, None], device).to(dtype)
+            mixed_in = self.table.observations((partner[mine, None] + steps_RL).ravel())
             obs = torch.lerp(mixed_in.view_as(obs), obs, weight_R11)
         return Batch(
             obs,
             mean,
             log_std,
             valid_RL,
-            self._task_of_row[rows_RL[:, 0]],
-            to_device(replayed, device).to(self._table.dtype),
+            to_device(self._tasks_of(rows_RL[:, 0]), device),
+            to_device(replayed, device).to(dtype),
             int(windows.length.sum()),
             int(replayed.sum()),
             None if num_replayed else self._only_task,

@@ -15,9 +15,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from cpd.distill.batches import BatchSource, to_device
+from cpd.distill.batches import BatchSource
 from cpd.distill.memory.segments import Segments
 from cpd.distill.stage_data import StageData
+from cpd.distill.step_table import to_device
 from cpd.envs.suite import Spaces, load_suite
 from cpd.seeding import generator
 from cpd.student.network import Student
@@ -95,7 +96,7 @@ class ContrastSource:
         from_all_BJN = is_current_BJ1 & (np.arange(shape[2]) >= shape[2] // 2)
         row_BJN = np.where(from_all_BJN, any_row_BJN, row_BJN)
         weight_BJN = np.where(is_current_BJ1, 1.0, rng.random(shape))
-        noise_BJNO = rng.standard_normal((*shape, self._source.observations.shape[1]), np.float32)
+        noise_BJNO = rng.standard_normal((*shape, len(self._scale_O)), np.float32)
         return self._gather(row_BJN, partner_BJN, weight_BJN, noise_BJNO)
 
     def _gather(
@@ -106,14 +107,14 @@ class ContrastSource:
         noise_BJNO: npt.NDArray[np.float32],
     ) -> Tensor:
         """Mixtures of the observations of two rows, with noise."""
-        table_SO = self._source.observations
+        table = self._source.table
         obs, mixed_in = (
-            table_SO.index_select(0, to_device(rows.ravel(), table_SO.device)).view(noise_BJNO.shape)
-            for rows in (row_BJN, partner_BJN)
+            table.observations(rows.ravel()).view(noise_BJNO.shape) for rows in (row_BJN, partner_BJN)
         )
-        weight = to_device(weight_BJN[..., None], table_SO.device).to(table_SO.dtype)
-        noise_scale = to_device(NOISE * self._scale_O, table_SO.device).to(table_SO.dtype)
-        noise = to_device(noise_BJNO, table_SO.device).to(table_SO.dtype)
+        weight, noise, noise_scale = (
+            to_device(array, table.device).to(table.dtype)
+            for array in (weight_BJN[..., None], noise_BJNO, NOISE * self._scale_O)
+        )
         return torch.lerp(mixed_in, obs, weight).addcmul_(noise, noise_scale)
 
     def refresh_prototypes(self, student: Student) -> None:

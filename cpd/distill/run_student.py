@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
@@ -32,6 +33,8 @@ from cpd.student.network import save_student
 
 #: Episodes per forward pass when a learning curve is evaluated: few, so that several ranks can share them.
 CURVE_CHUNK: Final = 5
+#: Experts a layer up to which also those without tokens are logged: of a long stream's, few have any.
+MAX_LOGGED_EXPERTS: Final = 128
 #: Distillation steps after which ranks agree on whether to stop: seldom, since agreeing costs a collective.
 AGREE_EVERY: Final = 10
 
@@ -95,6 +98,9 @@ class Distillation:
         self.config = element.config
         self.admitted, self.pending = admitted, pending
         self.label = labels(element.config)
+        # A teacher that is not finished may still be admitted.
+        is_expected = (task in admitted or task in pending for task in self.config.stream.tasks)
+        self._stages_before = list(accumulate(is_expected, initial=0))
         self.trainer = StudentTrainer(element.config, element.seed, comm, choose_device(comm))
         self.curves: list[CurveRow] = []
         self._stages_data: dict[str, StageData] = {}
@@ -157,9 +163,7 @@ class Distillation:
 
     def _steps_before(self, stage: int) -> int:
         """Optimisation steps in the stages before `stage`, skipped ones left out."""
-        # A teacher that is not finished may still be admitted.
-        expected = self.admitted.keys() | self.pending
-        return self._num_steps * sum(task in expected for task in self.config.stream.tasks[:stage])
+        return self._num_steps * self._stages_before[stage]
 
     @property
     def _num_steps(self) -> int:
@@ -246,7 +250,11 @@ class Distillation:
         values["memory_steps"] = self.trainer.memory.num_steps
         values |= {f"imitation.{tasks[task]}": value for task, value in by_task.items()}
         for layer, shares in enumerate(shares_LE):
-            values |= {f"expert_share.{layer}.{expert}": share for expert, share in enumerate(shares)}
+            values |= {
+                f"expert_share.{layer}.{expert}": share
+                for expert, share in enumerate(shares)
+                if share or len(shares) <= MAX_LOGGED_EXPERTS
+            }
         task = self.config.stream.tasks[progress.stage]
         self._log(stage=progress.stage, step=progress.step, task=task, **values)
         self._loss = report.loss

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
@@ -17,8 +18,12 @@ from cpd.run.descriptions import Weights, check_identity
 from cpd.run.directory import Run, StudentElement, TeacherElement, identity
 from cpd.run.files import sha256
 from cpd.run.provenance import labels
+from cpd.run.shards.mapped import MappedRows, Rows
 from cpd.run.shards.reader import Rollouts, read_rollouts
 from cpd.run.shards.schema import INDEX_NAME
+
+#: There may be a segment for every step of a stage, and stages larger than memory; memories hold int64.
+SEGMENT_TYPE: Final = np.int32
 
 
 @dataclass(frozen=True)
@@ -29,11 +34,11 @@ class StageData:
     """Position of the task among the stream's distinct ones."""
     offsets: npt.NDArray[np.int64]
     """[E + 1] int64; episode e has steps offsets[e]:offsets[e + 1]."""
-    observations: npt.NDArray[np.float32]
+    observations: Rows
     """[N, O] float32, raw."""
-    teacher_mean: npt.NDArray[np.float32]
+    teacher_mean: Rows
     """[N, A] float32, clipped to [-1, 1] like executed actions."""
-    teacher_log_std: npt.NDArray[np.float32]
+    teacher_log_std: Rows
     """[N, A] float32."""
     others: tuple[StageData, ...] = ()
     """Data of other tasks that the stage distils together with it (protocol `joint`)."""
@@ -51,13 +56,18 @@ class StageData:
         kept = rollouts.episode_success if episodes == "successful" else np.ones(len(lengths), np.bool_)
         if not kept.any():
             kept = np.ones_like(kept)
-        steps = np.repeat(kept, lengths)
+
+        def chosen(rows: Rows) -> Rows:
+            if kept.all():
+                return rows
+            return rows.of_episodes(kept) if isinstance(rows, MappedRows) else rows[np.repeat(kept, lengths)]
+
         return cls(
             tasks.index(rollouts.task),
             np.concatenate([[0], np.cumsum(lengths[kept])]),
-            rollouts.observations[steps],
-            rollouts.teacher_mean[steps],
-            rollouts.teacher_log_std[steps],
+            chosen(rollouts.observations),
+            chosen(rollouts.teacher_mean),
+            chosen(rollouts.teacher_log_std),
         )
 
     @property
@@ -71,23 +81,19 @@ class StageData:
         Args:
             length: steps of a segment; an episode's last one may be shorter. Every step lies in one segment.
         """
-        firsts = [np.arange(begin, end, length) for begin, end in pairwise(self.offsets)]
-        first_step = np.concatenate(firsts).astype(np.int64)
+        firsts = [np.arange(begin, end, length, dtype=SEGMENT_TYPE) for begin, end in pairwise(self.offsets)]
+        first_step = np.concatenate(firsts)
+        opens_episode = np.zeros(len(first_step), np.bool_)
+        opens_episode[np.cumsum([0, *map(len, firsts[:-1])])] = True
         return Segments(
-            np.full(len(first_step), self.task, np.int64),
+            np.broadcast_to(np.int64(self.task), len(first_step)),
             first_step,
-            np.diff(np.append(first_step, self.offsets[-1])),
-            np.isin(first_step, self.offsets[:-1]),
+            np.diff(first_step, append=SEGMENT_TYPE(self.offsets[-1])),
+            opens_episode,
             self.observations,
             self.teacher_mean,
             self.teacher_log_std,
         )
-
-    def window_starts(self, context: int) -> npt.NDArray[np.int64]:
-        """For every step, the first step of the window that ends with it, [N]; not before the episode's start."""
-        steps = np.arange(self.num_steps)
-        episode_start = np.repeat(self.offsets[:-1], np.diff(self.offsets))
-        return np.maximum(steps - context + 1, episode_start)
 
 
 def admitted_teachers(
@@ -140,7 +146,12 @@ def read_stage(run: Run, teacher: TeacherElement, comm: Comm, episodes: EpisodeC
                 f"{teacher.policy} is damaged: it is not the file that {description.name} describes; restore it, "
                 f"or remove {teacher.path} and launch again to train this teacher again"
             )
-    rollouts = read_rollouts(teacher.shards, task=teacher.task, labels=labels(run.config), policy_sha256=policy)
+    for is_turn in (comm.rank == 0, comm.rank > 0):  # one rank first, which remembers the hashes for the others
+        if is_turn:
+            rollouts = read_rollouts(
+                teacher.shards, task=teacher.task, labels=labels(run.config), policy_sha256=policy
+            )
+        comm.barrier()
     digests = comm.gather(sha256(teacher.shards / INDEX_NAME))
     if comm.any(len(set(digests)) > 1):
         raise ValueError(

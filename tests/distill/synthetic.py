@@ -30,6 +30,23 @@ def episode(task: int, number: int, length: int) -> tuple[np.ndarray, np.ndarray
     return (centre + scale * scaled).astype(np.float32), mean.astype(np.float32)
 
 
+def synthetic_episode(task: int, number: int, steps: int) -> Episode:
+    """The same as a recorded episode."""
+    obs, mean = episode(task, number, steps)
+    return Episode(
+        observations=obs,
+        actions=mean,
+        teacher_mean=mean,
+        teacher_raw_mean=mean,
+        teacher_log_std=np.full((steps, 4), -2.0, np.float32),
+        rewards=np.zeros(steps),
+        successes=np.zeros(steps, bool),
+        noise_scale=np.zeros(steps, np.float32),
+        goal_index=number,
+        seed=number,
+    )
+
+
 def stage_data(task: int, num_episodes: int = 12, length: int = 25) -> StageData:
     """Rollouts of the synthetic teacher of `task`; episodes differ in length."""
     lengths = [length - (number % 4) for number in range(num_episodes)]
@@ -56,10 +73,12 @@ def third_stage(config: Config, comm: Comm, device: torch.device) -> StudentTrai
 
 
 def write_teachers(run: Run, element: StudentElement, num_episodes: int = 12, length: int = 25) -> None:
-    """Finished teachers with real shards for every task of the run."""
+    """Finished teachers with real shards for every task of the run that has none yet."""
     label = labels(run.config)
     for index, task in enumerate(run.config.stream.distinct_tasks):
         teacher = run.teacher_of(task, element.seed)
+        if teacher.complete.exists():
+            continue
         attributes = ShardAttributes(
             task=task,
             teacher_recipe=label.teacher_recipe,
@@ -70,24 +89,9 @@ def write_teachers(run: Run, element: StudentElement, num_episodes: int = 12, le
             reward_version=label.reward_version,
             horizon=label.horizon,
             steps_after_success=0,
+            suite=label.suite,
+            suite_versions=label.suite_versions,
         )
-        episodes = []
-        for number in range(num_episodes):
-            steps = length - (number % 4)
-            obs, mean = episode(index, number, steps)
-            episodes.append(
-                Episode(
-                    observations=obs,
-                    actions=mean,
-                    teacher_mean=mean,
-                    teacher_raw_mean=mean,
-                    teacher_log_std=np.full((steps, 4), -2.0, np.float32),
-                    rewards=np.zeros(steps),
-                    successes=np.zeros(steps, bool),
-                    noise_scale=np.zeros(steps, np.float32),
-                    goal_index=number,
-                    seed=number,
-                )
-            )
+        episodes = [synthetic_episode(index, number, length - (number % 4)) for number in range(num_episodes)]
         write_shards(teacher.shards, attributes, episodes, shard_steps=200)
         teacher.complete.touch()

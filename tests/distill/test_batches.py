@@ -13,11 +13,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cpd.comm import SerialComm
-from cpd.config import DistillConfig
+from cpd.config import DistillConfig, MemoryConfig
 from cpd.config.types import EpisodeChoice
 from cpd.distill.batches import BatchSource
+from cpd.distill.contrast import ContrastSource
+from cpd.distill.memory.memory import ReplayMemory
 from cpd.distill.memory.segments import Segments
+from cpd.distill.memory.selection import make_selection
 from cpd.distill.stage_data import StageData
+from cpd.run.shards.mapped import MappedRows
 from cpd.run.shards.reader import Rollouts, read_rollouts
 from cpd.run.shards.writer import write_shards
 from tests.distill.synthetic import stage_data
@@ -62,15 +66,14 @@ def test_ranks_share_the_rows_of_the_global_batch(size, step):
             assert torch.equal(mine, every[rank::size])
 
 
-@settings(max_examples=20, deadline=None)
-@given(context=st.integers(1, 9))
+@pytest.mark.parametrize("context", [1, 4, 9])
 def test_every_step_ends_one_window_that_stays_in_its_episode(context):
-    data = stage_data(0)
-    starts = data.window_starts(context)
+    data, stored = stage_data(0), stage_data(1).segments(4)
+    batches = BatchSource(data, stored, DistillConfig(), context, 1, 2, SerialComm(), torch.device("cpu"))
     episode = np.repeat(np.arange(len(data.offsets) - 1), np.diff(data.offsets))
     last = np.arange(data.num_steps)
-    np.testing.assert_array_equal(episode[starts], episode)
-    length = last - starts + 1
+    starts, length = batches.windows_of(last)
+    np.testing.assert_array_equal(episode[starts - stored.num_steps], episode)
     np.testing.assert_array_equal(length, np.minimum(last - data.offsets[episode] + 1, context))
 
 
@@ -199,3 +202,26 @@ def test_all_episodes_are_distilled_where_none_succeeded_or_if_so_chosen(
 ) -> None:
     data = StageData.from_rollouts(taught(tmp_path, outcomes), [ATTRIBUTES.task], episodes)
     assert data.offsets.tolist() == [0, 3, 7]
+
+
+def test_mapped_rollouts_are_distilled_like_copied_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    copied = taught(tmp_path, [True, False] * 20)
+    monkeypatch.setattr("cpd.run.shards.reader.MAX_COPIED_BYTES", 0)
+    mapped = read_rollouts(tmp_path, task=ATTRIBUTES.task, labels=LABELS)
+    assert isinstance(mapped.observations, MappedRows) and isinstance(copied.observations, np.ndarray)
+    np.testing.assert_array_equal(mapped.observations, copied.observations)
+    memory = stage_data(1).segments(4)
+    sources, memories = [], []
+    for rollouts in (copied, mapped):
+        data = StageData.from_rollouts(rollouts, [ATTRIBUTES.task], "successful")
+        config = DistillConfig(replay_share=0.5, rehearsal=True)
+        batches = BatchSource(data, memory, config, 4, 1, 2, SerialComm(), torch.device("cpu"))
+        sources.append((batches, ContrastSource(batches, data, memory, 1, 2)))
+        chosen = ReplayMemory(make_selection(MemoryConfig(), 1), 40)
+        chosen.offer(data.segments(4))
+        memories.append(chosen.state())
+    (one, one_contrast), (other, other_contrast) = sources
+    for left, right in zip(one.batch(3)[:6], other.batch(3)[:6], strict=True):
+        assert torch.equal(left, right)
+    assert torch.equal(one_contrast.batch(3), other_contrast.batch(3))
+    assert all(torch.equal(tensor, memories[1][name]) for name, tensor in memories[0].items())

@@ -24,7 +24,8 @@ def trained():
 
 def outputs(trainer, data, step: int) -> np.ndarray:
     """The Gaussian's means and log deviations [8] at a step of `data`, with its past."""
-    start = data.window_starts(4)[step]
+    episode = np.searchsorted(data.offsets, step, side="right") - 1
+    start = max(step - 3, data.offsets[episode])
     with torch.no_grad():
         out = trainer.learner.student(torch.from_numpy(data.observations[start : step + 1]).double()[None])
     return torch.cat([out.mean_BLA[0, -1], out.log_std_BLA[0, -1]]).numpy()

@@ -64,7 +64,7 @@ def products(run: Run) -> dict[str, str]:
     """Hashes of everything that counts."""
     files = [
         *(file for teacher in run.teachers() for file in [teacher.policy, teacher.evaluation]),
-        *(file for teacher in run.teachers() for file in teacher.shards.glob("*")),
+        *(file for teacher in run.teachers() for file in teacher.shards.glob("[!.]*")),
         *(file for student in run.students() for file in (student.path / "stages").glob("*.safetensors")),
         *(student.curves for student in run.students()),
         *run.results.glob("evaluations.csv"),

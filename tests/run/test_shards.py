@@ -344,3 +344,24 @@ def test_clearing_removes_the_index_first_and_leaves_other_files(tmp_path: Path)
     clear_shards(tmp_path)
     clear_shards(tmp_path / "nowhere")
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_hashes_are_computed_once_while_the_files_stay_as_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path, [30, 30, 30], shard_steps=40)
+    hashed: list[str] = []
+    monkeypatch.setattr("cpd.run.shards.checked.sha256", lambda path: hashed.append(path.name) or sha256(path))
+    for _ in range(2):
+        read(tmp_path)
+    assert len(hashed) == 4, "a file that has just been written may change again unseen"
+    monkeypatch.setattr("cpd.run.shards.checked.SETTLED_AFTER", -1.0)
+    for _ in range(2):
+        read(tmp_path)
+    assert len(hashed) == 6
+    shard = tmp_path / "shard-00001.h5"
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(ShardError, match=r"shard-00001\.h5"):
+        read(tmp_path)

@@ -44,13 +44,19 @@ class ReplayMemory:
             return
         held = self.segments
         held_steps = held.first_step[held.task == segments.task[0]]
-        new = segments.take(np.flatnonzero(~np.isin(segments.first_step, held_steps)))
+        new = segments
+        if len(held_steps):
+            new = segments.take(np.flatnonzero(~np.isin(segments.first_step, held_steps)))
         if not len(new):
             return
         comm = comm or SerialComm()
         chosen = comm.broadcast(self._selection.choose(held, new, self.budget) if comm.rank == 0 else None)
         assert chosen is not None
-        self.segments = Segments.concatenate([held, new]).take(chosen)
+        # What stays of each, then in the order chosen: the data of the stage may be too large to copy.
+        is_new = chosen >= len(held)
+        order = np.argsort(is_new, kind="stable")
+        stays = [held.take(chosen[~is_new]), new.take(chosen[is_new] - len(held))]
+        self.segments = Segments.concatenate(stays).take(np.argsort(order))
         assert self.num_steps <= self.budget
 
     def state(self) -> dict[str, torch.Tensor]:

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cpd.envs.suite import Sizes, load_suite
+from cpd.run.shards.mapped import Rows
 
 Array = npt.NDArray[Any]
 
@@ -32,11 +33,11 @@ class Segments:
     """[G] int64, steps; at most the student's context."""
     opens_episode: npt.NDArray[np.bool_]
     """[G] bool, whether the first step is its episode's first."""
-    observations: npt.NDArray[np.float32]
+    observations: Rows
     """[S, O] float32, raw."""
-    teacher_mean: npt.NDArray[np.float32]
+    teacher_mean: Rows
     """[S, A] float32, as executed, in [-1, 1]."""
-    teacher_log_std: npt.NDArray[np.float32]
+    teacher_log_std: Rows
     """[S, A] float32."""
     student_outputs: npt.NDArray[np.float32] = field(default_factory=lambda: np.zeros((0, 0), np.float32))
     """[S, 2 A] float32, mean and log deviation of the student of the steps' own stage, for replay that needs them
@@ -71,7 +72,9 @@ class Segments:
     @property
     def start(self) -> npt.NDArray[np.int64]:
         """[G] row of each segment's first step in the arrays per step."""
-        return np.cumsum(self.length) - self.length
+        start = np.cumsum(self.length, dtype=self.length.dtype)
+        start -= self.length
+        return start
 
     def arrays(self) -> dict[str, Array]:
         """The arrays by name; those without columns are left out."""
@@ -85,12 +88,11 @@ class Segments:
 
     def take(self, chosen: npt.NDArray[np.int64]) -> Segments:
         """The segments at the positions `chosen`, in that order."""
-        length = self.length[chosen]
+        length, start = self.length[chosen].astype(np.int64), self.start[chosen]
         # The rows of the chosen segments, one run after another.
-        rows = np.arange(length.sum()) + np.repeat(self.start[chosen] - (np.cumsum(length) - length), length)
-        return Segments(
-            **{name: array[chosen if name in PER_SEGMENT else rows] for name, array in self.arrays().items()}
-        )
+        rows = np.arange(length.sum()) + np.repeat(start - (np.cumsum(length) - length), length)
+        arrays = {name: array[chosen if name in PER_SEGMENT else rows] for name, array in self.arrays().items()}
+        return Segments(**arrays | {"length": length, "first_step": arrays["first_step"].astype(np.int64)})
 
     @staticmethod
     def concatenate(groups: Sequence[Segments]) -> Segments:

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cpd.config import MemoryConfig
-from cpd.distill.memory.dpp import FloatArray, select
+from cpd.distill.memory.dpp import FloatArray, preselect, select
 from cpd.distill.memory.segments import Segments
 from cpd.envs.suite import Spaces, load_suite
 from cpd.seeding import generator
@@ -109,17 +109,31 @@ class DPP(_EqualShares):
         kinds = [np.arange(len(offered))]
         if self._start_share:
             kinds = [np.flatnonzero(offered.opens_episode), np.flatnonzero(~offered.opens_episode)]
-        order = [rows[self._rank(offered.take(rows), budget, draws)] for rows in kinds if len(rows)]
+        order = [self._rank(offered, rows, budget, draws) for rows in kinds if len(rows)]
         return starts_first(offered.opens_episode, np.concatenate(order), self._start_share)
 
-    def _rank(self, offered: Segments, budget: int, draws: np.random.Generator) -> npt.NDArray[np.int64]:
-        most_that_fit = int((np.cumsum(np.sort(offered.length)) <= budget).sum())
-        num_items = min(most_that_fit, MAX_CANDIDATES, len(offered))
+    def _rank(
+        self, offered: Segments, rows: npt.NDArray[np.int64], budget: int, draws: np.random.Generator
+    ) -> npt.NDArray[np.int64]:
+        """The segments `rows`, in order of preference; those that no budget can reach are left out."""
+        # The shortest first: so many segments that all have the least length, then of the next, and so on.
+        most_that_fit, left = 0, budget
+        for length, count in enumerate(np.bincount(offered.length[rows])[1:], start=1):
+            fits = min(int(count), left // length)
+            most_that_fit, left = most_that_fit + fits, left - fits * length
+        num_items = min(most_that_fit, MAX_CANDIDATES, len(rows))
         greedy = np.zeros(0, np.int64)
         if num_items:
-            greedy = select(segment_features(offered, self._spaces), num_items, draws, MAX_CANDIDATES)
-        others = np.setdiff1d(np.arange(len(offered)), greedy)
-        return np.concatenate([greedy, draws.permutation(others)])
+            kept = preselect(len(rows), MAX_CANDIDATES, draws)
+            features = segment_features(offered.take(rows[kept]), self._spaces)
+            greedy = kept[select(features, num_items, draws, MAX_CANDIDATES)]
+        is_left = np.ones(len(rows), np.bool_)
+        is_left[greedy] = False
+        # The one that exceeds the budget counts: it ends the selection.
+        others = np.flatnonzero(is_left).astype(offered.first_step.dtype)  # of a large stage, there are many
+        ranked = np.concatenate([greedy, draws.permutation(others)[: most_that_fit + 1]])
+        kept_rows: npt.NDArray[np.int64] = rows[ranked[: most_that_fit + 1]]
+        return kept_rows
 
 
 SELECTIONS: Final[Mapping[str, Callable[[int, MemoryConfig, Spaces], Selection]]] = {
@@ -144,7 +158,7 @@ def segment_features(segments: Segments, spaces: Spaces | None = None) -> FloatA
     stages are comparable.
     """
     spaces = spaces or load_suite().spaces
-    scaled_SO = (segments.observations.astype(np.float64) - spaces.centre) / spaces.scale
+    scaled_SO = (np.asarray(segments.observations, np.float64) - spaces.centre) / spaces.scale
     sums_GO: FloatArray = np.add.reduceat(scaled_SO, segments.start, axis=0)
     return sums_GO / segments.length[:, None]
 

@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from cpd.distill.batches import Batch, to_device
+from cpd.distill.batches import Batch
 from cpd.distill.learner import StudentLearner
 from cpd.distill.protection.base import Protection
 from cpd.distill.rehearsal import Rehearsal
+from cpd.distill.step_table import to_device
 from cpd.seeding import generator
 from cpd.student.network import StudentOutput
 

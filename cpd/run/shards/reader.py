@@ -1,4 +1,4 @@
-"""Read a teacher's rollouts into contiguous arrays; refuse damaged, missing, stale or foreign shards."""
+"""Read a teacher's rollouts, mapped if they are large; refuse damaged, missing, stale or foreign shards."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ import numpy as np
 import numpy.typing as npt
 
 from cpd.envs.suite import DEFAULT_SUITE, Sizes, load_suite
-from cpd.run.files import sha256
 from cpd.run.provenance import Labels
+from cpd.run.shards.checked import Checked
+from cpd.run.shards.mapped import MAX_COPIED_BYTES, MappedFile, MappedRows, Rows
 from cpd.run.shards.schema import (
     EPISODE_FIELDS,
     INDEX_NAME,
@@ -35,6 +36,8 @@ from cpd.run.shards.schema import (
 class Rollouts:
     """What distillation uses of a teacher's rollouts: N steps in E episodes, in the order of collection.
 
+    Rows stay in the shards, which are mapped, unless all of them are small: do not truncate shards in use.
+
     Attributes:
         task: name of the task.
         observations: [N, O], what the teacher saw before each step.
@@ -45,9 +48,9 @@ class Rollouts:
     """
 
     task: str
-    observations: FloatArray
-    teacher_mean: FloatArray
-    teacher_log_std: FloatArray
+    observations: Rows
+    teacher_mean: Rows
+    teacher_log_std: Rows
     offsets: npt.NDArray[np.int64]
     episode_success: npt.NDArray[np.bool_]
 
@@ -77,8 +80,9 @@ def read_rollouts(folder: Path, *, task: str, labels: Labels, policy_sha256: str
     for path in shard_files(folder):
         if path.name not in listed:
             raise ShardError(f"{path} is stale: {INDEX_NAME} does not list it; remove it, or {remedy(folder)}")
-    for entry in index.shards:
-        _check_file(folder, entry, index)
+    with Checked(folder) as checked:
+        for entry in index.shards:
+            _check_file(folder, entry, index, checked)
     return _read_all(folder, index)
 
 
@@ -108,9 +112,9 @@ def stream_episodes(folder: Path) -> Iterator[Episode]:
     Raises:
         ShardError: if the index or a shard is missing, damaged or foreign.
     """
-    index = read_index(folder)
+    index, checked = read_index(folder), Checked(folder)
     for entry in index.shards:
-        _check_file(folder, entry, index)
+        _check_file(folder, entry, index, checked)
         with _open_shard(folder, entry, index) as file:
             columns = {name: dataset[:] for name, dataset in file.items()}
         for episode in range(entry.num_episodes):
@@ -161,12 +165,12 @@ def _check_labels(path: Path, index: ShardIndex, task: str, labels: Labels, poli
         )
 
 
-def _check_file(folder: Path, entry: ShardEntry, index: ShardIndex) -> None:
+def _check_file(folder: Path, entry: ShardEntry, index: ShardIndex, checked: Checked) -> None:
     """Raise ShardError unless the shard is the one that the index describes."""
     path = folder / entry.file
     if not path.is_file():
         raise ShardError(f"{path} is missing, but {INDEX_NAME} lists it; {remedy(folder)}")
-    if sha256(path) == entry.sha256:
+    if checked.has_hash(path, entry.sha256):
         return
     num_bytes = path.stat().st_size
     if num_bytes < entry.num_bytes:
@@ -199,29 +203,31 @@ def _foreign_label(file: Any, index: ShardIndex) -> str:
 
 
 def _read_all(folder: Path, index: ShardIndex) -> Rollouts:
-    """Concatenate the shards; their hashes have been checked."""
-    sizes = _sizes(index)
-    # Allocated once: concatenating a list of shards would need the memory twice.
-    observations = np.empty((index.num_steps, sizes.observation), np.float32)
-    teacher_mean = np.empty((index.num_steps, sizes.action), np.float32)
-    teacher_log_std = np.empty_like(teacher_mean)
-    episode_success = np.empty(index.num_episodes, np.bool_)
-    offsets = np.zeros(index.num_episodes + 1, np.int64)
-    step, episode = 0, 0
+    """Map the shards, whose hashes have been checked; copy what is small."""
+    fields = ("observations", "teacher_mean", "teacher_log_std")
+    arrays: dict[str, list[FloatArray]] = {name: [] for name in fields}
+    files, offsets, success = [], [np.zeros(1, np.int64)], []
+    first_rows: dict[str, list[npt.NDArray[np.int64]]] = {name: [] for name in fields}
     for entry in index.shards:
-        next_step, next_episode = step + entry.num_steps, episode + entry.num_episodes
         with _open_shard(folder, entry, index) as file:
-            teacher_mean[step:next_step] = file["teacher_mean"][:]
-            teacher_log_std[step:next_step] = file["teacher_log_std"][:]
-            episode_success[episode:next_episode] = file["episode_success"][:]
-            shard_offsets = file["offsets"][:]
-            rows = file["observations"][:]
-        after_last_step = shard_offsets[1:] + np.arange(entry.num_episodes)
-        observations[step:next_step] = np.delete(rows, after_last_step, axis=0)
-        offsets[episode + 1 : next_episode + 1] = shard_offsets[1:] + step
-        step, episode = next_step, next_episode
-    task = index.attributes.task
-    return Rollouts(task, observations, teacher_mean, teacher_log_std, offsets, episode_success)
+            files.append(mapped := MappedFile(folder / entry.file))
+            for name in fields:
+                arrays[name].append(mapped.array(file[name]))
+            begin, success_E = file["offsets"][:], file["episode_success"][:].astype(np.bool_)
+        first_rows["observations"].append(begin[:-1] + np.arange(entry.num_episodes))  # one more row per episode
+        first_rows["teacher_mean"].append(begin[:-1])
+        first_rows["teacher_log_std"].append(begin[:-1])
+        offsets.append(begin[1:] + offsets[-1][-1])
+        success.append(success_E)
+    file_E = np.repeat(np.arange(len(files)), [entry.num_episodes for entry in index.shards])
+    ends = np.concatenate(offsets)
+    rows: list[Rows] = [
+        MappedRows(files, arrays[name], ends, file_E, np.concatenate(first_rows[name])) for name in fields
+    ]
+    if sum(array.nbytes for name in fields for array in arrays[name]) <= MAX_COPIED_BYTES:
+        rows = [np.asarray(mapped) for mapped in rows]
+    observations, mean, log_std = rows
+    return Rollouts(index.attributes.task, observations, mean, log_std, ends, np.concatenate(success))
 
 
 def _check_layout(path: Path, file: Any, entry: ShardEntry, sizes: Sizes) -> None:
