@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Final
 
 import numpy as np
@@ -81,10 +80,13 @@ class StageData:
         Args:
             length: steps of a segment; an episode's last one may be shorter. Every step lies in one segment.
         """
-        firsts = [np.arange(begin, end, length, dtype=SEGMENT_TYPE) for begin, end in pairwise(self.offsets)]
-        first_step = np.concatenate(firsts)
+        counts_E = -(-np.diff(self.offsets) // length)
+        begins_E = np.cumsum(counts_E) - counts_E
+        first_step = np.arange(counts_E.sum(), dtype=SEGMENT_TYPE)
+        first_step *= length
+        first_step += np.repeat((self.offsets[:-1] - begins_E * length).astype(SEGMENT_TYPE), counts_E)
         opens_episode = np.zeros(len(first_step), np.bool_)
-        opens_episode[np.cumsum([0, *map(len, firsts[:-1])])] = True
+        opens_episode[begins_E] = True
         return Segments(
             np.broadcast_to(np.int64(self.task), len(first_step)),
             first_step,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable, Mapping
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -106,34 +106,40 @@ class DPP(_EqualShares):
     def _preference(self, offered: Segments, budget: int) -> npt.NDArray[np.int64]:
         """All segments: first the greedy choice, as far as the budget can need it, then the others at random."""
         draws = generator(self._seed, "dpp", int(offered.task[0]))
-        kinds = [np.arange(len(offered))]
-        if self._start_share:
-            kinds = [np.flatnonzero(offered.opens_episode), np.flatnonzero(~offered.opens_episode)]
-        order = [self._rank(offered, rows, budget, draws) for rows in kinds if len(rows)]
-        return starts_first(offered.opens_episode, np.concatenate(order), self._start_share)
+        opens = offered.opens_episode
+        kinds = [opens, ~opens] if self._start_share else [np.ones_like(opens)]
+        order = [self._rank(offered, kind, budget, draws) for kind in kinds if kind.any()]
+        return starts_first(opens, np.concatenate(order), self._start_share)
 
     def _rank(
-        self, offered: Segments, rows: npt.NDArray[np.int64], budget: int, draws: np.random.Generator
+        self, offered: Segments, kind: npt.NDArray[np.bool_], budget: int, draws: np.random.Generator
     ) -> npt.NDArray[np.int64]:
-        """The segments `rows`, in order of preference; those that no budget can reach are left out."""
-        # The shortest first: so many segments that all have the least length, then of the next, and so on.
-        most_that_fit, left = 0, budget
-        for length, count in enumerate(np.bincount(offered.length[rows])[1:], start=1):
-            fits = min(int(count), left // length)
-            most_that_fit, left = most_that_fit + fits, left - fits * length
+        """The segments of a kind, [G] bool, in order of preference; those that no budget can reach are left out."""
+        # Arrays over the segments of a stage that is larger than memory must be few and small: no int64.
+        rows = np.arange(len(offered), dtype=offered.first_step.dtype)[kind]
+        most_that_fit = num_that_fit(offered.length[rows], budget)
         num_items = min(most_that_fit, MAX_CANDIDATES, len(rows))
         greedy = np.zeros(0, np.int64)
         if num_items:
             kept = preselect(len(rows), MAX_CANDIDATES, draws)
             features = segment_features(offered.take(rows[kept]), self._spaces)
             greedy = kept[select(features, num_items, draws, MAX_CANDIDATES)]
-        is_left = np.ones(len(rows), np.bool_)
-        is_left[greedy] = False
+        others = np.delete(rows, greedy)
+        draws.shuffle(others)
         # The one that exceeds the budget counts: it ends the selection.
-        others = np.flatnonzero(is_left).astype(offered.first_step.dtype)  # of a large stage, there are many
-        ranked = np.concatenate([greedy, draws.permutation(others)[: most_that_fit + 1]])
-        kept_rows: npt.NDArray[np.int64] = rows[ranked[: most_that_fit + 1]]
-        return kept_rows
+        ranked = np.concatenate([rows[greedy], others[: most_that_fit + 1]])
+        return ranked[: most_that_fit + 1].astype(np.int64)
+
+
+def num_that_fit(lengths: npt.NDArray[np.integer[Any]], budget: int) -> int:
+    """The most segments of these lengths [G] that fit into `budget` steps: the shortest first."""
+    parts = np.array_split(lengths, len(lengths) // 2**20 + 1)  # bincount copies to int64
+    counts = sum(np.bincount(part, minlength=int(lengths.max()) + 1) for part in parts)
+    num_fitting, left = 0, budget
+    for length, count in enumerate(np.asarray(counts)[1:], start=1):
+        fits = min(int(count), left // length)
+        num_fitting, left = num_fitting + fits, left - fits * length
+    return num_fitting
 
 
 SELECTIONS: Final[Mapping[str, Callable[[int, MemoryConfig, Spaces], Selection]]] = {
