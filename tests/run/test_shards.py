@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -364,4 +365,22 @@ def test_hashes_are_computed_once_while_the_files_stay_as_they_are(
     content[-1] ^= 1
     shard.write_bytes(content)
     with pytest.raises(ShardError, match=r"shard-00001\.h5"):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize("content", [None, "{", '{"shard-00000.h5": ["0", 1]}', "[]"])
+def test_a_file_of_hashes_that_cannot_be_used_is_ignored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str | None
+) -> None:
+    monkeypatch.setattr("cpd.run.shards.checked.SETTLED_AFTER", -1.0)
+    write(tmp_path, [30])
+    remembered = tmp_path / f".checked-{platform.node()}.json"
+    if content is None:
+        remembered.mkdir()  # neither readable nor writable
+    else:
+        remembered.write_text(content)
+    assert read(tmp_path).num_steps == 30
+    shard = tmp_path / "shard-00000.h5"
+    shard.write_bytes(shard.read_bytes()[:-1])
+    with pytest.raises(ShardError, match="truncated"):
         read(tmp_path)

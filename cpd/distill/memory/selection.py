@@ -114,7 +114,7 @@ class DPP(_EqualShares):
     def _rank(
         self, offered: Segments, kind: npt.NDArray[np.bool_], budget: int, draws: np.random.Generator
     ) -> npt.NDArray[np.int64]:
-        """The segments of a kind, [G] bool, in order of preference; those that no budget can reach are left out."""
+        """The segments of `kind` in order of preference; those that no budget can reach are left out."""
         # Arrays over the segments of a stage that is larger than memory must be few and small: no int64.
         rows = np.arange(len(offered), dtype=offered.first_step.dtype)[kind]
         most_that_fit = num_that_fit(offered.length[rows], budget)

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Final
 
-from cpd.reading import read_for_display
+from cpd.reading import DamagedFileError, read_for_display
 from cpd.run.files import sha256, write_json
 
 #: Seconds: a file that was just changed may be changed again without a new time of modification.
@@ -19,13 +19,13 @@ SETTLED_AFTER: Final = 2.0
 class Checked:
     """The hashes of the shards in a folder, remembered in a hidden file beside them, one for each machine.
 
-    A hash counts while size, time of modification and time of change (of the inode) are those of the file.
-    Where the folder is not writable, hashes are computed again every time.
+    A hash counts while inode, size, time of modification and time of change are those of the file.
+    Where that file cannot be read or written, hashes are computed again every time.
     """
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / f".checked-{platform.node()}.json"
-        self._hashes = read_for_display(self._path, dict[str, tuple[str, int, int, int]], {})
+        self._hashes = read_for_display(self._path, dict[str, tuple[str, int, int, int, int]], {})
         self._is_new = False
 
     def has_hash(self, path: Path, expected: str) -> bool:
@@ -35,7 +35,7 @@ class Checked:
             DamagedFileError: if it is a directory, or a link to a file that does not exist.
         """
         status = path.stat()
-        stamp = status.st_size, status.st_mtime_ns, status.st_ctime_ns
+        stamp = status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
         if self._hashes.get(path.name) == (expected, *stamp):
             return True
         if (computed := sha256(path)) != expected:
@@ -52,5 +52,5 @@ class Checked:
     ) -> None:
         """Remember the hashes that were computed."""
         if self._is_new:
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, DamagedFileError):
                 write_json(self._path, self._hashes, sync=False)
