@@ -70,6 +70,41 @@ def test_the_suite_of_the_documentation_goes_through_the_whole_chain_beside_anot
     assert (run / "figures" / "success_matrix.png").exists()
 
 
+def test_one_student_serves_tasks_of_two_suites_from_published_teachers_of_each(tmp_path: Path) -> None:
+    teachers = ROOT / "analysis" / "results" / "teachers"
+    overrides = [f"--{key}={value}" for key, value in TINY.items()]
+    overrides += [
+        '--stream.tasks=["window-close-v3", "hopper"]',
+        "--teacher.gate=0.6",
+        "--teacher.ppo.steps_per_env=200",
+    ]
+    done = cpd(tmp_path, "launch", "mixed", "--run-dir", "run", *overrides)
+    assert done.returncode == 0, done.stdout + done.stderr
+    run = tmp_path / "run"
+    for task, source in (("window-close-v3", "cw10-rl"), ("hopper", "bodies-rl")):
+        policy = run / "teachers" / task / "seed-1" / "policy.safetensors"
+        assert policy.read_bytes() == (teachers / source / "policies" / f"{task}-seed-1.safetensors").read_bytes()
+        record = json.loads((run / "provenance.json").read_text())["teachers"][f"teachers/{task}/seed-1"]
+        assert record["from"] == source and any(
+            line.startswith("teacher.ppo.") for line in record["other_settings"]
+        )
+    status = json.loads((run / "teachers" / "hopper" / "seed-1" / "status.json").read_text())
+    assert status["measure"] == "normalised return" and "no success measure" in status["message"]
+    with (run / "results" / "evaluations.csv").open() as table:
+        rows = list(csv.DictReader(table))
+    assert {(row["task"], row["suite"]) for row in rows} == {
+        (task, "metaworld+gym-mujoco") for task in ("window-close-v3", "hopper")
+    }
+    teacher = {row["task"]: row for row in rows if row["method"] == "teacher" and row["goal_set"] == "held_out"}
+    assert teacher["window-close-v3"]["successes"] == "2" and float(teacher["hopper"]["normalised_return"]) > 0.5
+    assert cpd(tmp_path, "build", "run", "--publish", "published").returncode == 0
+    (student,) = (tmp_path / "published" / "students").iterdir()
+    done = cpd(tmp_path, "evaluate", str(student))
+    assert done.returncode == 0, done.stdout + done.stderr
+    done = cpd(tmp_path, "export", "run", "onnx", "--output", "onnx")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_check_suite_accepts_the_example_and_names_what_it_cannot_find(tmp_path: Path) -> None:
     (tmp_path / "reaching.py").write_text(SUITE)
     assert cpd(tmp_path, "check-suite", "reaching:Reaching", "--only", "space").returncode == 0
