@@ -18,7 +18,8 @@ from cpd.evaluation.student_measures import Rate, StudentResults
 from cpd.evaluation.summary import MethodMeasures, Summary, summarize, without_students
 from cpd.reading import DamagedFileError, read_for_display
 from cpd.run.progress import read_status
-from cpd.run.tables import TrainingRow, find_table, read_rows
+from cpd.run.table_files import find_table
+from cpd.run.tables import TrainingRow, read_rows
 
 #: A task looks like others if more than this share of its episodes begin nearest to one of another task.
 LOOK_ALIKE_SHARE = 0.05

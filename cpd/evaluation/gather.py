@@ -39,6 +39,7 @@ from cpd.run.directory import Element, Run, RunError, StudentElement, TeacherEle
 from cpd.run.files import remove, write_json, write_text
 from cpd.run.folders import KIND_KEY, collected, kind_of
 from cpd.run.progress import read_metrics, read_status
+from cpd.run.table_files import find_table
 from cpd.run.tables import (
     CurveRow,
     EpisodeRow,
@@ -51,7 +52,6 @@ from cpd.run.tables import (
     TeacherRow,
     TeacherState,
     UsageRow,
-    find_table,
     read_rows,
     write_rows,
 )

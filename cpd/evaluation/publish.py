@@ -21,7 +21,8 @@ from cpd.run.descriptions import Policy, check_identity
 from cpd.run.directory import Run, TeacherElement, identity, published_policy
 from cpd.run.files import copy, remove, sha256, write_json
 from cpd.run.folders import KIND_KEY, kind_of
-from cpd.run.tables import EpisodeRow, EvaluationRow, compress_tables, find_table, read_rows, write_rows
+from cpd.run.table_files import compress_tables, find_table
+from cpd.run.tables import EpisodeRow, EvaluationRow, read_rows, write_rows
 
 #: The files that are copied as they are, since they hold no results of students.
 TABLES = ("config.json", "teachers.csv", "teacher_curves.csv")

@@ -24,6 +24,7 @@ from cpd.evaluation.measures import curve_steps
 from cpd.reading import DamagedFileError, check_shape, read_json
 from cpd.run.directory import RunError
 from cpd.run.provenance import Labels
+from cpd.run.table_files import find_table
 from cpd.run.tables import (
     CurveRow,
     EpisodeRow,
@@ -36,7 +37,6 @@ from cpd.run.tables import (
     TableRow,
     TeacherRow,
     UsageRow,
-    find_table,
     read_rows,
 )
 

@@ -12,7 +12,8 @@ from cpd.reading import read_json
 from cpd.run.directory import Run
 from cpd.run.files import atomic_folder, write_text
 from cpd.run.folders import kind_of
-from cpd.run.tables import EvaluationRow, find_table, read_rows
+from cpd.run.table_files import find_table
+from cpd.run.tables import EvaluationRow, read_rows
 from cpd.run.weights import copy_policy
 
 TAGS: Final = ("reinforcement-learning", "robotics", "meta-world")

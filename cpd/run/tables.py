@@ -4,7 +4,6 @@ Rows that are results carry the labels of their conditions, in the last columns.
 
 Floats are written so that they read back exactly, flags as 1 and 0, and what was not measured as an empty cell.
 A column whose field has a default is absent if no row has another value; tables of earlier versions lack it.
-A published folder may hold a table in compressed form, `<name>.csv.gz`; readers accept both.
 
 The type of a column is also its range, `AtMost` limits it by another column, and `KEY` names the columns in which
 no two rows are equal. `read_rows` checks all of them.
@@ -13,9 +12,7 @@ no two rows are equal. `read_rows` checks all of them.
 from __future__ import annotations
 
 import csv
-import gzip
 import io
-import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import cache, lru_cache
@@ -26,13 +23,12 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar, get_a
 from pydantic import Field, PlainValidator, TypeAdapter, ValidationError
 
 from cpd.config.types import Share, Task
-from cpd.reading import DamagedFileError, decode, read_bytes
-from cpd.run.files import atomic_write, remove, write_text
+from cpd.reading import DamagedFileError
+from cpd.run.files import write_text
 from cpd.run.progress import State
 from cpd.run.provenance import Labels
+from cpd.run.table_files import read_table
 
-#: Bytes from which `compress_tables` compresses a table.
-LARGE_TABLE = 100_000
 #: Beyond it, measures, which are floats, would not be exact.
 LARGEST_INTEGER = 2**53
 
@@ -363,43 +359,6 @@ def _parser(column: str, hint: Any) -> Callable[[str], Any]:
             raise ValueError(f"{column}: {reason} (given: {cell!r})") from None
 
     return parse
-
-
-def _compressed(path: Path) -> Path:
-    return path.with_name(f"{path.name}.gz")
-
-
-def find_table(path: Path) -> Path | None:
-    """Return the file that holds the table `path`, plain or compressed; None if neither exists."""
-    return next((file for file in (path, _compressed(path)) if file.exists() or file.is_symlink()), None)
-
-
-def read_table(path: Path) -> str:
-    """Return the text of the table `path`, plain or compressed.
-
-    Raises:
-        FileNotFoundError: if there is neither form.
-        DamagedFileError: if it cannot be decompressed, or is not UTF-8.
-    """
-    file = find_table(path) or path
-    content = read_bytes(file)
-    if file == path:
-        return decode(content, file)
-    try:
-        return decode(gzip.decompress(content), file)
-    except (OSError, EOFError, zlib.error) as error:
-        raise DamagedFileError(f"{file} is damaged ({error}): restore it, or publish the run again") from None
-
-
-def compress_tables(folder: Path) -> None:
-    """Compress every large table of `folder` and remove its plain form; equal tables give equal bytes."""
-    for path in sorted(folder.glob("*.csv")):
-        if path.stat().st_size < LARGE_TABLE:
-            remove(_compressed(path))  # of an earlier, larger table
-            continue
-        with atomic_write(_compressed(path)) as temporary:
-            temporary.write_bytes(gzip.compress(path.read_bytes(), 9, mtime=0))
-        remove(path)
 
 
 def _columns(kind: type[Any]) -> list[str]:

@@ -14,18 +14,8 @@ from hypothesis import strategies as st
 
 from cpd.envs.metaworld.tasks import ALL_TASKS
 from cpd.reading import DamagedFileError
-from cpd.run.tables import (
-    LARGE_TABLE,
-    LARGEST_INTEGER,
-    EpisodeRow,
-    EvaluationRow,
-    GoalSet,
-    TableRow,
-    compress_tables,
-    find_table,
-    read_rows,
-    write_rows,
-)
+from cpd.run.table_files import LARGE_TABLE, compress_tables, find_table
+from cpd.run.tables import LARGEST_INTEGER, EpisodeRow, EvaluationRow, GoalSet, TableRow, read_rows, write_rows
 
 # Labels are names: text without control characters.
 NAME = st.text(st.characters(exclude_categories=("Cs", "Cc")), max_size=12)
