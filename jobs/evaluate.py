@@ -26,10 +26,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             "mpiexec -n 2 cpd evaluate runs/demo",
             "cpd evaluate runs/cw10 students/moe/seed-2",
             "cpd evaluate analysis/results/cw10-rl/students/cpd-seed-1    # a published student, again",
+            "cpd evaluate --told analysis/results/cw10-rl/students/cpd-seed-1    # what inferring the task costs",
         ],
     )
     parser.add_argument(
         "--partial", action="store_true", help="evaluate the finished stages of an unfinished student"
+    )
+    parser.add_argument(
+        "--told", action="store_true", help="tell a published student the task that it would otherwise infer"
     )
     arguments = parser.parse_args(argv)
     if kind_of(arguments.run_dir) == "results":
@@ -37,7 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"{arguments.run_dir} holds published results: name one of {arguments.run_dir / 'students'}/*"
         )
     if kind_of(arguments.run_dir) == "policy":
-        return _evaluate_again(parser.prog, arguments.run_dir)
+        return _evaluate_again(parser.prog, arguments.run_dir, told=arguments.told)
+    if arguments.told:
+        parser.error(f"--told is for published students, but {arguments.run_dir} is none")
     command = ElementCommand(parser, arguments, Run.evaluations, partial=arguments.partial)
     if command.has_work:
         with command:
@@ -58,13 +64,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     return command.exit_code
 
 
-def _evaluate_again(prog: str, folder: Path) -> int:
+def _evaluate_again(prog: str, folder: Path, *, told: bool) -> int:
     """Evaluate the published student in `folder`; return the exit code."""
     comm = connect()
     try:
         from cpd.evaluation.evaluate_published import evaluate_published
 
-        is_equal = evaluate_published(folder, comm, log if comm.rank == 0 else lambda line: None)
+        is_equal = evaluate_published(folder, comm, log if comm.rank == 0 else lambda line: None, told=told)
     except (ValueError, OSError, ImportError) as error:
         print(f"{prog}: {shortage(error, folder) or error}", file=sys.stderr)
         return EXIT_USAGE

@@ -133,18 +133,28 @@ class TaskwiseActor:
         return np.concatenate(parts)[self._order_B]
 
 
-def load_actor(path: str | Path) -> Actor:
+def load_actor(path: str | Path, *, told: bool = False) -> Actor:
     """The policy of a published student, on the CPU, at the start of an episode.
 
     Args:
         path: the student's folder, or the file of weights of any student.
+        told: whether `reset` tells a student the task that it would otherwise infer.
 
     Raises:
         DamagedFileError: if a file is missing or damaged, or if weights and description do not match.
+        ValueError: if it is to be told, but does not infer the task.
     """
     weights = path if (path := Path(path)).suffix == ".safetensors" else path / "policy.safetensors"
     student = load_student(weights)
-    return make_actor(student, read_json(weights.with_suffix(".json"), StudentStream)["distinct_tasks"])
+    tasks = read_json(weights.with_suffix(".json"), StudentStream)["distinct_tasks"]
+    if not told:
+        return make_actor(student, tasks)
+    if student.config.task_identity != "inferred":
+        raise ValueError(
+            f"{path} cannot be told the task, since its task_identity is {student.config.task_identity!r}: "
+            "leave out --told"
+        )
+    return StudentActor(student, tasks, {task: Plan(index, index) for index, task in enumerate(tasks)})
 
 
 def make_actor(student: Student, tasks: Sequence[str]) -> Actor:

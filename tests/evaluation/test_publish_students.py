@@ -16,7 +16,7 @@ from cpd.reading import DamagedFileError, read_json
 from cpd.run.descriptions import StudentPolicy
 from cpd.run.directory import Run, RunError, identity, published_student
 from cpd.run.files import sha256
-from cpd.student.actor import load_actor
+from cpd.student.actor import StudentActor, load_actor
 from cpd.student.network import save_student
 from jobs.evaluate import main as evaluate
 from tests.conftest import ROOT
@@ -80,7 +80,24 @@ def test_a_published_student_is_evaluated_again(published: Path, capsys: pytest.
     student = published_student(published, "cpd", 1).parent
     assert evaluate([str(student)]) == 1, "its results are made up"
     assert "window-close-v3: 0 of 50 episodes succeed, published 48" in capsys.readouterr().out
+    assert evaluate([str(student), "--told"]) == 0
+    told = capsys.readouterr().out
+    assert "window-close-v3: told the task: 0 of 50 episodes succeed, published 48" in told
+    assert "average performance: told the task: 0.0 %, published 78.7 %" in told
     assert evaluate([str(student.rename(student.with_name("cpd-seed-3")))]) == 2
+
+
+def test_a_student_that_is_told_the_task_acts_as_if_it_had_inferred_it(published: Path) -> None:
+    folder = published_student(published, "cpd", 1).parent
+    obs = observations(6, seed=2).numpy()
+    inferring, told = load_actor(folder), load_actor(folder, told=True)
+    actions = inferring.act(obs)
+    assert isinstance(inferring, StudentActor)
+    believed = [belief.plan_first for belief in inferring.beliefs]
+    told.reset(believed)
+    np.testing.assert_allclose(told.act(obs), actions, atol=1e-6)
+    told.reset([next(task for task in TASKS if task != own) for own in believed])
+    assert np.abs(told.act(obs) - actions).max() > 1e-3
 
 
 def test_damage_is_named_and_nothing_is_lost(
