@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cpd.config import StudentConfig
-from cpd.config.load import load, to_dict
+from cpd.config.load import ConfigError, load, to_dict
 from cpd.config.retired import upgrade
 from cpd.envs.suite import ACTION_CLIP, DEFAULT_SUITE, Spaces, load_suite
 from cpd.reading import DamagedFileError, read_json
@@ -370,7 +370,10 @@ def load_student(path: Path, **expected: Any) -> Student:
             f"{path} was trained with another scaling of observations; distil the student again"
         )
     settings = upgrade({"student": description["student"]})["student"]
-    config = load(StudentConfig, settings, str(description_path))
+    try:
+        config = load(StudentConfig, settings, str(description_path))
+    except ConfigError as error:
+        raise DamagedFileError(f"{error}\nthe file was changed: restore it, or distil the student again") from None
     dtype = getattr(torch, description["dtype"])
     try:
         num_tasks, num_experts = description["num_tasks"], description["num_experts"]

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from cpd.config import StudentConfig
 from cpd.envs.metaworld.scaling import observation_scaling
+from cpd.reading import DamagedFileError
 from cpd.student.actor import StudentActor
 from cpd.student.moe import Route
 from cpd.student.network import Student, load_student, save_student
@@ -252,4 +253,13 @@ class TestFile:
         description["obs_scale"][0] *= 2
         path.with_suffix(".json").write_text(json.dumps(description))
         with pytest.raises(ValueError, match="scaling"):
+            load_student(path)
+
+    def test_refuses_a_setting_that_it_does_not_know(self, tmp_path):
+        path = tmp_path / "a.safetensors"
+        save_student(path, make_student(1), {})
+        description = json.loads(path.with_suffix(".json").read_text())
+        description["student"]["act_"] = description["student"].pop("act")
+        path.with_suffix(".json").write_text(json.dumps(description))
+        with pytest.raises(DamagedFileError, match=r"a\.json.*\n.*act_.*did you mean 'act'"):
             load_student(path)
