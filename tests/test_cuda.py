@@ -20,6 +20,7 @@ from cpd.run.tables import CurveRow, read_rows
 from cpd.student.actor import StudentActor
 from tests.distill.synthetic import stage_data, write_teachers
 from tests.distill.test_trainer import SHORT, make_short, through_a_file, train
+from tests.mpi import distill_ranks
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device is visible")
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
@@ -84,3 +85,16 @@ def test_a_student_element_trains_and_acts_in_real_environments(make_run) -> Non
     losses = [line for line in map(json.loads, element.metrics.open()) if "step" in line]
     assert np.isfinite([line["loss"] for line in losses]).all()
     assert losses[-1]["imitation"] < losses[0]["imitation"]
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="two ranks need two CUDA devices")
+@pytest.mark.parametrize("method", ["ours", "plain"])
+def test_two_ranks_sum_by_nccl(mpi, tmp_path, method: str) -> None:
+    arguments = ("-m", "tests.mpi.distill_ranks", "nccl", "train", str(tmp_path), method)
+    result = mpi(2, *arguments, timeout=280, CPD_RANKS="2")
+    assert result.returncode == 0, result.stderr
+    alone = distill_ranks.train(SerialComm(), method)
+    first, second = (np.load(tmp_path / f"{method}-{rank}.npz") for rank in range(2))
+    np.testing.assert_array_equal(first["values"], second["values"])
+    np.testing.assert_allclose(first["losses"], alone["losses"], rtol=1e-6)
+    np.testing.assert_allclose(first["values"], alone["values"], rtol=1e-6, atol=1e-8)

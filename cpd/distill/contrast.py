@@ -1,7 +1,7 @@
 """Training data of the task embedding (observations of several tasks, in equal shares) and prototypes.
 
 The batch of a step is small and the same on every rank. Every rank processes all of it: the loss is not a mean
-over samples, so dividing the batch would take communication.
+over samples, so dividing the batch takes a gather of embeddings, which costs more than it saves (docs/slurm.md).
 
 Dimensions: J tasks in a batch, N observations of each, S stored steps, O observation size, B steps of a block.
 """

@@ -1,6 +1,6 @@
 """All parameters as views of one flat vector, and AdamW on that vector.
 
-With one vector, a step takes one all-reduce, and clipping, masks and penalties are vector operations.
+With one vector, ranks sum one buffer, and clipping, masks and penalties are vector operations.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from cpd.comm import Comm
 from cpd.student.stack import Stack
 
 BETAS: Final = (0.9, 0.999)
@@ -33,6 +32,7 @@ class FlatParameters:
         shapes: by name, the shape of a parameter.
         trainable: the slices of `values` that are not frozen, in order; adjacent slices are merged. `grads` holds
             their gradients in this order.
+        leaves: the tensors whose gradients are views of `grads`, in order.
         mask: the argument of `freeze`.
     """
 
@@ -53,8 +53,8 @@ class FlatParameters:
             self.slots[name] = slot
             start += size
         self._parameters = parameters
+        self.leaves: list[Tensor] = []
         self._stacks = {f"{name}.stack": of for name, of in module.named_modules() if isinstance(of, Stack)}
-        self._staging: Tensor | None = None
         self.freeze(None)
 
     @property
@@ -105,6 +105,7 @@ class FlatParameters:
             if not size:
                 continue
             leaf.grad = self.grads[start : start + size].view(leaf.shape)
+            self.leaves.append(leaf)
             start += size
             if self.trainable and self.trainable[-1].stop == part.start:  # fewer, longer slices for the optimiser
                 part = slice(self.trainable.pop().start, part.stop)
@@ -129,24 +130,12 @@ class FlatParameters:
         self.mask, self._parameters, self._stacks = None, {}, {}
 
     def _release_grads(self) -> None:
-        self.grads, self._staging = self.values.new_empty(0), None
+        self.grads = self.values.new_empty(0)
+        self.leaves = []
         for parameter in self._parameters.values():
             parameter.grad = None
         for stack in self._stacks.values():
             stack.trained = None
-
-    def reduce_grads(self, comm: Comm) -> None:
-        """Sum `grads` over ranks, in place; a collective."""
-        if comm.size == 1:
-            return
-        if self.grads.device.type == "cpu":
-            comm.all_reduce_sum(self.grads.numpy())
-            return
-        if self._staging is None:  # pinned host memory, since MPI cannot read device memory
-            self._staging = torch.empty(self.grads.shape, dtype=self.grads.dtype, pin_memory=True)
-        self._staging.copy_(self.grads)
-        comm.all_reduce_sum(self._staging.numpy())
-        self.grads.copy_(self._staging)
 
     def clip_grads(self, max_norm: float) -> Tensor:
         """Scale `grads` down to Euclidean norm `max_norm` if its norm is greater; returns the original norm."""

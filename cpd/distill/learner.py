@@ -18,6 +18,7 @@ from cpd.distill.flat import AdamW, FlatParameters
 from cpd.distill.growth import GrowthDecision
 from cpd.distill.losses import LOSSES, load_balance_loss, router_z_loss
 from cpd.distill.memory.segments import Segments
+from cpd.distill.reduction import choose_backend, make_reduction
 from cpd.distill.stage_data import StageData
 from cpd.seeding import derive
 from cpd.student.network import Student, StudentOutput
@@ -70,12 +71,14 @@ class StudentLearner:
         flat: its parameters and gradients as flat vectors.
         optimizer: AdamW on `flat`.
         progress: the position in the stream.
+        reduction: sums gradients over ranks.
         has_action_KA: bool, which components of an action each distinct task has; None if all have all.
     """
 
     def __init__(self, config: Config, seed: int, comm: Comm, device: torch.device) -> None:
         """Draw the initial weights, the same on every rank."""
         self.config, self.seed, self.comm, self.device = config, seed, comm, device
+        self.reduction = make_reduction(comm, device, choose_backend(comm, device))
         self.progress = Progress()
         self._source: BatchSource | None = None
         self._contrast: ContrastSource | None = None
@@ -184,9 +187,7 @@ class StudentLearner:
         total = total + config.contrast_coef * contrastive
         if (term := added(out)) is not None:
             total = total + term
-        self.flat.grads.zero_()
-        total.backward()  # type: ignore[no-untyped-call]
-        self.flat.reduce_grads(self.comm)
+        self.reduction.backward(total, self.flat)
         counts_LE = torch.stack([stats.counts_E for stats in out.stats])
         return LossTerms(
             distance_RL.detach(), balance.detach(), router_z.detach(), contrastive.detach(), counts_LE
@@ -213,10 +214,7 @@ class StudentLearner:
         if not self.student.chooses_experts:
             return self.flat.values.new_full((), 1.0 / self.comm.size)
         counts_LE = torch.stack([stats.counts_E for stats in out.stats])
-        if self.comm.size > 1:
-            totals_LE = counts_LE.cpu()
-            self.comm.all_reduce_sum(totals_LE.numpy())
-            counts_LE = totals_LE.to(self.device)
+        self.reduction.sum(counts_LE)
         shares_LE = counts_LE / (batch.num_tokens * self.config.student.top_k)
         return load_balance_loss(
             torch.stack([stats.prob_sums_E for stats in out.stats]),

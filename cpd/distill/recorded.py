@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Final, cast
 
@@ -31,7 +32,7 @@ class RecordedUpdate:
 
     A recording holds the addresses of all tensors, so the update must not use any that is new in every step, other
     than its arguments. It is recorded anew when the frozen parameters or the shapes of the arguments change. If it
-    cannot be recorded, every step runs operation by operation.
+    cannot be recorded, every step runs operation by operation, and a warning names the reason.
     """
 
     def __init__(
@@ -69,8 +70,13 @@ class RecordedUpdate:
             static = Batch(*fields[:-2])  # type: ignore[arg-type]
             try:
                 self._recording = self._record(lambda: self._update(static, *fields[-2:]))  # type: ignore[arg-type]
-            except RuntimeError:
+            except RuntimeError as error:
                 self.is_possible = False
+                reason = str(error).partition("\n")[0]
+                warnings.warn(
+                    f"a step runs operation by operation, since CUDA cannot record it: {reason}",
+                    stacklevel=2,
+                )
                 return self._update(batch, contrast, lr)
         for copy, tensor in zip(self._inputs, tensors, strict=True):
             copy.copy_(tensor)

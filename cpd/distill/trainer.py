@@ -119,7 +119,7 @@ class StudentTrainer:
         # communication and optimiser steps.
         learner.flat.freeze(self.protection.update_mask(learner))
         assert learner.flat.trainable
-        # With several ranks, the host sums the gradients within the step.
+        # Several ranks sum within the step: MPI on the host, and NCCL was not tried in a recording.
         if learner.device.type == "cuda" and learner.comm.size == 1 and not self.protection.DRAWS:
             self._run_update = RecordedUpdate(self._update, learner.flat)
         return decisions
@@ -220,8 +220,8 @@ class StudentTrainer:
     def _update(self, batch: Batch, contrast: Tensor | None, lr: Tensor) -> tuple[LossTerms, Tensor]:
         """The update from a batch; returns the terms of the loss and the norm of the gradient.
 
-        On one rank, the same operations on tensors of the same shapes in every step of a stage: a GPU can be given
-        them without waiting for their results. With several ranks it waits for the reduction of the gradient.
+        The same operations on tensors of the same shapes in every step of a stage: a GPU can be given them without
+        waiting for their results. Only where MPI sums the gradients of several ranks, the host waits for them.
         """
         if self._rehearsal is not None:
             with mixed_precision(self.learner.device, self.config.distill.precision):

@@ -123,7 +123,7 @@ def main() -> None:
         "step": median_milliseconds(trainer.train_step),
         "batch": median_milliseconds(lambda: source.batch(1)),
         "forward": median_milliseconds(forward),
-        "reduce": median_milliseconds(lambda: trainer.learner.flat.reduce_grads(comm)),
+        "reduce": median_milliseconds(lambda: trainer.learner.reduction.sum(trainer.learner.flat.grads)),
         "update": median_milliseconds(lambda: trainer.learner.optimizer.step(0.0)),
         "act, 5 episodes": median_milliseconds(lambda: actor.act(obs_BO)),
     }

@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import nn
 
-from cpd.comm import SerialComm
 from cpd.distill.flat import AdamW, FlatParameters
 from cpd.student.stack import Stack
 
@@ -163,14 +162,6 @@ def test_state_comes_back():
         backward(module_, 9)
         optimizer_.step(0.01)
     assert torch.equal(flat.values, twin_flat.values)
-
-
-def test_reducing_on_one_rank_changes_nothing():
-    flat = FlatParameters(Growing())
-    flat.grads.normal_()
-    summed = flat.grads.clone()
-    flat.reduce_grads(SerialComm())
-    assert torch.equal(flat.grads, summed)
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])

@@ -87,8 +87,13 @@ def test_what_cannot_be_recorded_runs_operation_by_operation() -> None:
         raise RuntimeError("operation not permitted when stream is capturing")
 
     other._run_update = update = RecordedUpdate(other._update, other.learner.flat, refuse)
-    for _ in range(WARM_UP + 1):
+    for _ in range(WARM_UP):
         wanted.train_step()
         other.train_step()
+    with pytest.warns(UserWarning, match="operation not permitted when stream is capturing") as warned:
+        for _ in range(2):
+            wanted.train_step()
+            other.train_step()
+    assert len(warned) == 1
     assert not update.is_possible
     assert torch.equal(wanted.learner.flat.values, other.learner.flat.values)

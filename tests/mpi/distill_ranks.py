@@ -1,27 +1,39 @@
-"""What the ranks of tests/mpi/test_distill_mpi.py run: `distill_ranks train FOLDER` or `run RUN COUNT`."""
+"""What the ranks of tests/mpi/test_distill_mpi.py run.
+
+`distill_ranks BACKEND train FOLDER METHOD...`, `BACKEND run RUN COUNT`, or `BACKEND fail RUN HOW`.
+"""
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
-from cpd.comm import Comm, connect
+from cpd.comm import Comm, choose_device, connect
 from cpd.config import Config
 from cpd.config.load import load, merge
+from cpd.distill import learner as learner_module
+from cpd.distill import reduction
 from cpd.distill import run_student as run_student_module
+from cpd.distill.learner import LossTerms, StudentLearner
 from cpd.distill.protection import ewc, masking
 from cpd.distill.run_student import run_student
 from cpd.distill.trainer import StudentTrainer
 from cpd.run.directory import Run
 from cpd.run.interrupt import Interrupt, InterruptedBySignal
 from cpd.run.progress import cpu_seconds
+from jobs.distill import main as distill
 from tests.distill.synthetic import stage_data
 
+CPU = torch.device("cpu")
 TABLES = {
     "name": "ranks",
     "stream": {"tasks": ["drawer-close-v3", "handle-press-side-v3", "window-close-v3"]},
@@ -83,11 +95,11 @@ METHODS = {
 
 @patch.object(ewc, "FISHER_WINDOWS", 20)
 @patch.object(masking, "FISHER_WINDOWS", 20)
-def train(comm: Comm, method: str = "ours") -> dict[str, np.ndarray]:
+def train(comm: Comm, method: str = "ours", device: torch.device = CPU) -> dict[str, np.ndarray]:
     """The steps of three stages; the importance of parameters is estimated from few states, for speed."""
     torch.set_num_threads(1)
     tables = merge(TABLES, METHODS[method])
-    trainer = StudentTrainer(load(Config, tables, "ranks"), 1, comm, torch.device("cpu"))
+    trainer = StudentTrainer(load(Config, tables, "ranks"), 1, comm, device)
     losses, norms = [], []
     for stage in range(3):
         data = stage_data(stage)
@@ -100,7 +112,7 @@ def train(comm: Comm, method: str = "ours") -> dict[str, np.ndarray]:
             norms.append(report.grad_norm)
         trainer.end_stage(data)
     return {
-        "values": trainer.learner.flat.values.numpy(),
+        "values": trainer.learner.flat.values.cpu().numpy(),
         "losses": np.array(losses),
         "norms": np.array(norms),
         "max_norm": np.array(trainer.config.distill.max_grad_norm),
@@ -121,15 +133,38 @@ class AskedAfter(Interrupt):
         return self._count < 0
 
 
+def fail(run: Run, how: str) -> int:
+    """Distil as the command does; the last rank fails in a step, before it sums its gradient."""
+    learn, comm = StudentLearner.gradient, connect()
+
+    def gradient(learner: StudentLearner, *arguments: Any) -> LossTerms:
+        if learner.progress.step == 5 and comm.rank == comm.size - 1:
+            if how == "killed":
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise ArithmeticError("this rank alone fails")
+        return learn(learner, *arguments)
+
+    with patch.object(StudentLearner, "gradient", gradient):
+        return distill([str(run.root)])
+
+
 def main() -> int:
     comm = connect()
-    if sys.argv[1] == "train":
-        for method in METHODS:
-            np.savez(Path(sys.argv[2]) / f"{method}-{comm.rank}.npz", **train(comm, method))
+    backend, verb, place, *arguments = sys.argv[1:]
+    # Small buckets, of which a step has several.
+    patch.object(learner_module, "choose_backend", lambda comm, device: backend).start()
+    patch.object(reduction, "BUCKET_BYTES", 4096).start()
+    if verb == "train":
+        device = choose_device(comm) if backend == "nccl" else CPU
+        for method in arguments:
+            np.savez(Path(place) / f"{method}-{comm.rank}.npz", **train(comm, method, device))
+        assert dist.is_initialized() == (backend != "mpi")
         return 0
-    run = Run(Path(sys.argv[2]))
+    run = Run(Path(place))
+    if verb == "fail":
+        return fail(run, arguments[0])
     # Only the last rank is asked, as when a signal reaches one process.
-    interrupt = AskedAfter(int(sys.argv[3])) if comm.rank == comm.size - 1 else Interrupt()
+    interrupt = AskedAfter(int(arguments[0])) if comm.rank == comm.size - 1 else Interrupt()
     run_student_module.AGREE_EVERY = 1
     try:
         run_student(run, run.students()[0], comm, interrupt=interrupt, log=lambda line: None)

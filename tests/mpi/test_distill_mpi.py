@@ -17,6 +17,9 @@ from tests.distill.synthetic import write_teachers
 from tests.mpi import distill_ranks
 
 SCRIPT = ("-m", "tests.mpi.distill_ranks")
+#: Methods whose steps sum in different ways: frozen experts and importance; the balance of experts within the
+#: forward pass; parameters that freeze within a stage; two gradients a step.
+IN_BUCKETS = ["ours", "plain", "packnet", "agem"]
 #: Tables of a run without environments: stages of 40 steps in float64, checked after every step.
 QUICK = {
     "stream": {"horizon": 60},
@@ -46,18 +49,24 @@ def succeed(result) -> None:
 
 @pytest.fixture(scope="module")
 def on_two_ranks(mpi, tmp_path_factory):
-    """The folder of what two ranks trained, by every method: one start of MPI for all."""
-    folder = tmp_path_factory.mktemp("ranks")
-    succeed(mpi(2, *SCRIPT, "train", str(folder), timeout=280, CPD_RANKS="2"))
-    return folder
+    """The folders of what two ranks trained, by backend: one start of MPI for all methods."""
+
+    def trained(backend: str, methods: list[str]):
+        if backend not in folders:
+            folders[backend] = tmp_path_factory.mktemp(backend)
+            arguments = ("train", str(folders[backend]), *methods)
+            succeed(mpi(2, *SCRIPT, backend, *arguments, timeout=280, CPD_RANKS="2"))
+        return folders[backend]
+
+    folders = {}
+    return trained
 
 
-@pytest.mark.parametrize("method", distill_ranks.METHODS)
-def test_two_ranks_train_the_student_that_one_trains(on_two_ranks, method):
+def compare_with_one_rank(folder, method: str) -> None:
     alone = distill_ranks.train(SerialComm(), method)
     clipped = (alone["norms"] > alone["max_norm"]).mean()
     assert clipped > 0.2 and (clipped < 1.0 or method != "ours"), "clipping should be on in part of the steps"
-    first, second = (np.load(on_two_ranks / f"{method}-{rank}.npz") for rank in range(2))
+    first, second = (np.load(folder / f"{method}-{rank}.npz") for rank in range(2))
     np.testing.assert_array_equal(first["values"], second["values"])
     assert len(alone["losses"]) == (135 if method == "ours" else 60)
     np.testing.assert_allclose(first["losses"], alone["losses"], rtol=1e-8)
@@ -66,7 +75,18 @@ def test_two_ranks_train_the_student_that_one_trains(on_two_ranks, method):
     np.testing.assert_array_equal(first["memory"], alone["memory"])
 
 
-def test_ranks_stop_together_and_another_number_resumes(mpi, make_student_run, monkeypatch):
+@pytest.mark.parametrize("method", distill_ranks.METHODS)
+def test_two_ranks_train_the_student_that_one_trains(on_two_ranks, method):
+    compare_with_one_rank(on_two_ranks("mpi", list(distill_ranks.METHODS)), method)
+
+
+@pytest.mark.parametrize("method", IN_BUCKETS)
+def test_buckets_of_torch_distributed_train_the_same_student(on_two_ranks, method):
+    compare_with_one_rank(on_two_ranks("gloo", IN_BUCKETS), method)
+
+
+@pytest.mark.parametrize("backend", ["mpi", "gloo"])
+def test_ranks_stop_together_and_another_number_resumes(mpi, make_student_run, monkeypatch, backend):
     monkeypatch.setattr(run_student_module, "AGREE_EVERY", 1)
     straight = make_student_run("straight")
     run_student(straight, straight.students()[0], SerialComm(), interrupt=Interrupt(), log=lambda line: None)
@@ -79,7 +99,7 @@ def test_ranks_stop_together_and_another_number_resumes(mpi, make_student_run, m
                     run, element, SerialComm(), interrupt=distill_ranks.AskedAfter(count), log=lambda line: None
                 )
         else:
-            result = mpi(ranks, *SCRIPT, "run", str(run.root), str(count), CPD_RANKS=str(ranks))
+            result = mpi(ranks, *SCRIPT, backend, "run", str(run.root), str(count), CPD_RANKS=str(ranks))
             assert result.returncode == code, result.stderr
         assert element.complete.exists() == (code == 0)
         record = read_status(element.status)
@@ -103,6 +123,18 @@ def test_a_failure_on_one_rank_ends_all_of_them(mpi, make_student_run):
     assert result.returncode != 0
     assert "shard-00000.h5" in result.stderr
     assert not run.students()[0].complete.exists()
+
+
+@pytest.mark.parametrize("how", ["raises", "killed"])
+@pytest.mark.parametrize("backend", ["mpi", "gloo"])
+def test_a_failure_within_a_step_ends_all_ranks(mpi, make_student_run, backend, how):
+    run = make_student_run("failing")
+    result = mpi(2, *SCRIPT, backend, "fail", str(run.root), how, CPD_RANKS="2", timeout=60)
+    assert result.returncode != 0
+    assert not run.students()[0].complete.exists()
+    if how == "raises":
+        assert "this rank alone fails" in result.stderr
+        assert read_status(run.students()[0].status).state == "failed"
 
 
 def test_missing_ranks_are_refused(mpi, make_student_run):

@@ -104,9 +104,6 @@ def _mean_over_states(
             flat.grads.zero_()
             scalar.backward(retain_graph=True)  # type: ignore[no-untyped-call]
             total.addcmul_(flat.grads, factor(flat.grads), value=1.0 / num_windows)
-    # `grads` carries the sum over ranks, since it can be reduced from any device.
-    flat.grads.copy_(total)
-    flat.reduce_grads(comm)
-    total.copy_(flat.grads)
     flat.grads.zero_()
+    learner.reduction.sum(total)
     return total
