@@ -40,6 +40,26 @@ def test_tolerance_refuses_what_the_original_refuses(bounds, margin):
         fast_math.long_tail(0.5, *bounds, margin)
 
 
+@given(
+    st.floats(0, 1),
+    st.floats(0, 1) | st.sampled_from([0, 1, 5e-324, 1e-310]),
+    st.sampled_from([float, np.float64, np.float32]),
+    st.sampled_from([float, np.float64, np.float32]),
+)
+def test_hamacher_product(a, b, of_a, of_b):
+    a, b = of_a(a), b if isinstance(b, int) else of_b(b)
+    with np.errstate(all="ignore"):
+        expected, got = reward_utils.hamacher_product(a, b), fast_math.hamacher_product(a, b)
+    assert expected == got and type(expected) is type(got)
+
+
+@pytest.mark.parametrize("other", [-0.1, 1.5, np.float64(2.0), float("nan")])
+def test_hamacher_product_refuses_what_the_original_refuses(other):
+    for function in (reward_utils.hamacher_product, fast_math.hamacher_product):
+        with pytest.raises(ValueError):
+            function(0.5, other)
+
+
 @given(st.lists(numbers, min_size=4, max_size=4).filter(lambda q: np.linalg.norm(q) > 1e-6))
 def test_rotation(quaternion):
     matrix = np.empty(9)

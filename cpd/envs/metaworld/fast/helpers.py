@@ -20,6 +20,7 @@ from scipy.spatial.transform import Rotation
 _stock_norm: Final = np.linalg.norm
 _stock_hstack: Final = np.hstack
 _stock_tolerance: Final = reward_utils.tolerance
+_stock_hamacher_product: Final = reward_utils.hamacher_product
 _float64: Final = np.dtype(np.float64)
 _FLOATS: Final = frozenset((float, np.float64))
 _NUMBERS: Final = frozenset((float, np.float64, int))
@@ -51,14 +52,15 @@ def tolerance(
         or margin < 0
     ):
         return _stock_tolerance(x, bounds, margin, sigmoid, value_at_margin)
-    if lower <= x <= upper:
+    value, width = float(x), float(margin)  # Python's arithmetic on its own numbers takes half of the time
+    if lower <= value <= upper:
         return 1.0
-    if margin == 0:
+    if width == 0:
         return 0.0
     if sigmoid == "long_tail":
-        return long_tail(x, lower, upper, margin)
+        return long_tail(value, lower, upper, width)
     if sigmoid == "gaussian":
-        distance = float((lower - x if x < lower else x - upper) / margin)
+        distance = (lower - value if value < lower else value - upper) / width
         try:
             # NumPy's exp and the C library's differ in the last bit.
             return float(np.exp(-0.5 * (distance * _GAUSSIAN_SCALE) ** 2))
@@ -78,6 +80,20 @@ def long_tail(x: float, lower: float, upper: float, margin: float) -> Any:
         return 1 / ((distance * _LONG_TAIL_SCALE) ** 2 + 1)
     except OverflowError:  # Python's power raises where NumPy's returns infinity
         return _stock_tolerance(x, (lower, upper), margin, "long_tail")
+
+
+def hamacher_product(a: Any, b: Any) -> Any:
+    """`metaworld.utils.reward_utils.hamacher_product`; two float64 numbers of any kind get Python's arithmetic."""
+    kinds = type(a), type(b)
+    if not _FLOATS.issuperset(kinds):
+        return _stock_hamacher_product(a, b)
+    first, second = float(a), float(b)
+    product = first * second
+    denominator = first + second - product
+    if not (0.0 <= first <= 1.0 and 0.0 <= second <= 1.0 and denominator > 0.0 and product <= denominator):
+        return _stock_hamacher_product(a, b)
+    # Of Meta-World's type, which decides that of later sums with float32 numbers.
+    return np.float64(product / denominator) if np.float64 in kinds else product / denominator
 
 
 def norm(x: Any, ord: Any = None, axis: Any = None, keepdims: bool = False) -> Any:
@@ -159,8 +175,9 @@ def _with(module: types.ModuleType, **replacements: Any) -> types.ModuleType:
 #: Replacements in the globals of rebound functions, by the identity of the original.
 _REPLACEMENTS: Final = {
     id(np): _with(np, linalg=_with(np.linalg, norm=norm), clip=clip, hstack=hstack),
-    id(reward_utils): _with(reward_utils, tolerance=tolerance),
+    id(reward_utils): _with(reward_utils, tolerance=tolerance, hamacher_product=hamacher_product),
     id(_stock_tolerance): tolerance,
+    id(_stock_hamacher_product): hamacher_product,
     id(Rotation): FastRotation,
 }
 
@@ -196,6 +213,9 @@ def first_inexact_helper() -> str | None:
         }
         if tolerance(x, **settings) != _stock_tolerance(x, **settings):
             return "tolerance"
+        a, b = generator.uniform(size=2)
+        if hamacher_product(a, b) != _stock_hamacher_product(a, b):
+            return "hamacher_product"
         vector = generator.normal(size=2 + i % 3)
         if norm(vector) != _stock_norm(vector):
             return "norm"

@@ -15,9 +15,8 @@ import mujoco
 import numpy as np
 import numpy.typing as npt
 from metaworld.sawyer_xyz_env import SawyerXYZEnv
-from metaworld.utils.reward_utils import hamacher_product
 
-from cpd.envs.metaworld.fast.helpers import clip_ufunc, length, long_tail
+from cpd.envs.metaworld.fast.helpers import clip_ufunc, hamacher_product, length, long_tail
 from cpd.envs.metaworld.fast.rendering import RenderModel
 from cpd.envs.metaworld.fast.resets import MAX_CACHED_RESETS, RESET_CACHE, Attributes, ResetState
 from cpd.envs.metaworld.registry import SharedModel, shared_model
