@@ -26,6 +26,8 @@ class FlatParameters:
     Frozen parameters (see `freeze`) take no part in training. They have no place in `grads`, so that everything
     that is reduced and clipped is contiguous. G equals P if none is frozen.
 
+    `grads` takes memory from its first use after `freeze` on, since growth needs none.
+
     Attributes:
         names: names of parameters in the order of the vector.
         slots: by name, the slice of the vector that holds a parameter.
@@ -55,6 +57,7 @@ class FlatParameters:
         self._parameters = parameters
         self.leaves: list[Tensor] = []
         self._stacks = {f"{name}.stack": of for name, of in module.named_modules() if isinstance(of, Stack)}
+        self._grads: Tensor | None = None
         self.freeze(None)
 
     @property
@@ -89,10 +92,8 @@ class FlatParameters:
         """
         self.mask = mask
         trained = {name: self._trained_part(name) for name in self.names}
-        self._release_grads()  # before new ones take memory
-        self.grads = self.values.new_zeros(sum(part.stop - part.start for part in trained.values()))
+        self._release_grads()
         self.trainable: list[slice] = []
-        start = 0
         for name, part in trained.items():
             # Autograd skips frozen parameters, and the backward passes that only they need.
             parameter, slot, size = self._parameters[name], self.slots[name], part.stop - part.start
@@ -104,12 +105,22 @@ class FlatParameters:
                 self._stacks[name].trained = (part.start - slot.start) // parameter[0].numel(), leaf
             if not size:
                 continue
-            leaf.grad = self.grads[start : start + size].view(leaf.shape)
             self.leaves.append(leaf)
-            start += size
             if self.trainable and self.trainable[-1].stop == part.start:  # fewer, longer slices for the optimiser
                 part = slice(self.trainable.pop().start, part.stop)
             self.trainable.append(part)
+
+    @property
+    def grads(self) -> Tensor:
+        """[G]."""
+        if self._grads is None:
+            sizes = [leaf.numel() for leaf in self.leaves]
+            self._grads = self.values.new_zeros(sum(sizes))
+            for leaf, grad in zip(self.leaves, self._grads.split(sizes), strict=True):
+                if leaf.grad is not None:  # of a backward pass before the first use
+                    grad.copy_(leaf.grad.flatten())
+                leaf.grad = grad.view(leaf.shape)
+        return self._grads
 
     def _trained_part(self, name: str) -> slice:
         """The part of `values` in which a parameter is trained; for a stack, a range of experts."""
@@ -126,12 +137,11 @@ class FlatParameters:
     def release(self) -> None:
         """Release the vectors, before another `FlatParameters` takes the parameters; `slots` stay."""
         self._release_grads()
-        self.values = self.grads
+        self.values = self.values.new_empty(0)
         self.mask, self._parameters, self._stacks = None, {}, {}
 
     def _release_grads(self) -> None:
-        self.grads = self.values.new_empty(0)
-        self.leaves = []
+        self._grads, self.leaves = None, []
         for parameter in self._parameters.values():
             parameter.grad = None
         for stack in self._stacks.values():
@@ -201,7 +211,7 @@ class AdamW:
                 if both := _overlap(trainable, cohort):
                     slots.append(both)
                     numbers.append(number)
-        self._numbers = torch.tensor(numbers, device=flat.values.device)
+        self._ages = [self.ages[number] for number in numbers]  # views, one for each slice
         vectors = (flat.values, self.first_moment, self.second_moment)
         self._views = tuple([vector[slot] for slot in slots] for vector in vectors)
         self._sizes = [slot.stop - slot.start for slot in slots]  # in the order of the gradients
@@ -238,7 +248,7 @@ class AdamW:
             first,
             second,
             [],
-            self.ages[self._numbers].unbind(),
+            self._ages,
             lr=lr,
             beta1=BETAS[0],
             beta2=BETAS[1],

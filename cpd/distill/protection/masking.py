@@ -33,10 +33,11 @@ class Masking(Protection):
     STATE = ("importance", "mask")
     _importance: Tensor | None = None
     _mask: Tensor | None = None
+    _masked_share = 0.0
 
     def begin_stage(self, learner: StudentLearner) -> None:
         """Compute the mask of the stage."""
-        self._mask = None  # first, to release its memory
+        self._mask, self._masked_share = None, 0.0
         self._mask = self._make_mask(learner)
 
     def grow(self, old: FlatParameters, new: FlatParameters) -> None:
@@ -49,14 +50,19 @@ class Masking(Protection):
         return self._mask
 
     def end_stage(self, learner: StudentLearner, data: StageData) -> None:
-        """Accumulate the importance of the stage."""
+        """Accumulate the importance of the stage; release its mask, before growth takes memory."""
+        self._masked_share = self._share_now()
+        self._mask = None
         if self.config.protection.needs_importance:
             importance = fisher(learner, data, FISHER_WINDOWS)
             self._importance = importance if self._importance is None else self._importance + importance
 
     def report(self) -> dict[str, float]:
-        """The share of all parameters whose update is reduced."""
-        return {"masked_share": 0.0 if self._mask is None else float((self._mask < 1.0).double().mean())}
+        """The share of all parameters whose update is reduced in this stage; between stages, in the last one."""
+        return {"masked_share": self._masked_share if self._mask is None else self._share_now()}
+
+    def _share_now(self) -> float:
+        return 0.0 if self._mask is None else int((self._mask < 1.0).sum()) / len(self._mask)
 
     def _make_mask(self, learner: StudentLearner) -> Tensor | None:
         flat = learner.flat
