@@ -116,7 +116,7 @@ class FlatParameters:
         if self._grads is None:
             sizes = [leaf.numel() for leaf in self.leaves]
             self._grads = self.values.new_zeros(sum(sizes))
-            for leaf, grad in zip(self.leaves, self._grads.split(sizes), strict=True):
+            for leaf, grad in zip(self.leaves, torch.split(self._grads, sizes), strict=True):
                 if leaf.grad is not None:  # of a backward pass before the first use
                     grad.copy_(leaf.grad.flatten())
                 leaf.grad = grad.view(leaf.shape)
