@@ -20,16 +20,17 @@ from cpd.run.claim import check_none_lost
 from cpd.run.descriptions import StudentSize, Weights, check_identity
 from cpd.run.directory import Run, RunError, StudentElement, identity, matches, published_student
 from cpd.run.files import write_text
+from cpd.run.model_card import example, suite_title, tags_of
 from cpd.run.tables import EvaluationRow
 from cpd.run.weights import copy_policy, described_weights
 
 CARD = """\
 ---
 license: mit
-tags: [reinforcement-learning, robotics, meta-world, continual-learning, policy-distillation]
+tags: [{tags}, continual-learning, policy-distillation]
 ---
 
-# {method}, seed {seed}: one policy for {num_tasks} tasks of Meta-World
+# {method}, seed {seed}: one policy for {num_tasks} tasks of {suite}
 
 A mixture-of-experts student of the experiment {name}, distilled from one RL teacher for each task. {telling}
 
@@ -48,22 +49,9 @@ Episodes on {goals} goals with success at any step within {horizon} steps. Actio
 With this project and its extra `train` installed:
 
 ```python
-import gymnasium
+{example}```
 
-import cpd.envs.gym
-from cpd.student.actor import load_actor
-
-student = load_actor("{place}")
-env = gymnasium.make("cpd/{task}", split="held_out", max_episode_steps={horizon})
-obs, _ = env.reset(seed=1)
-is_over, success = False, False
-while not is_over:
-    obs, _, _, is_over, info = env.step(student.act(obs[None].astype("float32"))[0])
-    success |= bool(info["success"])
-print(f"success: {{success}}")
-```
-
-`student.reset([task])` begins the next episode. `policy.json` says step by step how the student acts, for those
+`policy.reset([task])` begins the next episode. `policy.json` says step by step how the student acts, for those
 who load `policy.safetensors` without this code; loading checks the weights by the hash that it holds.
 
 ## Limits
@@ -175,7 +163,12 @@ def _card(student: StudentElement, target: Path, tables: Tables, rows: dict[str,
         **{name.replace("_", " "): value for name, value in labels.items()},
         "SHA-256": read_json(target.with_suffix(".json"), Weights)["sha256"],
     }
+    suite = student.config.stream.suite
+    place = (parent.relative_to(ROOT) if parent.is_relative_to(ROOT) else Path(parent.name)).as_posix()
+    load = "from cpd.student.actor import load_actor", f'load_actor("{place}")'
     return CARD.format(
+        tags=", ".join(tags_of(suite)),
+        suite=suite_title(suite),
         method=student.method,
         seed=student.seed,
         name=student.config.name,
@@ -185,6 +178,5 @@ def _card(student: StudentElement, target: Path, tables: Tables, rows: dict[str,
         goals=tables.goal_set.replace("_", "-"),
         horizon=labels["horizon"],
         facts="\n".join(f"| {name} | {value} |" for name, value in facts.items()),
-        place=(parent.relative_to(ROOT) if parent.is_relative_to(ROOT) else Path(parent.name)).as_posix(),
-        task=next(iter(rows)),
+        example=example(suite, next(iter(rows)), labels["horizon"], imports=load[0], policy=load[1]),
     )

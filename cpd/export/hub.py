@@ -7,16 +7,17 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
+from cpd.envs.suite import DEFAULT_SUITE
 from cpd.export.sources import PolicyFile, policy_files
 from cpd.reading import read_json
 from cpd.run.directory import Run
 from cpd.run.files import atomic_folder, write_text
 from cpd.run.folders import kind_of
+from cpd.run.model_card import example, tags_of
 from cpd.run.table_files import find_table
 from cpd.run.tables import EvaluationRow, read_rows
 from cpd.run.weights import copy_policy
 
-TAGS: Final = ("reinforcement-learning", "robotics", "meta-world")
 CARD: Final = """\
 ---
 {front_matter}
@@ -29,22 +30,7 @@ CARD: Final = """\
 `policy.safetensors` holds the weights. `policy.json` describes them and everything that acting takes.
 
 ```python
-from pathlib import Path
-
-import gymnasium
-
-import cpd.envs.gym
-{imports}
-
-env = gymnasium.make("cpd/{task}", max_episode_steps={horizon}, split="held_out")
-{actor}
-actor.reset(["{task}"])
-obs, _ = env.reset(seed=1)
-for _ in range({horizon}):
-    obs, reward, terminated, truncated, info = env.step(actor.act(obs[None].astype("float32"))[0])
-print(info["success"])
-env.close()
-```
+{example}```
 
 It needs `pip install 'continual-policy-distillation[train]'`.
 
@@ -54,15 +40,15 @@ It needs `pip install 'continual-policy-distillation[train]'`.
 
 ## Conditions
 
-Observations hold the goal. The policy was trained and measured in simulation only.
+The policy was trained and measured in simulation only.
 
 {conditions}
 """
 TEACHER: Final = (
     "from cpd.teachers.policy import TeacherActor, load_policy",
-    'actor = TeacherActor(load_policy(Path("policy.safetensors")))',
+    'TeacherActor(load_policy("policy.safetensors"))',
 )
-STUDENT: Final = ("from cpd.student.actor import load_actor", 'actor = load_actor(Path("policy.safetensors"))')
+STUDENT: Final = ("from cpd.student.actor import load_actor", 'load_actor("policy.safetensors")')
 
 
 def export_hub(source: Path, output: Path, only: Sequence[str]) -> Iterator[Path]:
@@ -98,6 +84,7 @@ def _evaluations(source: Path) -> list[EvaluationRow]:
 def model_card(file: PolicyFile, description: dict[str, Any], evaluations: Sequence[EvaluationRow]) -> str:
     """Return the text of a policy's README.md, with its results among `evaluations`."""
     seed, labels = description["seed"], description["labels"]
+    suite = labels.get("suite") or DEFAULT_SUITE
     method = description["method"] if file.is_student else "teacher"
     tasks = description["distinct_tasks"] if file.is_student else [description["task"]]
     rows = [
@@ -112,24 +99,21 @@ def model_card(file: PolicyFile, description: dict[str, Any], evaluations: Seque
         summary = f"One student of {len(tasks)} teachers, distilled one after another: {', '.join(tasks)}."
     else:
         summary = f"A teacher of the single task {tasks[0]}, trained by reinforcement learning."
-    imports, actor = STUDENT if file.is_student else TEACHER
+    imports, policy = STUDENT if file.is_student else TEACHER
     lines = [f"| {task} | {100 * rate:.0f} % |" for task, rate in rates.items()]
     table = "\n".join(["| task | success |", "|---|---:|", *lines]) if rates else "It is not evaluated yet."
     conditions = {name: value for name, value in labels.items() if file.is_student or name != "task_identity"}
     return CARD.format(
-        front_matter=_front_matter(title, rates),
+        front_matter=_front_matter(title, suite, rates),
         title=title,
         summary=summary,
-        task=tasks[0],
-        horizon=labels["horizon"],
-        imports=imports,
-        actor=actor,
+        example=example(suite, tasks[0], labels["horizon"], imports=imports, policy=policy),
         results=table,
         conditions="\n".join(f"- {name.replace('_', ' ')}: {value}" for name, value in conditions.items()),
     )
 
 
-def _front_matter(title: str, rates: dict[str, float]) -> str:
+def _front_matter(title: str, suite: str, rates: dict[str, float]) -> str:
     """The card's metadata as YAML, whose values are JSON."""
     results = [
         {
@@ -143,7 +127,7 @@ def _front_matter(title: str, rates: dict[str, float]) -> str:
         "license": "mit",
         "library_name": "continual-policy-distillation",
         "pipeline_tag": "reinforcement-learning",
-        "tags": TAGS,
+        "tags": tags_of(suite),
         **({"model-index": [{"name": title, "results": results}]} if results else {}),
     }
     return "\n".join(f"{key}: {json.dumps(value)}" for key, value in entries.items())

@@ -296,12 +296,13 @@ def _remedy(path: Path) -> str:
     return f"remove {files}, as far as they exist, and launch again to retrain the teacher"
 
 
-def load_policy(path: Path) -> GaussianPolicy:
+def load_policy(path: str | Path) -> GaussianPolicy:
     """Load the policy saved at `path`, ready to act.
 
     Raises:
         DamagedFileError: if it is missing, damaged, or of another kind.
     """
+    path = Path(path)
     tensors, architecture = read_tensors(path, KIND, _GaussianArchitecture)
     try:
         sizes = Sizes(architecture["observation_size"], architecture["action_size"])
