@@ -177,11 +177,16 @@ def test_a_missing_library_is_named_with_the_extra_that_brings_it(
     assert not list(tmp_path.rglob("*.*"))
 
 
-def test_damaged_rollouts_leave_the_last_export_as_it_was(run: Run, tmp_path: Path, monkeypatch) -> None:
+def test_damaged_rollouts_leave_the_last_export_as_it_was(run: Run, tmp_path: Path) -> None:
     output = export(run, "robomimic", tmp_path)
     before = {path: sha256(path) for path in output.rglob("*.hdf5")}
-    monkeypatch.setattr("cpd.run.shards.reader.sha256", lambda path: "another")
-    assert main([str(run.root), "robomimic", "--output", str(tmp_path)]) == 2
+    shard = next(run.root.rglob("*.h5"))
+    content = shard.read_bytes()
+    shard.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    try:
+        assert main([str(run.root), "robomimic", "--output", str(tmp_path)]) == 2
+    finally:
+        shard.write_bytes(content)
     assert {path: sha256(path) for path in output.rglob("*.*") if path.is_file()} == before
 
 
