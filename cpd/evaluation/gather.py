@@ -148,7 +148,8 @@ def _missing_files(run: Run) -> Iterator[tuple[Element, Path]]:
     ]
     for student in run.students():
         policies = [student.stage_policy(stage) for stage in range(len(student.config.stream.tasks))]
-        has_curves = student.config.evaluation.curve_points and any(policy.exists() for policy in policies)
+        trains = student.config.distill.protocol != "teachers"
+        has_curves = trains and student.config.evaluation.curve_points and any(p.exists() for p in policies)
         files += [(student, student.metrics), *([(student, student.curves)] if has_curves else [])]
     return ((element, path) for element, path in files if element.finished and not os.path.lexists(path))
 

@@ -14,6 +14,7 @@ from cpd.distill.run_student import run_student
 from cpd.distill.stage_data import StageData
 from cpd.distill.trainer import StudentTrainer
 from cpd.envs.cells import Cell
+from cpd.evaluation.gather import gather
 from cpd.evaluation.run_evaluation import row_cells, run_evaluation
 from cpd.run.directory import Run
 from cpd.run.interrupt import Interrupt
@@ -141,7 +142,7 @@ def distilled_and_evaluated(make_run, **over) -> dict[tuple[int, str], Evaluatio
     tables = {
         "stream": {"tasks": [FIRST, SECOND], "horizon": 20},
         "distill": {"batch_size": 16, **over.pop("distill", {})},
-        "evaluation": {"num_episodes": 2, "curve_points": 0},
+        "evaluation": {"num_episodes": 2, "curve_points": 1},
         **over,
     }
     run = make_run(**tables)
@@ -210,7 +211,7 @@ TEACHERS = {
     "distill": {"protocol": "teachers"},
     "memory": {"selection": "none"},
     "student": {"belief": "density", "act": "most_likely"},
-    "evaluation": {"num_episodes": 2, "curve_points": 0},
+    "evaluation": {"num_episodes": 2, "curve_points": 1},
 }
 
 
@@ -238,6 +239,9 @@ def test_teachers_that_are_kept_are_evaluated_without_a_step_of_distillation(mak
     assert {row.believed for row in rows[0]} == {None}
     assert {row.believed for row in rows[1]} == {FIRST}
     assert all(row.plan_first == row.plan_second == row.believed for row in rows[2])
+    student.complete.touch()
+    gather(run)  # nothing is distilled, so no curve is missing
+    assert not (run.results / "curves.csv").exists()
 
 
 def test_each_episode_is_acted_by_the_teacher_of_the_task_it_begins_like():
