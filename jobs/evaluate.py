@@ -37,9 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     arguments = parser.parse_args(argv)
     if kind_of(arguments.run_dir) == "results":
-        parser.error(
-            f"{arguments.run_dir} holds published results: name one of {arguments.run_dir / 'students'}/*"
-        )
+        return _refuse_results(parser.prog, arguments.run_dir)
     if kind_of(arguments.run_dir) == "policy":
         return _evaluate_again(parser.prog, arguments.run_dir, told=arguments.told)
     if arguments.told:
@@ -62,6 +60,14 @@ def main(argv: Sequence[str] | None = None) -> int:
                     log=command.log,
                 )
     return command.exit_code
+
+
+def _refuse_results(prog: str, folder: Path) -> int:
+    """Say which students the published results in `folder` hold; return the exit code."""
+    students = [str(path.parent) for path in sorted(folder.glob("students/*/policy.safetensors"))]
+    remedy = f"name one of its students: {', '.join(students)}" if students else "it has no student to evaluate"
+    print(f"{prog}: {folder} holds published results; {remedy}", file=sys.stderr)
+    return EXIT_USAGE
 
 
 def _evaluate_again(prog: str, folder: Path, *, told: bool) -> int:

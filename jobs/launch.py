@@ -38,7 +38,7 @@ from cpd.run.interrupt import EXIT_INTERRUPTED, Interrupt
 from cpd.run.lease import Lease, LeaseHeldError
 from cpd.run.progress import progress_line, read_status
 from cpd.run.provenance import Provenance, code_version, provenance
-from cpd.run.reuse import PlannedRun, ReuseError, best, find_reusable, reuse
+from cpd.run.reuse import PlannedRun, ReuseError, find_reusable, reuse
 from cpd.run.shortage import not_installed
 from cpd.terminal import plain_console
 from jobs.common import log
@@ -190,8 +190,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         # `prepare` checks again under the lease. This check comes before anything is created.
         check_run_dir(root, config, arguments.profile)
-        sources = config.teacher_folders[::-1]  # the first replaces what the others have
-        reuses = best([item for source in sources for item in find_reusable(PlannedRun(root, config), source)])
+        reuses = find_reusable(PlannedRun(root, config), *config.teacher_folders)
         run: Run = PlannedRun(root, config, reuses)
         chosen = run.select(arguments.only)
         problems = launch_problems(root, config, profile)
@@ -210,7 +209,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise RunError("; ".join(problems))
         with Lease(root / "launcher").acquire():
             run = prepare(root, config, profile)
-            for item in best([item for source in sources for item in reuse(run, source)]):
+            for item in reuse(run, *config.teacher_folders):
                 log(f"{item.teacher.name}: {item.summary}")
             if arguments.prepare:
                 log(f"{root} is ready")

@@ -19,7 +19,7 @@ from cpd.distill.stage_data import StageData
 from cpd.run.shards.mapped import MappedRows, Rows
 
 #: Rows that are copied to a table at once.
-CHUNK = 2**18
+CHUNK = 262_144
 
 
 def to_device(array: npt.NDArray[Any], device: torch.device) -> Tensor:

@@ -34,11 +34,11 @@ tags: [{tags}, continual-learning, policy-distillation]
 
 A mixture-of-experts student of the experiment {name}, distilled from one RL teacher for each task. {telling}
 
-| task | success | 95 % interval | teacher |
+| task | {measure} | 95 % interval | teacher |
 |---|---:|---|---:|
 {success}
 
-Episodes on {goals} goals with success at any step within {horizon} steps. Actions are deterministic.
+Episodes on {goals} goals of {horizon} steps; success counts at any of them.{returns} Actions are deterministic.
 
 | | |
 |---|---|
@@ -63,6 +63,8 @@ acts for the most similar one.
 
 MIT.
 """
+#: Of tasks without a success measure.
+RETURNS = " Tasks without a success measure have the mean normalised return: 0 is that of a random policy, 1 a reference."
 #: What a student knows of the task when it acts, by its label.
 TELLING = {
     "inferred": "It is told nothing: it infers the task from the first observation of an episode.",
@@ -148,7 +150,9 @@ def _card(student: StudentElement, target: Path, tables: Tables, rows: dict[str,
             of_teacher = f"{100 * teacher.rate:.0f} %" if teacher else "–"
             count = f"{rate.successes} of" if row.normalised_return is None else "normalised return,"
             counts = f"{100 * rate.rate:.0f} % ({count} {rate.episodes})"
-            success.append(f"| {task} | {counts} | {100 * rate.low:.0f} to {100 * rate.high:.0f} | {of_teacher} |")
+            # The interval is of counts.
+            interval = f"{100 * rate.low:.0f} to {100 * rate.high:.0f}" if row.normalised_return is None else "–"
+            success.append(f"| {task} | {counts} | {interval} | {of_teacher} |")
     mean = sum(row.total / row.episodes for row in rows.values()) / len(rows)
     success.append(f"| **mean** | **{100 * mean:.1f} %** | | |")
     facts: dict[str, Any] = {
@@ -163,6 +167,7 @@ def _card(student: StudentElement, target: Path, tables: Tables, rows: dict[str,
         **{name.replace("_", " "): value for name, value in labels.items()},
         "SHA-256": read_json(target.with_suffix(".json"), Weights)["sha256"],
     }
+    has_returns = any(row.normalised_return is not None for row in rows.values())
     suite = student.config.stream.suite
     place = (parent.relative_to(ROOT) if parent.is_relative_to(ROOT) else Path(parent.name)).as_posix()
     load = "from cpd.student.actor import load_actor", f'load_actor("{place}")'
@@ -175,6 +180,8 @@ def _card(student: StudentElement, target: Path, tables: Tables, rows: dict[str,
         num_tasks=len(rows),
         telling=TELLING.get(labels["task_identity"], "It is told the task of each episode."),
         success="\n".join(success),
+        measure="success or normalised return" if has_returns else "success",
+        returns=RETURNS if has_returns else "",
         goals=tables.goal_set.replace("_", "-"),
         horizon=labels["horizon"],
         facts="\n".join(f"| {name} | {value} |" for name, value in facts.items()),

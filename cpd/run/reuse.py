@@ -63,6 +63,8 @@ class Reuse:
     """`COMPLETE` or `REJECTED` where nothing is left to do."""
     lacks_budget: bool = False
     """Whether the source has the teacher, but its training depended on another max_env_steps."""
+    folder: Path | None = None
+    """Where the policy comes from."""
     begins_stay: bool = False
     """Whether the stay phase of this run begins with the policy."""
     other_settings: Sequence[str] = ()
@@ -88,13 +90,22 @@ class Reuse:
         return f"policy reused, {' and '.join(left) or 'judged by this gate'} here"
 
 
-def find_reusable(run: Run, folder: Path) -> list[Reuse]:
-    """Return what the teachers of `run` on which no work has begun can reuse from `folder`.
+def find_reusable(run: Run, *folders: Path) -> list[Reuse]:
+    """Return what the teachers of `run` without work of their own reuse: each from the first folder that has it.
 
     Raises:
-        ReuseError: if `folder` has no teachers for this run, settings or versions disagree, or a file does not
+        ReuseError: if a folder has no teachers for this run, settings or versions disagree, or a file does not
             match its record.
     """
+    chosen: dict[str, Reuse] = {}
+    for folder in folders:
+        for item in _find_in(run, folder):
+            if item.teacher.name not in chosen or (item.policy and not chosen[item.teacher.name].policy):
+                chosen[item.teacher.name] = item
+    return list(chosen.values())
+
+
+def _find_in(run: Run, folder: Path) -> list[Reuse]:
     untouched = [t for t in run.teachers() if not (t.finished or (t.path / "attempts").exists())]
     if not untouched:
         return []
@@ -112,7 +123,9 @@ def find_reusable(run: Run, folder: Path) -> list[Reuse]:
         )
     try:
         other = decisive if is_part else None
-        reuses = [_reuse_of(teacher, folder, changed, run.config, other) for teacher in untouched]
+        reuses = [
+            replace(_reuse_of(teacher, folder, changed, run.config, other), folder=folder) for teacher in untouched
+        ]
     except ValueError as error:  # also an index or a description that cannot be read
         raise ReuseError(str(error)) from None
     if all(item.policy is None for item in reuses) and len(untouched) == len(run.teachers()):
@@ -121,23 +134,13 @@ def find_reusable(run: Run, folder: Path) -> list[Reuse]:
     return reuses
 
 
-def best(reuses: Sequence[Reuse]) -> list[Reuse]:
-    """Return one item for each teacher: of several sources, that of the last one which has it."""
-    chosen: dict[str, Reuse] = {}
-    for item in reuses:
-        if item.policy or item.teacher.name not in chosen:
-            chosen[item.teacher.name] = item
-    return list(chosen.values())
-
-
-def reuse(run: Run, folder: Path) -> list[Reuse]:
+def reuse(run: Run, *folders: Path) -> list[Reuse]:
     """Copy what `find_reusable` returns into `run`, record it in provenance.json, and set the markers last.
 
     After an interruption, calling it again completes the work.
     """
-    reuses = find_reusable(run, folder)
-    name = folder.resolve().name
-    records = {r.teacher.name: _copy_files(r, r.policy, name, run.config) for r in reuses if r.policy}
+    reuses = find_reusable(run, *folders)
+    records = {item.teacher.name: _copy_files(item, item.policy, run.config) for item in reuses if item.policy}
     if records:
         path = run.root / "provenance.json"
         provenance = read_for_display(path, dict[str, Any], {})
@@ -261,9 +264,11 @@ def _check_shards(source: TeacherElement) -> None:
             raise ReuseError(f"{file} is missing, or not the file that {INDEX_NAME} describes")
 
 
-def _copy_files(item: Reuse, policy: Path, name: str, ours: Config) -> dict[str, Any]:
+def _copy_files(item: Reuse, policy: Path, ours: Config) -> dict[str, Any]:
     """Link or copy one teacher's files; return its entry of provenance.json."""
     teacher, source = item.teacher, item.source
+    assert item.folder is not None
+    name = item.folder.resolve().name
     record: dict[str, Any] = {"from": name, "policy_sha256": sha256(policy)}
     if item.other_settings:
         record["other_settings"] = list(item.other_settings)

@@ -149,11 +149,9 @@ def load_actor(path: str | Path, *, told: bool = False) -> Actor:
     tasks = read_json(weights.with_suffix(".json"), StudentStream)["distinct_tasks"]
     if not told:
         return make_actor(student, tasks)
-    if student.config.task_identity != "inferred":
-        raise ValueError(
-            f"{path} cannot be told the task, since its task_identity is {student.config.task_identity!r}: "
-            "leave out --told"
-        )
+    if (identity := student.config.task_identity) != "inferred":
+        reason = "does not use the task" if identity == "none" else "is always told the task"
+        raise ValueError(f"{path} {reason}, since its task_identity is {identity!r}: it cannot be told otherwise")
     return StudentActor(student, tasks, {task: Plan(index, index) for index, task in enumerate(tasks)})
 
 

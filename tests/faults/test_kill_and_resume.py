@@ -158,8 +158,7 @@ def test_a_killed_job_is_restarted_and_those_of_a_killed_launcher_end_and_resume
     launcher = start(run.root, student.name)
     launcher_guard.append(launcher)
     assert kill_at_work(student, launcher, "distill", 0.1)
-    wait_for(lambda: read_status(student.status).done > 60, launcher)
-    assert len(ledger(run)[student.name]) == 2
+    wait_for(lambda: len(ledger(run)[student.name]) == 2 and read_status(student.status).done > 60, launcher)
     launcher.send_signal(number)
     launcher.communicate(timeout=TIMEOUT)
     assert launcher.returncode == (-number if number == signal.SIGKILL else 75)

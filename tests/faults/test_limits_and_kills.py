@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import random
 import re
@@ -155,6 +156,9 @@ def test_a_limit_of_the_process_is_named(
 
 def test_a_limit_of_cpu_time_saves_and_stops(forks: Forks, undisturbed: Undisturbed, tmp_path: Path) -> None:
     run, element = unfinished_copy(undisturbed.run, tmp_path / "run", "student")
+    settings = json.loads(run.config_path.read_text())
+    settings["distill"]["steps_per_stage"] = 1_000  # more than a second's
+    run.config_path.write_text(json.dumps(settings))
     ended = work(forks, run, element, limits={"RLIMIT_CPU": 1})
     assert ended.code == 75 and "CPU time" in ended.output
     assert read_status(element.status).state == "stopped"

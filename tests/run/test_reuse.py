@@ -202,6 +202,18 @@ def test_teachers_may_come_from_several_sources(other: Path, tmp_path: Path) -> 
         assert teacher.finished and read_json(teacher.policy.with_suffix(".json"), dict)["seed"] == 1
 
 
+def test_of_several_sources_the_first_that_has_a_teacher_counts(other: Path, tmp_path: Path) -> None:
+    shutil.copytree(other, tmp_path / "elsewhere")
+    Run(other).teachers()[1].complete.unlink()
+    run = make(tmp_path / "new")
+    planned = find_reusable(run, other, tmp_path / "elsewhere")
+    assert [item.folder for item in planned] == [other, tmp_path / "elsewhere"]
+    assert reuse(run, other, tmp_path / "elsewhere") == planned
+    sources = read_json(run.root / "provenance.json", dict)["teachers"]
+    assert [record["from"] for record in sources.values()] == ["other", "elsewhere"]
+    assert all(teacher.finished for teacher in run.teachers())
+
+
 def test_another_budget_affects_only_teachers_that_depended_on_it(other: Path, tmp_path: Path) -> None:
     endings = ({"stopped_by": "validation", "env_steps": 3_000}, {"stopped_by": "budget", "env_steps": 5_000})
     for teacher, ending in zip(Run(other).teachers(), endings, strict=True):
