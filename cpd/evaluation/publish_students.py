@@ -64,8 +64,10 @@ acts for the most similar one.
 MIT.
 """
 #: Of tasks without a success measure.
-RETURNS = " Tasks without a success measure have the mean normalised return: 0 is that of a random policy, 1 a "
-    "reference."
+RETURNS = (
+    " Tasks without a success measure have the mean normalised return: "
+    "0 is that of a random policy, 1 a reference."
+)
 #: What a student knows of the task when it acts, by its label.
 TELLING = {
     "inferred": "It is told nothing: it infers the task from the first observation of an episode.",
