@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from io import TextIOWrapper
 from pathlib import Path
 from typing import NoReturn
@@ -25,6 +26,12 @@ def prepare_command() -> None:
     if is_command or "SUBMITIT_EXECUTOR" in os.environ:
         # Commands show no windows: a notebook's, or missing, libraries for them must not stop an import.
         os.environ |= {"MPLBACKEND": "Agg", "MUJOCO_GL": "disabled"}
+        # Gymnasium imports glfw, which starts programs that ask libraries for their versions. A signal that ends
+        # them, as of a requeue, would fail the import.
+        glfw = find_spec("glfw")
+        library = Path(glfw.origin or "").parent / "x11" / "libglfw.so" if glfw else None
+        if library and library.exists():
+            os.environ.setdefault("PYGLFW_LIBRARY", str(library))
         os.environ.pop("SOURCE_DATE_EPOCH", None)  # figures have no dates; matplotlib fails if it is no number
         for name in ("stdout", "stderr"):
             stream = getattr(sys, name)

@@ -68,6 +68,19 @@ def test_jobs_need_no_library_for_rendering() -> None:
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, check=True)
 
 
+def test_jobs_import_the_simulator_without_starting_programs() -> None:
+    """A signal to the group of processes would end them, and with them the import."""
+    code = (
+        "import sys\n"
+        "started = []\n"
+        "sys.addaudithook(lambda event, of: started.append(of) if event == 'subprocess.Popen' else None)\n"
+        "import jobs, gymnasium.envs.mujoco\n"
+        "assert not started, started"
+    )
+    env = os.environ | {"SUBMITIT_EXECUTOR": "local"}
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, check=True)
+
+
 def test_importing_the_packages_leaves_other_programs_alone() -> None:
     code = (
         "import os, signal, jobs, analysis\n"
