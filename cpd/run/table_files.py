@@ -10,7 +10,7 @@ from cpd.reading import DamagedFileError, decode, read_bytes
 from cpd.run.files import atomic_write, remove
 
 #: Bytes from which `compress_tables` compresses a table.
-LARGE_TABLE = 100_000
+LARGE_TABLE = 50_000
 
 
 def _compressed(path: Path) -> Path:
