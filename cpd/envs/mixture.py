@@ -112,10 +112,12 @@ class _Placed:
         return observations
 
     def reset(self, *arguments: Any) -> FloatArray:
+        """Reset the environments; return their observations in place."""
         self._num_steps, self._observation = 0, self._place(self._envs.reset(*arguments))
         return self._observation
 
     def step(self, *arguments: Any) -> tuple[FloatArray, Any, Any]:
+        """Step the environments; return their observations in place, rewards and successes."""
         if self._num_steps >= self._last_step:
             return self._observation, 0.0, False
         self._num_steps += 1
@@ -124,4 +126,5 @@ class _Placed:
         return self._observation, reward, success
 
     def close(self) -> None:
+        """Close the environments."""
         self._envs.close()

@@ -173,7 +173,13 @@ def _card(student: StudentElement, target: Path, tables: Tables, rows: dict[str,
     has_returns = any(row.normalised_return is not None for row in rows.values())
     suite = student.config.stream.suite
     place = (parent.relative_to(ROOT) if parent.is_relative_to(ROOT) else Path(parent.name)).as_posix()
-    load = "from cpd.student.actor import load_actor", f'load_actor("{place}")'
+    code = example(
+        suite,
+        next(iter(rows)),
+        labels["horizon"],
+        imports="from cpd.student.actor import load_actor",
+        policy=f'load_actor("{place}")',
+    )
     return CARD.format(
         tags=", ".join(tags_of(suite)),
         suite=suite_title(suite),
@@ -188,5 +194,5 @@ def _card(student: StudentElement, target: Path, tables: Tables, rows: dict[str,
         goals=tables.goal_set.replace("_", "-"),
         horizon=labels["horizon"],
         facts="\n".join(f"| {name} | {value} |" for name, value in facts.items()),
-        example=example(suite, next(iter(rows)), labels["horizon"], imports=load[0], policy=load[1]),
+        example=code,
     )

@@ -32,10 +32,10 @@ from cpd.distill.trainer import StudentTrainer
 from cpd.run.files import write_json
 from cpd.run.provenance import labels
 from cpd.run.shards.reader import read_rollouts
-from cpd.run.shards.schema import Episode, ShardAttributes, ShardIndex
+from cpd.run.shards.schema import Episode, ShardIndex
 from cpd.run.shards.writer import write_shard
 from tests.bench.bench_stream import resident_mb
-from tests.distill.synthetic import synthetic_episode
+from tests.distill.synthetic import shard_attributes, synthetic_episode
 
 TASK = "window-close-v3"
 EPISODES, LENGTH = 4_000, 100
@@ -54,18 +54,7 @@ def make_config(context: int) -> Config:
 
 def write(folder: Path, num_shards: int, config: Config, episodes: int = EPISODES) -> None:
     """Shards of the synthetic teacher, of about 90 MB each."""
-    label = labels(config)
-    attributes = ShardAttributes(
-        task=TASK,
-        teacher_recipe=label.teacher_recipe,
-        policy_sha256="",
-        std_source="assumed",
-        metaworld=label.metaworld,
-        mujoco=label.mujoco,
-        reward_version=label.reward_version,
-        horizon=label.horizon,
-        steps_after_success=0,
-    )
+    attributes = shard_attributes(config, TASK)
     folder.mkdir(parents=True)
     few: list[Episode] = [synthetic_episode(0, number, LENGTH) for number in range(20)]
     first = write_shard(folder / "shard-00000.h5", few * (episodes // 20), attributes)

@@ -72,26 +72,32 @@ def third_stage(config: Config, comm: Comm, device: torch.device) -> StudentTrai
     return trainer
 
 
+def shard_attributes(config: Config, task: str, policy_sha256: str = "") -> ShardAttributes:
+    """Those of shards of `synthetic_episode`s."""
+    label = labels(config)
+    return ShardAttributes(
+        task=task,
+        teacher_recipe=label.teacher_recipe,
+        policy_sha256=policy_sha256,
+        std_source="assumed",
+        metaworld=label.metaworld,
+        mujoco=label.mujoco,
+        reward_version=label.reward_version,
+        horizon=label.horizon,
+        steps_after_success=0,
+        suite=label.suite,
+        suite_versions=label.suite_versions,
+    )
+
+
 def write_teachers(run: Run, element: StudentElement, num_episodes: int = 12, length: int = 25) -> None:
     """Finished teachers with real shards for every task of the run that has none yet."""
-    label = labels(run.config)
     for index, task in enumerate(run.config.stream.distinct_tasks):
         teacher = run.teacher_of(task, element.seed)
         if teacher.complete.exists():
             continue
-        attributes = ShardAttributes(
-            task=task,
-            teacher_recipe=label.teacher_recipe,
-            policy_sha256=sha256(teacher.policy) if teacher.policy.exists() else "",
-            std_source="assumed",
-            metaworld=label.metaworld,
-            mujoco=label.mujoco,
-            reward_version=label.reward_version,
-            horizon=label.horizon,
-            steps_after_success=0,
-            suite=label.suite,
-            suite_versions=label.suite_versions,
-        )
+        policy_sha256 = sha256(teacher.policy) if teacher.policy.exists() else ""
+        attributes = shard_attributes(run.config, task, policy_sha256)
         episodes = [synthetic_episode(index, number, length - (number % 4)) for number in range(num_episodes)]
         write_shards(teacher.shards, attributes, episodes, shard_steps=200)
         teacher.complete.touch()

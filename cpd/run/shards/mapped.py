@@ -40,7 +40,7 @@ class MappedFile:
 class MappedRows:
     """The rows of N steps in E episodes, which lie in several mapped files; indexing copies rows.
 
-    Pages count as resident while they are mapped, so every access releases them.
+    Pages count as resident while they are mapped, so indexing releases them.
     """
 
     files: Sequence[MappedFile]
@@ -49,6 +49,7 @@ class MappedRows:
     offsets: npt.NDArray[np.int64]
     """[E + 1] episode e has steps offsets[e]:offsets[e + 1]."""
     file_E: npt.NDArray[np.int64]
+    """The position in `files` of the file that holds the episode."""
     first_row_E: npt.NDArray[np.int64]
     """The row of the episode's first step in its file."""
 
